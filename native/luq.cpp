@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// One fused pass from float32 rows to one-byte codes and a scale per row. It is only speed: dpquant/quantize.py states the
+// meaning, dpquant/streams.py the random bits, and this file must agree with both bit for bit. It holds no state, seeds
+// nothing, does not know torch and decides nothing. A row is read twice (its largest magnitude, then its codes) while it
+// is in the cache.
+//
+// Symbols: t = |x| * max_code / absmax, in 0 .. max_code; draw = 23 random bits; z = t, or t + 1 where t < 1.
+//
+// Both roundings are one addition on z. Since z >= 1, z is a multiple of 2^-23, and for t < 1 forming t + 1 has rounded t to
+// such a multiple just as the meaning demands (to nearest, ties to even).
+//   powers of two: adding the draw to z's mantissa carries into the exponent with probability mantissa / 2^23.
+//   uniform:       floor(t + draw / 2^23), in integers of 2^-23; t <= 127 keeps them below 2^31.
+//
+// Compile without fast-math and without contraction of a * b + c: both would change bits.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+
+namespace nb = nanobind;
+
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
+#define FOR_EVERY_X86 __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FOR_EVERY_X86
+#endif
+#if defined(__GNUC__)
+#define INLINE inline __attribute__((always_inline))
+#else
+#define INLINE inline
+#endif
+
+namespace {
+
+constexpr uint32_t MANTISSA_BITS = 23;
+constexpr uint32_t ONE = 1u << MANTISSA_BITS;  // 1.0 in units of 2^-23
+constexpr uint32_t HALF = ONE / 2;             // as a draw: round to nearest, ties away from zero
+constexpr uint32_t MAGNITUDE = 0x7FFFFFFF;
+constexpr uint32_t INFINITY_BITS = 0x7F800000;  // magnitudes from here on are not finite
+constexpr float SMALLEST_ABSMAX = 0x1p-100f;    // below it max_code / absmax may overflow
+constexpr int64_t TILE = 2048;
+
+// How memory order maps to the logical index in a row: outer * outer_stride + inner * inner_stride.
+struct Layout {
+    int64_t inner, outer_stride, inner_stride;
+};
+
+struct Rule {
+    float max_code;
+    bool uniform, stochastic;
+    int32_t zero_point;
+};
+
+// dpquant.streams.element_bits
+INLINE uint32_t element_bits(uint32_t index, uint32_t low, uint32_t high) {
+    uint32_t h = index ^ low;
+    h = (h ^ (h >> 16)) * 0x7FEB352Du;
+    h ^= high;
+    h = (h ^ (h >> 15)) * 0x846CA68Bu;
+    return (h ^ (h >> 16)) >> (32 - MANTISSA_BITS);
+}
+
+template <bool uniform, bool stochastic>
+INLINE void tile_codes(const float *x, const uint32_t *index, uint32_t base, int64_t count, float inverse, uint64_t key,
+                       Rule rule, uint8_t *codes) {
+    const uint32_t low = static_cast<uint32_t>(key), high = static_cast<uint32_t>(key >> 32);
+    for (int64_t k = 0; k < count; ++k) {
+        const uint32_t bits = std::bit_cast<uint32_t>(x[k]);
+        const float scaled = std::bit_cast<float>(bits & MAGNITUDE) * inverse;
+        const float t = scaled < rule.max_code ? scaled : rule.max_code;
+        const float shift = t < 1.0f ? 1.0f : 0.0f;
+        const float z = t + shift;
+        const uint32_t draw = stochastic ? element_bits(base + index[k], low, high) : HALF;
+        int32_t magnitude;
+        if (uniform) {
+            const int32_t fixed = static_cast<int32_t>((z - shift) * static_cast<float>(ONE));
+            magnitude = (fixed + static_cast<int32_t>(draw)) >> MANTISSA_BITS;
+        } else {
+            const uint32_t power = (std::bit_cast<uint32_t>(z) + draw) & INFINITY_BITS;
+            magnitude = static_cast<int32_t>(std::bit_cast<float>(power) - shift);
+        }
+        const int32_t sign = static_cast<int32_t>(bits) >> 31;  // 0 or -1
+        codes[k] = static_cast<uint8_t>(((magnitude ^ sign) - sign) + rule.zero_point);
+    }
+}
+
+FOR_EVERY_X86 void quantize_tile(const float *x, const uint32_t *index, uint32_t base, int64_t count, float inverse,
+                                 uint64_t key, Rule rule, uint8_t *codes) {
+    if (rule.uniform && rule.stochastic)
+        tile_codes<true, true>(x, index, base, count, inverse, key, rule, codes);
+    else if (rule.uniform)
+        tile_codes<true, false>(x, index, base, count, inverse, key, rule, codes);
+    else if (rule.stochastic)
+        tile_codes<false, true>(x, index, base, count, inverse, key, rule, codes);
+    else
+        tile_codes<false, false>(x, index, base, count, inverse, key, rule, codes);
+}
+
+// The largest |x| of a row. As integers, magnitudes order like floats, with infinity and then NaN above all others.
+FOR_EVERY_X86 uint32_t largest_magnitude(const float *x, int64_t count) {
+    uint32_t largest = 0;
+    for (int64_t k = 0; k < count; ++k) largest = std::max(largest, std::bit_cast<uint32_t>(x[k]) & MAGNITUDE);
+    return largest;
+}
+
+// A tile is a run of memory: part of one outer position, or several whole ones. All tiles share one pattern of indices.
+void quantize_rows(const float *x, const uint64_t *keys, int64_t rows, int64_t row_size, Layout layout, Rule rule,
+                   uint8_t *codes, float *scale) {
+    const int64_t width = std::min(TILE, layout.inner), positions = TILE / width, tile = positions * width;
+    uint32_t pattern[TILE];
+    for (int64_t outer = 0, k = 0; outer < std::min(positions, row_size / layout.inner); ++outer)
+        for (int64_t inner = 0; inner < width; ++inner, ++k)
+            pattern[k] = static_cast<uint32_t>(outer * layout.outer_stride + inner * layout.inner_stride);
+
+    for (int64_t row = 0; row < rows; ++row, x += row_size, codes += row_size) {
+        const uint32_t largest = largest_magnitude(x, row_size);
+        const float absmax = std::bit_cast<float>(largest);
+        if (largest >= INFINITY_BITS || absmax < SMALLEST_ABSMAX) {
+            std::memset(codes, rule.zero_point, static_cast<size_t>(row_size));
+            scale[row] = largest >= INFINITY_BITS ? std::numeric_limits<float>::quiet_NaN() : 0.0f;
+            continue;
+        }
+        scale[row] = absmax / rule.max_code;
+        const float inverse = rule.max_code / absmax;
+        for (int64_t start = 0; start < row_size;) {
+            const int64_t outer = start / layout.inner, inner = start % layout.inner;
+            const int64_t end = layout.inner > TILE ? (outer + 1) * layout.inner : row_size;
+            const int64_t count = std::min(tile, end - start);
+            const auto base = static_cast<uint32_t>(outer * layout.outer_stride + inner * layout.inner_stride);
+            quantize_tile(x + start, pattern, base, count, inverse, keys[row], rule, codes + start);
+            start += count;
+        }
+    }
+}
+
+using Floats = nb::ndarray<const float, nb::device::cpu>;
+using Keys = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Bytes = nb::ndarray<uint8_t, nb::device::cpu>;
+using Scales = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    m.doc() = "The loops of dpquant.quantize, fused. dpquant.quantize states what they compute.";
+    m.def(
+        "quantize_rows",
+        [](Floats x, Keys row_keys, Bytes codes, Scales scale, int64_t inner, int64_t outer_stride, int64_t inner_stride,
+           float max_code, bool uniform, bool stochastic, int32_t zero_point) {
+            const auto rows = static_cast<int64_t>(row_keys.size()), size = static_cast<int64_t>(x.size());
+            if (rows == 0 || size == 0 || size % rows != 0 || codes.size() != x.size() || scale.size() != row_keys.size())
+                throw std::invalid_argument("sizes of x, row_keys, codes and scale do not agree");
+            const int64_t row_size = size / rows;
+            if (inner < 1 || row_size % inner != 0 || row_size > INT64_C(1) << 32)
+                throw std::invalid_argument("inner does not divide a row, or a row has more than 2^32 elements");
+            if (!(max_code >= 1.0f && max_code <= 127.0f))
+                throw std::invalid_argument("max_code is not in 1 .. 127");
+            nb::gil_scoped_release unlocked;
+            quantize_rows(x.data(), reinterpret_cast<const uint64_t *>(row_keys.data()), rows, row_size,
+                          {inner, outer_stride, inner_stride}, {max_code, uniform, stochastic, zero_point}, codes.data(),
+                          scale.data());
+        },
+        nb::arg("x").noconvert(), nb::arg("row_keys").noconvert(), nb::arg("codes").noconvert(),
+        nb::arg("scale").noconvert(), nb::kw_only(), nb::arg("inner"), nb::arg("outer_stride"), nb::arg("inner_stride"),
+        nb::arg("max_code"), nb::arg("uniform"), nb::arg("stochastic"), nb::arg("zero_point"),
+        "Fill codes (one byte each, in x's memory order) and scale (B) from the B rows of the dense x.");
+}

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loops of dpquant.quantize, fused. dpquant.quantize states what they compute."""
+
+import numpy as np
+
+def quantize_rows(
+    x: np.ndarray,
+    row_keys: np.ndarray,
+    codes: np.ndarray,
+    scale: np.ndarray,
+    *,
+    inner: int,
+    outer_stride: int,
+    inner_stride: int,
+    max_code: float,
+    uniform: bool,
+    stochastic: bool,
+    zero_point: int,
+) -> None:
+    """Fill codes (one byte each, in x's memory order) and scale (B) from the B rows of the dense x."""

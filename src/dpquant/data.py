@@ -1,0 +1,477 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data sets of images behind one shape, held in memory as bytes, with record ids that do not move.
+
+A record's id is its index. The order is fixed by the source: that of an IDX file, of torchvision's class, or, in an
+image folder, of the class names and then the paths. Keyed sampling and keyed rounding rely on it.
+
+Pixels are normalised by constants declared public: (pixel / full scale - MEAN) / STD, the same MEAN and STD for every
+data set, in which no record had a say. The shape of an image, the classes and `public_size` are public too. The number
+of records of a user's own data set is private, so an image folder has no `public_size`. Other files under a known name
+keep the size that belongs to the name.
+
+A file in an image folder that cannot be decoded is still a record: all its pixels are NaN, so that its gradient is not
+finite and its contribution exactly zero. It is neither named nor reported, because an error that depends on one record
+tells about it. `Split.readable` says which records these are.
+
+This file knows no privacy mechanism. Its messages hold no record, no file name inside an image folder and no count of
+records. Symbols: N records, B batch, C channels, H height, W width.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import gzip
+import http.client
+import math
+import socket
+import string
+import tarfile
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torch.utils.data
+from PIL import Image
+from torch import Tensor
+
+from dpquant.errors import DataError, SettingError
+
+MEAN = 0.5
+STD = 0.5
+FOLDER_PREFIX = "image-folder:"
+FOLDER_IMAGE_SIZE = 32
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+DEBIAN_DATASETS = Path("/usr/share/datasets")
+
+# The number of training records of each known data set, as published.
+PUBLIC_SIZES = MappingProxyType(
+    {
+        "digits": 1_442,
+        "mnist": 60_000,
+        "fashion-mnist": 60_000,
+        "emnist": 112_800,
+        "emnist-letters": 124_800,
+        "cifar10": 50_000,
+        "gtsrb": 26_640,
+    }
+)
+
+_FULL_SCALE = 255
+_DECODE_RUN = 256
+_DOWNLOAD_TIMEOUT_S = 10.0
+_DOWNLOAD_FAILURES = (OSError, RuntimeError, EOFError, http.client.HTTPException, tarfile.TarError, zipfile.BadZipFile)
+
+
+class Split(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
+    """The training or the test records of a data set: map-style, in memory, normalised when read.
+
+    An item is (image, target): float32 [C, H, W] and int64 scalar. `batch` gives many at once, bitwise what stacking
+    the items gives.
+
+    Args:
+      pixels: Shape (N, C, H, W), uint8.
+      targets: Shape (N,), int64, in [0, num_classes).
+      readable: Shape (N,), bool; a False record reads as NaN. None: all are readable.
+      full_scale: The pixel value that stands for white.
+    Privacy: per example, reads no other record.
+    """
+
+    def __init__(
+        self, pixels: Tensor, targets: Tensor, *, readable: Tensor | None = None, full_scale: int = _FULL_SCALE
+    ) -> None:
+        self.pixels = pixels
+        self.targets = targets
+        self.readable = torch.ones(len(targets), dtype=torch.bool) if readable is None else readable
+        self.full_scale = full_scale
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        inputs, targets = self.batch(torch.tensor([index]))
+        return inputs[0], targets[0]
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
+        """The items of many records: what torch's DataLoader calls to fetch a batch."""
+        inputs, targets = self.batch(torch.tensor(indices, dtype=torch.int64))
+        return list(zip(inputs.unbind(), targets.unbind(), strict=True))
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of the given records, collated; an empty batch keeps its shape.
+
+        Args:
+          indices: Shape (B,), int64, record ids.
+        Returns: Inputs [B, C, H, W] float32 and targets [B] int64.
+        Privacy: per example.
+        """
+        inputs = (self.pixels[indices] * (1.0 / (self.full_scale * STD))).sub_(MEAN / STD)
+        inputs[~self.readable[indices]] = math.nan
+        return inputs, self.targets[indices]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Dataset:
+    """A data set and what is public about it.
+
+    Args:
+      name: As it was asked for.
+      train: The private records.
+      test: Held out; whatever is measured on them is not covered by the guarantee.
+      num_classes: Targets lie in [0, num_classes).
+      input_shape: (C, H, W) of every input.
+      class_names: One for each class, in the order of the targets.
+      public_size: The published number of training records, or None where that number is private.
+    """
+
+    name: str
+    train: Split
+    test: Split
+    num_classes: int
+    input_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    public_size: int | None
+
+
+def public_size(name: str) -> int | None:
+    """The published number of training records, or None for an image folder, without touching any data.
+
+    Args:
+      name: As for `load`.
+    Raises: DataError: the name is unknown.
+    """
+    if name.startswith(FOLDER_PREFIX):
+        return None
+    if name not in PUBLIC_SIZES:
+        close = difflib.get_close_matches(name, PUBLIC_SIZES, n=1)
+        hint = f"Did you mean {close[0]}? " if close else ""
+        raise DataError(
+            f"Expected data to be one of {', '.join(PUBLIC_SIZES)} or {FOLDER_PREFIX}PATH; got data={name}. "
+            f"{hint}For images of your own, give {FOLDER_PREFIX}PATH with PATH/train/CLASS/* and PATH/test/CLASS/*."
+        )
+    return PUBLIC_SIZES[name]
+
+
+def load(name: str, data_dir: Path | None = None, *, image_size: int | None = None, download: bool = True) -> Dataset:
+    """The data set of this name, whole, in memory.
+
+    `digits` comes with scikit-learn; in each class every fifth record is for test. `mnist`, `fashion-mnist`, `emnist`
+    (balanced) and `emnist-letters` are IDX files, plain or .gz; `cifar10` and `gtsrb` are torchvision's. They are
+    looked for in data_dir, or else among Debian's data sets and in ~/.cache/dpquant, then downloaded by torchvision.
+    `image-folder:PATH` reads PATH/train/CLASS/* and PATH/test/CLASS/*, as RGB; a class folder may be empty.
+
+    Args:
+      name: One of PUBLIC_SIZES, or `image-folder:PATH`.
+      data_dir: Where the files are, or go when downloaded.
+      image_size: Side in pixels of the square that images are resized to (bilinear, antialiased). None: as they are, or
+        32 for image folders and gtsrb, whose images differ in size.
+      download: Whether the network may be asked for what is missing.
+    Returns: Inputs float32 [C, H, W], targets int64, in an order that never changes.
+    Raises: DataError: unknown, missing, empty or malformed; SettingError: image_size is not positive.
+    Privacy: per example; which error is raised does not depend on what a single image of an image folder holds.
+    """
+    size = public_size(name)
+    if image_size is not None and image_size < 1:
+        raise SettingError(
+            f"Expected image_size >= 1; got image_size={image_size}. It is the side of the resized images in pixels. "
+            "Leave it out to keep the data set's own size."
+        )
+    match name:
+        case "digits":
+            train, test, class_names = _digits()
+        case "cifar10":
+            train, test, class_names = _cifar10(data_dir or _cache(), download)
+        case "gtsrb":
+            train, test, class_names = _gtsrb(data_dir or _cache(), image_size or FOLDER_IMAGE_SIZE, download)
+        case _ if name in _IDX:
+            train, test, class_names = _idx(name, data_dir, download)
+        case _:
+            folder = Path(name.removeprefix(FOLDER_PREFIX)).expanduser()
+            train, test, class_names = _image_folder(folder, image_size or FOLDER_IMAGE_SIZE)
+    if image_size is not None:
+        train, test = _resized(train, image_size), _resized(test, image_size)
+    channels, height, width = train.pixels.shape[1:]
+    return Dataset(
+        name=name,
+        train=train,
+        test=test,
+        num_classes=len(class_names),
+        input_shape=(channels, height, width),
+        class_names=class_names,
+        public_size=size,
+    )
+
+
+def _cache() -> Path:
+    return Path.home() / ".cache" / "dpquant"
+
+
+def _resized(split: Split, size: int) -> Split:
+    """The same records as squares of this side."""
+    if split.pixels.shape[-2:] == (size, size):
+        return split
+    pixels = F.interpolate(split.pixels, (size, size), mode="bilinear", antialias=True)
+    return Split(pixels, split.targets, readable=split.readable, full_scale=split.full_scale)
+
+
+def _checked(
+    pixels: Tensor, targets: Tensor, class_names: Sequence[str], where: str, full_scale: int = _FULL_SCALE
+) -> Split:
+    """A split of published records, refused where it is empty or contradicts itself."""
+    if len(pixels) == 0 or len(pixels) != len(targets):
+        raise DataError(
+            f"Expected {where} to hold at least one image and one label for each; it does not. "
+            "Images and labels would not belong together. Fetch the files again."
+        )
+    if not bool(((targets >= 0) & (targets < len(class_names))).all()):
+        raise DataError(
+            f"Expected every label of {where} in [0, {len(class_names)}) once counted from 0; at least one is not. "
+            "The loss has no output for it. Check that the files belong to this data set's name."
+        )
+    return Split(pixels, targets, full_scale=full_scale)
+
+
+_Loaded = tuple[Split, Split, tuple[str, ...]]
+_DIGITS = tuple(string.digits)
+
+
+def _digits() -> _Loaded:
+    """1,797 digits of 8x8 pixels in 0..16; in each class, in scikit-learn's order, every fifth is for test."""
+    from sklearn.datasets import load_digits  # slow to import, and only this data set needs it
+
+    pixels, labels = load_digits(return_X_y=True)
+    pixels = torch.from_numpy(pixels.astype(np.uint8)).reshape(-1, 1, 8, 8)
+    targets = torch.from_numpy(labels.astype(np.int64))
+    rank_in_class = F.one_hot(targets).cumsum(0).gather(1, targets[:, None]).squeeze(1)
+    for_test = rank_in_class % 5 == 0
+    train, test = (_checked(pixels[rows], targets[rows], _DIGITS, "digits", 16) for rows in (~for_test, for_test))
+    return train, test, _DIGITS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _IdxSource:
+    """How the IDX files of one data set are named and what their bytes mean."""
+
+    train: str  # what comes before "-images-idx3-ubyte" and "-labels-idx1-ubyte"
+    test: str
+    torchvision_class: str
+    class_names: tuple[str, ...]
+    first_label: int = 0
+    transposed: bool = False
+
+
+_FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+_MERGED_LETTERS = "abdefghnqrt"  # the lower-case letters that EMNIST's balanced split tells from their capitals
+_IDX = MappingProxyType(
+    {
+        "mnist": _IdxSource(train="train", test="t10k", torchvision_class="MNIST", class_names=_DIGITS),
+        "fashion-mnist": _IdxSource(train="train", test="t10k", torchvision_class="FashionMNIST", class_names=_FASHION),
+        "emnist": _IdxSource(
+            train="emnist-balanced-train",
+            test="emnist-balanced-test",
+            torchvision_class="EMNIST",
+            class_names=tuple(string.digits + string.ascii_uppercase + _MERGED_LETTERS),
+            transposed=True,
+        ),
+        "emnist-letters": _IdxSource(
+            train="emnist-letters-train",
+            test="emnist-letters-test",
+            torchvision_class="EMNIST",
+            class_names=tuple(string.ascii_lowercase),
+            first_label=1,
+            transposed=True,
+        ),
+    }
+)
+
+
+def _idx(name: str, data_dir: Path | None, download: bool) -> _Loaded:
+    """A data set of four IDX files, from the first place that has them."""
+    source = _IDX[name]
+    home = data_dir or _cache()
+    raw = Path(source.torchvision_class) / "raw"  # where torchvision unpacks below its root
+    places = [home, home / raw] if data_dir else [DEBIAN_DATASETS / name, home, home / raw]
+    found = next((place for place in places if _idx_file(place, f"{source.train}-images-idx3-ubyte").is_file()), None)
+    if found is None:
+        split = {"split": source.train.split("-")[1]} if source.torchvision_class == "EMNIST" else {}
+        _torchvision(name, source.torchvision_class, download, root=str(home), **split)
+        found = home / raw
+    train, test = (_idx_split(found, stem, source) for stem in (source.train, source.test))
+    return train, test, source.class_names
+
+
+def _idx_file(place: Path, stem: str) -> Path:
+    """Where the file of this name is or would be: compressed if there is such a file, else plain."""
+    compressed = place / f"{stem}.gz"
+    return compressed if compressed.is_file() else place / stem
+
+
+def _idx_split(place: Path, stem: str, source: _IdxSource) -> Split:
+    """The images and labels whose files begin with stem."""
+    images = read_idx(_idx_file(place, f"{stem}-images-idx3-ubyte"), dimensions=3)
+    labels = read_idx(_idx_file(place, f"{stem}-labels-idx1-ubyte"), dimensions=1)
+    if source.transposed:
+        images = images.transpose(1, 2).contiguous()
+    return _checked(images[:, None], labels.long() - source.first_label, source.class_names, str(place / stem))
+
+
+def read_idx(path: Path, *, dimensions: int) -> Tensor:
+    """The bytes of an IDX file of unsigned bytes, plain or .gz.
+
+    Args:
+      path: The file.
+      dimensions: How many it must have: 3 for images, 1 for labels.
+    Returns: uint8, of the shape that the header states.
+    Raises: DataError: unreadable, of another type, of another size than its header states, or empty.
+    Source: Y. LeCun, "The MNIST database": magic 0x000008DD (DD dimensions), DD sizes, all big-endian, then the data.
+    """
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(
+            f"Expected {path} to be a readable file; got {type(error).__name__}. Images and labels of both splits are "
+            "needed. Fetch it again."
+        ) from error
+    header = 4 + 4 * dimensions
+    shape = [int.from_bytes(content[start : start + 4], "big") for start in range(4, header, 4)]
+    whole = content[:4] == bytes((0, 0, 8, dimensions)) and len(content) == header + math.prod(shape)
+    if not whole or 0 in shape:
+        raise DataError(
+            f"Expected {path} to be a whole IDX file of unsigned bytes with {dimensions} dimension(s), none of them 0; "
+            "its header or its size says otherwise. It is damaged or another kind of file. Fetch it again."
+        )
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).reshape(shape)
+
+
+def _torchvision(
+    name: str, class_name: str, download: bool, **arguments: str | bool | Callable[[Image.Image], Tensor]
+) -> Any:
+    """A data set object of torchvision, downloaded if need be; every way of not getting it is one DataError."""
+    from torchvision import datasets  # slow to import, and digits and image folders do without
+
+    try:
+        with _patient_for(_DOWNLOAD_TIMEOUT_S):
+            return getattr(datasets, class_name)(download=download, **arguments)
+    except _DOWNLOAD_FAILURES as error:
+        debian = " (or install Debian's package dataset-fashion-mnist)" if name == "fashion-mnist" else ""
+        raise DataError(
+            f"Expected the files of data={name} on this machine or the network; got {type(error).__name__}. Three ways "
+            f"on: give --data-dir with the files{debian}; let torchvision download them on a machine with a network "
+            f"and copy them; or use data that needs no download: digits, or {FOLDER_PREFIX}PATH."
+        ) from error
+
+
+@contextlib.contextmanager
+def _patient_for(seconds: float) -> Iterator[None]:
+    """Network connections opened inside give up after this long: torchvision's own would wait for ever."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _cifar10(root: Path, download: bool) -> _Loaded:
+    """CIFAR-10 as torchvision reads it."""
+    sets = [_torchvision("cifar10", "CIFAR10", download, root=str(root), train=train) for train in (True, False)]
+    names = tuple(sets[0].classes)
+    train, test = (
+        _checked(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets), names, "cifar10")
+        for s in sets
+    )
+    return train, test, names
+
+
+def _gtsrb(root: Path, size: int, download: bool) -> _Loaded:
+    """The German traffic signs as torchvision reads them, resized."""
+    names = tuple(f"{label:05d}" for label in range(43))
+    splits = []
+    for name in ("train", "test"):
+        transform = functools.partial(_square, size=size)
+        signs = _torchvision("gtsrb", "GTSRB", download, root=str(root), split=name, transform=transform)
+        pixels = torch.empty((len(signs), 3, size, size), dtype=torch.uint8)
+        targets = torch.empty(len(signs), dtype=torch.int64)
+        for index in range(len(signs)):
+            pixels[index], targets[index] = signs[index]
+        splits.append(_checked(pixels, targets, names, "gtsrb"))
+    return splits[0], splits[1], names
+
+
+def _image_folder(folder: Path, size: int) -> _Loaded:
+    """The user's own images: one record for each image file below train/CLASS and test/CLASS."""
+    train_names, test_names = _class_names(folder / "train"), _class_names(folder / "test")
+    if not train_names or train_names != test_names:
+        raise DataError(
+            f"Expected {folder} to hold train/ and test/, each with the same folders, one for each class; it does not. "
+            "A class is numbered by its folder's place. Add the missing folders: all but one may be empty."
+        )
+    train, test = (_folder_split(folder / split, train_names, size) for split in ("train", "test"))
+    return train, test, train_names
+
+
+def _class_names(folder: Path) -> tuple[str, ...]:
+    """The names of the folders in here, sorted; none where there is no such folder."""
+    if not folder.is_dir():
+        return ()
+    return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
+
+
+def _folder_split(folder: Path, class_names: Sequence[str], size: int) -> Split:
+    """Every image file of every class, decoded once; those that cannot be decoded are marked, not reported."""
+    files: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(class_names):
+        images = sorted(path for path in (folder / name).rglob("*") if _is_image(path))
+        files += images
+        labels += [label] * len(images)
+    pixels, readable = _decode(files, size)
+    if not bool(readable.any()):
+        raise DataError(
+            f"Expected {folder} to hold at least one readable image; it holds none. There is nothing to train or test "
+            f"on. Add images: files count as such by their suffix, {', '.join(sorted(IMAGE_SUFFIXES))}."
+        )
+    return Split(pixels, torch.tensor(labels, dtype=torch.int64), readable=readable)
+
+
+def _is_image(path: Path) -> bool:
+    """Whether a file's name says that it is an image; hidden files, such as another system's droppings, are none."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def _decode(files: Sequence[Path], size: int) -> tuple[Tensor, Tensor]:
+    """Every file as uint8 [N, 3, size, size], and which of them could be decoded; the others stay black.
+
+    Two threads, in runs of files: on two cores photographs of 500x400 decode 1.7 times as fast as in one thread, at
+    1,400 a second; thumbnails of 32x32, where the interpreter's lock is most of the work, 0.6 times, at 6,500.
+    """
+    pixels = torch.zeros((len(files), 3, size, size), dtype=torch.uint8)
+    readable = torch.zeros(len(files), dtype=torch.bool)
+
+    def decode_run(start: int) -> None:
+        for index in range(start, min(start + _DECODE_RUN, len(files))):
+            try:
+                with Image.open(files[index]) as image:
+                    pixels[index] = _square(image, size)
+            except Exception:  # decoders raise what they like, and no record may stop the run or be told apart by it
+                continue
+            readable[index] = True
+
+    with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=2) as pool:
+        warnings.simplefilter("ignore")  # Pillow's warnings describe the record
+        list(pool.map(decode_run, range(0, len(files), _DECODE_RUN)))
+    return pixels, readable
+
+
+def _square(image: Image.Image, size: int) -> Tensor:
+    """An image as RGB bytes [3, size, size], bilinear; Pillow's filter is antialiased when it shrinks."""
+    resized = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Number formats and recipes: frozen facts, no arithmetic on tensors and no torch.
+
+A value is `code * scale`; a format says which codes there are. One rule covers all of them: near a magnitude t the
+codes are spaced by
+
+    quantum(t) = 2^(max(floor(log2 t), min_exponent) - mantissa_bits),        and |code| <= max_code.
+
+Below 2^(min_exponent + 1) the spacing is constant (a floating-point format's subnormals); a uniform integer format is
+one that never leaves this range. A recipe names a format and a rounding for each role: weight, activation, output
+gradient.
+
+Sources: E3M0 from LUQ (Chmiel et al. 2021, arXiv:2112.10769), with alpha = absmax / 64 so that 15 values fit 4 bits;
+the FP8 formats from OCP 8-bit Floating Point Specification (OFP8), revision 1.0.
+"""
+
+import dataclasses
+import enum
+import math
+
+from dpquant.errors import FormatError
+
+
+class Rounding(enum.Enum):
+    """How a value between two codes becomes one of them."""
+
+    STOCHASTIC = "stochastic"  # up with probability equal to the fraction: unbiased
+    NEAREST = "nearest"  # to the nearer one; a tie goes away from zero
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NumberFormat:
+    """Which codes there are: a sign, `exponent_bits` and `mantissa_bits`. Codes are symmetric about zero.
+
+    Attributes:
+      name: as users write it.
+      exponent_bits: 0 for a uniform integer format.
+      mantissa_bits: of a uniform integer format, all bits but the sign.
+      min_exponent: floor(log2) of the largest magnitudes that are spaced like zero's neighbours.
+      max_code: the largest magnitude.
+
+    Raises:
+      FormatError: the numbers do not describe a format.
+    """
+
+    name: str
+    exponent_bits: int
+    mantissa_bits: int
+    min_exponent: int
+    max_code: int
+
+    def __post_init__(self):
+        if self.exponent_bits < 0 or self.mantissa_bits < 0 or not 2 <= self.bits <= 8:
+            raise FormatError(
+                f"Expected bits of format {self.name!r} between 2 and 8; got exponent_bits={self.exponent_bits}, "
+                f"mantissa_bits={self.mantissa_bits}. Codes are stored in one byte. Give bits that fit with the sign."
+            )
+        if not 1 <= self.max_code <= 2**16 or math.fmod(self.max_code, self.quantum(self.max_code)):
+            raise FormatError(
+                f"Expected max_code of format {self.name!r} to be one of its codes; got max_code={self.max_code}. "
+                "The largest magnitude is mapped onto it. Give a value that the format represents."
+            )
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code, sign included."""
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+    @property
+    def fits_int8(self) -> bool:
+        """Whether every code is an integer in -127..127."""
+        return self.min_exponent >= self.mantissa_bits and self.max_code <= 127
+
+    def quantum(self, magnitude: float) -> float:
+        """The distance from the code at or below `magnitude` >= 0 to the next one up."""
+        exponent = math.frexp(magnitude)[1] - 1 if magnitude > 0 else self.min_exponent
+        return math.ldexp(1.0, max(exponent, self.min_exponent) - self.mantissa_bits)
+
+    def levels(self) -> tuple[float, ...]:
+        """Every code, ascending."""
+        magnitudes = [0.0]
+        while magnitudes[-1] < self.max_code:
+            magnitudes.append(magnitudes[-1] + self.quantum(magnitudes[-1]))
+        return tuple(-magnitude for magnitude in reversed(magnitudes[1:])) + tuple(magnitudes)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RoleFormat:
+    """The format and the rounding of one role.
+
+    Raises:
+      FormatError: `format` is no NumberFormat, or `rounding` no Rounding.
+    """
+
+    format: NumberFormat
+    rounding: Rounding
+
+    def __post_init__(self):
+        if not isinstance(self.format, NumberFormat):
+            raise FormatError(
+                f"Expected format to be a NumberFormat; got format={self.format!r}. A role needs the format's facts. "
+                "Look one up by number_format(name)."
+            )
+        if not isinstance(self.rounding, Rounding):
+            raise FormatError(
+                f"Expected rounding to be a Rounding; got rounding={self.rounding!r}. There are two ways to round. "
+                "Give Rounding.STOCHASTIC or Rounding.NEAREST."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a user picks by `format=`: for each operand of a quantized layer its format and rounding.
+
+    Attributes:
+      name: as users write it and as records show it.
+      weight: the layer's weight; one scale for the whole tensor.
+      activation: the layer's input; one scale per example.
+      gradient: the gradient of the layer's output; one scale per example.
+
+    Raises:
+      FormatError: the name is empty, or a role is no RoleFormat.
+    """
+
+    name: str
+    weight: RoleFormat
+    activation: RoleFormat
+    gradient: RoleFormat
+
+    def __post_init__(self):
+        if not isinstance(self.name, str) or not self.name:
+            raise FormatError(
+                f"Expected name to be a non-empty string; got name={self.name!r}. Records name the recipe. "
+                "Give it a name."
+            )
+        for role in ("weight", "activation", "gradient"):
+            if not isinstance(getattr(self, role), RoleFormat):
+                raise FormatError(
+                    f"Expected {role} to be a RoleFormat; got {role}={getattr(self, role)!r}. A recipe states every "
+                    "role. Give RoleFormat(format=..., rounding=...)."
+                )
+
+    @property
+    def roles(self) -> tuple[RoleFormat, RoleFormat, RoleFormat]:
+        """Weight, activation, gradient."""
+        return self.weight, self.activation, self.gradient
+
+    @property
+    def fits_int8(self) -> bool:
+        """Whether the codes of every role are integers in -127..127, so that int8 hardware multiplies them."""
+        return all(role.format.fits_int8 for role in self.roles)
+
+    @property
+    def max_code(self) -> int:
+        """The largest magnitude of any role's codes."""
+        return max(role.format.max_code for role in self.roles)
+
+
+E3M0 = NumberFormat(name="e3m0", exponent_bits=3, mantissa_bits=0, min_exponent=0, max_code=64)
+INT4 = NumberFormat(name="int4", exponent_bits=0, mantissa_bits=3, min_exponent=3, max_code=7)
+INT8 = NumberFormat(name="int8", exponent_bits=0, mantissa_bits=7, min_exponent=7, max_code=127)
+FP8_E4M3 = NumberFormat(name="fp8-e4m3", exponent_bits=4, mantissa_bits=3, min_exponent=-6, max_code=448)
+FP8_E5M2 = NumberFormat(name="fp8-e5m2", exponent_bits=5, mantissa_bits=2, min_exponent=-14, max_code=57344)
+FORMATS = {number_format.name: number_format for number_format in (E3M0, INT4, INT8, FP8_E4M3, FP8_E5M2)}
+
+
+def _recipe(name: str, forward: NumberFormat, rounding: Rounding, gradient: NumberFormat) -> Recipe:
+    """One format and rounding for both forward operands, stochastic rounding for the gradient."""
+    operand = RoleFormat(format=forward, rounding=rounding)
+    output_gradient = RoleFormat(format=gradient, rounding=Rounding.STOCHASTIC)
+    return Recipe(name=name, weight=operand, activation=operand, gradient=output_gradient)
+
+
+RECIPES = {
+    entry.name: entry
+    for entry in (
+        _recipe("luq-fp4", E3M0, Rounding.STOCHASTIC, E3M0),  # DPQuant
+        _recipe("luq", INT4, Rounding.NEAREST, E3M0),  # LUQ as published
+        _recipe("int8", INT8, Rounding.NEAREST, INT8),
+        _recipe("fp8", FP8_E4M3, Rounding.NEAREST, FP8_E5M2),
+    )
+}
+
+
+def number_format(name: str) -> NumberFormat:
+    """The format of that name.
+
+    Raises:
+      FormatError: there is none; the message lists the known ones.
+    """
+    if name not in FORMATS:
+        raise FormatError(
+            f"Expected format to be one of {', '.join(FORMATS)}; got format={name!r}. Only these have codes. "
+            "Choose one of them."
+        )
+    return FORMATS[name]
+
+
+def recipe(name: str | Recipe) -> Recipe:
+    """The recipe of that name; a Recipe is returned as it is.
+
+    Raises:
+      FormatError: there is none; the message lists the known ones.
+    """
+    if isinstance(name, Recipe):
+        return name
+    if name not in RECIPES:
+        raise FormatError(
+            f"Expected format to be one of {', '.join(RECIPES)}, or a Recipe; got format={name!r}. A recipe says how "
+            "each operand of a layer is rounded. Choose one of them."
+        )
+    return RECIPES[name]

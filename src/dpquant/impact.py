@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a layer's quantization costs: the loss-impact vector of a batch, clipped per example and summed.
+
+For example i and policy p (by default: one policy per quantizable layer, that layer alone quantized)
+
+    v_i[p] = mean over rounding repeats of loss_i(model with p quantized) - loss_i(model in full precision)
+
+and the sum is over clip_C(v_i). Each v_i depends on the public model, on record i and on its own rounding draws, so adding or
+removing one record moves the sum by at most C. The paper clips the aggregated vector instead, which has sensitivity 2 C:
+two vectors of a ball can be its diameter apart. (The paper calls this quantity "loss sensitivity"; here `sensitivity` is
+the privacy bound and nothing else.) No model update happens inside; parameters, buffers, modes, policy and random streams
+are left bitwise as they were.
+
+Symbols: B examples, P policies, C clip norm, v impact. Source: DPQuant, arXiv 2509.03472, corrected as said above.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpquant.clip import PerExampleLoss, clip_factors, per_example_losses, take_rows
+from dpquant.errors import SettingError
+from dpquant.layers import Pass, Replay, current_policy, quantizable_layers, running, set_policy
+from dpquant.streams import derive_key
+
+
+@dataclasses.dataclass(frozen=True)
+class ImpactSum:
+    """A sum over examples of clipped impact vectors, before noise.
+
+    Attributes:
+      impacts: float64 `(P,)`, in units of the loss, in the order of the names asked for.
+      sensitivity: L2 norm by which adding or removing one record can change `impacts`.
+    Privacy: reads private data and is not private itself.
+    """
+
+    impacts: Tensor
+    sensitivity: float
+
+
+def impact_sum(
+    model: nn.Module,
+    loss_fn: PerExampleLoss,
+    batch: Any,
+    *,
+    names: Sequence[str],
+    max_norm: float,
+    record_ids: Tensor,
+    step: int,
+    seed: int,
+    repeats: int = 1,
+    microbatch_size: int = 256,
+) -> ImpactSum:
+    """The sum over a batch of per-example impact vectors, each scaled to at most `max_norm`.
+
+    Only forward passes, in evaluation mode (no dropout). The pass that quantizes a layer takes everything before that layer
+    from the full-precision pass: on average half of the products are computed.
+
+    Args:
+      model: a prepared model.
+      loss_fn: `(model, batch) -> Tensor (B,)`.
+      batch: as for `clipped_sum`.
+      names: layers, one policy each.
+      max_norm: C > 0, in units of the loss.
+      record_ids: int64 `(B,)`.
+      step: the number of the analysis; another number draws other roundings.
+      seed: of the rounding draws.
+      repeats: rounding draws averaged before the clip.
+      microbatch_size: examples a forward pass.
+    Returns: ImpactSum with sensitivity `max_norm`; zeros for an empty batch. An example with an impact that is not finite
+      contributes zero.
+    Raises:
+      SettingError: an argument out of range, or a name that is not a quantizable layer.
+    Privacy: per example; no noise is added here.
+    """
+    if not 0 < max_norm < math.inf:
+        raise SettingError(f"Expected max_norm > 0 and finite; got max_norm={max_norm}.")
+    if repeats < 1:
+        raise SettingError(f"Expected repeats >= 1; got repeats={repeats}.")
+    total = torch.zeros(len(names), dtype=torch.float64)
+    with _undisturbed(model), torch.no_grad():
+        for start in range(0, len(record_ids), microbatch_size):
+            rows = slice(start, start + microbatch_size)
+            v_BP = _impacts(model, loss_fn, take_rows(batch, rows), names, record_ids[rows], step, seed, repeats)
+            factors_B, finite_B = clip_factors(v_BP.square().sum(1), max_norm)
+            total += factors_B[finite_B].double() @ v_BP[finite_B]
+    return ImpactSum(impacts=total, sensitivity=float(max_norm))
+
+
+def _impacts(
+    model: nn.Module,
+    loss_fn: PerExampleLoss,
+    batch: Any,
+    names: Sequence[str],
+    record_ids: Tensor,
+    step: int,
+    seed: int,
+    repeats: int,
+) -> Tensor:
+    """v, float64 `(B, P)`, not clipped."""
+    layers = quantizable_layers(model)
+    replay = Replay()
+    v_BP = torch.zeros(len(record_ids), len(names), dtype=torch.float64)
+
+    def losses(repeat: int, policy: Sequence[str]) -> Tensor:
+        set_policy(model, policy)
+        run = Pass(key=derive_key(seed, "analysis", step, repeat), record_ids=record_ids, replay=replay)
+        with running(model, run):
+            return per_example_losses(loss_fn, model, batch, len(record_ids)).double().cpu()
+
+    replay.remember()
+    full_precision_B = losses(0, ())
+    for column, name in enumerate(names):
+        for repeat in range(repeats):
+            replay.rewind(layers[name])
+            v_BP[:, column] += (losses(repeat, (name,)) - full_precision_B) / repeats
+    return v_BP
+
+
+@contextlib.contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; modes, policy and the global random stream are given back as they were."""
+    policy, modes = current_policy(model), {module: module.training for module in model.modules()}
+    devices = [p.device for p in model.parameters() if p.device.type == "cuda"]
+    with torch.random.fork_rng(devices=sorted(set(devices), key=str)):
+        model.eval()
+        try:
+            yield
+        finally:
+            set_policy(model, policy)
+            for module, training in modes.items():
+                module.training = training

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does this model, with this loss, keep its examples apart? Tried out on made-up records, before any private one is read.
+
+A list of forbidden layers can be evaded (a batch statistic in a forward method, a parameter used behind its module's back),
+so the model is run: the clipped sum of a batch must be the sum of its examples' own, and without a clip it must be what
+autograd computes. Made-up records have the shapes and types of the data set's first record and none of its values.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpquant.clip import PerExampleLoss, clipped_sum, take_rows
+from dpquant.errors import DataError, DPQuantError, ModelError
+from dpquant.layers import quantizable_layers
+
+_NUM_EXAMPLES = 3
+_TOLERANCE = 1e-3  # of the clip norm, or of a gradient; float32 rounding is a hundred times smaller
+_GROWTH = 4.0  # each made-up example is so many times the one before: a statistic over the batch then moves them all
+_NO_CLIP = 1e12
+
+
+def made_up_batch(record: Any, collate: Callable[[list], Any]) -> Any:
+    """A batch of `_NUM_EXAMPLES` records shaped like `record`: normal deviates of growing size for floats, zeros for integers.
+
+    Privacy: uses shapes and types only.
+    """
+    generator = torch.Generator().manual_seed(0)
+    return collate([_like(record, generator, _GROWTH**i) for i in range(_NUM_EXAMPLES)])
+
+
+def _like(value: Any, generator: torch.Generator, size: float) -> Any:
+    """Something of the value's structure, shapes and types."""
+    match value:
+        case Tensor() if value.is_floating_point():
+            return size * torch.randn(value.shape, generator=generator, dtype=value.dtype)
+        case Tensor():
+            return torch.zeros_like(value)
+        case bool() | int():
+            return 0
+        case float():
+            return size * torch.randn((), generator=generator).item()
+        case dict():
+            return {key: _like(part, generator, size) for key, part in value.items()}
+        case tuple() if hasattr(value, "_fields"):
+            return type(value)(*(_like(part, generator, size) for part in value))
+        case tuple() | list():
+            return type(value)([_like(part, generator, size) for part in value])
+    try:
+        return _like(torch.as_tensor(value), generator, size)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"Expected records of tensors, numbers, tuples, lists and dicts; got a {type(value).__name__}. "
+            "Convert it in the data set's __getitem__."
+        ) from error
+
+
+def check_isolation(model: nn.Module, loss_fn: PerExampleLoss, batch: Any) -> dict[str, float]:
+    """Run the model on a made-up batch, refuse it if its examples are coupled, and count its multiply-accumulates.
+
+    Args:
+      model: a prepared model, in full precision. Its parameters, modes and the global random stream are left as they were;
+        it must not change its own buffers.
+      loss_fn: `(model, batch) -> Tensor (B,)`.
+      batch: `_NUM_EXAMPLES` made-up records.
+    Returns: {quantizable layer: multiply-accumulates of its forward product, for one example}.
+    Raises:
+      ModelError: the model does not run on such a batch; a parameter has no per-example gradient, or one that is not what
+        autograd computes; one example's gradient depends on another; a buffer changes.
+    Privacy: reads no data.
+    """
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices, key=str)):
+        try:
+            macs = _count_macs(model, loss_fn, batch)
+            _compare_with_autograd(model, loss_fn, batch)
+            _compare_with_singletons(model, loss_fn, batch)
+        except DPQuantError:
+            raise
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise ModelError(
+                f"Expected model and loss_fn to run on a batch shaped like the data set's; got a {type(error).__name__}: "
+                f"{error}. The batch was made up. Make the model's input and output fit the records."
+            ) from error
+    return macs
+
+
+def _gradients(
+    model: nn.Module, loss_fn: PerExampleLoss, batch: Any, rows: Sequence[int], clip: float
+) -> dict[str, Tensor]:
+    """The clipped sum over some rows, with the global random stream at its start."""
+    torch.manual_seed(0)
+    ids = torch.tensor(rows)
+    part = take_rows(batch, ids)
+    return clipped_sum(model, loss_fn, part, max_grad_norm=clip, record_ids=ids, step=0, seed=0).grads
+
+
+def _compare_with_autograd(model: nn.Module, loss_fn: PerExampleLoss, batch: Any) -> None:
+    """Catches a parameter whose use is not seen, and so not clipped for: tied by hand, or used outside its module."""
+    ours = _gradients(model, loss_fn, batch, range(_NUM_EXAMPLES), _NO_CLIP)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    torch.manual_seed(0)
+    theirs = torch.autograd.grad(loss_fn(model, batch).sum(), list(trainable.values()), allow_unused=True)
+    for (name, mine), reference in zip(ours.items(), theirs, strict=True):
+        reference = torch.zeros_like(mine) if reference is None else reference
+        if (mine - reference).norm() > _TOLERANCE * reference.norm().clamp(min=1e-6):
+            raise ModelError(
+                f"Expected {name} to be used only by the module that owns it; got a gradient that its per-example gradients "
+                "do not add up to. Clipping would miss a part of it. Call the module instead of using its parameter, or "
+                "make the examples the first axis of every input."
+            )
+
+
+def _compare_with_singletons(model: nn.Module, loss_fn: PerExampleLoss, batch: Any) -> None:
+    """Catches examples that see each other. A model that draws random numbers has no single answer to compare."""
+    rows = range(_NUM_EXAMPLES)
+    whole = _gradients(model, loss_fn, batch, rows, 1.0)
+    singles = [_gradients(model, loss_fn, batch, [row], 1.0) for row in rows]
+    gap = sum((sum(single[name] for single in singles) - whole[name]).double().square().sum() for name in whole)
+    if float(gap) ** 0.5 > _TOLERANCE and not _draws_random_numbers(model, loss_fn, batch):
+        raise ModelError(
+            "Expected each example's gradient to depend on that example alone; got a batch whose clipped sum is not the sum "
+            "of its examples' own. Clipping would bound no one's influence. Remove batch statistics and other operations "
+            "across the first axis."
+        )
+
+
+def _draws_random_numbers(model: nn.Module, loss_fn: PerExampleLoss, batch: Any) -> bool:
+    """Whether the losses move the global random stream, as dropout does."""
+    before = torch.random.get_rng_state()
+    with torch.no_grad():
+        loss_fn(model, batch)
+    return not torch.equal(before, torch.random.get_rng_state())
+
+
+def _count_macs(model: nn.Module, loss_fn: PerExampleLoss, batch: Any) -> dict[str, float]:
+    """One forward pass, counting; and the check that it leaves the buffers alone."""
+    layers = quantizable_layers(model)
+    macs = dict.fromkeys(layers, 0.0)
+
+    def counter(name: str) -> Callable[..., None]:
+        def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            macs[name] += output[0].numel() * layers[name].weight[0].numel()
+
+        return count
+
+    handles = [layer.register_forward_hook(counter(name)) for name, layer in layers.items()]
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        with torch.no_grad():
+            loss_fn(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, buffer in model.named_buffers():
+        if not torch.equal(buffer, buffers[name]):
+            raise ModelError(
+                f"Expected a forward pass to leave the model's buffers alone; got a change of {name}. A buffer that follows "
+                "the data is released with the model, without noise. Remove it, or freeze it in evaluation mode."
+            )
+    return macs

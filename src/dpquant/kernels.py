@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The three products of a convolution, on number codes: forward, input gradient, per-example weight gradient.
+
+Two backends give the same integers. `simulate` multiplies codes as floating-point numbers, on any device: it is the meaning.
+`int8` runs the same codes on a CPU's int8 instructions. This is the only file that calls `torch.ops.onednn`; it knows
+nothing of scales, layers or privacy. A linear layer is a 1x1 convolution over its positions.
+
+Symbols: B examples, C input channels, O output channels, G groups, H x W input size, K kernel size, T output positions.
+
+Sources: oneDNN's int8 convolution through `torch.ops.onednn.qconv2d_pointwise`, which takes activations as uint8 with a
+zero point: a code c in -127..127 travels as c + 128, zero padding included. All scales are 1, so that the int32 accumulator
+comes out as a float32 and differs from the exact integer only by that one rounding (none below 2^24).
+"""
+
+import dataclasses
+import functools
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpquant.errors import FormatError
+from dpquant.quantize import QTensor
+
+BACKENDS = ("auto", "simulate", "int8")
+INT8_ZERO_POINT = 128
+_FLOAT32_EXACT = 2**24  # every integer up to here is a float32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """How a 2-D convolution walks over its input. All pairs are (height, width)."""
+
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @property
+    def pointwise(self) -> bool:
+        """True for a 1x1 convolution that visits every position once: a matrix product over positions."""
+        return self == Geometry(groups=self.groups) and self.groups == 1
+
+
+class Products(Protocol):
+    """The two products of one layer's quantized weight, packed once and used for a whole logical batch."""
+
+    def forward(self, x: QTensor) -> Tensor:
+        """Accumulators of conv(codes of x, codes of W): float32 `(B, O, H', W')`, unscaled."""
+        ...
+
+    def input_gradient(self, grad: QTensor, size: tuple[int, int]) -> Tensor:
+        """Accumulators of the transposed convolution of grad's codes: float32 `(B, C, H, W)` with `size` = (H, W)."""
+        ...
+
+
+def code_values(operand: Tensor | QTensor) -> Tensor:
+    """The operand's codes as float32 (`(B, ...)`, zero point removed); a plain tensor is returned as it is."""
+    if isinstance(operand, Tensor):
+        return operand
+    values = operand.codes.float()
+    return values.sub_(operand.zero_point) if operand.zero_point else values
+
+
+class SimulatedProducts:
+    """Codes multiplied as floating-point numbers: exact for integer codes, on every device."""
+
+    def __init__(self, weight: QTensor, geometry: Geometry, max_code: int):
+        self._weight = code_values(weight)
+        self._geometry = geometry
+        self._max_code = max_code  # the largest |code| of weight, activation or gradient; bounds every partial sum
+
+    def forward(self, x: QTensor) -> Tensor:
+        dtype = _exact_dtype(x, self._weight[0].numel(), self._max_code)
+        g = self._geometry
+        y = F.conv2d(
+            code_values(x).to(dtype), self._weight.to(dtype), None, g.stride, g.padding, g.dilation, groups=g.groups
+        )
+        return y.float()
+
+    def input_gradient(self, grad: QTensor, size: tuple[int, int]) -> Tensor:
+        out_channels_per_group = self._weight.shape[0] // self._geometry.groups
+        terms = out_channels_per_group * self._weight[0, 0].numel()
+        dtype = _exact_dtype(grad, terms, self._max_code)
+        return input_gradient(code_values(grad).to(dtype), self._weight.to(dtype), self._geometry, size).float()
+
+
+def _exact_dtype(operand: QTensor, num_terms: int, max_code: int) -> torch.dtype:
+    """float32 where every partial sum of `num_terms` integer products is a float32, else float64. fp8 sums in float32."""
+    if operand.codes.dtype.is_floating_point or num_terms * max_code**2 <= _FLOAT32_EXACT:
+        return torch.float32
+    return torch.float64
+
+
+class Int8Products:
+    """The same codes on int8 instructions; the weight is packed for both products on first use."""
+
+    def __init__(self, weight: QTensor, geometry: Geometry):
+        self._codes = weight.codes
+        self._geometry = geometry
+
+    def forward(self, x: QTensor) -> Tensor:
+        g = self._geometry
+        return _int8_convolution(x.codes, self._packed_forward, g.stride, g.padding, g.dilation, g.groups)
+
+    def input_gradient(self, grad: QTensor, size: tuple[int, int]) -> Tensor:
+        """A convolution of the zero-stuffed gradient with the flipped, transposed kernel."""
+        g = self._geometry
+        reach = [d * (k - 1) for d, k in zip(g.dilation, g.kernel, strict=True)]
+        padding = [max(r - p, 0) for r, p in zip(reach, g.padding, strict=True)]
+        crop = [max(p - r, 0) for r, p in zip(reach, g.padding, strict=True)]
+        stuffed = [size[i] + crop[i] + reach[i] - 2 * padding[i] for i in range(2)]
+        codes = _zero_stuffed(grad.codes, g.stride, (stuffed[0], stuffed[1]))
+        full = _int8_convolution(codes, self._packed_transposed, (1, 1), tuple(padding), g.dilation, g.groups)
+        return full[:, :, crop[0] : crop[0] + size[0], crop[1] : crop[1] + size[1]]
+
+    @functools.cached_property
+    def _packed_forward(self) -> "_PackedWeight":
+        g = self._geometry
+        return _PackedWeight(self._codes, g.stride, g.padding, g.dilation, g.groups)
+
+    @functools.cached_property
+    def _packed_transposed(self) -> "_PackedWeight":
+        g = self._geometry
+        out_channels, in_channels_per_group, *kernel = self._codes.shape
+        grouped = self._codes.view(g.groups, out_channels // g.groups, in_channels_per_group, *kernel)
+        transposed = grouped.transpose(1, 2).flip(3, 4).reshape(-1, out_channels // g.groups, *kernel)
+        return _PackedWeight(transposed, (1, 1), (0, 0), g.dilation, g.groups)
+
+
+class _PackedWeight:
+    """A weight in the layout that oneDNN wants, with the unit scales that the operator asks for."""
+
+    def __init__(self, codes: Tensor, stride, padding, dilation, groups: int):
+        self.scales = torch.ones(codes.shape[0])
+        self.zero_points = torch.zeros(codes.shape[0], dtype=torch.int8)
+        self.tensor = torch.ops.onednn.qconv_prepack(
+            codes.contiguous(), self.scales, 1.0, INT8_ZERO_POINT, stride, padding, dilation, groups, None
+        )
+
+
+def _int8_convolution(codes: Tensor, weight: _PackedWeight, stride, padding, dilation, groups: int) -> Tensor:
+    """uint8 codes (zero point 128) `(B, C, H, W)` -> float32 accumulators `(B, O, H', W')`, channels last."""
+    return torch.ops.onednn.qconv2d_pointwise(
+        codes, 1.0, INT8_ZERO_POINT, weight.tensor, weight.scales, weight.zero_points, None,
+        stride, padding, dilation, groups, 1.0, 0, torch.float32, "none", [], "",
+    )  # fmt: skip
+
+
+def _zero_stuffed(codes: Tensor, stride: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Codes spread `stride` apart on a plane of `size` that holds the code of zero elsewhere."""
+    if stride == (1, 1) and codes.shape[2:] == size:
+        return codes
+    plane = torch.full((*codes.shape[:2], *size), INT8_ZERO_POINT, dtype=codes.dtype)
+    plane = plane.contiguous(memory_format=torch.channels_last)
+    slots = plane[:, :, :: stride[0], :: stride[1]]
+    rows, columns = min(slots.shape[2], codes.shape[2]), min(slots.shape[3], codes.shape[3])
+    slots[:, :, :rows, :columns] = codes[:, :, :rows, :columns]
+    return plane
+
+
+def input_gradient(grad: Tensor, weight: Tensor, geometry: Geometry, size: tuple[int, int]) -> Tensor:
+    """The gradient of a convolution with respect to its input, in the dtype of its operands.
+
+    Args:
+      grad: `(B, O, H', W')`.
+      weight: `(O, C / G, *kernel)`.
+      geometry: of the convolution.
+      size: (H, W) of the input.
+    Returns: `(B, C, H, W)`.
+    """
+    shape = (grad.shape[0], weight.shape[1] * geometry.groups, *size)
+    mask = [True, False, False]
+    return _convolution_backward(grad, grad.new_empty(1).expand(shape), weight, geometry, geometry.groups, mask)[0]
+
+
+def weight_gradient(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
+    """The weight gradient summed over the batch: grad `(B, O, H', W')`, x `(B, C, H, W)` -> `(O, C / G, *kernel)`."""
+    if geometry.pointwise:
+        total = grad.transpose(0, 1).flatten(1) @ x.transpose(0, 1).flatten(1).t()
+        return total[:, :, None, None]
+    shape = (grad.shape[1], x.shape[1] // geometry.groups, *geometry.kernel)
+    weight = grad.new_empty(1).expand(shape)
+    return _convolution_backward(grad, x, weight, geometry, geometry.groups, [False, True, False])[1]
+
+
+def patch_products(grad_BGTO: Tensor, patches_BGTD: Tensor) -> Tensor:
+    """Each example's own weight gradient, sum_t grad_t patch_t^T, never summed over examples.
+
+    Args:
+      grad_BGTO: output gradients by group and position, float32: values or integer codes.
+      patches_BGTD: what each position sees, from `unfolded`; likewise.
+    Returns: `(B, O, D)` with D in patch order, float32; exact for codes whose sums stay within 2^24.
+    """
+    return (grad_BGTO.transpose(2, 3) @ patches_BGTD).flatten(1, 2)
+
+
+def summed_patch_products(grad_BGTO: Tensor, patches_BGTD: Tensor) -> Tensor:
+    """The same summed over examples, by one matrix product a group: `(O, D)`."""
+    grad_GON = grad_BGTO.permute(1, 3, 0, 2).flatten(2)
+    return (grad_GON @ patches_BGTD.transpose(0, 1).flatten(1, 2)).flatten(0, 1)
+
+
+def in_weight_order(products: Tensor, geometry: Geometry) -> Tensor:
+    """`(..., O, D)` with D in patch order (kernel row, kernel column, channel) -> `(..., O, C / G, *kernel)`."""
+    return products.unflatten(-1, (*geometry.kernel, -1)).movedim(-1, -3)
+
+
+def _convolution_backward(grad, x, weight, geometry: Geometry, groups: int, mask: list[bool]):
+    g = geometry
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, g.stride, g.padding, g.dilation, False, [0, 0], groups, mask
+    )
+
+
+def unfolded(x: Tensor, geometry: Geometry) -> Tensor:
+    """The input patches that meet each output position: `(B, C, H, W)` -> `(B, G, T, C / G * kernel size)`.
+
+    The order inside a patch is (kernel row, kernel column, channel): see `in_weight_order`.
+    """
+    (top, left), (down, right), (step_down, step_right) = geometry.padding, geometry.stride, geometry.dilation
+    x_BHWC = F.pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top)).contiguous()
+    batch, height, width, channels = x_BHWC.shape
+    rows = (height - step_down * (geometry.kernel[0] - 1) - 1) // down + 1
+    columns = (width - step_right * (geometry.kernel[1] - 1) - 1) // right + 1
+    per_group, line = channels // geometry.groups, width * channels
+    size = (batch, geometry.groups, rows, columns, *geometry.kernel, per_group)
+    steps = (height * line, per_group, down * line, right * channels, step_down * line, step_right * channels, 1)
+    return x_BHWC.as_strided(size, steps).reshape(batch, geometry.groups, rows * columns, -1)
+
+
+@functools.cache
+def int8_is_exact(max_code: int) -> bool:
+    """Whether this machine's int8 convolution gives the exact integers for codes up to `max_code`, forward and back.
+
+    A processor without the right instructions, or told not to use them, may saturate full-range products (the pairs of a
+    16-bit accumulator), so the check uses the largest codes, not random ones. Run once a process and code range.
+    """
+    try:
+        generator = torch.Generator().manual_seed(0)
+        geometry = Geometry(kernel=(3, 3), stride=(2, 2), padding=(1, 1))
+        signs = torch.randint(0, 2, (2, 64, 9, 9), generator=generator).mul_(2).sub_(1)
+        x = QTensor(codes=(signs * max_code).to(torch.int8), scale=torch.ones(2))
+        weight = QTensor(codes=torch.full((32, 64, 3, 3), max_code, dtype=torch.int8), scale=torch.ones(1))
+        grad = QTensor(codes=x.codes[:, :32, :5, :5].contiguous(), scale=x.scale)
+        exact, fast = SimulatedProducts(weight, geometry, max_code), Int8Products(weight, geometry)
+        forward = torch.equal(fast.forward(_with_zero_point(x)), exact.forward(x))
+        backward = torch.equal(fast.input_gradient(_with_zero_point(grad), (9, 9)), exact.input_gradient(grad, (9, 9)))
+        return forward and backward
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+
+
+def _with_zero_point(x: QTensor) -> QTensor:
+    codes = (x.codes.to(torch.int16) + INT8_ZERO_POINT).to(torch.uint8).contiguous(memory_format=torch.channels_last)
+    return QTensor(codes=codes, scale=x.scale, zero_point=INT8_ZERO_POINT)
+
+
+def resolve_backend(backend: str, *, max_code: int, fits_int8: bool, device: torch.device) -> str:
+    """`simulate` or `int8`: what `backend` means for this recipe on this machine.
+
+    Args:
+      backend: one of `BACKENDS`.
+      max_code: the largest |code| of the recipe.
+      fits_int8: whether all of the recipe's codes are int8.
+      device: where the model lives.
+    Raises:
+      FormatError: the backend is unknown, or `int8` was asked for and cannot give exact results here.
+    """
+    if backend not in BACKENDS:
+        raise FormatError(f"Expected backend to be one of {', '.join(BACKENDS)}; got backend={backend!r}.")
+    able = fits_int8 and device.type == "cpu" and int8_is_exact(max_code)
+    if backend == "int8" and not able:
+        reason = (
+            "the recipe's codes are not int8"
+            if not fits_int8
+            else f"the model is on {device}"
+            if device.type != "cpu"
+            else "this processor's int8 convolution is missing or not exact"
+        )
+        raise FormatError(
+            f"Expected a recipe, device and processor that run int8 exactly; got backend='int8', but {reason}. "
+            "A wrong product would silently change the training. Use backend='simulate' or backend='auto'."
+        )
+    return "int8" if able and backend != "simulate" else "simulate"

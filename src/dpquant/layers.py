@@ -1,0 +1,387 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conv2d and Linear whose three products can run on number codes, and the switch that says which of them do.
+
+`prepare` puts a quantizable twin in the place of every Conv2d and Linear: the same parameters, the same state_dict. A twin
+in full precision computes what the original computes. A quantized twin computes (algorithm: DPQuant, arXiv 2509.03472)
+
+    forward   y_i  = s(x_i) s(W) conv(code(x_i), code(W)) + b
+    dgrad     gx_i = s(g_i) s(W) conv_transpose(code(g_i), code(W))
+    wgrad     G_i  = s(g_i) s(x_i) sum_t code(g_it) code(x_it)^T
+
+x is quantized once and its codes are kept for wgrad; W once per logical step; g once, for both dgrad and wgrad. The bias'
+gradient sums the incoming gradient itself: it is no product. Scales are taken per example, never over the batch: a batch
+scale would make every example's gradient depend on every other, and clipping would bound nothing.
+
+A layer does not clip, sum or add noise: it hands (x, g) to the tape of the `Pass` that it runs in. Outside a pass it is an
+ordinary layer with straight-through gradients.
+
+Symbols: B examples, x activations, g output gradients, W weight, T output positions, s scale.
+"""
+
+import collections
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dpquant.errors import ModelError, SettingError
+from dpquant.formats import Recipe, RoleFormat, recipe
+from dpquant.kernels import (
+    INT8_ZERO_POINT,
+    Geometry,
+    Int8Products,
+    Products,
+    SimulatedProducts,
+    code_values,
+    input_gradient,
+    resolve_backend,
+    weight_gradient,
+)
+from dpquant.quantize import QTensor, quantize_rows
+from dpquant.streams import derive_key, row_keys
+
+
+class Tape(Protocol):
+    """Where layers leave, during a backward pass, what each example's gradient is made of."""
+
+    anchor: Tensor  # a scalar that requires a gradient, so that backward reaches layers whose parameters are detached
+
+    def record(self, layer: "QuantizableLayer", x: Tensor | QTensor, g: Tensor | QTensor, grad: Tensor) -> None:
+        """One call's operands: example i's weight gradient is scale_i * sum_t g_it x_it^T, its bias gradient sum_t grad_it."""
+        ...
+
+
+class Replay:
+    """Outputs of the quantizable layers of a forward pass, in the order of their calls, to be used again.
+
+    A forward pass that differs from the remembered one only from some layer on need not compute what comes before it.
+    """
+
+    def __init__(self):
+        self._outputs: list[Tensor] = []
+        self._first_call: dict[nn.Module, int] = {}
+        self._position = 0
+        self._until = 0
+        self._remembering = False
+
+    def remember(self) -> None:
+        """The next forward pass is stored."""
+        self._outputs, self._first_call = [], {}
+        self._position, self._until, self._remembering = 0, 0, True
+
+    def rewind(self, layer: nn.Module) -> None:
+        """The next forward pass takes stored outputs for all calls before the first call of `layer`."""
+        self._position, self._remembering = 0, False
+        self._until = self._first_call.get(layer, len(self._outputs))
+
+    def stored(self) -> Tensor | None:
+        """The output of the coming call, if it is to be taken from the store; a copy, because callers work in place."""
+        self._position += 1
+        known = not self._remembering and self._position <= self._until
+        return self._outputs[self._position - 1].clone() if known else None
+
+    def store(self, layer: nn.Module, output: Tensor) -> None:
+        """Keep the output of the call just made, while remembering."""
+        if self._remembering:
+            self._first_call.setdefault(layer, len(self._outputs))
+            self._outputs.append(output.clone())
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class Pass:
+    """One logical step over a model: which records are in hand, which random stream rounds, who takes the gradients.
+
+    Attributes:
+      key: 64 bits that, with layer, role, call and record id, fix every rounding draw of the step.
+      record_ids: int64 `(B,)`, of the microbatch in hand; None = 0..B-1.
+      tape: takes the operands of per-example gradients; None = ordinary autograd.
+      replay: outputs to be remembered or used again; None = compute everything.
+    """
+
+    key: int
+    record_ids: Tensor | None = None
+    tape: Tape | None = None
+    replay: Replay | None = None
+    _products: dict[nn.Module, tuple[Products, Tensor]] = dataclasses.field(default_factory=dict)
+    _calls: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+
+    def begin(self, record_ids: Tensor) -> None:
+        """Take the next microbatch; the packed weights stay."""
+        self.record_ids = record_ids
+        self._calls.clear()
+
+    def next_call(self, layer: nn.Module) -> int:
+        """How many times `layer` has been called on this microbatch before: a reused layer draws anew at each call."""
+        self._calls[layer] += 1
+        return self._calls[layer] - 1
+
+    def draw_keys(self, layer: "QuantizableLayer", role: str, call: int, batch_size: int) -> Tensor:
+        """One key per example for the rounding draws of a role in a layer: int64 `(B,)`."""
+        ids = self.record_ids if self.record_ids is not None else torch.arange(batch_size)
+        return row_keys(derive_key(self.key, layer.name, role, call), ids)
+
+    def quantized_weight(self, layer: "QuantizableLayer") -> tuple[Products, Tensor]:
+        """The layer's products on its quantized weight, and the weight's scale `(1,)`; made once per pass."""
+        if layer not in self._products:
+            self._products[layer] = layer.quantize_weight(self)
+        return self._products[layer]
+
+
+class QuantizableLayer(nn.Module):
+    """What the quantizable twins share: a recipe, a backend, a switch, and the pass that they run in."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    name: str
+    recipe: Recipe
+    backend: str
+    quantized: bool
+    current: Pass | None
+
+    @classmethod
+    def twin_of(cls, module: nn.Module) -> "QuantizableLayer":
+        """A layer with the module's own parameters, hooks and settings."""
+        twin = cls.__new__(cls)
+        twin.__dict__.update(module.__dict__)
+        twin.quantized, twin.current = False, None
+        return twin
+
+    @property
+    def geometry(self) -> Geometry:
+        """How the layer walks over its (already padded) input."""
+        return Geometry()
+
+    def quantize_weight(self, run: Pass) -> tuple[Products, Tensor]:
+        """Quantize W as one tensor and pack it for the backend. W is public: its scale may see all of it."""
+        kernel = self.geometry.kernel
+        weight = self.weight.detach().reshape(self.weight.shape[0], -1, *kernel)
+        keys = row_keys(derive_key(run.key, self.name, "weight"), torch.zeros(1, dtype=torch.int64))
+        role = self.recipe.weight
+        rows = quantize_rows(weight.reshape(1, -1), role.format, role.rounding, keys.to(weight.device))
+        codes = QTensor(codes=rows.codes.view(weight.shape), scale=rows.scale)
+        if self.backend == "int8":
+            return Int8Products(codes, self.geometry), rows.scale
+        return SimulatedProducts(codes, self.geometry, self.recipe.max_code), rows.scale
+
+    def quantize(self, x: Tensor, role: RoleFormat, keys: Tensor) -> QTensor:
+        """Codes and one scale per example of x `(B, C, H, W)`, in the layout that the backend takes."""
+        keys = keys.to(x.device)
+        x = x.contiguous(memory_format=torch.channels_last)
+        if self.backend == "int8":
+            return quantize_rows(x, role.format, role.rounding, keys, zero_point=INT8_ZERO_POINT)
+        return quantize_rows(x, role.format, role.rounding, keys)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """The layer on an image batch `(B, C, H, W)`, inside the current pass or, without one, as an ordinary layer."""
+        run = self.current or Pass(key=0)
+        if run.replay is not None and (stored := run.replay.stored()) is not None:
+            return stored
+        weight = self.weight.view(self.weight.shape[0], -1, *self.geometry.kernel)
+        anchor = run.tape.anchor if run.tape is not None else None
+        x = x.contiguous(memory_format=torch.channels_last)  # the layout of every fast operator, pooling included
+        y = cast(Tensor, _Convolution.apply(x, weight, self.bias, anchor, self, run))
+        if run.replay is not None:
+            run.replay.store(self, y)
+        return y
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, quantized={self.quantized}"
+
+
+class QuantConv2d(QuantizableLayer, nn.Conv2d):
+    """A Conv2d whose products can run quantized: any stride, padding, dilation, groups and padding mode."""
+
+    @property
+    def geometry(self) -> Geometry:
+        pairs = {name: (pair[0], pair[1]) for name, pair in self._pairs().items()}
+        return Geometry(**pairs, groups=self.groups)
+
+    def _pairs(self) -> dict[str, tuple[int, ...]]:
+        padding = self.padding if self._pads_inside else (0, 0)
+        return {
+            "kernel": self.kernel_size,
+            "stride": self.stride,
+            "padding": cast(tuple[int, ...], padding),
+            "dilation": self.dilation,
+        }
+
+    @property
+    def _pads_inside(self) -> bool:
+        """Zero padding, equal on both sides, is part of the convolution; any other is laid around the input first."""
+        return self.padding_mode == "zeros" and not isinstance(self.padding, str)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self._pads_inside:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=mode)
+        return self.convolve(input)
+
+
+class QuantLinear(QuantizableLayer, nn.Linear):
+    """A Linear whose products can run quantized: a 1x1 convolution over its T leading positions."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.ndim < 2 or input.shape[-1] != self.in_features:
+            raise ModelError(
+                f"Expected input of layer {self.name!r} to have shape (B, ..., {self.in_features}); got "
+                f"{tuple(input.shape)}. Its first axis is the example, whose gradient is clipped; its last the features. "
+                "Reshape the input."
+            )
+        positions_BTD = input.reshape(input.shape[0], -1, input.shape[-1])
+        y_BOT1 = self.convolve(positions_BTD.transpose(1, 2).unsqueeze(3))
+        return y_BOT1.squeeze(3).transpose(1, 2).reshape(*input.shape[:-1], self.out_features)
+
+
+class _Convolution(torch.autograd.Function):
+    """The three products. The gradient is straight-through: rounding counts as the identity."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, anchor, layer: QuantizableLayer, run: Pass):
+        ctx.layer, ctx.run, ctx.call, ctx.quantized = layer, run, run.next_call(layer), layer.quantized
+        ctx.size, geometry = x.shape[2:], layer.geometry
+        if not layer.quantized:
+            ctx.save_for_backward(x, weight)
+            return F.conv2d(
+                x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, groups=geometry.groups
+            )
+        ctx.products, ctx.weight_scale = run.quantized_weight(layer)
+        keys = run.draw_keys(layer, "activation", ctx.call, len(x))
+        ctx.x = layer.quantize(x, layer.recipe.activation, keys)
+        y = _scaled(ctx.products.forward(ctx.x), ctx.x.scale * ctx.weight_scale)
+        return y if bias is None else y.add_(bias[:, None, None])
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        grad, layer, run = grads[0], ctx.layer, ctx.run
+        grad_x = grad_weight = grad_bias = None
+        if ctx.quantized:
+            keys = run.draw_keys(layer, "gradient", ctx.call, len(grad))
+            x, g = ctx.x, layer.quantize(grad, layer.recipe.gradient, keys)
+            if ctx.needs_input_grad[0]:
+                grad_x = _scaled(ctx.products.input_gradient(g, ctx.size), g.scale * ctx.weight_scale)
+        else:
+            (x, weight), g = ctx.saved_tensors, grad
+            if ctx.needs_input_grad[0]:
+                grad_x = input_gradient(g, weight, layer.geometry, ctx.size)
+        if run.tape is not None:
+            run.tape.record(layer, x, g, grad)
+            return grad_x, None, None, None, None, None
+        if ctx.needs_input_grad[1]:
+            g_values = code_values(g)
+            if ctx.quantized:
+                g_values = _scaled(g_values, g.scale * x.scale)
+            grad_weight = weight_gradient(g_values, code_values(x), layer.geometry)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.sum((0, 2, 3))
+        return grad_x, grad_weight, grad_bias, None, None, None
+
+
+def _scaled(values: Tensor, scale_B: Tensor) -> Tensor:
+    """Each example's values `(B, ...)` times its own scale, in place."""
+    return values.mul_(scale_B.view(-1, *[1] * (values.ndim - 1)))
+
+
+_TWINS: dict[type[nn.Module], type[QuantizableLayer]] = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
+
+
+def prepare(model: nn.Module, *, format: str | Recipe = "luq-fp4", backend: str = "auto") -> nn.Module:
+    """The model with a quantizable twin in place of every Conv2d and Linear, all in full precision until `set_policy`.
+
+    The model is changed in place and returned (a model that is itself a Conv2d or Linear comes back as its twin).
+    Parameters are the same objects, so an optimizer made before stays valid, and the state_dict has the same keys and
+    values. Preparing again changes recipe and backend.
+
+    Args:
+      model: any module with float32 parameters.
+      format: a recipe's name (`luq-fp4`, `luq`, `int8`, `fp8`) or a `Recipe`.
+      backend: `auto`, `simulate` (any device) or `int8` (a CPU whose int8 convolution is exact).
+    Returns: the prepared model.
+    Raises:
+      FormatError: recipe or backend unknown, or the recipe cannot run on the backend.
+      ModelError: not a module, or parameters that are not float32.
+    Privacy: reads no data.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"Expected model to be a torch.nn.Module; got a {type(model).__name__}.")
+    chosen = recipe(format)
+    devices = {p.device for p in model.parameters()} or {torch.device("cpu")}
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise ModelError(
+                f"Expected model's parameters to be float32; got {name} of {parameter.dtype}. Clipping and noise are "
+                "calibrated in float32. Call model.float() first."
+            )
+    resolved = resolve_backend(backend, max_code=chosen.max_code, fits_int8=chosen.fits_int8, device=devices.pop())
+    twins: dict[nn.Module, QuantizableLayer] = {}
+    for module in list(model.modules()):
+        if type(module) in _TWINS:
+            twins[module] = _TWINS[type(module)].twin_of(module)
+    for parent in list(model.modules()):
+        for child_name, child in parent._modules.items():
+            if child in twins:
+                setattr(parent, child_name, twins[child])
+    model = twins.get(model, model)
+    for name, layer in quantizable_layers(model).items():
+        layer.name, layer.recipe, layer.backend = name, chosen, resolved
+    return model
+
+
+def quantizable_layers(model: nn.Module) -> dict[str, QuantizableLayer]:
+    """The layers of a prepared model that can run quantized, by name, in the order in which the model defines them."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizableLayer)}
+
+
+def set_policy(model: nn.Module, names: Iterable[str]) -> None:
+    """Make exactly these layers run quantized from now on; () puts all in full precision.
+
+    Raises:
+      SettingError: a name is not a quantizable layer of the model.
+    Privacy: reads no data; the choice itself must come from released numbers only.
+    """
+    layers, chosen = quantizable_layers(model), set(names)
+    if unknown := sorted(chosen - layers.keys()):
+        raise SettingError(
+            f"Expected names to be quantizable layers of the model; got {unknown[0]!r}. "
+            f"Known layers: {', '.join(layers) or 'none (call dpquant.prepare(model) first)'}."
+        )
+    for name, layer in layers.items():
+        layer.quantized = name in chosen
+
+
+def current_policy(model: nn.Module) -> tuple[str, ...]:
+    """The names of the layers that run quantized now."""
+    return tuple(name for name, layer in quantizable_layers(model).items() if layer.quantized)
+
+
+@contextlib.contextmanager
+def running(model: nn.Module, run: Pass) -> Iterator[Pass]:
+    """All quantizable layers of the model work inside `run` until the block ends."""
+    layers = quantizable_layers(model).values()
+    for layer in layers:
+        layer.current = run
+    try:
+        yield run
+    finally:
+        for layer in layers:
+            layer.current = None
+
+
+def fix(model: nn.Module) -> nn.Module:
+    """A copy of the model that can be trained privately: BatchNorm becomes GroupNorm (Opacus' `ModuleValidator.fix`).
+
+    Make the optimizer from the copy's parameters. Learnt BatchNorm statistics are dropped.
+
+    Raises:
+      ModelError: some module has no known replacement.
+    """
+    from opacus.validators import ModuleValidator
+    from opacus.validators.errors import UnsupportedModuleError
+
+    try:
+        return ModuleValidator.fix(model)
+    except (UnsupportedModuleError, NotImplementedError) as error:
+        raise ModelError(f"Expected model to have a private equivalent; {error}") from error

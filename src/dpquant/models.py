@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain torch networks for images, by name, and the user's own by `module:function`.
+
+Every network here can be trained privately as it is: where it normalises, it does so by GroupNorm, never over the
+batch. The networks know nothing of quantization or privacy. Parameters are initialised as torch does, from torch's global
+generator: the caller seeds it.
+
+`lenet` and `cnn` are published for images of 28x28 and keep their form from there on: what is larger is pooled down
+before the first linear layer. Images with a side under 28 pixels (`digits` has 8) get variants whose kernels fit them.
+
+Sources: LeNet-5, LeCun et al. 1998; cnn, Papernot et al. 2020, arXiv:2007.14191; ResNet-18, He et al. 2016,
+arXiv:1512.03385; GroupNorm, Wu and He 2018, arXiv:1803.08494.
+Symbols: B batch, C channels, H height, W width.
+"""
+
+import contextlib
+import difflib
+import importlib
+import inspect
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+from torch import Tensor, nn
+
+from dpquant.errors import ModelError, SettingError
+
+NAMES = ("cnn", "lenet", "resnet18", "resnet18-cifar")
+
+_PUBLISHED_SIDE = 28
+_MAX_GROUPS = 32
+_CHANNEL_MULTIPLE = 8
+
+
+def build(name: str, *, num_classes: int, input_shape: tuple[int, int, int], width: float = 1.0) -> nn.Module:
+    """A new network of this name that maps [B, C, H, W] to logits [B, num_classes].
+
+    Args:
+      name: One of NAMES, or `module:function`, imported with the working directory on the path and called with
+        num_classes= and input_shape= as far as its signature takes them.
+      num_classes: How many logits.
+      input_shape: (C, H, W).
+      width: Factor on the numbers of channels; `resnet18` is torchvision's and has width 1 alone, and a function of the
+        user's own does without.
+    Raises: ModelError: the name is unknown, or the function cannot be imported, called or gives no module.
+      SettingError: width is out of range, or the network has none.
+    Privacy: sees no data.
+    """
+    if not (width > 0 and math.isfinite(width)):
+        raise SettingError(
+            f"Expected width > 0 and finite; got width={width}. It multiplies the numbers of channels. Pass 1.0."
+        )
+    if width != 1.0 and (name == "resnet18" or ":" in name):
+        raise SettingError(
+            f"Expected width = 1 for model={name}; got width={width}. This network has no width. Leave it out, or "
+            "choose resnet18-cifar, cnn or lenet."
+        )
+    channels, *sides = input_shape
+    small = min(sides) < _PUBLISHED_SIDE
+    match name:
+        case "cnn":
+            return _small_cnn(channels, num_classes, width) if small else _cnn(channels, num_classes, width)
+        case "lenet":
+            return _lenet(channels, num_classes, width, small)
+        case "resnet18":
+            return _resnet18(channels, num_classes)
+        case "resnet18-cifar":
+            return _resnet18_cifar(channels, num_classes, width)
+        case _ if ":" in name:
+            return _users_own(name, num_classes, input_shape)
+    close = difflib.get_close_matches(name, NAMES, n=1)
+    hint = f"Did you mean {close[0]}? " if close else ""
+    raise ModelError(
+        f"Expected model to be one of {', '.join(NAMES)}, or module:function; got model={name}. "
+        f"{hint}For a model of your own, name the function that builds it, as in my_models:build."
+    )
+
+
+def _scaled(channels: int, width: float) -> int:
+    return max(1, round(channels * width))
+
+
+def _cnn(channels: int, num_classes: int, width: float) -> nn.Module:
+    """Papernot et al.'s tanh network; the last pooling changes nothing at 28x28, where the map is 4x4 already."""
+    first, second, hidden = (_scaled(n, width) for n in (16, 32, 32))
+    return nn.Sequential(
+        nn.Conv2d(channels, first, kernel_size=8, stride=2, padding=2),
+        nn.Tanh(),
+        nn.MaxPool2d(kernel_size=2, stride=1),
+        nn.Conv2d(first, second, kernel_size=4, stride=2),
+        nn.Tanh(),
+        nn.MaxPool2d(kernel_size=2, stride=1),
+        nn.AdaptiveAvgPool2d(4),
+        nn.Flatten(),
+        nn.Linear(second * 16, hidden),
+        nn.Tanh(),
+        nn.Linear(hidden, num_classes),
+    )
+
+
+def _small_cnn(channels: int, num_classes: int, width: float) -> nn.Module:
+    """The same idea for small images: three 3x3 convolutions, the second of which halves the sides, then a 4x4 map."""
+    first, second, hidden = (_scaled(n, width) for n in (16, 32, 32))
+    return nn.Sequential(
+        nn.Conv2d(channels, first, kernel_size=3, padding=1),
+        nn.Tanh(),
+        nn.Conv2d(first, second, kernel_size=3, stride=2, padding=1),
+        nn.Tanh(),
+        nn.Conv2d(second, second, kernel_size=3, padding=1),
+        nn.Tanh(),
+        nn.AdaptiveAvgPool2d(4),
+        nn.Flatten(),
+        nn.Linear(second * 16, hidden),
+        nn.Tanh(),
+        nn.Linear(hidden, num_classes),
+    )
+
+
+def _lenet(channels: int, num_classes: int, width: float, small: bool) -> nn.Module:
+    """LeNet-5 with tanh; for small images the second convolution is padded, so that its kernel fits."""
+    first, second, hidden, last = (_scaled(n, width) for n in (6, 16, 120, 84))
+    return nn.Sequential(
+        nn.Conv2d(channels, first, kernel_size=5, padding=2),
+        nn.Tanh(),
+        nn.AvgPool2d(2, ceil_mode=True),
+        nn.Conv2d(first, second, kernel_size=5, padding=2 if small else 0),
+        nn.Tanh(),
+        nn.AvgPool2d(2, ceil_mode=True),
+        nn.AdaptiveAvgPool2d(5),
+        nn.Flatten(),
+        nn.Linear(second * 25, hidden),
+        nn.Tanh(),
+        nn.Linear(hidden, last),
+        nn.Tanh(),
+        nn.Linear(last, num_classes),
+    )
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm with 32 groups, or the most that divide the channels."""
+    return nn.GroupNorm(math.gcd(_MAX_GROUPS, channels), channels)
+
+
+def _resnet18(channels: int, num_classes: int) -> nn.Module:
+    """ResNet-18 of torchvision with GroupNorm; a stem for other than 3 channels where the images have them."""
+    from torchvision.models import resnet18  # slow to import, and only this network needs it
+
+    model = resnet18(num_classes=num_classes, norm_layer=_group_norm)
+    if channels != 3:
+        model.conv1 = nn.Conv2d(channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
+    return model
+
+
+class _Block(nn.Module):
+    """Two 3x3 convolutions beside a shortcut, which is a 1x1 convolution where the shape changes."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False)
+        self.norm1 = _group_norm(outputs)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(outputs, outputs, kernel_size=3, padding=1, bias=False)
+        self.norm2 = _group_norm(outputs)
+        self.shortcut = (
+            nn.Identity()
+            if stride == 1 and inputs == outputs
+            else nn.Sequential(
+                nn.Conv2d(inputs, outputs, kernel_size=1, stride=stride, bias=False), _group_norm(outputs)
+            )
+        )
+        self.relu2 = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu1(self.norm1(self.conv1(x)))
+        return self.relu2(self.norm2(self.conv2(y)) + self.shortcut(x))
+
+
+def _resnet18_cifar(channels: int, num_classes: int, width: float) -> nn.Module:
+    """ResNet-18 for small images: a 3x3 stem of stride 1 and no max-pooling; channels are multiples of 8."""
+    stages = [max(1, round(n * width / _CHANNEL_MULTIPLE)) * _CHANNEL_MULTIPLE for n in (64, 128, 256, 512)]
+    layers: list[nn.Module] = [
+        nn.Conv2d(channels, stages[0], kernel_size=3, padding=1, bias=False),
+        _group_norm(stages[0]),
+        nn.ReLU(),
+    ]
+    inputs = stages[0]
+    for stage, outputs in enumerate(stages):
+        layers += [_Block(inputs, outputs, stride=1 if stage == 0 else 2), _Block(outputs, outputs, stride=1)]
+        inputs = outputs
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, num_classes))
+
+
+def _users_own(name: str, num_classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
+    """What the function that `module:function` names returns, if it is a module."""
+    module_name, _, function_name = name.partition(":")
+    with _working_directory_on_path():
+        function = _imported(name, module_name, function_name)
+        offered = {"num_classes": num_classes, "input_shape": input_shape}
+        model = function(**_accepted(name, function, offered))
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"Expected model={name} to return a torch.nn.Module; got a {type(model).__name__}. Only a module can be "
+            "trained. Name a function that builds the model."
+        )
+    return model
+
+
+@contextlib.contextmanager
+def _working_directory_on_path() -> Iterator[None]:
+    """Imports inside find the user's files first; the path is afterwards what it was."""
+    before = list(sys.path)
+    sys.path.insert(0, os.getcwd())
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _imported(name: str, module_name: str, function_name: str) -> Callable[..., object]:
+    """The function, imported; whatever goes wrong in the user's file on the way is one ModelError."""
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except Exception as error:
+        raise ModelError(
+            f"Expected model={name} to name a function that can be imported; got {type(error).__name__}: {error}. "
+            f"Known names are {', '.join(NAMES)}. Check the spelling, and that {module_name} imports by itself."
+        ) from error
+    if not callable(function):
+        raise ModelError(
+            f"Expected model={name} to name a function; got a {type(function).__name__}. It is called to build the "
+            "model. Wrap it in a function."
+        )
+    return function
+
+
+def _accepted(name: str, function: Callable[..., object], offered: dict[str, object]) -> dict[str, object]:
+    """Those of the offered arguments that the function's signature takes, which must be all that it needs."""
+    try:
+        signature = inspect.signature(function)
+        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values())
+        arguments = {key: value for key, value in offered.items() if takes_any or key in signature.parameters}
+        signature.bind(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ModelError(
+            f"Expected model={name} to be callable with {' and '.join(offered)} or less; got {type(error).__name__}: "
+            f"{error}. Nothing else is known when it is called. Give its other parameters default values."
+        ) from error
+    return arguments

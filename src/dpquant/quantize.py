@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors to number codes and back: `quantize_rows` for layers, `quantize` for people.
+
+A row is one example. Its scale is taken over that row alone: a scale shared over the batch would let one example change
+all others' gradients, and clipping would bound nothing. Weights are released already, so a whole weight may be one row.
+
+The torch code in this file is the meaning; the native kernel is only speed and gives the same bits. For each element x:
+
+    t      = min(|x| * (max_code / absmax), max_code)                            in float32
+    n, f   = floor(t / quantum(t)), the fraction in units of 2^-23               to nearest, ties to even
+    up     = f + draw >= 2^23             draw: 23 random bits (stochastic), or 2^22 (nearest, ties away from zero)
+    code   = sign(x) * min((n + up) * quantum(t), max_code)                      scale = absmax / max_code
+
+so E[code * scale] = x up to float32 rounding when rounding is stochastic. Nothing here clips, adds noise or chooses a
+format.
+
+Symbols: B rows, x values, t magnitudes in code units, absmax the largest |x| of a row.
+Source: LUQ (Chmiel et al. 2021, arXiv:2112.10769), equations 10 and 12, with alpha = absmax / 64.
+"""
+
+import dataclasses
+import functools
+import math
+import warnings
+
+import torch
+from torch import Tensor
+
+from dpquant import streams
+from dpquant.errors import FormatError, SettingError
+from dpquant.formats import FP8_E4M3, FP8_E5M2, RECIPES, NumberFormat, Recipe, RoleFormat, Rounding, number_format
+
+try:
+    from dpquant import _native
+except ImportError:  # installed without a compiler
+    _native = None
+
+BACKENDS = ("auto", "torch", "native")
+SMALLEST_ABSMAX = 2.0**-100  # rows below it become zero: max_code / absmax could overflow
+
+_HALF = 2 ** (streams.DRAW_BITS - 1)
+_ONE = 2**streams.DRAW_BITS
+_FLOAT_CODES = {FP8_E4M3: torch.float8_e4m3fn, FP8_E5M2: torch.float8_e5m2}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class QTensor:
+    """Codes with one scale per row: the value of an element is (code - zero_point) * scale.
+
+    Attributes:
+      codes: int8; uint8 with a zero point; or float8. The shape and memory format of what was quantized.
+      scale: float32 `(B,)`, or `(1,)` when the whole tensor is one row. 0: the row is zero. NaN: it was not finite.
+      zero_point: what was added to the codes.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: int = 0
+
+    def dequantize(self) -> Tensor:
+        """The values that the codes stand for: float32, shape of codes.
+
+        Privacy: per example, reads no other row.
+        """
+        scale = self.scale.view(-1, *(1,) * (self.codes.ndim - 1)) if self.codes.ndim else self.scale[0]
+        return (self.codes.float() - self.zero_point) * scale
+
+
+def native_available() -> bool:
+    """Whether the native kernel was built with this installation."""
+    return _native is not None
+
+
+def quantize(
+    x: Tensor,
+    format: str | NumberFormat | Recipe,
+    *,
+    key: int = 0,
+    record_ids: Tensor | None = None,
+    per_example: bool = True,
+    rounding: Rounding | None = None,
+    backend: str = "auto",
+) -> QTensor:
+    """The codes of x in a format, with one scale per example or one for all.
+
+    The same key, record id and position in the example give the same draw, whatever the batch.
+
+    Args:
+      x: float32 `(B, ...)`.
+      format: a recipe (its activation role is used), a recipe's or format's name, or a format. A name that both have
+        means the recipe.
+      key: any integer; names the stream of rounding draws.
+      record_ids: int64 `(B,)`; None = 0..B-1. Not used without `per_example`.
+      per_example: one scale for each row of x. False is for tensors that are public, such as weights.
+      rounding: None = the recipe's; stochastic if `format` is no recipe.
+      backend: "auto", "torch" or "native"; all give the same bits.
+
+    Returns: a QTensor of x's shape. A zero row has scale 0; a row that is not finite has codes 0 and scale NaN.
+
+    Raises:
+      FormatError: the format is unknown, or cannot run on the backend.
+      SettingError: x is not float32 or has no rows, or an argument has the wrong shape or type.
+
+    Privacy: per example, reads no other row; with `per_example=False` every row reads all of x.
+
+    Source: LUQ, arXiv:2112.10769, equations 10 and 12.
+
+    Example:
+      >>> q = quantize(torch.tensor([[0.5, -4.0], [0.0, 32.0]]), "luq-fp4")
+      >>> q.codes.tolist(), q.scale.tolist()
+      ([[8, -64], [0, 64]], [0.0625, 0.5])
+    """
+    role = _role(format)
+    if rounding is not None:
+        role = RoleFormat(format=role.format, rounding=rounding)
+    if per_example and x.ndim == 0:
+        raise SettingError(
+            "Expected x to have a batch axis; got a tensor of shape (). A scale is taken for each example. "
+            "Give shape (B, ...), or per_example=False."
+        )
+    if not per_example:
+        record_ids = torch.zeros(1, dtype=torch.int64, device=x.device)
+    elif record_ids is None:
+        record_ids = torch.arange(len(x), device=x.device)
+    keys = streams.row_keys(streams.derive_key("quantize", key), record_ids)
+    rows = x if per_example else x.reshape(1, *x.shape)
+    q = quantize_rows(rows, role.format, role.rounding, keys, backend=backend)
+    return q if per_example else dataclasses.replace(q, codes=q.codes.view(x.shape))
+
+
+def quantize_rows(
+    x: Tensor,
+    format: NumberFormat,
+    rounding: Rounding,
+    row_keys: Tensor,
+    *,
+    zero_point: int = 0,
+    backend: str = "auto",
+) -> QTensor:
+    """The codes of each row of x with the row's own scale.
+
+    An element's draw depends on its row key and its row-major position in the row, not on the memory format.
+
+    Args:
+      x: float32 `(B, ...)`; contiguous or, with four axes, channels last. Other layouts are made contiguous.
+      format: which codes there are.
+      rounding: stochastic or to nearest.
+      row_keys: int64 `(B,)` on x's device, from `streams.row_keys`.
+      zero_point: 0 for int8 codes; 128 for uint8 codes that hold code + 128, as int8 convolutions take them.
+      backend: "auto", "torch" or "native"; all give the same bits.
+
+    Returns: a QTensor of x's shape and memory format. A row whose absmax is below 2^-100 has codes 0 and scale 0; a row
+      that is not finite has codes 0 and scale NaN, so that this example, and no other, becomes NaN downstream.
+
+    Raises:
+      FormatError: the format has no code type here, or cannot run on the backend.
+      SettingError: x is not float32, the keys do not match its rows, or an argument is out of range.
+
+    Privacy: per example, reads no other row.
+
+    Source: LUQ, arXiv:2112.10769, equations 10 and 12.
+    """
+    _check(x, row_keys, zero_point, backend)
+    dtype = _code_dtype(format, zero_point)
+    x = _dense(x.detach())
+    codes = torch.empty_like(x, dtype=dtype)  # keeps the memory format
+    if x.numel() == 0:
+        return QTensor(codes=codes, scale=x.new_zeros(len(x)), zero_point=zero_point)
+    if _runs_native(format, x.device, backend):
+        scale = _fill_native(codes, x, format, rounding, row_keys, zero_point)
+    else:
+        scale = _fill_torch(codes, x, format, rounding, row_keys, zero_point)
+    return QTensor(codes=codes, scale=scale, zero_point=zero_point)
+
+
+def _fill_torch(
+    codes: Tensor, x: Tensor, format: NumberFormat, rounding: Rounding, row_keys: Tensor, zero_point: int
+) -> Tensor:
+    """Fill `codes` and return the scales: the meaning of quantization, on any device."""
+    rows = x.reshape(len(x), -1)
+    absmax = rows.abs().amax(dim=1)
+    max_code = torch.full_like(absmax, format.max_code)  # tensor / tensor divides exactly, on every device
+    usable = absmax.isfinite() & (absmax >= SMALLEST_ABSMAX)
+    scale = torch.where(usable, absmax / max_code, torch.where(absmax.isfinite(), 0.0, math.nan))
+
+    t = torch.where(usable[:, None], rows.abs() * (max_code / absmax)[:, None], 0.0).clamp(max=format.max_code)
+    quantum = _quantum(t, format)
+    floor = (t / quantum).floor()
+    fraction = ((t / quantum - floor) * _ONE).round().long()  # round: ties to even
+    if rounding is Rounding.STOCHASTIC:
+        draw = streams.element_bits(row_keys, torch.arange(rows.shape[1], device=x.device))
+    else:
+        draw = torch.full_like(fraction, _HALF)
+    magnitude = ((floor + (fraction + draw >= _ONE)) * quantum).clamp(max=format.max_code)
+    signed = torch.where(rows < 0, -magnitude, magnitude) + zero_point
+    codes.copy_(signed.view(x.shape))
+    return scale
+
+
+def _quantum(t: Tensor, format: NumberFormat) -> Tensor:
+    """The spacing of codes at t >= 0, made from float32's exponent field so that it is exact."""
+    exponent = ((t.view(torch.int32) >> 23) - 127).clamp(min=format.min_exponent)
+    return ((exponent - format.mantissa_bits + 127) << 23).view(torch.float32)
+
+
+def _fill_native(
+    codes: Tensor, x: Tensor, format: NumberFormat, rounding: Rounding, row_keys: Tensor, zero_point: int
+) -> Tensor:
+    """Fill `codes` and return the scales: the same bits in one pass."""
+    scale = x.new_empty(len(x))
+    row_size = x.numel() // len(x)
+    inner, outer_stride, inner_stride = row_size, 0, 1
+    if not x.is_contiguous():  # channels last: memory runs over positions, then channels
+        inner, outer_stride, inner_stride = x.shape[1], 1, row_size // x.shape[1]
+    assert _native is not None
+    _native.quantize_rows(
+        x.numpy(),  # views of the same memory; numpy's cross into C++ faster than torch's
+        row_keys.contiguous().numpy(),
+        codes.view(torch.uint8).numpy(),
+        scale.numpy(),
+        inner=inner,
+        outer_stride=outer_stride,
+        inner_stride=inner_stride,
+        max_code=format.max_code,
+        uniform=format.exponent_bits == 0,
+        stochastic=rounding is Rounding.STOCHASTIC,
+        zero_point=zero_point,
+    )
+    return scale
+
+
+def _dense(x: Tensor) -> Tensor:
+    """X itself if its memory has no gaps and one of the two known orders, else a contiguous copy."""
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    return x.contiguous()
+
+
+def _runs_native(format: NumberFormat, device: torch.device, backend: str) -> bool:
+    """Whether the kernel runs this. It knows powers of two and uniform integers, on the CPU."""
+    able = device.type == "cpu" and format.fits_int8 and (format.exponent_bits == 0 or format.mantissa_bits == 0)
+    if backend == "torch" or (backend == "auto" and not able):
+        return False
+    if not able:
+        raise FormatError(
+            f"Expected backend 'native' with an integer format on the CPU; got format={format.name!r} on {device}. "
+            "The kernel fills one-byte integers in main memory. Choose backend='auto'."
+        )
+    if native_available():
+        return True
+    if backend == "native":
+        raise FormatError(
+            "Expected backend 'native' to be installed; got backend='native'. The package was built without a C++ "
+            "compiler. Install a compiler and reinstall dpquant, or choose backend='auto'."
+        )
+    _warn_of_missing_kernel()
+    return False
+
+
+@functools.cache
+def _warn_of_missing_kernel() -> None:
+    """Say once that quantization will be slow, and what to do."""
+    warnings.warn(
+        "dpquant was installed without its native kernel: quantization gives the same codes, but many times slower. "
+        "Install a C++ compiler and Python's headers, then reinstall dpquant.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def _role(format: str | NumberFormat | Recipe) -> RoleFormat:
+    """Format and rounding meant by what the user wrote."""
+    if isinstance(format, str):
+        format = RECIPES[format] if format in RECIPES else _format_named(format)
+    if isinstance(format, Recipe):
+        return format.activation
+    return RoleFormat(format=format, rounding=Rounding.STOCHASTIC)
+
+
+def _code_dtype(format: NumberFormat, zero_point: int) -> torch.dtype:
+    """The type that stores the format's codes."""
+    if format.fits_int8:
+        return torch.uint8 if zero_point else torch.int8
+    if zero_point:
+        raise FormatError(
+            f"Expected zero_point=0 for format {format.name!r}; got zero_point={zero_point}. Only integer codes are "
+            "stored with an offset. Leave zero_point out."
+        )
+    if format not in _FLOAT_CODES:
+        raise FormatError(
+            f"Expected format to have integer codes up to 127 or a float8 type; got format={format.name!r}. Codes are "
+            "stored in one byte. Choose one of dpquant's formats."
+        )
+    return _FLOAT_CODES[format]
+
+
+def _check(x: Tensor, row_keys: Tensor, zero_point: int, backend: str) -> None:
+    """Raise SettingError unless the arguments of quantize_rows agree."""
+    if x.dtype != torch.float32 or x.ndim == 0:
+        raise SettingError(
+            f"Expected x of type float32 and shape (B, ...); got x of {x.dtype}, {x.ndim} axes. Rounding is defined on "
+            "float32 rows. Convert it by x.float()."
+        )
+    if row_keys.dtype != torch.int64 or row_keys.shape != x.shape[:1] or row_keys.device != x.device:
+        raise SettingError(
+            f"Expected row_keys of type int64, one for each row of x, on {x.device}; got row_keys of {row_keys.dtype}, "
+            f"{row_keys.ndim} axes, on {row_keys.device}. A row without its own key shares another's draws. "
+            "Make them by row_keys(key, record_ids)."
+        )
+    if math.prod(x.shape[1:]) > streams.MAX_ELEMENTS:
+        raise SettingError(
+            f"Expected x to have at most 2^32 elements in a row; got shape (B, {', '.join(map(str, x.shape[1:]))}). "
+            "Beyond it draws would repeat. Quantize it in parts."
+        )
+    if zero_point not in (0, 128):
+        raise SettingError(
+            f"Expected zero_point to be 0 or 128; got zero_point={zero_point}. Codes are stored as int8 or, shifted by "
+            "128, as uint8. Give one of the two."
+        )
+    if backend not in BACKENDS:
+        raise SettingError(
+            f"Expected backend to be one of {', '.join(BACKENDS)}; got backend={backend!r}. Only these exist. "
+            "Choose one of them."
+        )
+
+
+def _format_named(name: str) -> NumberFormat:
+    """The format of that name, or an error that lists formats and recipes."""
+    try:
+        return number_format(name)
+    except FormatError as error:
+        raise FormatError(f"{error} Recipes may be named too: {', '.join(RECIPES)}.") from None

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Independent second answers, slow and plain. Nothing here may import dpquant.
+
+Formats: every value by its definition (lists of integers, or bytes decoded one by one), rounding in exact fractions.
+Draws: the hash of dpquant.streams on Python integers, and its inverse.
+"""
+
+import bisect
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+ONE = 2**23  # 1.0 in units of a draw
+HALF = 2**22
+MASK_32 = 2**32 - 1
+FIRST, SECOND = 0x7FEB352D, 0x846CA68B  # the hash's multipliers
+
+
+def float8_values(exponent_bits: int, mantissa_bits: int, bias: int, num_codes: int) -> list[float]:
+    """All finite values of a float8: the first `num_codes` of the 128 bytes without a sign, and their negatives."""
+    magnitudes = []
+    for byte in range(num_codes):
+        exponent, mantissa = byte >> mantissa_bits, byte & ((1 << mantissa_bits) - 1)
+        assert exponent < 1 << exponent_bits
+        fraction = mantissa / (1 << mantissa_bits)
+        magnitudes.append(2.0 ** (1 - bias) * fraction if exponent == 0 else 2.0 ** (exponent - bias) * (1 + fraction))
+    return sorted({sign * magnitude for magnitude in magnitudes for sign in (1, -1)})
+
+
+VALUES: dict[str, list[float]] = {
+    "e3m0": [-64, -32, -16, -8, -4, -2, -1, 0, 1, 2, 4, 8, 16, 32, 64],
+    "int4": list(range(-7, 8)),
+    "int8": list(range(-127, 128)),
+    "fp8-e4m3": float8_values(4, 3, bias=7, num_codes=127),  # byte 127 is NaN
+    "fp8-e5m2": float8_values(5, 2, bias=15, num_codes=124),  # bytes 124.. are infinity and NaN
+}
+
+
+def rounded(name: str, value: float, draw: int) -> float:
+    """The value of the format that `value` becomes under a 23-bit draw: away from zero if fraction + draw >= 1."""
+    magnitudes = [level for level in VALUES[name] if level >= 0]
+    magnitude = abs(value)
+    above = bisect.bisect_right(magnitudes, magnitude)
+    if above == len(magnitudes):
+        result = magnitudes[-1]
+    else:
+        low, high = Fraction(magnitudes[above - 1]), Fraction(magnitudes[above])
+        fraction = round((Fraction(magnitude) - low) / (high - low) * ONE)  # Python rounds ties to even
+        result = magnitudes[above if fraction + draw >= ONE else above - 1]
+    return -result if value < 0 else result
+
+
+def boundaries(name: str) -> list[float]:
+    """float32 values at, just below and just above every level and every midpoint of two levels, up to the largest."""
+    levels = torch.tensor(VALUES[name], dtype=torch.float32)
+    points = torch.cat([levels, (levels[1:] + levels[:-1]) / 2])
+    near = [torch.nextafter(points, torch.full_like(points, side)) for side in (-torch.inf, torch.inf)]
+    values = torch.cat([points, *near])
+    return values[values.abs() <= levels[-1]].unique().tolist()
+
+
+def hashed(index: int, row_key: int) -> int:
+    """The 32 bits whose upper 23 are the draw of element `index` under a row key (as int64, of either sign)."""
+    low, high = row_key & MASK_32, (row_key >> 32) & MASK_32
+    h = index ^ low
+    h = ((h ^ (h >> 16)) * FIRST) & MASK_32
+    h = h ^ high
+    h = ((h ^ (h >> 15)) * SECOND) & MASK_32
+    return h ^ (h >> 16)
+
+
+def unhashed(h: Tensor, high: int) -> Tensor:
+    """The inverse of the hash: index ^ low for given 32 bits h (int64)."""
+    h = h ^ (h >> 16)
+    h = (h * pow(SECOND, -1, 2**32)) & MASK_32
+    h = h ^ (h >> 15) ^ (h >> 30) ^ high
+    h = (h * pow(FIRST, -1, 2**32)) & MASK_32
+    return h ^ (h >> 16)

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every value of every format against tables and decoded bytes; recipes; what is refused."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from dpquant.errors import FormatError
+from dpquant.formats import E3M0, FORMATS, FP8_E4M3, INT4, INT8, NumberFormat, Recipe, RoleFormat, Rounding
+from dpquant.formats import number_format as lookup
+from dpquant.formats import recipe as lookup_recipe
+from oracles import VALUES
+
+
+def assert_levels_are(number_format: NumberFormat, values: list[float]) -> None:
+    """The format's levels are exactly these, in order."""
+    assert list(number_format.levels()) == values
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_every_level_is_as_the_formats_definition_says(name):
+    assert_levels_are(lookup(name), VALUES[name])
+
+
+def test_a_wrong_exponent_range_would_be_seen():
+    with pytest.raises(AssertionError):
+        assert_levels_are(dataclasses.replace(FP8_E4M3, min_exponent=-7), VALUES["fp8-e4m3"])
+    with pytest.raises(AssertionError):
+        assert_levels_are(dataclasses.replace(E3M0, max_code=128), VALUES["e3m0"])
+
+
+def test_the_tables_cover_every_format():
+    assert VALUES.keys() == FORMATS.keys()
+
+
+@pytest.mark.parametrize(("name", "bits"), [("e3m0", 4), ("int4", 4), ("int8", 8), ("fp8-e4m3", 8), ("fp8-e5m2", 8)])
+def test_a_format_has_as_many_levels_as_its_bits_allow(name, bits):
+    assert lookup(name).bits == bits
+    assert 2 ** (bits - 1) < len(lookup(name).levels()) < 2**bits
+
+
+@pytest.mark.parametrize(("name", "fits"), [("luq-fp4", True), ("luq", True), ("int8", True), ("fp8", False)])
+def test_a_recipe_fits_int8_when_all_its_codes_are_small_integers(name, fits):
+    levels = [level for role in lookup_recipe(name).roles for level in role.format.levels()]
+    assert lookup_recipe(name).fits_int8 is fits
+    assert all(level == int(level) and abs(level) <= 127 for level in levels) is fits
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "activation", "gradient", "max_code"),
+    [
+        ("luq-fp4", ("e3m0", "stochastic"), ("e3m0", "stochastic"), ("e3m0", "stochastic"), 64),
+        ("luq", ("int4", "nearest"), ("int4", "nearest"), ("e3m0", "stochastic"), 64),
+        ("int8", ("int8", "nearest"), ("int8", "nearest"), ("int8", "stochastic"), 127),
+        ("fp8", ("fp8-e4m3", "nearest"), ("fp8-e4m3", "nearest"), ("fp8-e5m2", "stochastic"), 57344),
+    ],
+)
+def test_recipes_say_what_the_documentation_says(name, weight, activation, gradient, max_code):
+    chosen = lookup_recipe(name)
+    assert [(role.format.name, role.rounding.value) for role in chosen.roles] == [weight, activation, gradient]
+    assert (chosen.name, chosen.max_code) == (name, max_code)
+
+
+def test_a_recipe_is_its_own_lookup():
+    assert lookup_recipe(lookup_recipe("luq")) is lookup_recipe("luq")
+
+
+@pytest.mark.parametrize(("find", "known"), [(lookup, "fp8-e5m2"), (lookup_recipe, "luq-fp4")])
+def test_an_unknown_name_is_refused_with_the_known_ones(find, known):
+    with pytest.raises(FormatError, match=rf"{known}.*got format='fp3'"):
+        find("fp3")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"mantissa_bits": 5}, {"exponent_bits": -1}, {"max_code": 0}, {"max_code": 65}, {"max_code": 2**17}],
+    ids=str,
+)
+def test_impossible_formats_are_refused(change):
+    with pytest.raises(FormatError, match=next(iter(change))):
+        dataclasses.replace(E3M0, **change)
+
+
+def test_an_incomplete_recipe_is_refused():
+    role = RoleFormat(format=INT4, rounding=Rounding.NEAREST)
+    with pytest.raises(FormatError, match="gradient"):
+        Recipe(name="mine", weight=role, activation=role, gradient=INT4)
+    with pytest.raises(FormatError, match="name"):
+        Recipe(name="", weight=role, activation=role, gradient=role)
+
+
+def test_a_role_wants_facts_and_not_names():
+    with pytest.raises(FormatError, match="format='int4'"):
+        RoleFormat(format="int4", rounding=Rounding.NEAREST)
+    with pytest.raises(FormatError, match="rounding='nearest'"):
+        RoleFormat(format=INT8, rounding="nearest")
+
+
+def test_formats_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        E3M0.max_code = 128
+
+
+def assert_loads_no_torch(module: str) -> None:
+    """Importing the module in a fresh interpreter leaves torch unloaded."""
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_formats_load_without_torch():
+    assert_loads_no_torch("dpquant.formats")
+
+
+def test_a_module_that_loads_torch_would_be_seen():
+    with pytest.raises(AssertionError):
+        assert_loads_no_torch("dpquant.streams")

@@ -1,0 +1,459 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Codes against exact fractions, unbiasedness over all draws, one example at a time, native = torch bit for bit."""
+
+import functools
+import importlib
+import itertools
+import math
+import warnings
+from collections.abc import Callable
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+from torch import Tensor
+
+import oracles
+from dpquant.errors import FormatError, SettingError
+from dpquant.formats import E3M0, FORMATS, FP8_E4M3, INT4, INT8, NumberFormat, Recipe, RoleFormat, Rounding
+from dpquant.quantize import QTensor, native_available, quantize, quantize_rows
+from dpquant.streams import row_keys
+
+STOCHASTIC, NEAREST = Rounding.STOCHASTIC, Rounding.NEAREST
+INTEGER_FORMATS = [E3M0, INT4, INT8]
+BACKENDS = ["torch", "native"]
+WHERE = [(name, "torch") for name in FORMATS] + [(fmt.name, "native") for fmt in INTEGER_FORMATS]
+CHANNELS_LAST = torch.channels_last
+Quantizer = Callable[..., QTensor]
+quantize_module = importlib.import_module("dpquant.quantize")
+
+
+def keys_for(num_rows: int) -> Tensor:
+    return row_keys(2024, torch.arange(num_rows))
+
+
+def bits_of(x: Tensor) -> Tensor:
+    """The bytes of a tensor, so that NaN equals NaN and -0 differs from 0."""
+    return x.contiguous().view(torch.uint8)
+
+
+def example_batch(*shape: int, seed: int = 0) -> Tensor:
+    """Rows of normal deviates whose sizes differ by powers of ten."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return x * (10.0 ** torch.arange(-3, shape[0] - 3)).view(-1, *(1,) * (len(shape) - 1))
+
+
+# Codes
+
+
+def assert_rounds_exactly(quantizer: Quantizer, name: str, rounding: Rounding, backend: str) -> None:
+    """Every level, every midpoint and both float32 neighbours of each round as exact fractions say. The scale is 1."""
+    values = oracles.boundaries(name)
+    q = quantizer(torch.tensor([values]), FORMATS[name], rounding, keys_for(1), backend=backend)
+    key = int(keys_for(1))
+    draws = [oracles.hashed(i, key) >> 9 if rounding is STOCHASTIC else oracles.HALF for i in range(len(values))]
+    expected = [oracles.rounded(name, value, draw) for value, draw in zip(values, draws, strict=True)]
+    assert q.scale.tolist() == [1.0]
+    assert q.dequantize()[0].tolist() == expected
+
+
+@pytest.mark.parametrize("rounding", Rounding)
+@pytest.mark.parametrize(("name", "backend"), WHERE)
+def test_every_code_and_every_boundary_rounds_exactly(name, backend, rounding):
+    assert_rounds_exactly(quantize_rows, name, rounding, backend)
+
+
+@pytest.mark.parametrize(("name", "backend"), WHERE)
+def test_a_rounding_that_is_off_at_boundaries_would_be_seen(name, backend):
+    def shrinking(x, *args, **kwargs):  # a tie, and what is just above it, becomes what is just below it
+        shrunk = torch.where(x.abs() == x.abs().max(), x, x * (1 - 2**-22))
+        return quantize_rows(shrunk, *args, **kwargs)
+
+    with pytest.raises(AssertionError):
+        assert_rounds_exactly(shrinking, name, NEAREST, backend)
+
+
+@pytest.mark.parametrize(("name", "backend"), WHERE)
+def test_levels_survive_any_rounding_at_any_scale(name, backend):
+    levels = torch.tensor([oracles.VALUES[name]], dtype=torch.float32)
+    for exponent, rounding in itertools.product((-60, 0, 60), Rounding):
+        x = levels * 2.0**exponent
+        q = quantize_rows(x, FORMATS[name], rounding, keys_for(1), backend=backend)
+        assert torch.equal(q.dequantize(), x)
+
+
+@pytest.mark.parametrize(("name", "backend"), WHERE)
+def test_codes_are_levels_and_the_largest_value_takes_the_largest_code(name, backend):
+    x = example_batch(6, 999)
+    q = quantize_rows(x, FORMATS[name], STOCHASTIC, keys_for(6), backend=backend)
+    assert set(q.codes.float().unique().tolist()) <= set(oracles.VALUES[name])
+    assert q.codes.float().abs().amax(1).tolist() == [FORMATS[name].max_code] * 6
+    assert torch.equal(q.scale, x.abs().amax(1) / torch.tensor(float(FORMATS[name].max_code)))
+
+
+# Unbiasedness and variance, exactly, over all draws. Rows of two values: the largest code, and the one looked at.
+
+STRIDE = 8  # of the 2^23 draws, every eighth: exact for fractions that are multiples of 8 / 2^23
+CASES = [
+    ("e3m0", 0.3125),
+    ("e3m0", 0.875),
+    ("e3m0", 1.25),
+    ("e3m0", 41.5),
+    ("int4", 2.4375),
+    ("int8", 99.125),
+    ("int8", 0.0625),
+]
+
+
+@functools.cache
+def keys_of_all_draws() -> Tensor:
+    """Row keys under which element 1 draws 0, 8, 16, ... 2^23 - 8."""
+    return oracles.unhashed(torch.arange(0, oracles.ONE, STRIDE) << 9, high=0) ^ 1
+
+
+def outcomes(quantizer: Quantizer, name: str, value: float, backend: str) -> Tensor:
+    """What `value` becomes under each draw, float64."""
+    keys = keys_of_all_draws()
+    x = torch.tensor([float(FORMATS[name].max_code), -value]).expand(len(keys), 2).contiguous()
+    return -quantizer(x, FORMATS[name], STOCHASTIC, keys, backend=backend).dequantize()[:, 1].double()
+
+
+def assert_unbiased(quantizer: Quantizer, name: str, value: float, backend: str) -> None:
+    """The mean over all draws is the value itself."""
+    assert outcomes(quantizer, name, value, backend).mean().item() == value
+
+
+def assert_variance(quantizer: Quantizer, value: float, backend: str) -> None:
+    """E3M0 has the variance of its definition: (t - a)(2a - t) with a = 2^floor(log2 t), or t(1 - t) below 1."""
+    below, above = (
+        (0.0, 1.0) if value < 1 else (2.0 ** math.floor(math.log2(value)), 2.0 ** math.ceil(math.log2(value)))
+    )
+    variance = ((outcomes(quantizer, "e3m0", value, backend) - value) ** 2).mean().item()
+    assert variance == (value - below) * (above - value)
+
+
+def always_nearest(x, format, rounding, *args, **kwargs):
+    return quantize_rows(x, format, NEAREST, *args, **kwargs)
+
+
+def draws_from_half_the_range(x, format, rounding, keys, **kwargs):
+    return quantize_rows(x, format, rounding, keys[: len(keys) // 2].repeat(2), **kwargs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("name", "value"), CASES)
+def test_stochastic_rounding_is_exactly_unbiased(name, value, backend):
+    assert_unbiased(quantize_rows, name, value, backend)
+
+
+@pytest.mark.parametrize("broken", [always_nearest, draws_from_half_the_range])
+@pytest.mark.parametrize(("name", "value"), CASES)
+def test_biased_rounding_would_be_seen(name, value, broken):
+    with pytest.raises(AssertionError):
+        assert_unbiased(broken, name, value, "native")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [value for name, value in CASES if name == "e3m0"])
+def test_the_variance_of_e3m0_is_exact(value, backend):
+    assert_variance(quantize_rows, value, backend)
+
+
+def test_a_wrong_variance_would_be_seen():
+    with pytest.raises(AssertionError):
+        assert_variance(always_nearest, 1.25, "native")
+
+
+# One example at a time
+
+
+def assert_isolated(quantizer: Quantizer) -> None:
+    """Whatever becomes of row 2, all other rows keep their codes and scales bit for bit."""
+    x = example_batch(5, 4, 7, 3)
+    before = quantizer(x)
+    for outlier in (1e4, 0.0, math.nan, math.inf):
+        changed = x.clone()
+        changed[2, 1] = outlier
+        after = quantizer(changed)
+        others = torch.tensor([0, 1, 3, 4])
+        assert torch.equal(after.codes[others], before.codes[others])
+        assert torch.equal(after.scale.expand(5)[others], before.scale.expand(5)[others])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["luq-fp4", "luq", "int8"])
+def test_an_example_cannot_change_another_examples_codes(name, backend):
+    assert_isolated(lambda x: quantize(x, name, key=1, backend=backend))
+
+
+def test_an_example_cannot_change_another_examples_float8_codes():
+    assert_isolated(lambda x: QTensor(codes=(q := quantize(x, "fp8")).codes.float(), scale=q.scale))
+
+
+@pytest.mark.parametrize("name", ["luq-fp4", "luq", "int8"])
+def test_a_scale_over_the_batch_would_be_seen(name):
+    with pytest.raises(AssertionError):
+        assert_isolated(lambda x: quantize(x, name, key=1, per_example=False))
+
+
+def assert_same_in_parts(quantizer: Quantizer) -> None:
+    """A record's codes are the same alone, in any microbatch and in any order."""
+    x, ids = example_batch(6, 50), torch.tensor([7, 3, 1000, 0, 2**40, 5])
+    whole = quantizer(x, ids)
+    for rows in ([0], [4, 5], [5, 3, 1]):
+        part = quantizer(x[rows], ids[rows])
+        assert torch.equal(part.codes, whole.codes[rows]) and torch.equal(part.scale, whole.scale[rows])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_codes_do_not_depend_on_the_microbatch(backend):
+    assert_same_in_parts(lambda x, ids: quantize(x, "luq-fp4", key=3, record_ids=ids, backend=backend))
+
+
+def test_draws_by_position_in_the_batch_would_be_seen():
+    with pytest.raises(AssertionError):
+        assert_same_in_parts(lambda x, ids: quantize(x, "luq-fp4", key=3))
+
+
+@pytest.mark.parametrize("name", ["luq-fp4", "e3m0", "int4", "fp8-e5m2"])
+def test_another_key_gives_other_draws_and_the_same_key_the_same(name):
+    x = example_batch(3, 500)
+    first, again, other = (quantize(x, name, key=key).codes.float() for key in (1, 1, -1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+# Rows that have no scale, and edges of float32
+
+
+@pytest.mark.parametrize(("name", "backend"), WHERE)
+def test_rows_without_a_usable_scale_become_zero_and_bad_rows_nan(name, backend):
+    zero, tiny, smallest = (
+        torch.zeros(4),
+        torch.full((4,), 2.0**-101),
+        torch.tensor([2.0**-100, 0.0, 0.0, -(2.0**-149)]),
+    )
+    nan, infinite = torch.tensor([1.0, math.nan, 2.0, 3.0]), torch.tensor([-math.inf, 1.0, 2.0, 3.0])
+    x = torch.stack([zero, tiny, smallest, nan, infinite, torch.ones(4)])
+    q = quantize_rows(x, FORMATS[name], STOCHASTIC, keys_for(6), backend=backend)
+    codes, top = q.codes.float(), FORMATS[name].max_code
+    assert q.scale[[0, 1]].tolist() == [0.0, 0.0] and q.scale[[2, 5]].gt(0).all() and q.scale[[3, 4]].isnan().all()
+    assert codes[[0, 1, 3, 4]].eq(0).all() and codes[2].tolist() == [top, 0, 0, 0] and codes[5].tolist() == [top] * 4
+    assert q.dequantize()[[0, 1]].eq(0).all() and q.dequantize()[[3, 4]].isnan().all()
+
+
+@pytest.mark.parametrize(("name", "backend"), WHERE)
+def test_the_largest_float32_has_a_code(name, backend):
+    x = torch.tensor([[torch.finfo(torch.float32).max, -1.0]])
+    q = quantize_rows(x, FORMATS[name], NEAREST, keys_for(1), backend=backend)
+    assert q.codes.float().tolist() == [[FORMATS[name].max_code, 0.0]] and q.scale.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (0, 3, 4, 4), (4, 0), (4, 3, 0, 2), (0,)])
+def test_empty_batches_and_empty_rows_have_codes(shape):
+    q = quantize(torch.zeros(shape), "luq-fp4")
+    assert q.codes.shape == shape and q.codes.dtype == torch.int8
+    assert q.scale.tolist() == [0.0] * shape[0]
+    assert q.dequantize().shape == shape
+
+
+# The native kernel
+
+
+def assert_native_equals_torch(
+    x: Tensor, format: NumberFormat, rounding: Rounding, zero_point: int, native: Quantizer
+) -> None:
+    """Codes, scales, types and memory layout agree bit for bit."""
+    keys = keys_for(len(x))
+    a = quantize_rows(x, format, rounding, keys, zero_point=zero_point, backend="torch")
+    b = native(x, format, rounding, keys, zero_point=zero_point, backend="native")
+    assert a.codes.dtype == b.codes.dtype and a.codes.stride() == b.codes.stride()
+    assert torch.equal(a.codes, b.codes)
+    assert torch.equal(bits_of(a.scale.nan_to_num(nan=-1)), bits_of(b.scale.nan_to_num(nan=-1)))
+
+
+def with_odd_rows(x: Tensor) -> Tensor:
+    """Denormals, zeros of both signs, large and non-finite values, spread over the first rows."""
+    flat = x.reshape(len(x), -1).clone()
+    odd = torch.tensor([1e-40, -0.0, 0.0, 2.0**-126, -1e38, 3e38, 2.0**-24])
+    for row in range(min(3, len(flat))):
+        flat[row, :: 3 + row] = odd.repeat(flat.shape[1])[: len(flat[row, :: 3 + row])] * 10.0 ** (-30 * row)
+    if len(flat) > 4:
+        flat[3, -1], flat[4, 0] = math.nan, -math.inf
+    return flat.view(x.shape)
+
+
+SHAPES = [
+    (1,),
+    (7,),
+    (3, 1),
+    (6, 5),
+    (2, 2047),
+    (2, 2048),
+    (1, 2049),
+    (3, 10_001),
+    (2, 3, 5),
+    (1, 1, 1, 1),
+    (7, 1, 5, 3),
+]
+SHAPES += [(5, 3, 9, 7), (6, 3, 33, 31), (2, 64, 8, 8), (1, 2100, 2, 3), (2, 700, 3, 1), (3, 17, 1, 1), (1, 2048, 3, 1)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_native_kernel_gives_the_same_bits(shape):
+    x = with_odd_rows(example_batch(*shape))
+    layouts = [x, x.contiguous(memory_format=CHANNELS_LAST)] if x.ndim == 4 else [x]
+    for x, format, rounding, zero_point in itertools.product(layouts, INTEGER_FORMATS, Rounding, (0, 128)):
+        assert_native_equals_torch(x, format, rounding, zero_point, quantize_rows)
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(
+    values=st.lists(st.floats(width=32, allow_subnormal=True), min_size=1, max_size=40),
+    format=st.sampled_from(INTEGER_FORMATS),
+    rounding=st.sampled_from(Rounding),
+)
+def test_the_native_kernel_gives_the_same_bits_for_any_floats(values, format, rounding):
+    assert_native_equals_torch(torch.tensor([values]), format, rounding, 0, quantize_rows)
+
+
+def with_the_next_key(x, format, rounding, keys, **kwargs):
+    return quantize_rows(x, format, rounding, keys + 1, **kwargs)
+
+
+def with_draws_in_memory_order(x, format, rounding, keys, **kwargs):
+    in_order = x.permute(0, 2, 3, 1).contiguous()
+    q = quantize_rows(in_order, format, rounding, keys, **kwargs)
+    return QTensor(codes=q.codes.permute(0, 3, 1, 2), scale=q.scale, zero_point=q.zero_point)
+
+
+@pytest.mark.parametrize("broken", [with_the_next_key, with_draws_in_memory_order])
+@pytest.mark.parametrize("format", INTEGER_FORMATS, ids=lambda format: format.name)
+def test_a_kernel_with_other_draws_would_be_seen(format, broken):
+    x = example_batch(3, 5, 4, 4).contiguous(memory_format=CHANNELS_LAST)
+    with pytest.raises(AssertionError):
+        assert_native_equals_torch(x, format, STOCHASTIC, 0, broken)
+
+
+# Layout, zero point, whole tensors
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_memory_format_is_kept_and_does_not_change_codes(backend):
+    x = example_batch(4, 6, 5, 3)
+    plain = quantize(x, "luq-fp4", backend=backend)
+    last = quantize(x.contiguous(memory_format=CHANNELS_LAST), "luq-fp4", backend=backend)
+    gaps = quantize(x.repeat_interleave(2, dim=3)[..., ::2], "luq-fp4", backend=backend)
+    assert last.codes.is_contiguous(memory_format=CHANNELS_LAST) and plain.codes.is_contiguous()
+    assert torch.equal(last.codes, plain.codes) and torch.equal(gaps.codes, plain.codes)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("format", INTEGER_FORMATS, ids=lambda format: format.name)
+def test_a_zero_point_moves_codes_and_not_values(format, backend):
+    x = with_odd_rows(example_batch(6, 100))
+    plain = quantize_rows(x, format, STOCHASTIC, keys_for(6), backend=backend)
+    moved = quantize_rows(x, format, STOCHASTIC, keys_for(6), zero_point=128, backend=backend)
+    assert moved.codes.dtype == torch.uint8 and torch.equal(moved.codes.short() - 128, plain.codes.short())
+    assert torch.equal(moved.dequantize().nan_to_num(), plain.dequantize().nan_to_num())
+
+
+def test_a_whole_tensor_has_one_scale():
+    weight = example_batch(4, 3, 2, 2)
+    q = quantize(weight, "int8", per_example=False)
+    assert q.codes.shape == weight.shape and q.scale.shape == (1,)
+    assert (q.dequantize() - weight).abs().max() <= q.scale.item() / 2 * (1 + 1e-6)
+    assert quantize(torch.tensor(-3.0), "int4", per_example=False).dequantize().item() == -3.0
+
+
+def test_a_gradient_is_not_carried_along():
+    x = example_batch(2, 3).requires_grad_()
+    assert not quantize(x, "luq-fp4", backend="torch").scale.requires_grad
+
+
+# What a name means, and what is refused
+
+
+def test_a_recipes_name_means_its_activation_role():
+    x = example_batch(3, 200)
+    for name, format, rounding in [("luq-fp4", E3M0, STOCHASTIC), ("luq", INT4, NEAREST), ("int8", INT8, NEAREST)]:
+        expected = quantize(x, format, rounding=rounding)
+        assert torch.equal(quantize(x, name).codes, expected.codes)
+    role = RoleFormat(format=INT4, rounding=NEAREST)
+    mine = Recipe(name="mine", weight=role, activation=role, gradient=role)
+    assert torch.equal(quantize(x, mine).codes, quantize(x, "luq").codes)
+
+
+def test_a_format_rounds_stochastically_unless_told_otherwise():
+    x = example_batch(3, 200)
+    assert torch.equal(quantize(x, "int4").codes, quantize(x, INT4, rounding=STOCHASTIC).codes)
+    assert not torch.equal(quantize(x, "int4").codes, quantize(x, "int4", rounding=NEAREST).codes)
+
+
+def test_an_unknown_name_is_refused_with_formats_and_recipes():
+    with pytest.raises(FormatError, match=r"fp8-e5m2.*got format='fp3'.*luq-fp4"):
+        quantize(torch.ones(1, 1), "fp3")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"x": torch.ones(2, 3, dtype=torch.float64)}, "float64"),
+        ({"x": torch.tensor(1.0)}, "0 axes"),
+        ({"row_keys": torch.zeros(3, dtype=torch.int64)}, "row_keys"),
+        ({"row_keys": torch.zeros(2, dtype=torch.int32)}, "row_keys"),
+        ({"zero_point": 64}, "zero_point=64"),
+        ({"backend": "cuda"}, "backend='cuda'"),
+        ({"x": torch.zeros(1).expand(2, 2**32 + 1)}, r"2\^32"),
+    ],
+    ids=["dtype", "axes", "too many keys", "key type", "zero point", "backend", "row size"],
+)
+def test_arguments_out_of_range_are_refused(arguments, message):
+    good = {"x": torch.ones(2, 3), "format": E3M0, "rounding": NEAREST, "row_keys": keys_for(2)}
+    with pytest.raises(SettingError, match=message):
+        quantize_rows(**(good | arguments))
+
+
+def test_one_number_has_no_examples():
+    with pytest.raises(SettingError, match="batch axis"):
+        quantize(torch.tensor(1.0), "int8")
+
+
+def test_formats_without_storage_or_kernel_are_refused():
+    e2m1 = NumberFormat(name="e2m1", exponent_bits=2, mantissa_bits=1, min_exponent=0, max_code=6)
+    for format, options in [(e2m1, {}), (FP8_E4M3, {"zero_point": 128}), (FP8_E4M3, {"backend": "native"})]:
+        with pytest.raises(FormatError, match=format.name):
+            quantize_rows(torch.ones(1, 1), format, NEAREST, keys_for(1), **options)
+
+
+# An installation without the kernel
+
+
+@pytest.fixture
+def without_kernel(monkeypatch):
+    monkeypatch.setattr(quantize_module, "_native", None)
+    quantize_module._warn_of_missing_kernel.cache_clear()
+
+
+@pytest.mark.usefixtures("without_kernel")
+def test_a_missing_kernel_is_reported_once_with_its_remedy():
+    assert not native_available()
+    x = example_batch(2, 10)
+    with pytest.warns(RuntimeWarning, match=r"Install a C\+\+ compiler"):
+        first = quantize(x, "luq-fp4")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(quantize(x, "luq-fp4").codes, first.codes)
+
+
+@pytest.mark.usefixtures("without_kernel")
+def test_a_missing_kernel_that_was_asked_for_is_an_error():
+    with pytest.raises(FormatError, match="without a C"):
+        quantize(torch.ones(1, 1), "luq-fp4", backend="native")
+
+
+def test_the_kernel_is_used_where_it_can_be(monkeypatch):
+    monkeypatch.setattr(quantize_module, "_fill_torch", lambda *_: pytest.fail("torch path taken"))
+    assert native_available()
+    assert quantize(torch.ones(2, 2), "luq-fp4").codes.eq(64).all()
