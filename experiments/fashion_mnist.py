@@ -3,8 +3,8 @@
 
     python -m experiments.fashion_mnist [--jobs 2] [--work DIR]
 
-Needs the Fashion-MNIST IDX files (Debian: dataset-fashion-mnist; else downloaded). Writes results/fashion_mnist.{json,png}.
-The network is the two-convolution tanh net of Papernot et al., arXiv 2007.14191.
+Needs the Fashion-MNIST IDX files (Debian: dataset-fashion-mnist; else downloaded). Writes
+results/fashion_mnist.{json,png}. The network is the two-convolution tanh net of Papernot et al., arXiv 2007.14191.
 """
 
 import argparse

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""German traffic signs from image folders: torchvision's ResNet18 at epsilon 8, half of its layers quantized each epoch.
+"""German traffic signs from image folders: torchvision's ResNet18 at epsilon 8, half of its layers quantized.
 
     python -m experiments.gtsrb --folder DIR [--work DIR]
 
-DIR holds train/CLASS/*.png and test/CLASS/*.png (39,209 and 12,630 images of 43 classes, 32 x 32). Writes results/gtsrb.json.
+DIR holds train/CLASS/*.png and test/CLASS/*.png (39,209 and 12,630 images of 43 classes, 32 x 32). Writes
+results/gtsrb.json.
 One run on all cores: its seconds are part of the result.
 """
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs `dpquant train` for a table of settings and seeds, side by side, and can be interrupted and started again.
 
-Every run is the command line that a user would type. A run whose record exists is not repeated. What is kept of a run is
-its record, without the parts that only describe the machine's moment.
+Every run is the command line that a user would type. A run whose record exists is not repeated. What is kept of a run
+is its record, without the parts that only describe the machine's moment.
 """
 
 import concurrent.futures
@@ -56,13 +56,16 @@ def _record(run: Run, folder: Path, jobs: int) -> dict:
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if result.returncode:
             raise SystemExit(f"{' '.join(command)}\n{result.stderr}")
-        print(f"{run.row}, seed {run.seed}: {json.loads((out / 'record.json').read_text())['accuracy_test']:.4f}", flush=True)
+        print(
+            f"{run.row}, seed {run.seed}: {json.loads((out / 'record.json').read_text())['accuracy_test']:.4f}",
+            flush=True,
+        )
     record = json.loads((out / "record.json").read_text())
     return {**record, "command": " ".join(run.command(Path("RUN")))}
 
 
 def summary(records: dict[str, list[dict]]) -> dict[str, dict]:
-    """{row: mean, spread (sample standard deviation) and each seed's test accuracy in percent, epsilon, what ran quantized}."""
+    """{row: test accuracy in percent (mean, sample standard deviation, each seed), epsilon, what ran quantized}."""
     rows = {}
     for row, runs in records.items():
         accuracies = [100 * run["accuracy_test"] for run in runs]

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// One fused pass from float32 rows to one-byte codes and a scale per row. It is only speed: dpquant/quantize.py states the
+// One fused pass from float32 rows to one-byte codes and a scale per row. It is only speed: dpquant/quantizer.py states the
 // meaning, dpquant/streams.py the random bits, and this file must agree with both bit for bit. It holds no state, seeds
 // nothing, does not know torch and decides nothing. A row is read twice (its largest magnitude, then its codes) while it
 // is in the cache.
@@ -148,7 +148,7 @@ using Scales = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 }  // namespace
 
 NB_MODULE(_native, m) {
-    m.doc() = "The loops of dpquant.quantize, fused. dpquant.quantize states what they compute.";
+    m.doc() = "The loops of dpquant.quantizer, fused. dpquant.quantizer states what they compute.";
     m.def(
         "quantize_rows",
         [](Floats x, Keys row_keys, Bytes codes, Scales scale, int64_t inner, int64_t outer_stride, int64_t inner_stride,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loops of dpquant.quantize, fused. dpquant.quantize states what they compute."""
+"""The loops of dpquant.quantizer, fused. dpquant.quantizer states what they compute."""
 
 import numpy as np
 

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sum of clipped per-example gradients of a model, from one forward and one backward pass.
 
-The norm that is clipped must be the norm of what is summed. A second backward pass would redraw the stochastic rounding, so
-there is none: layers leave their operands on a tape, every example's squared norm is taken from those, then the clipped sum
-from the same operands (book-keeping; Bu et al., arXiv 2210.00038). A weight whose per-example gradient is
-G_i = sum_t g_it x_it^T has
+The norm that is clipped must be the norm of what is summed. A second backward pass would redraw the stochastic
+rounding, so
+there is none: layers leave their operands on a tape, every example's squared norm is taken from those, then the clipped
+sum from the same operands (book-keeping; Bu et al., arXiv 2210.00038). A weight whose per-example gradient is G_i =
+sum_t g_it x_it^T has
 
     ||G_i||^2 = <g_i g_i^T, x_i x_i^T>      by Gram matrices where there are few positions T, else by forming G_i
 
 Trainable parameters are detached while the passes run: no gradient that is not clipped ever exists on the model.
-A parameter without a per-example gradient is an error. An example whose gradient is not finite contributes exactly zero.
+A parameter without a per-example gradient is an error. An example whose gradient is not finite contributes exactly
+zero.
 
 Symbols: B examples, C clip norm, c_i clip factor, T positions, D patch size, O output channels, G groups.
 """
@@ -23,6 +25,7 @@ from typing import Any, Protocol, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from dpquant.errors import ModelError, SettingError
 from dpquant.kernels import (
@@ -34,12 +37,13 @@ from dpquant.kernels import (
     unfolded,
 )
 from dpquant.layers import Pass, QuantizableLayer, quantizable_layers, running
-from dpquant.quantize import QTensor
+from dpquant.quantizer import QTensor
 from dpquant.streams import derive_key
 
 PerExampleLoss = Callable[[nn.Module, Any], Tensor]
 
-# Clip factors are rounded down by this much, and squared norms up by this much of the sum of absolute terms, which is more
+# Clip factors are rounded down by this much, and squared norms up by this much of the sum of absolute terms, which is
+# more
 # than float32 sums of the lengths met here lose: a contribution stays at most C.
 _ROUND_OFF = 2.0**-20
 
@@ -77,8 +81,8 @@ def clipped_sum(
     """The sum over a batch of per-example gradients, each scaled to at most `max_grad_norm`.
 
     Example i's contribution depends on the model, on its own record and on its own rounding draws, which are fixed by
-    (seed, step, record id): on nothing else. So the sum over any two batches that differ in one record differs by at most
-    `max_grad_norm`. Microbatches change memory and time, never the result beyond float32 rounding.
+    (seed, step, record id): on nothing else. So the sum over any two batches that differ in one record differs by at
+    most `max_grad_norm`. Microbatches change memory and time, never the result beyond float32 rounding.
 
     Args:
       model: a prepared model (`dpquant.prepare`), trainable privately (`check_trainable`).
@@ -141,7 +145,8 @@ def take_rows(batch: Any, rows: slice | Tensor) -> Any:
         case list():
             return [take_rows(value, rows) for value in batch]
     raise SettingError(
-        f"Expected a batch of tensors, tuples, lists and dicts; got a {type(batch).__name__}. A microbatch takes the same "
+        f"Expected a batch of tensors, tuples, lists and dicts; got a {type(batch).__name__}. A microbatch takes the "
+        "same "
         "rows of every tensor. Give the data set a collate function that returns tensors."
     )
 
@@ -342,11 +347,12 @@ class _GradientTape:
         return {name: part.weighted_sum(factors_B) for name, part in parts.items()}
 
     def _one_contribution(self, name: str) -> Contribution:
-        """A parameter that was used once keeps its operands; one that is shared or reused needs its gradients formed."""
+        """A parameter used once keeps its operands; one that is shared or reused needs its gradients formed."""
         contributions = self._contributions[name]
         if not contributions:
             raise ModelError(
-                f"Expected every trainable parameter to get a per-example gradient; {name} got none. Its module was not "
+                f"Expected every trainable parameter to get a per-example gradient; {name} got none. Its module was "
+                "not "
                 "called, or its output does not reach the loss, or the parameter is used outside its module. "
                 "Freeze it with requires_grad_(False), or use it through the module that owns it."
             )
@@ -455,7 +461,8 @@ def _contributions_by_vmap(module: nn.Module, x: Tensor, grad: Tensor) -> dict[s
     except RuntimeError as error:
         raise ModelError(
             f"Expected a {type(module).__name__} whose per-example gradients can be computed; got one that cannot be "
-            "evaluated one example at a time. Freeze it, or build it of Conv2d, Linear, GroupNorm, LayerNorm and Embedding."
+            "evaluated one example at a time. Freeze it, or build it of Conv2d, Linear, GroupNorm, LayerNorm and "
+            "Embedding."
         ) from error
     return {name: Formed(gradient) for name, gradient in gradients.items()}
 
@@ -493,15 +500,18 @@ def _problem(module: nn.Module) -> tuple[str, str] | None:
             return "Its running statistics keep raw data", "Set track_running_stats=False"
         case nn.RNNBase() | nn.MultiheadAttention():
             return (
-                "Its parameters have no per-example gradient here",
-                "Build it of Linear layers, or freeze it with requires_grad_(False)",
-            ) if any(p.requires_grad for p in module.parameters()) else None
+                (
+                    "Its parameters have no per-example gradient here",
+                    "Build it of Linear layers, or freeze it with requires_grad_(False)",
+                )
+                if any(p.requires_grad for p in module.parameters())
+                else None
+            )
         case nn.Embedding() if module.scale_grad_by_freq:
             return "scale_grad_by_freq weighs by counts over the batch", "Set scale_grad_by_freq=False"
         case nn.Embedding() if module.max_norm is not None:
             return "max_norm changes the table by which records are looked up", "Set max_norm=None"
-        case nn.modules.lazy.LazyModuleMixin() if module.has_uninitialized_params():
+        case LazyModuleMixin() if module.has_uninitialized_params():
             return "Its parameters have no shape yet", "Run one forward pass on made-up data first"
         case _:
             return None
-

@@ -5,11 +5,11 @@ For example i and policy p (by default: one policy per quantizable layer, that l
 
     v_i[p] = mean over rounding repeats of loss_i(model with p quantized) - loss_i(model in full precision)
 
-and the sum is over clip_C(v_i). Each v_i depends on the public model, on record i and on its own rounding draws, so adding or
-removing one record moves the sum by at most C. The paper clips the aggregated vector instead, which has sensitivity 2 C:
-two vectors of a ball can be its diameter apart. (The paper calls this quantity "loss sensitivity"; here `sensitivity` is
-the privacy bound and nothing else.) No model update happens inside; parameters, buffers, modes, policy and random streams
-are left bitwise as they were.
+and the sum is over clip_C(v_i). Each v_i depends on the public model, on record i and on its own rounding draws, so
+adding or removing one record moves the sum by at most C. The paper clips the aggregated vector instead, which has
+sensitivity 2 C: two vectors of a ball can be its diameter apart. (The paper calls this quantity "loss sensitivity";
+here `sensitivity` is the privacy bound and nothing else.) No model update happens inside; parameters, buffers, modes,
+policy and random streams are left bitwise as they were.
 
 Symbols: B examples, P policies, C clip norm, v impact. Source: DPQuant, arXiv 2509.03472, corrected as said above.
 """
@@ -58,8 +58,8 @@ def impact_sum(
 ) -> ImpactSum:
     """The sum over a batch of per-example impact vectors, each scaled to at most `max_norm`.
 
-    Only forward passes, in evaluation mode (no dropout). The pass that quantizes a layer takes everything before that layer
-    from the full-precision pass: on average half of the products are computed.
+    Only forward passes, in evaluation mode (no dropout). The pass that quantizes a layer takes everything before that
+    layer from the full-precision pass: on average half of the products are computed.
 
     Args:
       model: a prepared model.
@@ -72,7 +72,8 @@ def impact_sum(
       seed: of the rounding draws.
       repeats: rounding draws averaged before the clip.
       microbatch_size: examples a forward pass.
-    Returns: ImpactSum with sensitivity `max_norm`; zeros for an empty batch. An example with an impact that is not finite
+    Returns: ImpactSum with sensitivity `max_norm`; zeros for an empty batch. An example with an impact that is not
+    finite
       contributes zero.
     Raises:
       SettingError: an argument out of range, or a name that is not a quantizable layer.

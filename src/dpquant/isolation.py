@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does this model, with this loss, keep its examples apart? Tried out on made-up records, before any private one is read.
+"""Does this model, with this loss, keep its examples apart? Tried on made-up records, before a private one is read.
 
-A list of forbidden layers can be evaded (a batch statistic in a forward method, a parameter used behind its module's back),
+A list of forbidden layers can be evaded (a batch statistic in a forward method, a parameter used behind its module's
+back),
 so the model is run: the clipped sum of a batch must be the sum of its examples' own, and without a clip it must be what
 autograd computes. Made-up records have the shapes and types of the data set's first record and none of its values.
 """
@@ -23,7 +24,7 @@ _NO_CLIP = 1e12
 
 
 def made_up_batch(record: Any, collate: Callable[[list], Any]) -> Any:
-    """A batch of `_NUM_EXAMPLES` records shaped like `record`: normal deviates of growing size for floats, zeros for integers.
+    """A batch of `_NUM_EXAMPLES` records shaped like `record`: growing normal deviates for floats, zeros for integers.
 
     Privacy: uses shapes and types only.
     """
@@ -61,13 +62,15 @@ def check_isolation(model: nn.Module, loss_fn: PerExampleLoss, batch: Any) -> di
     """Run the model on a made-up batch, refuse it if its examples are coupled, and count its multiply-accumulates.
 
     Args:
-      model: a prepared model, in full precision. Its parameters, modes and the global random stream are left as they were;
+      model: a prepared model, in full precision. Its parameters, modes and the global random stream are left as they
+      were;
         it must not change its own buffers.
       loss_fn: `(model, batch) -> Tensor (B,)`.
       batch: `_NUM_EXAMPLES` made-up records.
     Returns: {quantizable layer: multiply-accumulates of its forward product, for one example}.
     Raises:
-      ModelError: the model does not run on such a batch; a parameter has no per-example gradient, or one that is not what
+      ModelError: the model does not run on such a batch; a parameter has no per-example gradient, or one that is not
+      what
         autograd computes; one example's gradient depends on another; a buffer changes.
     Privacy: reads no data.
     """
@@ -81,7 +84,8 @@ def check_isolation(model: nn.Module, loss_fn: PerExampleLoss, batch: Any) -> di
             raise
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise ModelError(
-                f"Expected model and loss_fn to run on a batch shaped like the data set's; got a {type(error).__name__}: "
+                f"Expected model and loss_fn to run on a batch shaped like the data set's; got a "
+                f"{type(error).__name__}: "
                 f"{error}. The batch was made up. Make the model's input and output fit the records."
             ) from error
     return macs
@@ -107,8 +111,10 @@ def _compare_with_autograd(model: nn.Module, loss_fn: PerExampleLoss, batch: Any
         reference = torch.zeros_like(mine) if reference is None else reference
         if (mine - reference).norm() > _TOLERANCE * reference.norm().clamp(min=1e-6):
             raise ModelError(
-                f"Expected {name} to be used only by the module that owns it; got a gradient that its per-example gradients "
-                "do not add up to. Clipping would miss a part of it. Call the module instead of using its parameter, or "
+                f"Expected {name} to be used only by the module that owns it; got a gradient that its per-example "
+                "gradients "
+                "do not add up to. Clipping would miss a part of it. Call the module instead of using its parameter, "
+                "or "
                 "make the examples the first axis of every input."
             )
 
@@ -121,8 +127,10 @@ def _compare_with_singletons(model: nn.Module, loss_fn: PerExampleLoss, batch: A
     gap = sum((sum(single[name] for single in singles) - whole[name]).double().square().sum() for name in whole)
     if float(gap) ** 0.5 > _TOLERANCE and not _draws_random_numbers(model, loss_fn, batch):
         raise ModelError(
-            "Expected each example's gradient to depend on that example alone; got a batch whose clipped sum is not the sum "
-            "of its examples' own. Clipping would bound no one's influence. Remove batch statistics and other operations "
+            "Expected each example's gradient to depend on that example alone; got a batch whose clipped sum is not "
+            "the sum "
+            "of its examples' own. Clipping would bound no one's influence. Remove batch statistics and other "
+            "operations "
             "across the first axis."
         )
 
@@ -157,7 +165,8 @@ def _count_macs(model: nn.Module, loss_fn: PerExampleLoss, batch: Any) -> dict[s
     for name, buffer in model.named_buffers():
         if not torch.equal(buffer, buffers[name]):
             raise ModelError(
-                f"Expected a forward pass to leave the model's buffers alone; got a change of {name}. A buffer that follows "
+                f"Expected a forward pass to leave the model's buffers alone; got a change of {name}. A buffer that "
+                "follows "
                 "the data is released with the model, without noise. Remove it, or freeze it in evaluation mode."
             )
     return macs

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The three products of a convolution, on number codes: forward, input gradient, per-example weight gradient.
 
-Two backends give the same integers. `simulate` multiplies codes as floating-point numbers, on any device: it is the meaning.
-`int8` runs the same codes on a CPU's int8 instructions. This is the only file that calls `torch.ops.onednn`; it knows
-nothing of scales, layers or privacy. A linear layer is a 1x1 convolution over its positions.
+Two backends give the same integers. `simulate` multiplies codes as floating-point numbers, on any device: it is the
+meaning. `int8` runs the same codes on a CPU's int8 instructions. This is the only file that calls `torch.ops.onednn`;
+it knows nothing of scales, layers or privacy. A linear layer is a 1x1 convolution over its positions.
 
 Symbols: B examples, C input channels, O output channels, G groups, H x W input size, K kernel size, T output positions.
 
 Sources: oneDNN's int8 convolution through `torch.ops.onednn.qconv2d_pointwise`, which takes activations as uint8 with a
-zero point: a code c in -127..127 travels as c + 128, zero padding included. All scales are 1, so that the int32 accumulator
-comes out as a float32 and differs from the exact integer only by that one rounding (none below 2^24).
+zero point: a code c in -127..127 travels as c + 128, zero padding included. All scales are 1, so that the int32
+accumulator comes out as a float32 and differs from the exact integer only by that one rounding (none below 2^24).
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpquant.errors import FormatError
-from dpquant.quantize import QTensor
+from dpquant.quantizer import QTensor
 
 BACKENDS = ("auto", "simulate", "int8")
 INT8_ZERO_POINT = 128
@@ -88,7 +88,7 @@ class SimulatedProducts:
 
 
 def _exact_dtype(operand: QTensor, num_terms: int, max_code: int) -> torch.dtype:
-    """float32 where every partial sum of `num_terms` integer products is a float32, else float64. fp8 sums in float32."""
+    """float32 where every partial sum of `num_terms` integer products is one, else float64. fp8 sums in float32."""
     if operand.codes.dtype.is_floating_point or num_terms * max_code**2 <= _FLOAT32_EXACT:
         return torch.float32
     return torch.float64
@@ -235,8 +235,8 @@ def unfolded(x: Tensor, geometry: Geometry) -> Tensor:
 def int8_is_exact(max_code: int) -> bool:
     """Whether this machine's int8 convolution gives the exact integers for codes up to `max_code`, forward and back.
 
-    A processor without the right instructions, or told not to use them, may saturate full-range products (the pairs of a
-    16-bit accumulator), so the check uses the largest codes, not random ones. Run once a process and code range.
+    A processor without the right instructions, or told not to use them, may saturate full-range products (the pairs of
+    a 16-bit accumulator), so the check uses the largest codes, not random ones. Run once a process and code range.
     """
     try:
         generator = torch.Generator().manual_seed(0)

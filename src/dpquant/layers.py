@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Conv2d and Linear whose three products can run on number codes, and the switch that says which of them do.
 
-`prepare` puts a quantizable twin in the place of every Conv2d and Linear: the same parameters, the same state_dict. A twin
-in full precision computes what the original computes. A quantized twin computes (algorithm: DPQuant, arXiv 2509.03472)
+`prepare` puts a quantizable twin in the place of every Conv2d and Linear: the same parameters, the same state_dict. A
+twin in full precision computes what the original computes. A quantized twin computes (algorithm: DPQuant, arXiv
+2509.03472)
 
     forward   y_i  = s(x_i) s(W) conv(code(x_i), code(W)) + b
     dgrad     gx_i = s(g_i) s(W) conv_transpose(code(g_i), code(W))
     wgrad     G_i  = s(g_i) s(x_i) sum_t code(g_it) code(x_it)^T
 
-x is quantized once and its codes are kept for wgrad; W once per logical step; g once, for both dgrad and wgrad. The bias'
-gradient sums the incoming gradient itself: it is no product. Scales are taken per example, never over the batch: a batch
-scale would make every example's gradient depend on every other, and clipping would bound nothing.
+x is quantized once and its codes are kept for wgrad; W once per logical step; g once, for both dgrad and wgrad. The
+bias'
+gradient sums the incoming gradient itself: it is no product. Scales are taken per example, never over the batch: a
+batch scale would make every example's gradient depend on every other, and clipping would bound nothing.
 
-A layer does not clip, sum or add noise: it hands (x, g) to the tape of the `Pass` that it runs in. Outside a pass it is an
-ordinary layer with straight-through gradients.
+A layer does not clip, sum or add noise: it hands (x, g) to the tape of the `Pass` that it runs in. Outside a pass it is
+an ordinary layer with straight-through gradients.
 
 Symbols: B examples, x activations, g output gradients, W weight, T output positions, s scale.
 """
@@ -22,7 +24,7 @@ import collections
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +43,7 @@ from dpquant.kernels import (
     resolve_backend,
     weight_gradient,
 )
-from dpquant.quantize import QTensor, quantize_rows
+from dpquant.quantizer import QTensor, quantize_rows
 from dpquant.streams import derive_key, row_keys
 
 
@@ -51,7 +53,7 @@ class Tape(Protocol):
     anchor: Tensor  # a scalar that requires a gradient, so that backward reaches layers whose parameters are detached
 
     def record(self, layer: "QuantizableLayer", x: Tensor | QTensor, g: Tensor | QTensor, grad: Tensor) -> None:
-        """One call's operands: example i's weight gradient is scale_i * sum_t g_it x_it^T, its bias gradient sum_t grad_it."""
+        """One call's operands: example i's weight gradient is scale_i sum_t g_it x_it^T, its bias gradient sum_t grad_it."""
         ...
 
 
@@ -134,8 +136,8 @@ class Pass:
 class QuantizableLayer(nn.Module):
     """What the quantizable twins share: a recipe, a backend, a switch, and the pass that they run in."""
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
+    bias: Any
     name: str
     recipe: Recipe
     backend: str
@@ -228,7 +230,8 @@ class QuantLinear(QuantizableLayer, nn.Linear):
         if input.ndim < 2 or input.shape[-1] != self.in_features:
             raise ModelError(
                 f"Expected input of layer {self.name!r} to have shape (B, ..., {self.in_features}); got "
-                f"{tuple(input.shape)}. Its first axis is the example, whose gradient is clipped; its last the features. "
+                f"{tuple(input.shape)}. Its first axis is the example, whose gradient is clipped; its last the "
+                "features. "
                 "Reshape the input."
             )
         positions_BTD = input.reshape(input.shape[0], -1, input.shape[-1])
@@ -272,7 +275,7 @@ class _Convolution(torch.autograd.Function):
             return grad_x, None, None, None, None, None
         if ctx.needs_input_grad[1]:
             g_values = code_values(g)
-            if ctx.quantized:
+            if isinstance(g, QTensor) and isinstance(x, QTensor):
                 g_values = _scaled(g_values, g.scale * x.scale)
             grad_weight = weight_gradient(g_values, code_values(x), layer.geometry)
         if ctx.needs_input_grad[2]:

@@ -2,8 +2,8 @@
 """Plain torch networks for images, by name, and the user's own by `module:function`.
 
 Every network here can be trained privately as it is: where it normalises, it does so by GroupNorm, never over the
-batch. The networks know nothing of quantization or privacy. Parameters are initialised as torch does, from torch's global
-generator: the caller seeds it.
+batch. The networks know nothing of quantization or privacy. Parameters are initialised as torch does, from torch's
+global generator: the caller seeds it.
 
 `lenet` and `cnn` are published for images of 28x28 and keep their form from there on: what is larger is pooled down
 before the first linear layer. Images with a side under 28 pixels (`digits` has 8) get variants whose kernels fit them.

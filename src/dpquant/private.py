@@ -7,17 +7,19 @@
             private.step(batch)
     print(private.statement())
 
-A step charges the ledger, then reads the records that the plan's sampler drew, sums their clipped gradients, adds noise and
-lets the optimizer move. Sampling, sensitivity, noise and accounting come from one plan; speed settings cannot change them.
+A step charges the ledger, then reads the records that the plan's sampler drew, sums their clipped gradients, adds noise
+and lets the optimizer move. Sampling, sensitivity, noise and accounting come from one plan; speed settings cannot
+change them.
 
-Three kinds of randomness do not touch: the mechanism's (which records, which noise), secret and fresh from the operating
-system; rounding and scheduling, from `seed`, which carry no privacy; and the global stream, which belongs to the user.
+Three kinds of randomness do not touch: the mechanism's (which records, which noise), secret and fresh from the
+operating system; rounding and scheduling, from `seed`, which carry no privacy; and the global stream, which belongs to
+the user.
 """
 
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +46,13 @@ class MapDataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Any: ...
+
+
+@runtime_checkable
+class Collated(Protocol):
+    """A data set that collates records itself, faster than one by one."""
+
+    def batch(self, record_ids: Tensor, /) -> Any: ...
 
 
 class Batch:
@@ -143,9 +152,13 @@ class PrivateTraining:
             layers = self.policy.choose(self.macs, self.scores or None, epoch=index, key=self._key("schedule"))
             self._policies.append(layers)
             num_steps = min(self.plan.epoch_steps, self.plan.steps - self.steps_taken)
-            yield Epoch(index, layers, num_steps, lambda layers=layers, num_steps=num_steps: self._run(layers, num_steps))
+            yield Epoch(
+                index, layers, num_steps, lambda layers=layers, num_steps=num_steps: self._run(layers, num_steps)
+            )
             if self.steps_taken == taken:
-                raise BudgetError(f"Expected every epoch to take a step; got none in epoch {index}. Call private.step(batch).")
+                raise BudgetError(
+                    f"Expected every epoch to take a step; got none in epoch {index}. Call private.step(batch)."
+                )
 
     def step(self, batch: Batch) -> None:
         """Charge, clip, sum, add noise, and let the optimizer move (algorithm: Abadi et al., arXiv 1607.00133).
@@ -164,12 +177,15 @@ class PrivateTraining:
             )
         if batch is not self._drawn:
             raise SettingError(
-                "Expected the batch that the epoch has just drawn, once; got another. The accounting holds for batches of "
+                "Expected the batch that the epoch has just drawn, once; got another. The accounting holds for batches "
+                "of "
                 "the plan's own sampler. Loop over private.epochs() and over each epoch."
             )
         began = time.perf_counter()
         self._drawn = None
-        self._ledger.charge(kind="train", sample_rate=self.plan.sample_rate, noise_multiplier=self.plan.noise_multiplier)
+        self._ledger.charge(
+            kind="train", sample_rate=self.plan.sample_rate, noise_multiplier=self.plan.noise_multiplier
+        )
         self.steps_taken += 1
         clipped = clipped_sum(
             self.model,
@@ -285,11 +301,12 @@ def make_private(
     Args:
       model: the user's own; its Conv2d and Linear layers are replaced in place by quantizable twins.
       optimizer: any torch optimizer over the model's trainable parameters. It is fed the noised gradient.
-      train_set: map-style. Its `batch(record_ids)`, if it has one, gives collated data; else its items are collated.
+      train_set: map-style. If it has a `batch(record_ids)`, that gives the collated data; else its items are collated.
       loss_fn: `(model, batch) -> Tensor (B,)`, one loss per example.
       plan: the privacy settings.
       policy: which layers run quantized.
-      format, backend: as for `dpquant.prepare`.
+      format: a recipe's name or a `Recipe`, as for `dpquant.prepare`.
+      backend: `auto`, `simulate` or `int8`, likewise.
       seed: of rounding and of the schedule; never of sampling or noise.
       ledger: file to write charges to, ahead of each use of data; None keeps them in memory.
       collate_fn: list of items -> batch.
@@ -312,7 +329,7 @@ def make_private(
     device = next(model.parameters()).device
 
     def load(record_ids: Tensor) -> Any:
-        if hasattr(train_set, "batch"):
+        if isinstance(train_set, Collated):
             return _to(train_set.batch(record_ids), device)
         if len(record_ids) == 0:
             return ()
@@ -350,13 +367,16 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
         )
     if missing := [name for p, name in names.items() if p.requires_grad and p not in held]:
         raise SettingError(
-            f"Expected optimizer to hold every trainable parameter; it lacks {missing[0]}. It would take part in clipping "
+            f"Expected optimizer to hold every trainable parameter; it lacks {missing[0]}. It would take part in "
+            "clipping "
             "and never move. Give it to the optimizer, or freeze it with requires_grad_(False)."
         )
 
 
 def _check_data_set(train_set: MapDataset) -> None:
-    if isinstance(train_set, IterableDataset) or not (hasattr(train_set, "__getitem__") and hasattr(train_set, "__len__")):
+    if isinstance(train_set, IterableDataset) or not (
+        hasattr(train_set, "__getitem__") and hasattr(train_set, "__len__")
+    ):
         raise DataError(
             f"Expected train_set to be map-style (__len__ and __getitem__); got a {type(train_set).__name__}. "
             "Poisson sampling draws records by index. Give a torch.utils.data.Dataset with stable indices."

@@ -17,7 +17,7 @@ from torch import Tensor
 import oracles
 from dpquant.errors import FormatError, SettingError
 from dpquant.formats import E3M0, FORMATS, FP8_E4M3, INT4, INT8, NumberFormat, Recipe, RoleFormat, Rounding
-from dpquant.quantize import QTensor, native_available, quantize, quantize_rows
+from dpquant.quantizer import QTensor, native_available, quantize, quantize_rows
 from dpquant.streams import row_keys
 
 STOCHASTIC, NEAREST = Rounding.STOCHASTIC, Rounding.NEAREST
@@ -26,7 +26,7 @@ BACKENDS = ["torch", "native"]
 WHERE = [(name, "torch") for name in FORMATS] + [(fmt.name, "native") for fmt in INTEGER_FORMATS]
 CHANNELS_LAST = torch.channels_last
 Quantizer = Callable[..., QTensor]
-quantize_module = importlib.import_module("dpquant.quantize")
+quantize_module = importlib.import_module("dpquant.quantizer")
 
 
 def keys_for(num_rows: int) -> Tensor:
@@ -418,6 +418,12 @@ def test_arguments_out_of_range_are_refused(arguments, message):
 def test_one_number_has_no_examples():
     with pytest.raises(SettingError, match="batch axis"):
         quantize(torch.tensor(1.0), "int8")
+
+
+def test_a_format_that_is_not_built_in_rounds_by_its_facts():
+    even = NumberFormat(name="even", exponent_bits=0, mantissa_bits=3, min_exponent=4, max_code=14)
+    q = quantize(torch.tensor([[14.0, 4.9, -5.1]]), even, rounding=NEAREST)
+    assert q.codes.tolist() == [[14, 4, -6]]
 
 
 def test_formats_without_storage_or_kernel_are_refused():

@@ -28,7 +28,19 @@ from torch import Tensor
 
 from dpquant import streams
 from dpquant.errors import FormatError, SettingError
-from dpquant.formats import FP8_E4M3, FP8_E5M2, RECIPES, NumberFormat, Recipe, RoleFormat, Rounding, number_format
+from dpquant.formats import (
+    E3M0,
+    FP8_E4M3,
+    FP8_E5M2,
+    INT4,
+    INT8,
+    RECIPES,
+    NumberFormat,
+    Recipe,
+    RoleFormat,
+    Rounding,
+    number_format,
+)
 
 try:
     from dpquant import _native
@@ -40,6 +52,7 @@ SMALLEST_ABSMAX = 2.0**-100  # rows below it become zero: max_code / absmax coul
 
 _HALF = 2 ** (streams.DRAW_BITS - 1)
 _ONE = 2**streams.DRAW_BITS
+_NATIVE_FORMATS = (E3M0, INT4, INT8)
 _FLOAT_CODES = {FP8_E4M3: torch.float8_e4m3fn, FP8_E5M2: torch.float8_e5m2}
 
 
@@ -230,7 +243,7 @@ def _fill_native(
 
 
 def _dense(x: Tensor) -> Tensor:
-    """X itself if its memory has no gaps and one of the two known orders, else a contiguous copy."""
+    """The tensor itself if its memory has no gaps and one of the two known orders, else a contiguous copy."""
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
         return x
     return x.contiguous()
@@ -238,7 +251,7 @@ def _dense(x: Tensor) -> Tensor:
 
 def _runs_native(format: NumberFormat, device: torch.device, backend: str) -> bool:
     """Whether the kernel runs this. It knows powers of two and uniform integers, on the CPU."""
-    able = device.type == "cpu" and format.fits_int8 and (format.exponent_bits == 0 or format.mantissa_bits == 0)
+    able = device.type == "cpu" and format in _NATIVE_FORMATS
     if backend == "torch" or (backend == "auto" and not able):
         return False
     if not able:

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Secret randomness: one key from the operating system, and for every purpose an unpredictable stream of its own.
+
+    stream(purpose) = AES-128 in counter mode under blake2b(secret, purpose)
+
+The sampler and the noise draw from here and from nowhere else. There is no state to store or to repeat by accident: a
+stream is a function of the secret and of what it is for. Rounding and scheduling carry no privacy and use
+`dpquant.streams`.
+
+Sources: AES in counter mode, NIST SP 800-38A, section 6.5; keyed BLAKE2b, RFC 7693.
+"""
+
+import hashlib
+import json
+import os
+from typing import Self, cast
+
+import numpy as np
+from randomgen import AESCounter
+
+from dpquant.errors import SettingError
+
+SECRET_BYTES = 16
+
+
+class SecretKey:
+    """16 bytes that nobody else knows. They let their owner undo a run's privacy: keep them in memory, for that run only.
+
+    Attributes:
+      secure: False if the bytes came from a seed that a person chose, which can be guessed.
+    """
+
+    def __init__(self, secret: bytes | None = None):
+        """A key.
+
+        Args:
+          secret: 16 uniform bytes; None takes fresh ones from the operating system.
+        Raises:
+          SettingError: another number of bytes.
+        """
+        if secret is not None and len(secret) != SECRET_BYTES:
+            raise SettingError(
+                f"Expected secret of {SECRET_BYTES} bytes; got {len(secret)}. It keys AES-128. "
+                "Leave it out for a fresh one."
+            )
+        self._secret = os.urandom(SECRET_BYTES) if secret is None else secret
+        self.secure = True
+
+    @classmethod
+    def from_seed(cls, seed: int) -> Self:
+        """A key that can be made again, for research. NOT PRIVATE: whoever guesses the seed knows every draw."""
+        key = cls(hashlib.blake2b(str(seed).encode(), digest_size=SECRET_BYTES, person=b"dpquant.seed").digest())
+        key.secure = False
+        return key
+
+    def stream(self, *purpose: str | int) -> np.random.BitGenerator:
+        """The bits for one purpose, from their beginning.
+
+        Args:
+          purpose: what the bits are for. Other parts, types, order or grouping give an independent stream.
+        Returns: a numpy bit generator; its raw outputs are AES-128(subkey, 0), AES-128(subkey, 1), ..., 64 bits at a
+        time.
+        Privacy: reads no data.
+        """
+        message = json.dumps(purpose).encode()  # tells ("a", 11) from ("a1", 1) and from ("a", "11")
+        subkey = hashlib.blake2b(message, key=self._secret, digest_size=16, person=b"dpquant.stream").digest()
+        # randomgen's stubs do not say that its generators are numpy's
+        return cast(np.random.BitGenerator, AESCounter(key=int.from_bytes(subkey, "little"), counter=0))

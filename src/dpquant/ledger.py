@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was charged: an append-only file, written ahead of every use of data.
+
+`charge` returns only when its line is on disk, and only then may data be read. A crash can therefore waste budget but
+never hide a release. One line is one charge, in JSON:
+
+    {"seq": 0, "kind": "train", "sample_rate": 0.05, "noise_multiplier": 1.1, "count": 1, "research": false,
+     "previous": <hash of the line before, or zeros>, "hash": <sha256 of the line without this field>}
+
+Reading recomputes every line: a changed, removed, inserted or swapped line is an error. Two things are not. A torn last
+line is left out: its charge had not returned, so nothing was done under it. And a chain cannot know that whole lines
+are missing at its end; compare the head's hash with the one in a report. The chain finds accidents and careless edits.
+It is no signature.
+
+The ledger keeps what it is told and computes no epsilon.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from dpquant.errors import LedgerError, SettingError
+
+NO_HASH = "0" * 64  # what the first line names as the one before it
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Charge:
+    """`count` releases of one mechanism.
+
+    Attributes:
+      kind: `train` or `analysis`.
+      sample_rate: each record's probability to take part, in (0, 1].
+      noise_multiplier: noise over sensitivity, >= 0.
+      count: >= 1.
+      research: the randomness came from a seed, so the release is not private whatever its noise.
+    Raises:
+      SettingError: a value out of range.
+    """
+
+    kind: Literal["train", "analysis"]
+    sample_rate: float
+    noise_multiplier: float
+    count: int = 1
+    research: bool = False
+
+    def __post_init__(self) -> None:
+        known = self.kind in ("train", "analysis")
+        if not (known and 0 < self.sample_rate <= 1 and 0 <= self.noise_multiplier < math.inf and self.count >= 1):
+            raise SettingError(
+                "Expected a charge with kind train or analysis, sample_rate in (0, 1], noise_multiplier >= 0 and count "
+                f">= 1; got {self}. It could not be accounted for. Charge what the plan says."
+            )
+
+
+class Ledger:
+    """An open ledger; with a file, every charge is on disk before `charge` returns.
+
+    Attributes:
+      path: the file, or None.
+      research: marks every charge as not private.
+      head: hash of the last line.
+    """
+
+    def __init__(self, path: Path | None = None, *, research: bool = False):
+        """A new, empty ledger.
+
+        Args:
+          path: file to create, or an empty one; None keeps charges in memory only.
+          research: the run's sampling or noise can be repeated from a seed.
+        Raises:
+          LedgerError: the file cannot be written, or already holds charges.
+        """
+        self.path, self.research, self.head = path, research, NO_HASH
+        self._charges: list[Charge] = []
+        self._num_lines = self._num_bytes = 0
+        if path is not None:
+            self._create(path)
+
+    @classmethod
+    def read(cls, path: Path) -> list[Charge]:
+        """The charges in a file, one a line, verified. The file is left as it is.
+
+        Raises:
+          LedgerError: the file cannot be read, or a line is not what was written there.
+        Privacy: post-processing.
+        """
+        try:
+            *lines, tail = path.read_bytes().split(b"\n")
+        except OSError as error:
+            raise LedgerError(
+                f"Expected a readable ledger; got {path}: {error.strerror or error}. Check the path."
+            ) from error
+        if b"}" in tail:  # a line ends with its only brace, so this one is whole and must be right; else it is torn
+            lines.append(tail)
+        charges, previous = [], NO_HASH
+        for seq, line in enumerate(lines):
+            try:
+                entry = json.loads(line)
+                charge = Charge(**{field.name: entry[field.name] for field in dataclasses.fields(Charge)})
+            except (ValueError, KeyError, TypeError) as error:
+                raise _corrupt(path, seq) from error
+            written, previous = _line(seq, charge, previous)
+            if line != written:
+                raise _corrupt(path, seq)
+            charges.append(charge)
+        return charges
+
+    def charge(
+        self,
+        *,
+        kind: Literal["train", "analysis"],
+        sample_rate: float,
+        noise_multiplier: float,
+        count: int = 1,
+    ) -> None:
+        """Record releases that are about to happen. Once this returns they are paid for, whatever happens next.
+
+        Args:
+          kind: `train` or `analysis`.
+          sample_rate: in (0, 1].
+          noise_multiplier: >= 0.
+          count: >= 1.
+        Raises:
+          SettingError: a value out of range.
+          LedgerError: the line could not be brought to disk: do not touch the data.
+        Privacy: charges `count` events.
+        """
+        charge = Charge(
+            kind=kind,
+            sample_rate=float(sample_rate),
+            noise_multiplier=float(noise_multiplier),
+            count=int(count),
+            research=self.research,
+        )
+        line, head = _line(self._num_lines, charge, self.head)
+        if self.path is not None:
+            self._append(self.path, line + b"\n")
+        self.head = head
+        self._num_lines += 1
+        self._charges = merged([*self._charges, charge])
+
+    def charges(self) -> list[Charge]:
+        """Everything charged so far, equal releases counted together. Privacy: post-processing."""
+        return list(self._charges)
+
+    def _create(self, path: Path) -> None:
+        try:
+            with path.open("ab") as file:
+                if file.tell() > 0:
+                    raise LedgerError(
+                        f"Expected a new or empty ledger; got {path}, which holds charges. They belong to another run. "
+                        "Choose another place."
+                    )
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)  # the file's name must survive a crash too
+            finally:
+                os.close(folder)
+        except OSError as error:
+            raise self._unwritable(path, error) from error
+
+    def _append(self, path: Path, line: bytes) -> None:
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+            try:
+                if os.fstat(descriptor).st_size != self._num_bytes:
+                    raise LedgerError(
+                        f"Expected {path} as this run left it; got another length. Another program wrote to it, or an "
+                        "earlier write failed half-way. Stop, and read it with Ledger.read."
+                    )
+                if os.write(descriptor, line) != len(line):
+                    raise OSError(0, "the line was written in part")
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise self._unwritable(path, error) from error
+        self._num_bytes += len(line)
+
+    @staticmethod
+    def _unwritable(path: Path, error: OSError) -> LedgerError:
+        return LedgerError(
+            f"Expected a ledger that can be written; got {path}: {error.strerror or error}. No data may be used "
+            "without it. Make room, or choose another place."
+        )
+
+
+def merged(charges: Iterable[Charge]) -> list[Charge]:
+    """Equal releases counted together, in the order of their first charge."""
+    counts: dict[Charge, int] = {}
+    for charge in charges:
+        release = dataclasses.replace(charge, count=1)
+        counts[release] = counts.get(release, 0) + charge.count
+    return [dataclasses.replace(release, count=count) for release, count in counts.items()]
+
+
+def _line(seq: int, charge: Charge, previous: str) -> tuple[bytes, str]:
+    """A line without its end, and its hash. Floats are written so that they read back as they were."""
+    entry = {"seq": seq, **dataclasses.asdict(charge), "previous": previous}
+    digest = hashlib.sha256(json.dumps(entry).encode()).hexdigest()
+    return json.dumps({**entry, "hash": digest}).encode(), digest
+
+
+def _corrupt(path: Path, seq: int) -> LedgerError:
+    return LedgerError(
+        f"Expected line {seq + 1} of {path} as it was written; got another. The ledger does not agree with itself, so "
+        "no epsilon can be stated from it. Restore it from a copy."
+    )

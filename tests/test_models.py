@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models: every network takes every image, never mixes examples, and the user's own is found or refused in one line."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dpquant.errors import ModelError, SettingError
+from dpquant.models import NAMES, build
+
+SHAPES = [(1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 20, 48), (1, 64, 64), (4, 1, 1)]
+OWN = """
+from torch import nn
+from helper_beside_my_models import layer
+
+def build(num_classes, input_shape):
+    return nn.Sequential(nn.Flatten(), layer(input_shape, num_classes))
+
+def anything(**settings):
+    return build(**settings)
+
+def nothing():
+    return nn.Identity()
+
+def too_much(depth, num_classes):
+    return nn.Identity()
+
+def no_module():
+    return "a string"
+
+value = 3
+"""
+HELPER = """
+import math
+from torch import nn
+
+def layer(shape, num_classes):
+    return nn.Linear(math.prod(shape), num_classes)
+"""
+
+
+@pytest.fixture
+def own_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working directory holds the user's files, and what is imported from them is forgotten afterwards."""
+    (tmp_path / "my_models.py").write_text(OWN)
+    (tmp_path / "helper_beside_my_models.py").write_text(HELPER)
+    (tmp_path / "broken_models.py").write_text("1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    for module in ("my_models", "helper_beside_my_models", "broken_models"):
+        monkeypatch.setitem(sys.modules, module, None)
+        monkeypatch.delitem(sys.modules, module)
+
+
+def own(name: str) -> nn.Module:
+    return build(name, num_classes=5, input_shape=(1, 3, 4))
+
+
+def quantizable(model: nn.Module) -> int:
+    return sum(isinstance(module, nn.Conv2d | nn.Linear) for module in model.modules())
+
+
+def assert_examples_do_not_mix(model: nn.Module, shape: tuple[int, int, int]) -> None:
+    """In training mode, changing one example leaves the outputs of the others as they are."""
+    torch.manual_seed(0)
+    inputs = torch.randn(3, *shape)
+    changed = torch.cat([inputs[:2], 5 * inputs[2:] + 1])
+    torch.testing.assert_close(model.train()(inputs)[:2], model(changed)[:2])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_network_gives_logits_for_every_image_shape(name: str, shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    model = build(name, num_classes=7, input_shape=shape)
+    assert model(torch.randn(2, *shape)).shape == (2, 7)
+    assert quantizable(model) >= 4
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+def test_no_network_mixes_examples(name: str, shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    model = build(name, num_classes=10, input_shape=shape)
+    assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    assert_examples_do_not_mix(model, shape)
+
+
+def test_batch_norm_would_be_noticed() -> None:
+    with pytest.raises(AssertionError):
+        assert_examples_do_not_mix(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)), (1, 8, 8))
+
+
+def test_the_same_seed_gives_the_same_parameters() -> None:
+    states = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        states.append(build("cnn", num_classes=10, input_shape=(1, 8, 8)).state_dict())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_cnn_is_the_published_network_at_28_pixels() -> None:
+    model = build("cnn", num_classes=10, input_shape=(1, 28, 28))
+    assert sum(p.numel() for p in model.parameters()) == 26_010  # Papernot et al. 2020
+    assert isinstance(model, nn.Sequential)
+    assert model[:6](torch.randn(1, 1, 28, 28)).shape == (1, 32, 4, 4)  # so that the adaptive pooling changes nothing
+
+
+def test_lenet_is_the_published_size_at_28_pixels() -> None:
+    model = build("lenet", num_classes=10, input_shape=(1, 28, 28))
+    assert sum(p.numel() for p in model.parameters()) == 61_706
+
+
+@pytest.mark.parametrize(("width", "stem"), [(1.0, 64), (0.5, 32), (0.3, 16), (0.01, 8), (2.0, 128)])
+def test_the_width_of_a_resnet_scales_its_channels(width: float, stem: int) -> None:
+    model = build("resnet18-cifar", num_classes=10, input_shape=(3, 32, 32), width=width)
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    assert convolutions[0].out_channels == stem and len(convolutions) == 20
+    assert all(c.out_channels % 8 == 0 for c in convolutions)
+
+
+def test_a_resnet_for_small_images_keeps_their_resolution_at_first() -> None:
+    model = build("resnet18-cifar", num_classes=10, input_shape=(3, 32, 32), width=0.125)
+    assert isinstance(model, nn.Sequential)
+    assert model[:5](torch.randn(1, 3, 32, 32)).shape == (1, 8, 32, 32)
+
+
+@pytest.mark.parametrize("width", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_width_that_is_no_width_is_refused(width: float) -> None:
+    with pytest.raises(SettingError, match="Expected width > 0 and finite"):
+        build("cnn", num_classes=10, input_shape=(1, 8, 8), width=width)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "my_models:build"])
+def test_a_width_for_a_network_without_one_is_refused(name: str) -> None:
+    with pytest.raises(SettingError, match=rf"Expected width = 1 for model={name}; got width=0.5"):
+        build(name, num_classes=10, input_shape=(3, 32, 32), width=0.5)
+
+
+def test_an_unknown_name_gets_the_known_ones_and_the_nearest() -> None:
+    with pytest.raises(ModelError, match=r"one of cnn, lenet, resnet18, resnet18-cifar.*Did you mean resnet18"):
+        own("resnet-18")
+
+
+@pytest.mark.usefixtures("own_models")
+@pytest.mark.parametrize("function", ["build", "anything"])
+def test_a_users_own_function_is_called_with_what_it_takes(function: str) -> None:
+    before = list(sys.path)
+    assert own(f"my_models:{function}")(torch.randn(2, 1, 3, 4)).shape == (2, 5)
+    assert sys.path == before
+
+
+@pytest.mark.usefixtures("own_models")
+def test_a_users_own_function_may_take_nothing() -> None:
+    assert isinstance(own("my_models:nothing"), nn.Identity)
+
+
+@pytest.mark.usefixtures("own_models")
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("no_such_file:build", "can be imported; got ModuleNotFoundError"),
+        ("broken_models:build", "can be imported; got ZeroDivisionError"),
+        ("my_models:bild", "can be imported; got AttributeError"),
+        ("my_models:", "can be imported; got AttributeError"),
+        (":build", "can be imported; got ValueError"),
+        ("my_models:value", "to name a function; got a int"),
+        ("my_models:too_much", "to be callable with num_classes and input_shape or less; got TypeError"),
+        ("my_models:no_module", "to return a torch.nn.Module; got a str"),
+    ],
+)
+def test_a_users_own_model_that_cannot_be_had_is_one_error(name: str, reason: str) -> None:
+    with pytest.raises(ModelError, match=f"Expected model={name} .*{reason}"):
+        own(name)
