@@ -1,2 +1,101 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Differentially private training with dynamic quantization."""
+"""Differentially private training with dynamic quantization (DPQuant). Names are looked up when they are first used."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dpquant.accounting import Event
+    from dpquant.clip import clipped_sum
+    from dpquant.errors import (
+        BudgetError,
+        DataError,
+        DPQuantError,
+        FormatError,
+        LedgerError,
+        ModelError,
+        SettingError,
+    )
+    from dpquant.formats import Recipe
+    from dpquant.layers import fix, prepare, quantizable_layers, set_policy
+    from dpquant.plan import AnalysisPlan, PrivacyPlan
+    from dpquant.private import PrivateTraining, make_private
+    from dpquant.quantizer import QTensor, quantize
+    from dpquant.schedule import (
+        AllPolicy,
+        DPQuantPolicy,
+        NonePolicy,
+        PrioritisePolicy,
+        RotatePolicy,
+        StaticPolicy,
+    )
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AllPolicy": "schedule",
+    "AnalysisPlan": "plan",
+    "BudgetError": "errors",
+    "DPQuantError": "errors",
+    "DPQuantPolicy": "schedule",
+    "DataError": "errors",
+    "Event": "accounting",
+    "FormatError": "errors",
+    "LedgerError": "errors",
+    "ModelError": "errors",
+    "NonePolicy": "schedule",
+    "PrioritisePolicy": "schedule",
+    "PrivacyPlan": "plan",
+    "PrivateTraining": "private",
+    "QTensor": "quantizer",
+    "Recipe": "formats",
+    "RotatePolicy": "schedule",
+    "SettingError": "errors",
+    "StaticPolicy": "schedule",
+    "clipped_sum": "clip",
+    "fix": "layers",
+    "make_private": "private",
+    "prepare": "layers",
+    "quantizable_layers": "layers",
+    "quantize": "quantizer",
+    "set_policy": "layers",
+}
+
+__all__ = [
+    "AllPolicy",
+    "AnalysisPlan",
+    "BudgetError",
+    "DPQuantError",
+    "DPQuantPolicy",
+    "DataError",
+    "Event",
+    "FormatError",
+    "LedgerError",
+    "ModelError",
+    "NonePolicy",
+    "PrioritisePolicy",
+    "PrivacyPlan",
+    "PrivateTraining",
+    "QTensor",
+    "Recipe",
+    "RotatePolicy",
+    "SettingError",
+    "StaticPolicy",
+    "clipped_sum",
+    "fix",
+    "make_private",
+    "prepare",
+    "quantizable_layers",
+    "quantize",
+    "set_policy",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dpquant' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"dpquant.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -153,7 +153,7 @@ def _epsilon(releases: tuple[_Release, ...], delta: float, accountant: str) -> f
 def _calibrate(target: float, delta: float, sample_rate: float, steps: int, fixed: tuple[Event, ...]) -> float:
     others = _merged(fixed)
     try:
-        # The default bracket begins at sigma = 0, where epsilon is infinite at no cost: it always brackets, and is fastest.
+        # The default bracket begins at sigma = 0, where epsilon is infinite at no cost: nothing else is as fast.
         sigma = dp_accounting.calibrate_dp_mechanism(
             _ACCOUNTANTS["pld"], lambda sigma: _composed(((sample_rate, sigma, steps), *others)), target, delta
         )

@@ -24,7 +24,7 @@ SECRET_BYTES = 16
 
 
 class SecretKey:
-    """16 bytes that nobody else knows. They let their owner undo a run's privacy: keep them in memory, for that run only.
+    """16 bytes that nobody else knows. Who has them can undo a run's privacy: they stay in memory, for that run only.
 
     Attributes:
       secure: False if the bytes came from a seed that a person chose, which can be guessed.

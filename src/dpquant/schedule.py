@@ -290,15 +290,17 @@ def _checked_scores(macs: Mapping[str, float], scores: Mapping[str, float] | Non
         return dict.fromkeys(macs, 0.0)
     if set(scores) != set(macs) or not all(map(math.isfinite, scores.values())):
         raise SettingError(
-            f"Expected scores to be one finite number for each of {len(macs)} layers; got scores for {', "
-            "'.join(scores)}. Layers without a score cannot be ranked. Give the result of one analysis."
+            f"Expected scores to be one finite number for each of {', '.join(macs)}; got scores for "
+            f"{', '.join(scores)}. Layers without a score cannot be ranked. Give the result of one analysis."
         )
     return {name: scores[name] for name in macs}
 
 
 def _check_share(name: str, value: float | None) -> None:
     if value is not None and not 0 < value <= 1:
-        raise SettingError(f"Expected {name} in (0, 1]; got {name}={value}. It is a share of a whole. Use 1 for all of it.")
+        raise SettingError(
+            f"Expected {name} in (0, 1]; got {name}={value}. It is a share of a whole. Use 1 for all of it."
+        )
 
 
 def _check_beta(beta: float) -> None:
