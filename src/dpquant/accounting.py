@@ -26,6 +26,7 @@ from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import dp_accounting
+import numpy as np
 
 from dpquant.errors import SettingError
 
@@ -151,15 +152,17 @@ def _epsilon(releases: tuple[_Release, ...], delta: float, accountant: str) -> f
 
 @functools.lru_cache(maxsize=256)
 def _calibrate(target: float, delta: float, sample_rate: float, steps: int, fixed: tuple[Event, ...]) -> float:
-    others = _merged(fixed)
+    def composed(sigma: float) -> dp_accounting.DpEvent:
+        train = Event(kind="train", sample_rate=sample_rate, noise_multiplier=sigma, count=steps)
+        return _composed(_merged([train, *fixed]))
+
     try:
-        # The default bracket begins at sigma = 0, where epsilon is infinite at no cost: nothing else is as fast.
-        sigma = dp_accounting.calibrate_dp_mechanism(
-            _ACCOUNTANTS["pld"], lambda sigma: _composed(((sample_rate, sigma, steps), *others)), target, delta
-        )
+        with _quiet():
+            # The default bracket begins at sigma = 0, where epsilon is infinite at no cost: nothing else is as fast.
+            sigma = dp_accounting.calibrate_dp_mechanism(_ACCOUNTANTS["pld"], composed, target, delta)
     except dp_accounting.mechanism_calibration.NoBracketIntervalFoundError as error:
         raise SettingError(
-            f"Expected epsilon large enough for {steps} steps; got epsilon={target:g}. No noise multiplier up to 2^30 "
+            f"Expected epsilon large enough for {steps} steps; got epsilon={target:g}. No noise_multiplier up to 2^30 "
             "meets it. Raise epsilon, or lower what the analysis costs."
         ) from error
     return float(sigma)
@@ -178,7 +181,11 @@ def _composed(releases: Iterable[_Release]) -> dp_accounting.DpEvent:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the word that an RDP order did not converge: it is left out, which keeps epsilon an upper bound."""
+    """Without two words about what does no harm.
+
+    An RDP order that does not converge is left out, and epsilon stays an upper bound. Beyond epsilon = 700 the PLD
+    accountant divides by a mass near exp(-700), and the infinity that it may then return is one too.
+    """
 
     def keep(record: logging.LogRecord) -> bool:
         return not str(record.msg).startswith("_compute_log_a_frac failed to converge")
@@ -186,6 +193,7 @@ def _quiet() -> Iterator[None]:
     logger = logging.getLogger("absl")
     logger.addFilter(keep)
     try:
-        yield
+        with np.errstate(over="ignore"):
+            yield
     finally:
         logger.removeFilter(keep)

@@ -370,7 +370,7 @@ def clip_factors(squared_norms_B: Tensor, max_grad_norm: float) -> tuple[Tensor,
     Returns: c_i float32 `(B,)`, 0 for an example that is not finite; finite, bool `(B,)`.
     """
     finite_B = squared_norms_B.isfinite()
-    norms_B = squared_norms_B.sqrt()
+    norms_B = squared_norms_B.clamp(min=0).sqrt()
     factors_B = torch.where(norms_B > max_grad_norm, max_grad_norm / norms_B, 1.0) * (1 - _ROUND_OFF)
     return torch.where(finite_B, factors_B, 0.0).float(), finite_B
 

@@ -36,7 +36,7 @@ class _Rule(NamedTuple):
 
 _NORM = _Rule(1e-15, 1e15, "Without a bound there is no sensitivity; float32 has to hold it. Pass a clipping norm.")
 _RULES = {
-    "epsilon": _Rule(1e-3, 1e3, "Less cannot be computed well, more promises nothing. Values from 1 to 10 are usual."),
+    "epsilon": _Rule(1e-3, 500, "Less cannot be computed well, more promises nothing. Values from 1 to 10 are usual."),
     "noise_multiplier": _Rule(
         0.1, 1e9, "It is noise over sensitivity; too little hides nothing. Values near 1 are usual."
     ),
@@ -53,8 +53,8 @@ _RULES = {
     "expected_batch_size": _Rule(
         1e-9, 1e15, "Noised sums are divided by it. Pass a public number: sample_rate times a public data set size."
     ),
-    "steps": _Rule(1, 1e8, "They fix the privacy budget. Plan at least one.", int),
-    "count": _Rule(0, 1e8, "So many analyses are made. Plan one for every few epochs.", int),
+    "steps": _Rule(1, 1e6, "They fix the privacy budget. Plan at least one.", int),
+    "count": _Rule(0, 1e6, "So many analyses are made. Plan one for every few epochs.", int),
     "repeats": _Rule(1, 1e4, "So many roundings are averaged. Use 1, or a few.", int),
 }
 
@@ -125,7 +125,7 @@ class PrivacyPlan:
         """Check every setting and calibrate.
 
         Args:
-          epsilon: of training and analyses together, in [1e-3, 1e3].
+          epsilon: of training and analyses together, in [1e-3, 500].
           noise_multiplier: instead of epsilon, in [0.1, 1e9].
           delta: in [1e-12, 0.5]; above 1e-2 with a warning.
           max_grad_norm: > 0.

@@ -308,7 +308,7 @@ def make_private(
       format: a recipe's name or a `Recipe`, as for `dpquant.prepare`.
       backend: `auto`, `simulate` or `int8`, likewise.
       seed: of rounding and of the schedule; never of sampling or noise.
-      ledger: file to write charges to, ahead of each use of data; None keeps them in memory.
+      ledger: file to write charges to, ahead of each use of data; its folder is made. None keeps them in memory.
       collate_fn: list of items -> batch.
       microbatch_size: examples a backward pass; None chooses. Changes speed and memory only.
       mechanism_seed: makes sampling and noise repeatable for research. The run is then NOT PRIVATE and says so.
@@ -336,7 +336,9 @@ def make_private(
         return _to(collate_fn([train_set[i] for i in record_ids.tolist()]), device)
 
     macs = check_isolation(model, loss_fn, _to(made_up_batch(train_set[0], collate_fn), device))
-    policy.choose(macs, dict.fromkeys(macs, 0.0), epoch=0, key=0)
+    policy.choose(macs, None, epoch=0, key=0)  # a policy that names unknown layers is refused here
+    if ledger is not None:
+        ledger.parent.mkdir(parents=True, exist_ok=True)
     return PrivateTraining(
         model,
         optimizer,

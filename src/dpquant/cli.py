@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dpquant VERB`: each verb parses, calls the library and prints. Importing this file loads no torch.
+
+Options are the fields of `TrainSettings`, with their help: one place for both. Bad input is one line on standard error and
+exit code 2, and nothing else is written.
+"""
+
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import inspect
+import shlex
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from typer.exceptions import Exit, TyperException
+
+from dpquant.errors import DPQuantError
+from dpquant.settings import BY_DATA, GENERAL, TrainSettings, from_toml
+
+if TYPE_CHECKING:
+    from dpquant.plan import PrivacyPlan
+    from dpquant.train import Progress as TrainProgress
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="dpquant",
+    help="Differentially private training with dynamic quantization.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> NoReturn:
+    """The console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and return its exit code; only a bug leaves a traceback."""
+    try:
+        result = app(arguments, prog_name="dpquant", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except Exit as error:
+        return error.exit_code
+    except TyperException as error:
+        message = error.format_message()
+        if not message:  # the help was asked for, and has been printed
+            return BAD_INPUT
+        return _refuse(message)
+    except DPQuantError as error:
+        return _refuse(str(error))
+    except KeyboardInterrupt:
+        return _refuse("interrupted; what was charged so far stays in the run's ledger", INTERRUPTED)
+
+
+def _refuse(message: str, code: int = BAD_INPUT) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _with_settings(verb: Callable[..., None]) -> Callable[..., None]:
+    """The verb with one option for every field of TrainSettings, None where it is not given, collected in `given`."""
+    parameters = [p for p in inspect.signature(verb).parameters.values() if p.name != "given"]
+    hints = typing.get_type_hints(TrainSettings)
+    for field in dataclasses.fields(TrainSettings):
+        plain = hints[field.name]
+        shown = _default_shown(field)
+        option = typer.Option(help=f"{field.metadata['help']}{shown}", show_default=False)
+        annotation = Annotated[plain | None, option]
+        parameters.append(
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        )
+
+    @functools.wraps(verb)
+    def collected(**options: Any) -> None:
+        own = {name: options.pop(name) for name in list(options) if name not in hints}
+        verb(given={name: value for name, value in options.items() if value is not None}, **own)
+
+    collected.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    collected.__annotations__ = {p.name: p.annotation for p in parameters}
+    return collected
+
+
+def _default_shown(field: dataclasses.Field) -> str:
+    """What the help says of a default, unless its own text says it."""
+    if field.default is not None:
+        return f" [{field.default}]"
+    if field.name in GENERAL:
+        digits = BY_DATA["digits"].get(field.name, GENERAL[field.name])
+        return f" [{GENERAL[field.name]}; digits {digits}; others by data set]"
+    return ""
+
+
+Config = Annotated[Path | None, typer.Option(help="TOML file of settings; options given beside it win.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")]
+
+
+def _settings(given: dict[str, Any], config: Path | None) -> TrainSettings:
+    return TrainSettings.chosen({**(from_toml(config) if config else {}), **given})
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    """Differentially private training with dynamic quantization."""
+    if version:
+        print(importlib.metadata.version("dpquant"))
+        raise typer.Exit
+
+
+@app.command()
+@_with_settings
+def plan(given: dict[str, Any], config: Config = None, json: Json = False) -> None:
+    """Print the privacy budget of a run. Reads no data.
+
+    Example: dpquant plan --data fashion-mnist --epsilon 3 --epochs 25
+    """
+    from dpquant.train import plan_of
+
+    budget = plan_of(_settings(given, config))
+    if json:
+        import json as json_module
+
+        print(json_module.dumps(dict(budget.table()), indent=2))
+    else:
+        _print_budget(Console(), budget)
+
+
+@app.command()
+@_with_settings
+def train(given: dict[str, Any], config: Config = None, out: Path | None = None, json: Json = False) -> None:
+    """Train a model privately, with layers rotating through low precision. Without options: handwritten digits, offline.
+
+    Example: dpquant train --data fashion-mnist --epsilon 3 --policy dpquant --fraction 0.75 --out runs/fashion
+    """
+    from dpquant.train import plan_of
+    from dpquant.train import train as run_training
+
+    console = Console(quiet=json)
+    settings = _settings(given, config)
+    budget = plan_of(settings)
+    name = settings.data.rsplit("/", 1)[-1].replace(":", "-")
+    folder = out or Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{name}"
+    with _ProgressBar(console, budget) as bar:
+        record = run_training(settings, folder, plan=budget, command=shlex.join(["dpquant", *sys.argv[1:]]), watch=bar)
+    if json:
+        print(record.to_json(), end="")
+        return
+    result = Table(show_header=False, box=None)
+    result.add_row("test accuracy", f"{record.accuracy_test:.2%}")
+    result.add_row("epsilon spent", f"{record.epsilon:.4f} (delta {record.delta:g})")
+    result.add_row(
+        "ran quantized", f"{record.quantized_fraction_layers:.0%} of layers, {record.quantized_fraction_macs:.0%} of MACs"
+    )
+    result.add_row("run directory", str(folder))
+    console.print(result)
+    console.print(f"\n{record.statement}", markup=False, highlight=False)
+
+
+def _print_budget(console: Console, budget: "PrivacyPlan") -> None:
+    table = Table(title="privacy budget", show_header=False)
+    for what, how_much in budget.table():
+        table.add_row(what, how_much)
+    console.print(table)
+
+
+class _ProgressBar:
+    """Prints the budget when the first step is reached, so that a refused run prints only its error; then a bar."""
+
+    def __init__(self, console: Console, budget: "PrivacyPlan"):
+        self._console, self._budget = console, budget
+        self._bar = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(),
+            TextColumn("epsilon {task.fields[epsilon]}"),
+            TextColumn("{task.fields[speed]} examples/s"),
+            TextColumn("{task.fields[layers]} layers quantized"),
+            TextColumn("test {task.fields[accuracy]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task: Any = None
+
+    def __enter__(self) -> "_ProgressBar":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, progress: "TrainProgress") -> None:
+        shown = {
+            "epoch": f"{progress.epoch + 1}/{progress.epochs}",
+            "epsilon": f"{progress.epsilon:.2f}/{self._budget.epsilon:.2f}",
+            "speed": f"{progress.examples_per_second:,.0f}",
+            "layers": f"{progress.layers_quantized}/{progress.num_layers}",
+            "accuracy": "-" if progress.accuracy_test is None else f"{progress.accuracy_test:.1%}",
+        }
+        if self._task is None:
+            _print_budget(self._console, self._budget)
+            self._task = self._bar.add_task("", total=progress.steps, **shown)
+            self._bar.start()
+        self._bar.update(self._task, completed=progress.step, **shown)

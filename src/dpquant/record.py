@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run did, as numbers: a frozen record and its JSON. No torch, and nothing that was computed from private data
+without being charged.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any, Self
+
+from dpquant.errors import DataError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerRecord:
+    """One quantizable layer.
+
+    Attributes:
+      name: as in the model.
+      macs: multiply-accumulates of its forward product for one example.
+      times_quantized: epochs in which it ran quantized.
+      last_score: its private impact after the last analysis; None without one.
+    """
+
+    name: str
+    macs: float
+    times_quantized: int
+    last_score: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """Everything a reader of a run needs; units in the names. Accuracies are of the test set, in 0..1.
+
+    Attributes:
+      epsilon: what was spent, at `delta`; epsilon_analysis_share: the part of it that the analyses cost.
+      quantized_fraction_layers, quantized_fraction_macs: means over epochs.
+      samples_per_second: expected batch sizes over wall time; realised batch sizes are private.
+      unsafe_metrics: training metrics were computed from private data; they are not covered by the statement.
+    """
+
+    dpquant: str
+    torch: str
+    command: str
+    model: str
+    dataset: str
+    policy: str
+    format: str
+    backend: str
+    optimizer: str
+    lr: float
+    seed: int
+    threads: int
+    epochs: int
+    steps: int
+    accuracy_test: float
+    accuracy_per_epoch: list[float]
+    epsilon: float
+    delta: float
+    epsilon_analysis_share: float
+    noise_multiplier: float
+    sample_rate: float
+    expected_batch_size: float
+    max_grad_norm: float
+    quantized_fraction_layers: float
+    quantized_fraction_macs: float
+    seconds_train: float
+    seconds_analysis: float
+    seconds_total: float
+    samples_per_second: float
+    layers: list[LayerRecord]
+    statement: str
+    unsafe_metrics: bool
+
+    def to_json(self) -> str:
+        """The record as JSON, one field a line."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The record that `to_json` wrote.
+
+        Raises:
+          DataError: not JSON, or a field is missing or unknown.
+        """
+        try:
+            fields: dict[str, Any] = json.loads(text)
+            return cls(**{**fields, "layers": [LayerRecord(**layer) for layer in fields["layers"]]})
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(
+                f"Expected a run's record; got one that cannot be read ({type(error).__name__}: {error}). "
+                "It was changed, or written by another version. Read it with the version that wrote it."
+            ) from error
+
+    def write(self, path: Path) -> None:
+        """Write the record, whole or not at all."""
+        draft = path.with_name(path.name + ".tmp")
+        with draft.open("w") as file:
+            file.write(self.to_json())
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The record in a file.
+
+        Raises:
+          DataError: there is none that can be read.
+        """
+        try:
+            return cls.from_json(path.read_text())
+        except OSError as error:
+            raise DataError(f"Expected a readable record; got {path}: {error.strerror}. Check the path.") from error

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of `dpquant plan` and `dpquant train`: one place for their names, defaults, help and ranges. No torch.
+
+A setting that is None follows from the data set: `BY_DATA` has what was found to work for each, `GENERAL` the rest.
+"""
+
+import dataclasses
+import difflib
+import math
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from dpquant.errors import SettingError
+
+OPTIMIZERS = ("sgd", "adam", "adamw")
+LR_SCHEDULES = ("constant", "linear", "cosine")
+POLICIES = ("none", "all", "static", "rotate", "prioritise", "dpquant")
+FORMATS = ("luq-fp4", "luq", "int8", "fp8")
+BACKENDS = ("auto", "simulate", "int8")
+
+GENERAL: Mapping[str, Any] = {
+    "model": "resnet18-cifar",
+    "epochs": 20,
+    "batch_size": 1024.0,
+    "delta": 1e-5,
+    "max_grad_norm": 1.0,
+    "optimizer": "adam",
+    "lr": 1e-3,
+    "momentum": 0.0,
+}
+_FASHION: Mapping[str, Any] = {
+    "model": "cnn",
+    "epochs": 25,
+    "batch_size": 2048.0,
+    "max_grad_norm": 0.1,
+    "optimizer": "sgd",
+    "lr": 4.0,
+    "momentum": 0.9,
+}
+BY_DATA: Mapping[str, Mapping[str, Any]] = {
+    "digits": {
+        "model": "cnn",
+        "epochs": 40,
+        "batch_size": 256.0,
+        "delta": 1e-4,
+        "optimizer": "sgd",
+        "lr": 0.2,
+        "momentum": 0.9,
+    },
+    "mnist": _FASHION,
+    "fashion-mnist": _FASHION,
+}
+
+
+def _setting(help: str, default: Any = None) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """A training run, in words and numbers. Build one with `chosen`, which fills in what follows from the data set.
+
+    Raises:
+      SettingError: a value out of range, or two that contradict each other.
+    """
+
+    data: str = _setting("digits, fashion-mnist, mnist, emnist, cifar10, gtsrb or image-folder:PATH", "digits")
+    data_dir: str | None = _setting("folder that holds the data set's files")
+    image_size: int | None = _setting("side in pixels that images are resized to")
+    model: str = _setting("cnn, lenet, resnet18, resnet18-cifar or your own module:function")
+    width: float = _setting("factor on the model's channels", 1.0)
+    fix: bool = _setting("replace BatchNorm by GroupNorm", False)
+    epsilon: float | None = _setting("privacy budget, training and analysis together [8, unless noise is given]")
+    noise_multiplier: float | None = _setting("noise over sensitivity, instead of epsilon")
+    delta: float = _setting("probability that the promise fails")
+    max_grad_norm: float = _setting("L2 norm that each example's gradient is clipped to")
+    epochs: int = _setting("passes over the data, on average")
+    batch_size: float = _setting("expected size of a Poisson batch")
+    sample_rate: float | None = _setting("each record's probability to be drawn [batch size / records]")
+    records: int | None = _setting("public, if need be approximate, number of training records")
+    optimizer: str = _setting("sgd, adam or adamw")
+    lr: float = _setting("learning rate")
+    momentum: float = _setting("of sgd")
+    weight_decay: float = _setting("of the optimizer", 0.0)
+    lr_schedule: str = _setting("constant, linear (to zero) or cosine (to zero)", "constant")
+    policy: str = _setting("none, all, static, rotate, prioritise or dpquant", "dpquant")
+    fraction: float | None = _setting("share of the layers that run quantized [0.75, unless macs is given]")
+    macs: float | None = _setting("share of the multiply-accumulates that run quantized, instead of fraction")
+    beta: float = _setting("how much impact counts against chance, 0 = rotation", 3.0)
+    ema: float = _setting("weight of the newest analysis", 0.5)
+    format: str = _setting("recipe of a quantized layer: luq-fp4, luq, int8 or fp8", "luq-fp4")
+    backend: str = _setting("auto, simulate or int8", "auto")
+    analysis_every: int = _setting("epochs between analyses", 2)
+    analysis_batch_size: float | None = _setting("expected size of an analysis' batch [half of the batch size]")
+    analysis_noise_multiplier: float = _setting("noise over sensitivity of an analysis", 2.0)
+    analysis_max_norm: float = _setting("L2 norm that each example's impacts are clipped to", 1.0)
+    analysis_repeats: int = _setting("roundings averaged in an analysis", 1)
+    seed: int = _setting("of model, rounding and schedule; never of sampling and noise", 0)
+    threads: int | None = _setting("threads to compute with [all cores]")
+    microbatch_size: int | None = _setting("examples a backward pass [chosen]")
+    unsafe_metrics: bool = _setting("also measure training accuracy, which is NOT private", False)
+
+    @classmethod
+    def chosen(cls, given: Mapping[str, Any]) -> Self:
+        """The settings given, with the data set's own defaults for the others.
+
+        Raises:
+          SettingError: an unknown name, a value of the wrong type or out of range.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        if unknown := sorted(given.keys() - fields.keys()):
+            close = difflib.get_close_matches(unknown[0], fields, n=1)
+            hint = f"Did you mean {close[0]}? " if close else ""
+            raise SettingError(
+                f"Expected known settings; got {unknown[0]}. It would be ignored. {hint}See dpquant train --help."
+            )
+        for name, value in given.items():
+            _check_type(name, value, str(fields[name].type))
+        data = given.get("data", cls.data)
+        budget = {} if given.get("noise_multiplier") is not None else {"epsilon": 8.0}
+        share = {} if given.get("macs") is not None else {"fraction": 0.75}
+        return cls(**{**GENERAL, **BY_DATA.get(data, {}), **budget, **share, **given})
+
+    def __post_init__(self) -> None:
+        for name, allowed in {
+            "optimizer": OPTIMIZERS,
+            "lr_schedule": LR_SCHEDULES,
+            "policy": POLICIES,
+            "format": FORMATS,
+            "backend": BACKENDS,
+        }.items():
+            _check_choice(name, getattr(self, name), allowed)
+        for name, (rule, holds) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                raise SettingError(f"Expected {name} {rule}; got {name}={value}. See dpquant train --help.")
+        for first, second in (("epsilon", "noise_multiplier"), ("fraction", "macs"), ("sample_rate", "records")):
+            if getattr(self, first) is not None and getattr(self, second) is not None:
+                raise SettingError(
+                    f"Expected one of {first} and {second}; got {first}={getattr(self, first)} and "
+                    f"{second}={getattr(self, second)}. They contradict each other. Give one."
+                )
+
+    def to_toml(self) -> str:
+        """All settings that are not None, as TOML that `from_toml` reads."""
+        lines = ["# dpquant train --config FILE runs this again."]
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                lines.append(f"{field.name} = {_toml(value)}")
+        return "\n".join(lines) + "\n"
+
+
+def from_toml(path: Path) -> dict[str, Any]:
+    """The settings in a file, not yet checked.
+
+    Raises:
+      SettingError: the file cannot be read.
+    """
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingError(f"Expected a readable TOML file of settings; got {path}: {error}. Check the path.") from error
+
+
+_AT_LEAST_ONE: tuple[str, Callable[[Any], bool]] = (">= 1", lambda x: x >= 1)
+_POSITIVE: tuple[str, Callable[[Any], bool]] = ("> 0 and finite", lambda x: 0 < x < math.inf)
+_NOT_NEGATIVE: tuple[str, Callable[[Any], bool]] = (">= 0 and finite", lambda x: 0 <= x < math.inf)
+_RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "image_size": _AT_LEAST_ONE,
+    "width": _POSITIVE,
+    "epochs": _AT_LEAST_ONE,
+    "batch_size": _POSITIVE,
+    "records": _AT_LEAST_ONE,
+    "lr": _POSITIVE,
+    "momentum": ("in [0, 1)", lambda x: 0 <= x < 1),
+    "weight_decay": _NOT_NEGATIVE,
+    "beta": _NOT_NEGATIVE,
+    "analysis_every": _AT_LEAST_ONE,
+    "analysis_batch_size": _POSITIVE,
+    "seed": ("in 0 .. 2^63 - 1", lambda x: 0 <= x < 2**63),
+    "threads": _AT_LEAST_ONE,
+    "microbatch_size": _AT_LEAST_ONE,
+}
+
+
+def _check_type(name: str, value: Any, annotation: str) -> None:
+    """A value of the type that the field is annotated with; an int will do for a float."""
+    names = annotation.replace("<class '", "").replace("'>", "").split(" | ")
+    allowed = tuple({"str": str, "int": int, "float": (int, float), "bool": bool, "None": type(None)}[n] for n in names)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and "bool" not in names):
+        raise SettingError(f"Expected {name} of type {annotation}; got {name}={value!r}. See dpquant train --help.")
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        close = difflib.get_close_matches(str(value), allowed, n=1)
+        hint = f"Did you mean {close[0]}? " if close else ""
+        raise SettingError(
+            f"Expected {name} to be one of {', '.join(allowed)}; got {name}={value}. {hint}See dpquant train --help."
+        )
+
+
+def _toml(value: str | int | float | bool) -> str:
+    match value:
+        case bool():
+            return str(value).lower()
+        case str():
+            escaped = "".join(c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08X}" for c in value)
+            return f'"{escaped}"'
+        case _:
+            return repr(value)

@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training run behind `dpquant train`: settings in; a trained model, a ledger and a record out.
+
+A run directory holds config.toml (all that is needed to run it again), ledger.jsonl (what was charged, ahead of each use of
+data), metrics.jsonl (one line an epoch), model.safetensors (the user's own state_dict) and record.json. It is made only after
+every check has passed. Nothing computed from private data is written except through a charged mechanism; `unsafe_metrics`
+is the exception, and marks what it touches.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dpquant import data, models
+from dpquant.clip import check_trainable
+from dpquant.errors import SettingError
+from dpquant.layers import fix
+from dpquant.plan import AnalysisPlan, PrivacyPlan
+from dpquant.private import Epoch, PrivateTraining, make_private
+from dpquant.record import LayerRecord, RunRecord
+from dpquant.schedule import (
+    AllPolicy,
+    DPQuantPolicy,
+    NonePolicy,
+    Policy,
+    PrioritisePolicy,
+    RotatePolicy,
+    StaticPolicy,
+)
+from dpquant.settings import TrainSettings
+
+_EVALUATION_BATCH = 500
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a run is, in released numbers only: told after every step.
+
+    Attributes:
+      epoch: from 0; step: steps taken; epsilon: spent when the epoch began, which costs an accountant's call.
+      layers_quantized: of `num_layers`, in this epoch.
+      examples_per_second: expected, not realised.
+      accuracy_test: after the last finished epoch, None before.
+    """
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    epsilon: float
+    layers_quantized: int
+    num_layers: int
+    examples_per_second: float
+    accuracy_test: float | None
+
+
+def per_example_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Cross entropy of each example, `(B,)`."""
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def policy_of(settings: TrainSettings) -> Policy:
+    """The policy that the settings name."""
+    share = {"fraction": settings.fraction, "macs": settings.macs}
+    match settings.policy:
+        case "none":
+            return NonePolicy()
+        case "all":
+            return AllPolicy()
+        case "static":
+            return StaticPolicy(**share, seed=settings.seed)
+        case "rotate":
+            return RotatePolicy(**share)
+        case "prioritise":
+            return PrioritisePolicy(**share, ema=settings.ema)
+        case _:
+            return DPQuantPolicy(**share, beta=settings.beta, ema=settings.ema)
+
+
+def plan_of(settings: TrainSettings) -> PrivacyPlan:
+    """The privacy plan of a run, from public numbers: no data is read.
+
+    Raises:
+      SettingError: the number of records is neither public nor given, or a privacy setting is out of range.
+      DataError: the data set is unknown.
+    """
+    records = settings.records or data.public_size(settings.data)
+    if settings.sample_rate is None and records is None:
+        raise SettingError(
+            f"Expected records or sample_rate for data={settings.data}; got neither. The size of a private data set is "
+            "itself private, so it is not counted. Give a public number: --records, which may be approximate, or "
+            "--sample-rate."
+        )
+    analysis_batch = settings.analysis_batch_size or settings.batch_size / 2
+    rate = settings.sample_rate or settings.batch_size / (records or 1)
+    if rate > 1 or rate * analysis_batch > settings.batch_size:
+        raise SettingError(
+            f"Expected batch_size and analysis_batch_size of at most the {records} records; got "
+            f"batch_size={settings.batch_size:g}, analysis_batch_size={analysis_batch:g}. A record is drawn with "
+            "probability batch size over records. Give smaller batches."
+        )
+    epoch_steps = max(1, round(1 / rate))
+    analysis = None
+    if policy_of(settings).needs_scores:
+        analysis = AnalysisPlan(
+            count=-(-settings.epochs // settings.analysis_every),
+            sample_rate=rate * analysis_batch / settings.batch_size,
+            expected_batch_size=analysis_batch,
+            noise_multiplier=settings.analysis_noise_multiplier,
+            max_norm=settings.analysis_max_norm,
+            repeats=settings.analysis_repeats,
+        )
+    return PrivacyPlan(
+        epsilon=settings.epsilon,
+        noise_multiplier=settings.noise_multiplier,
+        delta=settings.delta,
+        max_grad_norm=settings.max_grad_norm,
+        sample_rate=rate,
+        expected_batch_size=settings.batch_size,
+        steps=settings.epochs * epoch_steps,
+        analysis=analysis,
+    )
+
+
+def train(
+    settings: TrainSettings,
+    out: Path,
+    *,
+    plan: PrivacyPlan | None = None,
+    command: str = "",
+    watch: Callable[[Progress], None] = lambda progress: None,
+) -> RunRecord:
+    """Train privately and leave everything in a run directory.
+
+    Args:
+      settings: what to do.
+      out: the run directory; missing or empty.
+      plan: of these settings, if it was made already.
+      command: what the user typed, for the record.
+      watch: told the progress after every step.
+    Returns: the record, as written.
+    Raises:
+      DPQuantError: bad settings, model or data, before anything is written; or parameters that did not stay finite.
+    Privacy: charges the plan's events to out/ledger.jsonl, each before data is used for it.
+    """
+    began = time.perf_counter()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SettingError(f"Expected out to be a new or empty directory; got out={out}. Name another one.")
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    plan = plan or plan_of(settings)
+    data_dir = Path(settings.data_dir) if settings.data_dir is not None else None
+    dataset = data.load(settings.data, data_dir, image_size=settings.image_size)
+    torch.manual_seed(settings.seed)
+    model = models.build(
+        settings.model, num_classes=dataset.num_classes, input_shape=dataset.input_shape, width=settings.width
+    )
+    if settings.fix:
+        model = fix(model)
+    check_trainable(model)
+    optimizer = _optimizer(settings, model)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _lr_factor(settings.lr_schedule, plan.steps))
+    private = make_private(
+        model,
+        optimizer,
+        dataset.train,
+        loss_fn=per_example_loss,
+        plan=plan,
+        policy=policy_of(settings),
+        format=settings.format,
+        backend=settings.backend,
+        seed=settings.seed,
+        ledger=out / "ledger.jsonl",
+        microbatch_size=settings.microbatch_size,
+    )
+    (out / "config.toml").write_text(settings.to_toml())
+    accuracies: list[float] = []
+    with (out / "metrics.jsonl").open("w") as metrics:
+        for epoch in private.epochs():
+            epsilon = private.epsilon_spent()
+            for batch in epoch:
+                private.step(batch)
+                schedule.step()
+                watch(_progress(private, epoch, epsilon, accuracies))
+            _check_finite(private)
+            accuracies.append(accuracy(private.model, dataset.test))
+            line = {
+                "epoch": epoch.index,
+                "epsilon": private.epsilon_spent(),
+                "accuracy_test": accuracies[-1],
+                "layers_quantized": list(epoch.policy),
+                "seconds": round(time.perf_counter() - began, 3),
+            }
+            if settings.unsafe_metrics:
+                line["nonprivate_accuracy_train"] = accuracy(private.model, dataset.train)
+            metrics.write(json.dumps(line) + "\n")
+            metrics.flush()
+    state = {name: tensor.detach().contiguous() for name, tensor in private.model.state_dict().items()}
+    save_file(state, out / "model.safetensors")
+    record = _record(settings, private, accuracies, command, time.perf_counter() - began)
+    record.write(out / "record.json")
+    return record
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, split: data.Split) -> float:
+    """The share of a split's records that the model gets right, in evaluation mode; an unreadable one counts as wrong."""
+    training = model.training
+    model.eval()
+    right = 0
+    for ids in torch.arange(len(split)).split(_EVALUATION_BATCH):
+        inputs, targets = split.batch(ids)
+        right += int(((model(inputs).argmax(1) == targets) & split.readable[ids]).sum())
+    model.train(training)
+    return right / len(split)
+
+
+def _optimizer(settings: TrainSettings, model: nn.Module) -> torch.optim.Optimizer:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    match settings.optimizer:
+        case "sgd":
+            return torch.optim.SGD(
+                parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+            )
+        case "adam":
+            return torch.optim.Adam(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+        case _:
+            return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+
+
+def _lr_factor(schedule: str, steps: int) -> Callable[[int], float]:
+    """The learning rate after so many steps, as a part of the first."""
+    match schedule:
+        case "linear":
+            return lambda step: 1 - step / steps
+        case "cosine":
+            return lambda step: (1 + float(torch.cos(torch.tensor(torch.pi * step / steps)))) / 2
+        case _:
+            return lambda step: 1.0
+
+
+def _progress(private: PrivateTraining, epoch: Epoch, epsilon: float, accuracies: list[float]) -> Progress:
+    seconds = private.seconds_train + private.seconds_analysis
+    return Progress(
+        epoch=epoch.index,
+        epochs=private.plan.epochs,
+        step=private.steps_taken,
+        steps=private.plan.steps,
+        epsilon=epsilon,
+        layers_quantized=len(epoch.policy),
+        num_layers=len(private.macs),
+        examples_per_second=private.plan.expected_batch_size * private.steps_taken / seconds,
+        accuracy_test=accuracies[-1] if accuracies else None,
+    )
+
+
+def _check_finite(private: PrivateTraining) -> None:
+    """Post-processing: parameters are released anyway."""
+    for name, parameter in private.model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise SettingError(
+                f"Expected parameters to stay finite; got {name} that is not, after {private.steps_taken} steps. What was "
+                f"charged stays charged: epsilon = {private.epsilon_spent():.4f}. Train again with a lower lr."
+            )
+
+
+def _record(
+    settings: TrainSettings, private: PrivateTraining, accuracies: list[float], command: str, seconds: float
+) -> RunRecord:
+    plan, policies, macs = private.plan, private.policies(), private.macs
+    total_macs = sum(macs.values()) or 1.0
+    statement = private.statement()
+    if settings.unsafe_metrics:
+        statement = "NOT COVERED: training accuracy was measured on private data and written down.\n" + statement
+    return RunRecord(
+        dpquant=importlib.metadata.version("dpquant"),
+        torch=torch.__version__,
+        command=command,
+        model=settings.model,
+        dataset=settings.data,
+        policy=settings.policy,
+        format=settings.format,
+        backend=private.backend,
+        optimizer=settings.optimizer,
+        lr=settings.lr,
+        seed=settings.seed,
+        threads=torch.get_num_threads(),
+        epochs=len(policies),
+        steps=private.steps_taken,
+        accuracy_test=accuracies[-1],
+        accuracy_per_epoch=accuracies,
+        epsilon=private.epsilon_spent(),
+        delta=plan.delta,
+        epsilon_analysis_share=plan.analysis_share(),
+        noise_multiplier=plan.noise_multiplier,
+        sample_rate=plan.sample_rate,
+        expected_batch_size=plan.expected_batch_size,
+        max_grad_norm=plan.max_grad_norm,
+        quantized_fraction_layers=_mean([len(names) / max(len(macs), 1) for names in policies]),
+        quantized_fraction_macs=_mean([sum(macs[name] for name in names) / total_macs for names in policies]),
+        seconds_train=private.seconds_train,
+        seconds_analysis=private.seconds_analysis,
+        seconds_total=seconds,
+        samples_per_second=plan.expected_batch_size
+        * private.steps_taken
+        / (private.seconds_train + private.seconds_analysis),
+        layers=[
+            LayerRecord(
+                name=name,
+                macs=macs[name],
+                times_quantized=sum(name in names for names in policies),
+                last_score=private.scores.get(name),
+            )
+            for name in macs
+        ],
+        statement=statement,
+        unsafe_metrics=settings.unsafe_metrics,
+    )
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
