@@ -8,6 +8,7 @@ results/fashion_mnist.{json,png}. The network is the two-convolution tanh net of
 """
 
 import argparse
+import shlex
 from pathlib import Path
 
 import matplotlib
@@ -15,8 +16,10 @@ import matplotlib
 from experiments.runner import RESULTS, run_all, table, write
 
 SEEDS = (0, 1, 2)
-COMMON = """--data fashion-mnist --model cnn --epsilon 3 --delta 1e-5 --epochs 25 --batch-size 2048 --max-grad-norm 0.1
---optimizer sgd --lr 4 --momentum 0.9""".split()
+COMMON = shlex.split(
+    "--data fashion-mnist --model cnn --epsilon 3 --delta 1e-5 --epochs 25 --batch-size 2048 --max-grad-norm 0.1 "
+    "--optimizer sgd --lr 4 --momentum 0.9 "
+)
 ROWS = {
     "full precision": ["--policy", "none"],
     "dpquant 75 %": ["--policy", "dpquant", "--fraction", "0.75"],

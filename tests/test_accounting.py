@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Epsilon agrees with a closed form, with a second implementation and with itself; calibration stays on the safe side."""
+"""Epsilon agrees with a closed form, a second implementation and itself; calibration stays on the safe side."""
 
 import dataclasses
+import functools
 import itertools
 import math
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -61,12 +63,19 @@ def test_one_percent_less_or_more_noise_than_stated_would_be_seen(factor):
         assert_meets_the_closed_form(planted)
 
 
-def assert_within_the_bounds_of_another_implementation(measure, cell) -> None:
-    """Gopi et al. 2021 give a lower and an upper bound by other mathematics (arXiv 2106.02848)."""
+@functools.cache
+def others_bounds(cell) -> tuple[float, float, float]:
+    """Lower bound, estimate and upper bound of epsilon."""
     sample_rate, sigma, count, delta = cell
     mechanism = PoissonSubsampledGaussianMechanism(sampling_probability=sample_rate, noise_multiplier=sigma)
     other = PRVAccountant(prvs=mechanism, max_self_compositions=count, eps_error=0.05, delta_error=delta / 1000)
-    low, estimate, high = other.compute_epsilon(delta, [count])
+    return other.compute_epsilon(delta, [count])
+
+
+def assert_within_the_bounds_of_another_implementation(measure, cell) -> None:
+    """Gopi et al. 2021 give a lower and an upper bound by other mathematics (arXiv 2106.02848)."""
+    sample_rate, sigma, count, delta = cell
+    low, estimate, high = others_bounds(cell)
     measured = measure([event(sample_rate, sigma, count)], delta)
     assert low <= measured <= high
     assert measured == pytest.approx(estimate, abs=5e-3)
@@ -95,7 +104,7 @@ def test_renyi_accounting_is_looser_and_says_nothing_while_at_it(cell, caplog):
     assert not caplog.records
 
 
-@settings(derandomize=True, deadline=None, max_examples=20)
+@settings(derandomize=True, deadline=None, max_examples=8)
 @given(st.floats(0.001, 0.5), st.floats(0.6, 10), st.integers(1, 1000))
 def test_more_of_anything_costs_more(sample_rate, sigma, count):
     base = epsilon([event(sample_rate, sigma, count)], DELTA)
@@ -142,7 +151,7 @@ def assert_calibration_is_safe_and_tight(solve, target, fixed) -> None:
     assert target * (1 - 1e-3) <= spent <= target
 
 
-@pytest.mark.parametrize("target", [0.05, 1.0, 4.0, 50.0])
+@pytest.mark.parametrize("target", [0.05, 1.0, 8.0])
 @pytest.mark.parametrize("fixed", [[], [event(0.01, 5.0, 3, "analysis")]], ids=["alone", "analysis"])
 def test_calibration_meets_its_target_from_below(target, fixed):
     assert_calibration_is_safe_and_tight(calibrate, target, fixed)
@@ -165,12 +174,13 @@ def test_an_analysis_that_costs_the_target_alone_is_refused_with_its_price():
     price = epsilon(analysis, DELTA)
     with pytest.raises(SettingError, match=rf"epsilon > {price:.4g}.*analysis alone"):
         calibrate(price, DELTA, sample_rate=0.02, steps=100, fixed=analysis)
-    assert calibrate(price + 0.01, DELTA, sample_rate=0.02, steps=100, fixed=analysis) > 10
+    alone = calibrate(price + 0.01, DELTA, sample_rate=0.02, steps=100)
+    assert calibrate(price + 0.01, DELTA, sample_rate=0.02, steps=100, fixed=analysis) > 2 * alone
 
 
 def test_an_epsilon_that_no_noise_meets_is_refused():
-    with pytest.raises(SettingError, match="epsilon=1e-12"):
-        calibrate(1e-12, DELTA, sample_rate=1.0, steps=10_000)
+    with pytest.raises(SettingError, match="epsilon=1e-06"):
+        calibrate(1e-6, 1e-12, sample_rate=1.0, steps=100)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +206,7 @@ def test_delta_and_accountant_are_checked():
         with pytest.raises(SettingError, match="delta"):
             epsilon([], delta)
     with pytest.raises(SettingError, match="pld, rdp"):
-        epsilon([], DELTA, "gdp")  # pyright: ignore[reportArgumentType]
+        epsilon([], DELTA, cast(Any, "gdp"))
 
 
 def test_the_accountant_has_a_name_and_a_version():

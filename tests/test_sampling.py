@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inclusions are independent Bernoulli(q) over records, steps, attempts and streams. Each law has bugs that it must find."""
+"""Inclusions are independent Bernoulli(q) over records, steps, attempts and streams. Each law finds its bugs."""
 
 import math
 
@@ -51,7 +51,9 @@ def assert_batch_sizes_vary_as_they_should(drawn: np.ndarray) -> None:
 def assert_independent(left: np.ndarray, right: np.ndarray) -> None:
     """Law c: two masks share q^2 of the places."""
     expected, size = Q * Q, left.size
-    assert_standard_normal(float(((left & right).sum() - size * expected) / math.sqrt(size * expected * (1 - expected))))
+    assert_standard_normal(
+        float(((left & right).sum() - size * expected) / math.sqrt(size * expected * (1 - expected)))
+    )
 
 
 def shuffled() -> np.ndarray:

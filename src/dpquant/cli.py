@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`dpquant VERB`: each verb parses, calls the library and prints. Importing this file loads no torch.
 
-Options are the fields of `TrainSettings`, with their help: one place for both. Bad input is one line on standard error and
-exit code 2, and nothing else is written.
+Options are the fields of `TrainSettings`, with their help: one place for both. Bad input is one line on standard error
+and exit code 2, and nothing else is written.
 """
 
 import dataclasses
@@ -36,7 +36,6 @@ INTERRUPTED = 130
 app = typer.Typer(
     name="dpquant",
     help="Differentially private training with dynamic quantization.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -51,15 +50,12 @@ def main() -> NoReturn:
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; only a bug leaves a traceback."""
     try:
-        result = app(arguments, prog_name="dpquant", standalone_mode=False)
+        result = app(arguments or ["--help"], prog_name="dpquant", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except Exit as error:
         return error.exit_code
     except TyperException as error:
-        message = error.format_message()
-        if not message:  # the help was asked for, and has been printed
-            return BAD_INPUT
-        return _refuse(message)
+        return _refuse(error.format_message())
     except DPQuantError as error:
         return _refuse(str(error))
     except KeyboardInterrupt:
@@ -84,12 +80,12 @@ def _with_settings(verb: Callable[..., None]) -> Callable[..., None]:
             inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
         )
 
-    @functools.wraps(verb)
     def collected(**options: Any) -> None:
         own = {name: options.pop(name) for name in list(options) if name not in hints}
         verb(given={name: value for name, value in options.items() if value is not None}, **own)
 
-    collected.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    functools.update_wrapper(collected, verb)
+    vars(collected)["__signature__"] = inspect.Signature(parameters)  # what typer makes options of
     collected.__annotations__ = {p.name: p.annotation for p in parameters}
     return collected
 
@@ -141,7 +137,7 @@ def plan(given: dict[str, Any], config: Config = None, json: Json = False) -> No
 @app.command()
 @_with_settings
 def train(given: dict[str, Any], config: Config = None, out: Path | None = None, json: Json = False) -> None:
-    """Train a model privately, with layers rotating through low precision. Without options: handwritten digits, offline.
+    """Train a model privately, layers rotating through low precision. Without options: handwritten digits, offline.
 
     Example: dpquant train --data fashion-mnist --epsilon 3 --policy dpquant --fraction 0.75 --out runs/fashion
     """
@@ -162,7 +158,8 @@ def train(given: dict[str, Any], config: Config = None, out: Path | None = None,
     result.add_row("test accuracy", f"{record.accuracy_test:.2%}")
     result.add_row("epsilon spent", f"{record.epsilon:.4f} (delta {record.delta:g})")
     result.add_row(
-        "ran quantized", f"{record.quantized_fraction_layers:.0%} of layers, {record.quantized_fraction_macs:.0%} of MACs"
+        "ran quantized",
+        f"{record.quantized_fraction_layers:.0%} of layers, {record.quantized_fraction_macs:.0%} of MACs",
     )
     result.add_row("run directory", str(folder))
     console.print(result)
@@ -198,10 +195,11 @@ class _ProgressBar:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._bar.stop()
+        if self._task is not None:
+            self._bar.stop()
 
     def __call__(self, progress: "TrainProgress") -> None:
-        shown = {
+        shown: dict[str, Any] = {
             "epoch": f"{progress.epoch + 1}/{progress.epochs}",
             "epsilon": f"{progress.epsilon:.2f}/{self._budget.epsilon:.2f}",
             "speed": f"{progress.examples_per_second:,.0f}",
@@ -212,4 +210,5 @@ class _ProgressBar:
             _print_budget(self._console, self._budget)
             self._task = self._bar.add_task("", total=progress.steps, **shown)
             self._bar.start()
-        self._bar.update(self._task, completed=progress.step, **shown)
+        self._bar.update(self._task, completed=progress.step)
+        self._bar.tasks[self._task].fields.update(shown)

@@ -20,7 +20,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -309,7 +309,7 @@ class Lookup:
 class _GradientTape:
     """Collects contributions during a backward pass and turns them into the clipped sum."""
 
-    def __init__(self, names: dict[nn.Parameter, str], device: torch.device):
+    def __init__(self, names: dict[Tensor, str], device: torch.device):
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self._names = names  # of the trainable parameters
         self._contributions: dict[str, list[Contribution]] = {}
@@ -330,7 +330,7 @@ class _GradientTape:
         if layer.bias is not None:
             self.add(layer.bias, Formed(grad.flatten(2).sum(2)))
 
-    def add(self, parameter: nn.Parameter, contribution: Contribution) -> None:
+    def add(self, parameter: Tensor, contribution: Contribution) -> None:
         """One more contribution to a parameter's per-example gradients; a frozen parameter needs none."""
         if parameter in self._names:
             self._contributions[self._names[parameter]].append(contribution)
@@ -414,7 +414,7 @@ def _listener(tape: _GradientTape) -> Callable[[nn.Module, tuple[Any, ...], Any]
         def record(grad: Tensor) -> None:
             tape.listening = False  # the module may be evaluated again
             for name, contribution in _contributions(module, x, grad).items():
-                tape.add(cast(nn.Parameter, module.get_parameter(name)), contribution)
+                tape.add(module.get_parameter(name), contribution)
             tape.listening = True
 
         output.register_hook(record)

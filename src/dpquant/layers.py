@@ -53,7 +53,7 @@ class Tape(Protocol):
     anchor: Tensor  # a scalar that requires a gradient, so that backward reaches layers whose parameters are detached
 
     def record(self, layer: "QuantizableLayer", x: Tensor | QTensor, g: Tensor | QTensor, grad: Tensor) -> None:
-        """One call's operands: example i's weight gradient is scale_i sum_t g_it x_it^T, its bias gradient sum_t grad_it."""
+        """One call's operands: the weight gradient is scale_i sum_t g_it x_it^T, the bias gradient sum_t grad_it."""
         ...
 
 

@@ -162,7 +162,9 @@ def from_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SettingError(f"Expected a readable TOML file of settings; got {path}: {error}. Check the path.") from error
+        raise SettingError(
+            f"Expected a readable TOML file of settings; got {path}: {error}. Check the path."
+        ) from error
 
 
 _AT_LEAST_ONE: tuple[str, Callable[[Any], bool]] = (">= 1", lambda x: x >= 1)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training run behind `dpquant train`: settings in; a trained model, a ledger and a record out.
 
-A run directory holds config.toml (all that is needed to run it again), ledger.jsonl (what was charged, ahead of each use of
-data), metrics.jsonl (one line an epoch), model.safetensors (the user's own state_dict) and record.json. It is made only after
-every check has passed. Nothing computed from private data is written except through a charged mechanism; `unsafe_metrics`
-is the exception, and marks what it touches.
+A run directory holds config.toml (all that is needed to run it again), ledger.jsonl (what was charged, ahead of each
+use of data), metrics.jsonl (one line an epoch), model.safetensors (the user's own state_dict) and record.json. It is
+made only after every check has passed. Nothing computed from private data is written except through a charged
+mechanism; `unsafe_metrics` is the exception, and marks what it touches.
 """
 
 import dataclasses
@@ -69,20 +69,20 @@ def per_example_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 def policy_of(settings: TrainSettings) -> Policy:
     """The policy that the settings name."""
-    share = {"fraction": settings.fraction, "macs": settings.macs}
+    fraction, macs = settings.fraction, settings.macs
     match settings.policy:
         case "none":
             return NonePolicy()
         case "all":
             return AllPolicy()
         case "static":
-            return StaticPolicy(**share, seed=settings.seed)
+            return StaticPolicy(fraction=fraction, macs=macs, seed=settings.seed)
         case "rotate":
-            return RotatePolicy(**share)
+            return RotatePolicy(fraction=fraction, macs=macs)
         case "prioritise":
-            return PrioritisePolicy(**share, ema=settings.ema)
+            return PrioritisePolicy(fraction=fraction, macs=macs, ema=settings.ema)
         case _:
-            return DPQuantPolicy(**share, beta=settings.beta, ema=settings.ema)
+            return DPQuantPolicy(fraction=fraction, macs=macs, beta=settings.beta, ema=settings.ema)
 
 
 def plan_of(settings: TrainSettings) -> PrivacyPlan:
@@ -212,7 +212,7 @@ def train(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, split: data.Split) -> float:
-    """The share of a split's records that the model gets right, in evaluation mode; an unreadable one counts as wrong."""
+    """The share of a split's records that the model gets right, in evaluation mode; an unreadable one is wrong."""
     training = model.training
     model.eval()
     right = 0
@@ -267,7 +267,8 @@ def _check_finite(private: PrivateTraining) -> None:
     for name, parameter in private.model.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise SettingError(
-                f"Expected parameters to stay finite; got {name} that is not, after {private.steps_taken} steps. What was "
+                f"Expected parameters to stay finite; got {name} that is not, after {private.steps_taken} steps. What "
+                "was "
                 f"charged stays charged: epsilon = {private.epsilon_spent():.4f}. Train again with a lower lr."
             )
 

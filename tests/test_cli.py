@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+
+import pytest
+
+from dpquant.cli import run
+
+BAD = {
+    "epochs of zero": ["train", "--epochs", "0"],
+    "unknown option": ["train", "--polcy", "all"],
+    "not a number": ["train", "--lr", "fast"],
+    "unknown policy": ["train", "--policy", "dpquan"],
+    "unknown data set": ["train", "--data", "digit"],
+    "unknown model": ["train", "--model", "cnm", "--epochs", "1"],
+    "unknown recipe": ["train", "--format", "fp4"],
+    "epsilon below zero": ["train", "--epsilon", "-1"],
+    "epsilon that the analysis alone costs": ["train", "--epsilon", "0.01"],
+    "delta of one": ["plan", "--delta", "1"],
+    "epsilon and noise": ["plan", "--epsilon", "3", "--noise-multiplier", "1"],
+    "clip norm of zero": ["plan", "--max-grad-norm", "0"],
+    "fraction above one": ["train", "--fraction", "1.5"],
+    "missing folder": ["train", "--data", "image-folder:/nowhere", "--records", "9000"],
+    "folder of unknown size": ["plan", "--data", "image-folder:photos"],
+    "int8 for fp8": ["train", "--format", "fp8", "--backend", "int8"],
+    "unknown verb": ["trian"],
+    "missing config": ["train", "--config", "nothing.toml"],
+}
+
+
+def assert_refused(arguments, capsys, folder):
+    """One line on standard error, nothing else written, exit code 2."""
+    assert run(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", BAD.values(), ids=BAD)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(arguments, capsys, tmp_path)
+
+
+def test_good_input_would_be_seen_as_not_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AssertionError):
+        assert_refused(["plan"], capsys, tmp_path)
+
+
+def test_plan_prints_the_budget_and_reads_no_data(capsys, monkeypatch):
+    monkeypatch.setattr("dpquant.data.load", lambda *a, **k: pytest.fail("data was read"))
+    assert run(["plan", "--data", "image-folder:photos", "--records", "9000", "--epsilon", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert "noise multiplier" in printed and "analysis share" in printed and "3.0000" in printed
+
+
+def test_plan_as_json_can_be_read_by_a_program(capsys):
+    assert run(["plan", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["delta"] == "0.0001"
+
+
+def test_train_writes_a_run_and_prints_its_statement(capsys, tmp_path):
+    assert run(["train", "--epochs", "1", "--policy", "rotate", "--out", str(tmp_path / "run")]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "privacy budget" in printed and "test accuracy" in printed and "one record" in printed
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["policy"] == "rotate" and record["command"].startswith("dpquant")
+
+
+def test_train_as_json_prints_the_record_and_nothing_else(capsys, tmp_path):
+    arguments = ["train", "--epochs", "1", "--policy", "none", "--json", "--out", str(tmp_path / "run")]
+    assert run(arguments) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == json.loads((tmp_path / "run" / "record.json").read_text())
+    assert captured.err == ""
+
+
+def test_options_win_over_the_config_file(capsys, tmp_path):
+    (tmp_path / "a.toml").write_text('data = "fashion-mnist"\nepsilon = 2.0\nepochs = 3\n')
+    assert run(["plan", "--config", str(tmp_path / "a.toml"), "--epochs", "5", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["steps"].endswith("(5 epochs of 29)") and printed["epsilon (PLD)"] == "2.0000"
+
+
+def test_an_interrupt_leaves_one_line_and_exit_code_130(capsys, tmp_path, monkeypatch):
+    def interrupted(*arguments, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dpquant.train.train", interrupted)
+    assert run(["train", "--out", str(tmp_path / "run")]) == 130
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_help_and_version(capsys):
+    assert run(["--version"]) == 0 and capsys.readouterr().out.strip()[0].isdigit()
+    for arguments in ([], ["--help"]):
+        assert run(arguments) == 0
+        assert "train" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["plan", "train"])
+def test_every_verb_has_help_with_an_example(verb, capsys):
+    assert run([verb, "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert "Example: dpquant" in printed and "--max-grad-norm" in printed

@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan spends what it promises, checks every setting before data is touched, and says what it does not cover."""
+
+import dataclasses
+import math
+import re
+import warnings
+
+import dp_accounting
+import numpy as np
+import pytest
+import torch
+
+from dpquant.accounting import epsilon
+from dpquant.errors import SettingError
+from dpquant.plan import AnalysisPlan, PrivacyPlan
+
+ANALYSIS = {"count": 3, "sample_rate": 0.05, "expected_batch_size": 100, "noise_multiplier": 2.0, "max_norm": 1.0}
+SETTINGS = {
+    "epsilon": 4.0,
+    "delta": 1e-5,
+    "max_grad_norm": 1.0,
+    "sample_rate": 0.05,
+    "expected_batch_size": 100,
+    "steps": 100,
+    "analysis": AnalysisPlan(**ANALYSIS),
+}
+
+
+def plan(**changes) -> PrivacyPlan:
+    return PrivacyPlan(**{**SETTINGS, **changes})
+
+
+def composed(events) -> float:
+    """Epsilon as a reader of the events would compute it."""
+    accountant = dp_accounting.pld.PLDAccountant(value_discretization_interval=1e-3)
+    for e in events:
+        release = dp_accounting.PoissonSampledDpEvent(e.sample_rate, dp_accounting.GaussianDpEvent(e.noise_multiplier))
+        accountant.compose(dp_accounting.SelfComposedDpEvent(release, e.count))
+    return float(accountant.get_epsilon(1e-5))
+
+
+def assert_training_and_analysis_together_meet_the_target(a_plan: PrivacyPlan) -> None:
+    counts = {event.kind: event.count for event in a_plan.events()}
+    assert counts == {"train": 100, "analysis": 3}
+    assert 3.99 <= composed(a_plan.events()) <= 4.0 + 1e-9
+    assert a_plan.epsilon_spent() == pytest.approx(composed(a_plan.events()), abs=1e-6)
+    assert a_plan.epsilon_spent() <= a_plan.epsilon == 4.0
+
+
+def test_training_and_analysis_together_meet_the_target():
+    assert_training_and_analysis_together_meet_the_target(plan())
+
+
+def test_calibrating_for_training_alone_would_be_seen():
+    costly = AnalysisPlan(**{**ANALYSIS, "noise_multiplier": 1.0})
+    planted = plan(analysis=costly)
+    object.__setattr__(planted, "noise_multiplier", plan(analysis=None).noise_multiplier)
+    with pytest.raises(AssertionError):
+        assert_training_and_analysis_together_meet_the_target(planted)
+
+
+def test_forgetting_the_analysis_event_would_be_seen():
+    with pytest.raises(AssertionError):
+        assert_training_and_analysis_together_meet_the_target(plan(analysis=None))
+
+
+def test_given_the_noise_epsilon_follows():
+    given = plan(epsilon=None, noise_multiplier=1.3)
+    assert given.noise_multiplier == 1.3
+    assert given.epsilon == given.epsilon_spent() == pytest.approx(composed(given.events()), abs=1e-6)
+    assert plan(epsilon=None, noise_multiplier=1e6, analysis=None).epsilon < 1e-2
+
+
+def test_epsilon_grows_with_what_was_done():
+    spent = [plan().epsilon_spent(steps=s, analyses=a) for s, a in ((0, 0), (0, 1), (1, 1), (50, 2), (100, 3))]
+    assert spent[0] == 0
+    assert spent == sorted(set(spent))
+    assert spent[-1] == plan().epsilon_spent()
+    ten_steps = dataclasses.replace(plan().events()[0], count=10)
+    assert plan().epsilon_spent(steps=10, analyses=0) == epsilon([ten_steps], 1e-5)
+
+
+def test_the_share_of_the_analysis_is_what_would_be_saved_without_it():
+    a_plan = plan()
+    expected = 1 - composed(a_plan.events()[:1]) / composed(a_plan.events())
+    assert a_plan.analysis_share() == pytest.approx(expected, abs=1e-6)
+    assert 0 < a_plan.analysis_share() < 0.03
+    assert plan(analysis=None).analysis_share() == 0
+
+
+def test_epochs_come_from_the_sample_rate():
+    given = {"epsilon": None, "noise_multiplier": 2.0, "analysis": None}
+    assert (plan().epoch_steps, plan().epochs) == (20, 5)
+    assert (plan(**given, steps=101).epochs, plan(**given, steps=1).epochs) == (6, 1)
+    assert plan(**given, sample_rate=0.9).epoch_steps == 1
+    assert plan(**given, sample_rate=1024 / 60_000, steps=1172).epochs == 20
+
+
+@pytest.mark.parametrize(("count", "expected"), [(0, ()), (1, (0,)), (2, (0, 2)), (3, (0, 1, 3)), (5, (0, 1, 2, 3, 4))])
+def test_analyses_are_spread_evenly_and_the_first_precedes_every_step(count, expected):
+    a_plan = plan(analysis=AnalysisPlan(**{**ANALYSIS, "count": count}))
+    assert a_plan.analysis_epochs() == expected
+    assert sum(e.count for e in a_plan.events() if e.kind == "analysis") == count
+
+
+def test_noise_is_the_multiplier_times_the_sensitivity():
+    assert plan().train_noise_std(0.5) == 0.5 * plan().noise_multiplier
+    assert plan().analysis_noise_std(0.5) == 1.0
+    with pytest.raises(SettingError, match="analysis=None"):
+        plan(analysis=None).analysis_noise_std(1.0)
+
+
+BAD = [
+    *[("epsilon", value) for value in (-1.0, 0.0, math.nan, math.inf, True, "4", 1001)],
+    *[("delta", value) for value in (0.0, 1.0, -1e-5, math.nan, 1e-20, False)],
+    *[("max_grad_norm", value) for value in (0.0, -1.0, math.nan, math.inf, True, None)],
+    *[("sample_rate", value) for value in (0.0, 1.5, -0.1, math.nan, True)],
+    *[("expected_batch_size", value) for value in (0, -1, math.nan, math.inf, True, 10**400)],
+    *[("steps", value) for value in (0, -1, 10.0, math.nan, True, 10**400, torch.tensor([100]))],
+]
+BAD_ANALYSIS = [
+    *[("count", value) for value in (-1, 1.5, True)],
+    *[("sample_rate", value) for value in (0.0, 2.0, math.nan)],
+    *[("expected_batch_size", value) for value in (0, math.inf)],
+    *[("noise_multiplier", value) for value in (0.0, -2.0, math.nan, 1e308)],
+    *[("max_norm", value) for value in (0.0, math.nan)],
+    *[("repeats", value) for value in (0, 1.0)],
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD)
+def test_settings_out_of_range_are_refused_by_name(name, value):
+    with pytest.raises(SettingError, match=rf"Expected {name} .*got {name}="):
+        plan(**{name: value})
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf, 1e308, True])
+def test_noise_out_of_range_is_refused(value):
+    with pytest.raises(SettingError, match=r"Expected noise_multiplier "):
+        plan(epsilon=None, noise_multiplier=value)
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_ANALYSIS)
+def test_settings_of_the_analysis_are_refused_by_name(name, value):
+    with pytest.raises(SettingError, match=rf"Expected analysis\.{name} "):
+        AnalysisPlan(**{**ANALYSIS, name: value})
+
+
+def test_epsilon_and_noise_exclude_each_other():
+    for changes in ({"noise_multiplier": 1.0}, {"epsilon": None}):
+        with pytest.raises(SettingError, match="exactly one of epsilon and noise_multiplier"):
+            plan(**changes)
+
+
+def test_an_epsilon_below_the_price_of_the_analysis_is_refused_before_anything_runs():
+    with pytest.raises(SettingError, match=r"Expected epsilon > 0\.249.*analysis alone costs; got epsilon=0.01"):
+        plan(epsilon=0.01)
+    assert plan(epsilon=0.01, analysis=None).epsilon_spent() <= 0.01
+
+
+def test_more_analyses_than_epochs_and_other_things_than_plans_are_refused():
+    with pytest.raises(SettingError, match=r"analysis\.count <= 5.*analysis\.count=6"):
+        plan(analysis=AnalysisPlan(**{**ANALYSIS, "count": 6}))
+    with pytest.raises(SettingError, match="AnalysisPlan or None; got a dict"):
+        plan(analysis=ANALYSIS)
+    with pytest.raises(SettingError, match="analyses=1"):
+        plan(analysis=None).epsilon_spent(analyses=1)
+
+
+def test_a_large_delta_is_warned_about_and_a_usual_one_is_not():
+    with pytest.warns(UserWarning, match=r"delta=0\.02 is large"):
+        plan(delta=0.02)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan()
+
+
+def test_numbers_of_numpy_and_torch_are_numbers():
+    a_plan = plan(
+        epsilon=np.float64(4.0),
+        delta=torch.tensor(1e-5, dtype=torch.float64),
+        steps=np.int64(100),
+        sample_rate=np.array(0.05),
+    )
+    assert a_plan == plan()
+    assert [type(getattr(a_plan, name)) for name in ("epsilon", "delta", "steps", "sample_rate")] == [
+        float,
+        float,
+        int,
+        float,
+    ]
+
+
+def test_plans_are_values_and_cannot_be_changed():
+    assert plan() == plan() and hash(plan()) == hash(plan()) and plan() != plan(steps=99)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan().steps = 10
+    assert dataclasses.replace(plan(), noise_multiplier=None, steps=99) == plan(steps=99)
+
+
+def test_the_table_holds_the_budget():
+    rows = dict(plan().table())
+    assert rows["steps"] == "100 (5 epochs of 20)"
+    assert rows["noise multiplier"] == f"{plan().noise_multiplier:.4f}"
+    assert float(rows["epsilon (PLD)"]) == 4.0 < float(rows["epsilon (RDP, as a check)"]) < 5.0
+    assert rows["delta"] == "1e-05"
+    assert rows["analyses"] == "3" and rows["analysis share of epsilon"].endswith("%")
+    assert "analyses" not in dict(plan(analysis=None).table())
+
+
+def assert_statement_says_it_all(text: str) -> None:
+    for words in (
+        "epsilon = 4.0000",
+        "delta = 1e-05",
+        "added or removed",
+        "unit of protection is one record",
+        "Poisson",
+        "dp_accounting 0.",
+        "grid of 0.001",
+        "Renyi",
+        "data set's size and its list of classes",
+        "hyper-parameter tuning",
+        "pre-processing",
+        "floating-point",
+        "timing",
+    ):
+        assert words in text, words
+
+
+def test_the_statement_names_what_is_promised_and_what_is_not():
+    assert_statement_says_it_all(plan().statement())
+    assert "100 training steps" in plan().statement() and "3 analyses" in plan().statement()
+
+
+def test_a_bare_epsilon_would_be_seen():
+    with pytest.raises(AssertionError):
+        assert_statement_says_it_all("epsilon = 4.0000, delta = 1e-05")
+
+
+def test_the_statement_is_about_what_was_done_and_rounds_up():
+    a_plan = plan()
+    text = a_plan.statement(steps=10, analyses=1)
+    stated = float(re.search(r"epsilon = ([\d.]+) and", text)[1])
+    spent = a_plan.epsilon_spent(steps=10, analyses=1)
+    assert spent <= stated <= spent + 1e-4
+    assert "10 training steps" in text
+    assert "epsilon = 0.0000" in a_plan.statement(steps=0, analyses=0)
+
+
+def test_seeded_randomness_is_called_not_private():
+    assert plan().statement(secure=False).startswith("NOT PRIVATE")
+    assert "NOT PRIVATE" not in plan().statement()

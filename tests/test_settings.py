@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from dpquant.errors import SettingError
+from dpquant.formats import RECIPES
+from dpquant.kernels import BACKENDS
+from dpquant.settings import BACKENDS as SETTING_BACKENDS
+from dpquant.settings import BY_DATA, FORMATS, GENERAL, TrainSettings, from_toml
+
+
+def test_defaults_are_valid_for_every_data_set():
+    for name in (*BY_DATA, "cifar10"):
+        settings = TrainSettings.chosen({"data": name})
+        assert settings.epsilon == 8.0 and settings.fraction == 0.75
+        assert settings.batch_size == BY_DATA.get(name, GENERAL).get("batch_size", GENERAL["batch_size"])
+
+
+def test_what_is_given_wins_over_defaults():
+    settings = TrainSettings.chosen({"noise_multiplier": 1.5, "macs": 0.9, "lr": 3})
+    assert (settings.epsilon, settings.fraction, settings.lr) == (None, None, 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"epochs": 0}, "epochs >= 1"),
+        ({"lr": -1.0}, "lr > 0"),
+        ({"lr": float("nan")}, "lr > 0"),
+        ({"momentum": 1.0}, "momentum in"),
+        ({"policy": "dpquan"}, "Did you mean dpquant"),
+        ({"format": "fp4"}, "format to be one of"),
+        ({"fracton": 0.5}, "Did you mean fraction"),
+        ({"epochs": "3"}, "epochs of type"),
+        ({"fix": 1}, "fix of type"),
+        ({"seed": True}, "seed of type"),
+        ({"epsilon": 3.0, "noise_multiplier": 1.0}, "one of epsilon and noise_multiplier"),
+        ({"fraction": 0.5, "macs": 0.5}, "one of fraction and macs"),
+        ({"sample_rate": 0.1, "records": 100}, "one of sample_rate and records"),
+    ],
+)
+def test_a_bad_setting_is_named_with_its_rule(given, words):
+    with pytest.raises(SettingError, match=words):
+        TrainSettings.chosen(given)
+
+
+def test_settings_come_back_from_their_toml(tmp_path):
+    settings = TrainSettings.chosen({"data": 'image-folder:a "b"\\c\n', "records": 7, "unsafe_metrics": True})
+    (tmp_path / "config.toml").write_text(settings.to_toml())
+    assert TrainSettings.chosen(from_toml(tmp_path / "config.toml")) == settings
+
+
+def test_all_that_is_set_is_in_the_toml():
+    settings = TrainSettings.chosen({})
+    written = tomllib.loads(settings.to_toml())
+    assert written == {name: value for name, value in dataclasses.asdict(settings).items() if value is not None}
+
+
+def test_a_file_that_is_no_toml_is_one_error(tmp_path):
+    (tmp_path / "bad.toml").write_text("lr = = 3")
+    for path in (tmp_path / "bad.toml", tmp_path / "missing.toml"):
+        with pytest.raises(SettingError, match="readable TOML"):
+            from_toml(path)
+
+
+def test_names_agree_with_the_library():
+    assert tuple(RECIPES) == FORMATS and BACKENDS == SETTING_BACKENDS
+
+
+def test_the_command_line_loads_no_torch():
+    code = "import sys, dpquant.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_loading_torch_would_be_seen():
+    code = "import sys, torch, dpquant.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 1
