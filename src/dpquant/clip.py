@@ -30,10 +30,10 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from dpquant.errors import ModelError, SettingError
 from dpquant.kernels import (
     Geometry,
+    add_patch_products,
     code_values,
     in_weight_order,
     patch_products,
-    summed_patch_products,
     unfolded,
 )
 from dpquant.layers import Pass, QuantizableLayer, quantizable_layers, running
@@ -47,9 +47,8 @@ PerExampleLoss = Callable[[nn.Module, Any], Tensor]
 # than float32 sums of the lengths met here lose: a contribution stays at most C.
 _ROUND_OFF = 2.0**-20
 
-# Floats of per-example gradient and of activation that a microbatch may take by default, in all.
-_MICROBATCH_FLOATS = 2**26
-_MICROBATCH_SIZES = (16, 512)
+# Examples a backward pass by default: where parameters are few, calls cost most; where they are many, memory does.
+_MICROBATCH_OF_SMALL, _MICROBATCH_OF_LARGE, _MANY_PARAMETERS = 256, 64, 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +109,6 @@ def clipped_sum(
     if not quantizable_layers(model) and any(type(m) in (nn.Conv2d, nn.Linear) for m in model.modules()):
         raise ModelError("Expected a prepared model; got one without quantizable layers. Call dpquant.prepare(model).")
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    sums = {name: torch.zeros_like(p) for name, p in trainable.items()}
     size = microbatch_size or default_microbatch_size(sum(p.numel() for p in trainable.values()))
     with _taping(model, trainable) as tape, running(model, Pass(key=derive_key(seed, "step", step), tape=tape)) as run:
         for start in range(0, len(record_ids), size):
@@ -119,16 +117,13 @@ def clipped_sum(
             tape.rewind()
             losses = per_example_losses(loss_fn, model, take_rows(batch, rows), len(record_ids[rows]))
             (losses.sum() + 0 * tape.anchor).backward()
-            for name, total in tape.clipped_sums(max_grad_norm).items():
-                sums[name] += total
-    return ClippedSum(grads=sums, sensitivity=float(max_grad_norm))
+            tape.add_clipped(max_grad_norm)
+        return ClippedSum(grads=tape.totals(), sensitivity=float(max_grad_norm))
 
 
 def default_microbatch_size(num_parameters: int) -> int:
-    """Examples a backward pass, as a power of two: few for large models, whose activations and gradients are large."""
-    smallest, largest = _MICROBATCH_SIZES
-    fitting = _MICROBATCH_FLOATS // max(num_parameters, 1)
-    return min(max(1 << max(fitting.bit_length() - 1, 0), smallest), largest)
+    """Examples a backward pass."""
+    return _MICROBATCH_OF_SMALL if num_parameters < _MANY_PARAMETERS else _MICROBATCH_OF_LARGE
 
 
 def take_rows(batch: Any, rows: slice | Tensor) -> Any:
@@ -167,15 +162,19 @@ class Contribution(Protocol):
     """The per-example gradients of one parameter from one call of a layer, evaluated as late as possible."""
 
     def squared_norms(self) -> Tensor:
-        """||G_i||^2, float64 `(B,)`, never less than the true value of what `weighted_sum` adds up."""
+        """||G_i||^2, float64 `(B,)`, never less than the true value of what `add_weighted` adds up."""
         ...
 
     def per_example(self) -> Tensor:
         """G_i, float32 `(B, *parameter shape)`."""
         ...
 
-    def weighted_sum(self, weights_B: Tensor) -> Tensor:
-        """sum_i w_i G_i, float32, of the parameter's shape."""
+    def add_weighted(self, weights_B: Tensor, total: Tensor | None) -> Tensor:
+        """Add sum_i w_i G_i to a total, in place, in an order of its own that `in_parameter_order` undoes; float32."""
+        ...
+
+    def in_parameter_order(self, total: Tensor) -> Tensor:
+        """The total in the parameter's own order and shape."""
         ...
 
     def take(self, rows: Tensor) -> "Contribution":
@@ -197,8 +196,13 @@ class Formed:
     def per_example(self) -> Tensor:
         return self.gradients
 
-    def weighted_sum(self, weights_B: Tensor) -> Tensor:
-        return (weights_B @ self.gradients.flatten(1)).view(self.gradients.shape[1:])
+    def add_weighted(self, weights_B: Tensor, total: Tensor | None) -> Tensor:
+        total = self.gradients.new_zeros(self.gradients.shape[1:]) if total is None else total
+        total.view(-1).addmv_(self.gradients.flatten(1).t(), weights_B)
+        return total
+
+    def in_parameter_order(self, total: Tensor) -> Tensor:
+        return total
 
     def take(self, rows: Tensor) -> "Formed":
         return dataclasses.replace(self, gradients=self.gradients[rows])
@@ -214,8 +218,8 @@ class FormedProduct(Formed):
     def per_example(self) -> Tensor:
         return in_weight_order(self.gradients, self.geometry).reshape(-1, *self.shape)
 
-    def weighted_sum(self, weights_B: Tensor) -> Tensor:
-        return in_weight_order(super().weighted_sum(weights_B), self.geometry).reshape(self.shape)
+    def in_parameter_order(self, total: Tensor) -> Tensor:
+        return in_weight_order(total, self.geometry).reshape(self.shape)
 
 
 @dataclasses.dataclass
@@ -269,11 +273,13 @@ class Product:
     def per_example(self) -> Tensor:
         return self.formed().per_example()
 
-    def weighted_sum(self, weights_B: Tensor) -> Tensor:
+    def add_weighted(self, weights_B: Tensor, total: Tensor | None) -> Tensor:
         if self.scale_B is not None:
             weights_B = weights_B * self.scale_B
-        total = summed_patch_products(self.g_BGTO * weights_B[:, None, None, None], self.patches_BGTD)
-        return in_weight_order(total, self.geometry).reshape(self.shape)
+        return add_patch_products(self.g_BGTO * weights_B[:, None, None, None], self.patches_BGTD, total)
+
+    def in_parameter_order(self, total: Tensor) -> Tensor:
+        return in_weight_order(total.flatten(0, 1), self.geometry).reshape(self.shape)
 
     def take(self, rows: Tensor) -> "Product":
         scale_B = None if self.scale_B is None else self.scale_B[rows]
@@ -298,9 +304,12 @@ class Lookup:
         table = self._g.new_zeros(len(self._ids), self._num_rows, self._g.shape[2])
         return table.scatter_add_(1, self._ids[..., None].expand_as(self._g), self._g)
 
-    def weighted_sum(self, weights_B: Tensor) -> Tensor:
-        table = self._g.new_zeros(self._num_rows, self._g.shape[2])
-        return table.index_add_(0, self._ids.flatten(), (self._g * weights_B[:, None, None]).flatten(0, 1))
+    def add_weighted(self, weights_B: Tensor, total: Tensor | None) -> Tensor:
+        total = self._g.new_zeros(self._num_rows, self._g.shape[2]) if total is None else total
+        return total.index_add_(0, self._ids.flatten(), (self._g * weights_B[:, None, None]).flatten(0, 1))
+
+    def in_parameter_order(self, total: Tensor) -> Tensor:
+        return total
 
     def take(self, rows: Tensor) -> "Lookup":
         return Lookup(self._ids[rows], self._g[rows], self._num_rows)
@@ -313,6 +322,8 @@ class _GradientTape:
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self._names = names  # of the trainable parameters
         self._contributions: dict[str, list[Contribution]] = {}
+        self._last: dict[str, Contribution] = {}
+        self._totals: dict[str, Tensor] = {}
         self.listening = True
 
     def rewind(self) -> None:
@@ -335,8 +346,8 @@ class _GradientTape:
         if parameter in self._names:
             self._contributions[self._names[parameter]].append(contribution)
 
-    def clipped_sums(self, max_grad_norm: float) -> dict[str, Tensor]:
-        """{parameter name: sum_i c_i G_i} of the microbatch on the tape."""
+    def add_clipped(self, max_grad_norm: float) -> None:
+        """Add sum_i c_i G_i of the microbatch on the tape to the totals."""
         parts = {name: self._one_contribution(name) for name in self._contributions}
         squared_norms_B = torch.stack([part.squared_norms() for part in parts.values()]).sum(0)
         factors_B, finite_B = clip_factors(squared_norms_B, max_grad_norm)
@@ -344,7 +355,18 @@ class _GradientTape:
             rows = finite_B.nonzero().flatten()
             parts = {name: part.take(rows) for name, part in parts.items()}
             factors_B = factors_B[rows]
-        return {name: part.weighted_sum(factors_B) for name, part in parts.items()}
+        for name, part in parts.items():
+            self._totals[name] = part.add_weighted(factors_B, self._totals.get(name))
+        self._last = parts
+
+    def totals(self) -> dict[str, Tensor]:
+        """{parameter name: the sum over all microbatches}; zeros before the first."""
+        return {
+            name: self._last[name].in_parameter_order(self._totals[name])
+            if name in self._totals
+            else torch.zeros_like(parameter)
+            for parameter, name in self._names.items()
+        }
 
     def _one_contribution(self, name: str) -> Contribution:
         """A parameter used once keeps its operands; one that is shared or reused needs its gradients formed."""

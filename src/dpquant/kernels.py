@@ -197,10 +197,10 @@ def patch_products(grad_BGTO: Tensor, patches_BGTD: Tensor) -> Tensor:
     return (grad_BGTO.transpose(2, 3) @ patches_BGTD).flatten(1, 2)
 
 
-def summed_patch_products(grad_BGTO: Tensor, patches_BGTD: Tensor) -> Tensor:
-    """The same summed over examples, by one matrix product a group: `(O, D)`."""
-    grad_GON = grad_BGTO.permute(1, 3, 0, 2).flatten(2)
-    return (grad_GON @ patches_BGTD.transpose(0, 1).flatten(1, 2)).flatten(0, 1)
+def add_patch_products(grad_BGTO: Tensor, patches_BGTD: Tensor, total: Tensor | None) -> Tensor:
+    """The same summed over examples and added to a total `(G, O / G, D)`, in place, by one matrix product a group."""
+    grad_GON, patches_GND = grad_BGTO.permute(1, 3, 0, 2).flatten(2), patches_BGTD.transpose(0, 1).flatten(1, 2)
+    return grad_GON @ patches_GND if total is None else total.baddbmm_(grad_GON, patches_GND)
 
 
 def in_weight_order(products: Tensor, geometry: Geometry) -> Tensor:
