@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from typer.exceptions import Exit, TyperException
+from typer.exceptions import TyperException
 
 from dpquant.errors import DPQuantError
 from dpquant.settings import BY_DATA, GENERAL, TrainSettings, from_toml
@@ -51,15 +51,13 @@ def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; only a bug leaves a traceback."""
     try:
         result = app(arguments or ["--help"], prog_name="dpquant", standalone_mode=False)
+        if result == INTERRUPTED:  # what typer makes of KeyboardInterrupt
+            return _refuse("interrupted; what was charged so far stays in the run's ledger", INTERRUPTED)
         return result if isinstance(result, int) else 0
-    except Exit as error:
-        return error.exit_code
     except TyperException as error:
         return _refuse(error.format_message())
     except DPQuantError as error:
         return _refuse(str(error))
-    except KeyboardInterrupt:
-        return _refuse("interrupted; what was charged so far stays in the run's ledger", INTERRUPTED)
 
 
 def _refuse(message: str, code: int = BAD_INPUT) -> int:
