@@ -18,15 +18,16 @@ from experiments.runner import RESULTS, run_all, table, write
 SEEDS = (0, 1, 2)
 COMMON = shlex.split(
     "--data fashion-mnist --model cnn --epsilon 3 --delta 1e-5 --epochs 25 --batch-size 2048 --max-grad-norm 0.1 "
-    "--optimizer sgd --lr 4 --momentum 0.9 "
+    "--optimizer sgd --lr 4 --momentum 0.9"
 )
 ROWS = {
     "full precision": ["--policy", "none"],
     "dpquant 75 %": ["--policy", "dpquant", "--fraction", "0.75"],
-    "rotate 75 %": ["--policy", "rotate", "--fraction", "0.75"],
     "static 75 %": ["--policy", "static", "--fraction", "0.75"],
     "all": ["--policy", "all"],
     "int8 all": ["--policy", "all", "--format", "int8"],
+    "dpquant 50 %": ["--policy", "dpquant", "--fraction", "0.5"],
+    "dpquant 25 %": ["--policy", "dpquant", "--fraction", "0.25"],
 }
 
 

@@ -17,6 +17,9 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 
+# glibc gives large blocks back to the system and gets them anew at every step; kept, they save a fifth of the time.
+_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -52,7 +55,7 @@ def _record(run: Run, folder: Path, jobs: int) -> dict:
         threads = str(max((os.cpu_count() or 1) // jobs, 1))
         binary = str(Path(sys.executable).parent / "dpquant")
         command = [binary, *run.command(out)[1:], "--threads", threads]
-        environment = {**os.environ, "OMP_NUM_THREADS": threads}
+        environment = {**os.environ, "OMP_NUM_THREADS": threads, **_KEEP_MEMORY}
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if result.returncode:
             raise SystemExit(f"{' '.join(command)}\n{result.stderr}")

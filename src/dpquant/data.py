@@ -4,8 +4,8 @@
 A record's id is its index. The order is fixed by the source: that of an IDX file, of torchvision's class, or, in an
 image folder, of the class names and then the paths. Keyed sampling and keyed rounding rely on it.
 
-Pixels are normalised by constants declared public: (pixel / full scale - MEAN) / STD, the same MEAN and STD for every
-data set, in which no record had a say. The shape of an image, the classes and `public_size` are public too. The number
+Pixels are normalised by constants declared public, (pixel / full scale - mean) / std: published ones for MNIST and
+Fashion-MNIST, a plain half for every other data set, in which no record has a say. The shape of an image, the classes and `public_size` are public too. The number
 of records of a user's own data set is private, so an image folder has no `public_size`. Other files under a known name
 keep the size that belongs to the name.
 
@@ -45,8 +45,9 @@ from torch import Tensor
 
 from dpquant.errors import DataError, SettingError
 
-MEAN = 0.5
-STD = 0.5
+# (mean, standard deviation) that pixels in 0..1 are normalised by: published constants, or a plain half.
+NORMALISATION = MappingProxyType({"mnist": (0.1307, 0.3081), "fashion-mnist": (0.2860, 0.3530)})
+PLAIN_NORMALISATION = (0.5, 0.5)
 FOLDER_PREFIX = "image-folder:"
 FOLDER_IMAGE_SIZE = 32
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -82,6 +83,7 @@ class Split(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
       targets: Shape (N,), int64, in [0, num_classes).
       readable: Shape (N,), bool; a False record reads as NaN. None: all are readable.
       full_scale: The pixel value that stands for white.
+    Attributes: mean and std, by which pixels are normalised; `load` sets them.
     Privacy: per example, reads no other record.
     """
 
@@ -92,6 +94,7 @@ class Split(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         self.targets = targets
         self.readable = torch.ones(len(targets), dtype=torch.bool) if readable is None else readable
         self.full_scale = full_scale
+        self.mean, self.std = PLAIN_NORMALISATION
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -113,7 +116,7 @@ class Split(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         Returns: Inputs [B, C, H, W] float32 and targets [B] int64.
         Privacy: per example.
         """
-        inputs = (self.pixels[indices] * (1.0 / (self.full_scale * STD))).sub_(MEAN / STD)
+        inputs = (self.pixels[indices] * (1.0 / (self.full_scale * self.std))).sub_(self.mean / self.std)
         inputs[~self.readable[indices]] = math.nan
         return inputs, self.targets[indices]
 
@@ -198,6 +201,8 @@ def load(name: str, data_dir: Path | None = None, *, image_size: int | None = No
             train, test, class_names = _image_folder(folder, image_size or FOLDER_IMAGE_SIZE)
     if image_size is not None:
         train, test = _resized(train, image_size), _resized(test, image_size)
+    for split in (train, test):
+        split.mean, split.std = NORMALISATION.get(name, PLAIN_NORMALISATION)
     channels, height, width = train.pixels.shape[1:]
     return Dataset(
         name=name,

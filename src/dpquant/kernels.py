@@ -39,6 +39,11 @@ class Geometry:
     groups: int = 1
 
     @property
+    def reach(self) -> tuple[int, int]:
+        """How far a window's last input lies behind its first."""
+        return self.dilation[0] * (self.kernel[0] - 1), self.dilation[1] * (self.kernel[1] - 1)
+
+    @property
     def pointwise(self) -> bool:
         """True for a 1x1 convolution that visits every position once: a matrix product over positions."""
         return self == Geometry(groups=self.groups) and self.groups == 1
@@ -95,58 +100,73 @@ def _exact_dtype(operand: QTensor, num_terms: int, max_code: int) -> torch.dtype
 
 
 class Int8Products:
-    """The same codes on int8 instructions; the weight is packed for both products on first use."""
+    """The same codes on int8 instructions; the weight is packed for each product on first use."""
 
     def __init__(self, weight: QTensor, geometry: Geometry):
-        self._codes = weight.codes
+        self._weight = _Int8Weight(weight.codes)
         self._geometry = geometry
 
     def forward(self, x: QTensor) -> Tensor:
-        g = self._geometry
-        return _int8_convolution(x.codes, self._packed_forward, g.stride, g.padding, g.dilation, g.groups)
+        return self._weight.convolved(x.codes, self._geometry)
 
     def input_gradient(self, grad: QTensor, size: tuple[int, int]) -> Tensor:
         """A convolution of the zero-stuffed gradient with the flipped, transposed kernel."""
-        g = self._geometry
-        reach = [d * (k - 1) for d, k in zip(g.dilation, g.kernel, strict=True)]
-        padding = [max(r - p, 0) for r, p in zip(reach, g.padding, strict=True)]
-        crop = [max(p - r, 0) for r, p in zip(reach, g.padding, strict=True)]
-        stuffed = [size[i] + crop[i] + reach[i] - 2 * padding[i] for i in range(2)]
-        codes = _zero_stuffed(grad.codes, g.stride, (stuffed[0], stuffed[1]))
-        full = _int8_convolution(codes, self._packed_transposed, (1, 1), tuple(padding), g.dilation, g.groups)
+        g, reach = self._geometry, self._geometry.reach
+        padding = (max(reach[0] - g.padding[0], 0), max(reach[1] - g.padding[1], 0))
+        crop = (max(g.padding[0] - reach[0], 0), max(g.padding[1] - reach[1], 0))
+        stuffed = (size[0] + crop[0] + reach[0] - 2 * padding[0], size[1] + crop[1] + reach[1] - 2 * padding[1])
+        codes = _zero_stuffed(grad.codes, g.stride, stuffed)
+        full = self._transposed.convolved(codes, dataclasses.replace(g, stride=(1, 1), padding=padding))
         return full[:, :, crop[0] : crop[0] + size[0], crop[1] : crop[1] + size[1]]
 
     @functools.cached_property
-    def _packed_forward(self) -> "_PackedWeight":
-        g = self._geometry
-        return _PackedWeight(self._codes, g.stride, g.padding, g.dilation, g.groups)
-
-    @functools.cached_property
-    def _packed_transposed(self) -> "_PackedWeight":
-        g = self._geometry
-        out_channels, in_channels_per_group, *kernel = self._codes.shape
-        grouped = self._codes.view(g.groups, out_channels // g.groups, in_channels_per_group, *kernel)
-        transposed = grouped.transpose(1, 2).flip(3, 4).reshape(-1, out_channels // g.groups, *kernel)
-        return _PackedWeight(transposed, (1, 1), (0, 0), g.dilation, g.groups)
+    def _transposed(self) -> "_Int8Weight":
+        codes, num_groups = self._weight.codes, self._geometry.groups
+        grouped = codes.unflatten(0, (num_groups, -1)).transpose(1, 2).flip(3, 4)
+        return _Int8Weight(grouped.flatten(0, 1).contiguous())
 
 
-class _PackedWeight:
-    """A weight in the layout that oneDNN wants, with the unit scales that the operator asks for."""
+class _Int8Weight:
+    """Weight codes `(O, C / G, *kernel)`, packed as oneDNN wants them for each geometry that they meet."""
 
-    def __init__(self, codes: Tensor, stride, padding, dilation, groups: int):
-        self.scales = torch.ones(codes.shape[0])
-        self.zero_points = torch.zeros(codes.shape[0], dtype=torch.int8)
-        self.tensor = torch.ops.onednn.qconv_prepack(
-            codes.contiguous(), self.scales, 1.0, INT8_ZERO_POINT, stride, padding, dilation, groups, None
-        )
+    def __init__(self, codes: Tensor):
+        self.codes = codes
+        self._scales = torch.ones(codes.shape[0])
+        self._zero_points = torch.zeros(codes.shape[0], dtype=torch.int8)
+        self._packed: dict[Geometry, Tensor] = {}
+
+    def convolved(self, codes: Tensor, geometry: Geometry) -> Tensor:
+        """uint8 codes (zero point 128) `(B, C, H, W)` -> float32 accumulators `(B, O, H', W')`, channels last."""
+        codes, g = _around_corners(codes, geometry)
+        if g not in self._packed:
+            self._packed[g] = torch.ops.onednn.qconv_prepack(
+                self.codes, self._scales, 1.0, INT8_ZERO_POINT, g.stride, g.padding, g.dilation, g.groups, None
+            )
+        return torch.ops.onednn.qconv2d_pointwise(
+            codes, 1.0, INT8_ZERO_POINT, self._packed[g], self._scales, self._zero_points, None,
+            g.stride, g.padding, g.dilation, g.groups, 1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
 
 
-def _int8_convolution(codes: Tensor, weight: _PackedWeight, stride, padding, dilation, groups: int) -> Tensor:
-    """uint8 codes (zero point 128) `(B, C, H, W)` -> float32 accumulators `(B, O, H', W')`, channels last."""
-    return torch.ops.onednn.qconv2d_pointwise(
-        codes, 1.0, INT8_ZERO_POINT, weight.tensor, weight.scales, weight.zero_points, None,
-        stride, padding, dilation, groups, 1.0, 0, torch.float32, "none", [], "",
-    )  # fmt: skip
+def _around_corners(codes: Tensor, g: Geometry) -> tuple[Tensor, Geometry]:
+    """An equal convolution that avoids two corners in which oneDNN's int8 convolution gives wrong sums.
+
+    It miscounts the zero point of a window all of whose inputs lie in the padding (possible where the padding exceeds the
+    reach, or the kernel is dilated): the padding is laid beforehand. And it reads wrong rows where the output is one column
+    wide and the stride across is not 1: that column's window is cut out and the stride dropped.
+    """
+    one_column = codes.shape[3] + 2 * g.padding[1] - g.reach[1] - 1 < g.stride[1] and g.stride[1] > 1
+    empty_window = g.padding != (0, 0) and (
+        g.dilation != (1, 1) or g.padding[0] > g.reach[0] or g.padding[1] > g.reach[1]
+    )
+    if one_column or empty_window:
+        (top, left), stride = g.padding, g.stride
+        codes = F.pad(codes, (left, left, top, top), value=INT8_ZERO_POINT)
+        if one_column:
+            codes, stride = codes[..., : g.reach[1] + 1], (stride[0], 1)
+        codes = codes.contiguous(memory_format=torch.channels_last)
+        g = dataclasses.replace(g, padding=(0, 0), stride=stride)
+    return codes, g
 
 
 def _zero_stuffed(codes: Tensor, stride: tuple[int, int], size: tuple[int, int]) -> Tensor:
@@ -223,8 +243,8 @@ def unfolded(x: Tensor, geometry: Geometry) -> Tensor:
     (top, left), (down, right), (step_down, step_right) = geometry.padding, geometry.stride, geometry.dilation
     x_BHWC = F.pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top)).contiguous()
     batch, height, width, channels = x_BHWC.shape
-    rows = (height - step_down * (geometry.kernel[0] - 1) - 1) // down + 1
-    columns = (width - step_right * (geometry.kernel[1] - 1) - 1) // right + 1
+    rows = (height - geometry.reach[0] - 1) // down + 1
+    columns = (width - geometry.reach[1] - 1) // right + 1
     per_group, line = channels // geometry.groups, width * channels
     size = (batch, geometry.groups, rows, columns, *geometry.kernel, per_group)
     steps = (height * line, per_group, down * line, right * channels, step_down * line, step_right * channels, 1)
