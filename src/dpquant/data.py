@@ -5,9 +5,9 @@ A record's id is its index. The order is fixed by the source: that of an IDX fil
 image folder, of the class names and then the paths. Keyed sampling and keyed rounding rely on it.
 
 Pixels are normalised by constants declared public, (pixel / full scale - mean) / std: published ones for MNIST and
-Fashion-MNIST, a plain half for every other data set, in which no record has a say. The shape of an image, the classes and `public_size` are public too. The number
-of records of a user's own data set is private, so an image folder has no `public_size`. Other files under a known name
-keep the size that belongs to the name.
+Fashion-MNIST, a plain half for every other data set, in which no record has a say. The shape of an image, the classes
+and `public_size` are public too. The number of records of a user's own data set is private, so an image folder has no
+`public_size`. Other files under a known name keep the size that belongs to the name.
 
 A file in an image folder that cannot be decoded is still a record: all its pixels are NaN, so that its gradient is not
 finite and its contribution exactly zero. It is neither named nor reported, because an error that depends on one record

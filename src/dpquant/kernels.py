@@ -151,9 +151,9 @@ class _Int8Weight:
 def _around_corners(codes: Tensor, g: Geometry) -> tuple[Tensor, Geometry]:
     """An equal convolution that avoids two corners in which oneDNN's int8 convolution gives wrong sums.
 
-    It miscounts the zero point of a window all of whose inputs lie in the padding (possible where the padding exceeds the
-    reach, or the kernel is dilated): the padding is laid beforehand. And it reads wrong rows where the output is one column
-    wide and the stride across is not 1: that column's window is cut out and the stride dropped.
+    It miscounts the zero point of a window all of whose inputs lie in the padding (possible where the padding exceeds
+    the reach, or the kernel is dilated): the padding is laid beforehand. And it reads wrong rows where the output is
+    one column wide and the stride across is not 1: that column's window is cut out and the stride dropped.
     """
     one_column = codes.shape[3] + 2 * g.padding[1] - g.reach[1] - 1 < g.stride[1] and g.stride[1] > 1
     empty_window = g.padding != (0, 0) and (

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+import copy
+import warnings
+
+import pytest
+import torch
+from networks import NAMES, Residual, loss, zoo
+from opacus import GradSampleModule
+from torch import nn
+
+from dpquant import clip, layers
+from dpquant.clip import check_trainable, clip_factors, clipped_sum
+from dpquant.errors import DPQuantError, ModelError, SettingError
+from dpquant.layers import fix, prepare, quantizable_layers, set_policy
+
+# Opacus refuses in-place networks, does not know all layers, and gives an embedding's padding row a gradient.
+OPACUS_NAMES = [
+    n for n in NAMES if n not in ("reflect", "residual", "tokens", "tied", "reused", "generic", "norm of vectors")
+]
+
+
+def total(model, batch, rows=None, clip_norm=1.0, step=3, **settings):
+    """The clipped sum of some rows as one float64 vector; ids follow the rows."""
+    rows = torch.arange(len(batch[1])) if rows is None else torch.as_tensor(rows, dtype=torch.int64)
+    part = tuple(t[rows] for t in batch)
+    out = clipped_sum(model, loss, part, max_grad_norm=clip_norm, record_ids=100 + rows, step=step, seed=1, **settings)
+    assert out.sensitivity == clip_norm
+    return torch.cat([g.double().flatten() for g in out.grads.values()])
+
+
+def prepared(name, policy="none", recipe="luq-fp4", backend="auto"):
+    model, batch = zoo()[name]
+    model = prepare(model, format=recipe, backend=backend)
+    set_policy(model, quantizable_layers(model) if policy == "all" else ())
+    return model, batch
+
+
+def looped(model, batch, clip_norm):
+    """What it should be in full precision: one example at a time, by autograd."""
+    result = 0
+    for i in range(len(batch[1])):
+        value = loss(model, tuple(t[[i]] for t in batch)).sum()
+        grads = torch.autograd.grad(value, list(model.parameters()))
+        flat = torch.cat([g.double().flatten() for g in grads])
+        result = result + flat * min(1.0, clip_norm / flat.norm().item())
+    return result
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("clip_norm", [0.05, 1.0, 1e6])
+def test_the_sum_is_that_of_a_loop_over_single_examples(name, clip_norm):
+    plain, batch = zoo()[name]
+    expected = looped(plain, batch, clip_norm)
+    ours = total(prepare(copy.deepcopy(plain)), batch, clip_norm=clip_norm)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5 * min(clip_norm, 1))
+
+
+@pytest.mark.parametrize("name", OPACUS_NAMES)
+def test_the_sum_is_that_of_opacus(name):
+    plain, batch = zoo()[name]
+    ours = total(prepare(copy.deepcopy(plain)), batch, clip_norm=0.3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = GradSampleModule(plain, loss_reduction="sum")
+        loss(theirs, batch).sum().backward()
+    each = torch.cat([p.grad_sample.double().flatten(1) for p in theirs.parameters()], 1)
+    expected = (each * (0.3 / each.norm(dim=1)).clamp(max=1)[:, None]).sum(0)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_clip_of_the_sum_instead_of_the_examples_is_caught():
+    plain, batch = zoo()["residual"]
+    grads = torch.autograd.grad(loss(plain, batch).sum(), list(plain.parameters()))
+    flat = torch.cat([g.double().flatten() for g in grads])
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(flat / flat.norm(), looped(plain, batch, 1.0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("policy", ["none", "all"])
+def test_quantized_or_not_the_sum_is_that_of_its_examples_and_each_is_at_most_c(name, policy):
+    model, batch = prepared(name, policy)
+    assert_bounded_and_additive(lambda rows, **kw: total(model, batch, rows, **kw), len(batch[1]))
+
+
+def assert_bounded_and_additive(summed, count):
+    """Both together bound the sensitivity by C for every data set."""
+    whole = summed(range(count))
+    parts = [summed([i]) for i in range(count)]
+    assert max(part.norm().item() for part in parts) <= 1 + 1e-6
+    assert (sum(parts) - whole).norm() <= 1e-4 * count
+    for size in (1, 2, 3):
+        assert (summed(range(count), microbatch_size=size) - whole).norm() <= 1e-4 * count
+    assert summed([]).abs().max() == 0
+
+
+def test_a_scale_over_the_batch_is_caught(monkeypatch):
+    model, batch = prepared("strided", "all")
+    batch[0][1] *= 30
+    honest = layers.quantize_rows
+
+    def shared(x, format, rounding, keys, **kw):
+        top = x.abs().max().expand(len(x), 1)
+        q = honest(
+            torch.cat([x.flatten(1), top], 1), format, rounding, keys, **kw
+        )  # every row's maximum is the batch's
+        codes = q.codes[:, :-1].reshape(x.shape)
+        codes = codes.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else codes
+        return type(q)(codes=codes, scale=q.scale, zero_point=q.zero_point)
+
+    monkeypatch.setattr(layers, "quantize_rows", shared)
+    with pytest.raises(AssertionError):
+        assert_bounded_and_additive(lambda rows, **kw: total(model, batch, rows, **kw), len(batch[1]))
+
+
+def test_batch_norm_forced_through_is_caught():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, affine=False), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+    model, batch = prepare(net), (torch.randn(5, 1, 8, 8), torch.randint(0, 5, (5,)))
+    with pytest.raises(AssertionError):
+        assert_bounded_and_additive(lambda rows, **kw: total(model, batch, rows, **kw), 5)
+
+
+def test_norms_from_one_rounding_and_sums_from_another_would_exceed_c():
+    model, batch = prepared("few positions", "all")
+    scale = 1e6  # no clipping: the whole gradient of one example, rounded twice
+    first, second = (total(model, batch, [0], clip_norm=scale, step=step) for step in (1, 2))
+    assert (second / first.norm()).norm() > 1.01 or (first / second.norm()).norm() > 1.01
+    assert total(model, batch, [0], clip_norm=1e-3).norm() <= 1e-3 * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("policy", ["none", "all"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("name", ["strided", "residual", "many positions", "positions"])
+def test_a_record_that_is_not_finite_contributes_nothing_and_a_huge_one_at_most_c(name, policy, value):
+    model, batch = prepared(name, policy)
+    rest = total(model, batch, [0, 1, 3])
+    batch[0][2, ..., 0] = value
+    moved = (total(model, batch, [0, 1, 2, 3]) - rest).norm()
+    assert moved <= (1e-4 if value != 1e30 else 1 + 1e-3)
+
+
+def test_a_clip_factor_that_lets_nan_through_is_caught():
+    norms = torch.tensor([4.0, float("nan"), float("inf")], dtype=torch.float64)
+    factors, finite = clip_factors(norms, 1.0)
+    assert finite.tolist() == [True, False, False] and factors[1:].tolist() == [0, 0]
+    assert 0.4999 < factors[0] <= 0.5
+    assert not torch.isfinite((1.0 / norms.sqrt()).clamp(max=1)).all()  # what Opacus' formula gives
+
+
+@pytest.mark.parametrize("policy", ["none", "all"])
+def test_gram_and_formed_norms_agree(policy, monkeypatch):
+    results = []
+    for few in (True, False):
+        monkeypatch.setattr(clip.Product, "has_few_positions", few)
+        results += [total(*prepared(name, policy), clip_norm=0.01) for name in ("grouped", "many positions", "tokens")]
+    for gram, formed in zip(results[:3], results[3:], strict=True):
+        torch.testing.assert_close(gram, formed, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("recipe", ["luq-fp4", "luq", "int8"])
+def test_backends_agree(recipe):
+    for name in ("strided", "residual", "positions"):
+        sums = [total(*prepared(name, "all", recipe, backend)) for backend in ("simulate", "int8")]
+        torch.testing.assert_close(sums[0], sums[1], rtol=1e-5, atol=1e-6)
+
+
+def test_no_gradient_is_left_on_the_model_even_after_an_error():
+    model, batch = prepared("residual")
+    total(model, batch)
+    with pytest.raises(RuntimeError):
+        total(model, (batch[0][:, :, :, :0], batch[1]))
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert all(layer.current is None for layer in quantizable_layers(model).values())
+    assert not model.norm._forward_hooks
+
+
+def test_frozen_parameters_take_no_part():
+    model, batch = prepared("residual")
+    model.inner.weight.requires_grad_(False)
+    model.norm.bias.requires_grad_(False)
+    out = clipped_sum(model, loss, batch, max_grad_norm=1.0, record_ids=torch.arange(6), step=0, seed=0)
+    assert set(out.grads) == {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_refused(model, *words):
+    with pytest.raises(ModelError) as caught:
+        check_trainable(model)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_models_that_cannot_be_trained_privately_are_refused_with_their_place():
+    assert_refused(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), "1 (BatchNorm1d)", "dpquant.fix")
+    assert_refused(nn.Sequential(nn.Sequential(nn.BatchNorm2d(2, affine=False))), "0.0 (BatchNorm2d)")
+    assert_refused(nn.Sequential(nn.LSTM(2, 2)), "0 (LSTM)")
+    assert_refused(nn.Sequential(nn.InstanceNorm1d(2, track_running_stats=True)), "track_running_stats")
+    assert_refused(nn.Sequential(nn.Embedding(3, 2, scale_grad_by_freq=True)), "scale_grad_by_freq")
+    assert_refused(nn.Sequential(nn.Embedding(3, 2, max_norm=1.0)), "max_norm")
+    assert_refused(nn.Linear(2, 2).requires_grad_(False), "trainable parameter")
+    assert_refused(nn.Sequential(nn.LazyLinear(2)), "no shape yet")
+    for model, _ in zoo().values():
+        check_trainable(model)
+    check_trainable(fix(nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8))))
+
+
+def test_an_unused_parameter_is_an_error():
+    model = prepare(nn.ModuleList([nn.Linear(6, 5), nn.Linear(6, 5)]))
+    model.forward = lambda x: model[0](x)
+    with pytest.raises(ModelError, match=r"1\.weight got none"):
+        total(model, (torch.randn(3, 6), torch.randint(0, 5, (3,))))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"max_grad_norm": 0.0}, "max_grad_norm > 0"), ({"max_grad_norm": float("nan")}, "max_grad_norm"),
+     ({"microbatch_size": 0}, "microbatch_size >= 1"), ({"loss_fn": lambda m, b: loss(m, b).mean()}, "one loss per")],
+)  # fmt: skip
+def test_bad_arguments_are_refused(settings, words):
+    model, batch = prepared("strided")
+    arguments = {"loss_fn": loss, "max_grad_norm": 1.0, "record_ids": torch.arange(6), "step": 0, "seed": 0, **settings}
+    with pytest.raises(SettingError, match=words):
+        clipped_sum(model, batch=batch, **arguments)
+
+
+def test_an_unprepared_model_and_a_strange_batch_are_refused():
+    model, batch = zoo()["strided"]
+    with pytest.raises(ModelError, match="prepare"):
+        total(model, batch)
+    with pytest.raises(SettingError, match="tensors, tuples, lists and dicts"):
+        clip.take_rows("text", slice(0, 1))
+    assert issubclass(ModelError, DPQuantError)
+
+
+def test_in_place_networks_are_clipped_like_their_out_of_place_twins():
+    torch.manual_seed(0)
+    model, batch = Residual(), (torch.randn(4, 1, 8, 8), torch.randint(0, 5, (4,)))
+    torch.testing.assert_close(
+        total(prepare(copy.deepcopy(model)), batch), looped(model, batch, 1.0), rtol=1e-4, atol=1e-5
+    )
