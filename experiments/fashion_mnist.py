@@ -21,13 +21,12 @@ COMMON = shlex.split(
     "--optimizer sgd --lr 4 --momentum 0.9"
 )
 ROWS = {
-    "full precision": ["--policy", "none"],
     "dpquant 75 %": ["--policy", "dpquant", "--fraction", "0.75"],
+    "full precision": ["--policy", "none"],
     "static 75 %": ["--policy", "static", "--fraction", "0.75"],
     "all": ["--policy", "all"],
     "int8 all": ["--policy", "all", "--format", "int8"],
     "dpquant 50 %": ["--policy", "dpquant", "--fraction", "0.5"],
-    "dpquant 25 %": ["--policy", "dpquant", "--fraction", "0.25"],
 }
 
 

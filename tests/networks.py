@@ -62,7 +62,7 @@ def images(count, channels=1, side=8):
 
 
 def zoo():
-    """{name: (network, batch)}: every kind of layer that clipping knows, and some that it differentiates generically."""
+    """{name: (network, batch)}: every kind of layer that clipping knows, and some that it does not know by name."""
     torch.manual_seed(0)
     flat = nn.Flatten()
     return {

@@ -4,7 +4,6 @@ import warnings
 
 import pytest
 import torch
-from networks import NAMES, Residual, loss, zoo
 from opacus import GradSampleModule
 from torch import nn
 
@@ -12,6 +11,7 @@ from dpquant import clip, layers
 from dpquant.clip import check_trainable, clip_factors, clipped_sum
 from dpquant.errors import DPQuantError, ModelError, SettingError
 from dpquant.layers import fix, prepare, quantizable_layers, set_policy
+from networks import NAMES, Residual, loss, zoo
 
 # Opacus refuses in-place networks, does not know all layers, and gives an embedding's padding row a gradient.
 OPACUS_NAMES = [

@@ -83,6 +83,10 @@ def impact_sum(
         raise SettingError(f"Expected max_norm > 0 and finite; got max_norm={max_norm}.")
     if repeats < 1:
         raise SettingError(f"Expected repeats >= 1; got repeats={repeats}.")
+    if unknown := [name for name in names if name not in quantizable_layers(model)]:
+        raise SettingError(
+            f"Expected names of quantizable layers; got {unknown[0]!r}. Call dpquant.prepare(model) first."
+        )
     total = torch.zeros(len(names), dtype=torch.float64)
     with _undisturbed(model), torch.no_grad():
         for start in range(0, len(record_ids), microbatch_size):

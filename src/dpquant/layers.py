@@ -234,7 +234,7 @@ class QuantLinear(QuantizableLayer, nn.Linear):
                 "features. "
                 "Reshape the input."
             )
-        positions_BTD = input.reshape(input.shape[0], -1, input.shape[-1])
+        positions_BTD = input.flatten(1, -2) if input.ndim > 2 else input.unsqueeze(1)
         y_BOT1 = self.convolve(positions_BTD.transpose(1, 2).unsqueeze(3))
         return y_BOT1.squeeze(3).transpose(1, 2).reshape(*input.shape[:-1], self.out_features)
 

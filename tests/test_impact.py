@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from torch import nn
+
+from dpquant import impact, layers
+from dpquant.errors import SettingError
+from dpquant.impact import impact_sum
+from dpquant.layers import Pass, current_policy, prepare, quantizable_layers, running, set_policy
+from dpquant.streams import derive_key
+from networks import loss, zoo
+
+NAMES = ("strided", "residual", "grouped", "reused", "tokens")
+
+
+def prepared(name):
+    model, batch = zoo()[name]
+    return prepare(model), batch
+
+
+def measured(model, batch, rows=None, max_norm=0.05, **settings):
+    rows = torch.arange(len(batch[1])) if rows is None else torch.as_tensor(rows, dtype=torch.int64)
+    part = tuple(t[rows] for t in batch)
+    names = list(quantizable_layers(model))
+    arguments = {"names": names, "max_norm": max_norm, "record_ids": rows, "step": 2, "seed": 1, **settings}
+    out = impact_sum(model, loss, part, **arguments)
+    assert out.sensitivity == max_norm
+    return out.impacts
+
+
+def brute_force(model, batch, max_norm, repeats):
+    """One full forward pass for every policy and repeat, none of them sharing anything."""
+    names, ids = list(quantizable_layers(model)), torch.arange(len(batch[1]))
+    model.eval()
+
+    def losses(repeat, policy):
+        set_policy(model, policy)
+        with running(model, Pass(key=derive_key(1, "analysis", 2, repeat), record_ids=ids)), torch.no_grad():
+            return loss(model, batch).double()
+
+    full = losses(0, ())
+    v = torch.stack([sum(losses(r, (n,)) - full for r in range(repeats)) / repeats for n in names], 1)
+    set_policy(model, ())
+    model.train()
+    return (v * (max_norm / v.norm(dim=1)).clamp(max=1)[:, None]).sum(0), v
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("max_norm", "repeats"), [(1e-3, 1), (0.05, 3), (1e3, 1)])
+def test_the_sum_is_that_of_full_forward_passes(name, max_norm, repeats):
+    model, batch = prepared(name)
+    expected, _ = brute_force(model, batch, max_norm, repeats)
+    for size in (256, 2):
+        ours = measured(model, batch, max_norm=max_norm, repeats=repeats, microbatch_size=size)
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_what_comes_before_the_quantized_layer_is_not_computed_again(monkeypatch):
+    model, batch = prepared("residual")
+    calls = []
+    honest = layers._Convolution.apply
+    monkeypatch.setattr(layers._Convolution, "apply", lambda *a: calls.append(1) or honest(*a))
+    measured(model, batch)
+    assert len(calls) == 3 + (3 + 2 + 1)  # the full-precision pass, then each policy from its layer on
+
+
+def assert_bounded(summed, count, max_norm):
+    """Removing any record moves the sum by at most the sensitivity; an empty sum is zero."""
+    whole = summed(range(count))
+    for i in range(count):
+        assert (whole - summed([j for j in range(count) if j != i])).norm() <= max_norm * (1 + 1e-6)
+    assert summed([]).abs().max() == 0
+
+
+def test_one_record_moves_the_sum_by_at_most_its_sensitivity():
+    model, batch = prepared("strided")
+    batch[0][2] *= 50
+    assert_bounded(lambda rows: measured(model, batch, rows), 6, 0.05)
+
+
+def test_clipping_the_aggregate_as_the_paper_writes_it_is_caught():
+    v = torch.tensor([[1.0, 0.0], [-3.0, 0.0]], dtype=torch.float64)
+
+    def aggregate(rows):
+        total = v[list(rows)].sum(0)
+        return total * min(1.0, 1.0 / max(total.norm().item(), 1e-12))
+
+    with pytest.raises(AssertionError):
+        assert_bounded(aggregate, 2, 1.0)
+
+
+def test_dividing_by_the_realised_number_is_caught():
+    with pytest.raises(AssertionError):
+        assert_bounded(lambda rows: torch.tensor([5.0 if 0 in rows else 0.0]) / max(len(list(rows)), 1), 2, 1.0)
+
+
+def test_an_example_that_is_not_finite_contributes_nothing():
+    model, batch = prepared("residual")
+    rest = measured(model, batch, [0, 1, 3])
+    batch[0][2] = float("nan")
+    torch.testing.assert_close(measured(model, batch, [0, 1, 2, 3]), rest)
+
+
+class Dropping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.drop, self.head = nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 5)
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x):
+        return self.head(self.drop(self.first(x)))
+
+
+def state_of(model):
+    return (
+        [t.clone() for t in model.state_dict().values()],
+        [m.training for m in model.modules()],
+        current_policy(model),
+        torch.random.get_rng_state(),
+    )
+
+
+def assert_same_state(before, after):
+    assert all(torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True))
+    assert before[1:3] == after[1:3] and torch.equal(before[3], after[3])
+
+
+def test_everything_else_is_left_bitwise_as_it_was():
+    model, batch = prepare(Dropping()), (torch.randn(4, 6), torch.tensor([0, 1, 2, 3]))
+    model.drop.eval()
+    set_policy(model, ["head"])
+    before = state_of(model)
+    measured(model, batch)
+    assert_same_state(before, state_of(model))
+    with pytest.raises(SettingError):
+        impact_sum(
+            model, lambda m, b: loss(m, b).mean(), batch, names=["head"], max_norm=1.0, record_ids=torch.arange(4),
+            step=0, seed=0,
+        )  # fmt: skip
+    assert_same_state(before, state_of(model))
+
+
+def test_a_measurement_that_draws_random_numbers_would_be_caught(monkeypatch):
+    model, batch = prepare(Dropping()), (torch.randn(4, 6), torch.tensor([0, 1, 2, 3]))
+    before = state_of(model)
+    monkeypatch.setattr(impact.torch.random, "fork_rng", lambda devices: torch.no_grad())
+    monkeypatch.setattr(Dropping, "forward", lambda self, x: self.head(self.first(x) + torch.rand(8)))
+    measured(model, batch)
+    with pytest.raises(AssertionError):
+        assert_same_state(before, state_of(model))
+
+
+@pytest.mark.parametrize("settings", [{"max_norm": 0.0}, {"max_norm": float("inf")}, {"repeats": 0}, {"names": ["x"]}])
+def test_bad_arguments_are_refused(settings):
+    model, batch = prepared("strided")
+    with pytest.raises(SettingError):
+        measured(model, batch, **settings)

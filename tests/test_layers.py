@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dpquant.errors import FormatError, ModelError, SettingError
+from dpquant.layers import (
+    Pass,
+    QuantConv2d,
+    QuantLinear,
+    current_policy,
+    prepare,
+    quantizable_layers,
+    running,
+    set_policy,
+)
+from dpquant.quantizer import quantize_rows
+from dpquant.streams import derive_key, row_keys
+from networks import Reused, images, loss, zoo
+
+CONVOLUTIONS = [
+    {"stride": 2, "padding": 1},
+    {"dilation": 2, "groups": 2},
+    {"padding": "same", "kernel_size": (3, 5)},
+    {"padding": 2, "padding_mode": "reflect", "bias": False},
+    {"padding": (0, 1), "padding_mode": "circular"},
+    {"padding": 1, "padding_mode": "replicate", "stride": (2, 1)},
+]
+
+
+def assert_same_layer(original, twin, x):
+    """Values and all gradients, to float32 rounding."""
+    results = []
+    for layer in (original, twin):
+        inputs = x.clone().requires_grad_()
+        y = layer(inputs)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (inputs, *layer.parameters()))))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
+def test_a_convolution_in_full_precision_is_the_original(options):
+    torch.manual_seed(0)
+    original = nn.Conv2d(4, 6, **{"kernel_size": 3, **options})
+    twin = prepare(copy.deepcopy(original))
+    assert isinstance(twin, QuantConv2d)
+    assert_same_layer(original, twin, torch.randn(3, 4, 9, 8))
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (5, 3, 6), (2, 3, 4, 6), (0, 6)])
+def test_a_linear_layer_in_full_precision_is_the_original(shape):
+    original = nn.Linear(6, 4)
+    twin = prepare(copy.deepcopy(original))
+    assert isinstance(twin, QuantLinear)
+    assert_same_layer(original, twin, torch.randn(shape))
+
+
+def test_a_linear_layer_says_what_input_it_wants():
+    with pytest.raises(ModelError, match=r"\(B, \.\.\., 6\)"):
+        prepare(nn.Linear(6, 4))(torch.randn(5, 7))
+
+
+@pytest.mark.parametrize("backend", ["simulate", "int8"])
+@pytest.mark.parametrize("recipe", ["luq-fp4", "luq", "int8"])
+def test_a_quantized_layer_multiplies_dequantized_operands(recipe, backend):
+    torch.manual_seed(0)
+    layer = prepare(nn.Conv2d(4, 6, 3, padding=1), format=recipe, backend=backend)
+    set_policy(layer, [""])
+    x = torch.randn(3, 4, 7, 7, requires_grad=True)
+    run = Pass(key=5, record_ids=torch.tensor([7, 8, 9]))
+    with running(layer, run):
+        y = layer(x)
+        grad = torch.randn_like(y)
+        grad_x, grad_weight, grad_bias = torch.autograd.grad(y, (x, layer.weight, layer.bias), grad)
+    codes_x = layer.quantize(x.detach(), layer.recipe.activation, run.draw_keys(layer, "activation", 0, 3))
+    codes_g = layer.quantize(grad, layer.recipe.gradient, run.draw_keys(layer, "gradient", 0, 3))
+    xd, gd = codes_x.dequantize().double().requires_grad_(), codes_g.dequantize().double()
+    wd = _quantized_weight(layer, run).double().requires_grad_()
+    reference = F.conv2d(xd, wd, layer.bias.double().detach(), padding=1)
+    expected_x, expected_weight = torch.autograd.grad(reference, (xd, wd), gd)
+    for ours, theirs in ((y, reference), (grad_x, expected_x), (grad_weight, expected_weight)):
+        torch.testing.assert_close(ours.double(), theirs.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad_bias, grad.sum((0, 2, 3)))
+    assert not torch.allclose(y, F.conv2d(x, layer.weight, layer.bias, padding=1), rtol=1e-3)
+
+
+def _quantized_weight(layer, run):
+    keys = row_keys(derive_key(run.key, layer.name, "weight"), torch.zeros(1, dtype=torch.int64))
+    role = layer.recipe.weight
+    rows = quantize_rows(layer.weight.detach().reshape(1, -1), role.format, role.rounding, keys)
+    return rows.dequantize().view(layer.weight.shape)
+
+
+def output(model, x, ids, key=3):
+    with running(model, Pass(key=key, record_ids=torch.as_tensor(ids))), torch.no_grad():
+        return model(x)
+
+
+@pytest.mark.parametrize("backend", ["simulate", "int8"])
+def test_an_examples_output_depends_on_its_record_and_on_nothing_else(backend):
+    model, (x, _) = zoo()["strided"]
+    model = prepare(model, backend=backend)
+    set_policy(model, quantizable_layers(model))
+    whole = output(model, x, range(6))
+    torch.testing.assert_close(output(model, x[[4, 1]], [4, 1]), whole[[4, 1]])
+    torch.testing.assert_close(output(model, x.contiguous(memory_format=torch.channels_last), range(6)), whole)
+    x[0] *= 1e4
+    torch.testing.assert_close(output(model, x, range(6))[1:], whole[1:])
+    assert not torch.allclose(output(model, x[1:], range(1, 6), key=4), whole[1:])
+    assert not torch.allclose(output(model, x[1:], range(11, 16)), whole[1:])
+
+
+def test_each_call_of_a_reused_layer_draws_anew():
+    layer = prepare(nn.Linear(64, 3))
+    set_policy(layer, [""])
+    x = torch.randn(2, 64)
+    with running(layer, Pass(key=0, record_ids=torch.arange(2))) as run, torch.no_grad():
+        first, second = layer(x), layer(x)
+        run.begin(torch.arange(2))
+        again = layer(x)
+    assert torch.equal(first, again) and not torch.equal(first, second)
+
+
+def test_preparing_keeps_parameters_state_hooks_and_sharing():
+    torch.manual_seed(0)
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(shared, nn.ReLU(), shared, nn.Conv2d(1, 2, 3))
+    state, parameters = copy.deepcopy(model.state_dict()), list(model.parameters())
+    heard = []
+    shared.register_forward_hook(lambda *a: heard.append(1))
+    prepared = prepare(model)
+    assert prepared is model and model[0] is model[2] and list(quantizable_layers(model)) == ["0", "3"]
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
+    model[0](torch.randn(1, 4))
+    assert heard == [1]
+
+
+def test_a_prepared_model_can_be_copied_pickled_and_prepared_again():
+    model = prepare(Reused())
+    set_policy(model, ["head"])
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert current_policy(other) == ("head",)
+    prepare(model, format="int8", backend="simulate")
+    assert {(layer.recipe.name, layer.backend) for layer in quantizable_layers(model).values()} == {
+        ("int8", "simulate")
+    }
+
+
+def test_subclasses_of_layers_are_left_alone():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    assert not quantizable_layers(prepare(nn.Sequential(Scaled(3, 3))))
+
+
+def test_what_cannot_be_prepared_is_refused():
+    with pytest.raises(ModelError, match=r"torch\.nn\.Module"):
+        prepare(lambda x: x)
+    with pytest.raises(ModelError, match="float32"):
+        prepare(nn.Linear(2, 2).double())
+    with pytest.raises(FormatError, match="format"):
+        prepare(nn.Linear(2, 2), format="fp3")
+    with pytest.raises(FormatError, match="int8"):
+        prepare(nn.Linear(2, 2), format="fp8", backend="int8")
+
+
+def test_a_policy_names_known_layers():
+    model = prepare(Reused())
+    set_policy(model, ["layer"])
+    assert current_policy(model) == ("layer",)
+    set_policy(model, ())
+    assert current_policy(model) == ()
+    with pytest.raises(SettingError, match=r"'body'.*layer, head"):
+        set_policy(model, ["body"])
+
+
+def test_fp8_runs_simulated():
+    model, batch = zoo()["strided"]
+    model = prepare(model, format="fp8")
+    set_policy(model, quantizable_layers(model))
+    loss(model, batch).sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_layer_that_is_not_finite_for_one_example_is_so_for_that_one():
+    model = prepare(nn.Conv2d(1, 2, 3))
+    set_policy(model, [""])
+    x, _ = images(3)
+    x[1, 0, 0, 0] = float("nan")
+    y = model(x)
+    assert y[1].isnan().all() and y[[0, 2]].isfinite().all()

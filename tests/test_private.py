@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run as a whole: what is charged is what happens (counted by wrapping the mechanisms), in the right order."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
+
+import dpquant
+from dpquant import private as private_module
+from dpquant.errors import BudgetError, DataError, ModelError, SettingError
+from dpquant.ledger import Ledger
+from dpquant.noise import NoiseSource
+from dpquant.private import make_private
+from dpquant.sampling import PoissonSampler
+from networks import loss
+
+RECORDS, BATCH, STEPS = 200, 20, 25  # 10 steps an epoch: two whole epochs and half of a third
+
+
+def data_set():
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(
+        torch.randn(RECORDS, 1, 6, 6, generator=generator), torch.randint(0, 5, (RECORDS,), generator=generator)
+    )
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 8), nn.Linear(8, 5)
+    )
+
+
+def plan_of(**changes):
+    analysis = dpquant.AnalysisPlan(
+        count=3, sample_rate=0.3, expected_batch_size=60, noise_multiplier=3.0, max_norm=0.5
+    )
+    settings = {
+        "noise_multiplier": 1.5, "delta": 1e-5, "max_grad_norm": 0.7, "sample_rate": BATCH / RECORDS,
+        "expected_batch_size": BATCH, "steps": STEPS, "analysis": analysis, **changes,
+    }  # fmt: skip
+    return dpquant.PrivacyPlan(**settings)
+
+
+def start(train_set=None, model=None, optimizer=torch.optim.SGD, plan=None, **settings):
+    model = network() if model is None else model
+    train_set = data_set() if train_set is None else train_set
+    arguments = {"policy": dpquant.DPQuantPolicy(fraction=0.5), "loss_fn": loss, **settings}
+    return make_private(model, optimizer(model.parameters(), lr=0.1), train_set, plan=plan or plan_of(), **arguments)
+
+
+def finish(run):
+    for epoch in run.epochs():
+        for batch in epoch:
+            run.step(batch)
+    return run
+
+
+class Watched:
+    """Wraps sampler, noise, clipping, impact and ledger, and writes down each call in order."""
+
+    def __init__(self, monkeypatch):
+        self.calls = []
+        self._wrap(monkeypatch, Ledger, "charge", lambda a, k, r: ("charge", k["kind"]))
+        self._wrap(monkeypatch, PoissonSampler, "draw", lambda a, k, r: ("draw", k["stream"], a[2]))
+        self._wrap(monkeypatch, NoiseSource, "gaussian", lambda a, k, r: ("noise", k["stream"], a[2], k["name"]))
+        self._wrap(monkeypatch, private_module, "clipped_sum", lambda a, k, r: ("sum", "train", r.sensitivity))
+        self._wrap(monkeypatch, private_module, "impact_sum", lambda a, k, r: ("sum", "analysis", r.sensitivity))
+
+    def _wrap(self, monkeypatch, owner, name, describe):
+        honest = getattr(owner, name)
+
+        def wrapped(*arguments, **keywords):
+            result = honest(*arguments, **keywords)
+            self.calls.append(describe(arguments, keywords, result))
+            return result
+
+        monkeypatch.setattr(owner, name, wrapped)
+
+    def of(self, what, kind):
+        return [call for call in self.calls if call[:2] == (what, kind)]
+
+
+def assert_ledger_tells_what_happened(watched, run, num_parameters):
+    """For each kind: as many draws, sums and vectors of noise as charges, at the charged rate and noise."""
+    charged = {event.kind: event for event in run.events()}
+    assert set(charged) == {kind for what, kind, *_ in watched.calls if what == "sum"}
+    for kind, event in charged.items():
+        draws, sums, noises = (watched.of(what, kind) for what in ("draw", "sum", "noise"))
+        assert len(draws) == len(sums) == event.count == len(watched.of("charge", kind))
+        assert {draw[2] for draw in draws} == {event.sample_rate}
+        assert len(noises) == event.count * (num_parameters if kind == "train" else 1)
+        assert all(noise[2] / sums[0][2] == pytest.approx(event.noise_multiplier) for noise in noises)
+
+
+def test_the_ledger_tells_what_happened(monkeypatch):
+    watched = Watched(monkeypatch)
+    run = finish(start())
+    assert_ledger_tells_what_happened(watched, run, 8)
+    assert {e.kind: e.count for e in run.events()} == {"train": STEPS, "analysis": 3}
+    assert run.epsilon_spent() == pytest.approx(run.plan.epsilon)
+
+
+def test_a_forgotten_analysis_event_is_caught(monkeypatch):
+    watched = Watched(monkeypatch)
+    run = finish(start())
+    run._ledger._charges = [c for c in run._ledger._charges if c.kind == "train"]
+    with pytest.raises(AssertionError):
+        assert_ledger_tells_what_happened(watched, run, 8)
+
+
+def test_noise_for_another_norm_is_caught(monkeypatch):
+    watched = Watched(monkeypatch)
+    monkeypatch.setattr(dpquant.PrivacyPlan, "train_noise_std", lambda plan, sensitivity: plan.noise_multiplier)
+    with pytest.raises(AssertionError):
+        assert_ledger_tells_what_happened(watched, finish(start()), 8)
+
+
+class Recorder(Dataset):
+    """Writes down every access."""
+
+    def __init__(self, log):
+        self.log, self.inner = log, data_set()
+
+    def __len__(self):
+        return len(self.inner)
+
+    def __getitem__(self, index):
+        self.log.append("read")
+        return self.inner[index]
+
+
+def assert_charged_first(log):
+    """Between two charges there may be reads, but none comes before the first."""
+    assert "read" in log and "charge" in log and log.index("charge") < log.index("read")
+
+
+def test_the_ledger_is_charged_before_a_record_is_read(monkeypatch):
+    log = []
+    honest = Ledger.charge
+    monkeypatch.setattr(Ledger, "charge", lambda self, **k: (honest(self, **k), log.append("charge"))[0])
+    for policy in (dpquant.DPQuantPolicy(fraction=0.5), dpquant.NonePolicy()):
+        run = start(Recorder(log), policy=policy)
+        log.clear()  # the first record's shape was looked at
+        epoch = next(run.epochs())
+        if policy.needs_scores:
+            assert_charged_first(log)
+            log.clear()
+        batch = next(iter(epoch))
+        assert "read" not in log
+        run.step(batch)
+        assert_charged_first(log)
+
+
+def test_charging_after_reading_is_caught():
+    with pytest.raises(AssertionError):
+        assert_charged_first(["read", "charge"])
+
+
+def test_a_charge_that_fails_stops_the_step_before_any_data(monkeypatch):
+    log = []
+    run = start(Recorder(log), policy=dpquant.NonePolicy())
+    batch = next(iter(next(run.epochs())))
+    log.clear()
+
+    def full(self, **keywords):
+        raise dpquant.LedgerError("disk full")
+
+    monkeypatch.setattr(Ledger, "charge", full)
+    before = [p.clone() for p in run.model.parameters()]
+    with pytest.raises(dpquant.LedgerError):
+        run.step(batch)
+    assert not log and all(torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
+
+
+def moved_by_noise(run):
+    """The first step's move in units of lr * noise std / expected batch size."""
+    before = torch.cat([p.detach().flatten().clone() for p in run.model.parameters()])
+    run.step(next(iter(next(run.epochs()))))
+    after = torch.cat([p.detach().flatten() for p in run.model.parameters()])
+    return (before - after) * BATCH / (0.1 * 1.5 * 0.7)
+
+
+def test_an_empty_batch_is_a_step_like_any_other(monkeypatch):
+    monkeypatch.setattr(PoissonSampler, "draw", lambda *a, **k: torch.zeros(0, dtype=torch.int64))
+    run = start(policy=dpquant.NonePolicy())
+    noise = moved_by_noise(run)
+    assert run.steps_taken == 1 and run.events()[0].count == 1
+    assert abs(noise.square().mean().item() - 1) < 4.9 * (2 / len(noise)) ** 0.5
+
+
+@pytest.mark.parametrize("draw", ["one", "all"])
+def test_the_sum_is_divided_by_the_planned_batch_size_whatever_was_drawn(monkeypatch, draw):
+    ids = torch.arange(1 if draw == "one" else RECORDS)
+    monkeypatch.setattr(PoissonSampler, "draw", lambda *a, **k: ids)
+    monkeypatch.setattr(NoiseSource, "gaussian", lambda self, shape, std, **k: torch.zeros(tuple(shape)))
+    run = start(policy=dpquant.NonePolicy())
+    expected = dpquant.clipped_sum(
+        dpquant.prepare(network()), loss, data_set()[ids], max_grad_norm=0.7, record_ids=ids, step=0, seed=0
+    )
+    run.step(next(iter(next(run.epochs()))))
+    for name, parameter in run.model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected.grads[name] / BATCH)
+
+
+def test_layers_rotate_and_the_model_is_in_full_precision_between_epochs():
+    run = start()
+    for epoch in run.epochs():
+        for batch in epoch:
+            assert dpquant.quantizable_layers(run.model)[epoch.policy[0]].quantized
+            run.step(batch)
+        assert not any(layer.quantized for layer in dpquant.quantizable_layers(run.model).values())
+    assert [len(names) for names in run.policies()] == [2, 2, 2] and run.steps_taken == STEPS
+    assert set(run.scores) == set(run.macs) == {"0", "2", "5", "6"}
+    assert run.macs["0"] == 4 * 4 * 4 * 9 and run.macs["6"] == 40
+
+
+def test_any_optimizer_and_scheduler_work():
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.5)
+    run = make_private(
+        model, optimizer, data_set(), loss_fn=loss, plan=plan_of(steps=10, analysis=None), policy=dpquant.NonePolicy()
+    )
+    for epoch in run.epochs():
+        for batch in epoch:
+            run.step(batch)
+            schedule.step()
+    assert optimizer.param_groups[0]["lr"] == 0.25
+
+
+def test_only_the_batch_just_drawn_can_be_used_and_only_once():
+    run = start(policy=dpquant.NonePolicy())
+    batches = iter(next(run.epochs()))
+    first = next(batches)
+    run.step(first)
+    for other in (first, (torch.zeros(2, 1, 6, 6), torch.zeros(2).long())):
+        with pytest.raises(SettingError, match="just drawn"):
+            run.step(other)
+    second = next(batches)
+    assert not torch.equal(first.record_ids, second.record_ids)
+
+
+def test_steps_beyond_the_plan_and_epochs_without_a_step_are_refused():
+    run = finish(start(policy=dpquant.NonePolicy()))
+    with pytest.raises(BudgetError, match="one more"):
+        run.step(None)
+    with pytest.raises(BudgetError, match="take a step"):
+        for _ in start(policy=dpquant.NonePolicy()).epochs():
+            pass
+
+
+def test_a_batch_that_was_drawn_again_is_another_and_has_other_noise():
+    run = start(policy=dpquant.NonePolicy())
+    epoch = next(run.epochs())
+    first, again = next(iter(epoch)), next(iter(epoch))
+    assert first.step == again.step and first.attempt != again.attempt
+    assert not torch.equal(first.record_ids, again.record_ids)
+
+
+def parameters_after(**settings):
+    return torch.cat([p.flatten() for p in finish(start(**settings)).model.parameters()])
+
+
+def test_two_runs_differ_unless_the_mechanism_is_seeded_which_is_said():
+    assert not torch.equal(parameters_after(), parameters_after())
+    assert torch.equal(parameters_after(mechanism_seed=3), parameters_after(mechanism_seed=3))
+    torch.testing.assert_close(
+        parameters_after(mechanism_seed=3, microbatch_size=7), parameters_after(mechanism_seed=3), rtol=1e-3, atol=1e-4
+    )
+    run = start(mechanism_seed=3)
+    assert not run.secure and "NOT PRIVATE" in run.statement() and "NOT PRIVATE" not in start().statement()
+
+
+def test_the_ledger_file_holds_the_run(tmp_path):
+    run = finish(start(ledger=tmp_path / "new" / "ledger.jsonl"))
+    assert sum(c.count for c in Ledger.read(tmp_path / "new" / "ledger.jsonl")) == STEPS + 3
+    assert len(run.events()) == 2
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        return iter(())
+
+
+def with_batch_norm():
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 5))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"model": with_batch_norm()}, ModelError, "1 .BatchNorm2d"),
+        ({"train_set": Endless()}, DataError, "map-style"),
+        ({"train_set": TensorDataset(torch.zeros(0, 1))}, DataError, "empty"),
+        ({"plan": plan_of(analysis=None)}, SettingError, "analysis"),
+        ({"microbatch_size": 0}, SettingError, "microbatch_size"),
+        ({"policy": dpquant.StaticPolicy(names=["9"])}, SettingError, "'9'"),
+        ({"loss_fn": lambda m, b: loss(m, b).mean()}, SettingError, "one loss per example"),
+        ({"optimizer": lambda p, lr: torch.optim.LBFGS(p)}, SettingError, "LBFGS"),
+        ({"optimizer": lambda p, lr: torch.optim.SGD([torch.zeros(1, requires_grad=True)])}, SettingError, "own param"),
+        ({"optimizer": lambda p, lr: torch.optim.SGD(list(p)[:2])}, SettingError, "lacks 2.weight"),
+        ({"optimizer": lambda p, lr: None}, SettingError, "NoneType"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_before_any_work(settings, error, words, tmp_path):
+    with pytest.raises(error, match=words):
+        start(ledger=tmp_path / "ledger.jsonl", **settings)
+    assert not list(tmp_path.iterdir())
