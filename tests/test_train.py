@@ -106,6 +106,8 @@ def test_every_policy_can_be_named(name):
         ({"data": "image-folder:/nowhere", "records": 5_000}, DataError),
         ({"model": "no_such_module:build"}, ModelError),
         ({"model": "test_train:with_batch_norm"}, ModelError),
+        ({"model": "test_train:with_too_few_outputs"}, ModelError),
+        ({"model": "test_train:for_larger_images"}, ModelError),
     ],
 )
 def test_bad_input_writes_nothing(tmp_path, given, error):
@@ -137,3 +139,11 @@ def with_batch_norm(num_classes, input_shape):
         torch.nn.Flatten(),
         torch.nn.Linear(8 * 6 * 6, num_classes),
     )
+
+
+def with_too_few_outputs():
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 9))
+
+
+def for_larger_images():
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1024, 10))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dpquant import data, models
 from dpquant.clip import check_trainable
-from dpquant.errors import SettingError
+from dpquant.errors import ModelError, SettingError
 from dpquant.layers import fix
 from dpquant.plan import AnalysisPlan, PrivacyPlan
 from dpquant.private import Epoch, PrivateTraining, make_private
@@ -166,6 +166,7 @@ def train(
     if settings.fix:
         model = fix(model)
     check_trainable(model)
+    _check_outputs(model, dataset)
     optimizer = _optimizer(settings, model)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _lr_factor(settings.lr_schedule, plan.steps))
     private = make_private(
@@ -221,6 +222,23 @@ def accuracy(model: nn.Module, split: data.Split) -> float:
         right += int(((model(inputs).argmax(1) == targets) & split.readable[ids]).sum())
     model.train(training)
     return right / len(split)
+
+
+def _check_outputs(model: nn.Module, dataset: data.Dataset) -> None:
+    """One logit for each class, or a label could have none: tried on a blank image."""
+    rule = f"Expected model to map images of shape {dataset.input_shape} to {dataset.num_classes} logits"
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            shape = tuple(model(torch.zeros(2, *dataset.input_shape)).shape)
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        raise ModelError(
+            f"{rule}; got a {type(error).__name__}: {error}. Make it fit the data set's images."
+        ) from error
+    if shape != (2, dataset.num_classes):
+        raise ModelError(
+            f"{rule}; two images gave shape {shape}. A label without a logit has no loss. Give the last layer "
+            f"{dataset.num_classes} outputs."
+        )
 
 
 def _optimizer(settings: TrainSettings, model: nn.Module) -> torch.optim.Optimizer:
