@@ -7,9 +7,10 @@ import torch
 from opacus import GradSampleModule
 from torch import nn
 
-from dpquant import clip, layers
-from dpquant.clip import check_trainable, clip_factors, clipped_sum
+from dpquant import clip, gradients, layers
+from dpquant.clip import clip_factors, clipped_sum
 from dpquant.errors import DPQuantError, ModelError, SettingError
+from dpquant.isolation import check_trainable
 from dpquant.layers import fix, prepare, quantizable_layers, set_policy
 from networks import NAMES, Residual, loss, zoo
 
@@ -152,7 +153,7 @@ def test_a_clip_factor_that_lets_nan_through_is_caught():
 def test_gram_and_formed_norms_agree(policy, monkeypatch):
     results = []
     for few in (True, False):
-        monkeypatch.setattr(clip.Product, "has_few_positions", few)
+        monkeypatch.setattr(gradients.Product, "has_few_positions", few)
         results += [total(*prepared(name, policy), clip_norm=0.01) for name in ("grouped", "many positions", "tokens")]
     for gram, formed in zip(results[:3], results[3:], strict=True):
         torch.testing.assert_close(gram, formed, rtol=1e-4, atol=1e-7)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does this model, with this loss, keep its examples apart? Tried on made-up records, before a private one is read.
 
-A list of forbidden layers can be evaded (a batch statistic in a forward method, a parameter used behind its module's
-back),
-so the model is run: the clipped sum of a batch must be the sum of its examples' own, and without a clip it must be what
-autograd computes. Made-up records have the shapes and types of the data set's first record and none of its values.
+`check_trainable` refuses by type. Such a list can be evaded (a batch statistic in a forward method, a parameter used
+behind its module's back), so `check_isolation` runs the model: the clipped sum of a batch must be the sum of its
+examples' own, and without a clip it must be what autograd computes. Made-up records have the shapes and types of the data set's first record and none of its
+values.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from dpquant.clip import PerExampleLoss, clipped_sum, take_rows
 from dpquant.errors import DataError, DPQuantError, ModelError
@@ -21,6 +22,54 @@ _NUM_EXAMPLES = 3
 _TOLERANCE = 1e-3  # of the clip norm, or of a gradient; float32 rounding is a hundred times smaller
 _GROWTH = 4.0  # each made-up example is so many times the one before: a statistic over the batch then moves them all
 _NO_CLIP = 1e12
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Refuse, by type and before any data is read, a model whose examples cannot be separated.
+
+    Raises:
+      ModelError: names the module's path, what is wrong and what to do.
+    Privacy: reads no data.
+    """
+    for path, module in model.named_modules():
+        if problem := _problem(module):
+            what, remedy = problem
+            raise ModelError(
+                f"Expected model to be trainable privately; got {path or 'the model'} ({type(module).__name__}). "
+                f"{what}. {remedy}."
+            )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ModelError(
+            "Expected model to have a trainable parameter; got none. There is nothing to train. "
+            "Call requires_grad_(True) on what should be trained."
+        )
+
+
+def _problem(module: nn.Module) -> tuple[str, str] | None:
+    """(what is wrong, what to do), or None."""
+    match module:
+        case nn.modules.batchnorm._BatchNorm():
+            return (
+                "It mixes the examples of a batch, so clipping bounds no single example's influence",
+                "Replace it by GroupNorm: dpquant.fix(model), or --fix on the command line",
+            )
+        case nn.modules.instancenorm._InstanceNorm() if module.track_running_stats:
+            return "Its running statistics keep raw data", "Set track_running_stats=False"
+        case nn.RNNBase() | nn.MultiheadAttention():
+            if not any(p.requires_grad for p in module.parameters()):
+                return None
+            return (
+                "Its parameters have no per-example gradient here",
+                "Build it of Linear layers, or freeze it with requires_grad_(False)",
+            )
+        case nn.Embedding() if module.scale_grad_by_freq:
+            return "scale_grad_by_freq weighs by counts over the batch", "Set scale_grad_by_freq=False"
+        case nn.Embedding() if module.max_norm is not None:
+            return "max_norm changes the table by which records are looked up", "Set max_norm=None"
+        case LazyModuleMixin() if module.has_uninitialized_params():
+            return "Its parameters have no shape yet", "Run one forward pass on made-up data first"
+        case _:
+            return None
 
 
 def made_up_batch(record: Any, collate: Callable[[list], Any]) -> Any:

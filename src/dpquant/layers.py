@@ -10,9 +10,8 @@ twin in full precision computes what the original computes. A quantized twin com
     wgrad     G_i  = s(g_i) s(x_i) sum_t code(g_it) code(x_it)^T
 
 x is quantized once and its codes are kept for wgrad; W once per logical step; g once, for both dgrad and wgrad. The
-bias'
-gradient sums the incoming gradient itself: it is no product. Scales are taken per example, never over the batch: a
-batch scale would make every example's gradient depend on every other, and clipping would bound nothing.
+bias' gradient sums the incoming gradient itself: it is no product. Scales are taken per example, never over the batch:
+a batch scale would make every example's gradient depend on every other, and clipping would bound nothing.
 
 A layer does not clip, sum or add noise: it hands (x, g) to the tape of the `Pass` that it runs in. Outside a pass it is
 an ordinary layer with straight-through gradients.

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset, default_collate
 
 from dpquant.accounting import Event
-from dpquant.clip import PerExampleLoss, check_trainable, clipped_sum
+from dpquant.clip import PerExampleLoss, clipped_sum
 from dpquant.errors import BudgetError, DataError, SettingError
 from dpquant.formats import Recipe
 from dpquant.impact import impact_sum
-from dpquant.isolation import check_isolation, made_up_batch
+from dpquant.isolation import check_isolation, check_trainable, made_up_batch
 from dpquant.layers import prepare, quantizable_layers, set_policy
 from dpquant.ledger import Ledger
 from dpquant.noise import NoiseSource

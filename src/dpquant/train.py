@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dpquant import data, models
-from dpquant.clip import check_trainable
 from dpquant.errors import ModelError, SettingError
+from dpquant.isolation import check_trainable
 from dpquant.layers import fix
 from dpquant.plan import AnalysisPlan, PrivacyPlan
 from dpquant.private import Epoch, PrivateTraining, make_private
