@@ -3,8 +3,8 @@
 
 `check_trainable` refuses by type. Such a list can be evaded (a batch statistic in a forward method, a parameter used
 behind its module's back), so `check_isolation` runs the model: the clipped sum of a batch must be the sum of its
-examples' own, and without a clip it must be what autograd computes. Made-up records have the shapes and types of the data set's first record and none of its
-values.
+examples' own, and without a clip it must be what autograd computes. Made-up records have the shapes and types of the
+data set's first record and none of its values.
 """
 
 from collections.abc import Callable, Sequence
