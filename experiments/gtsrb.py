@@ -16,7 +16,7 @@ from experiments.runner import run_all, table, write
 
 SEEDS = (0,)
 COMMON = shlex.split(
-    "--model resnet18 --records 39209 --epsilon 8 --delta 1e-5 --epochs 10 --batch-size 1024 --max-grad-norm 1 "
+    "--model resnet18 --records 39209 --epsilon 8 --delta 1e-5 --epochs 6 --batch-size 1024 --max-grad-norm 1 "
     "--optimizer adam --lr 1e-3 "
 )
 ROWS = {"dpquant 50 %": ["--policy", "dpquant", "--fraction", "0.5"]}

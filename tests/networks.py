@@ -87,6 +87,10 @@ def zoo():
                       (torch.randn(5, 2, 3, 6), torch.randint(0, 5, (5,)))),
         "generic": (nn.Sequential(nn.Conv1d(2, 3, 3), nn.PReLU(), nn.RMSNorm(6), flat, nn.Linear(18, 5)),
                     (torch.randn(5, 2, 8), torch.randint(0, 5, (5,)))),
+        "norm of images": (nn.Sequential(nn.Conv2d(1, 4, 3), nn.LayerNorm([4, 6, 6]), flat, nn.Linear(144, 5)),
+                           images(5)),
+        "shared": (nn.Sequential(shared := nn.Linear(6, 6), nn.Tanh(), shared, nn.Linear(6, 5)),
+                   (torch.randn(5, 6), torch.randint(0, 5, (5,)))),
         "norm of vectors": (nn.Sequential(nn.Linear(6, 8), nn.GroupNorm(2, 8), nn.ReLU(), nn.Linear(8, 5)),
                             (torch.randn(5, 6), torch.randint(0, 5, (5,)))),
     }  # fmt: skip

@@ -149,6 +149,23 @@ def test_a_clip_factor_that_lets_nan_through_is_caught():
     assert not torch.isfinite((1.0 / norms.sqrt()).clamp(max=1)).all()  # what Opacus' formula gives
 
 
+@pytest.mark.parametrize("max_grad_norm", [1.0, 1e-2, 1e-6, 1e-7])
+def test_a_clip_factor_never_rounds_up_however_small(max_grad_norm):
+    norms = torch.logspace(30, 38.5, 1000, dtype=torch.float64)
+    factors, _ = clip_factors(norms.square(), max_grad_norm)
+    assert (factors.double() * norms <= max_grad_norm).all()
+
+
+@pytest.mark.parametrize("positions", [1, 2, 16])
+def test_long_rows_of_one_value_do_not_exceed_c(positions):
+    """Sums of equal terms round one way, each time: the worst that a record can do to a float32 norm."""
+    patches, g = torch.full((1, 1, positions, 16384), 1 / 3), torch.full((1, 1, positions, 64), 0.7)
+    product = gradients.Product(patches, g, None, gradients.Geometry(), torch.Size((64, 16384)))
+    for contribution in (product, product.formed()):
+        factors, _ = clip_factors(contribution.squared_norms(), 1e-3)
+        assert contribution.add_weighted(factors, None).double().norm() <= 1e-3 * (1 + 1e-6)
+
+
 @pytest.mark.parametrize("policy", ["none", "all"])
 def test_gram_and_formed_norms_agree(policy, monkeypatch):
     results = []
@@ -209,6 +226,16 @@ def test_an_unused_parameter_is_an_error():
     model.forward = lambda x: model[0](x)
     with pytest.raises(ModelError, match=r"1\.weight got none"):
         total(model, (torch.randn(3, 6), torch.randint(0, 5, (3,))))
+
+
+def test_a_first_axis_that_is_not_the_example_is_an_error():
+    class PositionsFirst(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.transpose(0, 1)).mean(0)
+
+    model = prepare(PositionsFirst(nn.Linear(6, 5)))
+    with pytest.raises(ModelError, match=r"examples first"):
+        total(model, (torch.randn(3, 8, 6), torch.randint(0, 5, (3,))))
 
 
 @pytest.mark.parametrize(

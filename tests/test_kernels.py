@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -79,7 +81,11 @@ def test_simulate_and_int8_give_the_exact_integers(convolution, max_code):
 
 def test_a_wrong_zero_point_is_caught():
     def off_by_one(weight, geometry, max_code):
-        return Int8Products(plain(weight), geometry), lambda x: shifted((x.float() * 0.9).to(torch.int8))
+        def moved(values):
+            operand = shifted(values)
+            return dataclasses.replace(operand, codes=operand.codes - 1)
+
+        return Int8Products(plain(weight), geometry), moved
 
     with pytest.raises(AssertionError):
         assert_exact_integers((Geometry(kernel=(3, 3), padding=(1, 1)), (4, 3, 3, 3), (6, 6)), 64, off_by_one)
@@ -147,6 +153,22 @@ def test_a_wrong_int8_convolution_is_refused(monkeypatch):
     with pytest.raises(FormatError, match="not exact"):
         kernels.resolve_backend("int8", max_code=64, fits_int8=True, device=torch.device("cpu"))
     kernels.int8_is_exact.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "convolution",
+    [
+        (Geometry(), (5, 3, 1, 1), (1, 1)),
+        (Geometry(kernel=(5, 5), padding=(2, 2)), (4, 3, 5, 5), (1, 1)),
+        (Geometry(kernel=(5, 1), padding=(6, 3), stride=(3, 2)), (4, 3, 5, 1), (7, 5)),
+        (Geometry(kernel=(1, 5), stride=(4, 4), groups=5), (5, 1, 1, 5), (11, 13)),
+        (Geometry(kernel=(5, 3), dilation=(2, 3), padding=(4, 3), stride=(2, 2)), (2, 2, 5, 3), (10, 9)),
+    ],
+    ids=str,
+)
+def test_large_kernels_single_pixels_and_remainders_are_exact(convolution):
+    assert_exact_integers(convolution, 127, simulated)
+    assert_exact_integers(convolution, 127, int8)
 
 
 @pytest.mark.parametrize(

@@ -7,18 +7,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dpquant import layers
 from dpquant.errors import FormatError, ModelError, SettingError
 from dpquant.layers import (
     Pass,
     QuantConv2d,
     QuantLinear,
     current_policy,
+    fix,
     prepare,
     quantizable_layers,
     running,
     set_policy,
 )
-from dpquant.quantizer import quantize_rows
+from dpquant.quantizer import QTensor, quantize_rows
 from dpquant.streams import derive_key, row_keys
 from networks import Reused, images, loss, zoo
 
@@ -97,22 +99,63 @@ def _quantized_weight(layer, run):
 
 
 def output(model, x, ids, key=3):
-    with running(model, Pass(key=key, record_ids=torch.as_tensor(ids))), torch.no_grad():
+    with running(model, Pass(key=key, record_ids=torch.as_tensor(ids, dtype=torch.int64))), torch.no_grad():
         return model(x)
 
 
-@pytest.mark.parametrize("backend", ["simulate", "int8"])
-def test_an_examples_output_depends_on_its_record_and_on_nothing_else(backend):
-    model, (x, _) = zoo()["strided"]
+def all_quantized(name, backend="auto"):
+    model, (x, _) = zoo()[name]
     model = prepare(model, backend=backend)
     set_policy(model, quantizable_layers(model))
-    whole = output(model, x, range(6))
+    return model, x
+
+
+def assert_each_output_is_its_examples_own(model, x):
+    """Neither the company of other examples, nor their order, size or layout in memory, changes an output."""
+    whole = output(model, x, range(len(x)))
     torch.testing.assert_close(output(model, x[[4, 1]], [4, 1]), whole[[4, 1]])
-    torch.testing.assert_close(output(model, x.contiguous(memory_format=torch.channels_last), range(6)), whole)
-    x[0] *= 1e4
-    torch.testing.assert_close(output(model, x, range(6))[1:], whole[1:])
-    assert not torch.allclose(output(model, x[1:], range(1, 6), key=4), whole[1:])
-    assert not torch.allclose(output(model, x[1:], range(11, 16)), whole[1:])
+    torch.testing.assert_close(output(model, x.contiguous(memory_format=torch.channels_last), range(len(x))), whole)
+    for size in (1e3, 1e6):
+        louder = torch.cat([x[:1] * size, x[1:]])
+        torch.testing.assert_close(output(model, louder, range(len(x)))[1:], whole[1:])
+
+
+@pytest.mark.parametrize("backend", ["simulate", "int8"])
+@pytest.mark.parametrize("name", ["strided", "residual"])
+def test_an_examples_output_depends_on_its_record_and_on_nothing_else(name, backend):
+    assert_each_output_is_its_examples_own(*all_quantized(name, backend))
+
+
+def test_a_scale_over_the_batch_is_caught(monkeypatch):
+    def with_one_scale(x, format, rounding, keys, **options):
+        whole = quantize_rows(x.reshape(1, -1), format, rounding, keys[:1], **options)
+        return QTensor(codes=whole.codes.view(x.shape), scale=whole.scale.expand(len(x)), zero_point=whole.zero_point)
+
+    monkeypatch.setattr(layers, "quantize_rows", with_one_scale)
+    with pytest.raises(AssertionError):
+        assert_each_output_is_its_examples_own(*all_quantized("strided", "simulate"))
+
+
+def test_draws_follow_the_step_and_the_record():
+    model, x = all_quantized("strided")
+    first = output(model, x, range(6))
+    assert torch.equal(output(model, x, range(6)), first)
+    for other in (output(model, x, range(6), key=4), output(model, x, range(10, 16))):
+        assert (other != first).flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (5, 3, 6), (2, 3, 4, 6), (0, 6)])
+def test_a_quantized_linear_layer_is_a_convolution_over_its_positions(shape):
+    torch.manual_seed(0)
+    layer = prepare(nn.Linear(6, 4))
+    twin = prepare(nn.Conv2d(6, 4, 1))
+    twin.load_state_dict({"weight": layer.weight[:, :, None, None], "bias": layer.bias})
+    for each in (layer, twin):
+        set_policy(each, [""])
+    x = torch.randn(shape)
+    as_image = x.reshape(shape[0], -1, 6).transpose(1, 2)[..., None] if shape[0] else x[:, :, None, None]
+    ours, theirs = output(layer, x, range(shape[0])), output(twin, as_image, range(shape[0]))
+    torch.testing.assert_close(ours, theirs[..., 0].transpose(1, 2).reshape(*shape[:-1], 4))
 
 
 def test_each_call_of_a_reused_layer_draws_anew():
@@ -180,6 +223,34 @@ def test_a_policy_names_known_layers():
     assert current_policy(model) == ()
     with pytest.raises(SettingError, match=r"'body'.*layer, head"):
         set_policy(model, ["body"])
+
+
+def test_a_policy_of_a_model_that_was_not_prepared_is_refused():
+    with pytest.raises(SettingError, match=r"call dpquant\.prepare"):
+        set_policy(nn.Sequential(nn.Linear(2, 2)), ["0"])
+
+
+def test_layers_leave_their_pass_even_after_an_error():
+    model = prepare(Reused())
+    with pytest.raises(RuntimeError, match="planted"), running(model, Pass(key=0)):
+        raise RuntimeError("planted")
+    assert all(layer.current is None for layer in quantizable_layers(model).values())
+
+
+def test_fix_replaces_batch_norm_in_a_copy():
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8))
+    fixed = fix(model)
+    assert isinstance(fixed[1], nn.GroupNorm) and isinstance(model[1], nn.BatchNorm2d)
+    assert torch.equal(fixed[0].weight, model[0].weight) and fixed[0].weight is not model[0].weight
+
+
+def test_fix_says_what_it_cannot_replace(monkeypatch):
+    def without_answer(model):
+        raise NotImplementedError("no twin of Odd is known")
+
+    monkeypatch.setattr("opacus.validators.ModuleValidator.fix", without_answer)
+    with pytest.raises(ModelError, match="no twin of Odd"):
+        fix(nn.Linear(2, 2))
 
 
 def test_fp8_runs_simulated():

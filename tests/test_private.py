@@ -230,6 +230,20 @@ def test_any_optimizer_and_scheduler_work():
     assert optimizer.param_groups[0]["lr"] == 0.25
 
 
+def test_dp_adam_is_adam_fed_the_noised_gradient():
+    model, twin = network(), network()
+    by_hand = torch.optim.Adam(twin.parameters(), lr=0.01)
+    run = start(model=model, optimizer=lambda p, lr: torch.optim.Adam(p, lr=0.01), policy=dpquant.NonePolicy())
+    for batch in next(run.epochs()):
+        run.step(batch)
+        for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+            assert ours.grad is not None
+            theirs.grad = ours.grad.clone()
+        by_hand.step()
+    assert run.steps_taken == 10
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
 def test_only_the_batch_just_drawn_can_be_used_and_only_once():
     run = start(policy=dpquant.NonePolicy())
     batches = iter(next(run.epochs()))

@@ -129,7 +129,7 @@ def test_a_directory_in_use_is_refused(run):
 
 def test_parameters_that_run_away_end_the_run_with_one_error(tmp_path):
     with pytest.raises(SettingError, match="stay finite"):
-        train(settings(epochs=1, lr=1e60, policy="none"), tmp_path / "run")
+        train(settings(epochs=1, lr=1e10, weight_decay=1e30, policy="none"), tmp_path / "run")
 
 
 def with_batch_norm(num_classes, input_shape):

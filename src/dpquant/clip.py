@@ -29,6 +29,8 @@ from dpquant.streams import derive_key
 
 PerExampleLoss = Callable[[nn.Module, Any], Tensor]
 
+_SMALLEST_NORMAL = torch.finfo(torch.float32).tiny  # below it, rounding to float32 could double a factor
+
 # Examples a backward pass by default: where parameters are few, calls cost most; where they are many, memory does.
 _MICROBATCH_OF_SMALL, _MICROBATCH_OF_LARGE, _MANY_PARAMETERS = 256, 64, 2**20
 
@@ -99,7 +101,7 @@ def clipped_sum(
             tape.rewind()
             losses = per_example_losses(loss_fn, model, take_rows(batch, rows), len(record_ids[rows]))
             (losses.sum() + 0 * tape.anchor).backward()
-            tape.add_clipped(max_grad_norm)
+            tape.add_clipped(max_grad_norm, len(losses))
         return ClippedSum(grads=tape.totals(), sensitivity=float(max_grad_norm))
 
 
@@ -123,8 +125,7 @@ def take_rows(batch: Any, rows: slice | Tensor) -> Any:
             return [take_rows(value, rows) for value in batch]
     raise SettingError(
         f"Expected a batch of tensors, tuples, lists and dicts; got a {type(batch).__name__}. A microbatch takes the "
-        "same "
-        "rows of every tensor. Give the data set a collate function that returns tensors."
+        "same rows of every tensor. Give the data set a collate function that returns tensors."
     )
 
 
@@ -171,10 +172,17 @@ class _GradientTape:
         if parameter in self._names:
             self._contributions[self._names[parameter]].append(contribution)
 
-    def add_clipped(self, max_grad_norm: float) -> None:
+    def add_clipped(self, max_grad_norm: float, num_examples: int) -> None:
         """Add sum_i c_i G_i of the microbatch on the tape to the totals."""
         parts = {name: self._one_contribution(name) for name in self._contributions}
-        squared_norms_B = torch.stack([part.squared_norms() for part in parts.values()]).sum(0)
+        squared_norms = {name: part.squared_norms() for name, part in parts.items()}
+        for name, norms in squared_norms.items():
+            if len(norms) != num_examples:
+                raise ModelError(
+                    f"Expected the first axis of every module's input to be the example; got one of another length for "
+                    f"{name}. Its gradients would be clipped by rows that are no examples. Put the examples first."
+                )
+        squared_norms_B = torch.stack(list(squared_norms.values())).sum(0)
         factors_B, finite_B = clip_factors(squared_norms_B, max_grad_norm)
         if not finite_B.all():
             rows = finite_B.nonzero().flatten()
@@ -199,8 +207,7 @@ class _GradientTape:
         if not contributions:
             raise ModelError(
                 f"Expected every trainable parameter to get a per-example gradient; {name} got none. Its module was "
-                "not "
-                "called, or its output does not reach the loss, or the parameter is used outside its module. "
+                "not called, or its output does not reach the loss, or the parameter is used outside its module. "
                 "Freeze it with requires_grad_(False), or use it through the module that owns it."
             )
         if len(contributions) == 1:
@@ -219,7 +226,8 @@ def clip_factors(squared_norms_B: Tensor, max_grad_norm: float) -> tuple[Tensor,
     finite_B = squared_norms_B.isfinite()
     norms_B = squared_norms_B.clamp(min=0).sqrt()
     factors_B = torch.where(norms_B > max_grad_norm, max_grad_norm / norms_B, 1.0) * (1 - ROUND_OFF)
-    return torch.where(finite_B, factors_B, 0.0).float(), finite_B
+    factors_B = torch.where(finite_B & (factors_B >= _SMALLEST_NORMAL), factors_B, 0.0)
+    return factors_B.float(), finite_B
 
 
 @contextlib.contextmanager

@@ -31,8 +31,8 @@ from dpquant.kernels import (
 )
 from dpquant.quantizer import QTensor
 
-ROUND_OFF = 2.0**-20
-"""What sums in float32 lose at most here, of the sum of absolute terms: squared norms are rounded up by it."""
+ROUND_OFF = 2.0**-17
+"""More than float32 sums of 16,384 equal terms lose (5.4e-6 was measured): norms are rounded up by it, factors down."""
 
 
 class Contribution(Protocol):
@@ -66,7 +66,7 @@ class Formed:
     gradients: Tensor
 
     def squared_norms(self) -> Tensor:
-        # Short rows in float32, then their squares in float64: as exact as float64 throughout, without its copy.
+        # Rows in float32, then their squares in float64: nearly as exact as float64 throughout, without its copy.
         rows = self.gradients.reshape(len(self.gradients), -1, self.gradients.shape[-1])
         return torch.linalg.vector_norm(rows, dim=2).double().square().sum(1)
 

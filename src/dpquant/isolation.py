@@ -7,6 +7,7 @@ examples' own, and without a clip it must be what autograd computes. Made-up rec
 data set's first record and none of its values.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from dpquant.clip import PerExampleLoss, clipped_sum, take_rows
+from dpquant.clip import PerExampleLoss, clipped_sum, per_example_losses, take_rows
 from dpquant.errors import DataError, DPQuantError, ModelError
 from dpquant.layers import quantizable_layers
 
@@ -22,6 +23,10 @@ _NUM_EXAMPLES = 3
 _TOLERANCE = 1e-3  # of the clip norm, or of a gradient; float32 rounding is a hundred times smaller
 _GROWTH = 4.0  # each made-up example is so many times the one before: a statistic over the batch then moves them all
 _NO_CLIP = 1e12
+_COUPLED = (
+    "Expected each example's gradient to depend on that example alone; got one that depends on the rest of the batch. "
+    "Clipping would bound no one's influence. Remove batch statistics and other operations across the first axis."
+)
 
 
 def check_trainable(model: nn.Module) -> None:
@@ -129,13 +134,14 @@ def check_isolation(model: nn.Module, loss_fn: PerExampleLoss, batch: Any) -> di
             macs = _count_macs(model, loss_fn, batch)
             _compare_with_autograd(model, loss_fn, batch)
             _compare_with_singletons(model, loss_fn, batch)
+            _compare_with_other_company(model, loss_fn, batch)
         except DPQuantError:
             raise
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise ModelError(
                 f"Expected model and loss_fn to run on a batch shaped like the data set's; got a "
-                f"{type(error).__name__}: "
-                f"{error}. The batch was made up. Make the model's input and output fit the records."
+                f"{type(error).__name__}: {error}. The batch was made up. Make the model's input and output fit the "
+                "records."
             ) from error
     return macs
 
@@ -161,27 +167,46 @@ def _compare_with_autograd(model: nn.Module, loss_fn: PerExampleLoss, batch: Any
         if (mine - reference).norm() > _TOLERANCE * reference.norm().clamp(min=1e-6):
             raise ModelError(
                 f"Expected {name} to be used only by the module that owns it; got a gradient that its per-example "
-                "gradients "
-                "do not add up to. Clipping would miss a part of it. Call the module instead of using its parameter, "
-                "or "
+                "gradients do not add up to. Clipping would miss a part of it. Call the module instead of using its "
+                "parameter, or "
                 "make the examples the first axis of every input."
             )
 
 
 def _compare_with_singletons(model: nn.Module, loss_fn: PerExampleLoss, batch: Any) -> None:
-    """Catches examples that see each other. A model that draws random numbers has no single answer to compare."""
+    """Catches gradients that see other examples. A model that draws random numbers has no single answer to compare."""
     rows = range(_NUM_EXAMPLES)
     whole = _gradients(model, loss_fn, batch, rows, 1.0)
     singles = [_gradients(model, loss_fn, batch, [row], 1.0) for row in rows]
     gap = sum((sum(single[name] for single in singles) - whole[name]).double().square().sum() for name in whole)
     if float(gap) ** 0.5 > _TOLERANCE and not _draws_random_numbers(model, loss_fn, batch):
-        raise ModelError(
-            "Expected each example's gradient to depend on that example alone; got a batch whose clipped sum is not "
-            "the sum "
-            "of its examples' own. Clipping would bound no one's influence. Remove batch statistics and other "
-            "operations "
-            "across the first axis."
-        )
+        raise ModelError(_COUPLED)
+
+
+def _compare_with_other_company(model: nn.Module, loss_fn: PerExampleLoss, batch: Any) -> None:
+    """Catches losses that see other examples, with dropout too (its draws are repeated), and in both modes."""
+    rows = list(range(_NUM_EXAMPLES))
+    modes = {module: module.training for module in model.modules()}
+    try:
+        for training in (True, False):
+            model.train(training)
+            before = _losses(model, loss_fn, batch)
+            for row, other in itertools.permutations(rows, 2):
+                company = [other if i == row else i for i in rows]
+                kept = [i for i in rows if i != row]
+                after = _losses(model, loss_fn, take_rows(batch, torch.tensor(company)))
+                if (after - before)[kept].abs().max() > _TOLERANCE * before.abs().max():
+                    raise ModelError(_COUPLED)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _losses(model: nn.Module, loss_fn: PerExampleLoss, batch: Any) -> Tensor:
+    """The losses, with the global random stream at its start."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return per_example_losses(loss_fn, model, batch, _NUM_EXAMPLES)
 
 
 def _draws_random_numbers(model: nn.Module, loss_fn: PerExampleLoss, batch: Any) -> bool:
@@ -212,10 +237,9 @@ def _count_macs(model: nn.Module, loss_fn: PerExampleLoss, batch: Any) -> dict[s
         for handle in handles:
             handle.remove()
     for name, buffer in model.named_buffers():
-        if not torch.equal(buffer, buffers[name]):
+        if name not in buffers or not torch.equal(buffer.nan_to_num(), buffers[name].nan_to_num()):
             raise ModelError(
                 f"Expected a forward pass to leave the model's buffers alone; got a change of {name}. A buffer that "
-                "follows "
-                "the data is released with the model, without noise. Remove it, or freeze it in evaluation mode."
+                "follows the data is released with the model, without noise. Remove it, or freeze it in evaluation."
             )
     return macs

@@ -230,8 +230,7 @@ class QuantLinear(QuantizableLayer, nn.Linear):
             raise ModelError(
                 f"Expected input of layer {self.name!r} to have shape (B, ..., {self.in_features}); got "
                 f"{tuple(input.shape)}. Its first axis is the example, whose gradient is clipped; its last the "
-                "features. "
-                "Reshape the input."
+                "features. Reshape the input."
             )
         positions_BTD = input.flatten(1, -2) if input.ndim > 2 else input.unsqueeze(1)
         y_BOT1 = self.convolve(positions_BTD.transpose(1, 2).unsqueeze(3))

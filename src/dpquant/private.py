@@ -178,8 +178,7 @@ class PrivateTraining:
         if batch is not self._drawn:
             raise SettingError(
                 "Expected the batch that the epoch has just drawn, once; got another. The accounting holds for batches "
-                "of "
-                "the plan's own sampler. Loop over private.epochs() and over each epoch."
+                "of the plan's own sampler. Loop over private.epochs() and over each epoch."
             )
         began = time.perf_counter()
         self._drawn = None
@@ -370,8 +369,7 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
     if missing := [name for p, name in names.items() if p.requires_grad and p not in held]:
         raise SettingError(
             f"Expected optimizer to hold every trainable parameter; it lacks {missing[0]}. It would take part in "
-            "clipping "
-            "and never move. Give it to the optimizer, or freeze it with requires_grad_(False)."
+            "clipping and never move. Give it to the optimizer, or freeze it with requires_grad_(False)."
         )
 
 

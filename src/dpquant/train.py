@@ -286,8 +286,7 @@ def _check_finite(private: PrivateTraining) -> None:
         if not bool(parameter.isfinite().all()):
             raise SettingError(
                 f"Expected parameters to stay finite; got {name} that is not, after {private.steps_taken} steps. What "
-                "was "
-                f"charged stays charged: epsilon = {private.epsilon_spent():.4f}. Train again with a lower lr."
+                f"was charged stays charged: epsilon = {private.epsilon_spent():.4f}. Train again with a lower lr."
             )
 
 

@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the privacy proof assumes, tried on the real code; and planted bugs, each of which its trial must catch.
+
+Sensitivity on records that nobody would choose; sampling, clipping and noise measured at the far end of whole runs; and
+non-interference: with the mechanisms' results held fixed, nothing that a run leaves behind may depend on its records.
+"""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import dpquant
+from dpquant import data
+from dpquant import private as private_module
+from dpquant import train as train_module
+from dpquant.clip import ClippedSum, clipped_sum
+from dpquant.formats import recipe
+from dpquant.impact import ImpactSum, impact_sum
+from dpquant.noise import NoiseSource
+from dpquant.quantizer import quantize_rows
+from dpquant.sampling import PoissonSampler
+from dpquant.settings import TrainSettings
+from dpquant.streams import row_keys
+from networks import loss, zoo
+
+Z = 4.9  # a standard normal lies farther out with probability 1e-6
+
+
+def flat(grads):
+    return torch.cat([g.double().flatten() for g in grads.values()])
+
+
+# Sensitivity: each example's part is at most C, and the sum is that of its parts. Both together bound what one record
+# can move, for every data set.
+
+
+@st.composite
+def nasty_images(draw):
+    """A few images: tiny, ordinary, huge, blank, repeated, denormal, flat or not finite."""
+    count = draw(st.integers(0, 6))
+    kinds = draw(st.lists(st.sampled_from(["normal", "flat", "spike", "nan", "inf"]), min_size=count, max_size=count))
+    sizes = draw(st.lists(st.sampled_from([0.0, 1e-40, 1e-3, 1.0, 1e3, 1e6]), min_size=count, max_size=count))
+    images = torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(draw(st.integers(0, 9))))
+    for image, kind, size in zip(images, kinds, sizes, strict=True):
+        if kind == "flat":
+            image.fill_(1.0)
+        elif kind == "spike":
+            image[0, 3, 4] = 1e4
+        image *= size
+        if kind in ("nan", "inf"):
+            image[0, 0, 0] = float(kind)
+    return images, torch.tensor([draw(st.integers(0, 4)) for _ in range(count)], dtype=torch.int64)
+
+
+def quantized(name, format):
+    model = dpquant.prepare(zoo()[name][0], format=format)
+    dpquant.set_policy(model, dpquant.quantizable_layers(model))
+    return model
+
+
+NETS = {
+    (name, format): quantized(name, format) for name in ("strided", "residual") for format in ("luq-fp4", "luq", "int8")
+}
+
+
+def clipped(model, batch, max_grad_norm=1.0):
+    """rows -> their clipped sum; records keep their ids whatever company they are in."""
+
+    def summed(rows):
+        rows = torch.as_tensor(rows, dtype=torch.int64)
+        part = tuple(t[rows] for t in batch)
+        out = clipped_sum(model, loss, part, max_grad_norm=max_grad_norm, record_ids=rows, step=0, seed=0)
+        return flat(out.grads)
+
+    return summed
+
+
+def assert_a_sum_of_parts_of_at_most(bound, summed, count):
+    whole, parts = summed(range(count)), [summed([i]) for i in range(count)]
+    assert summed([]).abs().max() == 0
+    assert all(part.norm() <= bound * (1 + 1e-6) for part in parts)
+    assert (whole - sum(parts, torch.zeros_like(whole))).norm() <= 1e-4 * bound * max(count, 1)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.sampled_from(sorted(NETS)), nasty_images())
+def test_clipped_gradients_are_a_sum_of_bounded_parts_whatever_the_records(net, batch):
+    assert_a_sum_of_parts_of_at_most(1.0, clipped(NETS[net], batch), len(batch[1]))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.sampled_from(sorted(NETS)), nasty_images())
+def test_clipped_impacts_are_a_sum_of_bounded_parts_whatever_the_records(net, batch):
+    model = NETS[net]
+    names = list(dpquant.quantizable_layers(model))
+
+    def summed(rows):
+        rows = torch.as_tensor(rows, dtype=torch.int64)
+        part = tuple(t[rows] for t in batch)
+        out = impact_sum(model, loss, part, names=names, max_norm=0.2, record_ids=rows, step=0, seed=0, repeats=2)
+        return out.impacts
+
+    assert_a_sum_of_parts_of_at_most(0.2, summed, len(batch[1]))
+
+
+def mean_over_the_batch(summed):
+    return lambda rows: summed(rows) / max(len(rows), 1)
+
+
+def quantized_once_more(summed):
+    """A second quantization, after the clip, with the sum's own scale."""
+
+    def planted(rows):
+        total = summed(rows).float()[None]
+        role = recipe("luq-fp4").gradient
+        return quantize_rows(total, role.format, role.rounding, row_keys(7, torch.zeros(1).long())).dequantize()[0]
+
+    return planted
+
+
+def clipped_after_adding(summed):
+    return lambda rows: (total := summed(rows)) / max(total.norm().item(), 1.0)
+
+
+@pytest.mark.parametrize("planted", [mean_over_the_batch, quantized_once_more, clipped_after_adding])
+def test_a_sum_that_is_not_one_of_bounded_parts_is_caught(planted):
+    batch = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 5
+    honest = clipped(NETS["strided", "luq-fp4"], batch)
+    assert_a_sum_of_parts_of_at_most(1.0, honest, 6)
+    with pytest.raises(AssertionError):
+        assert_a_sum_of_parts_of_at_most(1.0, planted(honest), 6)
+
+
+# Noise and canaries: what comes out of whole runs.
+
+
+def run_of(model, records, *, steps=1, sample_rate=0.1, policy=None, max_grad_norm=0.5, loss_fn=loss):
+    plan = dpquant.PrivacyPlan(
+        noise_multiplier=1.3, delta=1e-5, max_grad_norm=max_grad_norm, sample_rate=sample_rate,
+        expected_batch_size=sample_rate * len(records), steps=steps,
+    )  # fmt: skip
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    run = dpquant.make_private(
+        model, optimizer, records, loss_fn=loss_fn, plan=plan, policy=policy or dpquant.NonePolicy(), mechanism_seed=3
+    )
+    before = [p.detach().clone() for p in run.model.parameters()]
+    for epoch in run.epochs():
+        for batch in epoch:
+            run.step(batch)
+    moved = [old - new.detach() for old, new in zip(before, run.model.parameters(), strict=True)]
+    return torch.cat([m.double().flatten() for m in moved]) * plan.expected_batch_size
+
+
+def noise_of_blank_records():
+    """Records without a gradient leave a step of noise alone: 200 000 entries, in units of the promised deviation."""
+    model = nn.Sequential(nn.Linear(400, 400, bias=False), nn.Linear(400, 100, bias=False))
+    records = TensorDataset(torch.zeros(40, 400), torch.zeros(40).long())
+    return run_of(model, records) / (1.3 * 0.5)
+
+
+def assert_standard_normal(noise):
+    n = len(noise)
+    assert abs(noise.mean().item()) * n**0.5 < Z
+    assert abs(noise.square().mean().item() - 1) / (2 / n) ** 0.5 < Z
+    assert abs(noise.pow(4).mean().item() - 3) / (96 / n) ** 0.5 < Z
+
+
+def test_a_step_adds_gaussian_noise_of_the_promised_size_to_every_parameter():
+    assert_standard_normal(noise_of_blank_records())
+
+
+@pytest.mark.parametrize("factor", [0.98, 1.02])
+def test_noise_that_is_off_by_two_in_a_hundred_is_caught(factor, monkeypatch):
+    honest = NoiseSource.gaussian
+    monkeypatch.setattr(NoiseSource, "gaussian", lambda self, shape, std, **k: honest(self, shape, factor * std, **k))
+    with pytest.raises(AssertionError):
+        assert_standard_normal(noise_of_blank_records())
+
+
+CANARIES, STEPS, RATE = 2000, 20, 0.1
+
+
+def steep_linear_loss(model, batch):
+    return 100 * model(batch[0]).squeeze(1) + 0 * batch[1]
+
+
+def canary_sums(policy):
+    """Canary i pulls weight i alone, far beyond the clip norm; every other one is in the data."""
+    torch.manual_seed(0)
+    records = TensorDataset(torch.eye(CANARIES)[::2], torch.zeros(CANARIES // 2))
+    model = nn.Linear(CANARIES, 1, bias=False)
+    return run_of(
+        model, records, steps=STEPS, sample_rate=RATE, policy=policy, max_grad_norm=1.0, loss_fn=steep_linear_loss
+    )
+
+
+def assert_canaries_are_heard_as_promised(sums):
+    """Absent: N(0, T sigma^2 C^2). Present: the same plus C times a binomial number of T draws at rate q."""
+    absent, present = sums[1::2], sums[::2]
+    n, variance, binomial = len(absent), STEPS * 1.3**2, STEPS * RATE * (1 - RATE)
+    assert abs(absent.mean().item()) / (variance / n) ** 0.5 < Z
+    assert abs(absent.var().item() / variance - 1) / (2 / n) ** 0.5 < Z
+    assert abs(present.mean().item() - STEPS * RATE) / ((variance + binomial) / n) ** 0.5 < Z
+
+
+@pytest.mark.parametrize("policy", [dpquant.NonePolicy(), dpquant.AllPolicy()], ids=["full", "quantized"])
+def test_canaries_are_heard_as_loudly_as_the_accounting_assumes(policy):
+    assert_canaries_are_heard_as_promised(canary_sums(policy))
+
+
+def half_the_noise(monkeypatch):
+    honest = NoiseSource.gaussian
+    monkeypatch.setattr(NoiseSource, "gaussian", lambda self, shape, std, **k: honest(self, shape, std / 2, **k))
+
+
+def gradients_times_three(monkeypatch):
+    def planted(*arguments, **keywords):
+        out = clipped_sum(*arguments, **keywords)
+        return dataclasses.replace(out, grads={name: 3 * grad for name, grad in out.grads.items()})
+
+    monkeypatch.setattr(private_module, "clipped_sum", planted)
+
+
+def a_higher_rate_than_charged(monkeypatch):
+    honest = PoissonSampler.draw
+    monkeypatch.setattr(PoissonSampler, "draw", lambda self, n, rate, **k: honest(self, n, 2 * rate, **k))
+
+
+@pytest.mark.parametrize("plant", [half_the_noise, gradients_times_three, a_higher_rate_than_charged])
+def test_canaries_that_are_heard_louder_are_caught(plant, monkeypatch):
+    plant(monkeypatch)
+    with pytest.raises(AssertionError):
+        assert_canaries_are_heard_as_promised(canary_sums(dpquant.NonePolicy()))
+
+
+# Non-interference: all private computation runs, but its results are replaced by constants.
+
+CLOCK = {"seconds", "seconds_train", "seconds_analysis", "seconds_total", "samples_per_second", "examples_per_second"}
+
+
+def without_clock(line):
+    return {key: value for key, value in json.loads(line).items() if key not in CLOCK}
+
+
+def left_behind(out, monkeypatch, *, records, clipped_stub=None, **changes):
+    """Everything that a run on these private records leaves behind or says, less the clock."""
+    public = data.load("digits")
+    pixels, targets, readable = records
+    split = data.Split(pixels, targets, readable=readable, full_scale=public.train.full_scale)
+    split.mean, split.std = public.train.mean, public.train.std
+    constant = NoiseSource.from_seed(0)
+    honest_noise = NoiseSource.gaussian
+
+    def no_gradient(*arguments, **keywords):
+        real = clipped_sum(*arguments, **keywords)
+        return ClippedSum({name: torch.zeros_like(grad) for name, grad in real.grads.items()}, real.sensitivity)
+
+    def no_impact(*arguments, **keywords):
+        real = impact_sum(*arguments, **keywords)
+        return ImpactSum(torch.zeros_like(real.impacts), real.sensitivity)
+
+    seen = []
+    with monkeypatch.context() as patched:
+        patched.setattr(data, "load", lambda *a, **k: dataclasses.replace(public, train=split))
+        patched.setattr(private_module, "clipped_sum", clipped_stub or no_gradient)
+        patched.setattr(private_module, "impact_sum", no_impact)
+        patched.setattr(NoiseSource, "gaussian", lambda self, *a, **k: honest_noise(constant, *a, **k))
+        chosen = TrainSettings.chosen({"epochs": 2, "sample_rate": 0.2, "lr": 0.01, **changes})
+        record = train_module.train(chosen, out, watch=seen.append)
+    files = {path.name: path for path in out.iterdir()}
+    return {
+        "files": sorted(files),
+        "config": files["config.toml"].read_bytes(),
+        "ledger": files["ledger.jsonl"].read_bytes(),
+        "metrics": [without_clock(line) for line in files["metrics.jsonl"].read_text().splitlines()],
+        "record": without_clock(files["record.json"].read_text()),
+        "weights": {name: t.tolist() for name, t in load_file(files["model.safetensors"]).items()},
+        "progress": [without_clock(json.dumps(dataclasses.asdict(progress))) for progress in seen],
+        "statement": record.statement,
+    }
+
+
+def two_data_sets():
+    """Two private data sets: other pixels, labels and numbers of records; some of the first cannot be read."""
+    real = data.load("digits").train
+    generator = torch.Generator().manual_seed(0)
+    random_pixels = torch.randint(0, 9, (300, *real.pixels.shape[1:]), generator=generator, dtype=torch.uint8)
+    first = random_pixels, torch.full((300,), 3), torch.arange(300) % 7 > 0
+    return first, (real.pixels[:280], real.targets[:280], torch.ones(280, dtype=torch.bool))
+
+
+def assert_no_interference(tmp_path, monkeypatch, **planted):
+    first, second = (
+        left_behind(tmp_path / name, monkeypatch, records=records, **planted)
+        for name, records in zip("ab", two_data_sets(), strict=True)
+    )
+    assert first["record"]["steps"] == 10 and len(first["progress"]) == 10
+    for what, value in first.items():
+        assert value == second[what], what
+
+
+def test_what_a_run_leaves_behind_depends_on_its_records_through_the_mechanisms_only(tmp_path, monkeypatch):
+    assert_no_interference(tmp_path, monkeypatch)
+
+
+def the_size_of_the_batch(*arguments, record_ids, **keywords):
+    real = clipped_sum(*arguments, record_ids=record_ids, **keywords)
+    return ClippedSum(
+        {name: torch.full_like(grad, len(record_ids)) for name, grad in real.grads.items()}, real.sensitivity
+    )
+
+
+def a_buffer_of_the_data(model, loss_fn, batch, **keywords):
+    real = clipped_sum(model, loss_fn, batch, **keywords)
+    model.register_buffer("seen", torch.cat([batch[0].mean()[None], torch.zeros(1)]).nan_to_num())
+    return ClippedSum({name: torch.zeros_like(grad) for name, grad in real.grads.items()}, real.sensitivity)
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [{"clipped_stub": the_size_of_the_batch}, {"clipped_stub": a_buffer_of_the_data}, {"unsafe_metrics": True}],
+    ids=["batch size", "buffer", "training accuracy"],
+)
+def test_interference_is_caught(planted, tmp_path, monkeypatch):
+    with pytest.raises(AssertionError):
+        assert_no_interference(tmp_path, monkeypatch, **planted)
