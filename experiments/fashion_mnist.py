@@ -24,6 +24,7 @@ ROWS = {
     "dpquant 75 %": ["--policy", "dpquant", "--fraction", "0.75"],
     "full precision": ["--policy", "none"],
     "static 75 %": ["--policy", "static", "--fraction", "0.75"],
+    "75 %, first layer full": ["--policy", "static", "--layers", "3,8,10"],
     "all": ["--policy", "all"],
     "int8 all": ["--policy", "all", "--format", "int8"],
     "dpquant 50 %": ["--policy", "dpquant", "--fraction", "0.5"],

@@ -41,6 +41,8 @@ def test_what_is_given_wins_over_defaults():
         ({"epsilon": 3.0, "noise_multiplier": 1.0}, "one of epsilon and noise_multiplier"),
         ({"fraction": 0.5, "macs": 0.5}, "one of fraction and macs"),
         ({"sample_rate": 0.1, "records": 100}, "one of sample_rate and records"),
+        ({"policy": "static", "fraction": 0.5, "layers": "0"}, "one of fraction and layers"),
+        ({"layers": "0"}, "policy=static with layers"),
     ],
 )
 def test_a_bad_setting_is_named_with_its_rule(given, words):

@@ -100,6 +100,11 @@ def test_every_policy_can_be_named(name):
     assert len(chosen) == {"none": 0, "all": 4}.get(name, 3)
 
 
+def test_a_static_policys_layers_can_be_named():
+    policy = policy_of(settings(policy="static", layers="b, d"))
+    assert policy.choose({"a": 1.0, "b": 1.0, "c": 1.0, "d": 1.0}, None, epoch=0, key=0) == ("b", "d")
+
+
 @pytest.mark.parametrize(
     ("given", "error"),
     [

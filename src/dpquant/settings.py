@@ -88,6 +88,7 @@ class TrainSettings:
     policy: str = _setting("none, all, static, rotate, prioritise or dpquant", "dpquant")
     fraction: float | None = _setting("share of the layers that run quantized [0.75, unless macs is given]")
     macs: float | None = _setting("share of the multiply-accumulates that run quantized, instead of fraction")
+    layers: str | None = _setting("names, with commas between them, of policy static's layers, instead of fraction")
     beta: float = _setting("how much impact counts against chance, 0 = rotation", 3.0)
     ema: float = _setting("weight of the newest analysis", 0.5)
     format: str = _setting("recipe of a quantized layer: luq-fp4, luq, int8 or fp8", "luq-fp4")
@@ -120,7 +121,8 @@ class TrainSettings:
             _check_type(name, value, str(fields[name].type))
         data = given.get("data", cls.data)
         budget = {} if given.get("noise_multiplier") is not None else {"epsilon": 8.0}
-        share = {} if given.get("macs") is not None else {"fraction": 0.75}
+        named = given.get("macs") is not None or given.get("layers") is not None
+        share = {} if named else {"fraction": 0.75}
         return cls(**{**GENERAL, **BY_DATA.get(data, {}), **budget, **share, **given})
 
     def __post_init__(self) -> None:
@@ -136,12 +138,24 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and not holds(value):
                 raise SettingError(f"Expected {name} {rule}; got {name}={value}. See dpquant train --help.")
-        for first, second in (("epsilon", "noise_multiplier"), ("fraction", "macs"), ("sample_rate", "records")):
+        for first, second in (
+            ("epsilon", "noise_multiplier"),
+            ("fraction", "macs"),
+            ("fraction", "layers"),
+            ("macs", "layers"),
+            ("sample_rate", "records"),
+        ):
             if getattr(self, first) is not None and getattr(self, second) is not None:
                 raise SettingError(
                     f"Expected one of {first} and {second}; got {first}={getattr(self, first)} and "
                     f"{second}={getattr(self, second)}. They contradict each other. Give one."
                 )
+
+        if self.layers is not None and self.policy != "static":
+            raise SettingError(
+                f"Expected policy=static with layers; got policy={self.policy}. Other policies choose for themselves. "
+                "Leave layers out."
+            )
 
     def to_toml(self) -> str:
         """All settings that are not None, as TOML that `from_toml` reads."""

@@ -76,7 +76,8 @@ def policy_of(settings: TrainSettings) -> Policy:
         case "all":
             return AllPolicy()
         case "static":
-            return StaticPolicy(fraction=fraction, macs=macs, seed=settings.seed)
+            names = None if settings.layers is None else tuple(name.strip() for name in settings.layers.split(","))
+            return StaticPolicy(fraction=fraction, macs=macs, names=names, seed=settings.seed)
         case "rotate":
             return RotatePolicy(fraction=fraction, macs=macs)
         case "prioritise":
