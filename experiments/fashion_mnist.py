@@ -28,6 +28,7 @@ ROWS = {
     "all": ["--policy", "all"],
     "int8 all": ["--policy", "all", "--format", "int8"],
     "dpquant 50 %": ["--policy", "dpquant", "--fraction", "0.5"],
+    "dpquant 25 %": ["--policy", "dpquant", "--fraction", "0.25"],
 }
 
 

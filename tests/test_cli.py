@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
+import contextlib
+import io
 import json
+import re
 
 import pytest
 
+from dpquant.accounting import Event, epsilon
 from dpquant.cli import run
+from dpquant.ledger import Ledger
 
 BAD = {
     "epochs of zero": ["train", "--epochs", "0"],
@@ -24,6 +29,10 @@ BAD = {
     "int8 for fp8": ["train", "--format", "fp8", "--backend", "int8"],
     "unknown verb": ["trian"],
     "missing config": ["train", "--config", "nothing.toml"],
+    "sample rate of zero": ["plan", "--sample-rate", "0"],
+    "sample rate that is no number": ["plan", "--sample-rate", "nan"],
+    "more threads than there can be": ["train", "--threads", "99999999999"],
+    "a run directory inside a file": ["train", "--out", f"{__file__}/run"],
 }
 
 
@@ -89,6 +98,47 @@ def test_an_interrupt_leaves_one_line_and_exit_code_130(capsys, tmp_path, monkey
     monkeypatch.setattr("dpquant.train.train", interrupted)
     assert run(["train", "--out", str(tmp_path / "run")]) == 130
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def assert_says_what_was_spent(line, ledger):
+    """The steps and the epsilon that the ledger holds, and no others."""
+    charges = Ledger.read(ledger)
+    steps = sum(charge.count for charge in charges if charge.kind == "train")
+    events = [
+        Event(kind=c.kind, sample_rate=c.sample_rate, noise_multiplier=c.noise_multiplier, count=c.count)
+        for c in charges
+    ]
+    said = re.search(r"after (\d+) of 240 steps; spent so far: epsilon = (\d+\.\d{4}) at delta = 0.0001$", line)
+    assert said is not None and int(said[1]) == steps
+    assert 0 <= float(said[2]) - epsilon(events, 1e-4) < 1e-4  # rounded up
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run interrupted after three steps: (exit code, standard error, its ledger)."""
+    out, errors = tmp_path_factory.mktemp("stopped") / "run", io.StringIO()
+
+    def interrupt(self, progress):
+        if progress.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors):
+        patch.setattr("dpquant.cli._ProgressBar.__call__", interrupt)
+        code = run(["train", "--out", str(out)])
+    return code, errors.getvalue(), out / "ledger.jsonl"
+
+
+def test_an_interrupted_run_says_what_it_has_spent(stopped):
+    code, errors, ledger = stopped
+    assert code == 130 and errors.count("\n") == 1
+    assert_says_what_was_spent(errors.strip(), ledger)
+
+
+@pytest.mark.parametrize(("right", "wrong"), [("after 3", "after 2"), (r"epsilon = \d", "epsilon = 9")])
+def test_a_wrong_account_of_an_interrupted_run_would_be_seen(stopped, right, wrong):
+    _, errors, ledger = stopped
+    with pytest.raises(AssertionError):
+        assert_says_what_was_spent(re.sub(right, wrong, errors.strip()), ledger)
 
 
 def test_help_and_version(capsys):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from dpquant.errors import DataError, ModelError, SettingError
 from dpquant.ledger import Ledger
 from dpquant.record import RunRecord
 from dpquant.settings import TrainSettings, from_toml
-from dpquant.train import accuracy, plan_of, policy_of, train
+from dpquant.train import accuracy, charged, plan_of, policy_of, train
 
 
 def settings(**given):
@@ -67,7 +68,7 @@ def test_metrics_hold_nothing_from_private_data(run):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 2
     for line in lines:
-        assert set(line) == {"epoch", "epsilon", "accuracy_test", "layers_quantized", "seconds"}
+        assert set(line) == {"epoch", "epsilon", "accuracy_test", "layers_quantized", "seconds", "examples_per_second"}
 
 
 def test_unsafe_metrics_mark_the_run(tmp_path):
@@ -89,8 +90,13 @@ def test_the_size_of_a_private_folder_has_to_be_given():
 
 
 def test_a_batch_larger_than_the_data_is_refused():
-    with pytest.raises(SettingError, match="batch_size"):
+    with pytest.raises(SettingError, match="at most 1442, the records"):
         plan_of(settings(batch_size=2_000.0))
+
+
+def test_an_analysis_batch_larger_than_the_data_is_refused():
+    with pytest.raises(SettingError, match="at most 200, the records"):
+        plan_of(settings(data="image-folder:photos", sample_rate=0.5, batch_size=100.0, analysis_batch_size=201.0))
 
 
 @pytest.mark.parametrize("name", ["none", "all", "static", "rotate", "prioritise", "dpquant"])
@@ -130,6 +136,21 @@ def test_a_directory_in_use_is_refused(run):
     out, _, _ = run
     with pytest.raises(SettingError, match="new or empty"):
         train(settings(), out)
+
+
+def test_a_directory_that_cannot_be_made_is_refused_before_any_work(monkeypatch):
+    monkeypatch.setattr("dpquant.data.load", lambda *a, **k: pytest.fail("data was read"))
+    with pytest.raises(SettingError, match="cannot be written to"):
+        train(settings(), Path(__file__) / "run")
+
+
+def test_a_run_without_a_ledger_has_spent_nothing(tmp_path):
+    assert charged(tmp_path / "ledger.jsonl", plan_of(settings())) == (0, 0.0)
+
+
+def test_a_ledger_tells_what_its_run_has_spent(run):
+    out, record, _ = run
+    assert charged(out / "ledger.jsonl", plan_of(settings(analysis_every=1))) == (record.steps, record.epsilon)
 
 
 def test_parameters_that_run_away_end_the_run_with_one_error(tmp_path):

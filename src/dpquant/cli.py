@@ -10,6 +10,7 @@ import datetime
 import functools
 import importlib.metadata
 import inspect
+import math
 import shlex
 import sys
 import typing
@@ -42,6 +43,10 @@ app = typer.Typer(
 )
 
 
+class _Interrupted(Exception):
+    """The user stopped a run; says what it had spent."""
+
+
 def main() -> NoReturn:
     """The console script."""
     sys.exit(run(sys.argv[1:]))
@@ -51,13 +56,15 @@ def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; only a bug leaves a traceback."""
     try:
         result = app(arguments or ["--help"], prog_name="dpquant", standalone_mode=False)
-        if result == INTERRUPTED:  # what typer makes of KeyboardInterrupt
+        if result == INTERRUPTED:  # what typer makes of a KeyboardInterrupt outside a run
             return _refuse("interrupted; what was charged so far stays in the run's ledger", INTERRUPTED)
         return result if isinstance(result, int) else 0
     except TyperException as error:
         return _refuse(error.format_message())
     except DPQuantError as error:
         return _refuse(str(error))
+    except _Interrupted as stop:
+        return _refuse(str(stop), INTERRUPTED)
 
 
 def _refuse(message: str, code: int = BAD_INPUT) -> int:
@@ -139,7 +146,7 @@ def train(given: dict[str, Any], config: Config = None, out: Path | None = None,
 
     Example: dpquant train --data fashion-mnist --epsilon 3 --policy dpquant --fraction 0.75 --out runs/fashion
     """
-    from dpquant.train import plan_of
+    from dpquant.train import charged, plan_of
     from dpquant.train import train as run_training
 
     console = Console(quiet=json)
@@ -147,8 +154,16 @@ def train(given: dict[str, Any], config: Config = None, out: Path | None = None,
     budget = plan_of(settings)
     name = settings.data.rsplit("/", 1)[-1].replace(":", "-")
     folder = out or Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{name}"
-    with _ProgressBar(console, budget) as bar:
-        record = run_training(settings, folder, plan=budget, command=shlex.join(["dpquant", *sys.argv[1:]]), watch=bar)
+    command = shlex.join(["dpquant", *sys.argv[1:]])
+    try:
+        with _ProgressBar(console, budget) as bar:
+            record = run_training(settings, folder, plan=budget, command=command, watch=bar)
+    except KeyboardInterrupt as interrupt:
+        steps, spent = charged(folder / "ledger.jsonl", budget)
+        raise _Interrupted(
+            f"interrupted after {steps} of {budget.steps} steps; spent so far: "
+            f"epsilon = {math.ceil(spent * 1e4) / 1e4:.4f} at delta = {budget.delta:g}"
+        ) from interrupt
     if json:
         print(record.to_json(), end="")
         return

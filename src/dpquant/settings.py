@@ -189,6 +189,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "width": _POSITIVE,
     "epochs": _AT_LEAST_ONE,
     "batch_size": _POSITIVE,
+    "sample_rate": ("in (0, 1]", lambda x: 0 < x <= 1),
     "records": _AT_LEAST_ONE,
     "lr": _POSITIVE,
     "momentum": ("in [0, 1)", lambda x: 0 <= x < 1),
@@ -197,7 +198,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "analysis_every": _AT_LEAST_ONE,
     "analysis_batch_size": _POSITIVE,
     "seed": ("in 0 .. 2^63 - 1", lambda x: 0 <= x < 2**63),
-    "threads": _AT_LEAST_ONE,
+    "threads": ("in 1 .. 4096", lambda x: 1 <= x <= 4096),
     "microbatch_size": _AT_LEAST_ONE,
 }
 

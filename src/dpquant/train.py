@@ -10,6 +10,7 @@ mechanism; `unsafe_metrics` is the exception, and marks what it touches.
 import dataclasses
 import importlib.metadata
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from dpquant import data, models
 from dpquant.errors import ModelError, SettingError
 from dpquant.isolation import check_trainable
 from dpquant.layers import fix
+from dpquant.ledger import Ledger
 from dpquant.plan import AnalysisPlan, PrivacyPlan
 from dpquant.private import Epoch, PrivateTraining, make_private
 from dpquant.record import LayerRecord, RunRecord
@@ -104,7 +106,7 @@ def plan_of(settings: TrainSettings) -> PrivacyPlan:
     rate = settings.sample_rate or settings.batch_size / (records or 1)
     if rate > 1 or rate * analysis_batch > settings.batch_size:
         raise SettingError(
-            f"Expected batch_size and analysis_batch_size of at most the {records} records; got "
+            f"Expected batch_size and analysis_batch_size of at most {settings.batch_size / rate:g}, the records; got "
             f"batch_size={settings.batch_size:g}, analysis_batch_size={analysis_batch:g}. A record is drawn with "
             "probability batch size over records. Give smaller batches."
         )
@@ -153,8 +155,7 @@ def train(
     Privacy: charges the plan's events to out/ledger.jsonl, each before data is used for it.
     """
     began = time.perf_counter()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SettingError(f"Expected out to be a new or empty directory; got out={out}. Name another one.")
+    _check_out(out)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     plan = plan or plan_of(settings)
@@ -200,6 +201,7 @@ def train(
                 "accuracy_test": accuracies[-1],
                 "layers_quantized": list(epoch.policy),
                 "seconds": round(time.perf_counter() - began, 3),
+                "examples_per_second": _examples_per_second(private),
             }
             if settings.unsafe_metrics:
                 line["nonprivate_accuracy_train"] = accuracy(private.model, dataset.train)
@@ -210,6 +212,24 @@ def train(
     record = _record(settings, private, accuracies, command, time.perf_counter() - began)
     record.write(out / "record.json")
     return record
+
+
+def charged(ledger: Path, plan: PrivacyPlan) -> tuple[int, float]:
+    """What a run has spent so far, read from its ledger: steps, and epsilon at the plan's delta.
+
+    The file is the truth even of a run that was stopped half-way: a charge is there before its data is used.
+
+    Args:
+      ledger: the run's file; a missing one holds no charges.
+      plan: of that run.
+    Raises:
+      LedgerError: the file does not agree with itself.
+    Privacy: post-processing.
+    """
+    counts = {"train": 0, "analysis": 0}
+    for charge in Ledger.read(ledger) if ledger.exists() else []:
+        counts[charge.kind] += charge.count
+    return counts["train"], plan.epsilon_spent(steps=counts["train"], analyses=counts["analysis"])
 
 
 @torch.no_grad()
@@ -223,6 +243,19 @@ def accuracy(model: nn.Module, split: data.Split) -> float:
         right += int(((model(inputs).argmax(1) == targets) & split.readable[ids]).sum())
     model.train(training)
     return right / len(split)
+
+
+def _check_out(out: Path) -> None:
+    """The run directory is new or empty, and can be made: later, when everything else has been checked."""
+    if os.path.exists(out) and (not out.is_dir() or any(out.iterdir())):
+        raise SettingError(f"Expected out to be a new or empty directory; got out={out}. Name another one.")
+    # os.path.exists is also False where a folder above may not be looked into, when Path.exists would raise
+    nearest = next(folder for folder in (out.absolute(), *out.absolute().parents) if os.path.exists(folder))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise SettingError(
+            f"Expected out to be a place where a directory can be made; got out={out}. {nearest} cannot be written to. "
+            "Name another one."
+        )
 
 
 def _check_outputs(model: nn.Module, dataset: data.Dataset) -> None:
@@ -267,7 +300,6 @@ def _lr_factor(schedule: str, steps: int) -> Callable[[int], float]:
 
 
 def _progress(private: PrivateTraining, epoch: Epoch, epsilon: float, accuracies: list[float]) -> Progress:
-    seconds = private.seconds_train + private.seconds_analysis
     return Progress(
         epoch=epoch.index,
         epochs=private.plan.epochs,
@@ -276,9 +308,15 @@ def _progress(private: PrivateTraining, epoch: Epoch, epsilon: float, accuracies
         epsilon=epsilon,
         layers_quantized=len(epoch.policy),
         num_layers=len(private.macs),
-        examples_per_second=private.plan.expected_batch_size * private.steps_taken / seconds,
+        examples_per_second=_examples_per_second(private),
         accuracy_test=accuracies[-1] if accuracies else None,
     )
+
+
+def _examples_per_second(private: PrivateTraining) -> float:
+    """Expected, not realised: how many records a step drew is private."""
+    seconds = private.seconds_train + private.seconds_analysis
+    return private.plan.expected_batch_size * private.steps_taken / seconds
 
 
 def _check_finite(private: PrivateTraining) -> None:
@@ -328,9 +366,7 @@ def _record(
         seconds_train=private.seconds_train,
         seconds_analysis=private.seconds_analysis,
         seconds_total=seconds,
-        samples_per_second=plan.expected_batch_size
-        * private.steps_taken
-        / (private.seconds_train + private.seconds_analysis),
+        samples_per_second=_examples_per_second(private),
         layers=[
             LayerRecord(
                 name=name,
