@@ -24,19 +24,11 @@
 #include <limits>
 #include <stdexcept>
 
+#include "parallel.hpp"
+
 namespace nb = nanobind;
 
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
-#define FOR_EVERY_X86 __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FOR_EVERY_X86
-#endif
-#if defined(__GNUC__)
-#define INLINE inline __attribute__((always_inline))
-#else
-#define INLINE inline
-#endif
-
+namespace dpquant {
 namespace {
 
 constexpr uint32_t MANTISSA_BITS = 23;
@@ -46,6 +38,7 @@ constexpr uint32_t MAGNITUDE = 0x7FFFFFFF;
 constexpr uint32_t INFINITY_BITS = 0x7F800000;  // magnitudes from here on are not finite
 constexpr float SMALLEST_ABSMAX = 0x1p-100f;    // below it max_code / absmax may overflow
 constexpr int64_t TILE = 2048;
+constexpr int64_t LARGE = 1 << 16;  // a row from here on is worth sharing among threads
 
 // How memory order maps to the logical index in a row: outer * outer_stride + inner * inner_stride.
 struct Layout {
@@ -110,34 +103,64 @@ FOR_EVERY_X86 uint32_t largest_magnitude(const float *x, int64_t count) {
     return largest;
 }
 
-// A tile is a run of memory: part of one outer position, or several whole ones. All tiles share one pattern of indices.
-void quantize_rows(const float *x, const uint64_t *keys, int64_t rows, int64_t row_size, Layout layout, Rule rule,
-                   uint8_t *codes, float *scale) {
-    const int64_t width = std::min(TILE, layout.inner), positions = TILE / width, tile = positions * width;
+// A row's tiles: runs of memory, each part of one outer position or several whole ones. All share one pattern of indices.
+struct Tiles {
+    int64_t row_size;
+    Layout layout;
+    int64_t span, per_span, length;  // memory between two places where tiles start anew; tiles in it; length of a tile
     uint32_t pattern[TILE];
-    for (int64_t outer = 0, k = 0; outer < std::min(positions, row_size / layout.inner); ++outer)
-        for (int64_t inner = 0; inner < width; ++inner, ++k)
-            pattern[k] = static_cast<uint32_t>(outer * layout.outer_stride + inner * layout.inner_stride);
 
-    for (int64_t row = 0; row < rows; ++row, x += row_size, codes += row_size) {
-        const uint32_t largest = largest_magnitude(x, row_size);
-        const float absmax = std::bit_cast<float>(largest);
-        if (largest >= INFINITY_BITS || absmax < SMALLEST_ABSMAX) {
-            std::memset(codes, rule.zero_point, static_cast<size_t>(row_size));
-            scale[row] = largest >= INFINITY_BITS ? std::numeric_limits<float>::quiet_NaN() : 0.0f;
-            continue;
-        }
-        scale[row] = absmax / rule.max_code;
-        const float inverse = rule.max_code / absmax;
-        for (int64_t start = 0; start < row_size;) {
-            const int64_t outer = start / layout.inner, inner = start % layout.inner;
-            const int64_t end = layout.inner > TILE ? (outer + 1) * layout.inner : row_size;
-            const int64_t count = std::min(tile, end - start);
-            const auto base = static_cast<uint32_t>(outer * layout.outer_stride + inner * layout.inner_stride);
-            quantize_tile(x + start, pattern, base, count, inverse, keys[row], rule, codes + start);
-            start += count;
-        }
+    Tiles(int64_t row_size, Layout layout) : row_size(row_size), layout(layout) {
+        const int64_t width = std::min(TILE, layout.inner), positions = TILE / width;
+        length = positions * width;
+        span = layout.inner > TILE ? layout.inner : row_size;
+        per_span = (span + length - 1) / length;
+        for (int64_t outer = 0, k = 0; outer < std::min(positions, row_size / layout.inner); ++outer)
+            for (int64_t inner = 0; inner < width; ++inner, ++k)
+                pattern[k] = static_cast<uint32_t>(outer * layout.outer_stride + inner * layout.inner_stride);
     }
+
+    int64_t count() const { return row_size / span * per_span; }
+
+    void quantize(int64_t tile, const float *x, float inverse, uint64_t key, Rule rule, uint8_t *codes) const {
+        const int64_t in_span = tile % per_span * length, start = tile / per_span * span + in_span;
+        const int64_t outer = start / layout.inner, inner = start % layout.inner;
+        const auto base = static_cast<uint32_t>(outer * layout.outer_stride + inner * layout.inner_stride);
+        quantize_tile(x + start, pattern, base, std::min(length, span - in_span), inverse, key, rule, codes + start);
+    }
+};
+
+// What a row's largest magnitude makes of it: its scale, and whether it has codes other than zero.
+bool usable(uint32_t largest, float max_code, float *scale) {
+    const float absmax = std::bit_cast<float>(largest);
+    const bool finite = largest < INFINITY_BITS, usable = finite && absmax >= SMALLEST_ABSMAX;
+    *scale = usable ? absmax / max_code : finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+    return usable;
+}
+
+void quantize_rows(const float *x, const uint64_t *keys, int64_t rows, int64_t row_size, Layout layout, Rule rule,
+                   uint8_t *codes, float *scale, int threads) {
+    const Tiles tiles(row_size, layout);
+    // Threads share rows, so that a row is read twice while it is in the cache; or, where rows are few and long, tiles.
+    const int within = rows < threads && row_size >= LARGE ? threads : 1;
+    parallel_for(rows, within > 1 ? 1 : threads, [&](int64_t row) {
+        const float *values = x + row * row_size;
+        uint8_t *out = codes + row * row_size;
+        std::atomic<uint32_t> largest{0};
+        const int64_t parts = within > 1 ? (row_size + LARGE - 1) / LARGE : 1, part = (row_size + parts - 1) / parts;
+        parallel_for(parts, within, [&](int64_t i) {
+            const uint32_t mine = largest_magnitude(values + i * part, std::min(part, row_size - i * part));
+            uint32_t seen = largest.load();
+            while (seen < mine && !largest.compare_exchange_weak(seen, mine)) {}
+        });
+        if (!usable(largest, rule.max_code, &scale[row])) {
+            std::memset(out, rule.zero_point, static_cast<size_t>(row_size));
+            return;
+        }
+        const float inverse = rule.max_code / std::bit_cast<float>(largest.load());
+        parallel_for(tiles.count(), within,
+                     [&](int64_t tile) { tiles.quantize(tile, values, inverse, keys[row], rule, out); });
+    });
 }
 
 using Floats = nb::ndarray<const float, nb::device::cpu>;
@@ -147,12 +170,11 @@ using Scales = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 }  // namespace
 
-NB_MODULE(_native, m) {
-    m.doc() = "The loops of dpquant.quantizer, fused. dpquant.quantizer states what they compute.";
+void bind_quantizer(nb::module_ &m) {
     m.def(
         "quantize_rows",
         [](Floats x, Keys row_keys, Bytes codes, Scales scale, int64_t inner, int64_t outer_stride, int64_t inner_stride,
-           float max_code, bool uniform, bool stochastic, int32_t zero_point) {
+           float max_code, bool uniform, bool stochastic, int32_t zero_point, int threads) {
             const auto rows = static_cast<int64_t>(row_keys.size()), size = static_cast<int64_t>(x.size());
             if (rows == 0 || size == 0 || size % rows != 0 || codes.size() != x.size() || scale.size() != row_keys.size())
                 throw std::invalid_argument("sizes of x, row_keys, codes and scale do not agree");
@@ -164,10 +186,12 @@ NB_MODULE(_native, m) {
             nb::gil_scoped_release unlocked;
             quantize_rows(x.data(), reinterpret_cast<const uint64_t *>(row_keys.data()), rows, row_size,
                           {inner, outer_stride, inner_stride}, {max_code, uniform, stochastic, zero_point}, codes.data(),
-                          scale.data());
+                          scale.data(), threads);
         },
         nb::arg("x").noconvert(), nb::arg("row_keys").noconvert(), nb::arg("codes").noconvert(),
         nb::arg("scale").noconvert(), nb::kw_only(), nb::arg("inner"), nb::arg("outer_stride"), nb::arg("inner_stride"),
-        nb::arg("max_code"), nb::arg("uniform"), nb::arg("stochastic"), nb::arg("zero_point"),
+        nb::arg("max_code"), nb::arg("uniform"), nb::arg("stochastic"), nb::arg("zero_point"), nb::arg("threads"),
         "Fill codes (one byte each, in x's memory order) and scale (B) from the B rows of the dense x.");
 }
+
+}  // namespace dpquant

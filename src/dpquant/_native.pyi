@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loops of dpquant.quantizer, fused. dpquant.quantizer states what they compute."""
+"""The loops of dpquant that profiling proved to matter. Python modules state what they compute."""
 
 import numpy as np
 
@@ -16,5 +16,6 @@ def quantize_rows(
     uniform: bool,
     stochastic: bool,
     zero_point: int,
+    threads: int,
 ) -> None:
     """Fill codes (one byte each, in x's memory order) and scale (B) from the B rows of the dense x."""

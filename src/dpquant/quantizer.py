@@ -238,6 +238,7 @@ def _fill_native(
         uniform=format.exponent_bits == 0,
         stochastic=rounding is Rounding.STOCHASTIC,
         zero_point=zero_point,
+        threads=torch.get_num_threads(),
     )
     return scale
 

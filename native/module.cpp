@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The native module: each file binds its own functions. All of them are only speed; the Python module named in each file
+// says what is computed.
+
+#include <nanobind/nanobind.h>
+
+namespace dpquant {
+void bind_quantizer(nanobind::module_ &m);
+}
+
+NB_MODULE(_native, m) {
+    m.doc() = "The loops of dpquant that profiling proved to matter. Python modules state what they compute.";
+    dpquant::bind_quantizer(m);
+}
