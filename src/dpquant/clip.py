@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpquant.allocator import freed_memory_kept
 from dpquant.errors import ModelError, SettingError
 from dpquant.gradients import ROUND_OFF, Contribution, Formed, Product, contributions_of
 from dpquant.layers import Pass, QuantizableLayer, quantizable_layers, running
@@ -94,7 +95,8 @@ def clipped_sum(
         raise ModelError("Expected a prepared model; got one without quantizable layers. Call dpquant.prepare(model).")
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     size = microbatch_size or default_microbatch_size(sum(p.numel() for p in trainable.values()))
-    with _taping(model, trainable) as tape, running(model, Pass(key=derive_key(seed, "step", step), tape=tape)) as run:
+    key = derive_key(seed, "step", step)
+    with freed_memory_kept(), _taping(model, trainable) as tape, running(model, Pass(key=key, tape=tape)) as run:
         for start in range(0, len(record_ids), size):
             rows = slice(start, start + size)
             run.begin(record_ids[rows])
