@@ -21,12 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpquant.allocator import freed_memory_kept
 from dpquant.errors import ModelError, SettingError
-from dpquant.gradients import ROUND_OFF, Contribution, Formed, Product, contributions_of
+from dpquant.gradients import ROUND_OFF, Contribution, Formed, contributions_of
 from dpquant.layers import Pass, QuantizableLayer, quantizable_layers, running
 from dpquant.quantizer import QTensor
 from dpquant.streams import derive_key
+from dpquant.weight_gradients import Product
+from dpquant.working_memory import working_memory
 
 PerExampleLoss = Callable[[nn.Module, Any], Tensor]
 
@@ -96,7 +97,7 @@ def clipped_sum(
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     size = microbatch_size or default_microbatch_size(sum(p.numel() for p in trainable.values()))
     key = derive_key(seed, "step", step)
-    with freed_memory_kept(), _taping(model, trainable) as tape, running(model, Pass(key=key, tape=tape)) as run:
+    with working_memory(), _taping(model, trainable) as tape, running(model, Pass(key=key, tape=tape)) as run:
         for start in range(0, len(record_ids), size):
             rows = slice(start, start + size)
             run.begin(record_ids[rows])
@@ -151,7 +152,7 @@ class _GradientTape:
         self._names = names  # of the trainable parameters
         self._contributions: dict[str, list[Contribution]] = {}
         self._last: dict[str, Contribution] = {}
-        self._totals: dict[str, Tensor] = {}
+        self._totals: dict[str, Any] = {}
         self.listening = True
 
     def rewind(self) -> None:
@@ -164,8 +165,9 @@ class _GradientTape:
 
     def record(self, layer: QuantizableLayer, x: Tensor | QTensor, g: Tensor | QTensor, grad: Tensor) -> None:
         if layer.weight in self._names:  # spares a frozen layer the operands' copies
-            product = Product.of(x, g, layer.geometry, layer.weight.shape)
-            self.add(layer.weight, product if product.has_few_positions else product.formed())
+            bits = layer.recipe.gradient.format.significant_bits
+            product = Product.of(x, g, layer.geometry, layer.weight.shape, significant_bits=bits)
+            self.add(layer.weight, product.fastest())
         if layer.bias is not None:
             self.add(layer.bias, Formed(grad.flatten(2).sum(2)))
 
@@ -197,9 +199,7 @@ class _GradientTape:
     def totals(self) -> dict[str, Tensor]:
         """{parameter name: the sum over all microbatches}; zeros before the first."""
         return {
-            name: self._last[name].in_parameter_order(self._totals[name])
-            if name in self._totals
-            else torch.zeros_like(parameter)
+            name: self._last[name].finished(self._totals[name]) if name in self._totals else torch.zeros_like(parameter)
             for parameter, name in self._names.items()
         }
 

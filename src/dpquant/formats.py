@@ -67,6 +67,11 @@ class NumberFormat:
         return 1 + self.exponent_bits + self.mantissa_bits
 
     @property
+    def significant_bits(self) -> int:
+        """How many bits a code's magnitude has from its first one on: 1 for powers of two."""
+        return self.mantissa_bits + (self.exponent_bits > 0)
+
+    @property
     def fits_int8(self) -> bool:
         """Whether every code is an integer in -127..127."""
         return self.min_exponent >= self.mantissa_bits and self.max_code <= 127
@@ -144,6 +149,11 @@ class Recipe:
     def roles(self) -> tuple[RoleFormat, RoleFormat, RoleFormat]:
         """Weight, activation, gradient."""
         return self.weight, self.activation, self.gradient
+
+    @property
+    def significant_bits(self) -> int:
+        """How many bits a code's magnitude has from its first one on: 1 for powers of two."""
+        return self.mantissa_bits + (self.exponent_bits > 0)
 
     @property
     def fits_int8(self) -> bool:

@@ -12,8 +12,10 @@ zero point: a code c in -127..127 travels as c + 128, zero padding included. All
 accumulator comes out as a float32 and differs from the exact integer only by that one rounding (none below 2^24).
 """
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -210,17 +212,55 @@ def patch_products(grad_BGTO: Tensor, patches_BGTD: Tensor) -> Tensor:
     """Each example's own weight gradient, sum_t grad_t patch_t^T, never summed over examples.
 
     Args:
-      grad_BGTO: output gradients by group and position, float32: values or integer codes.
+      grad_BGTO: output gradients by group and position, float32: values or integer codes; from `positions`.
       patches_BGTD: what each position sees, from `unfolded`; likewise.
     Returns: `(B, O, D)` with D in patch order, float32; exact for codes whose sums stay within 2^24.
     """
     return (grad_BGTO.transpose(2, 3) @ patches_BGTD).flatten(1, 2)
 
 
-def add_patch_products(grad_BGTO: Tensor, patches_BGTD: Tensor, total: Tensor | None) -> Tensor:
-    """The same summed over examples and added to a total `(G, O / G, D)`, in place, by one matrix product a group."""
-    grad_GON, patches_GND = grad_BGTO.permute(1, 3, 0, 2).flatten(2), patches_BGTD.transpose(0, 1).flatten(1, 2)
-    return grad_GON @ patches_GND if total is None else total.baddbmm_(grad_GON, patches_GND)
+def grouped_products(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
+    """The same by one convolution whose groups are the examples: `(B, O, C / G, *kernel)`, in weight order."""
+    batch, channels = len(x), x.shape[1] // geometry.groups
+    shape = (batch * grad.shape[1], channels, *geometry.kernel)
+    # the examples become channels of one image, which is contiguous only with channels before positions
+    grads, xs = (t.contiguous().flatten(0, 1).unsqueeze(0) for t in (grad, x))
+    weight = grad.new_empty(1).expand(shape)
+    mask = [False, True, False]
+    products = _convolution_backward(grads, xs, weight, geometry, batch * geometry.groups, mask)[1]
+    return products.unflatten(0, (batch, -1))
+
+
+def add_patch_products(grad: Tensor, x: Tensor, geometry: Geometry, total: Tensor | None) -> Tensor:
+    """The weight gradient summed over the batch and added to a total `(G, O / G, D)`, in patch order, in place."""
+    grad_GON = positions(grad, geometry).permute(1, 3, 0, 2).flatten(2)
+    patches_GND = unfolded(x, geometry).transpose(0, 1).flatten(1, 2)
+    if total is None:
+        return grad_GON @ patches_GND
+    if geometry.groups == 1:  # a batched product of one is not as fast
+        total[0].addmm_(grad_GON[0], patches_GND[0])
+        return total
+    return total.baddbmm_(grad_GON, patches_GND)
+
+
+def positions(grad: Tensor, geometry: Geometry) -> Tensor:
+    """Output gradients by group and position: `(B, O, H', W')` -> `(B, G, T, O / G)`."""
+    return grad.flatten(2).unflatten(1, (geometry.groups, -1)).transpose(2, 3)
+
+
+@contextlib.contextmanager
+def bfloat16_factors() -> Iterator[None]:
+    """Until the block ends, float32 matrix products may round their factors to bfloat16; they still sum in float32.
+
+    For factors that are bfloat16 numbers already this changes nothing but the time. A processor that knows no bfloat16
+    goes on in float32.
+    """
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
 
 
 def in_weight_order(products: Tensor, geometry: Geometry) -> Tensor:

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chooses the fastest of several ways to compute the same thing, by trying each once on this machine.
+
+A choice is made once a process for every question (an operation and the shapes that it meets) and then kept, so that a
+run computes the same sums at every step. Ways are tried on made-up operands: nothing here sees data.
+"""
+
+import time
+from collections.abc import Callable, Hashable, Mapping
+
+_RUNS = 2  # after one that warms up
+_HOPELESS = 4  # times slower than the best so far, when cold: not run again
+
+_choices: dict[Hashable, dict[str, float]] = {}
+
+
+def fastest(question: Hashable, ways: Mapping[str, Callable[[], object]]) -> str:
+    """The name of the way that took the least time.
+
+    Args:
+      question: what is asked, shapes included.
+      ways: {name: does the work once}; at least one.
+    """
+    if question not in _choices:
+        seconds: dict[str, float] = {}
+        for name, work in ways.items() if len(ways) > 1 else ():
+            took = _seconds(work)
+            if took < _HOPELESS * min(seconds.values(), default=took):
+                took = min(_seconds(work) for _ in range(_RUNS))
+            seconds[name] = took
+        _choices[question] = seconds or dict.fromkeys(ways, 0.0)
+    known = _choices[question]
+    return min(ways, key=lambda name: known[name])
+
+
+def choices() -> dict[Hashable, dict[str, float]]:
+    """{question: {way: seconds}} of everything that was chosen in this process."""
+    return dict(_choices)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The per-example gradients of a layer's weight, from the layer's operands, in the way that is fastest here.
+
+    G_i = s_i sum_t g_it x_it^T          x_it: the patch of the input that output position t sees
+
+There are three ways to the squared norms and to the sum of c_i G_i:
+
+    grams       <x_i x_i^T, g_i g_i^T> is the squared norm; the sum is one matrix product over all positions of all
+                examples. Nothing of the weight's size exists per example: best where there are few positions.
+    patches     form G_i, for all examples at once, by a batched product of unfolded inputs
+    groups      form G_i by one convolution whose groups are the examples
+
+Which one is taken is measured, once for every shape, on made-up operands (`choice.py`). Norm and sum belong to the same
+operands and, where the layer is quantized, to the same codes: there the factor c_i s_i is rounded down to a bfloat16,
+on every backend and in every way, so that a factor times a code is a sum of one or two bfloat16 numbers and the matrix
+product can run on them, exactly.
+
+Symbols: B examples, T positions, D patch size, O output channels, G groups, C channels.
+Source: book-keeping, Bu et al., arXiv 2210.00038; Gram norms, Goodfellow, arXiv 1510.01799.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dpquant.choice import fastest
+from dpquant.gradients import ROUND_OFF, Contribution, Formed
+from dpquant.kernels import (
+    Geometry,
+    add_patch_products,
+    bfloat16_factors,
+    code_values,
+    grouped_products,
+    in_weight_order,
+    patch_products,
+    positions,
+    unfolded,
+    weight_gradient,
+)
+from dpquant.quantizer import QTensor
+
+_CLEAR = 4  # times the multiplications: a way that needs so many more is not tried
+_ENOUGH_POSITIONS = 2048  # from here on a matrix product over positions takes no less time for each
+_MOST_TRIED = 64  # examples, when a way is tried
+
+
+@dataclasses.dataclass
+class FormedProduct(Formed):
+    """Weight gradients that exist already, of values or of codes without their scales.
+
+    Attributes:
+      gradients: `(B, ...)` in the weight's order, or `(B, O, D)` in patch order where a geometry is given.
+      scale_B: of the codes; None: values.
+      geometry: whose patch order it is.
+      shape: of the weight.
+    """
+
+    scale_B: Tensor | None
+    geometry: Geometry | None
+    shape: torch.Size
+
+    def squared_norms(self) -> Tensor:
+        return _times_squares(super().squared_norms(), self.scale_B)
+
+    def per_example(self) -> Tensor:
+        gradients = self._in_order(self.gradients).reshape(-1, *self.shape)
+        return gradients if self.scale_B is None else gradients * self.scale_B.view(-1, *[1] * len(self.shape))
+
+    def add_weighted(self, weights_B: Tensor, total: Tensor | None) -> Tensor:
+        return super().add_weighted(scaled_weights(weights_B, self.scale_B), total)
+
+    def finished(self, total: Tensor) -> Tensor:
+        return self._in_order(total).reshape(self.shape)
+
+    def take(self, rows: Tensor) -> "FormedProduct":
+        return dataclasses.replace(self, gradients=self.gradients[rows], scale_B=_some(self.scale_B, rows))
+
+    def _in_order(self, products: Tensor) -> Tensor:
+        return products if self.geometry is None else in_weight_order(products, self.geometry)
+
+
+@dataclasses.dataclass
+class Product:
+    """Weight gradients as their operands: G_i = scale_i * sum_t g_it x_it^T.
+
+    Attributes:
+      x, g: values or integer codes, float32, channels last: `(B, C, H, W)` and `(B, O, H', W')`.
+      scale_B: of the product of codes; None: values.
+      pieces: how many bfloat16 numbers add up to a factor times a code of g; 0 for values, which are not rounded.
+      geometry, shape: of the layer and its weight.
+    """
+
+    x: Tensor
+    g: Tensor
+    scale_B: Tensor | None
+    pieces: int
+    geometry: Geometry
+    shape: torch.Size
+
+    @classmethod
+    def of(
+        cls, x: Tensor | QTensor, g: Tensor | QTensor, geometry: Geometry, shape: torch.Size, *, significant_bits: int
+    ) -> "Product":
+        """From a layer's operands, both quantized or neither. significant_bits: of g's codes."""
+        # detached: the graph holds the tape, so that a tape that held the graph would never be freed
+        operands = (code_values(t).detach().contiguous(memory_format=torch.channels_last) for t in (x, g))
+        if isinstance(x, QTensor) and isinstance(g, QTensor):
+            # eight bits of the factor and one of the code are eight; and eight and up to seven fit in two eights
+            return cls(*operands, x.scale * g.scale, 1 if significant_bits == 1 else 2, geometry, shape)
+        return cls(*operands, None, 0, geometry, shape)
+
+    def squared_norms(self) -> Tensor:
+        """By Gram matrices: <x_i x_i^T, g_i g_i^T>, summed in float64, with a margin for the Grams' own round-off."""
+        factors = (unfolded(self.x, self.geometry), positions(self.g, self.geometry))
+        if factors[0].shape[2] == 1:
+            squares = [t.double().square().sum((2, 3)) for t in factors]
+            total_B = (squares[0] * squares[1]).sum(1)
+        else:
+            with bfloat16_factors() if self.pieces else contextlib.nullcontext():
+                grams = [(t @ t.transpose(2, 3)).double() for t in factors]
+            lengths = [gram.diagonal(dim1=2, dim2=3).sqrt() for gram in grams]
+            margin_B = (lengths[0] * lengths[1]).sum((1, 2)).square()
+            total_B = (grams[0] * grams[1]).sum((1, 2, 3)) + ROUND_OFF * margin_B
+        return _times_squares(total_B, self.scale_B)
+
+    def per_example(self) -> Tensor:
+        return self.by_patches().per_example()
+
+    def add_weighted(self, weights_B: Tensor, total: "_Waiting | None") -> "_Waiting":
+        weights_B = scaled_weights(weights_B, self.scale_B)
+        total = _Waiting(self.geometry, self.pieces) if total is None else total
+        total.add(self.x, self.g * weights_B[:, None, None, None])
+        return total
+
+    def finished(self, total: "_Waiting") -> Tensor:
+        return total.value().reshape(self.shape)
+
+    def take(self, rows: Tensor) -> "Product":
+        return dataclasses.replace(self, x=self.x[rows], g=self.g[rows], scale_B=_some(self.scale_B, rows))
+
+    def by_patches(self) -> FormedProduct:
+        """The gradients themselves, by a batched product."""
+        products = patch_products(positions(self.g, self.geometry), unfolded(self.x, self.geometry))
+        return FormedProduct(products, self.scale_B, self.geometry, self.shape)
+
+    def by_groups(self) -> FormedProduct:
+        """The gradients themselves, by a grouped convolution."""
+        products = grouped_products(self.g, self.x, self.geometry)
+        return FormedProduct(products, self.scale_B, None, self.shape)
+
+    def fastest(self) -> Contribution:
+        """The same gradients in the form whose norms and sum take the least time here."""
+        operands = tuple((t.shape[1:], self.pieces) for t in (self.x, self.g))
+        question = ("per-example weight gradients", self.geometry, operands, torch.get_num_threads())
+        forms: dict[str, Callable[[Product], Contribution]] = {
+            "patches": Product.by_patches,
+            "groups": Product.by_groups,
+            "grams": lambda product: product,
+        }
+        num_positions, out_channels, patch = self.g[0, 0].numel(), self.shape[0], math.prod(self.shape[1:])
+        gram_cost, formed_cost = num_positions * (out_channels + patch), out_channels * patch
+        if gram_cost > _CLEAR * formed_cost:
+            del forms["grams"]
+        elif _CLEAR * gram_cost < formed_cost:
+            forms = {"grams": forms["grams"]}
+        examples = min(max(_ENOUGH_POSITIONS // num_positions, 8), _MOST_TRIED)
+        name = fastest(question, {name: partial(self._try, form, examples) for name, form in forms.items()})
+        return forms[name](self)
+
+    def _try(self, form: Callable[["Product"], Contribution], examples: int) -> None:
+        """All that a form is asked for, on made-up operands of these shapes."""
+        x, g = (
+            torch.ones(examples, *t.shape[1:]).contiguous(memory_format=torch.channels_last) for t in (self.x, self.g)
+        )
+        weights_B = torch.ones(examples)
+        scale_B = None if self.scale_B is None else weights_B
+        contribution = form(Product(x, g, scale_B, self.pieces, self.geometry, self.shape))
+        contribution.squared_norms()
+        contribution.finished(contribution.add_weighted(weights_B, None))
+
+
+class _Waiting:
+    """A total whose products wait until they have positions enough for one fast matrix product."""
+
+    def __init__(self, geometry: Geometry, pieces: int):
+        self._geometry, self._pieces = geometry, pieces
+        self._x: list[Tensor] = []
+        self._g: list[Tensor] = []
+        self._total: Tensor | None = None
+        self._in_patch_order = False
+
+    def add(self, x: Tensor, g: Tensor) -> None:
+        """One more batch of operands, the factors in g."""
+        self._x.append(x)
+        self._g.append(g)
+        if sum(t[:, 0].numel() for t in self._g) >= _ENOUGH_POSITIONS:
+            self._work_off()
+
+    def value(self) -> Tensor:
+        """The sum of all so far, in the weight's order."""
+        if self._x:
+            self._work_off()
+        assert self._total is not None
+        return in_weight_order(self._total.flatten(0, 1), self._geometry) if self._in_patch_order else self._total
+
+    def _work_off(self) -> None:
+        x, g = torch.cat(self._x), torch.cat(self._g)
+        self._x, self._g = [], []
+        ways = {
+            "convolution": lambda: weight_gradient(g, x, self._geometry),
+            "patches": lambda: add_patch_products(g, x, self._geometry, None),
+            "bfloat16": lambda: self._add_pieces(g, x, None),
+        }
+        if not self._pieces:
+            del ways["bfloat16"]
+        shapes = (x.shape[1:], g.shape[1:], self._pieces)
+        way = fastest(("summed weight gradient", self._geometry, shapes, torch.get_num_threads()), ways)
+        if way == "convolution":
+            self._total = ways[way]() if self._total is None else self._total.add_(ways[way]())
+            return
+        self._in_patch_order = True
+        if way == "patches":
+            self._total = add_patch_products(g, x, self._geometry, self._total)
+        else:
+            self._total = self._add_pieces(g, x, self._total)
+
+    def _add_pieces(self, g: Tensor, x: Tensor, total: Tensor | None) -> Tensor:
+        """The same, with g as a sum of bfloat16 numbers."""
+        with bfloat16_factors():
+            if self._pieces == 2:
+                high = g.bfloat16().float()
+                total = add_patch_products(high, x, self._geometry, total)
+                g = g - high
+            return add_patch_products(g, x, self._geometry, total)
+
+
+def scaled_weights(weights_B: Tensor, scale_B: Tensor | None) -> Tensor:
+    """The factors of codes: w_i s_i, rounded towards zero to a bfloat16; without scales, w_i itself."""
+    if scale_B is None:
+        return weights_B
+    return ((weights_B * scale_B).view(torch.int32) & -(2**16)).view(torch.float32)
+
+
+def _times_squares(norms_B: Tensor, scale_B: Tensor | None) -> Tensor:
+    return norms_B if scale_B is None else norms_B * scale_B.double().square()
+
+
+def _some(scale_B: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if scale_B is None else scale_B[rows]
