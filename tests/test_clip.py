@@ -7,11 +7,13 @@ import torch
 from opacus import GradSampleModule
 from torch import nn
 
-from dpquant import clip, gradients, layers
+from dpquant import clip, layers
 from dpquant.clip import clip_factors, clipped_sum
 from dpquant.errors import DPQuantError, ModelError, SettingError
 from dpquant.isolation import check_trainable
+from dpquant.kernels import Geometry
 from dpquant.layers import fix, prepare, quantizable_layers, set_policy
+from dpquant.weight_gradients import Product
 from networks import NAMES, Residual, loss, zoo
 
 # Opacus refuses in-place networks, does not know all layers, and gives an embedding's padding row a gradient.
@@ -159,21 +161,28 @@ def test_a_clip_factor_never_rounds_up_however_small(max_grad_norm):
 @pytest.mark.parametrize("positions", [1, 2, 16])
 def test_long_rows_of_one_value_do_not_exceed_c(positions):
     """Sums of equal terms round one way, each time: the worst that a record can do to a float32 norm."""
-    patches, g = torch.full((1, 1, positions, 16384), 1 / 3), torch.full((1, 1, positions, 64), 0.7)
-    product = gradients.Product(patches, g, None, gradients.Geometry(), torch.Size((64, 16384)))
-    for contribution in (product, product.formed()):
+    x, g = torch.full((1, 16384, positions, 1), 1 / 3), torch.full((1, 64, positions, 1), 0.7)
+    product = Product(x, g, None, 0, Geometry(), torch.Size((64, 16384)))
+    for contribution in (product, product.by_patches(), product.by_groups()):
         factors, _ = clip_factors(contribution.squared_norms(), 1e-3)
-        assert contribution.add_weighted(factors, None).double().norm() <= 1e-3 * (1 + 1e-6)
+        total = contribution.finished(contribution.add_weighted(factors, None))
+        assert total.double().norm() <= 1e-3 * (1 + 1e-6)
+
+
+WAYS = {"grams": lambda product: product, "patches": Product.by_patches, "groups": Product.by_groups}
 
 
 @pytest.mark.parametrize("policy", ["none", "all"])
-def test_gram_and_formed_norms_agree(policy, monkeypatch):
+def test_all_ways_agree(policy, monkeypatch):
     results = []
-    for few in (True, False):
-        monkeypatch.setattr(gradients.Product, "has_few_positions", few)
-        results += [total(*prepared(name, policy), clip_norm=0.01) for name in ("grouped", "many positions", "tokens")]
-    for gram, formed in zip(results[:3], results[3:], strict=True):
-        torch.testing.assert_close(gram, formed, rtol=1e-4, atol=1e-7)
+    for way in WAYS.values():
+        monkeypatch.setattr(Product, "fastest", way)
+        results.append(
+            [total(*prepared(name, policy), clip_norm=0.01) for name in ("grouped", "many positions", "tokens")]
+        )
+    for other in results[1:]:
+        for gram, formed in zip(results[0], other, strict=True):
+            torch.testing.assert_close(gram, formed, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("recipe", ["luq-fp4", "luq", "int8"])

@@ -115,13 +115,13 @@ def test_gradients_of_plain_tensors_agree_with_autograd(convolution):
     torch.testing.assert_close(kernels.input_gradient(grad, weight, geometry, size), grad_x)
     torch.testing.assert_close(kernels.weight_gradient(grad, x, geometry), grad_weight)
     patches = kernels.unfolded(x, geometry)
-    grad_BGTO = grad.flatten(2).unflatten(1, (geometry.groups, -1)).transpose(2, 3)
-    each = kernels.in_weight_order(kernels.patch_products(grad_BGTO, patches), geometry)
+    each = kernels.in_weight_order(kernels.patch_products(kernels.positions(grad, geometry), patches), geometry)
     for i in range(3):
         torch.testing.assert_close(each[i], kernels.weight_gradient(grad[[i]], x[[i]], geometry))
-    total = kernels.add_patch_products(grad_BGTO, patches, None)
-    total = kernels.add_patch_products(grad_BGTO, patches, total)
+    total = kernels.add_patch_products(grad, x, geometry, None)
+    total = kernels.add_patch_products(grad, x, geometry, total)
     torch.testing.assert_close(kernels.in_weight_order(total.flatten(0, 1), geometry), 2 * grad_weight)
+    torch.testing.assert_close(kernels.grouped_products(grad, x, geometry), each.reshape(3, *shape))
 
 
 def test_this_machine_either_is_exact_or_refuses_int8():
