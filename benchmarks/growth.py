@@ -67,8 +67,11 @@ def draw(rows: list[dict], path: Path) -> None:
                         "o-" if threads == fewest else "s--",
                         color=COLOURS[side],
                         markersize=4,
-                        label=f"{DESCRIPTIONS[side]}, {threads} threads",
+                        label=f"{DESCRIPTIONS[side]}; threads: {threads}",
                     )
+            sizes = sorted({row["settings"][grows] for row in shown})
+            axis.set_xticks(sizes, [str(size) for size in sizes])
+            axis.minorticks_off()
             axis.set_xlabel(f"{grows.replace('_', ' ')} ({stays.replace('_', ' ')} {value})")
             axis.set_ylabel(label)
     handles, labels = axes[0, 0].get_legend_handles_labels()

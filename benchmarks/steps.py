@@ -45,12 +45,15 @@ def draw(rows: list[dict], path: Path) -> None:
     panels = ("ms_per_example", "time of a step / plain PyTorch's"), ("peak_mib", "peak memory of a step / plain's")
     for axis, (field, label) in zip(axes, panels, strict=True):
         for number, side in enumerate(SIDES):
-            quotients = [_over_plain(row, side, field) for row in rows]
-            places = [i + (number - 2.5) * 0.14 for i in range(len(rows))]
+            quotients = {
+                i + (number - 2.5) * 0.14: quotient
+                for i, row in enumerate(rows)
+                if (quotient := _over_plain(row, side, field)) is not None
+            }
             bars = axis.bar(
-                places, [q or 0 for q in quotients], 0.13, color=COLOURS[side], label=DESCRIPTIONS[side], log=True
+                list(quotients), list(quotients.values()), 0.13, color=COLOURS[side], label=DESCRIPTIONS[side], log=True
             )
-            axis.bar_label(bars, [f"{q:.1f}" if q else "-" for q in quotients], fontsize=6)
+            axis.bar_label(bars, fmt="%.1f", fontsize=6)
         axis.axhline(1, color="black", linewidth=0.5)
         axis.set_xticks(range(len(rows)), [row["settings"]["model"] for row in rows])
         axis.set_ylabel(label)

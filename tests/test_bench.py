@@ -96,7 +96,7 @@ WRONG = {
 
 @pytest.fixture(scope="module")
 def oracle() -> Oracle:
-    return Oracle(build_network("cnn", 8), made_up_examples("cnn", 8, 6), "luq-fp4")
+    return Oracle(build_network("cnn", 8), made_up_examples("cnn", 8, 6), TINY.of_step)
 
 
 @pytest.mark.parametrize(("name", "make", "said"), WRONG.values(), ids=WRONG)

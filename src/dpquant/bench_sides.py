@@ -8,7 +8,7 @@ same torch.optim.SGD, so what a step does to the parameters is the side's meanin
     opacus, ghost,       p -= lr * (1/B) (sum_i g_i min(1, C / ||g_i||) + C sigma z)   DP-SGD; z normal
     full, most, all
 
-Each side gets what its makers advise: PyTorch channels-last tensors; Opacus physical batches (its BatchMemoryManager),
+Each side gets what its makers advise, or what suits it better: PyTorch channels-last tensors; Opacus physical batches (its BatchMemoryManager),
 and a network without in-place operations, which its hooks refuse. Noise is torch's for every private side.
 
 Symbols: B examples, g_i gradient of example i, C max_grad_norm, sigma noise_multiplier.
@@ -50,7 +50,7 @@ class StepSettings:
     """
 
     format: str = "luq-fp4"
-    physical_batch_size: int = 64
+    physical_batch_size: int = 32
     max_grad_norm: float = 1.0
     noise_multiplier: float = 1.0
     lr: float = 1e-3

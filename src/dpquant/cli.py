@@ -191,6 +191,7 @@ def bench(
     format: Annotated[str, typer.Option(help="recipe of the quantized sides")] = "luq-fp4",
     threads: Annotated[int | None, typer.Option(help="threads to compute with [all cores]")] = None,
     rounds: Annotated[int, typer.Option(help="timed steps of every side")] = 3,
+    physical_batch_size: Annotated[int, typer.Option(help="examples that Opacus takes at once")] = 32,
     memory: Annotated[bool, typer.Option("--memory", help="Measure peak memory too, each side by itself.")] = False,
     json: Json = False,
     out: Annotated[Path | None, typer.Option(help="Write the record here, as JSON.")] = None,
@@ -210,6 +211,7 @@ def bench(
         format=format,
         threads=threads,
         rounds=rounds,
+        physical_batch_size=physical_batch_size,
         memory=memory,
     )
     if out is not None and not out.parent.is_dir():
