@@ -8,8 +8,8 @@ same torch.optim.SGD, so what a step does to the parameters is the side's meanin
     opacus, ghost,       p -= lr * (1/B) (sum_i g_i min(1, C / ||g_i||) + C sigma z)   DP-SGD; z normal
     full, most, all
 
-Each side gets what its makers advise, or what suits it better: PyTorch channels-last tensors; Opacus physical batches (its BatchMemoryManager),
-and a network without in-place operations, which its hooks refuse. Noise is torch's for every private side.
+Each side gets what suits it: PyTorch channels-last tensors; Opacus physical batches (its BatchMemoryManager), and a
+network without in-place operations, which its hooks refuse. Noise is torch's for every private side.
 
 Symbols: B examples, g_i gradient of example i, C max_grad_norm, sigma noise_multiplier.
 Source: Abadi et al. 2016, arXiv:1607.00133, Algorithm 1; Opacus, arXiv:2109.12298; ghost clipping, Li et al. 2021,
