@@ -24,13 +24,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from typer.exceptions import TyperException
 
-from dpquant.errors import DPQuantError
+from dpquant.errors import DPQuantError, SettingError
 from dpquant.settings import BY_DATA, GENERAL, TrainSettings, from_toml
 
 if TYPE_CHECKING:
+    from dpquant.bench import BenchRecord
     from dpquant.plan import PrivacyPlan
     from dpquant.train import Progress as TrainProgress
 
+WRONG_RESULT = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
 
@@ -177,6 +179,79 @@ def train(given: dict[str, Any], config: Config = None, out: Path | None = None,
     result.add_row("run directory", str(folder))
     console.print(result)
     console.print(f"\n{record.statement}", markup=False, highlight=False)
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Option(help="resnet18-cifar, resnet18, resnet50, densenet121, cnn, transformer")] = (
+        "resnet18-cifar"
+    ),
+    batch_size: Annotated[int, typer.Option(help="examples a step")] = 32,
+    image_size: Annotated[int | None, typer.Option(help="side of the images [the network's own]")] = None,
+    format: Annotated[str, typer.Option(help="recipe of the quantized sides")] = "luq-fp4",
+    threads: Annotated[int | None, typer.Option(help="threads to compute with [all cores]")] = None,
+    rounds: Annotated[int, typer.Option(help="timed steps of every side")] = 3,
+    physical_batch_size: Annotated[int, typer.Option(help="examples that Opacus takes at once")] = 32,
+    memory: Annotated[bool, typer.Option("--memory", help="Measure peak memory too, each side by itself.")] = False,
+    json: Json = False,
+    out: Annotated[Path | None, typer.Option(help="Write the record here, as JSON.")] = None,
+) -> int:
+    """Time a private step on this machine beside PyTorch and Opacus, each checked first. About a minute.
+
+    Exit code 1: a side computes something else than it should. Progress goes to standard error.
+
+    Example: dpquant bench --model cnn --batch-size 256 --memory
+    """
+    from dpquant.bench import BenchSettings, measure
+
+    settings = BenchSettings(
+        model=model,
+        batch_size=batch_size,
+        image_size=image_size,
+        format=format,
+        threads=threads,
+        rounds=rounds,
+        physical_batch_size=physical_batch_size,
+        memory=memory,
+    )
+    if out is not None and not out.parent.is_dir():
+        raise SettingError(
+            f"Expected out to lie in a folder that exists; got out={out}. The record is written there after the "
+            "measurement. Make the folder first."
+        )
+    record = measure(settings, watch=lambda what: print(what, file=sys.stderr, flush=True))
+    if out is not None:
+        out.write_text(record.to_json())
+    if json:
+        print(record.to_json(), end="")
+    else:
+        _print_bench(Console(), record)
+    return WRONG_RESULT if record.wrong else 0
+
+
+def _print_bench(console: Console, record: "BenchRecord") -> None:
+    settings = record.settings
+    side = settings.side_length
+    console.print(f"{settings.model}, {side}x{side}, batch {settings.batch_size}, {settings.format}\n", highlight=False)
+    table = Table(box=None, pad_edge=False)
+    header, *rows = record.table()
+    for number, title in enumerate(header):
+        table.add_column(title, justify="left" if number in (0, len(header) - 1) else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    lines = [
+        "\nMedian of the rounds, and quartiles. 'plain / this' is plain PyTorch's time over this side's: above 1, this "
+        "side is faster. Opacus is its hooks; ours are dpquant in full precision, with 90 % of the multiplications "
+        "quantized, and with all.",
+        f"\n{record.hardware}; opacus {record.opacus}, {record.threads} threads",
+    ]
+    if record.busy:
+        lines.append(
+            f"Warning: load average {record.hardware.load} before the measurement. Other work was running, and these "
+            "timings are not to be trusted. Run it again on an idle machine."
+        )
+    console.print("\n".join(lines), markup=False, highlight=False)
 
 
 def _print_budget(console: Console, budget: "PrivacyPlan") -> None:

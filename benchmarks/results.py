@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where results are kept, and how they are read back: benchmarks/results/<cpu>-<date>/<name>.json and .png."""
+
+import dataclasses
+import datetime
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from dpquant.bench import BenchSettings, measure
+from dpquant.hardware import Hardware
+
+COLOURS = {
+    "plain": "#555555",
+    "opacus": "#d55e00",
+    "ghost": "#e69f00",
+    "full": "#56b4e9",
+    "most": "#0072b2",
+    "all": "#004466",
+}
+
+
+def folder_here() -> Path:
+    """The folder of this machine and day, made if need be."""
+    folder = Path(__file__).parent / "results" / f"{Hardware.here().slug}-{datetime.date.today():%Y-%m-%d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def measure_all(table: Iterable[BenchSettings], path: Path) -> list[dict]:
+    """Measure what the file does not hold yet, and return every row of the table in its order.
+
+    The file is written after each measurement, so that an interrupted one can be started again.
+    """
+    done: list[dict] = json.loads(path.read_text()) if path.exists() else []
+    rows = []
+    for settings in table:
+        wanted = dataclasses.asdict(settings)
+        row = next((row for row in done if row["settings"] == wanted), None)
+        if row is None:
+            print(settings, file=sys.stderr, flush=True)
+            record = measure(settings, watch=lambda what: print(f"  {what}", file=sys.stderr, flush=True))
+            row = json.loads(record.to_json())
+            done.append(row)
+            draft = path.with_name(path.name + ".tmp")
+            draft.write_text(json.dumps(done, indent=1) + "\n")
+            draft.replace(path)
+        rows.append(row)
+    return rows
+
+
+def median(row: dict, side: str, field: str) -> float | None:
+    """A side's time or memory in a row; None where it was not measured."""
+    value = row["sides"].get(side, {}).get(field)
+    return value["median"] if isinstance(value, dict) else value
+
+
+def caption(rows: list[dict]) -> str:
+    """The machine, for under a plot."""
+    machine, first = rows[0]["hardware"], rows[0]
+    busy = "; OTHER WORK WAS RUNNING" if any(row["busy"] for row in rows) else ""
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, {' '.join(machine['instructions'])}; torch {machine['torch']}, "
+        f"opacus {first['opacus']}, dpquant {first['dpquant']}; {first['date']}{busy}"
+    )

@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `bench` compares: one training step of the same network in PyTorch, in Opacus and here; and the networks.
+
+A side is a function from a network, a batch and a `StepSettings` to a step without arguments. Every side ends in the
+same torch.optim.SGD, so what a step does to the parameters is the side's meaning, and `bench` checks just that:
+
+    plain                p -= lr * (1/B) sum_i g_i                                     ordinary training, not private
+    opacus, ghost,       p -= lr * (1/B) (sum_i g_i min(1, C / ||g_i||) + C sigma z)   DP-SGD; z normal
+    full, most, all
+
+Each side gets what suits it: PyTorch channels-last tensors; Opacus physical batches (its BatchMemoryManager), and a
+network without in-place operations, which its hooks refuse. Noise is torch's for every private side.
+
+Symbols: B examples, g_i gradient of example i, C max_grad_norm, sigma noise_multiplier.
+Source: Abadi et al. 2016, arXiv:1607.00133, Algorithm 1; Opacus, arXiv:2109.12298; ghost clipping, Li et al. 2021,
+arXiv:2110.05679.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dpquant import models
+from dpquant.clip import clipped_sum, take_rows
+from dpquant.errors import ModelError, SettingError
+from dpquant.layers import fix, prepare, quantizable_layers, set_policy
+
+Batch = tuple[Tensor, Tensor, Tensor]  # inputs, labels, record ids
+Step = Callable[[], None]
+
+NUM_CLASSES = 10
+SHARE_OF_MOST = 0.9  # of the multiply-accumulates, the largest layers first
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """What a step is told.
+
+    Attributes:
+      format: the recipe of the quantized sides.
+      physical_batch_size: examples that Opacus takes at once. Ours chooses for itself.
+    """
+
+    format: str = "luq-fp4"
+    physical_batch_size: int = 32
+    max_grad_norm: float = 1.0
+    noise_multiplier: float = 1.0
+    lr: float = 1e-3
+
+
+MakeSide = Callable[[nn.Module, Batch, StepSettings], Step]
+
+
+def example_losses(model: nn.Module, batch: Any) -> Tensor:
+    """Cross-entropy of each example."""
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def plain(model: nn.Module, batch: Batch, settings: StepSettings) -> Step:
+    """Ordinary training: the mean gradient of the whole batch at once."""
+    model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    inputs, labels, _ = batch
+    inputs = inputs.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr)
+
+    def step() -> None:
+        example_losses(model, (inputs, labels)).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def opacus_hooks(model: nn.Module, batch: Batch, settings: StepSettings) -> Step:
+    """Opacus as `make_private` sets it up: per-example gradients of every parameter, then one sum."""
+    from opacus import GradSampleModule
+    from opacus.optimizers import DPOptimizer
+
+    wrapped = GradSampleModule(out_of_place(model))
+    optimizer = DPOptimizer(
+        torch.optim.SGD(wrapped.parameters(), lr=settings.lr),
+        noise_multiplier=settings.noise_multiplier,
+        max_grad_norm=settings.max_grad_norm,
+        expected_batch_size=len(batch[1]),
+    )
+
+    def step() -> None:
+        for piece, last in _pieces(batch, settings):
+            optimizer.zero_grad()
+            optimizer.signal_skip_step(do_skip=not last)
+            example_losses(wrapped, piece).mean().backward()
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def opacus_ghost(model: nn.Module, batch: Batch, settings: StepSettings) -> Step:
+    """Opacus' `grad_sample_mode="ghost"`: norms first, then a second backward pass of the reweighted losses."""
+    from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSampleModuleFastGradientClipping
+    from opacus.optimizers.optimizer_fast_gradient_clipping import DPOptimizerFastGradientClipping
+    from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
+
+    wrapped = GradSampleModuleFastGradientClipping(
+        out_of_place(model),
+        max_grad_norm=settings.max_grad_norm,  # pyright: ignore[reportArgumentType] - any number will do
+        use_ghost_clipping=True,
+    )
+    optimizer = DPOptimizerFastGradientClipping(
+        torch.optim.SGD(wrapped.parameters(), lr=settings.lr),
+        noise_multiplier=settings.noise_multiplier,
+        max_grad_norm=settings.max_grad_norm,
+        expected_batch_size=len(batch[1]),
+    )
+    loss = DPLossFastGradientClipping(wrapped, optimizer, nn.CrossEntropyLoss())
+
+    def step() -> None:
+        for (inputs, labels, _), last in _pieces(batch, settings):
+            optimizer.zero_grad()
+            optimizer.signal_skip_step(do_skip=not last)
+            loss(wrapped(inputs), labels).backward()
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def ours(model: nn.Module, batch: Batch, settings: StepSettings, *, share: float) -> Step:
+    """DP-SGD by dpquant with layers quantized, largest first, until `share` of the multiply-accumulates is covered."""
+    model = prepare(model, format=settings.format, backend="auto")
+    set_policy(model, largest_layers(count_macs(model, take_rows(batch, slice(1))), share))
+    optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr)
+    parameters = dict(model.named_parameters())
+    numbers = itertools.count()
+
+    def step() -> None:
+        total = clipped_sum(
+            model,
+            example_losses,
+            batch,
+            max_grad_norm=settings.max_grad_norm,
+            record_ids=batch[2],
+            step=next(numbers),
+            seed=0,
+        )
+        std = settings.noise_multiplier * total.sensitivity
+        for name, parameter in parameters.items():
+            noise = torch.randn_like(parameter).mul_(std)
+            parameter.grad = noise.add_(total.grads[name]).div_(len(batch[1]))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+SIDES: Mapping[str, MakeSide] = {
+    "plain": plain,
+    "opacus": opacus_hooks,
+    "ghost": opacus_ghost,
+    "full": functools.partial(ours, share=0.0),
+    "most": functools.partial(ours, share=SHARE_OF_MOST),
+    "all": functools.partial(ours, share=1.0),
+}
+DESCRIPTIONS = {
+    "plain": "plain PyTorch",
+    "opacus": "Opacus, hooks",
+    "ghost": "Opacus, ghost",
+    "full": "ours, full",
+    "most": "ours, 90 %",
+    "all": "ours, all",
+}
+
+
+def count_macs(model: nn.Module, example: Batch) -> dict[str, float]:
+    """{quantizable layer: multiply-accumulates of its forward product, for one example}."""
+    macs: dict[str, float] = {}
+
+    def listener(name: str) -> Callable[..., None]:
+        def listen(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            weight = module.get_parameter("weight")
+            macs[name] = macs.get(name, 0.0) + output[0].numel() * weight[0].numel()
+
+        return listen
+
+    handles = [layer.register_forward_hook(listener(name)) for name, layer in quantizable_layers(model).items()]
+    with torch.no_grad():
+        model(example[0])
+    for handle in handles:
+        handle.remove()
+    return macs
+
+
+def largest_layers(macs: Mapping[str, float], share: float) -> list[str]:
+    """The fewest layers, largest first, that cover `share` of the multiply-accumulates; 1 is all, 0 is none."""
+    if share >= 1:
+        return list(macs)
+    chosen: list[str] = []
+    for name in sorted(macs, key=lambda name: macs[name], reverse=True):
+        if sum(macs[chosen_name] for chosen_name in chosen) >= share * sum(macs.values()):
+            break
+        chosen.append(name)
+    return chosen
+
+
+def _pieces(batch: Batch, settings: StepSettings) -> Iterator[tuple[Batch, bool]]:
+    """Physical batches, and whether each is the last."""
+    size = settings.physical_batch_size
+    for start in range(0, len(batch[1]), size):
+        yield take_rows(batch, slice(start, start + size)), start + size >= len(batch[1])
+
+
+# Networks
+
+
+class _Attention(nn.Module):
+    """Multi-head self-attention built of Linear layers: every engine has per-example gradients for those."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.projections = nn.Linear(width, 3 * width)
+        self.output = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.projections(x).chunk(3, dim=2))
+        return self.output(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class _Transformer(nn.Module):
+    """One pre-norm transformer block over an image's 4x4 patches, and the mean of its positions.
+
+    There are no learnt positions: a bare parameter has no per-example gradient in Opacus, and costs little.
+    """
+
+    def __init__(self, channels: int, num_classes: int, width: int = 256, heads: int = 4, patch: int = 4) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
+        self.norm1, self.attention = nn.LayerNorm(width), _Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens_BTD = self.patches(x).flatten(2).transpose(1, 2)
+        tokens_BTD = tokens_BTD + self.attention(self.norm1(tokens_BTD))
+        tokens_BTD = tokens_BTD + self.mlp(self.norm2(tokens_BTD))
+        return self.head(tokens_BTD.mean(1))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Network:
+    """A network's own image: channels, the side it is measured at, and the smallest that it takes."""
+
+    channels: int
+    image_size: int
+    smallest: int
+
+
+NETWORKS = {
+    "resnet18-cifar": _Network(3, 32, 8),
+    "resnet18": _Network(3, 32, 8),
+    "resnet50": _Network(3, 32, 8),
+    "densenet121": _Network(3, 32, 32),
+    "cnn": _Network(1, 28, 8),
+    "transformer": _Network(3, 32, 4),
+}
+
+
+def default_image_size(name: str) -> int:
+    """The image side at which a network is measured.
+
+    Raises:
+      ModelError: the name is unknown.
+    """
+    return _network(name).image_size
+
+
+def _network(name: str) -> _Network:
+    if name not in NETWORKS:
+        raise ModelError(
+            f"Expected model to be one of {', '.join(NETWORKS)}; got model={name}. Every side must be able to run it. "
+            "Choose one of them."
+        )
+    return NETWORKS[name]
+
+
+def build_network(name: str, image_size: int) -> nn.Module:
+    """A network with parameters drawn from a fixed seed; every one normalises within an example.
+
+    Args:
+      name: one of NETWORKS. `resnet50` and `densenet121` are torchvision's, with GroupNorm.
+      image_size: the side of its images.
+    Raises:
+      ModelError: the name is unknown.
+      SettingError: the image is too small for the network.
+    """
+    network = _network(name)
+    if image_size < network.smallest:
+        raise SettingError(
+            f"Expected image_size >= {network.smallest} for model={name}; got image_size={image_size}. The network "
+            "halves the sides until nothing is left. Pass a larger one."
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        match name:
+            case "transformer":
+                return _Transformer(network.channels, NUM_CLASSES)
+            case "resnet50":
+                from torchvision.models import resnet50
+
+                return resnet50(num_classes=NUM_CLASSES, norm_layer=_group_norm)
+            case "densenet121":
+                from torchvision.models import densenet121
+
+                return fix(densenet121(num_classes=NUM_CLASSES))
+        return models.build(name, num_classes=NUM_CLASSES, input_shape=(network.channels, image_size, image_size))
+
+
+def made_up_examples(name: str, image_size: int, batch_size: int) -> Batch:
+    """Normal deviates as images, with labels and record ids; the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(batch_size, _network(name).channels, image_size, image_size, generator=generator)
+    labels = torch.randint(0, NUM_CLASSES, (batch_size,), generator=generator)
+    return inputs, labels, torch.arange(batch_size)
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(math.gcd(32, channels), channels)
+
+
+def out_of_place(model: nn.Module) -> nn.Module:
+    """The same network without in-place ReLU and `+=`, which Opacus' hooks refuse. Changes torchvision's in place."""
+    for module in model.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+        if type(module).__name__ in _OUT_OF_PLACE:
+            module.forward = types.MethodType(_OUT_OF_PLACE[type(module).__name__], module)
+    return model
+
+
+def _basic_block(self: Any, x: Tensor) -> Tensor:
+    shortcut = x if self.downsample is None else self.downsample(x)
+    return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + shortcut)
+
+
+def _bottleneck(self: Any, x: Tensor) -> Tensor:
+    shortcut = x if self.downsample is None else self.downsample(x)
+    x = F.relu(self.bn1(self.conv1(x)))
+    x = F.relu(self.bn2(self.conv2(x)))
+    return F.relu(self.bn3(self.conv3(x)) + shortcut)
+
+
+def _densenet(self: Any, x: Tensor) -> Tensor:
+    return self.classifier(F.adaptive_avg_pool2d(F.relu(self.features(x)), 1).flatten(1))
+
+
+_OUT_OF_PLACE = {"BasicBlock": _basic_block, "Bottleneck": _bottleneck, "DenseNet": _densenet}

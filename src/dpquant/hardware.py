@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The machine that a measurement was taken on: what a reader must know to compare it with another. No torch.
+
+A figure without its machine says nothing: int8 products gain where the processor has instructions for them, and a
+machine with other work on it measures that work too. Where the system does not tell, the field says so or is empty.
+"""
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+# Flags of /proc/cpuinfo that decide which products are fast, as the kernel spells them; x86 first, then ARM.
+_TELLING = (
+    *("amx_int8", "amx_bf16", "avx512_vnni", "avx512_bf16", "avx_vnni", "avx512f", "avx2"),
+    *("i8mm", "asimddp", "bf16", "sve"),
+)
+_BUSY_SHARE = 0.3  # of the cores
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """A machine, as it was when this was read.
+
+    Attributes:
+      cpu: the processor's name.
+      cores: how many this process may use.
+      instructions: those of the instruction sets that matter here which the processor has.
+      memory_gib: of the whole machine; None where the system does not tell.
+      load: mean number of running processes over the last minute; None where the system does not tell.
+    """
+
+    cpu: str
+    cores: int
+    instructions: tuple[str, ...]
+    memory_gib: float | None
+    load: float | None
+    system: str
+    python: str
+    torch: str
+
+    @classmethod
+    def here(cls) -> "Hardware":
+        """This machine, now."""
+        facts = _cpu_facts()
+        return cls(
+            cpu=_cpu_name(facts),
+            cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+            instructions=instructions_in(facts.get("flags", facts.get("Features", ""))),
+            memory_gib=_memory_gib(),
+            load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+            system=f"{platform.system()} {platform.machine()}",
+            python=platform.python_version(),
+            torch=importlib.metadata.version("torch"),
+        )
+
+    @property
+    def busy(self) -> bool:
+        """Whether other work was running: timings taken then are not to be trusted."""
+        return self.load is not None and self.load > _BUSY_SHARE * self.cores
+
+    @property
+    def slug(self) -> str:
+        """The processor's name as a file name."""
+        name = re.sub(r"\((R|TM|C)\)|CPU|Processor|@.*", " ", self.cpu, flags=re.IGNORECASE)
+        return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
+
+    def __str__(self) -> str:
+        memory = "" if self.memory_gib is None else f", {self.memory_gib:.0f} GiB"
+        instructions = " ".join(self.instructions) or "instruction sets unknown"
+        return (
+            f"{self.cpu}, {self.cores} cores{memory}, {instructions}; {self.system}, Python {self.python}, "
+            f"torch {self.torch}"
+        )
+
+
+def instructions_in(flags: str) -> tuple[str, ...]:
+    """Those of the instruction sets that matter here among space-separated flags."""
+    present = set(flags.split())
+    return tuple(name for name in _TELLING if name in present)
+
+
+def _cpu_facts() -> dict[str, str]:
+    """The first processor's entry in /proc/cpuinfo; empty where there is none."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _cpu_name(facts: dict[str, str]) -> str:
+    if "model name" in facts:
+        return facts["model name"]
+    if platform.system() == "Darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        told = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        if told:
+            return told
+    return platform.processor() or f"unknown {platform.machine()}"
+
+
+def _memory_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, ValueError, OSError):
+        return None
