@@ -7,7 +7,7 @@ import torch
 from opacus import GradSampleModule
 from torch import nn
 
-from dpquant import clip, layers
+from dpquant import clip, kernels, layers
 from dpquant.clip import clip_factors, clipped_sum
 from dpquant.errors import DPQuantError, ModelError, SettingError
 from dpquant.isolation import check_trainable
@@ -170,6 +170,8 @@ def test_long_rows_of_one_value_do_not_exceed_c(positions):
 
 
 WAYS = {"grams": lambda product: product, "patches": Product.by_patches, "groups": Product.by_groups}
+if kernels.has_direct_products(torch.zeros(1)):
+    WAYS["direct"] = Product.directly
 
 
 @pytest.mark.parametrize("policy", ["none", "all"])

@@ -181,3 +181,23 @@ def test_large_kernels_single_pixels_and_remainders_are_exact(convolution):
 )
 def test_the_corners_in_which_onednn_errs_are_walked_around(convolution):
     assert_exact_integers(convolution, 64, int8)
+
+
+@pytest.mark.skipif(not kernels.has_direct_products(torch.zeros(1)), reason="no native kernel on this machine")
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(convolutions())
+def test_direct_products_are_those_of_patches(convolution):
+    geometry, shape, size = convolution
+    generator = torch.Generator().manual_seed(0)
+    cl = torch.channels_last
+    x = torch.randn(3, shape[1] * geometry.groups, *size, generator=generator).contiguous(memory_format=cl)
+    y = reference(x, torch.zeros(shape), geometry)
+    grad = torch.randn(y.shape, generator=generator).contiguous(memory_format=cl)
+    expected = kernels.patch_products(kernels.positions(grad, geometry), kernels.unfolded(x, geometry))
+    torch.testing.assert_close(kernels.direct_products(grad, x, geometry), expected, rtol=1e-4, atol=1e-4)
+    if grad.count_nonzero() and expected.abs().max() > 1e-2:  # a kernel that forgets one position would be seen
+        grad[0, :, 0, 0] = 0
+        changed = kernels.patch_products(kernels.positions(grad, geometry), kernels.unfolded(x, geometry))
+        if (changed - expected).abs().max() > 1e-2:
+            with pytest.raises(AssertionError):
+                torch.testing.assert_close(kernels.direct_products(grad, x, geometry), expected, rtol=1e-4, atol=1e-4)

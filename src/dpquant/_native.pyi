@@ -19,3 +19,24 @@ def quantize_rows(
     threads: int,
 ) -> None:
     """Fill codes (one byte each, in x's memory order) and scale (B) from the B rows of the dense x."""
+
+def direct_products_available() -> bool:
+    """Whether this processor has a kernel for `direct_products`."""
+
+def direct_products(
+    x: np.ndarray,
+    g: np.ndarray,
+    out: np.ndarray,
+    *,
+    batch: int,
+    rows: tuple[int, int, int, int, int, int],
+    columns: tuple[int, int, int, int, int, int],
+    channels: int,
+    outputs: int,
+    groups: int,
+    threads: int,
+) -> None:
+    """Fill out (batch, groups * outputs, kernel rows, kernel columns, channels) from channels-last maps.
+
+    An axis is (in, out, kernel, stride, padding, dilation).
+    """

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -25,6 +26,11 @@ from torch import Tensor
 
 from dpquant.errors import FormatError
 from dpquant.quantizer import QTensor
+
+try:
+    from dpquant import _native
+except ImportError:  # installed without a compiler
+    _native = None
 
 BACKENDS = ("auto", "simulate", "int8")
 INT8_ZERO_POINT = 128
@@ -284,8 +290,8 @@ def input_gradient(grad: Tensor, weight: Tensor, geometry: Geometry, size: tuple
     Returns: `(B, C, H, W)`.
     """
     shape = (grad.shape[0], weight.shape[1] * geometry.groups, *size)
-    mask = [True, False, False]
-    return _convolution_backward(grad, grad.new_empty(1).expand(shape), weight, geometry, geometry.groups, mask)[0]
+    x = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)  # for its layout
+    return _convolution_backward(grad, x, weight, geometry, geometry.groups, [True, False, False])[0]
 
 
 def weight_gradient(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
@@ -319,6 +325,26 @@ def grouped_products(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
     mask = [False, True, False]
     products = _convolution_backward(grads, xs, weight, geometry, batch * geometry.groups, mask)[1]
     return products.unflatten(0, (batch, -1))
+
+
+def direct_products(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
+    """The same straight from two channels-last maps, by the native kernel: `(B, O, D)`; see `has_direct_products`."""
+    outputs, channels = grad.shape[1] // geometry.groups, x.shape[1] // geometry.groups
+    products = grad.new_empty(len(x), grad.shape[1], math.prod(geometry.kernel) * channels)
+    rows, columns = zip(
+        x.shape[2:], grad.shape[2:], geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, strict=True
+    )
+    assert _native is not None
+    _native.direct_products(
+        x.numpy(), grad.numpy(), products.numpy(), batch=len(x), rows=rows, columns=columns, channels=channels,
+        outputs=outputs, groups=geometry.groups, threads=torch.get_num_threads(),
+    )  # fmt: skip
+    return products
+
+
+def has_direct_products(x: Tensor) -> bool:
+    """Whether `direct_products` can run on x here."""
+    return _native is not None and x.device.type == "cpu" and _native.direct_products_available()
 
 
 def add_patch_products(grad: Tensor, x: Tensor, geometry: Geometry, total: Tensor | None) -> Tensor:

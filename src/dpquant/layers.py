@@ -108,6 +108,7 @@ class Pass:
     tape: Tape | None = None
     replay: Replay | None = None
     _weights: dict[nn.Module, QTensor] = dataclasses.field(default_factory=dict)
+    _dense_weights: dict[tuple[nn.Module, Geometry], Tensor] = dataclasses.field(default_factory=dict)
     _products: dict[tuple[nn.Module, Geometry], Products] = dataclasses.field(default_factory=dict)
     _calls: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
@@ -125,6 +126,13 @@ class Pass:
         """One key per example for the rounding draws of a role in a layer: int64 `(B,)`."""
         ids = self.record_ids if self.record_ids is not None else torch.arange(batch_size)
         return row_keys(derive_key(self.key, layer.name, role, call), ids)
+
+    def dense_weight(self, layer: "QuantizableLayer", weight: Tensor, size: tuple[int, int]) -> Tensor:
+        """The layer's weight `(O, C / G, *taps)` for inputs of `size`, in their layout; made once."""
+        geometry, taps = layer.geometry.trimmed(size)
+        if (layer, geometry) not in self._dense_weights:
+            self._dense_weights[layer, geometry] = weight[:, :, *taps].contiguous(memory_format=torch.channels_last)
+        return self._dense_weights[layer, geometry]
 
     def quantized_weight(self, layer: "QuantizableLayer", size: tuple[int, int]) -> tuple[Products, Tensor]:
         """The layer's products on its quantized weight for inputs of `size`, and the weight's scale `(1,)`."""
@@ -253,9 +261,9 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx, x, weight, bias, anchor, layer: QuantizableLayer, run: Pass):
         ctx.layer, ctx.run, ctx.call, ctx.quantized = layer, run, run.next_call(layer), layer.quantized
         ctx.size = x.shape[2:]
-        ctx.geometry, ctx.taps = geometry, taps = layer.geometry.trimmed(ctx.size)
+        ctx.geometry = geometry = layer.geometry.trimmed(ctx.size)[0]
         if not layer.quantized:
-            weight = weight[:, :, *taps]
+            weight = run.dense_weight(layer, weight, ctx.size)
             ctx.save_for_backward(x, weight)
             return F.conv2d(
                 x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, groups=geometry.groups

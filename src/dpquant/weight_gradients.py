@@ -3,12 +3,13 @@
 
     G_i = s_i sum_t g_it x_it^T          x_it: the patch of the input that output position t sees
 
-There are three ways to the squared norms and to the sum of c_i G_i:
+There are four ways to the squared norms and to the sum of c_i G_i:
 
     grams       <x_i x_i^T, g_i g_i^T> is the squared norm; the sum is one matrix product over all positions of all
                 examples. Nothing of the weight's size exists per example: best where there are few positions.
     patches     form G_i, for all examples at once, by a batched product of unfolded inputs
     groups      form G_i by one convolution whose groups are the examples
+    direct      form G_i straight from the maps, by the native kernel
 
 Which one is taken is measured, once for every shape, on made-up operands (`choice.py`). Norm and sum belong to the same
 operands and, where the layer is quantized, to the same codes: there the factor c_i s_i is rounded down to a bfloat16,
@@ -36,7 +37,9 @@ from dpquant.kernels import (
     add_patch_products,
     bfloat16_factors,
     code_values,
+    direct_products,
     grouped_products,
+    has_direct_products,
     in_weight_order,
     patch_products,
     positions,
@@ -47,7 +50,6 @@ from dpquant.quantizer import QTensor
 
 _CLEAR = 4  # times the multiplications: a way that needs so many more is not tried
 _ENOUGH_POSITIONS = 2048  # from here on a matrix product over positions takes no less time for each
-_MOST_TRIED = 64  # examples, when a way is tried
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +180,11 @@ class Product:
         products = patch_products(positions(self.g, self.geometry), unfolded(self.x, self.geometry))
         return FormedProduct(products, self.scale_B, self.geometry, self.weight)
 
+    def directly(self) -> FormedProduct:
+        """The gradients themselves, without unfolding, by the native kernel."""
+        products = direct_products(self.g, self.x, self.geometry)
+        return FormedProduct(products, self.scale_B, self.geometry, self.weight)
+
     def by_groups(self) -> FormedProduct:
         """The gradients themselves, by a grouped convolution."""
         products = grouped_products(self.g, self.x, self.geometry)
@@ -185,30 +192,30 @@ class Product:
 
     def fastest(self) -> Contribution:
         """The same gradients in the form whose norms and sum take the least time here."""
-        operands = tuple((t.shape[1:], self.pieces) for t in (self.x, self.g))
+        operands = (self.x.shape, self.g.shape, self.pieces)
         question = ("per-example weight gradients", self.geometry, operands, torch.get_num_threads())
         forms: dict[str, Callable[[Product], Contribution]] = {
             "patches": Product.by_patches,
             "groups": Product.by_groups,
+            "direct": Product.directly,
             "grams": lambda product: product,
         }
         num_positions, out_channels = self.g[0, 0].numel(), self.g.shape[1]
         patch = self.x.shape[1] // self.geometry.groups * math.prod(self.geometry.kernel)
         gram_cost, formed_cost = num_positions * (out_channels + patch), out_channels * patch
+        if not has_direct_products(self.x):
+            del forms["direct"]
         if gram_cost > _CLEAR * formed_cost:
             del forms["grams"]
         elif _CLEAR * gram_cost < formed_cost:
             forms = {"grams": forms["grams"]}
-        examples = min(max(_ENOUGH_POSITIONS // num_positions, 8), _MOST_TRIED)
-        name = fastest(question, {name: partial(self._try, form, examples) for name, form in forms.items()})
+        name = fastest(question, {name: partial(self._try, form) for name, form in forms.items()})
         return forms[name](self)
 
-    def _try(self, form: Callable[["Product"], Contribution], examples: int) -> None:
+    def _try(self, form: Callable[["Product"], Contribution]) -> None:
         """All that a form is asked for, on made-up operands of these shapes."""
-        x, g = (
-            torch.ones(examples, *t.shape[1:]).contiguous(memory_format=torch.channels_last) for t in (self.x, self.g)
-        )
-        weights_B = torch.ones(examples)
+        x, g = (torch.ones(t.shape).contiguous(memory_format=torch.channels_last) for t in (self.x, self.g))
+        weights_B = torch.ones(len(x))
         scale_B = None if self.scale_B is None else weights_B
         contribution = form(Product(x, g, scale_B, self.pieces, self.geometry, self.weight))
         contribution.squared_norms()

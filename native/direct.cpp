@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Each example's own weight gradient in float32, straight from the two maps, with nothing unfolded:
+//
+//     out[b, o, i, j, c] = sum over h, w of g[b, h, w, o] * x[b, h * stride + i - padding, w * stride + j - padding, c]
+//
+// dpquant/kernels.py states the meaning (`unfolded`, `patch_products`); the order of the sum is this file's own. Maps are
+// channels last. A few rows of g meet the rows of x that they see while both are in the first-level cache; a tile of
+// outputs x input channels is held in registers while it takes in these rows.
+//
+// Symbols: O output channels, C input channels, D = kernel rows * kernel columns * C.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+
+#include "parallel.hpp"
+
+namespace nb = nanobind;
+
+namespace dpquant {
+namespace {
+
+struct Axis {
+    int64_t in, out, kernel, stride, padding, dilation;
+
+    // The output positions first .. last - 1 whose tap meets the image.
+    void met(int64_t tap, int64_t &first, int64_t &last) const {
+        const int64_t offset = tap * dilation - padding;
+        first = offset >= 0 ? 0 : (-offset + stride - 1) / stride;
+        last = in - offset <= 0 ? 0 : std::min(out, (in - offset - 1) / stride + 1);
+    }
+};
+
+struct Shape {
+    Axis rows, columns;
+    int64_t channels, outputs;  // of one group
+    int64_t groups;
+
+    int64_t depth() const { return rows.kernel * columns.kernel * channels; }
+};
+
+constexpr int64_t CACHED = 1 << 15;  // bytes of x that a block of rows may see
+
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
+#define DIRECT 1
+
+template <int bytes>
+struct Vector {
+    typedef float Type __attribute__((vector_size(bytes), aligned(4), may_alias));
+    static constexpr int lanes = bytes / 4;
+};
+
+// Adds `count` positions to a tile of `n_out` outputs times `n_vec` vectors of channels.
+template <int bytes, int n_out, int n_vec>
+INLINE void tile(const float *x, int64_t x_step, const float *g, int64_t g_step, int64_t count, float *out, int64_t depth) {
+    using V = typename Vector<bytes>::Type;
+    constexpr int lanes = Vector<bytes>::lanes;
+    V sums[n_out][n_vec];
+    for (int o = 0; o < n_out; ++o)
+        for (int v = 0; v < n_vec; ++v) sums[o][v] = *reinterpret_cast<const V *>(out + o * depth + v * lanes);
+    for (int64_t t = 0; t < count; ++t, x += x_step, g += g_step) {
+        V seen[n_vec];
+        for (int v = 0; v < n_vec; ++v) seen[v] = *reinterpret_cast<const V *>(x + v * lanes);
+        for (int o = 0; o < n_out; ++o)
+            for (int v = 0; v < n_vec; ++v) sums[o][v] += g[o] * seen[v];
+    }
+    for (int o = 0; o < n_out; ++o)
+        for (int v = 0; v < n_vec; ++v) *reinterpret_cast<V *>(out + o * depth + v * lanes) = sums[o][v];
+}
+
+template <int bytes, int n_vec, int most_out>
+INLINE void tiles_of_outputs(const float *x, int64_t x_step, const float *g, int64_t g_step, int64_t count, float *out,
+                             int64_t depth, int64_t outputs) {
+    int64_t o = 0;
+    for (; o + most_out <= outputs; o += most_out)
+        tile<bytes, most_out, n_vec>(x, x_step, g + o, g_step, count, out + o * depth, depth);
+    for (; o + 2 <= outputs; o += 2) tile<bytes, 2, n_vec>(x, x_step, g + o, g_step, count, out + o * depth, depth);
+    for (; o < outputs; ++o) tile<bytes, 1, n_vec>(x, x_step, g + o, g_step, count, out + o * depth, depth);
+}
+
+// One row of g against the row of x that kernel row i shows it, for all kernel columns.
+template <int bytes, int most_vec, int most_out>
+INLINE void row(const float *x, const float *g, float *out, const Shape &s) {
+    constexpr int lanes = Vector<bytes>::lanes;
+    const int64_t pixel = s.groups * s.channels, g_step = s.groups * s.outputs, x_step = s.columns.stride * pixel;
+    for (int64_t j = 0; j < s.columns.kernel; ++j, out += s.channels) {
+        int64_t first, last;
+        s.columns.met(j, first, last);
+        if (first >= last) continue;
+        const float *seen = x + (first * s.columns.stride + j * s.columns.dilation - s.columns.padding) * pixel;
+        const float *grad = g + first * g_step;
+        int64_t c = 0;
+        for (; c + most_vec * lanes <= s.channels; c += most_vec * lanes)
+            tiles_of_outputs<bytes, most_vec, most_out>(seen + c, x_step, grad, g_step, last - first, out + c, s.depth(),
+                                                        s.outputs);
+        for (; c + lanes <= s.channels; c += lanes)
+            tiles_of_outputs<bytes, 1, most_out>(seen + c, x_step, grad, g_step, last - first, out + c, s.depth(), s.outputs);
+        for (; c < s.channels; ++c)
+            tiles_of_outputs<4, 1, most_out>(seen + c, x_step, grad, g_step, last - first, out + c, s.depth(), s.outputs);
+    }
+}
+
+template <int bytes, int most_vec, int most_out>
+INLINE void example(const float *x, const float *g, float *out, const Shape &s) {
+    std::memset(out, 0, static_cast<size_t>(s.groups * s.outputs * s.depth()) * sizeof(float));
+    const int64_t x_row = s.columns.in * s.groups * s.channels, g_row = s.columns.out * s.groups * s.outputs;
+    const int64_t block = std::max<int64_t>(CACHED / (x_row * 4 * s.rows.stride) - s.rows.kernel + 1, 1);
+    for (int64_t group = 0; group < s.groups; ++group, x += s.channels, g += s.outputs, out += s.outputs * s.depth())
+        for (int64_t begin = 0; begin < s.rows.out; begin += block)
+            for (int64_t i = 0; i < s.rows.kernel; ++i) {
+                int64_t first, last;
+                s.rows.met(i, first, last);
+                for (int64_t h = std::max(begin, first); h < std::min({begin + block, last, s.rows.out}); ++h)
+                    row<bytes, most_vec, most_out>(x + (h * s.rows.stride + i * s.rows.dilation - s.rows.padding) * x_row,
+                                                   g + h * g_row, out + i * s.columns.kernel * s.channels, s);
+            }
+}
+
+__attribute__((target("arch=x86-64-v4"))) void example_avx512(const float *x, const float *g, float *out, const Shape &s) {
+    example<64, 4, 6>(x, g, out, s);  // 24 sums, 4 vectors and a factor in 32 registers
+}
+
+__attribute__((target("arch=x86-64-v3"))) void example_avx2(const float *x, const float *g, float *out, const Shape &s) {
+    example<32, 2, 6>(x, g, out, s);  // 12 sums, 2 vectors and a factor in 16 registers
+}
+#endif
+
+bool available() {
+#ifdef DIRECT
+    return __builtin_cpu_supports("x86-64-v3");
+#else
+    return false;
+#endif
+}
+
+}  // namespace
+
+using Floats = nb::ndarray<const float, nb::device::cpu>;
+using Sums = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
+
+void bind_direct(nb::module_ &m) {
+    m.def("direct_products_available", &available, "Whether this processor has a kernel for `direct_products`.");
+    m.def(
+        "direct_products",
+        [](Floats x, Floats g, Sums out, int64_t batch, nb::tuple rows, nb::tuple columns, int64_t channels, int64_t outputs,
+           int64_t groups, int threads) {
+            const auto axis = [](nb::tuple t) {
+                return Axis{nb::cast<int64_t>(t[0]), nb::cast<int64_t>(t[1]), nb::cast<int64_t>(t[2]),
+                            nb::cast<int64_t>(t[3]), nb::cast<int64_t>(t[4]), nb::cast<int64_t>(t[5])};
+            };
+            const Shape s{axis(rows), axis(columns), channels, outputs, groups};
+            const int64_t x_size = s.rows.in * s.columns.in * groups * channels;
+            const int64_t g_size = s.rows.out * s.columns.out * groups * outputs, out_size = groups * outputs * s.depth();
+            if (!available()) throw std::invalid_argument("this processor has no kernel for it");
+            if (static_cast<int64_t>(x.size()) != batch * x_size || static_cast<int64_t>(g.size()) != batch * g_size ||
+                static_cast<int64_t>(out.size()) != batch * out_size)
+                throw std::invalid_argument("sizes of x, g and out do not agree");
+            nb::gil_scoped_release unlocked;
+#ifdef DIRECT
+            const auto run = __builtin_cpu_supports("x86-64-v4") ? example_avx512 : example_avx2;
+            parallel_for(batch, threads, [&](int64_t b) {
+                run(x.data() + b * x_size, g.data() + b * g_size, out.data() + b * out_size, s);
+            });
+#endif
+        },
+        nb::arg("x").noconvert(), nb::arg("g").noconvert(), nb::arg("out").noconvert(), nb::kw_only(), nb::arg("batch"),
+        nb::arg("rows"), nb::arg("columns"), nb::arg("channels"), nb::arg("outputs"), nb::arg("groups"), nb::arg("threads"),
+        "Fill out (batch, groups * outputs, kernel rows, kernel columns, channels) from channels-last maps; an axis is "
+        "(in, out, kernel, stride, padding, dilation).");
+}
+
+}  // namespace dpquant
