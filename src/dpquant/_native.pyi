@@ -40,3 +40,36 @@ def direct_products(
 
     An axis is (in, out, kernel, stride, padding, dilation).
     """
+
+def group_norm(
+    x: np.ndarray,
+    gamma: np.ndarray | None,
+    beta: np.ndarray | None,
+    y: np.ndarray,
+    mean: np.ndarray,
+    rstd: np.ndarray,
+    *,
+    positions: int,
+    channels: int,
+    groups: int,
+    eps: float,
+    threads: int,
+) -> None:
+    """Fill y, and mean and rstd (B, G), from channels-last x (B, T, C)."""
+
+def group_norm_backward(
+    g: np.ndarray,
+    x: np.ndarray,
+    gamma: np.ndarray | None,
+    mean: np.ndarray,
+    rstd: np.ndarray,
+    grad_x: np.ndarray,
+    grad_gamma: np.ndarray,
+    grad_beta: np.ndarray,
+    *,
+    positions: int,
+    channels: int,
+    groups: int,
+    threads: int,
+) -> None:
+    """Fill grad_x, and grad_gamma and grad_beta (B, C), from channels-last g and x (B, T, C)."""

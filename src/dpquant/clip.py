@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from dpquant.errors import ModelError, SettingError
 from dpquant.gradients import ROUND_OFF, Contribution, Formed, contributions_of
 from dpquant.layers import Pass, QuantizableLayer, quantizable_layers, running
+from dpquant.norms import TapedGroupNorm
 from dpquant.quantizer import QTensor
 from dpquant.streams import derive_key
 from dpquant.weight_gradients import Product
@@ -271,7 +272,7 @@ def _listener(tape: _GradientTape) -> Callable[[nn.Module, tuple[Any, ...], Any]
     """A forward hook that, once the output's gradient is known, records the module's per-example gradients."""
 
     def listen(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-        if not tape.listening:
+        if not tape.listening or (isinstance(module, TapedGroupNorm) and module.records(inputs[0])):
             return output
         if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or not isinstance(output, Tensor):
             raise ModelError(

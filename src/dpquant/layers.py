@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from dpquant.errors import ModelError, SettingError
 from dpquant.formats import Recipe, RoleFormat, recipe
+from dpquant.gradients import Formed
 from dpquant.kernels import (
     INT8_ZERO_POINT,
     Geometry,
@@ -42,6 +43,7 @@ from dpquant.kernels import (
     resolve_backend,
     weight_gradient,
 )
+from dpquant.norms import TapedGroupNorm
 from dpquant.quantizer import QTensor, quantize_rows
 from dpquant.streams import derive_key, row_keys
 
@@ -50,6 +52,10 @@ class Tape(Protocol):
     """Where layers leave, during a backward pass, what each example's gradient is made of."""
 
     anchor: Tensor  # a scalar that requires a gradient, so that backward reaches layers whose parameters are detached
+
+    def add(self, parameter: Tensor, contribution: Formed) -> None:
+        """One call's per-example gradients of a parameter."""
+        ...
 
     def record(self, layer: "QuantizableLayer", x: Tensor | QTensor, g: Tensor | QTensor, grad: Tensor) -> None:
         """One call's operands: the weight gradient is scale_i sum_t g_it x_it^T, the bias gradient sum_t grad_it."""
@@ -305,7 +311,7 @@ def _scaled(values: Tensor, scale_B: Tensor) -> Tensor:
     return values.mul_(scale_B.view(-1, *[1] * (values.ndim - 1)))
 
 
-_TWINS: dict[type[nn.Module], type[QuantizableLayer]] = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
+_TWINS: dict[type[nn.Module], Any] = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear, nn.GroupNorm: TapedGroupNorm}
 
 
 def prepare(model: nn.Module, *, format: str | Recipe = "luq-fp4", backend: str = "auto") -> nn.Module:
@@ -336,7 +342,7 @@ def prepare(model: nn.Module, *, format: str | Recipe = "luq-fp4", backend: str 
                 "calibrated in float32. Call model.float() first."
             )
     resolved = resolve_backend(backend, max_code=chosen.max_code, fits_int8=chosen.fits_int8, device=devices.pop())
-    twins: dict[nn.Module, QuantizableLayer] = {}
+    twins: dict[nn.Module, nn.Module] = {}
     for module in list(model.modules()):
         if type(module) in _TWINS:
             twins[module] = _TWINS[type(module)].twin_of(module)
@@ -379,15 +385,20 @@ def current_policy(model: nn.Module) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def running(model: nn.Module, run: Pass) -> Iterator[Pass]:
-    """All quantizable layers of the model work inside `run` until the block ends."""
+    """All layers of the model that know passes work inside `run` until the block ends."""
     layers = quantizable_layers(model).values()
+    norms = [module for module in model.modules() if isinstance(module, TapedGroupNorm)]
     for layer in layers:
         layer.current = run
+    for norm in norms:
+        norm.tape = run.tape
     try:
         yield run
     finally:
         for layer in layers:
             layer.current = None
+        for norm in norms:
+            norm.tape = None
 
 
 def fix(model: nn.Module) -> nn.Module:

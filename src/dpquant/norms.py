@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GroupNorm that hands over every example's own parameter gradients in the pass that computes them anyway.
+
+    y = gamma (x - mean) rstd + beta,     mean and rstd over a group's channels and all positions of one example
+    gamma's gradient of example i  = sum_t grad_it (x_it - mean_i) rstd_i,      beta's  = sum_t grad_it
+
+torch's own operator sums them over the batch. `prepare` puts this twin in a GroupNorm's place: the same parameters, the
+same state_dict, the same function. Native code runs it on channels-last maps in main memory; everything else goes
+through torch's operator and the listener in `clip.py`.
+
+Symbols: B examples, T positions, C channels, G groups. Source: Wu and He, arXiv 1803.08494.
+"""
+
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from dpquant.gradients import Formed
+
+try:
+    from dpquant import _native
+except ImportError:  # installed without a compiler
+    _native = None
+
+
+class Tape(Protocol):
+    """Where a layer leaves its parameters' per-example gradients."""
+
+    anchor: Tensor
+
+    def add(self, parameter: Tensor, contribution: Formed) -> None: ...
+
+
+class TapedGroupNorm(nn.GroupNorm):
+    """A GroupNorm that knows the tape of the pass that it runs in."""
+
+    tape: Tape | None
+
+    @classmethod
+    def twin_of(cls, module: nn.GroupNorm) -> "TapedGroupNorm":
+        """A layer with the module's own parameters, hooks and settings."""
+        twin = cls.__new__(cls)
+        twin.__dict__.update(module.__dict__)
+        twin.tape = None
+        return twin
+
+    def records(self, x: Tensor) -> bool:
+        """Whether the layer puts x's gradients on the tape by itself."""
+        return self.tape is not None and _runs_native(x)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.records(input) or (_runs_native(input) and not torch.is_grad_enabled()):
+            anchor = self.tape.anchor if self.tape is not None else None
+            return cast(Tensor, _GroupNorm.apply(input, self.weight, self.bias, anchor, self, self.tape))
+        return super().forward(input)
+
+
+def _runs_native(x: Tensor) -> bool:
+    able = _native is not None and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
+    return able and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+class _GroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, anchor, layer: TapedGroupNorm, tape: Tape | None):
+        mean, rstd = x.new_empty(2, len(x), layer.num_groups)
+        y = torch.empty_like(x)
+        assert _native is not None
+        _native.group_norm(
+            x.numpy(), _array(weight), _array(bias), y.numpy(), mean.numpy(), rstd.numpy(), eps=layer.eps,
+            **_sizes(x, layer),
+        )  # fmt: skip
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.layer, ctx.tape = layer, tape
+        return y
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> Any:
+        x, weight, mean, rstd = ctx.saved_tensors
+        grad = grads[0].contiguous(memory_format=torch.channels_last)
+        grad_x, (grad_weight, grad_bias) = torch.empty_like(x), x.new_empty(2, *x.shape[:2])
+        assert _native is not None
+        _native.group_norm_backward(
+            grad.numpy(), x.numpy(), _array(weight), mean.numpy(), rstd.numpy(), grad_x.numpy(), grad_weight.numpy(),
+            grad_bias.numpy(), **_sizes(x, ctx.layer),
+        )  # fmt: skip
+        if weight is not None:
+            ctx.tape.add(ctx.layer.weight, Formed(grad_weight))
+            ctx.tape.add(ctx.layer.bias, Formed(grad_bias))
+        return grad_x, None, None, None, None, None
+
+
+def _array(parameter: Tensor | None) -> Any:
+    return None if parameter is None else parameter.detach().numpy()
+
+
+def _sizes(x: Tensor, layer: TapedGroupNorm) -> dict[str, int]:
+    return {
+        "positions": x.shape[2] * x.shape[3],
+        "channels": x.shape[1],
+        "groups": layer.num_groups,
+        "threads": torch.get_num_threads(),
+    }
