@@ -6,10 +6,12 @@
 #include <nanobind/nanobind.h>
 
 namespace dpquant {
+void bind_noise(nanobind::module_ &m);
 void bind_quantizer(nanobind::module_ &m);
 }
 
 NB_MODULE(_native, m) {
     m.doc() = "The loops of dpquant that profiling proved to matter. Python modules state what they compute.";
+    dpquant::bind_noise(m);
     dpquant::bind_quantizer(m);
 }
