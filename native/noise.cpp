@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Random words to float32 noise in one pass. It is only speed: dpquant/noise.py states the meaning, and this file must agree
-// with it bit for bit. It draws nothing, holds no state and knows no key; every pair of words is handled by itself.
+// Random words to float32 noise in one pass. It is only speed: dpquant/noise.py states the meaning, and this file must
+// agree with it bit for bit. It draws nothing, holds no state and knows no key; every pair of words is handled by itself.
 //
-// All arithmetic is float64 and in the order of the meaning. Only operations that IEEE 754 rounds correctly are used, so
-// every machine gives the same bits. Integers become floats by their bits alone (SSE2 and AVX2 have no conversion from
-// 64-bit integers), and nothing branches, so that the compiler makes vectors of whole iterations.
+// All arithmetic is float64, in the order of the meaning, by operations that IEEE 754 rounds correctly: every machine
+// gives the same bits. Integers become floats by their bits alone (SSE2 and AVX2 cannot convert 64-bit integers), and
+// nothing branches, so that the compiler makes vectors of whole iterations.
 //
 // Compile without fast-math and without contraction of a * b + c: both would change bits.
 
@@ -64,7 +64,7 @@ INLINE double log_of(double u) {
     return exponent * LN2 + (s + s) * polynomial(ATANH, s * s);
 }
 
-// dpquant.noise.pairs_of_normals, for one pair.
+// dpquant.noise.normals, for one pair.
 INLINE void pair_of_normals(uint64_t a, uint64_t b, double *first, double *second) {
     const double length = std::sqrt(-2.0 * log_of(cell_midpoint(a)));
     const double radius = std::bit_cast<double>(std::bit_cast<uint64_t>(length) ^ ((b << 62) & SIGN));

@@ -157,6 +157,7 @@ def test_a_series_that_is_a_term_too_short_would_be_seen(series, monkeypatch):
 
 def test_the_lowest_and_highest_words_give_the_stated_extremes():
     lowest, highest = np.zeros(4, np.uint64), np.full(4, 2**64 - 1, np.uint64)
+    assert cell_midpoints(np.array([int(math.sqrt(0.5) * 2**52) << 12], np.uint64)) == math.sqrt(0.5)
     assert cell_midpoints(lowest[:1]) == 2.0**-53 and cell_midpoints(highest[:1]) == 1 - 2.0**-53
     z = normals(np.stack([lowest, highest], axis=1).ravel())  # the longest radius, and the shortest
     assert np.hypot(*z.reshape(-1, 2)[0]) == pytest.approx(math.sqrt(106 * math.log(2)), rel=1e-15)
@@ -210,7 +211,8 @@ def test_an_angle_that_shares_its_word_with_the_radius_would_be_seen():
 
 def assert_native_equals_numpy(size: int, std: float, threads: int = 1, *, native_std: float | None = None) -> None:
     words = words_of(size + size % 2, str(size))
-    extremes = np.resize(np.array([0, 2**64 - 1, 2**63, 2**63 - 1, 4095], np.uint64), 10)[: words.size]
+    root = int(math.sqrt(0.5) * 2**52) << 12  # u = sqrt(1/2), where the logarithm's reduction changes over
+    extremes = np.resize(np.array([0, 2**64 - 1, 2**63, 2**63 - 1, root, root - 1, 4095], np.uint64), 14)[: words.size]
     words[: extremes.size] = extremes
     expected = (std * normals(words))[:size].astype(np.float32)
     filled = np.full(size, np.nan, np.float32)

@@ -37,7 +37,7 @@ class RandomStream:
         """The next `count` words.
 
         Args:
-          count: how many. Many at a time are quicker than many times few, up to some ten thousand.
+          count: how many; some ten thousand at a time are quickest.
         Returns: uint64 `(count,)`, uniform on 0 .. 2^64 - 1; may be read-only.
         Privacy: reads no data.
         """
