@@ -162,7 +162,7 @@ def test_a_clip_factor_never_rounds_up_however_small(max_grad_norm):
 def test_long_rows_of_one_value_do_not_exceed_c(positions):
     """Sums of equal terms round one way, each time: the worst that a record can do to a float32 norm."""
     x, g = torch.full((1, 16384, positions, 1), 1 / 3), torch.full((1, 64, positions, 1), 0.7)
-    product = Product(x, g, None, 0, Geometry(), torch.Size((64, 16384)))
+    product = Product.of(x, g, Geometry(), torch.Size((64, 16384)), significant_bits=1)
     for contribution in (product, product.by_patches(), product.by_groups()):
         factors, _ = clip_factors(contribution.squared_norms(), 1e-3)
         total = contribution.finished(contribution.add_weighted(factors, None))

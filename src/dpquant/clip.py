@@ -34,7 +34,7 @@ PerExampleLoss = Callable[[nn.Module, Any], Tensor]
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny  # below it, rounding to float32 could double a factor
 
 # Examples a backward pass by default: where parameters are few, calls cost most; where they are many, memory does.
-_MICROBATCH_OF_SMALL, _MICROBATCH_OF_LARGE, _MANY_PARAMETERS = 256, 64, 2**20
+_MICROBATCH_OF_SMALL, _MICROBATCH_OF_LARGE, _MANY_PARAMETERS = 64, 32, 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,9 @@ def clipped_sum(
 
     Example i's contribution depends on the model, on its own record and on its own rounding draws, which are fixed by
     (seed, step, record id): on nothing else. So the sum over any two batches that differ in one record differs by at
-    most `max_grad_norm`. Microbatches change memory and time, never the result beyond float32 rounding.
+    most `max_grad_norm`. Every microbatch has the same size, filled up where need be, so that an example's own
+    contribution does not depend on how many others there are. Another size changes memory and time, and the last bits
+    of every sum; where layers run quantized after others that do not, a last bit can become another code.
 
     Args:
       model: a prepared model (`dpquant.prepare`), trainable privately (`check_trainable`).
@@ -98,19 +100,30 @@ def clipped_sum(
     size = microbatch_size or default_microbatch_size(sum(p.numel() for p in trainable.values()))
     key = derive_key(seed, "step", step)
     with working_memory(), _taping(model, trainable) as tape, running(model, Pass(key=key, tape=tape)) as run:
-        for start in range(0, len(record_ids), size):
-            rows = slice(start, start + size)
-            run.begin(record_ids[rows])
+        for piece, ids, num_examples in microbatches(batch, record_ids, size):
+            run.begin(ids)
             tape.rewind()
-            losses = per_example_losses(loss_fn, model, take_rows(batch, rows), len(record_ids[rows]))
-            (losses.sum() + 0 * tape.anchor).backward()
-            tape.add_clipped(max_grad_norm, len(losses))
+            losses = per_example_losses(loss_fn, model, piece, size)
+            (losses[:num_examples].sum() + 0 * tape.anchor).backward()
+            tape.add_clipped(max_grad_norm, size, num_examples)
         return ClippedSum(grads=tape.totals(), sensitivity=float(max_grad_norm))
 
 
 def default_microbatch_size(num_parameters: int) -> int:
     """Examples a backward pass."""
     return _MICROBATCH_OF_SMALL if num_parameters < _MANY_PARAMETERS else _MICROBATCH_OF_LARGE
+
+
+def microbatches(batch: Any, record_ids: Tensor, size: int) -> Iterator[tuple[Any, Tensor, int]]:
+    """A batch in pieces of exactly `size` examples: (batch, record ids, how many of them count).
+
+    The last piece is filled up with its own last example, which counts once. An operator may sum in another order when
+    it is given another number of examples, and stochastic rounding makes a different code of a last bit. Were pieces
+    only as long as need be, a record that comes or goes would change what the others contribute.
+    """
+    for start in range(0, len(record_ids), size):
+        rows = torch.arange(start, start + size).clamp_(max=len(record_ids) - 1)
+        yield take_rows(batch, rows), record_ids[rows], min(size, len(record_ids) - start)
 
 
 def take_rows(batch: Any, rows: slice | Tensor) -> Any:
@@ -176,18 +189,19 @@ class _GradientTape:
         if parameter in self._names:
             self._contributions[self._names[parameter]].append(contribution)
 
-    def add_clipped(self, max_grad_norm: float, num_examples: int) -> None:
-        """Add sum_i c_i G_i of the microbatch on the tape to the totals."""
+    def add_clipped(self, max_grad_norm: float, size: int, num_examples: int) -> None:
+        """Add sum_i c_i G_i of the microbatch of `size` on the tape to the totals; its first `num_examples` count."""
         parts = {name: self._one_contribution(name) for name in self._contributions}
         squared_norms = {name: part.squared_norms() for name, part in parts.items()}
         for name, norms in squared_norms.items():
-            if len(norms) != num_examples:
+            if len(norms) != size:
                 raise ModelError(
                     f"Expected the first axis of every module's input to be the example; got one of another length for "
                     f"{name}. Its gradients would be clipped by rows that are no examples. Put the examples first."
                 )
         squared_norms_B = torch.stack(list(squared_norms.values())).sum(0)
         factors_B, finite_B = clip_factors(squared_norms_B, max_grad_norm)
+        factors_B[num_examples:] = 0
         if not finite_B.all():
             rows = finite_B.nonzero().flatten()
             parts = {name: part.take(rows) for name, part in parts.items()}

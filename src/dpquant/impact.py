@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpquant.clip import PerExampleLoss, clip_factors, per_example_losses, take_rows
+from dpquant.clip import PerExampleLoss, clip_factors, microbatches, per_example_losses
 from dpquant.errors import SettingError
 from dpquant.layers import Pass, Replay, current_policy, quantizable_layers, running, set_policy
 from dpquant.streams import derive_key
@@ -54,7 +54,7 @@ def impact_sum(
     step: int,
     seed: int,
     repeats: int = 1,
-    microbatch_size: int = 256,
+    microbatch_size: int = 64,
 ) -> ImpactSum:
     """The sum over a batch of per-example impact vectors, each scaled to at most `max_norm`.
 
@@ -89,10 +89,10 @@ def impact_sum(
         )
     total = torch.zeros(len(names), dtype=torch.float64)
     with _undisturbed(model), torch.no_grad():
-        for start in range(0, len(record_ids), microbatch_size):
-            rows = slice(start, start + microbatch_size)
-            v_BP = _impacts(model, loss_fn, take_rows(batch, rows), names, record_ids[rows], step, seed, repeats)
+        for piece, ids, num_examples in microbatches(batch, record_ids, microbatch_size):
+            v_BP = _impacts(model, loss_fn, piece, names, ids, step, seed, repeats)
             factors_B, finite_B = clip_factors(v_BP.square().sum(1), max_norm)
+            finite_B[num_examples:] = False
             total += factors_B[finite_B].double() @ v_BP[finite_B]
     return ImpactSum(impacts=total, sensitivity=float(max_norm))
 

@@ -15,6 +15,7 @@ accumulator comes out as a float32 and differs from the exact integer only by th
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -45,10 +46,44 @@ class Geometry:
         """How far a window's last input lies behind its first."""
         return self.dilation[0] * (self.kernel[0] - 1), self.dilation[1] * (self.kernel[1] - 1)
 
+    def trimmed(self, size: tuple[int, int]) -> tuple["Geometry", tuple[slice, slice]]:
+        """An equal convolution of inputs of `size` without the outer taps that only ever meet padding, and which stay.
+
+        A 3x3 kernel on a 1x1 image is a 1x1 kernel: nine times less of everything.
+        """
+        rows, columns = (
+            _met(*axis) for axis in zip(size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        )
+        if (rows.stop - rows.start, columns.stop - columns.start) == self.kernel:
+            return self, (rows, columns)
+        kernel = (rows.stop - rows.start, columns.stop - columns.start)
+        padding = (
+            self.padding[0] - rows.start * self.dilation[0],
+            self.padding[1] - columns.start * self.dilation[1],
+        )
+        return dataclasses.replace(self, kernel=kernel, padding=padding), (rows, columns)
+
     @property
     def pointwise(self) -> bool:
         """True for a 1x1 convolution that visits every position once: a matrix product over positions."""
         return self == Geometry(groups=self.groups) and self.groups == 1
+
+
+@functools.cache
+def _met(size: int, kernel: int, stride: int, padding: int, dilation: int) -> slice:
+    """Along one axis: from the first to the last tap that meets the image, where the others can be left out."""
+    outputs = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+    met = [
+        tap
+        for tap in range(kernel)
+        if any(0 <= position * stride + tap * dilation - padding < size for position in range(outputs))
+    ]
+    if met:
+        count, start = met[-1] + 1 - met[0], padding - met[0] * dilation
+        # padding is the same on both sides: it has to give as many outputs as before
+        if start >= 0 and (size + 2 * start - dilation * (count - 1) - 1) // stride + 1 == outputs:
+            return slice(met[0], met[-1] + 1)
+    return slice(0, kernel)
 
 
 class Products(Protocol):
@@ -107,11 +142,36 @@ class Int8Products:
     def __init__(self, weight: QTensor, geometry: Geometry):
         self._weight = _Int8Weight(weight.codes)
         self._geometry = geometry
+        self._taps: dict[tuple[_Phase, _Phase], _Int8Weight] = {}
 
     def forward(self, x: QTensor) -> Tensor:
         return self._weight.convolved(x.codes, self._geometry)
 
     def input_gradient(self, grad: QTensor, size: tuple[int, int]) -> Tensor:
+        """Convolutions of the gradient with the transposed kernel, or with those of its taps that meet."""
+        if self._geometry.stride != (1, 1) and self._geometry.dilation == (1, 1):
+            return self._by_phases(grad.codes, size)
+        return self._by_stuffing(grad, size)
+
+    def _by_phases(self, codes: Tensor, size: tuple[int, int]) -> Tensor:
+        """Input positions of one phase (row and column modulo the stride) meet the same taps: one convolution each."""
+        stride, padding = self._geometry.stride, self._geometry.padding
+        channels = self._geometry.groups * self._weight.codes.shape[1]
+        full = torch.zeros(len(codes), channels, *size).contiguous(memory_format=torch.channels_last)
+        for rows, columns in itertools.product(*map(_phases, self._geometry.kernel, stride, padding, size)):
+            if (rows, columns) not in self._taps:
+                self._taps[rows, columns] = _Int8Weight(self._swapped[:, :, rows.taps][..., columns.taps].contiguous())
+            # what does not lie inside of the gradient on one side is padded on both: the other side's is cut off
+            pad = rows.padding(codes.shape[2]), columns.padding(codes.shape[3])
+            geometry = Geometry(kernel=(len(rows.taps), len(columns.taps)), padding=pad, groups=self._geometry.groups)
+            part = self._taps[rows, columns].convolved(codes, geometry)
+            top, left = rows.first + pad[0], columns.first + pad[1]
+            full[:, :, rows.phase :: stride[0], columns.phase :: stride[1]] = part[
+                :, :, top : top + rows.count, left : left + columns.count
+            ]
+        return full
+
+    def _by_stuffing(self, grad: QTensor, size: tuple[int, int]) -> Tensor:
         """A convolution of the zero-stuffed gradient with the flipped, transposed kernel."""
         g, reach = self._geometry, self._geometry.reach
         padding = (max(reach[0] - g.padding[0], 0), max(reach[1] - g.padding[1], 0))
@@ -122,10 +182,40 @@ class Int8Products:
         return full[:, :, crop[0] : crop[0] + size[0], crop[1] : crop[1] + size[1]]
 
     @functools.cached_property
+    def _swapped(self) -> Tensor:
+        """The codes with input and output channels exchanged: `(C, O / G, *kernel)`."""
+        return self._weight.codes.unflatten(0, (self._geometry.groups, -1)).transpose(1, 2).flatten(0, 1)
+
+    @functools.cached_property
     def _transposed(self) -> "_Int8Weight":
-        codes, num_groups = self._weight.codes, self._geometry.groups
-        grouped = codes.unflatten(0, (num_groups, -1)).transpose(1, 2).flip(3, 4)
-        return _Int8Weight(grouped.flatten(0, 1).contiguous())
+        return _Int8Weight(self._swapped.flip(2, 3).contiguous())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Phase:
+    """Along one axis: input position phase + stride * m gets sum_k gradient[m + first + k] * kernel[taps[k]]."""
+
+    phase: int
+    count: int  # of positions m
+    taps: tuple[int, ...]
+    first: int
+
+    def padding(self, length: int) -> int:
+        """How many zeros are needed on either side of a gradient of `length`."""
+        last = self.count - 1 + self.first + len(self.taps) - 1
+        return max(-self.first, last - (length - 1), 0)
+
+
+def _phases(kernel: int, stride: int, padding: int, size: int) -> list[_Phase]:
+    """The phases of an axis that meet any tap, for an input of `size`."""
+    found = []
+    for phase in range(min(stride, size)):
+        # tap i of gradient position u meets input position stride * u - padding + i
+        taps = tuple(i for i in reversed(range(kernel)) if (phase + padding - i) % stride == 0)
+        if taps:
+            count = (size - phase + stride - 1) // stride
+            found.append(_Phase(phase, count, taps, (phase + padding - taps[0]) // stride))
+    return found
 
 
 class _Int8Weight:

@@ -107,7 +107,8 @@ class Pass:
     record_ids: Tensor | None = None
     tape: Tape | None = None
     replay: Replay | None = None
-    _products: dict[nn.Module, tuple[Products, Tensor]] = dataclasses.field(default_factory=dict)
+    _weights: dict[nn.Module, QTensor] = dataclasses.field(default_factory=dict)
+    _products: dict[tuple[nn.Module, Geometry], Products] = dataclasses.field(default_factory=dict)
     _calls: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
     def begin(self, record_ids: Tensor) -> None:
@@ -125,11 +126,16 @@ class Pass:
         ids = self.record_ids if self.record_ids is not None else torch.arange(batch_size)
         return row_keys(derive_key(self.key, layer.name, role, call), ids)
 
-    def quantized_weight(self, layer: "QuantizableLayer") -> tuple[Products, Tensor]:
-        """The layer's products on its quantized weight, and the weight's scale `(1,)`; made once per pass."""
-        if layer not in self._products:
-            self._products[layer] = layer.quantize_weight(self)
-        return self._products[layer]
+    def quantized_weight(self, layer: "QuantizableLayer", size: tuple[int, int]) -> tuple[Products, Tensor]:
+        """The layer's products on its quantized weight for inputs of `size`, and the weight's scale `(1,)`."""
+        if layer not in self._weights:
+            self._weights[layer] = layer.quantize_weight(self)
+        weight = self._weights[layer]
+        geometry, taps = layer.geometry.trimmed(size)
+        if (layer, geometry) not in self._products:
+            met = dataclasses.replace(weight, codes=weight.codes[:, :, *taps].contiguous())
+            self._products[layer, geometry] = layer.products(met, geometry)
+        return self._products[layer, geometry], weight.scale
 
 
 class QuantizableLayer(nn.Module):
@@ -156,17 +162,20 @@ class QuantizableLayer(nn.Module):
         """How the layer walks over its (already padded) input."""
         return Geometry()
 
-    def quantize_weight(self, run: Pass) -> tuple[Products, Tensor]:
-        """Quantize W as one tensor and pack it for the backend. W is public: its scale may see all of it."""
+    def quantize_weight(self, run: Pass) -> QTensor:
+        """The codes of W as one tensor. W is public: its scale may see all of it."""
         kernel = self.geometry.kernel
         weight = self.weight.detach().reshape(self.weight.shape[0], -1, *kernel)
         keys = row_keys(derive_key(run.key, self.name, "weight"), torch.zeros(1, dtype=torch.int64))
         role = self.recipe.weight
         rows = quantize_rows(weight.reshape(1, -1), role.format, role.rounding, keys.to(weight.device))
-        codes = QTensor(codes=rows.codes.view(weight.shape), scale=rows.scale)
+        return QTensor(codes=rows.codes.view(weight.shape), scale=rows.scale)
+
+    def products(self, weight: QTensor, geometry: Geometry) -> Products:
+        """The backend's products with a quantized weight."""
         if self.backend == "int8":
-            return Int8Products(codes, self.geometry), rows.scale
-        return SimulatedProducts(codes, self.geometry, self.recipe.max_code), rows.scale
+            return Int8Products(weight, geometry)
+        return SimulatedProducts(weight, geometry, self.recipe.max_code)
 
     def quantize(self, x: Tensor, role: RoleFormat, keys: Tensor) -> QTensor:
         """Codes and one scale per example of x `(B, C, H, W)`, in the layout that the backend takes."""
@@ -243,13 +252,15 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, anchor, layer: QuantizableLayer, run: Pass):
         ctx.layer, ctx.run, ctx.call, ctx.quantized = layer, run, run.next_call(layer), layer.quantized
-        ctx.size, geometry = x.shape[2:], layer.geometry
+        ctx.size = x.shape[2:]
+        ctx.geometry, ctx.taps = geometry, taps = layer.geometry.trimmed(ctx.size)
         if not layer.quantized:
+            weight = weight[:, :, *taps]
             ctx.save_for_backward(x, weight)
             return F.conv2d(
                 x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, groups=geometry.groups
             )
-        ctx.products, ctx.weight_scale = run.quantized_weight(layer)
+        ctx.products, ctx.weight_scale = run.quantized_weight(layer, ctx.size)
         keys = run.draw_keys(layer, "activation", ctx.call, len(x))
         ctx.x = layer.quantize(x, layer.recipe.activation, keys)
         y = _scaled(ctx.products.forward(ctx.x), ctx.x.scale * ctx.weight_scale)
@@ -267,7 +278,7 @@ class _Convolution(torch.autograd.Function):
         else:
             (x, weight), g = ctx.saved_tensors, grad
             if ctx.needs_input_grad[0]:
-                grad_x = input_gradient(g, weight, layer.geometry, ctx.size)
+                grad_x = input_gradient(g, weight, ctx.geometry, ctx.size)
         if run.tape is not None:
             run.tape.record(layer, x, g, grad)
             return grad_x, None, None, None, None, None

@@ -26,6 +26,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dpquant.choice import fastest
@@ -49,6 +50,29 @@ _ENOUGH_POSITIONS = 2048  # from here on a matrix product over positions takes n
 _MOST_TRIED = 64  # examples, when a way is tried
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where the gradients of some kernel taps belong in a weight.
+
+    Attributes:
+      shape: of the weight, `(O, C / G, *kernel)` or `(O, C)`.
+      kernel: of the weight.
+      taps: rows and columns of the kernel that the gradients are of; the others' are zero.
+    """
+
+    shape: torch.Size
+    kernel: tuple[int, int]
+    taps: tuple[slice, slice]
+
+    def filled(self, gradients: Tensor) -> Tensor:
+        """`(..., O, C / G, *taps)` -> `(..., *shape)`."""
+        (top, bottom), (left, right) = (
+            (taps.start, size - taps.stop) for taps, size in zip(self.taps, self.kernel, strict=True)
+        )
+        full = F.pad(gradients, (left, right, top, bottom)) if top or bottom or left or right else gradients
+        return full.reshape(*gradients.shape[:-4], *self.shape)
+
+
 @dataclasses.dataclass
 class FormedProduct(Formed):
     """Weight gradients that exist already, of values or of codes without their scales.
@@ -57,25 +81,25 @@ class FormedProduct(Formed):
       gradients: `(B, ...)` in the weight's order, or `(B, O, D)` in patch order where a geometry is given.
       scale_B: of the codes; None: values.
       geometry: whose patch order it is.
-      shape: of the weight.
+      weight: where they belong.
     """
 
     scale_B: Tensor | None
     geometry: Geometry | None
-    shape: torch.Size
+    weight: "Place"
 
     def squared_norms(self) -> Tensor:
         return _times_squares(super().squared_norms(), self.scale_B)
 
     def per_example(self) -> Tensor:
-        gradients = self._in_order(self.gradients).reshape(-1, *self.shape)
-        return gradients if self.scale_B is None else gradients * self.scale_B.view(-1, *[1] * len(self.shape))
+        gradients = self.weight.filled(self._in_order(self.gradients))
+        return gradients if self.scale_B is None else gradients * self.scale_B.view(-1, *[1] * (gradients.ndim - 1))
 
     def add_weighted(self, weights_B: Tensor, total: Tensor | None) -> Tensor:
         return super().add_weighted(scaled_weights(weights_B, self.scale_B), total)
 
     def finished(self, total: Tensor) -> Tensor:
-        return self._in_order(total).reshape(self.shape)
+        return self.weight.filled(self._in_order(total))
 
     def take(self, rows: Tensor) -> "FormedProduct":
         return dataclasses.replace(self, gradients=self.gradients[rows], scale_B=_some(self.scale_B, rows))
@@ -92,7 +116,8 @@ class Product:
       x, g: values or integer codes, float32, channels last: `(B, C, H, W)` and `(B, O, H', W')`.
       scale_B: of the product of codes; None: values.
       pieces: how many bfloat16 numbers add up to a factor times a code of g; 0 for values, which are not rounded.
-      geometry, shape: of the layer and its weight.
+      geometry: how the taps walk over x.
+      weight: where the gradients belong.
     """
 
     x: Tensor
@@ -100,19 +125,24 @@ class Product:
     scale_B: Tensor | None
     pieces: int
     geometry: Geometry
-    shape: torch.Size
+    weight: Place
 
     @classmethod
     def of(
         cls, x: Tensor | QTensor, g: Tensor | QTensor, geometry: Geometry, shape: torch.Size, *, significant_bits: int
     ) -> "Product":
-        """From a layer's operands, both quantized or neither. significant_bits: of g's codes."""
+        """From a layer's operands, both quantized or neither. geometry, shape: the layer's and its weight's.
+        significant_bits: of g's codes.
+        """
         # detached: the graph holds the tape, so that a tape that held the graph would never be freed
-        operands = (code_values(t).detach().contiguous(memory_format=torch.channels_last) for t in (x, g))
+        values_x, values_g = (code_values(t).detach().contiguous(memory_format=torch.channels_last) for t in (x, g))
+        scale_B, pieces = None, 0
         if isinstance(x, QTensor) and isinstance(g, QTensor):
+            scale_B = x.scale * g.scale
             # eight bits of the factor and one of the code are eight; and eight and up to seven fit in two eights
-            return cls(*operands, x.scale * g.scale, 1 if significant_bits == 1 else 2, geometry, shape)
-        return cls(*operands, None, 0, geometry, shape)
+            pieces = 1 if significant_bits == 1 else 2
+        met, taps = geometry.trimmed(values_x.shape[2:])
+        return cls(values_x, values_g, scale_B, pieces, met, Place(shape, geometry.kernel, taps))
 
     def squared_norms(self) -> Tensor:
         """By Gram matrices: <x_i x_i^T, g_i g_i^T>, summed in float64, with a margin for the Grams' own round-off."""
@@ -138,7 +168,7 @@ class Product:
         return total
 
     def finished(self, total: "_Waiting") -> Tensor:
-        return total.value().reshape(self.shape)
+        return self.weight.filled(total.value())
 
     def take(self, rows: Tensor) -> "Product":
         return dataclasses.replace(self, x=self.x[rows], g=self.g[rows], scale_B=_some(self.scale_B, rows))
@@ -146,12 +176,12 @@ class Product:
     def by_patches(self) -> FormedProduct:
         """The gradients themselves, by a batched product."""
         products = patch_products(positions(self.g, self.geometry), unfolded(self.x, self.geometry))
-        return FormedProduct(products, self.scale_B, self.geometry, self.shape)
+        return FormedProduct(products, self.scale_B, self.geometry, self.weight)
 
     def by_groups(self) -> FormedProduct:
         """The gradients themselves, by a grouped convolution."""
         products = grouped_products(self.g, self.x, self.geometry)
-        return FormedProduct(products, self.scale_B, None, self.shape)
+        return FormedProduct(products, self.scale_B, None, self.weight)
 
     def fastest(self) -> Contribution:
         """The same gradients in the form whose norms and sum take the least time here."""
@@ -162,7 +192,8 @@ class Product:
             "groups": Product.by_groups,
             "grams": lambda product: product,
         }
-        num_positions, out_channels, patch = self.g[0, 0].numel(), self.shape[0], math.prod(self.shape[1:])
+        num_positions, out_channels = self.g[0, 0].numel(), self.g.shape[1]
+        patch = self.x.shape[1] // self.geometry.groups * math.prod(self.geometry.kernel)
         gram_cost, formed_cost = num_positions * (out_channels + patch), out_channels * patch
         if gram_cost > _CLEAR * formed_cost:
             del forms["grams"]
@@ -179,7 +210,7 @@ class Product:
         )
         weights_B = torch.ones(examples)
         scale_B = None if self.scale_B is None else weights_B
-        contribution = form(Product(x, g, scale_B, self.pieces, self.geometry, self.shape))
+        contribution = form(Product(x, g, scale_B, self.pieces, self.geometry, self.weight))
         contribution.squared_norms()
         contribution.finished(contribution.add_weighted(weights_B, None))
 
