@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Random words to float32 noise in one pass. It is only speed: dpquant/noise.py states the meaning, and this file must
-// agree with it bit for bit. It draws nothing, holds no state and knows no key; every pair of words is handled by itself.
+// agree with it bit for bit. It draws nothing, holds no state, knows no key, and takes every pair of words by itself.
 //
 // All arithmetic is float64, in the order of the meaning, by operations that IEEE 754 rounds correctly: every machine
 // gives the same bits. Integers become floats by their bits alone (SSE2 and AVX2 cannot convert 64-bit integers), and
