@@ -5,30 +5,58 @@ import hashlib
 
 import numpy as np
 import pytest
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from randomgen import AESCounter
 
 from dpquant.errors import SettingError
-from dpquant.keys import SecretKey
+from dpquant.keys import RandomStream, SecretKey
 
 SECRET = bytes(range(16))
 PURPOSES = [("a", 11), ("a1", 1), ("a", "11"), ("a", 1, 1), (11, "a"), ("a",), ("", "a"), (), ('a", 11',), ("ä",)]
 
 
 def aes_counter_mode(subkey: bytes, num_blocks: int) -> np.ndarray:
-    """AES-128 of 0, 1, 2, ..., as 64-bit words; block, key and counter in little-endian order."""
-    cipher = Cipher(algorithms.AES(subkey), modes.ECB()).encryptor()
-    return np.frombuffer(b"".join(cipher.update(i.to_bytes(16, "little")) for i in range(num_blocks)), "<u8")
+    """AES-128 of 0, 1, 2, ..., as 64-bit words, by another library, whose keys and counters are little-endian."""
+    key, counters = int.from_bytes(subkey, "little"), [i.to_bytes(16, "big") for i in range(num_blocks)]
+    generators = [AESCounter(key=key, counter=int.from_bytes(counter, "little")) for counter in counters]
+    return np.concatenate([generator.random_raw(2) for generator in generators])
+
+
+def assert_stream_is_the_standards(stream) -> None:
+    message, person = b'["sampling", "train", 3, 1]', b"dpquant.stream"
+    subkey = hashlib.blake2b(message, key=SECRET, digest_size=16, person=person).digest()
+    assert np.array_equal(stream("sampling", "train", 3, 1).words(1000), aes_counter_mode(subkey, 500))
 
 
 def test_a_stream_is_aes_in_counter_mode_under_a_hashed_key():
-    message, person = b'["sampling", "train", 3, 1]', b"dpquant.stream"
-    subkey = hashlib.blake2b(message, key=SECRET, digest_size=16, person=person).digest()
-    raw = SecretKey(SECRET).stream("sampling", "train", 3, 1).random_raw(1000)
-    assert np.array_equal(raw, aes_counter_mode(subkey, 500))
+    assert_stream_is_the_standards(SecretKey(SECRET).stream)
+
+
+@pytest.mark.parametrize("skipped", [2, 256])
+def test_a_stream_that_begins_elsewhere_would_be_seen(skipped):
+    def late(*purpose):
+        stream = SecretKey(SECRET).stream(*purpose)
+        stream.words(skipped)
+        return stream
+
+    with pytest.raises(AssertionError):
+        assert_stream_is_the_standards(late)
+
+
+def test_the_first_block_is_the_published_one():
+    """AES-128 of the zero block under the zero key: H of test case 1 of the GCM specification."""
+    assert RandomStream(bytes(16)).words(2).astype("<u8").tobytes().hex() == "66e94bd4ef8a2c3b884cfa59ca342b2e"
+
+
+@pytest.mark.parametrize("parts", [(0, 1, 2, 3, 194), (70_000, 130_000), (65_536, 65_536, 1), (65_537, 65_535)])
+def test_a_stream_may_be_read_in_parts(parts):
+    whole, stream = SecretKey(SECRET).stream("x").words(sum(parts)), SecretKey(SECRET).stream("x")
+    read = [stream.words(count) for count in parts]
+    assert [len(part) for part in read] == list(parts)
+    assert np.array_equal(np.concatenate(read), whole)
 
 
 def assert_every_purpose_has_its_own_stream(stream) -> None:
-    words = np.concatenate([stream(*purpose).random_raw(100) for purpose in PURPOSES])
+    words = np.concatenate([stream(*purpose).words(100) for purpose in PURPOSES])
     assert len(np.unique(words)) == 100 * len(PURPOSES)
 
 
@@ -42,15 +70,15 @@ def test_joining_the_parts_of_a_purpose_would_be_seen():
 
 
 def test_a_stream_is_a_function_of_key_and_purpose():
-    assert np.array_equal(SecretKey(SECRET).stream("x").random_raw(8), SecretKey(SECRET).stream("x").random_raw(8))
+    assert np.array_equal(SecretKey(SECRET).stream("x").words(8), SecretKey(SECRET).stream("x").words(8))
 
 
 def test_keys_are_fresh_and_secret_unless_they_come_from_a_seed():
-    fresh = [SecretKey().stream("x").random_raw(1)[0] for _ in range(100)]
+    fresh = [SecretKey().stream("x").words(1)[0] for _ in range(100)]
     assert len(set(fresh)) == 100
     assert SecretKey().secure
     assert not SecretKey.from_seed(0).secure
-    seeded = [SecretKey.from_seed(seed).stream("x").random_raw(1)[0] for seed in (-1, 0, 1, 2**200, 0)]
+    seeded = [SecretKey.from_seed(seed).stream("x").words(1)[0] for seed in (-1, 0, 1, 2**200, 0)]
     assert len(set(seeded)) == 4
 
 

@@ -10,9 +10,10 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from dpquant import noise as noise_module
 from dpquant.errors import SettingError
 from dpquant.keys import SecretKey
-from dpquant.noise import NoiseSource
+from dpquant.noise import NoiseSource, cell_midpoints, log_of, normals, sine_and_cosine
 
 ALPHA = 1e-6
 NUM_DRAWS = 2_000_000
@@ -55,6 +56,12 @@ def test_a_wrong_scale_would_be_seen(factor):
         assert_normal_of(STD, factor * HONEST)
 
 
+def test_a_quarter_of_the_circle_would_be_seen():
+    words = words_of(NUM_DRAWS) & np.uint64(2**64 - 4)
+    with pytest.raises(AssertionError):
+        assert_normal_of(1.0, torch.from_numpy(normals(words)))
+
+
 def test_another_shape_of_the_same_scale_would_be_seen():
     uniform = torch.rand(NUM_DRAWS, generator=torch.Generator().manual_seed(0)).sub(0.5).mul(math.sqrt(12) * STD)
     with pytest.raises(AssertionError):
@@ -86,13 +93,161 @@ def test_correlated_noise_would_be_seen():
         assert_unrelated(draws)
 
 
-def test_noise_is_numpys_normals_on_the_keys_stream():
+# The normals that a stream's words stand for
+
+
+def words_of(size: int, *purpose: str) -> np.ndarray:
+    return SecretKey(b"a key for tests!").stream("words", *purpose).words(size).copy()
+
+
+def box_muller(words: np.ndarray) -> np.ndarray:
+    """The module's formula by numpy's log, sine and cosine, the angle put together from all its bits."""
+    a, b = words[0::2], words[1::2]
+    u, v = ((word >> 12) * 2.0**-52 + 2.0**-53 for word in (a, b))
+    turned = np.where(b & 1, 0.5 - (v - 0.5) * 0.5, (v - 0.5) * 0.5)  # in units of pi: exchange is reflection
+    angle = math.pi * np.where(b & 2, turned + 1.0, turned)
+    radius = np.sqrt(-2.0 * np.log(u))
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).ravel()
+
+
+def test_noise_is_box_mullers_normals_on_the_keys_stream():
     key = SecretKey.from_seed(5)
-    bits = key.stream("noise", "train", 2, 1, "fc.weight")
-    expected = (0.3 * np.random.Generator(bits).standard_normal((3, 4))).astype(np.float32)
+    words = key.stream("noise", "train", 2, 1, "fc.weight").words(12)
     noise = NoiseSource(key).gaussian((3, 4), 0.3, stream="train", step=2, attempt=1, name="fc.weight")
     assert noise.dtype == torch.float32
-    assert np.array_equal(noise.numpy(), expected)
+    np.testing.assert_allclose(noise.numpy().ravel(), 0.3 * box_muller(words), rtol=1e-6)
+
+
+def test_normals_are_box_mullers():
+    words = words_of(1_000_000)
+    np.testing.assert_allclose(normals(words), box_muller(words), rtol=1e-13, atol=4e-15)
+
+
+@pytest.mark.parametrize("bit", [0, 1, 12, 63])
+def test_normals_that_leave_out_a_bit_of_the_angle_would_be_seen(bit):
+    words = words_of(1000)
+    broken = words.copy()
+    broken[1::2] &= np.uint64(2**64 - 1 - 2**bit)
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(normals(broken), box_muller(words), rtol=1e-13, atol=4e-15 if bit != 12 else 0)
+
+
+def assert_accurate(log, sine, cosine) -> None:
+    """Errors below 1e-15 of the value: everywhere, near 1, and at every power of two."""
+    powers = 2.0 ** -np.arange(1, 54)
+    near = powers[:-1, None] * (1 + 2.0**-52 * np.arange(-3, 4))
+    u = np.concatenate([cell_midpoints(words_of(500_000)), powers, 1 - powers, near.ravel(), math.sqrt(0.5) * powers])
+    wide = np.longdouble  # more digits than float64 on x86, the same elsewhere: the bound holds for both
+    assert np.abs(log(u) / np.log(u.astype(wide)) - 1).max() < 1e-15
+    x = np.concatenate([(u - 0.5) * (math.pi / 2), [-math.pi / 4, math.pi / 4]])
+    assert np.abs(sine(x[x != 0]) / np.sin(x[x != 0].astype(wide)) - 1).max() < 1e-15
+    assert np.abs(cosine(x) / np.cos(x.astype(wide)) - 1).max() < 1e-15
+
+
+def test_the_written_out_functions_are_accurate():
+    assert_accurate(log_of, lambda x: sine_and_cosine(x)[0], lambda x: sine_and_cosine(x)[1])
+
+
+@pytest.mark.parametrize("series", ["_ATANH", "_SIN", "_COS"])
+def test_a_series_that_is_a_term_too_short_would_be_seen(series, monkeypatch):
+    monkeypatch.setattr(noise_module, series, getattr(noise_module, series)[:-2])
+    with pytest.raises(AssertionError):
+        test_the_written_out_functions_are_accurate()
+
+
+def test_the_lowest_and_highest_words_give_the_stated_extremes():
+    lowest, highest = np.zeros(4, np.uint64), np.full(4, 2**64 - 1, np.uint64)
+    assert cell_midpoints(np.array([int(math.sqrt(0.5) * 2**52) << 12], np.uint64)) == math.sqrt(0.5)
+    assert cell_midpoints(lowest[:1]) == 2.0**-53 and cell_midpoints(highest[:1]) == 1 - 2.0**-53
+    z = normals(np.stack([lowest, highest], axis=1).ravel())  # the longest radius, and the shortest
+    assert np.hypot(*z.reshape(-1, 2)[0]) == pytest.approx(math.sqrt(106 * math.log(2)), rel=1e-15)
+    z = normals(np.stack([highest, lowest], axis=1).ravel())
+    assert np.hypot(*z.reshape(-1, 2)[0]) == pytest.approx(2.0**-26, rel=1e-15)
+
+
+def test_the_missing_tail_is_as_small_as_stated():
+    assert 2 * stats.norm.sf(math.sqrt(106 * math.log(2))) == pytest.approx(1.0e-17, rel=0.03)
+
+
+def assert_tails_of(std: float, noise: Tensor) -> None:
+    """As many values beyond 2, 3, 4 and 4.5 standard deviations, on each side, as the normal law has."""
+    for side, bound in itertools.product((1, -1), (2.0, 3.0, 4.0, 4.5)):
+        beyond = int((side * noise.double() > bound * std).sum())
+        assert stats.binomtest(beyond, noise.numel(), stats.norm.sf(bound)).pvalue > ALPHA
+
+
+def test_tails_are_as_heavy_as_the_normal_laws():
+    assert_tails_of(STD, HONEST)
+
+
+def test_a_cut_tail_would_be_seen():
+    with pytest.raises(AssertionError):
+        assert_tails_of(STD, HONEST.clamp(-3.9 * STD, 3.9 * STD))
+
+
+def assert_pairs_independent(z: np.ndarray) -> None:
+    """No value of a pair, nor its square, says anything of the other, and no pair of the next."""
+    for values in (z, z * z, np.abs(z) > 2):
+        for lag in (1, 2, 3):
+            for offset in (0, 1):
+                first, second = values[offset:-lag:2], values[offset + lag :: 2][: len(values[offset:-lag:2])]
+                correlation = np.corrcoef(first, second)[0, 1]
+                assert abs(correlation) * math.sqrt(len(first)) < stats.norm.isf(ALPHA / 2)
+
+
+def test_the_two_values_of_a_pair_are_independent():
+    assert_pairs_independent(HONEST.double().numpy() / STD)
+
+
+def test_an_angle_that_shares_its_word_with_the_radius_would_be_seen():
+    words = words_of(200_000)
+    words = np.stack([words[::2], words[::2]], axis=1).ravel()
+    with pytest.raises(AssertionError):
+        assert_pairs_independent(normals(words))
+
+
+# The native kernel
+
+
+def assert_native_equals_numpy(size: int, std: float, threads: int = 1, *, native_std: float | None = None) -> None:
+    words = words_of(size + size % 2, str(size))
+    root = int(math.sqrt(0.5) * 2**52) << 12  # u = sqrt(1/2), where the logarithm's reduction changes over
+    extremes = np.resize(np.array([0, 2**64 - 1, 2**63, 2**63 - 1, root, root - 1, 4095], np.uint64), 14)[: words.size]
+    words[: extremes.size] = extremes
+    expected = (std * normals(words))[:size].astype(np.float32)
+    filled = np.full(size, np.nan, np.float32)
+    noise_module._native.fill_noise(words, filled, std=native_std or std, threads=threads)
+    assert np.array_equal(filled.view(np.uint32), expected.view(np.uint32))
+
+
+@pytest.mark.parametrize("std", [1.0, 0.37, 2.0**-100, 2.0**100, 1e6 / 3])
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 15, 16, 17, 8191, 8192, 8193, 300_001])
+def test_the_native_kernel_gives_the_same_bits(size, std):
+    assert_native_equals_numpy(size, std, threads=1)
+    assert_native_equals_numpy(size, std, threads=3)
+
+
+def test_a_kernel_that_differs_in_the_last_bits_would_be_seen():
+    with pytest.raises(AssertionError):
+        assert_native_equals_numpy(300_001, 0.37, native_std=0.37 * (1 + 1e-9))
+
+
+@pytest.mark.parametrize("size", [1, 65_535, 65_536, 65_537, 200_003])
+def test_without_the_kernel_and_on_other_threads_the_noise_is_the_same(size, monkeypatch):
+    first = draw("train", 0, 0, "weight", size)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert torch.equal(draw("train", 0, 0, "weight", size), first)
+    monkeypatch.setattr(noise_module, "_native", None)
+    assert torch.equal(draw("train", 0, 0, "weight", size), first)
+
+
+@pytest.mark.parametrize("num_words", [4, 6])
+def test_words_that_do_not_fit_the_noise_are_refused(num_words):
+    with pytest.raises(ValueError, match="sizes of words and noise"):
+        noise_module._native.fill_noise(words_of(num_words), np.empty(7, np.float32), std=1.0, threads=1)
+
+
+# What may be asked for
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (5,), (2, 3, 4), torch.Size([7, 1])])

@@ -123,7 +123,7 @@ def test_equal_masks_in_two_streams_or_shards_would_be_seen():
 @pytest.mark.parametrize("sample_rate", [0.02, 1 / 3, 0.5, 1 - 2**-53, 2**-64, 1.0])
 def test_a_draw_is_a_comparison_of_64_bits_with_an_exact_threshold(sample_rate):
     key = SecretKey.from_seed(3)
-    words = key.stream("sampling", "train", 7, 2).random_raw(5000).tolist()
+    words = key.stream("sampling", "train", 7, 2).words(5000).tolist()
     expected = [i for i, word in enumerate(words) if word < math.floor(sample_rate * 2**64)]
     drawn = PoissonSampler(key).draw(5000, sample_rate, stream="train", step=7, attempt=2)
     assert drawn.dtype == torch.int64

@@ -3,6 +3,9 @@
 
 import numpy as np
 
+def fill_noise(words: np.ndarray, noise: np.ndarray, *, std: float, threads: int) -> None:
+    """Fill noise (n) with N(0, std^2) from n random words, or from n + 1 if n is odd."""
+
 def quantize_rows(
     x: np.ndarray,
     row_keys: np.ndarray,

@@ -67,5 +67,5 @@ class PoissonSampler:
                 "Pass the expected batch size divided by a public data set size."
             )
         threshold = int(math.ldexp(sample_rate, 64))  # exact: ldexp only moves the exponent
-        draws = self._key.stream("sampling", stream, step, attempt).random_raw(num_records)
+        draws = self._key.stream("sampling", stream, step, attempt).words(num_records)
         return torch.from_numpy(np.flatnonzero(draws < threshold))  # numpy compares with 2^64 correctly
