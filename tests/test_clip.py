@@ -7,7 +7,7 @@ import torch
 from opacus import GradSampleModule
 from torch import nn
 
-from dpquant import clip, kernels, layers
+from dpquant import clip, layers
 from dpquant.clip import clip_factors, clipped_sum
 from dpquant.errors import DPQuantError, ModelError, SettingError
 from dpquant.isolation import check_trainable
@@ -169,22 +169,24 @@ def test_long_rows_of_one_value_do_not_exceed_c(positions):
         assert total.double().norm() <= 1e-3 * (1 + 1e-6)
 
 
-WAYS = {"grams": lambda product: product, "patches": Product.by_patches, "groups": Product.by_groups}
-if kernels.has_direct_products(torch.zeros(1)):
-    WAYS["direct"] = Product.directly
-
-
 @pytest.mark.parametrize("policy", ["none", "all"])
 def test_all_ways_agree(policy, monkeypatch):
-    results = []
-    for way in WAYS.values():
-        monkeypatch.setattr(Product, "fastest", way)
-        results.append(
-            [total(*prepared(name, policy), clip_norm=0.01) for name in ("grouped", "many positions", "tokens")]
-        )
-    for other in results[1:]:
-        for gram, formed in zip(results[0], other, strict=True):
-            torch.testing.assert_close(gram, formed, rtol=1e-4, atol=1e-7)
+    """Whichever way is taken, where it can be: norms and sums are those of patches."""
+    names, seen = ("grouped", "many positions", "tokens", "strided"), set()
+    results: dict[str, list] = {}
+    for way in ("patches", "groups", "direct", "codes", "code norms", "grams"):
+
+        def forced(product, way=way):
+            ways = Product.ways(product)
+            seen.update(ways)
+            return ways.get(way, Product.by_patches)(product)
+
+        monkeypatch.setattr(Product, "fastest", forced)
+        results[way] = [total(*prepared(name, policy), clip_norm=0.01) for name in names]
+    for other in results.values():
+        for mine, formed in zip(other, results["patches"], strict=True):
+            torch.testing.assert_close(mine, formed, rtol=1e-4, atol=1e-7)
+    assert seen >= {"patches", "groups", "grams"}
 
 
 @pytest.mark.parametrize("recipe", ["luq-fp4", "luq", "int8"])

@@ -23,6 +23,27 @@ def quantize_rows(
 ) -> None:
     """Fill codes (one byte each, in x's memory order) and scale (B) from the B rows of the dense x."""
 
+def code_kernels() -> list[str]:
+    """The kernels of `code_products` that this processor has, fastest first."""
+
+def code_products(
+    x: np.ndarray,
+    g: np.ndarray,
+    out: np.ndarray | None,
+    squares: np.ndarray,
+    *,
+    rows: tuple[int, int, int, int, int, int],
+    columns: tuple[int, int, int, int, int, int],
+    channels: int,
+    outputs: int,
+    kernel: str,
+    threads: int,
+) -> None:
+    """Fill out (batch, outputs, kernel rows, kernel columns, channels), if given, and squares (batch).
+
+    squares are the sums of its squares; an axis is (in, out, kernel, stride, padding, dilation).
+    """
+
 def direct_products_available() -> bool:
     """Whether this processor has a kernel for `direct_products`."""
 

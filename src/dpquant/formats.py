@@ -151,11 +151,6 @@ class Recipe:
         return self.weight, self.activation, self.gradient
 
     @property
-    def significant_bits(self) -> int:
-        """How many bits a code's magnitude has from its first one on: 1 for powers of two."""
-        return self.mantissa_bits + (self.exponent_bits > 0)
-
-    @property
     def fits_int8(self) -> bool:
         """Whether the codes of every role are integers in -127..127, so that int8 hardware multiplies them."""
         return all(role.format.fits_int8 for role in self.roles)

@@ -18,7 +18,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,7 @@ except ImportError:  # installed without a compiler
 
 BACKENDS = ("auto", "simulate", "int8")
 INT8_ZERO_POINT = 128
+_MOST_POSITIONS = 2**16  # int32 holds so many products of a signed and an unsigned byte
 _FLOAT32_EXACT = 2**24  # every integer up to here is a float32
 
 
@@ -331,9 +332,7 @@ def direct_products(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
     """The same straight from two channels-last maps, by the native kernel: `(B, O, D)`; see `has_direct_products`."""
     outputs, channels = grad.shape[1] // geometry.groups, x.shape[1] // geometry.groups
     products = grad.new_empty(len(x), grad.shape[1], math.prod(geometry.kernel) * channels)
-    rows, columns = zip(
-        x.shape[2:], grad.shape[2:], geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, strict=True
-    )
+    rows, columns = _axes(x, grad, geometry)
     assert _native is not None
     _native.direct_products(
         x.numpy(), grad.numpy(), products.numpy(), batch=len(x), rows=rows, columns=columns, channels=channels,
@@ -345,6 +344,62 @@ def direct_products(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
 def has_direct_products(x: Tensor) -> bool:
     """Whether `direct_products` can run on x here."""
     return _native is not None and x.device.type == "cpu" and _native.direct_products_available()
+
+
+def code_products(
+    grad: Tensor, x: Tensor, geometry: Geometry, *, norms_only: bool = False, kernel: str | None = None
+) -> tuple[Tensor | None, Tensor]:
+    """The same from uint8 codes with zero point 128, channels last, on int8 instructions; see `has_code_products`.
+
+    Args:
+      grad: codes of the output gradient.
+      x: codes of the input.
+      geometry: without groups.
+      norms_only: do not keep the products.
+      kernel: `amx` or `vnni`; None: the fastest that this processor has.
+    Returns: `(B, O, D)` float32, the exact integers rounded once, or None; and their squared norms, float64 `(B,)`.
+    """
+    assert _native is not None
+    rows, columns = _axes(x, grad, geometry)
+    depth = math.prod(geometry.kernel) * x.shape[1]
+    products = None if norms_only else torch.empty(len(x), grad.shape[1], depth)
+    squares = torch.empty(len(x), dtype=torch.float64)
+    _native.code_products(
+        x.numpy(), grad.numpy(), None if products is None else products.numpy(), squares.numpy(), rows=rows,
+        columns=columns, channels=x.shape[1], outputs=grad.shape[1], kernel=kernel or _native.code_kernels()[0],
+        threads=torch.get_num_threads(),
+    )  # fmt: skip
+    return products, squares
+
+
+def has_code_products(x: QTensor, num_positions: int, geometry: Geometry) -> bool:
+    """Whether `code_products` can run on x here, and gives the exact integers."""
+    able = x.zero_point == INT8_ZERO_POINT and x.codes.device.type == "cpu" and num_positions <= _MOST_POSITIONS
+    return able and geometry.groups == 1 and _code_products_are_exact()
+
+
+@functools.cache
+def _code_products_are_exact() -> bool:
+    """Whether the kernel that would be taken gives the exact integers, for the largest codes and an odd shape."""
+    if _native is None or not _native.code_kernels():
+        return False
+    geometry = Geometry(kernel=(3, 3), stride=(2, 1), padding=(1, 1))
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (
+        (torch.randint(0, 2, shape, generator=generator) * 254 + 1).to(torch.uint8)
+        for shape in ((2, 35, 9, 21), (2, 19, 5, 21))
+    )
+    x, grad = (codes.contiguous(memory_format=torch.channels_last) for codes in (x, grad))
+    products, _ = code_products(grad, x, geometry)
+    values = [codes.double() - INT8_ZERO_POINT for codes in (x, grad)]
+    exact = patch_products(positions(values[1], geometry), unfolded(values[0], geometry))
+    return products is not None and torch.equal(products, exact.float())
+
+
+def _axes(x: Tensor, grad: Tensor, geometry: Geometry) -> Any:
+    """For rows and for columns: (in, out, kernel, stride, padding, dilation)."""
+    g = geometry
+    return zip(x.shape[2:], grad.shape[2:], g.kernel, g.stride, g.padding, g.dilation, strict=True)
 
 
 def add_patch_products(grad: Tensor, x: Tensor, geometry: Geometry, total: Tensor | None) -> Tensor:
@@ -371,12 +426,13 @@ def bfloat16_factors() -> Iterator[None]:
     For factors that are bfloat16 numbers already this changes nothing but the time. A processor that knows no bfloat16
     goes on in float32.
     """
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    setting = cast(Any, torch.backends.mkldnn).matmul  # made at run time
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16"
     try:
         yield
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
+        setting.fp32_precision = before
 
 
 def in_weight_order(products: Tensor, geometry: Geometry) -> Tensor:

@@ -70,6 +70,10 @@ class QTensor:
     scale: Tensor
     zero_point: int = 0
 
+    def take(self, rows: Tensor) -> "QTensor":
+        """Some of the rows."""
+        return dataclasses.replace(self, codes=self.codes[rows], scale=self.scale[rows])
+
     def dequantize(self) -> Tensor:
         """The values that the codes stand for: float32, shape of codes.
 

@@ -3,13 +3,15 @@
 
     G_i = s_i sum_t g_it x_it^T          x_it: the patch of the input that output position t sees
 
-There are four ways to the squared norms and to the sum of c_i G_i:
+There are these ways to the squared norms and to the sum of c_i G_i:
 
     grams       <x_i x_i^T, g_i g_i^T> is the squared norm; the sum is one matrix product over all positions of all
                 examples. Nothing of the weight's size exists per example: best where there are few positions.
     patches     form G_i, for all examples at once, by a batched product of unfolded inputs
     groups      form G_i by one convolution whose groups are the examples
     direct      form G_i straight from the maps, by the native kernel
+    codes       the same on int8 instructions, where the operands are codes
+    code norms  norms as in `codes`, keeping nothing; the sum as in `grams`
 
 Which one is taken is measured, once for every shape, on made-up operands (`choice.py`). Norm and sum belong to the same
 operands and, where the layer is quantized, to the same codes: there the factor c_i s_i is rounded down to a bfloat16,
@@ -22,9 +24,11 @@ Source: book-keeping, Bu et al., arXiv 2210.00038; Gram norms, Goodfellow, arXiv
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -36,9 +40,11 @@ from dpquant.kernels import (
     Geometry,
     add_patch_products,
     bfloat16_factors,
+    code_products,
     code_values,
     direct_products,
     grouped_products,
+    has_code_products,
     has_direct_products,
     in_weight_order,
     patch_products,
@@ -84,14 +90,16 @@ class FormedProduct(Formed):
       scale_B: of the codes; None: values.
       geometry: whose patch order it is.
       weight: where they belong.
+      norms_B: their squared norms, without scales, if known.
     """
 
     scale_B: Tensor | None
     geometry: Geometry | None
     weight: "Place"
+    norms_B: Tensor | None = None
 
     def squared_norms(self) -> Tensor:
-        return _times_squares(super().squared_norms(), self.scale_B)
+        return _times_squares(super().squared_norms() if self.norms_B is None else self.norms_B, self.scale_B)
 
     def per_example(self) -> Tensor:
         gradients = self.weight.filled(self._in_order(self.gradients))
@@ -104,7 +112,12 @@ class FormedProduct(Formed):
         return self.weight.filled(self._in_order(total))
 
     def take(self, rows: Tensor) -> "FormedProduct":
-        return dataclasses.replace(self, gradients=self.gradients[rows], scale_B=_some(self.scale_B, rows))
+        return dataclasses.replace(
+            self,
+            gradients=self.gradients[rows],
+            scale_B=None if self.scale_B is None else self.scale_B[rows],
+            norms_B=None if self.norms_B is None else self.norms_B[rows],
+        )
 
     def _in_order(self, products: Tensor) -> Tensor:
         return products if self.geometry is None else in_weight_order(products, self.geometry)
@@ -115,19 +128,18 @@ class Product:
     """Weight gradients as their operands: G_i = scale_i * sum_t g_it x_it^T.
 
     Attributes:
-      x, g: values or integer codes, float32, channels last: `(B, C, H, W)` and `(B, O, H', W')`.
-      scale_B: of the product of codes; None: values.
+      operands: x and g, values or codes, channels last: `(B, C, H, W)` and `(B, O, H', W')`.
       pieces: how many bfloat16 numbers add up to a factor times a code of g; 0 for values, which are not rounded.
       geometry: how the taps walk over x.
       weight: where the gradients belong.
+      norms_B: ||G_i||^2 of the codes, if known.
     """
 
-    x: Tensor
-    g: Tensor
-    scale_B: Tensor | None
+    operands: tuple[Tensor, Tensor] | tuple[QTensor, QTensor]
     pieces: int
     geometry: Geometry
     weight: Place
+    norms_B: Tensor | None = None
 
     @classmethod
     def of(
@@ -136,19 +148,34 @@ class Product:
         """From a layer's operands, both quantized or neither. geometry, shape: the layer's and its weight's.
         significant_bits: of g's codes.
         """
-        # detached: the graph holds the tape, so that a tape that held the graph would never be freed
-        values_x, values_g = (code_values(t).detach().contiguous(memory_format=torch.channels_last) for t in (x, g))
-        scale_B, pieces = None, 0
         if isinstance(x, QTensor) and isinstance(g, QTensor):
-            scale_B = x.scale * g.scale
             # eight bits of the factor and one of the code are eight; and eight and up to seven fit in two eights
-            pieces = 1 if significant_bits == 1 else 2
-        met, taps = geometry.trimmed(values_x.shape[2:])
-        return cls(values_x, values_g, scale_B, pieces, met, Place(shape, geometry.kernel, taps))
+            operands, pieces = (x, g), 1 if significant_bits == 1 else 2
+        else:
+            # detached: the graph holds the tape, so that a tape that held the graph would never be freed
+            x, g = (code_values(t).detach().contiguous(memory_format=torch.channels_last) for t in (x, g))
+            operands, pieces = (x, g), 0
+        height, width = _shape(x)[2:]
+        met, taps = geometry.trimmed((height, width))
+        return cls(operands, pieces, met, Place(shape, geometry.kernel, taps))
+
+    @functools.cached_property
+    def values(self) -> tuple[Tensor, Tensor]:
+        """Both operands as float32: values or integer codes."""
+        return code_values(self.operands[0]), code_values(self.operands[1])
+
+    @property
+    def scale_B(self) -> Tensor | None:
+        """Of the product of codes; None: values."""
+        x, g = self.operands
+        return x.scale * g.scale if isinstance(x, QTensor) and isinstance(g, QTensor) else None
 
     def squared_norms(self) -> Tensor:
         """By Gram matrices: <x_i x_i^T, g_i g_i^T>, summed in float64, with a margin for the Grams' own round-off."""
-        factors = (unfolded(self.x, self.geometry), positions(self.g, self.geometry))
+        if self.norms_B is not None:
+            return _times_squares(self.norms_B, self.scale_B)
+        x, g = self.values
+        factors = (unfolded(x, self.geometry), positions(g, self.geometry))
         if factors[0].shape[2] == 1:
             squares = [t.double().square().sum((2, 3)) for t in factors]
             total_B = (squares[0] * squares[1]).sum(1)
@@ -164,62 +191,107 @@ class Product:
         return self.by_patches().per_example()
 
     def add_weighted(self, weights_B: Tensor, total: "_Waiting | None") -> "_Waiting":
-        weights_B = scaled_weights(weights_B, self.scale_B)
         total = _Waiting(self.geometry, self.pieces) if total is None else total
-        total.add(self.x, self.g * weights_B[:, None, None, None])
+        x, g = self.values
+        total.add(x, g * scaled_weights(weights_B, self.scale_B)[:, None, None, None])
         return total
 
     def finished(self, total: "_Waiting") -> Tensor:
         return self.weight.filled(total.value())
 
     def take(self, rows: Tensor) -> "Product":
-        return dataclasses.replace(self, x=self.x[rows], g=self.g[rows], scale_B=_some(self.scale_B, rows))
+        x, g = self.operands
+        if isinstance(x, QTensor) and isinstance(g, QTensor):
+            operands = x.take(rows), g.take(rows)
+        else:
+            operands = code_values(x)[rows], code_values(g)[rows]
+        norms_B = None if self.norms_B is None else self.norms_B[rows]
+        return Product(operands, self.pieces, self.geometry, self.weight, norms_B)
 
     def by_patches(self) -> FormedProduct:
         """The gradients themselves, by a batched product."""
-        products = patch_products(positions(self.g, self.geometry), unfolded(self.x, self.geometry))
-        return FormedProduct(products, self.scale_B, self.geometry, self.weight)
-
-    def directly(self) -> FormedProduct:
-        """The gradients themselves, without unfolding, by the native kernel."""
-        products = direct_products(self.g, self.x, self.geometry)
-        return FormedProduct(products, self.scale_B, self.geometry, self.weight)
+        x, g = self.values
+        return self._formed(patch_products(positions(g, self.geometry), unfolded(x, self.geometry)))
 
     def by_groups(self) -> FormedProduct:
         """The gradients themselves, by a grouped convolution."""
-        products = grouped_products(self.g, self.x, self.geometry)
-        return FormedProduct(products, self.scale_B, None, self.weight)
+        x, g = self.values
+        return FormedProduct(grouped_products(g, x, self.geometry), self.scale_B, None, self.weight)
 
-    def fastest(self) -> Contribution:
-        """The same gradients in the form whose norms and sum take the least time here."""
-        operands = (self.x.shape, self.g.shape, self.pieces)
-        question = ("per-example weight gradients", self.geometry, operands, torch.get_num_threads())
-        forms: dict[str, Callable[[Product], Contribution]] = {
+    def directly(self) -> FormedProduct:
+        """The gradients themselves, without unfolding, by the native kernel."""
+        x, g = self.values
+        return self._formed(direct_products(g, x, self.geometry))
+
+    def by_codes(self) -> FormedProduct:
+        """The gradients themselves, on int8 instructions, by the native kernel."""
+        products, norms_B = code_products(*self._codes(), self.geometry)
+        assert products is not None
+        return dataclasses.replace(self._formed(products), norms_B=norms_B)
+
+    def normed_by_codes(self) -> "Product":
+        """The operands, with the norms of the gradients on int8 instructions."""
+        return dataclasses.replace(self, norms_B=code_products(*self._codes(), self.geometry, norms_only=True)[1])
+
+    def ways(self) -> dict[str, Callable[["Product"], Contribution]]:
+        """The forms that can be taken here and are not clearly slower than another."""
+        ways: dict[str, Callable[[Product], Contribution]] = {
             "patches": Product.by_patches,
             "groups": Product.by_groups,
             "direct": Product.directly,
+            "codes": Product.by_codes,
+            "code norms": Product.normed_by_codes,
             "grams": lambda product: product,
         }
-        num_positions, out_channels = self.g[0, 0].numel(), self.g.shape[1]
-        patch = self.x.shape[1] // self.geometry.groups * math.prod(self.geometry.kernel)
-        gram_cost, formed_cost = num_positions * (out_channels + patch), out_channels * patch
-        if not has_direct_products(self.x):
-            del forms["direct"]
-        if gram_cost > _CLEAR * formed_cost:
-            del forms["grams"]
-        elif _CLEAR * gram_cost < formed_cost:
-            forms = {"grams": forms["grams"]}
-        name = fastest(question, {name: partial(self._try, form) for name, form in forms.items()})
-        return forms[name](self)
+        x, g = self.operands
+        channels, num_positions, outputs = _shape(x)[1], math.prod(_shape(g)[2:]), _shape(g)[1]
+        if isinstance(x, Tensor):
+            able = {"direct"} if has_direct_products(x) else set()
+        else:
+            able = {"direct"} if has_direct_products(x.codes) else set()
+            able |= {"codes", "code norms"} if has_code_products(x, num_positions, self.geometry) else set()
+        patch = channels // self.geometry.groups * math.prod(self.geometry.kernel)
+        gram_cost, formed_cost = num_positions * (outputs + patch), outputs * patch
+        if gram_cost <= _CLEAR * formed_cost:
+            able.add("grams")
+        if _CLEAR * gram_cost < formed_cost:
+            able = {"grams"}
+        else:
+            able |= {"patches", "groups"}
+        return {name: way for name, way in ways.items() if name in able}
 
-    def _try(self, form: Callable[["Product"], Contribution]) -> None:
+    def fastest(self) -> Contribution:
+        """The same gradients in the form whose norms and sum take the least time here."""
+        ways, shapes = self.ways(), (*map(_shape, self.operands), self.pieces)
+        question = ("per-example weight gradients", self.geometry, shapes, tuple(ways), torch.get_num_threads())
+        return ways[fastest(question, {name: partial(self._try, way) for name, way in ways.items()})](self)
+
+    def _formed(self, products: Tensor) -> FormedProduct:
+        return FormedProduct(products, self.scale_B, self.geometry, self.weight)
+
+    def _codes(self) -> tuple[Tensor, Tensor]:
+        x, g = self.operands
+        assert isinstance(x, QTensor) and isinstance(g, QTensor)
+        return g.codes, x.codes
+
+    def _try(self, way: Callable[["Product"], Contribution]) -> None:
         """All that a form is asked for, on made-up operands of these shapes."""
-        x, g = (torch.ones(t.shape).contiguous(memory_format=torch.channels_last) for t in (self.x, self.g))
-        weights_B = torch.ones(len(x))
-        scale_B = None if self.scale_B is None else weights_B
-        contribution = form(Product(x, g, scale_B, self.pieces, self.geometry, self.weight))
+        operands = cast(Any, tuple(map(_made_up, self.operands)))
+        contribution = way(Product(operands, self.pieces, self.geometry, self.weight))
         contribution.squared_norms()
-        contribution.finished(contribution.add_weighted(weights_B, None))
+        contribution.finished(contribution.add_weighted(torch.ones(_shape(operands[0])[0]), None))
+
+
+def _shape(operand: Tensor | QTensor) -> torch.Size:
+    return operand.shape if isinstance(operand, Tensor) else operand.codes.shape
+
+
+def _made_up(operand: Tensor | QTensor) -> Tensor | QTensor:
+    """An operand of the same shape, type and layout, all ones."""
+    if isinstance(operand, Tensor):
+        return torch.ones_like(operand)
+    ones = torch.ones_like(operand.codes, dtype=torch.uint8).to(operand.codes.dtype)
+    return dataclasses.replace(operand, codes=ones, scale=torch.ones_like(operand.scale))
 
 
 class _Waiting:
@@ -286,7 +358,3 @@ def scaled_weights(weights_B: Tensor, scale_B: Tensor | None) -> Tensor:
 
 def _times_squares(norms_B: Tensor, scale_B: Tensor | None) -> Tensor:
     return norms_B if scale_B is None else norms_B * scale_B.double().square()
-
-
-def _some(scale_B: Tensor | None, rows: Tensor) -> Tensor | None:
-    return None if scale_B is None else scale_B[rows]

@@ -1,0 +1,375 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Each example's own weight gradient on number codes, exactly, on int8 instructions:
+//
+//     sum[o, i, j, c] = sum over h, w of (g[h, w, o] - 128) * (x[h * stride + i - padding, w * stride + j - padding, c] - 128)
+//
+// with nothing of x outside of the image. dpquant/kernels.py states the meaning (`unfolded`, `patch_products`). Codes are
+// uint8 with zero point 128, channels last. The caller makes sure that no sum leaves int32.
+//
+// Each example is packed once: g as rows of outputs, signed, positions side by side; x as it is, unsigned, four positions
+// of a channel side by side, once for every kernel column. A kernel row is then an offset, so that a tap is a matrix
+// product of the two without copying. What lies outside of the image is packed as 128, which is zero; a sum of
+// signed g times unsigned x is too large by 128 times the sum of g, which is taken off at the end.
+//
+// Two kernels give the same integers: AMX tiles, and AVX-512 VNNI. Symbols: O outputs, C channels, T positions in fours.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "parallel.hpp"
+
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
+#define INT8_KERNELS 1
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace nb = nanobind;
+
+namespace dpquant {
+namespace {
+
+constexpr int64_t ZERO = 128, LANES = 16, FOURS = 16;  // LANES int32 in a vector or tile row; FOURS of positions in a tile
+
+struct Axis {
+    int64_t in, out, kernel, stride, padding, dilation;
+};
+
+int64_t up_to(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+struct Shape {
+    Axis rows, columns;
+    int64_t channels, outputs;
+
+    int64_t row_fours() const { return (columns.out + 3) / 4; }
+    int64_t fours() const { return up_to(rows.out * row_fours(), FOURS); }
+    int64_t wide() const { return up_to(channels, LANES); }
+    int64_t tall() const { return up_to(outputs, LANES); }
+    int64_t depth() const { return rows.kernel * columns.kernel * channels; }
+    // Image row h * stride + reach is row h + reach / stride of the plane of rows that leave reach % stride.
+    int64_t reach(int64_t i) const { return i * rows.dilation - rows.padding; }
+    int64_t plane_of(int64_t i) const { return ((reach(i) % rows.stride) + rows.stride) % rows.stride; }
+    int64_t shift(int64_t i) const { return (reach(i) - plane_of(i)) / rows.stride; }
+    int64_t first_shift() const { return shift(0) - 1; }
+    int64_t plane_rows() const { return rows.out + shift(rows.kernel - 1) - first_shift() + 1; }
+    int64_t plane_fours() const { return plane_rows() * row_fours() + FOURS; }  // tiles may read past the last row
+};
+
+// An example, packed.
+struct Packed {
+    std::vector<int8_t> g;         // (tall, fours * 4)
+    std::vector<uint8_t> x;        // (kernel columns, row stride, plane_fours, wide, 4)
+    std::vector<int32_t> g_sums;   // (tall)
+    std::vector<int32_t> g_fours;  // (fours, tall), as dwords of four positions
+
+    const uint8_t *tap(const Shape &s, int64_t i, int64_t j) const {
+        const int64_t plane = j * s.rows.stride + s.plane_of(i), row = s.shift(i) - s.first_shift();
+        return x.data() + (plane * s.plane_fours() + row * s.row_fours()) * s.wide() * 4;
+    }
+};
+
+#ifdef INT8_KERNELS
+
+// Four positions of `channels` channels, side by side: out[c * 4 + k] = from[k][c].
+__attribute__((target("sse2"))) void interleave(const uint8_t *const from[4], int64_t channels, uint8_t *out) {
+    int64_t c = 0;
+    for (; c + 16 <= channels; c += 16) {
+        __m128i in[4];
+        for (int k = 0; k < 4; ++k) in[k] = _mm_loadu_si128(reinterpret_cast<const __m128i *>(from[k] + c));
+        const __m128i low01 = _mm_unpacklo_epi8(in[0], in[1]), high01 = _mm_unpackhi_epi8(in[0], in[1]);
+        const __m128i low23 = _mm_unpacklo_epi8(in[2], in[3]), high23 = _mm_unpackhi_epi8(in[2], in[3]);
+        auto *to = reinterpret_cast<__m128i *>(out + c * 4);
+        _mm_storeu_si128(to, _mm_unpacklo_epi16(low01, low23));
+        _mm_storeu_si128(to + 1, _mm_unpackhi_epi16(low01, low23));
+        _mm_storeu_si128(to + 2, _mm_unpacklo_epi16(high01, high23));
+        _mm_storeu_si128(to + 3, _mm_unpackhi_epi16(high01, high23));
+    }
+    for (; c < channels; ++c)
+        for (int k = 0; k < 4; ++k) out[c * 4 + k] = from[k][c];
+}
+
+void pack(const uint8_t *x, const uint8_t *g, const Shape &s, const std::vector<uint8_t> &zeros, Packed &p) {
+    const int64_t fours = s.fours(), tall = s.tall(), wide = s.wide();
+    p.g_fours.assign(static_cast<size_t>(fours * tall), 0);
+    p.g.resize(static_cast<size_t>(tall * fours * 4));
+    p.g_sums.assign(static_cast<size_t>(tall), 0);
+    for (int64_t h = 0, four = 0; h < s.rows.out; ++h)
+        for (int64_t w = 0; w < s.columns.out; w += 4, ++four) {
+            const uint8_t *from[4];
+            for (int64_t k = 0; k < 4; ++k)
+                from[k] = w + k < s.columns.out ? g + (h * s.columns.out + w + k) * s.outputs : zeros.data();
+            auto *to = reinterpret_cast<uint8_t *>(p.g_fours.data() + four * tall);
+            interleave(from, s.outputs, to);
+            for (int64_t b = 0; b < s.outputs * 4; ++b) to[b] ^= 0x80;  // to signed; what lies outside is zero already
+        }
+    auto *rows = reinterpret_cast<int32_t *>(p.g.data());
+    for (int64_t o = 0; o < tall; o += LANES)
+        for (int64_t four = 0; four < fours; ++four)
+            for (int64_t k = 0; k < LANES; ++k) rows[(o + k) * fours + four] = p.g_fours[four * tall + o + k];
+    for (int64_t o = 0; o < s.outputs; ++o) {
+        int32_t sum = 0;
+        for (int64_t t = 0; t < fours * 4; ++t) sum += p.g[o * fours * 4 + t];
+        p.g_sums[o] = sum;
+    }
+
+    const int64_t plane = s.plane_fours() * wide * 4;
+    p.x.resize(static_cast<size_t>(s.columns.kernel * s.rows.stride * plane));
+    for (int64_t j = 0; j < s.columns.kernel; ++j)
+        for (int64_t r = 0; r < s.rows.stride; ++r) {
+            uint8_t *out = p.x.data() + (j * s.rows.stride + r) * plane;
+            for (int64_t m = 0; m < s.plane_rows(); ++m, out += s.row_fours() * wide * 4) {
+                const int64_t row = (m + s.first_shift()) * s.rows.stride + r;
+                if (row < 0 || row >= s.rows.in) {
+                    std::memset(out, ZERO, static_cast<size_t>(s.row_fours() * wide * 4));
+                    continue;
+                }
+                for (int64_t four = 0; four < s.row_fours(); ++four) {
+                    const uint8_t *from[4];
+                    for (int64_t k = 0; k < 4; ++k) {
+                        const int64_t w = (four * 4 + k) * s.columns.stride + j * s.columns.dilation - s.columns.padding;
+                        from[k] = w >= 0 && w < s.columns.in ? x + (row * s.columns.in + w) * s.channels : zeros.data();
+                    }
+                    interleave(from, s.channels, out + four * wide * 4);
+                    if (wide > s.channels)
+                        std::memset(out + (four * wide + s.channels) * 4, ZERO, static_cast<size_t>((wide - s.channels) * 4));
+                }
+            }
+            std::memset(out, ZERO, static_cast<size_t>(FOURS * wide * 4));
+        }
+}
+
+// Where sums go: the (outputs, channels) of one tap, as float32, and their squares in float64.
+struct Sink {
+    float *out;  // of the tap; null: squares only
+    int64_t outputs, channels, depth;
+    const int32_t *g_sums;
+    __m512d squares;
+
+    __attribute__((target("avx512f"))) void take(__m512i sums, int64_t o, int64_t c) {
+        const int64_t count = std::min(LANES, channels - c);
+        const auto mask = static_cast<__mmask16>((1u << count) - 1);
+        const __m512i excess = _mm512_set1_epi32(static_cast<int32_t>(ZERO) * g_sums[o]);
+        const __m512 values = _mm512_maskz_cvtepi32_ps(mask, _mm512_sub_epi32(sums, excess));
+        if (out) _mm512_mask_storeu_ps(out + o * depth + c, mask, values);
+        const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(values));
+        const __m512d high = _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(values), 1)));
+        squares = _mm512_fmadd_pd(low, low, _mm512_fmadd_pd(high, high, squares));
+    }
+};
+
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+
+#define AMX __attribute__((target("amx-tile,amx-int8,avx512f,avx512bw,avx512dq,avx512vl")))
+
+// 16 or 32 outputs times 16 or 32 channels of one tap.
+template <bool two_outputs, bool two_channels>
+AMX inline void amx_block(const int8_t *g, const uint8_t *x, int64_t fours, int64_t wide, int64_t o, int64_t c, Sink &sink) {
+    _tile_zero(0);
+    if constexpr (two_channels) _tile_zero(1);
+    if constexpr (two_outputs) _tile_zero(2);
+    if constexpr (two_outputs && two_channels) _tile_zero(3);
+    const int64_t g_step = fours * 4, x_step = wide * 4;
+    for (int64_t four = 0; four < fours; four += FOURS) {
+        _tile_loadd(4, g + o * g_step + four * 4, g_step);
+        _tile_loadd(6, x + four * x_step + c * 4, x_step);
+        _tile_dpbsud(0, 4, 6);
+        if constexpr (two_channels) {
+            _tile_loadd(7, x + four * x_step + (c + LANES) * 4, x_step);
+            _tile_dpbsud(1, 4, 7);
+        }
+        if constexpr (two_outputs) {
+            _tile_loadd(5, g + (o + LANES) * g_step + four * 4, g_step);
+            _tile_dpbsud(2, 5, 6);
+            if constexpr (two_channels) _tile_dpbsud(3, 5, 7);
+        }
+    }
+    alignas(64) int32_t sums[4][LANES][LANES];
+    _tile_stored(0, sums[0], 64);
+    if constexpr (two_channels) _tile_stored(1, sums[1], 64);
+    if constexpr (two_outputs) _tile_stored(2, sums[2], 64);
+    if constexpr (two_outputs && two_channels) _tile_stored(3, sums[3], 64);
+    for (int64_t down = 0; down <= (two_outputs ? 1 : 0); ++down)
+        for (int64_t across = 0; across <= (two_channels ? 1 : 0); ++across)
+            for (int64_t k = 0; k < std::min(LANES, sink.outputs - o - down * LANES); ++k)
+                sink.take(_mm512_load_si512(sums[down * 2 + across][k]), o + down * LANES + k, c + across * LANES);
+}
+
+AMX void amx_tap(const Packed &p, const uint8_t *x, const Shape &s, Sink &sink) {
+    const int64_t fours = s.fours(), wide = s.wide(), tall = s.tall();
+    for (int64_t c = 0; c < wide; c += 2 * LANES)
+        for (int64_t o = 0; o < tall; o += 2 * LANES) {
+            const bool two_channels = c + LANES < wide, two_outputs = o + LANES < tall;
+            if (two_outputs && two_channels)
+                amx_block<true, true>(p.g.data(), x, fours, wide, o, c, sink);
+            else if (two_outputs)
+                amx_block<true, false>(p.g.data(), x, fours, wide, o, c, sink);
+            else if (two_channels)
+                amx_block<false, true>(p.g.data(), x, fours, wide, o, c, sink);
+            else
+                amx_block<false, false>(p.g.data(), x, fours, wide, o, c, sink);
+        }
+}
+
+#define VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
+
+template <int n_out, int n_vec>
+VNNI inline void vnni_block(const int8_t *g, const uint8_t *x, int64_t fours, int64_t wide, int64_t o, int64_t c, Sink &sink) {
+    __m512i sums[n_out][n_vec];
+    for (auto &row : sums)
+        for (auto &sum : row) sum = _mm512_setzero_si512();
+    const auto *factors = reinterpret_cast<const int32_t *>(g) + o * fours;
+    x += c * 4;
+    for (int64_t four = 0; four < fours; ++four, x += wide * 4) {
+        __m512i seen[n_vec];
+        for (int v = 0; v < n_vec; ++v) seen[v] = _mm512_loadu_si512(x + v * 64);
+        for (int k = 0; k < n_out; ++k) {
+            const __m512i factor = _mm512_set1_epi32(factors[k * fours + four]);
+            for (int v = 0; v < n_vec; ++v) sums[k][v] = _mm512_dpbusd_epi32(sums[k][v], seen[v], factor);
+        }
+    }
+    for (int k = 0; k < n_out; ++k)
+        for (int v = 0; v < n_vec; ++v) sink.take(sums[k][v], o + k, c + v * LANES);
+}
+
+template <int n_vec>
+VNNI void vnni_outputs(const Packed &p, const uint8_t *x, const Shape &s, int64_t c, Sink &sink) {
+    int64_t o = 0;
+    for (; o + 6 <= s.outputs; o += 6) vnni_block<6, n_vec>(p.g.data(), x, s.fours(), s.wide(), o, c, sink);
+    for (; o < s.outputs; ++o) vnni_block<1, n_vec>(p.g.data(), x, s.fours(), s.wide(), o, c, sink);
+}
+
+void vnni_tap(const Packed &p, const uint8_t *x, const Shape &s, Sink &sink) {
+    int64_t c = 0;
+    for (; c + 4 * LANES <= s.wide(); c += 4 * LANES) vnni_outputs<4>(p, x, s, c, sink);
+    for (; c < s.wide(); c += LANES) vnni_outputs<1>(p, x, s, c, sink);
+}
+
+// gcc's intrinsics admit to touching eight bytes of a configuration; the barriers stand for all 64.
+AMX void save_tiles(TileConfig &config) {
+    _tile_storeconfig(&config);
+    asm volatile("" : : "r"(&config) : "memory");
+}
+AMX void load_tiles(const TileConfig &config) {
+    asm volatile("" : : "r"(&config) : "memory");
+    _tile_loadconfig(&config);
+}
+
+// The tile registers, in 16 rows of 64 bytes, for as long as the object lives. The thread's own setting comes back.
+class Tiles {
+  public:
+    Tiles() {
+        save_tiles(before_);
+        TileConfig mine;
+        for (int tile = 0; tile < 8; ++tile) mine.bytes[tile] = 64, mine.rows[tile] = 16;
+        load_tiles(mine);
+    }
+    ~Tiles() { load_tiles(before_); }
+    Tiles(const Tiles &) = delete;
+    Tiles &operator=(const Tiles &) = delete;
+
+  private:
+    TileConfig before_;
+};
+
+bool amx_permitted() {
+    static const bool permitted = [] {
+        unsigned a = 0, b = 0, c = 0, d = 0;
+        const bool known = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1) && (d >> 25 & 1);
+        constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+        return known && __builtin_cpu_supports("avx512bw") && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+    }();
+    return permitted;
+}
+
+bool vnni_known() { return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw"); }
+
+std::vector<std::string> kernels() {
+    std::vector<std::string> names;
+    if (amx_permitted()) names.push_back("amx");
+    if (vnni_known()) names.push_back("vnni");
+    return names;
+}
+
+__attribute__((target("avx512f"))) double example(const uint8_t *x, const uint8_t *g, const Shape &s, bool amx, float *out) {
+    thread_local Packed packed;
+    const std::vector<uint8_t> zeros(static_cast<size_t>(std::max(s.channels, s.outputs)), ZERO);
+    pack(x, g, s, zeros, packed);
+    Sink sink{nullptr, s.outputs, s.channels, s.depth(), packed.g_sums.data(), _mm512_setzero_pd()};
+    std::optional<Tiles> tiles;
+    if (amx) tiles.emplace();
+    for (int64_t i = 0; i < s.rows.kernel; ++i)
+        for (int64_t j = 0; j < s.columns.kernel; ++j) {
+            sink.out = out ? out + (i * s.columns.kernel + j) * s.channels : nullptr;
+            (amx ? amx_tap : vnni_tap)(packed, packed.tap(s, i, j), s, sink);
+        }
+    return _mm512_reduce_add_pd(sink.squares);
+}
+#else
+std::vector<std::string> kernels() { return {}; }
+double example(const uint8_t *, const uint8_t *, const Shape &, bool, float *) { return 0; }
+#endif
+
+}  // namespace
+
+using Codes = nb::ndarray<const uint8_t, nb::device::cpu>;
+using Sums = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
+using Squares = nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+void bind_codes(nb::module_ &m) {
+    m.def(
+        "code_kernels",
+        [] {
+            nb::list names;
+            for (const auto &name : kernels()) names.append(name);
+            return names;
+        },
+        "The kernels of `code_products` that this processor has, fastest first.");
+    m.def(
+        "code_products",
+        [](Codes x, Codes g, std::optional<Sums> out, Squares squares, nb::tuple rows, nb::tuple columns, int64_t channels,
+           int64_t outputs, const std::string &kernel, int threads) {
+            const auto axis = [](nb::tuple t) {
+                return Axis{nb::cast<int64_t>(t[0]), nb::cast<int64_t>(t[1]), nb::cast<int64_t>(t[2]),
+                            nb::cast<int64_t>(t[3]), nb::cast<int64_t>(t[4]), nb::cast<int64_t>(t[5])};
+            };
+            const Shape s{axis(rows), axis(columns), channels, outputs};
+            const auto batch = static_cast<int64_t>(squares.size());
+            const int64_t x_size = s.rows.in * s.columns.in * channels, g_size = s.rows.out * s.columns.out * outputs;
+            if (static_cast<int64_t>(x.size()) != batch * x_size || static_cast<int64_t>(g.size()) != batch * g_size ||
+                (out && static_cast<int64_t>(out->size()) != batch * outputs * s.depth()))
+                throw std::invalid_argument("sizes of x, g, out and squares do not agree");
+            const auto known = kernels();
+            if (std::find(known.begin(), known.end(), kernel) == known.end())
+                throw std::invalid_argument("this processor has no such kernel");
+            float *sums = out ? out->data() : nullptr;
+            nb::gil_scoped_release unlocked;
+            parallel_for(batch, threads, [&](int64_t b) {
+                squares.data()[b] = example(x.data() + b * x_size, g.data() + b * g_size, s, kernel == "amx",
+                                            sums ? sums + b * outputs * s.depth() : nullptr);
+            });
+        },
+        nb::arg("x").noconvert(), nb::arg("g").noconvert(), nb::arg("out").none(), nb::arg("squares").noconvert(),
+        nb::kw_only(), nb::arg("rows"), nb::arg("columns"), nb::arg("channels"), nb::arg("outputs"), nb::arg("kernel"),
+        nb::arg("threads"),
+        "Fill out (batch, outputs, kernel rows, kernel columns, channels), if given, and squares (batch) with the sums of "
+        "its squares; an axis is (in, out, kernel, stride, padding, dilation).");
+}
+
+}  // namespace dpquant
