@@ -285,8 +285,10 @@ def _listener(tape: _GradientTape) -> Callable[[nn.Module, tuple[Any, ...], Any]
 
         def record(grad: Tensor) -> None:
             tape.listening = False  # the module may be evaluated again
+            own = dict(module.named_parameters(recurse=False))
             for name, contribution in contributions_of(module, x, grad).items():
-                tape.add(module.get_parameter(name), contribution)
+                if name in own:  # a norm may have no bias
+                    tape.add(own[name], contribution)
             tape.listening = True
 
         output.register_hook(record)

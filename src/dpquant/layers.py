@@ -52,6 +52,7 @@ class Tape(Protocol):
     """Where layers leave, during a backward pass, what each example's gradient is made of."""
 
     anchor: Tensor  # a scalar that requires a gradient, so that backward reaches layers whose parameters are detached
+    listening: bool  # False while a module is evaluated again, apart from the model
 
     def add(self, parameter: Tensor, contribution: Formed) -> None:
         """One call's per-example gradients of a parameter."""

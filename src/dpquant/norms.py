@@ -28,6 +28,7 @@ class Tape(Protocol):
     """Where a layer leaves its parameters' per-example gradients."""
 
     anchor: Tensor
+    listening: bool  # False while a module around the norm is evaluated again for its own gradients
 
     def add(self, parameter: Tensor, contribution: Formed) -> None: ...
 
@@ -47,7 +48,7 @@ class TapedGroupNorm(nn.GroupNorm):
 
     def records(self, x: Tensor) -> bool:
         """Whether the layer puts x's gradients on the tape by itself."""
-        return self.tape is not None and _runs_native(x)
+        return self.tape is not None and self.tape.listening and _runs_native(x)
 
     def forward(self, input: Tensor) -> Tensor:
         if self.records(input) or (_runs_native(input) and not torch.is_grad_enabled()):
@@ -92,7 +93,7 @@ class _GroupNorm(torch.autograd.Function):
 
 
 def _array(parameter: Tensor | None) -> Any:
-    return None if parameter is None else parameter.detach().numpy()
+    return None if parameter is None else parameter.detach().contiguous().numpy()
 
 
 def _sizes(x: Tensor, layer: TapedGroupNorm) -> dict[str, int]:
