@@ -26,7 +26,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, cast
 
@@ -55,6 +55,7 @@ from dpquant.kernels import (
 from dpquant.quantizer import QTensor
 
 _CLEAR = 4  # times the multiplications: a way that needs so many more is not tried
+_UNFOLDED = 2**23  # bytes, at once
 _ENOUGH_POSITIONS = 2048  # from here on a matrix product over positions takes no less time for each
 
 
@@ -174,18 +175,19 @@ class Product:
         """By Gram matrices: <x_i x_i^T, g_i g_i^T>, summed in float64, with a margin for the Grams' own round-off."""
         if self.norms_B is not None:
             return _times_squares(self.norms_B, self.scale_B)
-        x, g = self.values
+        total_B = torch.cat([self._by_grams(x, g) for x, g in _slices(self.geometry, *self.values)])
+        return _times_squares(total_B, self.scale_B)
+
+    def _by_grams(self, x: Tensor, g: Tensor) -> Tensor:
         factors = (unfolded(x, self.geometry), positions(g, self.geometry))
         if factors[0].shape[2] == 1:
             squares = [t.double().square().sum((2, 3)) for t in factors]
-            total_B = (squares[0] * squares[1]).sum(1)
-        else:
-            with bfloat16_factors() if self.pieces else contextlib.nullcontext():
-                grams = [(t @ t.transpose(2, 3)).double() for t in factors]
-            lengths = [gram.diagonal(dim1=2, dim2=3).sqrt() for gram in grams]
-            margin_B = (lengths[0] * lengths[1]).sum((1, 2)).square()
-            total_B = (grams[0] * grams[1]).sum((1, 2, 3)) + ROUND_OFF * margin_B
-        return _times_squares(total_B, self.scale_B)
+            return (squares[0] * squares[1]).sum(1)
+        with bfloat16_factors() if self.pieces else contextlib.nullcontext():
+            grams = [(t @ t.transpose(2, 3)).double() for t in factors]
+        lengths = [gram.diagonal(dim1=2, dim2=3).sqrt() for gram in grams]
+        margin_B = (lengths[0] * lengths[1]).sum((1, 2)).square()
+        return (grams[0] * grams[1]).sum((1, 2, 3)) + ROUND_OFF * margin_B
 
     def per_example(self) -> Tensor:
         return self.by_patches().per_example()
@@ -323,7 +325,7 @@ class _Waiting:
         self._x, self._g = [], []
         ways = {
             "convolution": lambda: weight_gradient(g, x, self._geometry),
-            "patches": lambda: add_patch_products(g, x, self._geometry, None),
+            "patches": lambda: self._add_patches(g, x, None),
             "bfloat16": lambda: self._add_pieces(g, x, None),
         }
         if not self._pieces:
@@ -335,18 +337,30 @@ class _Waiting:
             return
         self._in_patch_order = True
         if way == "patches":
-            self._total = add_patch_products(g, x, self._geometry, self._total)
+            self._total = self._add_patches(g, x, self._total)
         else:
             self._total = self._add_pieces(g, x, self._total)
 
-    def _add_pieces(self, g: Tensor, x: Tensor, total: Tensor | None) -> Tensor:
+    def _add_patches(self, g: Tensor, x: Tensor, total: Tensor | None) -> Tensor | None:
+        for some_x, some_g in _slices(self._geometry, x, g):
+            total = add_patch_products(some_g, some_x, self._geometry, total)
+        return total
+
+    def _add_pieces(self, g: Tensor, x: Tensor, total: Tensor | None) -> Tensor | None:
         """The same, with g as a sum of bfloat16 numbers."""
         with bfloat16_factors():
             if self._pieces == 2:
                 high = g.bfloat16().float()
-                total = add_patch_products(high, x, self._geometry, total)
+                total = self._add_patches(high, x, total)
                 g = g - high
-            return add_patch_products(g, x, self._geometry, total)
+            return self._add_patches(g, x, total)
+
+
+def _slices(geometry: Geometry, x: Tensor, g: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The operands, a few examples at a time: unfolded inputs are large, and best used while they are in a cache."""
+    patch_bytes = 4 * x.shape[1] * math.prod(geometry.kernel) * math.prod(g.shape[2:])
+    step = max(_UNFOLDED // patch_bytes, 1)
+    return zip(x.split(step), g.split(step), strict=True)
 
 
 def scaled_weights(weights_B: Tensor, scale_B: Tensor | None) -> Tensor:

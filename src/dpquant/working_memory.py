@@ -19,7 +19,7 @@ from collections.abc import Iterator
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of parameters in malloc.h
 _NEVER = 2**31 - 1  # bytes; the largest value there is
 _USUAL = {_MMAP_THRESHOLD: 2**25, _TRIM_THRESHOLD: 2**26}  # where glibc's own adaptation ends, once blocks are large
-_LARGEST, _SMALLEST = 2**30, 2**22  # blocks that are held, bytes
+_LARGEST, _SMALLEST = 2**30, 2**20  # blocks that are held, bytes
 
 _held: list[int] = []
 _depth = 0
