@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dpquant import norms
 from dpquant.clip import clipped_sum
+from dpquant.errors import ModelError
 from dpquant.isolation import check_isolation, check_trainable
 from dpquant.layers import Pass, prepare, running
 from dpquant.norms import TapedGroupNorm
@@ -107,7 +108,7 @@ def test_forward_and_backward_are_those_of_float64(batch, groups, per_group, siz
 
 
 @native
-@pytest.mark.parametrize("shape", [(2, 64, 32, 32), (2, 20, 9, 5), (3, 512, 4, 4), (2, 64, 1, 1), (1, 12, 1, 30)])
+@pytest.mark.parametrize("shape", [(2, 64, 32, 32), (2, 100, 9, 5), (3, 512, 4, 4), (2, 64, 1, 1), (1, 12, 1, 30)])
 def test_usual_maps(shape):
     weight, bias = parameters(shape[1])
     assert_right(fused, maps(*shape), maps(*shape, seed=3), 4, weight, bias)
@@ -182,10 +183,22 @@ def test_sizes_that_do_not_agree_are_refused():
         with pytest.raises(ValueError, match="sizes"):
             group_norm(x, groups, weight, None)
     y, mean, rstd = group_norm(x, 2, None, None)
+    arrays = [None if t is None else t.numpy() for t in (x, None, None, y, mean, rstd)]
+    for size in ("positions", "channels", "groups"):  # a division by zero would end the process
+        with pytest.raises(ValueError, match="sizes"):
+            norms._native.group_norm(*arrays, eps=EPS, **(sizes(x, 2) | {size: 0}))
     with pytest.raises(ValueError, match="sizes"):
         group_norm_backward(maps(2, 8, 3, 4), x, mean, rstd, None)
     with pytest.raises(ValueError, match="sizes"):
         group_norm_backward(y, x, mean, rstd[:1].contiguous(), None)
+
+
+@native
+def test_a_constant_map_becomes_its_bias():
+    x, grad, beta = torch.full_like(maps(2, 48, 7, 5), 3.0), maps(2, 48, 7, 5, seed=3), torch.full((48,), 0.5)
+    y, _, grad_weight, grad_bias = fused(x, grad, 3, None, beta)
+    assert torch.allclose(y, torch.full_like(y, 0.5), atol=1e-4) and not grad_weight.any()
+    assert torch.allclose(grad_bias, grad.sum((2, 3)), atol=1e-5)
 
 
 # The module
@@ -321,6 +334,21 @@ def test_a_module_around_a_norm_may_be_evaluated_again(monkeypatch):
     monkeypatch.setattr(norms, "_native", None)
     for key, theirs in gradients(model, x).items():
         torch.testing.assert_close(ours[key], theirs, rtol=1e-4, atol=1e-6)
+
+
+class ByName(Scaled):
+    def forward(self, x):
+        return self.norm(input=x)
+
+
+def test_a_norm_called_by_keyword_is_refused_in_words():
+    with pytest.raises(ModelError, match="TapedGroupNorm does not"):
+        gradients(prepare(seeded(lambda: Net(ByName()))), maps(3, 3, 6, 6))
+
+
+def test_a_wrong_number_of_channels_is_torch_s_error():
+    with torch.no_grad(), pytest.raises(RuntimeError, match="weight"):
+        prepare(nn.GroupNorm(2, 8))(maps(3, 6, 4, 4))
 
 
 @pytest.mark.parametrize("shape", [(4, 8), (4, 8, 5), (4, 8, 5, 3), (4, 8, 2, 3, 2)])

@@ -272,7 +272,7 @@ def _listener(tape: _GradientTape) -> Callable[[nn.Module, tuple[Any, ...], Any]
     """A forward hook that, once the output's gradient is known, records the module's per-example gradients."""
 
     def listen(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-        if not tape.listening or (isinstance(module, TapedGroupNorm) and module.records(inputs[0])):
+        if not tape.listening or (isinstance(module, TapedGroupNorm) and inputs and module.records(inputs[0])):
             return output
         if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or not isinstance(output, Tensor):
             raise ModelError(

@@ -27,14 +27,22 @@ except ImportError:  # installed without a compiler
 class Tape(Protocol):
     """Where a layer leaves its parameters' per-example gradients."""
 
-    anchor: Tensor
+    anchor: Tensor  # a scalar that requires a gradient, so that backward reaches layers whose parameters are detached
     listening: bool  # False while a module around the norm is evaluated again for its own gradients
 
-    def add(self, parameter: Tensor, contribution: Formed) -> None: ...
+    def add(self, parameter: Tensor, contribution: Formed) -> None:
+        """One call's per-example gradients of a parameter."""
+        ...
 
 
 class TapedGroupNorm(nn.GroupNorm):
-    """A GroupNorm that knows the tape of the pass that it runs in."""
+    """A GroupNorm that knows the tape of the pass that it runs in.
+
+    Attributes:
+      tape: takes the parameters' per-example gradients; None = an ordinary GroupNorm.
+
+    Privacy: per example, reads no other row.
+    """
 
     tape: Tape | None
 
@@ -48,21 +56,24 @@ class TapedGroupNorm(nn.GroupNorm):
 
     def records(self, x: Tensor) -> bool:
         """Whether the layer puts x's gradients on the tape by itself."""
-        return self.tape is not None and self.tape.listening and _runs_native(x)
+        return self.tape is not None and self.tape.listening and self._runs_native(x)
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.records(input) or (_runs_native(input) and not torch.is_grad_enabled()):
+        if self.records(input) or (self._runs_native(input) and not torch.is_grad_enabled()):
             anchor = self.tape.anchor if self.tape is not None else None
             return cast(Tensor, _GroupNorm.apply(input, self.weight, self.bias, anchor, self, self.tape))
         return super().forward(input)
 
-
-def _runs_native(x: Tensor) -> bool:
-    able = _native is not None and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
-    return able and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    def _runs_native(self, x: Tensor) -> bool:
+        """Whether the kernel knows x. A wrong number of channels is left to torch, whose error says what is wrong."""
+        able = _native is not None and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
+        fits = x.ndim == 4 and x.shape[1] == self.num_channels
+        return able and fits and x.is_contiguous(memory_format=torch.channels_last)
 
 
 class _GroupNorm(torch.autograd.Function):
+    """The kernel, forward and backward. Only the input's gradient flows on; the parameters' go to the tape."""
+
     @staticmethod
     def forward(ctx, x, weight, bias, anchor, layer: TapedGroupNorm, tape: Tape | None):
         mean, rstd = x.new_empty(2, len(x), layer.num_groups)
@@ -93,10 +104,12 @@ class _GroupNorm(torch.autograd.Function):
 
 
 def _array(parameter: Tensor | None) -> Any:
+    """The parameter's memory; None where the layer has no such parameter."""
     return None if parameter is None else parameter.detach().contiguous().numpy()
 
 
 def _sizes(x: Tensor, layer: TapedGroupNorm) -> dict[str, int]:
+    """What the kernel is told about x's layout."""
     return {
         "positions": x.shape[2] * x.shape[3],
         "channels": x.shape[1],
