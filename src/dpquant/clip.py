@@ -99,15 +99,32 @@ def clipped_sum(
         raise ModelError("Expected a prepared model; got one without quantizable layers. Call dpquant.prepare(model).")
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     size = microbatch_size or default_microbatch_size(sum(p.numel() for p in trainable.values()))
+    with working_memory():
+        grads = _clipped_grads(model, loss_fn, batch, trainable, max_grad_norm, record_ids, (seed, step), size)
+    return ClippedSum(grads=grads, sensitivity=float(max_grad_norm))
+
+
+def _clipped_grads(
+    model: nn.Module,
+    loss_fn: PerExampleLoss,
+    batch: Any,
+    trainable: dict[str, nn.Parameter],
+    max_grad_norm: float,
+    record_ids: Tensor,
+    draws: tuple[int, int],
+    size: int,
+) -> dict[str, Tensor]:
+    """The loop over microbatches. draws: (seed, step) of the roundings."""
+    seed, step = draws
     key = derive_key(seed, "step", step)
-    with working_memory(), _taping(model, trainable) as tape, running(model, Pass(key=key, tape=tape)) as run:
+    with _taping(model, trainable) as tape, running(model, Pass(key=key, tape=tape)) as run:
         for piece, ids, num_examples in microbatches(batch, record_ids, size):
             run.begin(ids)
             tape.rewind()
             losses = per_example_losses(loss_fn, model, piece, size)
             (losses[:num_examples].sum() + 0 * tape.anchor).backward()
             tape.add_clipped(max_grad_norm, size, num_examples)
-        return ClippedSum(grads=tape.totals(), sensitivity=float(max_grad_norm))
+        return tape.totals()
 
 
 def default_microbatch_size(num_parameters: int) -> int:

@@ -54,7 +54,7 @@ from dpquant.kernels import (
 )
 from dpquant.quantizer import QTensor
 
-_CLEAR = 4  # times the multiplications: a way that needs so many more is not tried
+_CLEAR = 3  # times the multiplications: a way that needs so many more is not tried
 _UNFOLDED = 2**23  # bytes, at once
 _ENOUGH_POSITIONS = 2048  # from here on a matrix product over positions takes no less time for each
 
@@ -257,7 +257,7 @@ class Product:
         if gram_cost <= _CLEAR * formed_cost:
             able.add("grams")
         if _CLEAR * gram_cost < formed_cost:
-            able = {"grams"}
+            able &= {"grams", "code norms"}
         else:
             able |= {"patches", "groups"}
         return {name: way for name, way in ways.items() if name in able}

@@ -6,20 +6,23 @@ them anew, page by page and zeroed, costs a quarter to two thirds of a step, mos
 a step runs nothing is given back, and between steps its free blocks are held here, out of the reach of the rest of the
 program, whose own memory is managed as before. Held is no more than the largest step has used.
 
-Only for the main thread and glibc 2.33 or newer; elsewhere nothing is done. Source: mallopt(3), mallinfo(3).
+Only for the main thread and glibc 2.33 or newer; elsewhere nothing is done. Source: mallopt(3), malloc_info(3).
 """
 
 import contextlib
 import ctypes
 import functools
 import platform
+import re
 import threading
 from collections.abc import Iterator
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of parameters in malloc.h
 _NEVER = 2**31 - 1  # bytes; the largest value there is
 _USUAL = {_MMAP_THRESHOLD: 2**25, _TRIM_THRESHOLD: 2**26}  # where glibc's own adaptation ends, once blocks are large
-_LARGEST, _SMALLEST = 2**30, 2**20  # blocks that are held, bytes
+_SMALLEST = 2**20  # block that is worth holding, bytes
+_MOST_BLOCKS = 1000
+_CHUNKS = re.compile(r'<(?:size|unsorted) from="\d+" to="(\d+)"')
 
 _held: list[int] = []
 _depth = 0
@@ -30,7 +33,7 @@ class _Info(ctypes.Structure):
 
     _fields_ = tuple(
         (name, ctypes.c_size_t)
-        for name in [
+        for name in (
             "arena",
             "ordblks",
             "smblks",
@@ -40,14 +43,17 @@ class _Info(ctypes.Structure):
             "fsmblks",
             "uordblks",
             "fordblks",
-            "keepcost",
-        ]
+            "top",
+        )
     )
 
 
 @contextlib.contextmanager
 def working_memory() -> Iterator[None]:
-    """Until the block ends, memory comes from what the last such block has used, and stays."""
+    """Until the block ends, memory comes from what the last such block has used, and stays.
+
+    What the block leaves alive is not held: let all of its large objects die in it.
+    """
     global _depth
     libc = _glibc()
     if libc is None or threading.current_thread() is not threading.main_thread():
@@ -74,20 +80,24 @@ def _release(libc: ctypes.CDLL) -> None:
 
 
 def _hold(libc: ctypes.CDLL) -> None:
-    """Take the heap's large free blocks, largest first, without making the heap grow; then let glibc do as usual."""
-    size = _LARGEST
-    while size >= _SMALLEST:
-        before = libc.mallinfo2()
-        block = libc.malloc(size) if before.fordblks > size else None
-        after = libc.mallinfo2()
-        if block and after.arena == before.arena and after.fordblks < before.fordblks:
-            _held.append(block)
-            continue
-        if block:
-            libc.free(block)
-        size //= 2
+    """Take the heap's free chunks, the largest first, without making the heap grow; then let glibc do as usual."""
+    while len(_held) < _MOST_BLOCKS and (size := _largest_free(libc)) >= _SMALLEST:
+        _held.append(libc.malloc(size))
     for parameter, value in _USUAL.items():
         libc.mallopt(parameter, value)
+
+
+def _largest_free(libc: ctypes.CDLL) -> int:
+    """How much fits into the main heap's largest free chunk, bytes."""
+    text, length = ctypes.c_void_p(), ctypes.c_size_t()
+    stream = libc.open_memstream(ctypes.byref(text), ctypes.byref(length))
+    libc.malloc_info(0, stream)
+    libc.fclose(stream)
+    report = ctypes.string_at(text.value or 0, length.value).decode()
+    libc.free(text)
+    main_heap = report[: report.index("</heap>")]  # without the chunk at its top
+    chunks = [int(size) & ~15 for size in _CHUNKS.findall(main_heap)]  # the low bits are flags
+    return max(*chunks, libc.mallinfo2().top - 4096, 0) - 32
 
 
 @functools.cache
@@ -96,9 +106,21 @@ def _glibc() -> ctypes.CDLL | None:
     if platform.libc_ver()[0] != "glibc":
         return None
     libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallinfo2"):
+    if not all(hasattr(libc, name) for name in ("mallopt", "mallinfo2", "malloc_info", "open_memstream")):
         return None
     libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     libc.free.argtypes, libc.free.restype = [ctypes.c_void_p], None
     libc.mallinfo2.restype = _Info
-    return libc
+    libc.open_memstream.restype = ctypes.c_void_p
+    libc.malloc_info.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    libc.fclose.argtypes = [ctypes.c_void_p]
+    return libc if _in_charge(libc) else None
+
+
+def _in_charge(libc: ctypes.CDLL) -> bool:
+    """Whether malloc is glibc's own: another allocator may have been put in its place."""
+    before = libc.mallinfo2()
+    block = libc.malloc(_SMALLEST)
+    after = libc.mallinfo2()
+    libc.free(block)
+    return after.uordblks + after.hblkhd - before.uordblks - before.hblkhd >= _SMALLEST
