@@ -154,6 +154,7 @@ void pack(const uint8_t *x, const uint8_t *g, const Shape &s, const std::vector<
 // Where sums go: the (outputs, channels) of one tap, as float32, and their squares in float64.
 struct Sink {
     float *out;  // of the tap; null: squares only
+    std::optional<float> weight;  // add the sums, so weighted, to what is there; none: write them
     int64_t outputs, channels, depth;
     const int32_t *g_sums;
     __m512d squares;
@@ -163,7 +164,13 @@ struct Sink {
         const auto mask = static_cast<__mmask16>((1u << count) - 1);
         const __m512i excess = _mm512_set1_epi32(static_cast<int32_t>(ZERO) * g_sums[o]);
         const __m512 values = _mm512_maskz_cvtepi32_ps(mask, _mm512_sub_epi32(sums, excess));
-        if (out) _mm512_mask_storeu_ps(out + o * depth + c, mask, values);
+        if (out) {
+            float *to = out + o * depth + c;
+            const __m512 kept = weight ? _mm512_fmadd_ps(values, _mm512_set1_ps(*weight), _mm512_maskz_loadu_ps(mask, to))
+                                       : values;
+            _mm512_mask_storeu_ps(to, mask, kept);
+        }
+        if (weight) return;
         const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(values));
         const __m512d high = _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(values), 1)));
         squares = _mm512_fmadd_pd(low, low, _mm512_fmadd_pd(high, high, squares));
@@ -307,11 +314,12 @@ std::vector<std::string> kernels() {
     return names;
 }
 
-__attribute__((target("avx512f"))) double example(const uint8_t *x, const uint8_t *g, const Shape &s, bool amx, float *out) {
+__attribute__((target("avx512f")))
+double example(const uint8_t *x, const uint8_t *g, const Shape &s, bool amx, float *out, std::optional<float> weight) {
     thread_local Packed packed;
     const std::vector<uint8_t> zeros(static_cast<size_t>(std::max(s.channels, s.outputs)), ZERO);
     pack(x, g, s, zeros, packed);
-    Sink sink{nullptr, s.outputs, s.channels, s.depth(), packed.g_sums.data(), _mm512_setzero_pd()};
+    Sink sink{nullptr, weight, s.outputs, s.channels, s.depth(), packed.g_sums.data(), _mm512_setzero_pd()};
     std::optional<Tiles> tiles;
     if (amx) tiles.emplace();
     for (int64_t i = 0; i < s.rows.kernel; ++i)
@@ -323,14 +331,38 @@ __attribute__((target("avx512f"))) double example(const uint8_t *x, const uint8_
 }
 #else
 std::vector<std::string> kernels() { return {}; }
-double example(const uint8_t *, const uint8_t *, const Shape &, bool, float *) { return 0; }
+double example(const uint8_t *, const uint8_t *, const Shape &, bool, float *, std::optional<float>) { return 0; }
 #endif
 
 }  // namespace
 
 using Codes = nb::ndarray<const uint8_t, nb::device::cpu>;
 using Sums = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
+using Weights = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Squares = nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+namespace {
+
+Shape shape(nb::tuple rows, nb::tuple columns, int64_t channels, int64_t outputs) {
+    const auto axis = [](nb::tuple t) {
+        return Axis{nb::cast<int64_t>(t[0]), nb::cast<int64_t>(t[1]), nb::cast<int64_t>(t[2]),
+                    nb::cast<int64_t>(t[3]), nb::cast<int64_t>(t[4]), nb::cast<int64_t>(t[5])};
+    };
+    return {axis(rows), axis(columns), channels, outputs};
+}
+
+int64_t x_size(const Shape &s) { return s.rows.in * s.columns.in * s.channels; }
+int64_t g_size(const Shape &s) { return s.rows.out * s.columns.out * s.outputs; }
+
+void check(const Shape &s, const Codes &x, const Codes &g, size_t batch, const std::string &kernel) {
+    if (x.size() != batch * static_cast<size_t>(x_size(s)) || g.size() != batch * static_cast<size_t>(g_size(s)))
+        throw std::invalid_argument("sizes of x and g do not agree");
+    const auto known = kernels();
+    if (std::find(known.begin(), known.end(), kernel) == known.end())
+        throw std::invalid_argument("this processor has no such kernel");
+}
+
+}  // namespace
 
 void bind_codes(nb::module_ &m) {
     m.def(
@@ -345,24 +377,16 @@ void bind_codes(nb::module_ &m) {
         "code_products",
         [](Codes x, Codes g, std::optional<Sums> out, Squares squares, nb::tuple rows, nb::tuple columns, int64_t channels,
            int64_t outputs, const std::string &kernel, int threads) {
-            const auto axis = [](nb::tuple t) {
-                return Axis{nb::cast<int64_t>(t[0]), nb::cast<int64_t>(t[1]), nb::cast<int64_t>(t[2]),
-                            nb::cast<int64_t>(t[3]), nb::cast<int64_t>(t[4]), nb::cast<int64_t>(t[5])};
-            };
-            const Shape s{axis(rows), axis(columns), channels, outputs};
+            const Shape s = shape(rows, columns, channels, outputs);
             const auto batch = static_cast<int64_t>(squares.size());
-            const int64_t x_size = s.rows.in * s.columns.in * channels, g_size = s.rows.out * s.columns.out * outputs;
-            if (static_cast<int64_t>(x.size()) != batch * x_size || static_cast<int64_t>(g.size()) != batch * g_size ||
-                (out && static_cast<int64_t>(out->size()) != batch * outputs * s.depth()))
-                throw std::invalid_argument("sizes of x, g, out and squares do not agree");
-            const auto known = kernels();
-            if (std::find(known.begin(), known.end(), kernel) == known.end())
-                throw std::invalid_argument("this processor has no such kernel");
+            check(s, x, g, squares.size(), kernel);
+            if (out && static_cast<int64_t>(out->size()) != batch * outputs * s.depth())
+                throw std::invalid_argument("the size of out does not agree");
             float *sums = out ? out->data() : nullptr;
             nb::gil_scoped_release unlocked;
             parallel_for(batch, threads, [&](int64_t b) {
-                squares.data()[b] = example(x.data() + b * x_size, g.data() + b * g_size, s, kernel == "amx",
-                                            sums ? sums + b * outputs * s.depth() : nullptr);
+                squares.data()[b] = example(x.data() + b * x_size(s), g.data() + b * g_size(s), s, kernel == "amx",
+                                            sums ? sums + b * outputs * s.depth() : nullptr, std::nullopt);
             });
         },
         nb::arg("x").noconvert(), nb::arg("g").noconvert(), nb::arg("out").none(), nb::arg("squares").noconvert(),
@@ -370,6 +394,28 @@ void bind_codes(nb::module_ &m) {
         nb::arg("threads"),
         "Fill out (batch, outputs, kernel rows, kernel columns, channels), if given, and squares (batch) with the sums of "
         "its squares; an axis is (in, out, kernel, stride, padding, dilation).");
+    m.def(
+        "add_code_products",
+        [](Codes x, Codes g, Weights weights, Sums totals, nb::tuple rows, nb::tuple columns, int64_t channels,
+           int64_t outputs, const std::string &kernel, int threads) {
+            const Shape s = shape(rows, columns, channels, outputs);
+            check(s, x, g, weights.size(), kernel);
+            const int64_t size = outputs * s.depth(), parts = static_cast<int64_t>(totals.size()) / size;
+            if (parts < 1 || parts * size != static_cast<int64_t>(totals.size()))
+                throw std::invalid_argument("the size of totals does not agree");
+            const auto batch = static_cast<int64_t>(weights.size());
+            nb::gil_scoped_release unlocked;
+            parallel_for(parts, threads, [&](int64_t part) {
+                for (int64_t b = batch * part / parts; b < batch * (part + 1) / parts; ++b)
+                    example(x.data() + b * x_size(s), g.data() + b * g_size(s), s, kernel == "amx",
+                            totals.data() + part * size, weights.data()[b]);
+            });
+        },
+        nb::arg("x").noconvert(), nb::arg("g").noconvert(), nb::arg("weights").noconvert(), nb::arg("totals").noconvert(),
+        nb::kw_only(), nb::arg("rows"), nb::arg("columns"), nb::arg("channels"), nb::arg("outputs"), nb::arg("kernel"),
+        nb::arg("threads"),
+        "Add weights (batch) times the examples' products to totals (parts, outputs, kernel rows, kernel columns, channels), "
+        "to each part those of its share of the examples.");
 }
 
 }  // namespace dpquant

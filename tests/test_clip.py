@@ -174,7 +174,7 @@ def test_all_ways_agree(policy, monkeypatch):
     """Whichever way is taken, where it can be: norms and sums are those of patches."""
     names, seen = ("grouped", "many positions", "tokens", "strided"), set()
     results: dict[str, list] = {}
-    for way in ("patches", "groups", "direct", "codes", "code norms", "grams"):
+    for way in ("patches", "groups", "direct", "recompute", "code norms", "grams"):
 
         def forced(product, way=way):
             ways = Product.ways(product)

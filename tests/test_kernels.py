@@ -201,3 +201,37 @@ def test_direct_products_are_those_of_patches(convolution):
         if (changed - expected).abs().max() > 1e-2:
             with pytest.raises(AssertionError):
                 torch.testing.assert_close(kernels.direct_products(grad, x, geometry), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not kernels._code_products_are_exact(), reason="no native kernel on this machine")
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(convolutions(), st.booleans())
+def test_products_of_codes_are_exact_integers_on_every_kernel(convolution, extreme):
+    geometry, shape, size = convolution
+    geometry = dataclasses.replace(geometry, groups=1)
+    x = codes((3, shape[1], *size), 127)
+    y = reference(x, torch.zeros(shape), geometry)
+    grad = codes(y.shape, 127, 1)
+    if extreme:  # the largest codes: where a kernel would saturate
+        x, grad = (torch.where(values > 0, 127, -127).to(torch.int8) for values in (x, grad))
+    exact = kernels.patch_products(kernels.positions(grad.double(), geometry), kernels.unfolded(x.double(), geometry))
+    operands = shifted(grad).codes, shifted(x).codes
+    weights = torch.tensor([0.5, -2.0, 0.0])
+    for kernel in kernels._native.code_kernels():
+        products = kernels.code_products(*operands, geometry, kernel=kernel)
+        assert torch.equal(products, exact.float())
+        norms = kernels.code_norms(*operands, geometry, kernel=kernel)
+        torch.testing.assert_close(norms, exact.square().sum((1, 2)), rtol=1e-12, atol=0)
+        total = kernels.add_code_products(*operands, geometry, weights, None, kernel=kernel)
+        total = kernels.add_code_products(*operands, geometry, weights, total, kernel=kernel)
+        expected = 2 * torch.einsum("b,bod->od", weights.double(), exact)
+        torch.testing.assert_close(total.sum(0).double(), expected, rtol=1e-5, atol=1e-2)
+        if grad[0, :, 0, 0].any() and exact[0].any():  # the check sees one code that is forgotten
+            operands[0][0, :, 0, 0] = 128
+            again = kernels.code_products(*operands, geometry, kernel=kernel)
+            expected_again = kernels.patch_products(
+                kernels.positions(operands[0].double() - 128, geometry), kernels.unfolded(x.double(), geometry)
+            )
+            assert torch.equal(again, expected_again.float())
+            assert torch.equal(again, exact.float()) == torch.equal(exact, expected_again)
+            operands = shifted(grad).codes, operands[1]

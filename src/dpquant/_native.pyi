@@ -44,6 +44,24 @@ def code_products(
     squares are the sums of its squares; an axis is (in, out, kernel, stride, padding, dilation).
     """
 
+def add_code_products(
+    x: np.ndarray,
+    g: np.ndarray,
+    weights: np.ndarray,
+    totals: np.ndarray,
+    *,
+    rows: tuple[int, int, int, int, int, int],
+    columns: tuple[int, int, int, int, int, int],
+    channels: int,
+    outputs: int,
+    kernel: str,
+    threads: int,
+) -> None:
+    """Add weights (batch) times the examples' products to totals (parts, outputs, kernel rows, columns, channels).
+
+    Each part gets those of its share of the examples.
+    """
+
 def direct_products_available() -> bool:
     """Whether this processor has a kernel for `direct_products`."""
 

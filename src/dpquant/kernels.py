@@ -346,34 +346,58 @@ def has_direct_products(x: Tensor) -> bool:
     return _native is not None and x.device.type == "cpu" and _native.direct_products_available()
 
 
-def code_products(
-    grad: Tensor, x: Tensor, geometry: Geometry, *, norms_only: bool = False, kernel: str | None = None
-) -> tuple[Tensor | None, Tensor]:
-    """The same from uint8 codes with zero point 128, channels last, on int8 instructions; see `has_code_products`.
+def code_norms(grad: Tensor, x: Tensor, geometry: Geometry, *, kernel: str | None = None) -> Tensor:
+    """The squared norms, float64 `(B,)`, of such products of codes, on int8 instructions; see `has_code_products`.
 
     Args:
-      grad: codes of the output gradient.
-      x: codes of the input.
+      grad: codes of the output gradient, uint8 with zero point 128, channels last.
+      x: codes of the input, likewise.
       geometry: without groups.
-      norms_only: do not keep the products.
       kernel: `amx` or `vnni`; None: the fastest that this processor has.
-    Returns: `(B, O, D)` float32, the exact integers rounded once, or None; and their squared norms, float64 `(B,)`.
+    Returns: of the exact integers, each rounded once to float32.
     """
+    squares = torch.empty(len(x), dtype=torch.float64)
+    _run_code_products(grad, x, geometry, squares, None, kernel)
+    return squares
+
+
+def code_products(grad: Tensor, x: Tensor, geometry: Geometry, *, kernel: str | None = None) -> Tensor:
+    """The products themselves, `(B, O, D)`, the exact integers rounded once to float32; arguments as of `code_norms`."""
+    products = torch.empty(len(x), grad.shape[1], math.prod(geometry.kernel) * x.shape[1])
+    _run_code_products(grad, x, geometry, torch.empty(len(x), dtype=torch.float64), products, kernel)
+    return products
+
+
+def _run_code_products(
+    grad: Tensor, x: Tensor, geometry: Geometry, squares: Tensor, products: Tensor | None, kernel: str | None
+) -> None:
     assert _native is not None
     rows, columns = _axes(x, grad, geometry)
-    depth = math.prod(geometry.kernel) * x.shape[1]
-    products = None if norms_only else torch.empty(len(x), grad.shape[1], depth)
-    squares = torch.empty(len(x), dtype=torch.float64)
     _native.code_products(
         x.numpy(), grad.numpy(), None if products is None else products.numpy(), squares.numpy(), rows=rows,
         columns=columns, channels=x.shape[1], outputs=grad.shape[1], kernel=kernel or _native.code_kernels()[0],
         threads=torch.get_num_threads(),
     )  # fmt: skip
-    return products, squares
+
+
+def add_code_products(
+    grad: Tensor, x: Tensor, geometry: Geometry, weights_B: Tensor, totals: Tensor | None, *, kernel: str | None = None
+) -> Tensor:
+    """Such products, weighted and summed over examples, added to totals `(parts, O, D)` in place; None begins them."""
+    assert _native is not None
+    rows, columns = _axes(x, grad, geometry)
+    if totals is None:
+        totals = torch.zeros(torch.get_num_threads(), grad.shape[1], math.prod(geometry.kernel) * x.shape[1])
+    _native.add_code_products(
+        x.numpy(), grad.numpy(), weights_B.contiguous().numpy(), totals.numpy(), rows=rows, columns=columns,
+        channels=x.shape[1], outputs=grad.shape[1], kernel=kernel or _native.code_kernels()[0],
+        threads=torch.get_num_threads(),
+    )  # fmt: skip
+    return totals
 
 
 def has_code_products(x: QTensor, num_positions: int, geometry: Geometry) -> bool:
-    """Whether `code_products` can run on x here, and gives the exact integers."""
+    """Whether `code_products` and its kin can run on x here, and give the exact integers."""
     able = x.zero_point == INT8_ZERO_POINT and x.codes.device.type == "cpu" and num_positions <= _MOST_POSITIONS
     return able and geometry.groups == 1 and _code_products_are_exact()
 
@@ -390,10 +414,9 @@ def _code_products_are_exact() -> bool:
         for shape in ((2, 35, 9, 21), (2, 19, 5, 21))
     )
     x, grad = (codes.contiguous(memory_format=torch.channels_last) for codes in (x, grad))
-    products, _ = code_products(grad, x, geometry)
     values = [codes.double() - INT8_ZERO_POINT for codes in (x, grad)]
     exact = patch_products(positions(values[1], geometry), unfolded(values[0], geometry))
-    return products is not None and torch.equal(products, exact.float())
+    return torch.equal(code_products(grad, x, geometry), exact.float())
 
 
 def _axes(x: Tensor, grad: Tensor, geometry: Geometry) -> Any:

@@ -10,8 +10,9 @@ There are these ways to the squared norms and to the sum of c_i G_i:
     patches     form G_i, for all examples at once, by a batched product of unfolded inputs
     groups      form G_i by one convolution whose groups are the examples
     direct      form G_i straight from the maps, by the native kernel
-    codes       the same on int8 instructions, where the operands are codes
-    code norms  norms as in `codes`, keeping nothing; the sum as in `grams`
+    recompute   where the operands are codes, form G_i on int8 instructions, by the native kernel, twice: once for its
+                norm, once to be added; it is never kept
+    code norms  norms as in `recompute`; the sum as in `grams`
 
 Which one is taken is measured, once for every shape, on made-up operands (`choice.py`). Norm and sum belong to the same
 operands and, where the layer is quantized, to the same codes: there the factor c_i s_i is rounded down to a bfloat16,
@@ -38,9 +39,10 @@ from dpquant.choice import fastest
 from dpquant.gradients import ROUND_OFF, Contribution, Formed
 from dpquant.kernels import (
     Geometry,
+    add_code_products,
     add_patch_products,
     bfloat16_factors,
-    code_products,
+    code_norms,
     code_values,
     direct_products,
     grouped_products,
@@ -91,16 +93,14 @@ class FormedProduct(Formed):
       scale_B: of the codes; None: values.
       geometry: whose patch order it is.
       weight: where they belong.
-      norms_B: their squared norms, without scales, if known.
     """
 
     scale_B: Tensor | None
     geometry: Geometry | None
-    weight: "Place"
-    norms_B: Tensor | None = None
+    weight: Place
 
     def squared_norms(self) -> Tensor:
-        return _times_squares(super().squared_norms() if self.norms_B is None else self.norms_B, self.scale_B)
+        return _times_squares(super().squared_norms(), self.scale_B)
 
     def per_example(self) -> Tensor:
         gradients = self.weight.filled(self._in_order(self.gradients))
@@ -117,7 +117,6 @@ class FormedProduct(Formed):
             self,
             gradients=self.gradients[rows],
             scale_B=None if self.scale_B is None else self.scale_B[rows],
-            norms_B=None if self.norms_B is None else self.norms_B[rows],
         )
 
     def _in_order(self, products: Tensor) -> Tensor:
@@ -192,13 +191,13 @@ class Product:
     def per_example(self) -> Tensor:
         return self.by_patches().per_example()
 
-    def add_weighted(self, weights_B: Tensor, total: "_Waiting | None") -> "_Waiting":
+    def add_weighted(self, weights_B: Tensor, total: Any) -> Any:
         total = _Waiting(self.geometry, self.pieces) if total is None else total
         x, g = self.values
         total.add(x, g * scaled_weights(weights_B, self.scale_B)[:, None, None, None])
         return total
 
-    def finished(self, total: "_Waiting") -> Tensor:
+    def finished(self, total: Any) -> Tensor:
         return self.weight.filled(total.value())
 
     def take(self, rows: Tensor) -> "Product":
@@ -225,15 +224,13 @@ class Product:
         x, g = self.values
         return self._formed(direct_products(g, x, self.geometry))
 
-    def by_codes(self) -> FormedProduct:
-        """The gradients themselves, on int8 instructions, by the native kernel."""
-        products, norms_B = code_products(*self._codes(), self.geometry)
-        assert products is not None
-        return dataclasses.replace(self._formed(products), norms_B=norms_B)
-
     def normed_by_codes(self) -> "Product":
         """The operands, with the norms of the gradients on int8 instructions."""
-        return dataclasses.replace(self, norms_B=code_products(*self._codes(), self.geometry, norms_only=True)[1])
+        return dataclasses.replace(self, norms_B=code_norms(*self._codes(), self.geometry))
+
+    def recomputed(self) -> "Recomputed":
+        """The operands, whose products are made on int8 instructions once for the norms and once for the sum."""
+        return Recomputed(self.operands, self.pieces, self.geometry, self.weight, self.normed_by_codes().norms_B)
 
     def ways(self) -> dict[str, Callable[["Product"], Contribution]]:
         """The forms that can be taken here and are not clearly slower than another."""
@@ -241,8 +238,8 @@ class Product:
             "patches": Product.by_patches,
             "groups": Product.by_groups,
             "direct": Product.directly,
-            "codes": Product.by_codes,
             "code norms": Product.normed_by_codes,
+            "recompute": Product.recomputed,
             "grams": lambda product: product,
         }
         x, g = self.operands
@@ -251,13 +248,13 @@ class Product:
             able = {"direct"} if has_direct_products(x) else set()
         else:
             able = {"direct"} if has_direct_products(x.codes) else set()
-            able |= {"codes", "code norms"} if has_code_products(x, num_positions, self.geometry) else set()
+            able |= {"code norms", "recompute"} if has_code_products(x, num_positions, self.geometry) else set()
         patch = channels // self.geometry.groups * math.prod(self.geometry.kernel)
         gram_cost, formed_cost = num_positions * (outputs + patch), outputs * patch
         if gram_cost <= _CLEAR * formed_cost:
             able.add("grams")
         if _CLEAR * gram_cost < formed_cost:
-            able &= {"grams", "code norms"}
+            able &= {"grams", "code norms", "recompute"}
         else:
             able |= {"patches", "groups"}
         return {name: way for name, way in ways.items() if name in able}
@@ -294,6 +291,19 @@ def _made_up(operand: Tensor | QTensor) -> Tensor | QTensor:
         return torch.ones_like(operand)
     ones = torch.ones_like(operand.codes, dtype=torch.uint8).to(operand.codes.dtype)
     return dataclasses.replace(operand, codes=ones, scale=torch.ones_like(operand.scale))
+
+
+class Recomputed(Product):
+    """Operands with known norms, whose products are formed again to be added up."""
+
+    def add_weighted(self, weights_B: Tensor, total: Any) -> Any:
+        return add_code_products(*self._codes(), self.geometry, scaled_weights(weights_B, self.scale_B), total)
+
+    def finished(self, total: Any) -> Tensor:
+        return self.weight.filled(in_weight_order(total.sum(0), self.geometry))
+
+    def take(self, rows: Tensor) -> "Recomputed":
+        return super().take(rows).recomputed()
 
 
 class _Waiting:
