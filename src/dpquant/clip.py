@@ -15,6 +15,7 @@ Symbols: B examples, O output channels, C clip norm, G_i the whole gradient of e
 import contextlib
 import dataclasses
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,8 +35,8 @@ PerExampleLoss = Callable[[nn.Module, Any], Tensor]
 
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny  # below it, rounding to float32 could double a factor
 
-# Examples a backward pass by default: where parameters are few, calls cost most; where they are many, memory does.
-_MICROBATCH_OF_SMALL, _MICROBATCH_OF_LARGE, _MANY_PARAMETERS = 64, 32, 2**20
+_MICROBATCHES = (64, 128, 256)  # examples a backward pass, by default
+_microbatch_sizes: "weakref.WeakKeyDictionary[nn.Module, int]" = weakref.WeakKeyDictionary()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +99,11 @@ def clipped_sum(
     if not quantizable_layers(model) and any(type(m) in (nn.Conv2d, nn.Linear) for m in model.modules()):
         raise ModelError("Expected a prepared model; got one without quantizable layers. Call dpquant.prepare(model).")
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    size = microbatch_size or default_microbatch_size(sum(p.numel() for p in trainable.values()))
+    if len(record_ids) == 0:
+        return ClippedSum(
+            grads={name: torch.zeros_like(p) for name, p in trainable.items()}, sensitivity=float(max_grad_norm)
+        )
+    size = microbatch_size or default_microbatch_size(model, loss_fn, batch)
     with working_memory():
         grads = _clipped_grads(model, loss_fn, batch, trainable, max_grad_norm, record_ids, (seed, step), size)
     return ClippedSum(grads=grads, sensitivity=float(max_grad_norm))
@@ -127,9 +132,28 @@ def _clipped_grads(
         return tape.totals()
 
 
-def default_microbatch_size(num_parameters: int) -> int:
-    """Examples a backward pass."""
-    return _MICROBATCH_OF_SMALL if num_parameters < _MANY_PARAMETERS else _MICROBATCH_OF_LARGE
+def default_microbatch_size(model: nn.Module, loss_fn: PerExampleLoss, batch: Any) -> int:
+    """Examples a backward pass: so many that their activations outweigh the weights, which every pass reads anew.
+
+    Shapes decide, from a forward pass over one example; its values do not. Once for every model.
+    """
+    if model not in _microbatch_sizes:
+        outputs: list[int] = []
+        handles = [
+            module.register_forward_hook(lambda module, inputs, output: outputs.append(getattr(output, "numel", int)()))
+            for module in model.modules()
+            if not list(module.children())
+        ]
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                loss_fn(model, take_rows(batch, slice(0, 1)))
+        finally:
+            for handle in handles:
+                handle.remove()
+        weights = sum(p.numel() for p in model.parameters())
+        enough = [size for size in _MICROBATCHES if size * sum(outputs) >= weights]
+        _microbatch_sizes[model] = min(enough, default=_MICROBATCHES[-1])
+    return _microbatch_sizes[model]
 
 
 def microbatches(batch: Any, record_ids: Tensor, size: int) -> Iterator[tuple[Any, Tensor, int]]:
@@ -229,11 +253,8 @@ class _GradientTape:
         self._last = parts
 
     def totals(self) -> dict[str, Tensor]:
-        """{parameter name: the sum over all microbatches}; zeros before the first."""
-        return {
-            name: self._last[name].finished(self._totals[name]) if name in self._totals else torch.zeros_like(parameter)
-            for parameter, name in self._names.items()
-        }
+        """{parameter name: the sum over all microbatches}."""
+        return {name: part.finished(self._totals[name]) for name, part in self._last.items()}
 
     def _one_contribution(self, name: str) -> Contribution:
         """A parameter used once keeps its operands; one that is shared or reused needs its gradients formed."""

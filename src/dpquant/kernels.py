@@ -362,7 +362,7 @@ def code_norms(grad: Tensor, x: Tensor, geometry: Geometry, *, kernel: str | Non
 
 
 def code_products(grad: Tensor, x: Tensor, geometry: Geometry, *, kernel: str | None = None) -> Tensor:
-    """The products themselves, `(B, O, D)`, the exact integers rounded once to float32; arguments as of `code_norms`."""
+    """The products, `(B, O, D)`, exact integers rounded once to float32; arguments as of `code_norms`."""
     products = torch.empty(len(x), grad.shape[1], math.prod(geometry.kernel) * x.shape[1])
     _run_code_products(grad, x, geometry, torch.empty(len(x), dtype=torch.float64), products, kernel)
     return products

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset, default_collate
 
 from dpquant.accounting import Event
-from dpquant.clip import PerExampleLoss, clipped_sum
+from dpquant.clip import PerExampleLoss, clipped_sum, default_microbatch_size
 from dpquant.errors import BudgetError, DataError, SettingError
 from dpquant.formats import Recipe
 from dpquant.impact import impact_sum
@@ -334,7 +334,12 @@ def make_private(
             return ()
         return _to(collate_fn([train_set[i] for i in record_ids.tolist()]), device)
 
-    macs = check_isolation(model, loss_fn, _to(made_up_batch(train_set[0], collate_fn), device))
+    made_up = _to(made_up_batch(train_set[0], collate_fn), device)
+    macs = check_isolation(model, loss_fn, made_up)
+    if microbatch_size is None:
+        # a batch fills its last microbatch up: small ones waste less
+        most = max(int(plan.expected_batch_size) // 4, 1)
+        microbatch_size = min(default_microbatch_size(model, loss_fn, made_up), 1 << (most.bit_length() - 1))
     policy.choose(macs, None, epoch=0, key=0)  # a policy that names unknown layers is refused here
     if ledger is not None:
         ledger.parent.mkdir(parents=True, exist_ok=True)
