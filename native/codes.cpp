@@ -101,7 +101,7 @@ __attribute__((target("sse2"))) void interleave(const uint8_t *const from[4], in
         for (int k = 0; k < 4; ++k) out[c * 4 + k] = from[k][c];
 }
 
-void pack(const uint8_t *x, const uint8_t *g, const Shape &s, const std::vector<uint8_t> &zeros, Packed &p) {
+__attribute__((target("avx512f,avx512bw"))) void pack(const uint8_t *x, const uint8_t *g, const Shape &s, const std::vector<uint8_t> &zeros, Packed &p) {
     const int64_t fours = s.fours(), tall = s.tall(), wide = s.wide();
     p.g_fours.assign(static_cast<size_t>(fours * tall), 0);
     p.g.resize(static_cast<size_t>(tall * fours * 4));
@@ -116,14 +116,20 @@ void pack(const uint8_t *x, const uint8_t *g, const Shape &s, const std::vector<
             for (int64_t b = 0; b < s.outputs * 4; ++b) to[b] ^= 0x80;  // to signed; what lies outside is zero already
         }
     auto *rows = reinterpret_cast<int32_t *>(p.g.data());
-    for (int64_t o = 0; o < tall; o += LANES)
-        for (int64_t four = 0; four < fours; ++four)
-            for (int64_t k = 0; k < LANES; ++k) rows[(o + k) * fours + four] = p.g_fours[four * tall + o + k];
+    const __m512i ones = _mm512_set1_epi8(1);
+    const __m512i steps = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                                             _mm512_set1_epi32(static_cast<int32_t>(tall)));
     for (int64_t o = 0; o < s.outputs; ++o) {
-        int32_t sum = 0;
-        for (int64_t t = 0; t < fours * 4; ++t) sum += p.g[o * fours * 4 + t];
-        p.g_sums[o] = sum;
+        __m512i sums = _mm512_setzero_si512();
+        for (int64_t four = 0; four < fours; four += FOURS) {
+            const __m512i row = _mm512_i32gather_epi32(steps, p.g_fours.data() + four * tall + o, 4);
+            _mm512_storeu_si512(rows + o * fours + four, row);
+            // bytes to pairs to fours: one times signed
+            sums = _mm512_add_epi32(sums, _mm512_madd_epi16(_mm512_maddubs_epi16(ones, row), _mm512_set1_epi16(1)));
+        }
+        p.g_sums[o] = _mm512_reduce_add_epi32(sums);
     }
+    std::memset(rows + s.outputs * fours, 0, static_cast<size_t>((tall - s.outputs) * fours * 4));
 
     const int64_t plane = s.plane_fours() * wide * 4;
     p.x.resize(static_cast<size_t>(s.columns.kernel * s.rows.stride * plane));

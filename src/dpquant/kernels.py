@@ -164,8 +164,11 @@ class Int8Products:
         """Input positions of one phase (row and column modulo the stride) meet the same taps: one convolution each."""
         stride, padding = self._geometry.stride, self._geometry.padding
         channels = self._geometry.groups * self._weight.codes.shape[1]
-        full = torch.zeros(len(codes), channels, *size).contiguous(memory_format=torch.channels_last)
-        for rows, columns in itertools.product(*map(_phases, self._geometry.kernel, stride, padding, size)):
+        phases = list(itertools.product(*map(_phases, self._geometry.kernel, stride, padding, size)))
+        full = torch.empty(len(codes), channels, *size, memory_format=torch.channels_last)
+        if len(phases) < min(stride[0], size[0]) * min(stride[1], size[1]):
+            full.zero_()  # some positions meet no tap
+        for rows, columns in phases:
             if (rows, columns) not in self._taps:
                 self._taps[rows, columns] = _Int8Weight(self._swapped[:, :, rows.taps][..., columns.taps].contiguous())
             # what does not lie inside of the gradient on one side is padded on both: the other side's is cut off
