@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import contextlib
 import copy
 import warnings
 
@@ -278,3 +279,53 @@ def test_in_place_networks_are_clipped_like_their_out_of_place_twins():
     torch.testing.assert_close(
         total(prepare(copy.deepcopy(model)), batch), looped(model, batch, 1.0), rtol=1e-4, atol=1e-5
     )
+
+
+def sizes_seen(pieces, count, size):
+    """How many examples the loss is asked for, piece by piece."""
+    model, (x, y) = prepared("strided")
+    x, y, seen = x[:1].repeat(count, 1, 1, 1), y[:1].repeat(count), []
+
+    def watched(model, batch):
+        seen.append(len(batch[1]))
+        return loss(model, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clip, "microbatches", pieces)
+        with contextlib.suppress(DPQuantError):
+            ids = torch.arange(count)
+            clipped_sum(model, watched, (x, y), max_grad_norm=1.0, record_ids=ids, step=0, seed=0, microbatch_size=size)
+    return set(seen)
+
+
+def ragged(batch, record_ids, size):
+    """The usual way: the last piece is as long as need be."""
+    for start in range(0, len(record_ids), size):
+        rows = slice(start, start + size)
+        yield clip.take_rows(batch, rows), record_ids[rows], len(record_ids[rows])
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 7])
+def test_every_pass_has_the_same_number_of_examples_however_many_there_are(count):
+    assert sizes_seen(clip.microbatches, count, 4) == {4}
+
+
+def test_a_last_piece_that_is_shorter_would_be_seen():
+    assert sizes_seen(ragged, 7, 4) == {4, 3}
+
+
+def test_the_copies_that_fill_a_microbatch_up_do_not_count():
+    model, batch = prepared("strided")
+    alone = [total(model, batch, [i]) for i in range(3)]
+    torch.testing.assert_close(total(model, batch, [0, 1, 2]), sum(alone), rtol=1e-5, atol=1e-6)
+
+
+def test_weights_that_outweigh_activations_get_larger_microbatches():
+    small = prepare(nn.Sequential(nn.Conv2d(3, 4, 3)))
+    large = prepare(nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 2048), nn.Linear(2048, 64)))
+    x = torch.zeros(2, 3, 8, 8)
+
+    def sums(model, x):
+        return model(x).flatten(1).sum(1)
+
+    assert [clip.default_microbatch_size(model, sums, x) for model in (small, large)] == [64, 256]
