@@ -27,15 +27,9 @@
 #include <string>
 #include <vector>
 
+#include "geometry.hpp"
 #include "parallel.hpp"
-
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
-#define INT8_KERNELS 1
-#include <cpuid.h>
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+#include "tiles.hpp"
 
 namespace nb = nanobind;
 
@@ -43,12 +37,6 @@ namespace dpquant {
 namespace {
 
 constexpr int64_t ZERO = 128, LANES = 16, FOURS = 16;  // LANES int32 in a vector or tile row; FOURS of positions in a tile
-
-struct Axis {
-    int64_t in, out, kernel, stride, padding, dilation;
-};
-
-int64_t up_to(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 struct Shape {
     Axis rows, columns;
@@ -60,9 +48,8 @@ struct Shape {
     int64_t tall() const { return up_to(outputs, LANES); }
     int64_t depth() const { return rows.kernel * columns.kernel * channels; }
     // Image row h * stride + reach is row h + reach / stride of the plane of rows that leave reach % stride.
-    int64_t reach(int64_t i) const { return i * rows.dilation - rows.padding; }
-    int64_t plane_of(int64_t i) const { return ((reach(i) % rows.stride) + rows.stride) % rows.stride; }
-    int64_t shift(int64_t i) const { return (reach(i) - plane_of(i)) / rows.stride; }
+    int64_t plane_of(int64_t i) const { return ((rows.reach(i) % rows.stride) + rows.stride) % rows.stride; }
+    int64_t shift(int64_t i) const { return (rows.reach(i) - plane_of(i)) / rows.stride; }
     int64_t first_shift() const { return shift(0) - 1; }
     int64_t plane_rows() const { return rows.out + shift(rows.kernel - 1) - first_shift() + 1; }
     int64_t plane_fours() const { return plane_rows() * row_fours() + FOURS; }  // tiles may read past the last row
@@ -81,7 +68,7 @@ struct Packed {
     }
 };
 
-#ifdef INT8_KERNELS
+#ifdef HAS_TILES
 
 // Four positions of `channels` channels, side by side: out[c * 4 + k] = from[k][c].
 __attribute__((target("sse2"))) void interleave(const uint8_t *const from[4], int64_t channels, uint8_t *out) {
@@ -183,14 +170,6 @@ struct Sink {
     }
 };
 
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t bytes[16] = {};
-    uint8_t rows[16] = {};
-};
-
-#define AMX __attribute__((target("amx-tile,amx-int8,avx512f,avx512bw,avx512dq,avx512vl")))
-
 // 16 or 32 outputs times 16 or 32 channels of one tap.
 template <bool two_outputs, bool two_channels>
 AMX inline void amx_block(const int8_t *g, const uint8_t *x, int64_t fours, int64_t wide, int64_t o, int64_t c, Sink &sink) {
@@ -274,45 +253,6 @@ void vnni_tap(const Packed &p, const uint8_t *x, const Shape &s, Sink &sink) {
     for (; c < s.wide(); c += LANES) vnni_outputs<1>(p, x, s, c, sink);
 }
 
-// gcc's intrinsics admit to touching eight bytes of a configuration; the barriers stand for all 64.
-AMX void save_tiles(TileConfig &config) {
-    _tile_storeconfig(&config);
-    asm volatile("" : : "r"(&config) : "memory");
-}
-AMX void load_tiles(const TileConfig &config) {
-    asm volatile("" : : "r"(&config) : "memory");
-    _tile_loadconfig(&config);
-}
-
-// The tile registers, in 16 rows of 64 bytes, for as long as the object lives. The thread's own setting comes back.
-class Tiles {
-  public:
-    Tiles() {
-        save_tiles(before_);
-        TileConfig mine;
-        for (int tile = 0; tile < 8; ++tile) mine.bytes[tile] = 64, mine.rows[tile] = 16;
-        load_tiles(mine);
-    }
-    ~Tiles() { load_tiles(before_); }
-    Tiles(const Tiles &) = delete;
-    Tiles &operator=(const Tiles &) = delete;
-
-  private:
-    TileConfig before_;
-};
-
-bool amx_permitted() {
-    static const bool permitted = [] {
-        unsigned a = 0, b = 0, c = 0, d = 0;
-        const bool known = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1) && (d >> 25 & 1);
-        constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
-        return known && __builtin_cpu_supports("avx512bw") && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
-    }();
-    return permitted;
-}
-
-bool vnni_known() { return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw"); }
-
 std::vector<std::string> kernels() {
     std::vector<std::string> names;
     if (amx_permitted()) names.push_back("amx");
@@ -350,11 +290,7 @@ using Squares = nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 namespace {
 
 Shape shape(nb::tuple rows, nb::tuple columns, int64_t channels, int64_t outputs) {
-    const auto axis = [](nb::tuple t) {
-        return Axis{nb::cast<int64_t>(t[0]), nb::cast<int64_t>(t[1]), nb::cast<int64_t>(t[2]),
-                    nb::cast<int64_t>(t[3]), nb::cast<int64_t>(t[4]), nb::cast<int64_t>(t[5])};
-    };
-    return {axis(rows), axis(columns), channels, outputs};
+    return {Axis(rows), Axis(columns), channels, outputs};
 }
 
 int64_t x_size(const Shape &s) { return s.rows.in * s.columns.in * s.channels; }

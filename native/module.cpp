@@ -8,16 +8,20 @@
 namespace dpquant {
 void bind_codes(nanobind::module_ &m);
 void bind_direct(nanobind::module_ &m);
+void bind_grams(nanobind::module_ &m);
 void bind_noise(nanobind::module_ &m);
 void bind_norms(nanobind::module_ &m);
 void bind_quantizer(nanobind::module_ &m);
+void bind_sums(nanobind::module_ &m);
 }
 
 NB_MODULE(_native, m) {
     m.doc() = "The loops of dpquant that profiling proved to matter. Python modules state what they compute.";
     dpquant::bind_codes(m);
     dpquant::bind_direct(m);
+    dpquant::bind_grams(m);
     dpquant::bind_noise(m);
     dpquant::bind_norms(m);
     dpquant::bind_quantizer(m);
+    dpquant::bind_sums(m);
 }

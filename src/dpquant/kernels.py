@@ -27,14 +27,8 @@ from torch import Tensor
 from dpquant.errors import FormatError
 from dpquant.quantizer import QTensor
 
-try:
-    from dpquant import _native
-except ImportError:  # installed without a compiler
-    _native = None
-
 BACKENDS = ("auto", "simulate", "int8")
 INT8_ZERO_POINT = 128
-_MOST_POSITIONS = 2**16  # int32 holds so many products of a signed and an unsigned byte
 _FLOAT32_EXACT = 2**24  # every integer up to here is a float32
 
 
@@ -329,103 +323,6 @@ def grouped_products(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
     mask = [False, True, False]
     products = _convolution_backward(grads, xs, weight, geometry, batch * geometry.groups, mask)[1]
     return products.unflatten(0, (batch, -1))
-
-
-def direct_products(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
-    """The same straight from two channels-last maps, by the native kernel: `(B, O, D)`; see `has_direct_products`."""
-    outputs, channels = grad.shape[1] // geometry.groups, x.shape[1] // geometry.groups
-    products = grad.new_empty(len(x), grad.shape[1], math.prod(geometry.kernel) * channels)
-    rows, columns = _axes(x, grad, geometry)
-    assert _native is not None
-    _native.direct_products(
-        x.numpy(), grad.numpy(), products.numpy(), batch=len(x), rows=rows, columns=columns, channels=channels,
-        outputs=outputs, groups=geometry.groups, threads=torch.get_num_threads(),
-    )  # fmt: skip
-    return products
-
-
-def has_direct_products(x: Tensor) -> bool:
-    """Whether `direct_products` can run on x here."""
-    return _native is not None and x.device.type == "cpu" and _native.direct_products_available()
-
-
-def code_norms(grad: Tensor, x: Tensor, geometry: Geometry, *, kernel: str | None = None) -> Tensor:
-    """The squared norms, float64 `(B,)`, of such products of codes, on int8 instructions; see `has_code_products`.
-
-    Args:
-      grad: codes of the output gradient, uint8 with zero point 128, channels last.
-      x: codes of the input, likewise.
-      geometry: without groups.
-      kernel: `amx` or `vnni`; None: the fastest that this processor has.
-    Returns: of the exact integers, each rounded once to float32.
-    """
-    squares = torch.empty(len(x), dtype=torch.float64)
-    _run_code_products(grad, x, geometry, squares, None, kernel)
-    return squares
-
-
-def code_products(grad: Tensor, x: Tensor, geometry: Geometry, *, kernel: str | None = None) -> Tensor:
-    """The products, `(B, O, D)`, exact integers rounded once to float32; arguments as of `code_norms`."""
-    products = torch.empty(len(x), grad.shape[1], math.prod(geometry.kernel) * x.shape[1])
-    _run_code_products(grad, x, geometry, torch.empty(len(x), dtype=torch.float64), products, kernel)
-    return products
-
-
-def _run_code_products(
-    grad: Tensor, x: Tensor, geometry: Geometry, squares: Tensor, products: Tensor | None, kernel: str | None
-) -> None:
-    assert _native is not None
-    rows, columns = _axes(x, grad, geometry)
-    _native.code_products(
-        x.numpy(), grad.numpy(), None if products is None else products.numpy(), squares.numpy(), rows=rows,
-        columns=columns, channels=x.shape[1], outputs=grad.shape[1], kernel=kernel or _native.code_kernels()[0],
-        threads=torch.get_num_threads(),
-    )  # fmt: skip
-
-
-def add_code_products(
-    grad: Tensor, x: Tensor, geometry: Geometry, weights_B: Tensor, totals: Tensor | None, *, kernel: str | None = None
-) -> Tensor:
-    """Such products, weighted and summed over examples, added to totals `(parts, O, D)` in place; None begins them."""
-    assert _native is not None
-    rows, columns = _axes(x, grad, geometry)
-    if totals is None:
-        totals = torch.zeros(torch.get_num_threads(), grad.shape[1], math.prod(geometry.kernel) * x.shape[1])
-    _native.add_code_products(
-        x.numpy(), grad.numpy(), weights_B.contiguous().numpy(), totals.numpy(), rows=rows, columns=columns,
-        channels=x.shape[1], outputs=grad.shape[1], kernel=kernel or _native.code_kernels()[0],
-        threads=torch.get_num_threads(),
-    )  # fmt: skip
-    return totals
-
-
-def has_code_products(x: QTensor, num_positions: int, geometry: Geometry) -> bool:
-    """Whether `code_products` and its kin can run on x here, and give the exact integers."""
-    able = x.zero_point == INT8_ZERO_POINT and x.codes.device.type == "cpu" and num_positions <= _MOST_POSITIONS
-    return able and geometry.groups == 1 and _code_products_are_exact()
-
-
-@functools.cache
-def _code_products_are_exact() -> bool:
-    """Whether the kernel that would be taken gives the exact integers, for the largest codes and an odd shape."""
-    if _native is None or not _native.code_kernels():
-        return False
-    geometry = Geometry(kernel=(3, 3), stride=(2, 1), padding=(1, 1))
-    generator = torch.Generator().manual_seed(0)
-    x, grad = (
-        (torch.randint(0, 2, shape, generator=generator) * 254 + 1).to(torch.uint8)
-        for shape in ((2, 35, 9, 21), (2, 19, 5, 21))
-    )
-    x, grad = (codes.contiguous(memory_format=torch.channels_last) for codes in (x, grad))
-    values = [codes.double() - INT8_ZERO_POINT for codes in (x, grad)]
-    exact = patch_products(positions(values[1], geometry), unfolded(values[0], geometry))
-    return torch.equal(code_products(grad, x, geometry), exact.float())
-
-
-def _axes(x: Tensor, grad: Tensor, geometry: Geometry) -> Any:
-    """For rows and for columns: (in, out, kernel, stride, padding, dilation)."""
-    g = geometry
-    return zip(x.shape[2:], grad.shape[2:], g.kernel, g.stride, g.padding, g.dilation, strict=True)
 
 
 def add_patch_products(grad: Tensor, x: Tensor, geometry: Geometry, total: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ There are these ways to the squared norms and to the sum of c_i G_i:
 
     grams       <x_i x_i^T, g_i g_i^T> is the squared norm; the sum is one matrix product over all positions of all
                 examples. Nothing of the weight's size exists per example: best where there are few positions.
+    code grams  as `grams`, with the norm on int8 instructions, exactly, by the native kernel
     patches     form G_i, for all examples at once, by a batched product of unfolded inputs
     groups      form G_i by one convolution whose groups are the examples
     direct      form G_i straight from the maps, by the native kernel
@@ -39,20 +40,27 @@ from dpquant.choice import fastest
 from dpquant.gradients import ROUND_OFF, Contribution, Formed
 from dpquant.kernels import (
     Geometry,
-    add_code_products,
     add_patch_products,
     bfloat16_factors,
-    code_norms,
     code_values,
-    direct_products,
     grouped_products,
-    has_code_products,
-    has_direct_products,
     in_weight_order,
     patch_products,
     positions,
     unfolded,
     weight_gradient,
+)
+from dpquant.native_products import (
+    add_code_products,
+    add_code_sums,
+    code_norms,
+    direct_products,
+    folded,
+    gram_norms,
+    has_code_products,
+    has_code_sums,
+    has_direct_products,
+    has_gram_norms,
 )
 from dpquant.quantizer import QTensor
 
@@ -192,13 +200,18 @@ class Product:
         return self.by_patches().per_example()
 
     def add_weighted(self, weights_B: Tensor, total: Any) -> Any:
+        factors_B = scaled_weights(weights_B, self.scale_B)
+        if isinstance(self.operands[0], QTensor) and has_code_sums(self.operands[0], self.geometry):
+            g, x, walk = self._codes
+            return add_code_sums(g, x, walk, factors_B, total, pieces=self.pieces)
         total = _Waiting(self.geometry, self.pieces) if total is None else total
         x, g = self.values
-        total.add(x, g * scaled_weights(weights_B, self.scale_B)[:, None, None, None])
+        total.add(x, g * factors_B[:, None, None, None])
         return total
 
     def finished(self, total: Any) -> Tensor:
-        return self.weight.filled(total.value())
+        sums = total.value() if isinstance(total, _Waiting) else in_weight_order(total, self.geometry)
+        return self.weight.filled(sums)
 
     def take(self, rows: Tensor) -> "Product":
         x, g = self.operands
@@ -226,7 +239,13 @@ class Product:
 
     def normed_by_codes(self) -> "Product":
         """The operands, with the norms of the gradients on int8 instructions."""
-        return dataclasses.replace(self, norms_B=code_norms(*self._codes(), self.geometry))
+        self.norms_B = code_norms(*self._codes)
+        return self
+
+    def normed_by_grams(self) -> "Product":
+        """The operands, with the norms by Gram matrices on int8 instructions."""
+        self.norms_B = gram_norms(*self._codes)
+        return self
 
     def recomputed(self) -> "Recomputed":
         """The operands, whose products are made on int8 instructions once for the norms and once for the sum."""
@@ -240,21 +259,24 @@ class Product:
             "direct": Product.directly,
             "code norms": Product.normed_by_codes,
             "recompute": Product.recomputed,
+            "code grams": Product.normed_by_grams,
             "grams": lambda product: product,
         }
         x, g = self.operands
         channels, num_positions, outputs = _shape(x)[1], math.prod(_shape(g)[2:]), _shape(g)[1]
-        if isinstance(x, Tensor):
-            able = {"direct"} if has_direct_products(x) else set()
-        else:
+        grams = {"grams"}
+        if isinstance(x, QTensor) and isinstance(g, QTensor):
             able = {"direct"} if has_direct_products(x.codes) else set()
             able |= {"code norms", "recompute"} if has_code_products(x, num_positions, self.geometry) else set()
+            grams = {"code grams"} if has_gram_norms(x, g, self.geometry) else grams
+        else:
+            able = {"direct"} if has_direct_products(code_values(x)) else set()
         patch = channels // self.geometry.groups * math.prod(self.geometry.kernel)
         gram_cost, formed_cost = num_positions * (outputs + patch), outputs * patch
         if gram_cost <= _CLEAR * formed_cost:
-            able.add("grams")
+            able |= grams
         if _CLEAR * gram_cost < formed_cost:
-            able &= {"grams", "code norms", "recompute"}
+            able &= grams | {"code norms", "recompute"}
         else:
             able |= {"patches", "groups"}
         return {name: way for name, way in ways.items() if name in able}
@@ -268,10 +290,12 @@ class Product:
     def _formed(self, products: Tensor) -> FormedProduct:
         return FormedProduct(products, self.scale_B, self.geometry, self.weight)
 
-    def _codes(self) -> tuple[Tensor, Tensor]:
+    @functools.cached_property
+    def _codes(self) -> tuple[Tensor, Tensor, Geometry]:
+        """The codes of g and of x, and the walk over x, as the native kernels take them."""
         x, g = self.operands
         assert isinstance(x, QTensor) and isinstance(g, QTensor)
-        return g.codes, x.codes
+        return g.codes, *folded(x.codes, self.geometry)
 
     def _try(self, way: Callable[["Product"], Contribution]) -> None:
         """All that a form is asked for, on made-up operands of these shapes."""
@@ -297,7 +321,7 @@ class Recomputed(Product):
     """Operands with known norms, whose products are formed again to be added up."""
 
     def add_weighted(self, weights_B: Tensor, total: Any) -> Any:
-        return add_code_products(*self._codes(), self.geometry, scaled_weights(weights_B, self.scale_B), total)
+        return add_code_products(*self._codes, scaled_weights(weights_B, self.scale_B), total)
 
     def finished(self, total: Any) -> Tensor:
         return self.weight.filled(in_weight_order(total.sum(0), self.geometry))

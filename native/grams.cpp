@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The squared norm of each example's own weight gradient of number codes, exactly, by Gram matrices:
+//
+//     || sum over t of g[t] patch[t]^T ||^2 = sum over t, u of (g[t] . g[u]) (patch[t] . patch[u])
+//
+// for output positions t and u. dpquant/kernels.py states the meaning. Codes are uint8 with zero point 128, channels last.
+//
+// What two patches share is a sum over taps of what two pixels share, so that pixels meet once and nothing is unfolded.
+// Pixels that one tap sees lie `stride` apart: each phase (row and column modulo the stride) is laid out on a plane of its
+// own, wide enough for what reaches over the border, which is zero. All planes and the output have one pitch, so that a tap
+// is an offset. Grams are int32, their products float64.
+//
+// Two kernels give the same integers: AMX tiles, and AVX-512 VNNI.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "geometry.hpp"
+#include "parallel.hpp"
+#include "tiles.hpp"
+
+namespace nb = nanobind;
+
+namespace dpquant {
+namespace {
+
+struct Walk {
+    Axis rows, columns;
+    int64_t channels, outputs;
+
+    // Along an axis, tap i sees plane position `output + shift(i)` of phase phase(i).
+    static int64_t phase(const Axis &a, int64_t i) { return ((a.reach(i) % a.stride) + a.stride) % a.stride; }
+    static int64_t lowest(const Axis &a) { return (a.reach(0) - phase(a, 0)) / a.stride; }
+    static int64_t shift(const Axis &a, int64_t i) { return (a.reach(i) - phase(a, i)) / a.stride - lowest(a); }
+    static int64_t length(const Axis &a) { return a.out + shift(a, a.kernel - 1); }
+
+    int64_t pitch() const { return length(columns); }
+    int64_t pixels() const { return length(rows) * pitch(); }
+    int64_t positions() const { return (rows.out - 1) * pitch() + columns.out; }
+};
+
+#ifdef HAS_TILES
+
+constexpr int64_t DEPTH = 64;  // bytes of a tile row
+
+// Vectors of signed bytes, and all their products with each other.
+struct Gram {
+    int64_t count = 0, depth = 0;   // of vectors, a multiple of 16; of bytes in one, a multiple of 64
+    std::vector<int8_t> vectors;    // (count, depth)
+    std::vector<int32_t> quads;     // (depth / 4, count): the same, four bytes of each vector side by side
+    std::vector<int32_t> products;  // (count, count)
+
+    void reset(int64_t new_count, int64_t new_depth) {
+        count = up_to(new_count, 16), depth = up_to(new_depth, DEPTH);
+        vectors.assign(static_cast<size_t>(count * depth), 0);
+        quads.resize(static_cast<size_t>(count * depth / 4));
+        products.resize(static_cast<size_t>(count * count));
+    }
+    const int32_t *row(int64_t k) const { return products.data() + k * count; }
+};
+
+AVX512 void set(Gram &gram, int64_t k, const uint8_t *codes, int64_t size) {
+    int8_t *to = gram.vectors.data() + k * gram.depth;
+    for (int64_t c = 0; c < size; ++c) to[c] = static_cast<int8_t>(codes[c] ^ 0x80);
+}
+
+AVX512 void fill_quads(Gram &gram) {
+    const auto *from = reinterpret_cast<const int32_t *>(gram.vectors.data());
+    for (int64_t k = 0; k < gram.count; k += 16)
+        for (int64_t d = 0; d < gram.depth / 4; d += 16) {
+            __m512i rows[16];
+            for (int r = 0; r < 16; ++r) rows[r] = _mm512_loadu_si512(from + (k + r) * (gram.depth / 4) + d);
+            transpose(rows);
+            for (int r = 0; r < 16; ++r) _mm512_storeu_si512(gram.quads.data() + (d + r) * gram.count + k, rows[r]);
+        }
+}
+
+AMX void multiply_amx(Gram &gram) {
+    const Tiles tiles;
+    const int64_t step = gram.count * 4;
+    for (int64_t i = 0; i < gram.count; i += 32)
+        for (int64_t j = 0; j < gram.count; j += 32) {
+            const bool down = i + 16 < gram.count, across = j + 16 < gram.count;
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+            for (int64_t d = 0; d < gram.depth; d += DEPTH) {
+                const int8_t *left = gram.vectors.data() + i * gram.depth + d;
+                const int32_t *right = gram.quads.data() + d / 4 * gram.count + j;
+                _tile_loadd(4, left, gram.depth);
+                _tile_loadd(6, right, step);
+                _tile_dpbssd(0, 4, 6);
+                if (across) {
+                    _tile_loadd(7, right + 16, step);
+                    _tile_dpbssd(1, 4, 7);
+                }
+                if (down) {
+                    _tile_loadd(5, left + 16 * gram.depth, gram.depth);
+                    _tile_dpbssd(2, 5, 6);
+                    if (across) _tile_dpbssd(3, 5, 7);
+                }
+            }
+            int32_t *out = gram.products.data() + i * gram.count + j;
+            _tile_stored(0, out, step);
+            if (across) _tile_stored(1, out + 16, step);
+            if (down) _tile_stored(2, out + 16 * gram.count, step);
+            if (down && across) _tile_stored(3, out + 16 * gram.count + 16, step);
+        }
+}
+
+// Unsigned times signed: every sum is too large by 128 times the sum of the vector on the right.
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))) void multiply_vnni(Gram &gram) {
+    const __m512i flip = _mm512_set1_epi32(static_cast<int32_t>(0x80808080));
+    for (int64_t j = 0; j < gram.count; j += 16) {
+        __m512i excess = _mm512_setzero_si512();
+        for (int64_t d = 0; d < gram.depth / 4; ++d)
+            excess = _mm512_dpbusd_epi32(excess, flip, _mm512_loadu_si512(gram.quads.data() + d * gram.count + j));
+        for (int64_t i = 0; i < gram.count; i += 8) {
+            __m512i sums[8];
+            for (auto &sum : sums) sum = _mm512_setzero_si512();
+            const auto *left = reinterpret_cast<const int32_t *>(gram.vectors.data()) + i * (gram.depth / 4);
+            for (int64_t d = 0; d < gram.depth / 4; ++d) {
+                const __m512i right = _mm512_loadu_si512(gram.quads.data() + d * gram.count + j);
+                for (int k = 0; k < 8; ++k) {
+                    const __m512i one = _mm512_xor_si512(_mm512_set1_epi32(left[k * (gram.depth / 4) + d]), flip);
+                    sums[k] = _mm512_dpbusd_epi32(sums[k], one, right);
+                }
+            }
+            for (int k = 0; k < 8; ++k)
+                _mm512_storeu_si512(gram.products.data() + (i + k) * gram.count + j, _mm512_sub_epi32(sums[k], excess));
+        }
+    }
+}
+
+void multiply(Gram &gram, bool amx) {
+    fill_quads(gram);
+    (amx ? multiply_amx : multiply_vnni)(gram);
+}
+
+AVX512 void add_shifted(const Gram &pixels, int64_t offset, const Walk &walk, std::vector<int32_t> &patches) {
+    const int64_t pitch = walk.pitch(), length = walk.positions();
+    for (int64_t h = 0; h < walk.rows.out; ++h)
+        for (int64_t w = 0; w < walk.columns.out; ++w) {
+            const int64_t t = h * pitch + w;
+            const int32_t *from = pixels.row(t + offset) + offset;
+            int32_t *to = patches.data() + t * length;
+            for (int64_t u = 0; u < length; ++u) to[u] += from[u];
+        }
+}
+
+AVX512 double inner(const int32_t *a, const int32_t *b, int64_t count) {
+    __m512d sum = _mm512_setzero_pd();
+    for (int64_t u = 0; u < count; u += 8) {
+        const auto mask = static_cast<__mmask8>((1u << std::min<int64_t>(8, count - u)) - 1);
+        const __m512d left = _mm512_cvtepi32_pd(_mm256_maskz_loadu_epi32(mask, a + u));
+        sum = _mm512_fmadd_pd(left, _mm512_cvtepi32_pd(_mm256_maskz_loadu_epi32(mask, b + u)), sum);
+    }
+    return _mm512_reduce_add_pd(sum);
+}
+
+double squared_norm(const uint8_t *x, const uint8_t *g, const Walk &walk, bool amx) {
+    thread_local Gram gram;
+    thread_local std::vector<int32_t> patches;
+    const Axis &rows = walk.rows, &columns = walk.columns;
+    const int64_t pitch = walk.pitch(), length = walk.positions();
+    patches.assign(static_cast<size_t>(length * length), 0);
+    for (int64_t down = 0; down < rows.stride; ++down)
+        for (int64_t across = 0; across < columns.stride; ++across) {
+            std::vector<int64_t> offsets;
+            for (int64_t i = 0; i < rows.kernel; ++i)
+                for (int64_t j = 0; j < columns.kernel; ++j)
+                    if (Walk::phase(rows, i) == down && Walk::phase(columns, j) == across)
+                        offsets.push_back(Walk::shift(rows, i) * pitch + Walk::shift(columns, j));
+            if (offsets.empty()) continue;
+            gram.reset(walk.pixels(), walk.channels);
+            for (int64_t m = 0; m < Walk::length(rows); ++m)
+                for (int64_t n = 0; n < pitch; ++n) {
+                    const int64_t row = (m + Walk::lowest(rows)) * rows.stride + down;
+                    const int64_t column = (n + Walk::lowest(columns)) * columns.stride + across;
+                    if (row >= 0 && row < rows.in && column >= 0 && column < columns.in)
+                        set(gram, m * pitch + n, x + (row * columns.in + column) * walk.channels, walk.channels);
+                }
+            multiply(gram, amx);
+            for (const int64_t offset : offsets) add_shifted(gram, offset, walk, patches);
+        }
+    gram.reset(length, walk.outputs);
+    for (int64_t h = 0; h < rows.out; ++h)
+        for (int64_t w = 0; w < columns.out; ++w)
+            set(gram, h * pitch + w, g + (h * columns.out + w) * walk.outputs, walk.outputs);
+    multiply(gram, amx);
+    double sum = 0;
+    for (int64_t t = 0; t < length; ++t) sum += inner(patches.data() + t * length, gram.row(t), length);
+    return sum;
+}
+
+std::vector<std::string> kernels() {
+    std::vector<std::string> names;
+    if (amx_permitted()) names.push_back("amx");
+    if (vnni_known()) names.push_back("vnni");
+    return names;
+}
+#else
+std::vector<std::string> kernels() { return {}; }
+double squared_norm(const uint8_t *, const uint8_t *, const Walk &, bool) { return 0; }
+#endif
+
+using Codes = nb::ndarray<const uint8_t, nb::device::cpu>;
+using Squares = nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+}  // namespace
+
+void bind_grams(nb::module_ &m) {
+    m.def(
+        "code_gram_norms",
+        [](Codes x, Codes g, Squares squares, nb::tuple rows, nb::tuple columns, int64_t channels, int64_t outputs,
+           const std::string &kernel, int threads) {
+            const Walk walk{Axis(rows), Axis(columns), channels, outputs};
+            const auto batch = static_cast<int64_t>(squares.size());
+            const int64_t x_size = walk.rows.in * walk.columns.in * channels, g_size = walk.rows.out * walk.columns.out * outputs;
+            if (static_cast<int64_t>(x.size()) != batch * x_size || static_cast<int64_t>(g.size()) != batch * g_size)
+                throw std::invalid_argument("sizes of x and g do not agree");
+            const auto known = kernels();
+            if (std::find(known.begin(), known.end(), kernel) == known.end())
+                throw std::invalid_argument("this processor has no such kernel");
+            nb::gil_scoped_release unlocked;
+            parallel_for(batch, threads, [&](int64_t b) {
+                squares.data()[b] = squared_norm(x.data() + b * x_size, g.data() + b * g_size, walk, kernel == "amx");
+            });
+        },
+        nb::arg("x").noconvert(), nb::arg("g").noconvert(), nb::arg("squares").noconvert(), nb::kw_only(), nb::arg("rows"),
+        nb::arg("columns"), nb::arg("channels"), nb::arg("outputs"), nb::arg("kernel"), nb::arg("threads"),
+        "Fill squares (batch) with the squared norms of the examples' products; an axis is (in, out, kernel, stride, "
+        "padding, dilation).");
+}
+
+}  // namespace dpquant

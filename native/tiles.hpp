@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The AMX tile registers, and which instructions this processor and its kernel let us use.
+
+#pragma once
+
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
+#define HAS_TILES 1
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cstdint>
+
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
+#define AMX __attribute__((target("amx-tile,amx-int8,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl")))
+
+namespace dpquant {
+
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+
+// gcc's intrinsics admit to touching eight bytes of a configuration; the barriers stand for all 64.
+AMX inline void save_tiles(TileConfig &config) {
+    _tile_storeconfig(&config);
+    asm volatile("" : : "r"(&config) : "memory");
+}
+AMX inline void load_tiles(const TileConfig &config) {
+    asm volatile("" : : "r"(&config) : "memory");
+    _tile_loadconfig(&config);
+}
+
+// The tile registers, in 16 rows of 64 bytes, for as long as the object lives. The thread's own setting comes back.
+class Tiles {
+  public:
+    Tiles() {
+        save_tiles(before_);
+        TileConfig mine;
+        for (int tile = 0; tile < 8; ++tile) mine.bytes[tile] = 64, mine.rows[tile] = 16;
+        load_tiles(mine);
+    }
+    ~Tiles() { load_tiles(before_); }
+    Tiles(const Tiles &) = delete;
+    Tiles &operator=(const Tiles &) = delete;
+
+  private:
+    TileConfig before_;
+};
+
+// Tiles of bytes and of bfloat16, granted by the operating system.
+inline bool amx_permitted() {
+    static const bool permitted = [] {
+        unsigned a = 0, b = 0, c = 0, d = 0;
+        const bool known = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1) && (d >> 25 & 1);
+        constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+        return known && __builtin_cpu_supports("avx512bw") && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+    }();
+    return permitted;
+}
+
+inline bool vnni_known() { return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw"); }
+
+inline bool bfloat16_known() { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw"); }
+
+// Rows of 16 double words become columns.
+AVX512 inline void transpose(__m512i rows[16]) {
+    __m512i a[16], b[16];
+    for (int k = 0; k < 16; k += 2) {
+        a[k] = _mm512_unpacklo_epi32(rows[k], rows[k + 1]);
+        a[k + 1] = _mm512_unpackhi_epi32(rows[k], rows[k + 1]);
+    }
+    for (int k = 0; k < 16; k += 4)
+        for (int half = 0; half < 2; ++half) {
+            b[k + 2 * half] = _mm512_unpacklo_epi64(a[k + half], a[k + 2 + half]);
+            b[k + 2 * half + 1] = _mm512_unpackhi_epi64(a[k + half], a[k + 2 + half]);
+        }
+    // b[4 * m + c]: in each quarter q of the register, column 4 * q + c of rows 4 * m .. 4 * m + 3
+    for (int c = 0; c < 4; ++c) {
+        const __m512i low = _mm512_shuffle_i32x4(b[c], b[4 + c], 0x88), high = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0x88);
+        const __m512i low_odd = _mm512_shuffle_i32x4(b[c], b[4 + c], 0xdd), high_odd = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0xdd);
+        rows[c] = _mm512_shuffle_i32x4(low, high, 0x88);
+        rows[8 + c] = _mm512_shuffle_i32x4(low, high, 0xdd);
+        rows[4 + c] = _mm512_shuffle_i32x4(low_odd, high_odd, 0x88);
+        rows[12 + c] = _mm512_shuffle_i32x4(low_odd, high_odd, 0xdd);
+    }
+}
+
+}  // namespace dpquant
+#endif

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weight gradients on the native kernels: of values per example, of number codes per example and summed over a batch.
+
+What they compute is `kernels.patch_products`: G_i = sum_t g_it x_it^T, in patch order (kernel row, kernel column, channel).
+All operands are channels last and on a CPU; codes are uint8 with zero point 128. Sums of codes are exact integers, as long
+as the functions that ask (`has_...`) say yes; nothing here knows of scales, layers or privacy.
+
+Symbols: B examples, T positions, C channels, O outputs, D = kernel size times C.
+"""
+
+import functools
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpquant.kernels import INT8_ZERO_POINT, Geometry, patch_products, positions, unfolded
+from dpquant.quantizer import QTensor
+
+try:
+    from dpquant import _native
+except ImportError:  # installed without a compiler
+    _native = None
+
+_MOST_POSITIONS = 2**16  # int32 holds so many products of a signed and an unsigned byte
+_MOST_TERMS = 2**17  # and so many of two signed bytes
+_LANES = 16  # channels that a kernel takes at once
+
+
+def direct_products(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
+    """The same straight from two channels-last maps, by the native kernel: `(B, O, D)`; see `has_direct_products`."""
+    outputs, channels = grad.shape[1] // geometry.groups, x.shape[1] // geometry.groups
+    products = grad.new_empty(len(x), grad.shape[1], math.prod(geometry.kernel) * channels)
+    rows, columns = _axes(x, grad, geometry)
+    assert _native is not None
+    _native.direct_products(
+        x.numpy(), grad.numpy(), products.numpy(), batch=len(x), rows=rows, columns=columns, channels=channels,
+        outputs=outputs, groups=geometry.groups, threads=torch.get_num_threads(),
+    )  # fmt: skip
+    return products
+
+
+def has_direct_products(x: Tensor) -> bool:
+    """Whether `direct_products` can run on x here."""
+    return _native is not None and x.device.type == "cpu" and _native.direct_products_available()
+
+
+def code_norms(grad: Tensor, x: Tensor, geometry: Geometry, *, kernel: str | None = None) -> Tensor:
+    """The squared norms, float64 `(B,)`, of such products of codes, on int8 instructions; see `has_code_products`.
+
+    Args:
+      grad: codes of the output gradient, uint8 with zero point 128, channels last.
+      x: codes of the input, likewise.
+      geometry: without groups.
+      kernel: `amx` or `vnni`; None: the fastest that this processor has.
+    Returns: of the exact integers, each rounded once to float32.
+    """
+    squares = torch.empty(len(x), dtype=torch.float64)
+    _run_code_products(grad, x, geometry, squares, None, kernel)
+    return squares
+
+
+def code_products(grad: Tensor, x: Tensor, geometry: Geometry, *, kernel: str | None = None) -> Tensor:
+    """The products, `(B, O, D)`, exact integers rounded once to float32; arguments as of `code_norms`."""
+    products = torch.empty(len(x), grad.shape[1], math.prod(geometry.kernel) * x.shape[1])
+    _run_code_products(grad, x, geometry, torch.empty(len(x), dtype=torch.float64), products, kernel)
+    return products
+
+
+def _run_code_products(
+    grad: Tensor, x: Tensor, geometry: Geometry, squares: Tensor, products: Tensor | None, kernel: str | None
+) -> None:
+    assert _native is not None
+    rows, columns = _axes(x, grad, geometry)
+    _native.code_products(
+        x.numpy(), grad.numpy(), None if products is None else products.numpy(), squares.numpy(), rows=rows,
+        columns=columns, channels=x.shape[1], outputs=grad.shape[1], kernel=kernel or _native.code_kernels()[0],
+        threads=torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def add_code_products(
+    grad: Tensor, x: Tensor, geometry: Geometry, weights_B: Tensor, totals: Tensor | None, *, kernel: str | None = None
+) -> Tensor:
+    """Such products, weighted and summed over examples, added to totals `(parts, O, D)` in place; None begins them."""
+    assert _native is not None
+    rows, columns = _axes(x, grad, geometry)
+    if totals is None:
+        totals = torch.zeros(torch.get_num_threads(), grad.shape[1], math.prod(geometry.kernel) * x.shape[1])
+    _native.add_code_products(
+        x.numpy(), grad.numpy(), weights_B.contiguous().numpy(), totals.numpy(), rows=rows, columns=columns,
+        channels=x.shape[1], outputs=grad.shape[1], kernel=kernel or _native.code_kernels()[0],
+        threads=torch.get_num_threads(),
+    )  # fmt: skip
+    return totals
+
+
+def gram_norms(grad: Tensor, x: Tensor, geometry: Geometry, *, kernel: str | None = None) -> Tensor:
+    """The same squared norms by Gram matrices, fast where positions are few; arguments as of `code_norms`."""
+    assert _native is not None
+    squares = torch.empty(len(x), dtype=torch.float64)
+    rows, columns = _axes(x, grad, geometry)
+    _native.code_gram_norms(
+        x.numpy(), grad.numpy(), squares.numpy(), rows=rows, columns=columns, channels=x.shape[1],
+        outputs=grad.shape[1], kernel=kernel or _native.code_kernels()[0], threads=torch.get_num_threads(),
+    )  # fmt: skip
+    return squares
+
+
+def add_code_sums(
+    grad: Tensor,
+    x: Tensor,
+    geometry: Geometry,
+    weights_B: Tensor,
+    total: Tensor | None,
+    *,
+    pieces: int,
+    kernel: str | None = None,
+) -> Tensor:
+    """Such products, weighted and summed over examples, added to a total `(O, D)` in place; see `has_code_sums`.
+
+    Args:
+      grad, x, geometry: as of `code_norms`.
+      weights_B: bfloat16 numbers, as float32.
+      total: float32; None begins one.
+      pieces: how many bfloat16 numbers add up to a weight times a code of grad, 1 or 2.
+      kernel: `amx` or `avx512`; None: the fastest that this processor has.
+    Returns: sums in float32 of exact products.
+    """
+    assert _native is not None
+    rows, columns = _axes(x, grad, geometry)
+    if total is None:
+        total = torch.zeros(grad.shape[1], math.prod(geometry.kernel) * x.shape[1])
+    _native.add_code_sums(
+        x.numpy(), grad.numpy(), weights_B.contiguous().numpy(), total.numpy(), rows=rows, columns=columns,
+        channels=x.shape[1], outputs=grad.shape[1], pieces=pieces, kernel=kernel or _native.code_sum_kernels()[0],
+        threads=torch.get_num_threads(),
+    )  # fmt: skip
+    return total
+
+
+def has_code_products(x: QTensor, num_positions: int, geometry: Geometry) -> bool:
+    """Whether `code_products` and its kin can run on x here, and give the exact integers."""
+    able = x.zero_point == INT8_ZERO_POINT and x.codes.device.type == "cpu" and num_positions <= _MOST_POSITIONS
+    return able and geometry.groups == 1 and _code_products_are_exact()
+
+
+def has_gram_norms(x: QTensor, grad: QTensor, geometry: Geometry) -> bool:
+    """Whether `gram_norms` can run on these operands here, and multiplies exact integers."""
+    terms = max(x.codes.shape[1] * math.prod(geometry.kernel), grad.codes.shape[1])
+    return has_code_products(x, math.prod(grad.codes.shape[2:]), geometry) and terms <= _MOST_TERMS
+
+
+def has_code_sums(x: QTensor, geometry: Geometry) -> bool:
+    """Whether `add_code_sums` can run on x here, and its products are exact."""
+    able = x.zero_point == INT8_ZERO_POINT and x.codes.device.type == "cpu"
+    return able and geometry.groups == 1 and _code_sums_are_exact()
+
+
+def folded(x: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
+    """Equal operands whose kernel columns have become channels, where there are so few that the kernels would idle.
+
+    The order inside a patch stays the same. x: codes, as of `code_norms`.
+    """
+    channels, width = x.shape[1], geometry.kernel[1]
+    lanes = math.ceil(channels / _LANES) * width
+    if 2 * math.ceil(channels * width / _LANES) > lanes:
+        return x, geometry
+    left, right, step = geometry.padding[1], geometry.stride[1], geometry.dilation[1]
+    x_BHWC = F.pad(x.permute(0, 2, 3, 1), (0, 0, left, left), value=INT8_ZERO_POINT).contiguous()
+    batch, height, padded = x_BHWC.shape[:3]
+    columns = (padded - geometry.reach[1] - 1) // right + 1
+    line = padded * channels
+    seen = x_BHWC.as_strided(
+        (batch, height, columns, width, channels), (height * line, line, right * channels, step * channels, 1)
+    )
+    walk = Geometry(
+        kernel=(geometry.kernel[0], 1),
+        stride=(geometry.stride[0], 1),
+        padding=(geometry.padding[0], 0),
+        dilation=(geometry.dilation[0], 1),
+    )
+    return seen.reshape(batch, height, columns, -1).permute(0, 3, 1, 2), walk
+
+
+@functools.cache
+def _code_products_are_exact() -> bool:
+    """Whether the kernels that would be taken give the exact integers, for the largest codes and an odd shape."""
+    if _native is None or not _native.code_kernels():
+        return False
+    grad, x, geometry, exact = _largest_codes()
+    products, norms = code_products(grad, x, geometry), gram_norms(grad, x, geometry)
+    return torch.equal(products, exact.float()) and torch.equal(norms, exact.square().sum((1, 2)))
+
+
+@functools.cache
+def _code_sums_are_exact() -> bool:
+    """Likewise for sums small enough that float32 has all of their bits."""
+    if _native is None or not _native.code_sum_kernels():
+        return False
+    grad, x, geometry, exact = _largest_codes()
+    weights_B = torch.tensor([1.0, 0.5])
+    sums = add_code_sums(grad, x, geometry, weights_B, None, pieces=2)
+    return torch.equal(sums.double(), (exact * weights_B[:, None, None]).sum(0))
+
+
+def _largest_codes() -> tuple[Tensor, Tensor, Geometry, Tensor]:
+    """Codes of +-127, and their products in float64."""
+    geometry = Geometry(kernel=(3, 3), stride=(2, 1), padding=(1, 1))
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (
+        (torch.randint(0, 2, shape, generator=generator) * 254 + 1).to(torch.uint8)
+        for shape in ((2, 35, 9, 21), (2, 19, 5, 21))
+    )
+    x, grad = (codes.contiguous(memory_format=torch.channels_last) for codes in (x, grad))
+    values = [codes.double() - INT8_ZERO_POINT for codes in (x, grad)]
+    return grad, x, geometry, patch_products(positions(values[1], geometry), unfolded(values[0], geometry))
+
+
+def _axes(x: Tensor, grad: Tensor, geometry: Geometry) -> Any:
+    """For rows and for columns: (in, out, kernel, stride, padding, dilation)."""
+    g = geometry
+    return zip(x.shape[2:], grad.shape[2:], g.kernel, g.stride, g.padding, g.dilation, strict=True)
