@@ -15,8 +15,8 @@ pytestmark = pytest.mark.skipif(
 
 
 def new_pages(keep):
-    """How many pages the second of two equal pieces of work gets anew."""
-    for _ in range(2):
+    """How many pages the last of some equal pieces of work gets anew."""
+    for _ in range(4):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         with keep():
             for _ in range(3):
@@ -27,7 +27,7 @@ def new_pages(keep):
     return pages
 
 
-def test_the_second_step_works_in_the_first_ones_pages():
+def test_a_step_works_in_the_pages_of_those_before():
     assert new_pages(working_memory) < 10_000
 
 
@@ -61,3 +61,34 @@ def test_another_thread_is_left_alone():
     thread.start()
     thread.join()
     assert seen == [before] and module._held == before
+
+
+def heap_growth(steps):
+    """Bytes that the heap grows by in so many steps, the program renewing what it keeps of their results."""
+    libc = module._glibc()
+    kept = None
+    before = libc.mallinfo2().arena
+    for _ in range(steps):
+        with working_memory():
+            result = [torch.ones(2**20) for _ in range(8)]  # 4 MiB each
+        kept = [t * 2 for t in result]
+        del result
+    assert kept is not None
+    return libc.mallinfo2().arena - before
+
+
+def test_the_heap_does_not_grow_from_step_to_step():
+    heap_growth(5)
+    assert heap_growth(10) < 2**26
+
+
+def test_the_heap_grows_where_all_that_is_free_is_held(monkeypatch):
+    hold = module._hold
+
+    def greedy(libc):
+        module._free = 0
+        hold(libc)
+
+    monkeypatch.setattr(module, "_hold", greedy)
+    heap_growth(5)
+    assert heap_growth(10) > 2**26

@@ -133,7 +133,7 @@ def _clipped_grads(
 
 
 def default_microbatch_size(model: nn.Module, loss_fn: PerExampleLoss, batch: Any) -> int:
-    """Examples a backward pass: so many that their activations outweigh the weights, which every pass reads anew.
+    """Examples a backward pass: so many that their activations outweigh the weights twice, which every pass reads anew.
 
     Shapes decide, from a forward pass over one example; its values do not. Once for every model.
     """
@@ -151,7 +151,7 @@ def default_microbatch_size(model: nn.Module, loss_fn: PerExampleLoss, batch: An
             for handle in handles:
                 handle.remove()
         weights = sum(p.numel() for p in model.parameters())
-        enough = [size for size in _MICROBATCHES if size * sum(outputs) >= weights]
+        enough = [size for size in _MICROBATCHES if size * sum(outputs) >= 2 * weights]
         _microbatch_sizes[model] = min(enough, default=_MICROBATCHES[-1])
     return _microbatch_sizes[model]
 

@@ -38,6 +38,7 @@ from dpquant.plan import PrivacyPlan
 from dpquant.sampling import PoissonSampler
 from dpquant.schedule import Policy, ema
 from dpquant.streams import derive_key
+from dpquant.working_memory import working_memory
 
 
 class MapDataset(Protocol):
@@ -186,6 +187,12 @@ class PrivateTraining:
             kind="train", sample_rate=self.plan.sample_rate, noise_multiplier=self.plan.noise_multiplier
         )
         self.steps_taken += 1
+        with working_memory():
+            self._descend(batch)
+        self.seconds_train += time.perf_counter() - began
+
+    def _descend(self, batch: Batch) -> None:
+        """Let the optimizer move along the noisy mean of the clipped gradients."""
         clipped = clipped_sum(
             self.model,
             self._loss_fn,
@@ -202,10 +209,8 @@ class PrivateTraining:
                 noise = self._noise.gaussian(
                     parameter.shape, std, stream="train", step=batch.step, attempt=batch.attempt, name=name
                 )
-                noisy_sum = clipped.grads[name] + noise.to(parameter.device)
-                parameter.grad = noisy_sum / self.plan.expected_batch_size
+                parameter.grad = noise.to(parameter.device).add_(clipped.grads[name]).div_(self.plan.expected_batch_size)
         self.optimizer.step()
-        self.seconds_train += time.perf_counter() - began
 
     def epsilon_spent(self) -> float:
         """Epsilon at the plan's delta of everything charged so far. Privacy: post-processing."""
@@ -259,17 +264,18 @@ class PrivateTraining:
         )
         self.analyses_made += 1
         batch, names = self._draw("analysis", number), list(self.macs)
-        measured = impact_sum(
-            self.model,
-            self._loss_fn,
-            batch.data,
-            names=names,
-            max_norm=analysis.max_norm,
-            record_ids=batch.record_ids,
-            step=number,
-            seed=self._seed,
-            repeats=analysis.repeats,
-        )
+        with working_memory():
+            measured = impact_sum(
+                self.model,
+                self._loss_fn,
+                batch.data,
+                names=names,
+                max_norm=analysis.max_norm,
+                record_ids=batch.record_ids,
+                step=number,
+                seed=self._seed,
+                repeats=analysis.repeats,
+            )
         std = self.plan.analysis_noise_std(measured.sensitivity)
         noise = self._noise.gaussian(
             measured.impacts.shape, std, stream="analysis", step=number, attempt=batch.attempt, name="impacts"

@@ -38,6 +38,7 @@ from dpquant.schedule import (
     StaticPolicy,
 )
 from dpquant.settings import TrainSettings
+from dpquant.working_memory import working_memory
 
 _EVALUATION_BATCH = 500
 
@@ -238,9 +239,10 @@ def accuracy(model: nn.Module, split: data.Split) -> float:
     training = model.training
     model.eval()
     right = 0
-    for ids in torch.arange(len(split)).split(_EVALUATION_BATCH):
-        inputs, targets = split.batch(ids)
-        right += int(((model(inputs).argmax(1) == targets) & split.readable[ids]).sum())
+    with working_memory():
+        for ids in torch.arange(len(split)).split(_EVALUATION_BATCH):
+            inputs, targets = split.batch(ids)
+            right += int(((model(inputs).argmax(1) == targets) & split.readable[ids]).sum())
     model.train(training)
     return right / len(split)
 

@@ -4,7 +4,8 @@
 glibc gives large freed blocks back to the kernel, and a step frees all of its blocks, microbatch by microbatch. Getting
 them anew, page by page and zeroed, costs a quarter to two thirds of a step, most where the machine is virtual. So while
 a step runs nothing is given back, and between steps its free blocks are held here, out of the reach of the rest of the
-program, whose own memory is managed as before. Held is no more than the largest step has used.
+program, whose own memory is managed as before. Held is by how much steps have made the heap grow: what the program
+itself frees between steps, the results of the last step among it, is left to it.
 
 Only for the main thread and glibc 2.33 or newer; elsewhere nothing is done. Source: mallopt(3), malloc_info(3).
 """
@@ -26,6 +27,8 @@ _CHUNKS = re.compile(r'<(?:size|unsorted) from="\d+" to="(\d+)"')
 
 _held: list[int] = []
 _depth = 0
+_free = 0  # bytes of the heap when the step began, apart from what was held
+_used = 0  # bytes of the heap when the step began
 
 
 class _Info(ctypes.Structure):
@@ -72,16 +75,28 @@ def working_memory() -> Iterator[None]:
 
 def _release(libc: ctypes.CDLL) -> None:
     """Large blocks come from the heap from now on and stay in it; what was held is free."""
+    global _free, _used
+    _free = libc.mallinfo2().fordblks
     for parameter in _USUAL:
         libc.mallopt(parameter, _NEVER)
     for block in _held:
         libc.free(block)
     _held.clear()
+    _used = libc.mallinfo2().uordblks
 
 
 def _hold(libc: ctypes.CDLL) -> None:
-    """Take the heap's free chunks, the largest first, without making the heap grow; then let glibc do as usual."""
-    while len(_held) < _MOST_BLOCKS and (size := _largest_free(libc)) >= _SMALLEST:
+    """Take the heap's free chunks, the largest first, without making the heap grow; then let glibc do as usual.
+
+    As much stays free as the program works in between steps: what was free before the step, but for the last step's
+    results, which die between steps.
+    """
+    results = max(libc.mallinfo2().uordblks - _used, 0)
+    between = max(_free - results, 0)
+    while len(_held) < _MOST_BLOCKS:
+        size = min(_largest_free(libc), libc.mallinfo2().fordblks - between)
+        if size < _SMALLEST:
+            break
         _held.append(libc.malloc(size))
     for parameter, value in _USUAL.items():
         libc.mallopt(parameter, value)
