@@ -248,6 +248,7 @@ using Buffer = std::unique_ptr<uint16_t[], Free>;
 Buffer buffer(int64_t size) { return Buffer(new (std::align_val_t(64)) uint16_t[static_cast<size_t>(size)]); }
 
 void add_sums(const Sum &s, bool amx, int threads) {
+    if (s.batch == 0) return;
     const int64_t g_row = s.columns.out * s.pieces * s.output_tiles() * TILE, x_row = s.columns.in * s.channel_tiles() * TILE;
     const int64_t all_blocks = up_to(s.batch, EXAMPLES) / EXAMPLES;
     const int64_t whole = (s.rows.out * g_row + s.rows.in * x_row) * 2;

@@ -175,7 +175,7 @@ def test_all_ways_agree(policy, monkeypatch):
     """Whichever way is taken, where it can be: norms and sums are those of patches."""
     names, seen = ("grouped", "many positions", "tokens", "strided"), set()
     results: dict[str, list] = {}
-    for way in ("patches", "groups", "direct", "recompute", "code norms", "grams"):
+    for way in ("patches", "groups", "direct", "recompute", "code norms", "code grams", "grams"):
 
         def forced(product, way=way):
             ways = Product.ways(product)
@@ -187,7 +187,7 @@ def test_all_ways_agree(policy, monkeypatch):
     for other in results.values():
         for mine, formed in zip(other, results["patches"], strict=True):
             torch.testing.assert_close(mine, formed, rtol=1e-4, atol=1e-7)
-    assert seen >= {"patches", "groups", "grams"}
+    assert seen >= {"patches", "groups"} and seen & {"grams", "code grams"}
 
 
 @pytest.mark.parametrize("recipe", ["luq-fp4", "luq", "int8"])

@@ -3,51 +3,18 @@ import dataclasses
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from convolutions import codes, convolutions, reference, shifted
 from dpquant import kernels
 from dpquant.errors import FormatError
 from dpquant.kernels import Geometry, Int8Products, SimulatedProducts
 from dpquant.quantizer import QTensor
 
 
-def codes(shape, max_code, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-max_code, max_code + 1, shape, generator=generator, dtype=torch.int64).to(torch.int8)
-
-
 def plain(values):
     return QTensor(codes=values, scale=torch.ones(len(values)))
-
-
-def shifted(values):
-    moved = (values.to(torch.int16) + 128).to(torch.uint8).contiguous(memory_format=torch.channels_last)
-    return QTensor(codes=moved, scale=torch.ones(len(values)), zero_point=128)
-
-
-@st.composite
-def convolutions(draw):
-    """(geometry, weight shape, input size): every combination that has an output."""
-    groups = draw(st.sampled_from([1, 1, 2, 3]))
-    kernel = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
-    geometry = Geometry(
-        kernel=kernel,
-        stride=draw(st.tuples(st.integers(1, 3), st.integers(1, 3))),
-        padding=draw(st.tuples(st.integers(0, 3), st.integers(0, 3))),
-        dilation=draw(st.tuples(st.integers(1, 2), st.integers(1, 2))),
-        groups=groups,
-    )
-    size = tuple(
-        draw(st.integers(max(1, d * (k - 1) + 1 - 2 * p), 12))
-        for k, p, d in zip(kernel, geometry.padding, geometry.dilation, strict=True)
-    )
-    return geometry, (groups * draw(st.integers(1, 3)), draw(st.integers(1, 4)), *kernel), size
-
-
-def reference(x, weight, g):
-    return F.conv2d(x.double(), weight.double(), None, g.stride, g.padding, g.dilation, g.groups)
 
 
 def assert_exact_integers(convolution, max_code, make_products):
@@ -181,57 +148,3 @@ def test_large_kernels_single_pixels_and_remainders_are_exact(convolution):
 )
 def test_the_corners_in_which_onednn_errs_are_walked_around(convolution):
     assert_exact_integers(convolution, 64, int8)
-
-
-@pytest.mark.skipif(not kernels.has_direct_products(torch.zeros(1)), reason="no native kernel on this machine")
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(convolutions())
-def test_direct_products_are_those_of_patches(convolution):
-    geometry, shape, size = convolution
-    generator = torch.Generator().manual_seed(0)
-    cl = torch.channels_last
-    x = torch.randn(3, shape[1] * geometry.groups, *size, generator=generator).contiguous(memory_format=cl)
-    y = reference(x, torch.zeros(shape), geometry)
-    grad = torch.randn(y.shape, generator=generator).contiguous(memory_format=cl)
-    expected = kernels.patch_products(kernels.positions(grad, geometry), kernels.unfolded(x, geometry))
-    torch.testing.assert_close(kernels.direct_products(grad, x, geometry), expected, rtol=1e-4, atol=1e-4)
-    if grad.count_nonzero() and expected.abs().max() > 1e-2:  # a kernel that forgets one position would be seen
-        grad[0, :, 0, 0] = 0
-        changed = kernels.patch_products(kernels.positions(grad, geometry), kernels.unfolded(x, geometry))
-        if (changed - expected).abs().max() > 1e-2:
-            with pytest.raises(AssertionError):
-                torch.testing.assert_close(kernels.direct_products(grad, x, geometry), expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.skipif(not kernels._code_products_are_exact(), reason="no native kernel on this machine")
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(convolutions(), st.booleans())
-def test_products_of_codes_are_exact_integers_on_every_kernel(convolution, extreme):
-    geometry, shape, size = convolution
-    geometry = dataclasses.replace(geometry, groups=1)
-    x = codes((3, shape[1], *size), 127)
-    y = reference(x, torch.zeros(shape), geometry)
-    grad = codes(y.shape, 127, 1)
-    if extreme:  # the largest codes: where a kernel would saturate
-        x, grad = (torch.where(values > 0, 127, -127).to(torch.int8) for values in (x, grad))
-    exact = kernels.patch_products(kernels.positions(grad.double(), geometry), kernels.unfolded(x.double(), geometry))
-    operands = shifted(grad).codes, shifted(x).codes
-    weights = torch.tensor([0.5, -2.0, 0.0])
-    for kernel in kernels._native.code_kernels():
-        products = kernels.code_products(*operands, geometry, kernel=kernel)
-        assert torch.equal(products, exact.float())
-        norms = kernels.code_norms(*operands, geometry, kernel=kernel)
-        torch.testing.assert_close(norms, exact.square().sum((1, 2)), rtol=1e-12, atol=0)
-        total = kernels.add_code_products(*operands, geometry, weights, None, kernel=kernel)
-        total = kernels.add_code_products(*operands, geometry, weights, total, kernel=kernel)
-        expected = 2 * torch.einsum("b,bod->od", weights.double(), exact)
-        torch.testing.assert_close(total.sum(0).double(), expected, rtol=1e-5, atol=1e-2)
-        if grad[0, :, 0, 0].any() and exact[0].any():  # the check sees one code that is forgotten
-            operands[0][0, :, 0, 0] = 128
-            again = kernels.code_products(*operands, geometry, kernel=kernel)
-            expected_again = kernels.patch_products(
-                kernels.positions(operands[0].double() - 128, geometry), kernels.unfolded(x.double(), geometry)
-            )
-            assert torch.equal(again, expected_again.float())
-            assert torch.equal(again, exact.float()) == torch.equal(exact, expected_again)
-            operands = shifted(grad).codes, operands[1]

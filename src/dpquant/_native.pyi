@@ -62,6 +62,42 @@ def add_code_products(
     Each part gets those of its share of the examples.
     """
 
+def code_gram_norms(
+    x: np.ndarray,
+    g: np.ndarray,
+    squares: np.ndarray,
+    *,
+    rows: tuple[int, int, int, int, int, int],
+    columns: tuple[int, int, int, int, int, int],
+    channels: int,
+    outputs: int,
+    kernel: str,
+    threads: int,
+) -> None:
+    """Fill squares (batch) with the squared norms of the examples' products; kernels as of `code_products`."""
+
+def code_sum_kernels() -> list[str]:
+    """The kernels of `add_code_sums` that this processor has, fastest first."""
+
+def add_code_sums(
+    x: np.ndarray,
+    g: np.ndarray,
+    weights: np.ndarray,
+    total: np.ndarray,
+    *,
+    rows: tuple[int, int, int, int, int, int],
+    columns: tuple[int, int, int, int, int, int],
+    channels: int,
+    outputs: int,
+    pieces: int,
+    kernel: str,
+    threads: int,
+) -> None:
+    """Add weights (batch) times the examples' products to total (outputs, kernel rows, kernel columns, channels).
+
+    pieces: how many bfloat16 numbers a weight times a code of g may need.
+    """
+
 def direct_products_available() -> bool:
     """Whether this processor has a kernel for `direct_products`."""
 

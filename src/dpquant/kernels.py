@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Iterator
 from typing import Any, Protocol, cast
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weight gradients on the native kernels: of values per example, of number codes per example and summed over a batch.
 
-What they compute is `kernels.patch_products`: G_i = sum_t g_it x_it^T, in patch order (kernel row, kernel column, channel).
-All operands are channels last and on a CPU; codes are uint8 with zero point 128. Sums of codes are exact integers, as long
-as the functions that ask (`has_...`) say yes; nothing here knows of scales, layers or privacy.
+What they compute is `kernels.patch_products`: G_i = sum_t g_it x_it^T, in patch order (kernel row, kernel column,
+channel). All operands are channels last and on a CPU; codes are uint8 with zero point 128. Sums of codes are exact
+integers, as long as the functions that ask (`has_...`) say yes; nothing here knows of scales, layers or privacy.
 
 Symbols: B examples, T positions, C channels, O outputs, D = kernel size times C.
 """
@@ -36,7 +36,7 @@ def direct_products(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
     rows, columns = _axes(x, grad, geometry)
     assert _native is not None
     _native.direct_products(
-        x.numpy(), grad.numpy(), products.numpy(), batch=len(x), rows=rows, columns=columns, channels=channels,
+        _memory(x), _memory(grad), products.numpy(), batch=len(x), rows=rows, columns=columns, channels=channels,
         outputs=outputs, groups=geometry.groups, threads=torch.get_num_threads(),
     )  # fmt: skip
     return products
@@ -75,7 +75,7 @@ def _run_code_products(
     assert _native is not None
     rows, columns = _axes(x, grad, geometry)
     _native.code_products(
-        x.numpy(), grad.numpy(), None if products is None else products.numpy(), squares.numpy(), rows=rows,
+        _memory(x), _memory(grad), None if products is None else products.numpy(), squares.numpy(), rows=rows,
         columns=columns, channels=x.shape[1], outputs=grad.shape[1], kernel=kernel or _native.code_kernels()[0],
         threads=torch.get_num_threads(),
     )  # fmt: skip
@@ -90,7 +90,7 @@ def add_code_products(
     if totals is None:
         totals = torch.zeros(torch.get_num_threads(), grad.shape[1], math.prod(geometry.kernel) * x.shape[1])
     _native.add_code_products(
-        x.numpy(), grad.numpy(), weights_B.contiguous().numpy(), totals.numpy(), rows=rows, columns=columns,
+        _memory(x), _memory(grad), weights_B.contiguous().numpy(), totals.numpy(), rows=rows, columns=columns,
         channels=x.shape[1], outputs=grad.shape[1], kernel=kernel or _native.code_kernels()[0],
         threads=torch.get_num_threads(),
     )  # fmt: skip
@@ -103,7 +103,7 @@ def gram_norms(grad: Tensor, x: Tensor, geometry: Geometry, *, kernel: str | Non
     squares = torch.empty(len(x), dtype=torch.float64)
     rows, columns = _axes(x, grad, geometry)
     _native.code_gram_norms(
-        x.numpy(), grad.numpy(), squares.numpy(), rows=rows, columns=columns, channels=x.shape[1],
+        _memory(x), _memory(grad), squares.numpy(), rows=rows, columns=columns, channels=x.shape[1],
         outputs=grad.shape[1], kernel=kernel or _native.code_kernels()[0], threads=torch.get_num_threads(),
     )  # fmt: skip
     return squares
@@ -122,7 +122,9 @@ def add_code_sums(
     """Such products, weighted and summed over examples, added to a total `(O, D)` in place; see `has_code_sums`.
 
     Args:
-      grad, x, geometry: as of `code_norms`.
+      grad: as of `code_norms`.
+      x: likewise.
+      geometry: likewise.
       weights_B: bfloat16 numbers, as float32.
       total: float32; None begins one.
       pieces: how many bfloat16 numbers add up to a weight times a code of grad, 1 or 2.
@@ -134,7 +136,7 @@ def add_code_sums(
     if total is None:
         total = torch.zeros(grad.shape[1], math.prod(geometry.kernel) * x.shape[1])
     _native.add_code_sums(
-        x.numpy(), grad.numpy(), weights_B.contiguous().numpy(), total.numpy(), rows=rows, columns=columns,
+        _memory(x), _memory(grad), weights_B.contiguous().numpy(), total.numpy(), rows=rows, columns=columns,
         channels=x.shape[1], outputs=grad.shape[1], pieces=pieces, kernel=kernel or _native.code_sum_kernels()[0],
         threads=torch.get_num_threads(),
     )  # fmt: skip
@@ -182,7 +184,8 @@ def folded(x: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
         padding=(geometry.padding[0], 0),
         dilation=(geometry.dilation[0], 1),
     )
-    return seen.reshape(batch, height, columns, -1).permute(0, 3, 1, 2), walk
+    together = seen.reshape(batch, height, columns, -1).contiguous()  # reshape may give an overlapping view
+    return together.permute(0, 3, 1, 2), walk
 
 
 @functools.cache
@@ -217,6 +220,12 @@ def _largest_codes() -> tuple[Tensor, Tensor, Geometry, Tensor]:
     x, grad = (codes.contiguous(memory_format=torch.channels_last) for codes in (x, grad))
     values = [codes.double() - INT8_ZERO_POINT for codes in (x, grad)]
     return grad, x, geometry, patch_products(positions(values[1], geometry), unfolded(values[0], geometry))
+
+
+def _memory(maps: Tensor) -> Any:
+    """The array of a map whose channels are last, as the kernels take it for granted."""
+    assert len(maps) == 0 or maps.is_contiguous(memory_format=torch.channels_last)
+    return maps.numpy()
 
 
 def _axes(x: Tensor, grad: Tensor, geometry: Geometry) -> Any:

@@ -209,7 +209,9 @@ class PrivateTraining:
                 noise = self._noise.gaussian(
                     parameter.shape, std, stream="train", step=batch.step, attempt=batch.attempt, name=name
                 )
-                parameter.grad = noise.to(parameter.device).add_(clipped.grads[name]).div_(self.plan.expected_batch_size)
+                parameter.grad = (
+                    noise.to(parameter.device).add_(clipped.grads[name]).div_(self.plan.expected_batch_size)
+                )
         self.optimizer.step()
 
     def epsilon_spent(self) -> float:

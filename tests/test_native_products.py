@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from convolutions import codes, convolutions, reference, shifted
+from dpquant import kernels
+from dpquant import native_products as products
+from dpquant.kernels import Geometry
+
+
+@pytest.mark.skipif(not products.has_direct_products(torch.zeros(1)), reason="no native kernel on this machine")
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(convolutions())
+def test_direct_products_are_those_of_patches(convolution):
+    geometry, shape, size = convolution
+    generator = torch.Generator().manual_seed(0)
+    cl = torch.channels_last
+    x = torch.randn(3, shape[1] * geometry.groups, *size, generator=generator).contiguous(memory_format=cl)
+    y = reference(x, torch.zeros(shape), geometry)
+    grad = torch.randn(y.shape, generator=generator).contiguous(memory_format=cl)
+    expected = kernels.patch_products(kernels.positions(grad, geometry), kernels.unfolded(x, geometry))
+    torch.testing.assert_close(products.direct_products(grad, x, geometry), expected, rtol=1e-4, atol=1e-4)
+    if grad.count_nonzero() and expected.abs().max() > 1e-2:  # a kernel that forgets one position would be seen
+        grad[0, :, 0, 0] = 0
+        changed = kernels.patch_products(kernels.positions(grad, geometry), kernels.unfolded(x, geometry))
+        if (changed - expected).abs().max() > 1e-2:
+            with pytest.raises(AssertionError):
+                torch.testing.assert_close(products.direct_products(grad, x, geometry), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not products._code_products_are_exact(), reason="no native kernel on this machine")
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(convolutions(), st.booleans())
+def test_products_of_codes_are_exact_integers_on_every_kernel(convolution, extreme):
+    geometry, shape, size = convolution
+    geometry = dataclasses.replace(geometry, groups=1)
+    x = codes((3, shape[1], *size), 127)
+    y = reference(x, torch.zeros(shape), geometry)
+    grad = codes(y.shape, 127, 1)
+    if extreme:  # the largest codes: where a kernel would saturate
+        x, grad = (torch.where(values > 0, 127, -127).to(torch.int8) for values in (x, grad))
+    exact = kernels.patch_products(kernels.positions(grad.double(), geometry), kernels.unfolded(x.double(), geometry))
+    operands = shifted(grad).codes, shifted(x).codes
+    weights = torch.tensor([0.5, -2.0, 0.0])
+    for kernel in products._native.code_kernels():
+        formed = products.code_products(*operands, geometry, kernel=kernel)
+        assert torch.equal(formed, exact.float())
+        norms = products.code_norms(*operands, geometry, kernel=kernel)
+        torch.testing.assert_close(norms, exact.square().sum((1, 2)), rtol=1e-12, atol=0)
+        grams = products.gram_norms(*operands, geometry, kernel=kernel)
+        assert torch.equal(grams, exact.square().sum((1, 2)))
+        total = products.add_code_products(*operands, geometry, weights, None, kernel=kernel)
+        total = products.add_code_products(*operands, geometry, weights, total, kernel=kernel)
+        expected = 2 * torch.einsum("b,bod->od", weights.double(), exact)
+        torch.testing.assert_close(total.sum(0).double(), expected, rtol=1e-5, atol=1e-2)
+        if grad[0, :, 0, 0].any() and exact[0].any():  # the check sees one code that is forgotten
+            operands[0][0, :, 0, 0] = 128
+            again = products.code_products(*operands, geometry, kernel=kernel)
+            expected_again = kernels.patch_products(
+                kernels.positions(operands[0].double() - 128, geometry), kernels.unfolded(x.double(), geometry)
+            )
+            assert torch.equal(again, expected_again.float())
+            assert torch.equal(
+                products.gram_norms(*operands, geometry, kernel=kernel), expected_again.square().sum((1, 2))
+            )
+            assert torch.equal(again, exact.float()) == torch.equal(exact, expected_again)
+            operands = shifted(grad).codes, operands[1]
+
+
+@pytest.mark.skipif(not products._code_sums_are_exact(), reason="no native kernel on this machine")
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(convolutions(), st.sampled_from([3, 33, 70]), st.sampled_from([1, 2]))
+def test_weighted_sums_of_codes_are_those_of_products(convolution, batch, pieces):
+    geometry, shape, size = convolution
+    geometry = dataclasses.replace(geometry, groups=1)
+    x = codes((batch, shape[1], *size), 127)
+    y = reference(x, torch.zeros(shape), geometry)
+    grad = codes(y.shape, 127, 1)
+    if pieces == 1:  # what one bfloat16 number can hold: a weight times a power of two
+        grad = grad.sign() * 64
+    operands = shifted(grad).codes, shifted(x).codes
+    weights = torch.rand(batch, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    weights[-1] = 0
+    exact = kernels.patch_products(kernels.positions(grad.double(), geometry), kernels.unfolded(x.double(), geometry))
+    expected = 2 * torch.einsum("b,bod->od", weights.double(), exact)
+    scale = torch.einsum("b,bod->od", weights.double(), exact.abs()).max().item() + 1
+    for kernel in products._native.code_sum_kernels():
+        total = products.add_code_sums(*operands, geometry, weights, None, pieces=pieces, kernel=kernel)
+        total = products.add_code_sums(*operands, geometry, weights, total, pieces=pieces, kernel=kernel)
+        torch.testing.assert_close(total.double(), expected, rtol=0, atol=1e-5 * scale)
+
+
+@pytest.mark.skipif(not products._code_sums_are_exact(), reason="no native kernel on this machine")
+def test_one_piece_is_not_enough_for_a_code_of_seven_bits():
+    generator = torch.Generator().manual_seed(0)
+    x, grad = shifted(codes((40, 8, 5, 5), 127)).codes, shifted(codes((40, 8, 5, 5), 127, 1)).codes
+    weights, geometry = torch.rand(40, generator=generator).bfloat16().float(), Geometry()
+    one, two = (products.add_code_sums(grad, x, geometry, weights, None, pieces=pieces) for pieces in (1, 2))
+    assert (one - two).abs().max() > 1e-4 * two.abs().max()
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(convolutions())
+def test_folding_columns_into_channels_changes_no_product(convolution):
+    geometry, shape, size = convolution
+    geometry = dataclasses.replace(geometry, groups=1)
+    x = shifted(codes((2, shape[1], *size), 127)).codes
+    grad = codes(reference(x, torch.zeros(shape), geometry).shape, 127, 1).double()
+    folded_x, walk = products.folded(x, geometry)
+    assert walk.kernel[1] in (1, geometry.kernel[1])
+    assert folded_x.is_contiguous(memory_format=torch.channels_last)
+    a, b = (
+        kernels.patch_products(kernels.positions(grad, g), kernels.unfolded(t.double() - 128, g))
+        for t, g in ((x, geometry), (folded_x, walk))
+    )
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("question", "kernel"),
+    [
+        ("_code_products_are_exact", "gram_norms"),
+        ("_code_products_are_exact", "code_products"),
+        ("_code_sums_are_exact", "add_code_sums"),
+    ],
+)
+def test_a_wrong_kernel_is_refused(monkeypatch, question, kernel):
+    asked, honest = getattr(products, question), getattr(products, kernel)
+    if not asked():
+        pytest.skip("no native kernel on this machine")
+    monkeypatch.setattr(products, kernel, lambda *args, **kwargs: honest(*args, **kwargs) + 1)
+    asked.cache_clear()
+    assert not asked()
+    asked.cache_clear()
