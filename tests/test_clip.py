@@ -328,4 +328,5 @@ def test_weights_that_outweigh_activations_get_larger_microbatches():
     def sums(model, x):
         return model(x).flatten(1).sum(1)
 
-    assert [clip.default_microbatch_size(model, sums, x) for model in (small, large)] == [64, 256]
+    assert [clip.default_microbatch_size(model, sums, x, 1000) for model in (small, large)] == [64, 256]
+    assert [clip.default_microbatch_size(large, sums, x, number) for number in (0, 64, 65, 129)] == [64, 64, 128, 256]

@@ -109,6 +109,7 @@ def test_folding_columns_into_channels_changes_no_product(convolution):
     geometry, shape, size = convolution
     geometry = dataclasses.replace(geometry, groups=1)
     x = shifted(codes((2, shape[1], *size), 127)).codes
+    assert len(products.folded(x[:0], geometry)[0]) == 0
     grad = codes(reference(x, torch.zeros(shape), geometry).shape, 127, 1).double()
     folded_x, walk = products.folded(x, geometry)
     assert walk.kernel[1] in (1, geometry.kernel[1])

@@ -15,7 +15,7 @@ RECORD = RunRecord(
         for field in dataclasses.fields(RunRecord)
         if field.name != "layers"
     },
-    layers=[LayerRecord(name="conv", macs=9.0, times_quantized=2, last_score=None)],
+    layers=[LayerRecord(name="conv", macs=9.0, times_quantized=2, last_score=None, gain=1.5)],
 )
 
 

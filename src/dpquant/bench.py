@@ -37,7 +37,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +55,7 @@ from dpquant.bench_sides import (
 from dpquant.clip import take_rows
 from dpquant.errors import SettingError
 from dpquant.formats import recipe
-from dpquant.hardware import Hardware
+from dpquant.hardware import Hardware, forget_peak, memory_mib
 
 Watch = Callable[[str], None]
 
@@ -83,7 +82,6 @@ _SMALLEST_COSINE = 0.1
 _LARGE_RECORD = 100.0
 _FEW = 3  # examples of which each is also taken alone
 _LARGE_STEP = 2.0**20  # so that parameters of size 1 do not round away what is read off them
-_STATUS = Path("/proc/self/status")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -421,28 +419,8 @@ def print_peak(argument: str) -> None:
     make(build_network("cnn", 8), made_up_examples("cnn", 8, 1), settings.of_step)()
     network = build_network(settings.model, settings.side_length)
     batch = made_up_examples(settings.model, settings.side_length, settings.batch_size)
-    before = _forget_peak()
+    before = forget_peak()
     step = make(network, batch, settings.of_step)
     for _ in range(2):
         step()
-    print(max(_memory_mib()[1] - before, 0.0))
-
-
-def _forget_peak() -> float:
-    """MiB that are resident now, from which the peak is then counted where the system lets us."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return _memory_mib()[0]
-    return _memory_mib()[0]
-
-
-def _memory_mib() -> tuple[float, float]:
-    """MiB that are resident now, and the most that ever were."""
-    if _STATUS.exists():
-        lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
-        return int(lines["VmRSS"].split()[0]) / 2**10, int(lines["VmHWM"].split()[0]) / 2**10
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    return peak, peak
+    print(max(memory_mib()[1] - before, 0.0))

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpquant import models
-from dpquant.clip import clipped_sum, take_rows
+from dpquant.clip import clipped_sum, default_microbatch_size, take_rows
 from dpquant.errors import ModelError, SettingError
 from dpquant.layers import fix, prepare, quantizable_layers, set_policy
 
@@ -140,6 +140,7 @@ def ours(model: nn.Module, batch: Batch, settings: StepSettings, *, share: float
     optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr)
     parameters = dict(model.named_parameters())
     numbers = itertools.count()
+    size = min(default_microbatch_size(model, example_losses, batch, len(batch[1])), len(batch[1]))
 
     def step() -> None:
         total = clipped_sum(
@@ -150,6 +151,7 @@ def ours(model: nn.Module, batch: Batch, settings: StepSettings, *, share: float
             record_ids=batch[2],
             step=next(numbers),
             seed=0,
+            microbatch_size=size,
         )
         std = settings.noise_multiplier * total.sensitivity
         for name, parameter in parameters.items():

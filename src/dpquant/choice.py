@@ -21,16 +21,21 @@ def fastest(question: Hashable, ways: Mapping[str, Callable[[], object]]) -> str
       ways: {name: does the work once}; at least one.
     """
     if question not in _choices:
-        seconds: dict[str, float] = {}
-        for name, work in ways.items() if len(ways) > 1 else ():
-            work()  # fills caches, asks the questions that it has itself
-            took = _seconds(work)
-            if took <= _HOPELESS * min(seconds.values(), default=took):
-                took = min(took, _seconds(work))
-            seconds[name] = took
-        _choices[question] = seconds or dict.fromkeys(ways, 0.0)
+        _choices[question] = timed(ways) if len(ways) > 1 else dict.fromkeys(ways, 0.0)
     known = _choices[question]
     return min(ways, key=lambda name: known[name])
+
+
+def timed(ways: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """{name: seconds that the way took, at best}."""
+    seconds: dict[str, float] = {}
+    for name, work in ways.items():
+        work()  # fills caches, asks the questions that it has itself
+        took = _seconds(work)
+        if took <= _HOPELESS * min(seconds.values(), default=took):
+            took = min(took, _seconds(work))
+        seconds[name] = took
+    return seconds
 
 
 def choices() -> dict[Hashable, dict[str, float]]:

@@ -176,6 +176,7 @@ def train(given: dict[str, Any], config: Config = None, out: Path | None = None,
         "ran quantized",
         f"{record.quantized_fraction_layers:.0%} of layers, {record.quantized_fraction_macs:.0%} of MACs",
     )
+    result.add_row("how it ran", record.execution)
     result.add_row("run directory", str(folder))
     console.print(result)
     console.print(f"\n{record.statement}", markup=False, highlight=False)

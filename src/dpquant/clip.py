@@ -81,7 +81,7 @@ def clipped_sum(
       record_ids: int64 `(B,)`: the stable identity of each example.
       step: the logical step; another step draws other roundings.
       seed: of the rounding draws. They carry no privacy: the bound holds for every draw.
-      microbatch_size: examples a backward pass; None chooses.
+      microbatch_size: examples a backward pass; None chooses, by the shapes and, up to 256, by the number of examples.
     Returns: ClippedSum with sensitivity C; zeros for an empty batch.
     Raises:
       SettingError: an argument out of range, or a loss that is not one number per example.
@@ -103,7 +103,7 @@ def clipped_sum(
         return ClippedSum(
             grads={name: torch.zeros_like(p) for name, p in trainable.items()}, sensitivity=float(max_grad_norm)
         )
-    size = microbatch_size or default_microbatch_size(model, loss_fn, batch)
+    size = microbatch_size or default_microbatch_size(model, loss_fn, batch, len(record_ids))
     with working_memory():
         grads = _clipped_grads(model, loss_fn, batch, trainable, max_grad_norm, record_ids, (seed, step), size)
     return ClippedSum(grads=grads, sensitivity=float(max_grad_norm))
@@ -132,10 +132,11 @@ def _clipped_grads(
         return tape.totals()
 
 
-def default_microbatch_size(model: nn.Module, loss_fn: PerExampleLoss, batch: Any) -> int:
+def default_microbatch_size(model: nn.Module, loss_fn: PerExampleLoss, batch: Any, num_examples: int) -> int:
     """Examples a backward pass: so many that their activations outweigh the weights twice, which every pass reads anew.
 
-    Shapes decide, from a forward pass over one example; its values do not. Once for every model.
+    Shapes decide, from a forward pass over one example; its values do not. Once for every model. But no more than fewer
+    examples than that can fill: where their number is private, give a size that does not depend on it.
     """
     if model not in _microbatch_sizes:
         outputs: list[int] = []
@@ -153,7 +154,8 @@ def default_microbatch_size(model: nn.Module, loss_fn: PerExampleLoss, batch: An
         weights = sum(p.numel() for p in model.parameters())
         enough = [size for size in _MICROBATCHES if size * sum(outputs) >= 2 * weights]
         _microbatch_sizes[model] = min(enough, default=_MICROBATCHES[-1])
-    return _microbatch_sizes[model]
+    filled = [size for size in _MICROBATCHES if size >= num_examples]
+    return min([_microbatch_sizes[model], *filled])
 
 
 def microbatches(batch: Any, record_ids: Tensor, size: int) -> Iterator[tuple[Any, Tensor, int]]:

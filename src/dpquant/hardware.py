@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 # Flags of /proc/cpuinfo that decide which products are fast, as the kernel spells them; x86 first, then ARM.
@@ -18,6 +19,7 @@ _TELLING = (
     *("amx_int8", "amx_bf16", "avx512_vnni", "avx512_bf16", "avx_vnni", "avx512f", "avx2"),
     *("i8mm", "asimddp", "bf16", "sve"),
 )
+_STATUS = Path("/proc/self/status")
 _BUSY_SHARE = 0.3  # of the cores
 
 
@@ -109,3 +111,27 @@ def _memory_gib() -> float | None:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def forget_peak() -> float:
+    """MiB that are resident now, from which the peak is then counted where the system lets us."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return memory_mib()[0]
+    return memory_mib()[0]
+
+
+def memory_mib() -> tuple[float, float]:
+    """MiB of this process that are resident now, and the most that ever were; the same where only one is known.
+
+    Raises:
+      ImportError: the system tells neither.
+    """
+    if _STATUS.exists():
+        lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+        return int(lines["VmRSS"].split()[0]) / 2**10, int(lines["VmHWM"].split()[0]) / 2**10
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return peak, peak

@@ -412,6 +412,17 @@ def _with_zero_point(x: QTensor) -> QTensor:
     return QTensor(codes=codes, scale=x.scale, zero_point=INT8_ZERO_POINT)
 
 
+def obstacle_to_int8(*, max_code: int, fits_int8: bool, device: torch.device) -> str | None:
+    """Why backend `int8` cannot run a recipe here; None if it can. Arguments as of `resolve_backend`."""
+    if not fits_int8:
+        return "the recipe's codes are not int8"
+    if device.type != "cpu":
+        return f"the model is on {device}"
+    if not int8_is_exact(max_code):
+        return "this processor's int8 convolution is missing or not exact"
+    return None
+
+
 def resolve_backend(backend: str, *, max_code: int, fits_int8: bool, device: torch.device) -> str:
     """`simulate` or `int8`: what `backend` means for this recipe on this machine.
 
@@ -425,17 +436,12 @@ def resolve_backend(backend: str, *, max_code: int, fits_int8: bool, device: tor
     """
     if backend not in BACKENDS:
         raise FormatError(f"Expected backend to be one of {', '.join(BACKENDS)}; got backend={backend!r}.")
-    able = fits_int8 and device.type == "cpu" and int8_is_exact(max_code)
-    if backend == "int8" and not able:
-        reason = (
-            "the recipe's codes are not int8"
-            if not fits_int8
-            else f"the model is on {device}"
-            if device.type != "cpu"
-            else "this processor's int8 convolution is missing or not exact"
-        )
+    if backend == "simulate":
+        return "simulate"
+    obstacle = obstacle_to_int8(max_code=max_code, fits_int8=fits_int8, device=device)
+    if backend == "int8" and obstacle is not None:
         raise FormatError(
-            f"Expected a recipe, device and processor that run int8 exactly; got backend='int8', but {reason}. "
+            f"Expected a recipe, device and processor that run int8 exactly; got backend='int8', but {obstacle}. "
             "A wrong product would silently change the training. Use backend='simulate' or backend='auto'."
         )
-    return "int8" if able and backend != "simulate" else "simulate"
+    return "simulate" if obstacle else "int8"

@@ -184,7 +184,9 @@ def folded(x: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
         padding=(geometry.padding[0], 0),
         dilation=(geometry.dilation[0], 1),
     )
-    together = seen.reshape(batch, height, columns, -1).contiguous()  # reshape may give an overlapping view
+    together = seen.reshape(
+        batch, height, columns, width * channels
+    ).contiguous()  # reshape may give an overlapping view
     return together.permute(0, 3, 1, 2), walk
 
 

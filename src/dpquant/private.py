@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset, default_collate
 
 from dpquant.accounting import Event
-from dpquant.clip import PerExampleLoss, clipped_sum, default_microbatch_size
+from dpquant.clip import PerExampleLoss, clipped_sum
 from dpquant.errors import BudgetError, DataError, SettingError
 from dpquant.formats import Recipe
 from dpquant.impact import impact_sum
 from dpquant.isolation import check_isolation, check_trainable, made_up_batch
+from dpquant.kernels import obstacle_to_int8
 from dpquant.layers import prepare, quantizable_layers, set_policy
 from dpquant.ledger import Ledger
 from dpquant.noise import NoiseSource
@@ -38,6 +39,7 @@ from dpquant.plan import PrivacyPlan
 from dpquant.sampling import PoissonSampler
 from dpquant.schedule import Policy, ema
 from dpquant.streams import derive_key
+from dpquant.tuning import fastest_microbatch_size, layer_gains
 from dpquant.working_memory import working_memory
 
 
@@ -99,7 +101,10 @@ class PrivateTraining:
       model: the prepared model; in full precision between epochs, so that evaluation sees what will be deployed.
       optimizer, plan, policy: as given.
       backend: `simulate` or `int8`.
+      execution: in words: which backend, why, and which layers stay in full precision.
       macs: {layer: multiply-accumulates of its forward product, for one example}.
+      gains: {layer: time in full precision over time quantized, measured here}, empty where it does not matter.
+      spared: layers that the policy may not choose, because they gain nothing.
       scores: {layer: smoothed private impact}, empty before the first analysis.
       steps_taken, analyses_made: what has been charged.
       seconds_train, seconds_analysis: wall time so far.
@@ -117,12 +122,16 @@ class PrivateTraining:
         plan: PrivacyPlan,
         policy: Policy,
         macs: dict[str, float],
+        gains: dict[str, float],
+        spared: tuple[str, ...],
+        execution: str,
         ledger: Ledger,
         seed: int,
-        microbatch_size: int | None,
+        microbatch_size: int,
         mechanism_seed: int | None,
     ):
         self.model, self.optimizer, self.plan, self.policy, self.macs = model, optimizer, plan, policy, macs
+        self.gains, self.spared, self.execution = gains, spared, execution
         self.scores: dict[str, float] = {}
         self.steps_taken = self.analyses_made = 0
         self.seconds_train = self.seconds_analysis = 0.0
@@ -150,7 +159,13 @@ class PrivateTraining:
             index, taken = len(self._policies), self.steps_taken
             if self.policy.needs_scores and index in self.plan.analysis_epochs():
                 self._analyse()
-            layers = self.policy.choose(self.macs, self.scores or None, epoch=index, key=self._key("schedule"))
+            layers = self.policy.choose(
+                self.macs,
+                self.scores or None,
+                epoch=index,
+                key=self._key("schedule"),
+                excluded=self.spared,
+            )
             self._policies.append(layers)
             num_steps = min(self.plan.epoch_steps, self.plan.steps - self.steps_taken)
             yield Epoch(
@@ -265,7 +280,7 @@ class PrivateTraining:
             kind="analysis", sample_rate=analysis.sample_rate, noise_multiplier=analysis.noise_multiplier
         )
         self.analyses_made += 1
-        batch, names = self._draw("analysis", number), list(self.macs)
+        batch, names = self._draw("analysis", number), [name for name in self.macs if name not in self.spared]
         with working_memory():
             measured = impact_sum(
                 self.model,
@@ -301,6 +316,7 @@ def make_private(
     ledger: Path | None = None,
     collate_fn: Callable[[list], Any] = default_collate,
     microbatch_size: int | None = None,
+    memory: float | None = None,
     mechanism_seed: int | None = None,
 ) -> PrivateTraining:
     """Check everything, prepare the model, and return a run that `plan` accounts for.
@@ -313,11 +329,13 @@ def make_private(
       plan: the privacy settings.
       policy: which layers run quantized.
       format: a recipe's name or a `Recipe`, as for `dpquant.prepare`.
-      backend: `auto`, `simulate` or `int8`, likewise.
+      backend: `auto`, `simulate` or `int8`, likewise. Where `auto` takes int8, layers that gain nothing from it on this
+        machine stay in full precision, as long as the policy has a choice among the others.
       seed: of rounding and of the schedule; never of sampling or noise.
       ledger: file to write charges to, ahead of each use of data; its folder is made. None keeps them in memory.
       collate_fn: list of items -> batch.
-      microbatch_size: examples a backward pass; None chooses. Changes speed and memory only.
+      microbatch_size: examples a backward pass; None measures which is the fastest.
+      memory: that the process may use at its peak, GiB, by which the microbatch is chosen; None: no limit.
       mechanism_seed: makes sampling and noise repeatable for research. The run is then NOT PRIVATE and says so.
     Raises:
       ModelError, SettingError, DataError, FormatError, LedgerError: before any record's values are read.
@@ -332,6 +350,11 @@ def make_private(
         )
     if microbatch_size is not None and microbatch_size < 1:
         raise SettingError(f"Expected microbatch_size >= 1; got microbatch_size={microbatch_size}.")
+    if memory is not None and microbatch_size is not None:
+        raise SettingError(
+            f"Expected one of microbatch_size and memory; got microbatch_size={microbatch_size} and memory={memory:g}. "
+            "The size decides how much memory is needed. Leave one out."
+        )
     model = prepare(model, format=format, backend=backend)
     device = next(model.parameters()).device
 
@@ -344,11 +367,16 @@ def make_private(
 
     made_up = _to(made_up_batch(train_set[0], collate_fn), device)
     macs = check_isolation(model, loss_fn, made_up)
+    layers = policy.choose(macs, None, epoch=0, key=0)  # a policy that names unknown layers is refused here
+    expected = plan.expected_batch_size
     if microbatch_size is None:
-        # a batch fills its last microbatch up: small ones waste less
-        most = max(int(plan.expected_batch_size) // 4, 1)
-        microbatch_size = min(default_microbatch_size(model, loss_fn, made_up), 1 << (most.bit_length() - 1))
-    policy.choose(macs, None, epoch=0, key=0)  # a policy that names unknown layers is refused here
+        microbatch_size = fastest_microbatch_size(
+            model, loss_fn, made_up, layers, expected_batch_size=expected, memory=memory
+        )
+    gains: dict[str, float] = {}
+    if policy.quantizes and backend == "auto" and _runs_int8(model):
+        gains = layer_gains(model, loss_fn, made_up, microbatch_size=microbatch_size, expected_batch_size=expected)
+    spared = _spared(policy, macs, gains)
     if ledger is not None:
         ledger.parent.mkdir(parents=True, exist_ok=True)
     return PrivateTraining(
@@ -360,11 +388,49 @@ def make_private(
         plan=plan,
         policy=policy,
         macs=macs,
+        gains=gains,
+        spared=spared,
+        execution=_execution(model, policy, backend, gains, spared, microbatch_size),
         ledger=Ledger(ledger, research=mechanism_seed is not None),
         seed=seed,
         microbatch_size=microbatch_size,
         mechanism_seed=mechanism_seed,
     )
+
+
+def _spared(policy: Policy, macs: dict[str, float], gains: dict[str, float]) -> tuple[str, ...]:
+    """The layers that quantizing makes slower, if the others are more than the policy needs: it shall have a choice."""
+    slower = [name for name in macs if gains.get(name, 1.0) < 1]
+    chosen = set(policy.choose(macs, None, epoch=0, key=0, excluded=slower))
+    return tuple(slower) if chosen < macs.keys() - set(slower) else ()
+
+
+def _runs_int8(model: nn.Module) -> bool:
+    return any(layer.backend == "int8" for layer in quantizable_layers(model).values())
+
+
+def _execution(
+    model: nn.Module,
+    policy: Policy,
+    backend: str,
+    gains: dict[str, float],
+    spared: tuple[str, ...],
+    microbatch_size: int,
+) -> str:
+    """What runs how, and why."""
+    words = [f"{microbatch_size} examples a backward pass"]
+    layer = next(iter(quantizable_layers(model).values()), None)
+    if layer is not None and policy.quantizes:
+        obstacle = obstacle_to_int8(
+            max_code=layer.recipe.max_code, fits_int8=layer.recipe.fits_int8, device=layer.weight.device
+        )
+        reason = "asked for" if backend != "auto" else obstacle or "exact on this processor"
+        words.insert(0, f"backend {layer.backend}: {reason}")
+    if slower := [name for name, gain in gains.items() if gain < 1]:
+        listed = ", ".join(f"{name} ({1 / gains[name]:.1f} times)" for name in slower)
+        fate = "never quantized, as that takes longer" if spared else "quantized when chosen, though that takes longer"
+        words.append(f"{fate}: {listed}")
+    return "; ".join(words)
 
 
 def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

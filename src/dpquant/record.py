@@ -21,12 +21,14 @@ class LayerRecord:
       macs: multiply-accumulates of its forward product for one example.
       times_quantized: epochs in which it ran quantized.
       last_score: its private impact after the last analysis; None without one.
+      gain: its time in full precision over its time quantized, as measured before the run; None where it was not.
     """
 
     name: str
     macs: float
     times_quantized: int
     last_score: float | None
+    gain: float | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,7 @@ class RunRecord:
     """Everything a reader of a run needs; units in the names. Accuracies are of the test set, in 0..1.
 
     Attributes:
+      execution: which backend ran and why, how many examples a backward pass took, what stayed in full precision.
       epsilon: what was spent, at `delta`; epsilon_analysis_share: the part of it that the analyses cost.
       quantized_fraction_layers, quantized_fraction_macs: means over epochs.
       samples_per_second: expected batch sizes over wall time; realised batch sizes are private.
@@ -48,6 +51,7 @@ class RunRecord:
     policy: str
     format: str
     backend: str
+    execution: str
     optimizer: str
     lr: float
     seed: int

@@ -48,15 +48,23 @@ class Policy(abc.ABC):
 
     @abc.abstractmethod
     def choose(
-        self, macs: Mapping[str, float], scores: Mapping[str, float] | None, *, epoch: int, key: int
+        self,
+        macs: Mapping[str, float],
+        scores: Mapping[str, float] | None,
+        *,
+        epoch: int,
+        key: int,
+        excluded: Collection[str] = (),
     ) -> tuple[str, ...]:
         """The layers that run quantized in an epoch.
 
         Args:
           macs: each quantizable layer's multiply-accumulates for one example, in forward order.
-          scores: each layer's impact, higher is worse; None before the first analysis, which makes all layers equal.
+          scores: each layer's impact, but for the excluded, higher is worse; None before the first analysis, which
+            makes all layers equal.
           epoch: from 0.
           key: of the schedule's coin, 0 <= key < 2^64.
+          excluded: layers that stay in full precision, unless they were named; shares count them all the same.
         Returns: names in forward order; the same for the same arguments.
         Raises:
           SettingError: a named layer does not exist, or scores are not one finite number for each layer.
@@ -74,7 +82,13 @@ class NonePolicy(Policy):
         return False
 
     def choose(
-        self, macs: Mapping[str, float], scores: Mapping[str, float] | None, *, epoch: int, key: int
+        self,
+        macs: Mapping[str, float],
+        scores: Mapping[str, float] | None,
+        *,
+        epoch: int,
+        key: int,
+        excluded: Collection[str] = (),
     ) -> tuple[str, ...]:
         """No layer."""
         return ()
@@ -85,10 +99,16 @@ class AllPolicy(Policy):
     """Every layer, all the time."""
 
     def choose(
-        self, macs: Mapping[str, float], scores: Mapping[str, float] | None, *, epoch: int, key: int
+        self,
+        macs: Mapping[str, float],
+        scores: Mapping[str, float] | None,
+        *,
+        epoch: int,
+        key: int,
+        excluded: Collection[str] = (),
     ) -> tuple[str, ...]:
         """All layers."""
-        return tuple(macs)
+        return tuple(name for name in macs if name not in excluded)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,9 +136,9 @@ class _BudgetPolicy(Policy):
         _check_share("macs", self.macs)
 
     def _spend(self, order: Sequence[str], macs: Mapping[str, float]) -> tuple[str, ...]:
-        """The first layers of an order that meet the budget, in forward order."""
+        """The first layers of an order that meet the budget, in forward order; all where they cannot."""
         if self.fraction is not None:
-            count = math.ceil(self.fraction * len(order) - _ROUNDING)
+            count = math.ceil(self.fraction * len(macs) - _ROUNDING)
         else:
             assert self.macs is not None
             work = macs if any(macs.values()) else dict.fromkeys(macs, 1.0)
@@ -160,11 +180,17 @@ class StaticPolicy(_BudgetPolicy):
         return self.names is None or len(self.names) > 0
 
     def choose(
-        self, macs: Mapping[str, float], scores: Mapping[str, float] | None, *, epoch: int, key: int
+        self,
+        macs: Mapping[str, float],
+        scores: Mapping[str, float] | None,
+        *,
+        epoch: int,
+        key: int,
+        excluded: Collection[str] = (),
     ) -> tuple[str, ...]:
         """The named layers, or those that `seed` draws."""
         if self.names is None:
-            return self._spend(_drawn(dict.fromkeys(macs, 0.0), _coin(self.seed, 0)), macs)
+            return self._spend(_drawn(_free(macs, excluded), _coin(self.seed, 0)), macs)
         if unknown := [name for name in self.names if name not in macs]:
             raise SettingError(
                 f"Expected names of quantizable layers; got names with {unknown[0]!r}. Known: {', '.join(macs)}. "
@@ -178,10 +204,16 @@ class RotatePolicy(_BudgetPolicy):
     """Other layers in every epoch, drawn uniformly: the paper's probabilistic layer sampling."""
 
     def choose(
-        self, macs: Mapping[str, float], scores: Mapping[str, float] | None, *, epoch: int, key: int
+        self,
+        macs: Mapping[str, float],
+        scores: Mapping[str, float] | None,
+        *,
+        epoch: int,
+        key: int,
+        excluded: Collection[str] = (),
     ) -> tuple[str, ...]:
         """Layers drawn uniformly, anew in every epoch."""
-        return self._spend(_drawn(dict.fromkeys(macs, 0.0), _coin(key, epoch)), macs)
+        return self._spend(_drawn(_free(macs, excluded), _coin(key, epoch)), macs)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -205,10 +237,16 @@ class PrioritisePolicy(_ScoredPolicy):
     """The layers with the lowest scores, without a coin; in case of a tie, earlier ones."""
 
     def choose(
-        self, macs: Mapping[str, float], scores: Mapping[str, float] | None, *, epoch: int, key: int
+        self,
+        macs: Mapping[str, float],
+        scores: Mapping[str, float] | None,
+        *,
+        epoch: int,
+        key: int,
+        excluded: Collection[str] = (),
     ) -> tuple[str, ...]:
         """The layers with the lowest scores."""
-        known = _checked_scores(macs, scores)
+        known = _checked_scores(_free(macs, excluded), scores)
         return self._spend(sorted(known, key=known.__getitem__), macs)
 
 
@@ -227,10 +265,18 @@ class DPQuantPolicy(_ScoredPolicy):
         _check_beta(self.beta)
 
     def choose(
-        self, macs: Mapping[str, float], scores: Mapping[str, float] | None, *, epoch: int, key: int
+        self,
+        macs: Mapping[str, float],
+        scores: Mapping[str, float] | None,
+        *,
+        epoch: int,
+        key: int,
+        excluded: Collection[str] = (),
     ) -> tuple[str, ...]:
         """Layers drawn by exp(-beta * normalised score), anew in every epoch."""
-        return self._spend(_drawn(_logits(_checked_scores(macs, scores), self.beta), _coin(key, epoch)), macs)
+        return self._spend(
+            _drawn(_logits(_checked_scores(_free(macs, excluded), scores), self.beta), _coin(key, epoch)), macs
+        )
 
 
 def probabilities(scores: Mapping[str, float], beta: float) -> dict[str, float]:
@@ -261,6 +307,11 @@ def ema(previous: Mapping[str, float], new: Mapping[str, float], weight: float) 
     Privacy: post-processing.
     """
     return {name: (1 - weight) * previous[name] + weight * score if previous else score for name, score in new.items()}
+
+
+def _free(macs: Mapping[str, float], excluded: Collection[str]) -> dict[str, float]:
+    """Zeros for the layers that may be chosen."""
+    return {name: 0.0 for name in macs if name not in excluded}
 
 
 def _logits(scores: Mapping[str, float], beta: float) -> dict[str, float]:

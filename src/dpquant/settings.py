@@ -100,7 +100,8 @@ class TrainSettings:
     analysis_repeats: int = _setting("roundings averaged in an analysis", 1)
     seed: int = _setting("of model, rounding and schedule; never of sampling and noise", 0)
     threads: int | None = _setting("threads to compute with [all cores]")
-    microbatch_size: int | None = _setting("examples a backward pass [chosen]")
+    microbatch_size: int | None = _setting("examples a backward pass [the fastest, measured]")
+    memory: float | None = _setting("GiB that the process may use at most, by which microbatch-size is chosen")
     unsafe_metrics: bool = _setting("also measure training accuracy, which is NOT private", False)
 
     @classmethod
@@ -200,6 +201,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "seed": ("in 0 .. 2^63 - 1", lambda x: 0 <= x < 2**63),
     "threads": ("in 1 .. 4096", lambda x: 1 <= x <= 4096),
     "microbatch_size": _AT_LEAST_ONE,
+    "memory": _POSITIVE,
 }
 
 

@@ -184,6 +184,7 @@ def train(
         seed=settings.seed,
         ledger=out / "ledger.jsonl",
         microbatch_size=settings.microbatch_size,
+        memory=settings.memory,
     )
     (out / "config.toml").write_text(settings.to_toml())
     accuracies: list[float] = []
@@ -348,6 +349,7 @@ def _record(
         policy=settings.policy,
         format=settings.format,
         backend=private.backend,
+        execution=private.execution,
         optimizer=settings.optimizer,
         lr=settings.lr,
         seed=settings.seed,
@@ -375,6 +377,7 @@ def _record(
                 macs=macs[name],
                 times_quantized=sum(name in names for names in policies),
                 last_score=private.scores.get(name),
+                gain=private.gains.get(name),
             )
             for name in macs
         ],

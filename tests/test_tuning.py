@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from torch import nn
+
+import dpquant
+from dpquant import private, tuning
+from dpquant.errors import SettingError
+from dpquant.layers import current_policy
+from networks import loss
+
+
+def model_and_batch(rows=3):
+    torch.manual_seed(0)
+    model = dpquant.prepare(
+        nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 5))
+    )
+    return model, (torch.randn(rows, 2, 8, 8), torch.arange(rows) % 5)
+
+
+def test_every_layer_is_measured_alone_and_the_model_is_left_as_it_was():
+    model, batch = model_and_batch()
+    dpquant.set_policy(model, ["2"])
+    before = torch.random.get_rng_state()
+    gains = tuning.layer_gains(model, loss, batch, microbatch_size=8, expected_batch_size=32)
+    assert list(gains) == ["0", "2", "4"] and all(gain > 0 for gain in gains.values())
+    assert current_policy(model) == ("2",) and torch.equal(torch.random.get_rng_state(), before)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert not model[0]._forward_pre_hooks
+
+
+def test_the_gain_is_the_time_in_full_precision_over_the_time_quantized(monkeypatch):
+    model, batch = model_and_batch()
+    monkeypatch.setattr(tuning, "fastest", lambda question, ways: None)
+
+    class Known(dict):
+        def __missing__(self, question):
+            return {"full": 3.0, "quantized": 2.0}
+
+    monkeypatch.setattr(tuning, "choices", Known)
+    gains = tuning.layer_gains(model, loss, batch, microbatch_size=8, expected_batch_size=32)
+    assert set(gains.values()) == {1.5}
+
+
+def test_a_frozen_layer_is_not_measured():
+    model, batch = model_and_batch()
+    model[2].weight.requires_grad_(False)
+    gains = tuning.layer_gains(model, loss, batch, microbatch_size=8, expected_batch_size=32)
+    assert set(gains) == {"0", "4"}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (lambda size: 1 / size, 256),
+        (lambda size: float(size), 32),
+        (lambda size: 1.0 if size < 64 else 0.5, 64),
+        (lambda size: 0.99 ** (size / 32), 32),  # faster, but not worth its while
+    ],
+)
+def test_microbatches_are_doubled_as_long_as_that_gains(monkeypatch, seconds, expected):
+    model, batch = model_and_batch()
+    monkeypatch.setattr(tuning, "timed", lambda ways: {name: seconds(int(name)) for name in ways})
+    size = tuning.fastest_microbatch_size(model, loss, batch, ["2"], expected_batch_size=1e6, memory=None)
+    assert size == expected and current_policy(model) == ()
+
+
+def test_a_small_batch_does_not_get_a_large_microbatch(monkeypatch):
+    model, batch = model_and_batch()
+    monkeypatch.setattr(tuning, "timed", lambda ways: {name: 1 / int(name) for name in ways})
+    assert tuning.fastest_microbatch_size(model, loss, batch, [], expected_batch_size=20, memory=None) == 32
+    # 1.2 times as fast, but more of it would be filling
+    monkeypatch.setattr(tuning, "timed", lambda ways: {name: 1.2 ** -int(name).bit_length() for name in ways})
+    assert tuning.fastest_microbatch_size(model, loss, batch, [], expected_batch_size=40, memory=None) == 32
+
+
+def test_the_memory_budget_bounds_the_microbatch(monkeypatch):
+    model, batch = model_and_batch()
+    used = [1.0]
+
+    def clipped_sum(model, loss_fn, batch, size):
+        used[0] = max(used[0], 1.0 + size / 100)
+
+    monkeypatch.setattr(tuning, "_clipped_sum", clipped_sum)
+    monkeypatch.setattr(tuning, "forget_peak", lambda: 1024.0)
+    monkeypatch.setattr(tuning, "memory_mib", lambda: (0.0, used[0] * 1024))
+    monkeypatch.setattr(tuning, "timed", lambda ways: {name: 1 / int(name) for name in ways})
+
+    def size(memory):
+        used[0] = 1.0
+        chosen = tuning.fastest_microbatch_size(model, loss, batch, [], expected_batch_size=1e6, memory=memory)
+        assert used[0] <= memory
+        return chosen
+
+    assert [size(memory) for memory in (1.05, 1.09, 1.7, 99.0)] == [4, 8, 64, 256]
+    used[0] = 1.0
+    with pytest.raises(SettingError, match=r"at least 1.04 GiB"):
+        size(1.03)
+
+
+def test_layers_that_gain_nothing_are_spared_where_the_policy_has_others_to_choose_from():
+    macs = dict.fromkeys("abcd", 1.0)
+    policy = dpquant.RotatePolicy(fraction=0.5)
+    assert private._spared(policy, macs, {"a": 0.9, "b": 1.1, "c": 2.0, "d": 1.5}) == ("a",)
+    assert private._spared(policy, macs, {"a": 0.9, "b": 0.9, "c": 2.0, "d": 1.5}) == ()  # no choice would be left
+    assert private._spared(policy, macs, {}) == ()
+    assert private._spared(dpquant.AllPolicy(), macs, {"a": 0.9}) == ()
+    assert private._spared(dpquant.StaticPolicy(names=("a", "b")), macs, {"a": 0.9}) == ()
+
+
+def test_excluded_layers_are_never_chosen_and_shares_count_them():
+    macs = {"a": 8.0, "b": 1.0, "c": 1.0, "d": 1.0, "e": 1.0}
+    scores = dict.fromkeys("bcde", 0.1)
+    for policy in (
+        dpquant.RotatePolicy(fraction=0.6),
+        dpquant.DPQuantPolicy(fraction=0.6),
+        dpquant.PrioritisePolicy(fraction=0.6),
+        dpquant.StaticPolicy(fraction=0.6),
+    ):
+        for epoch in range(5):
+            chosen = policy.choose(macs, scores, epoch=epoch, key=1, excluded=("a",))
+            assert len(chosen) == 3 and "a" not in chosen
+    by_macs = dpquant.RotatePolicy(macs=0.2).choose(macs, None, epoch=0, key=0, excluded=("a",))
+    assert len(by_macs) == 3  # 2.4 of 12, one at a time
+    assert dpquant.AllPolicy().choose(macs, None, epoch=0, key=0, excluded=("a",)) == tuple("bcde")
