@@ -21,7 +21,7 @@ from dpquant.layers import QuantizableLayer, current_policy, quantizable_layers,
 
 _SMALLEST, _FIRST, _LARGEST = 4, 32, 256  # microbatches: the smallest, the first that is tried, the largest
 _WORTHWHILE = 1.03  # speed-up for which a microbatch is doubled
-_LAYER_MICROBATCHES = 4  # of a layer's trial, over which its weight is quantized once
+_LAYER_MICROBATCHES = 2  # of a layer's trial, over which its weight is quantized once
 _MIB = 2**10  # in a GiB
 
 
