@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What quantizing gains layer by layer, and the smallest shapes that gain: `scripts/bench layers`.
+
+A layer's time is that of its three products, of its norm and of its part of the clipped sum, alone, on made-up inputs, in
+full precision and quantized. The limit is what its multiply-accumulates would take at the speed of this machine's fastest
+int8 convolution, measured in the same run. Writes benchmarks/results/<cpu>-<date>/layers.json.
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.results import folder_here
+from dpquant import prepare
+from dpquant.bench_sides import NETWORKS, build_network, count_macs, default_image_size, example_losses, made_up_examples
+from dpquant.hardware import Hardware
+from dpquant.kernels import INT8_ZERO_POINT, Geometry, Int8Products
+from dpquant.quantizer import QTensor
+from dpquant.tuning import layer_times
+
+CHANNELS, SIDES, KERNELS = (3, 16, 32, 64, 128, 256, 512), (1, 2, 4, 8, 16, 32), (1, 3)
+MICROBATCH, BATCH = 64, 256
+
+
+def main() -> None:
+    """Measure the layers of a network and a grid of convolutions; print and keep both tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=list(NETWORKS), default="resnet18-cifar")
+    parser.add_argument("--format", default="luq-fp4")
+    parser.add_argument("--out", type=Path, default=None)
+    args = parser.parse_args()
+    peak = int8_peak()
+    print(f"{peak / 1e9:.0f} thousand million int8 multiply-accumulates a second")
+    record = {
+        "hardware": dataclasses.asdict(Hardware.here()),
+        "threads": torch.get_num_threads(),
+        "format": args.format,
+        "int8_macs_per_second": peak,
+        "model": args.model,
+        "layers": network(args.model, args.format, peak),
+        "grid": grid(args.format),
+    }
+    (args.out or folder_here() / "layers.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def network(name: str, format: str, peak: float) -> list[dict]:
+    """Every layer of a network, in microseconds an example."""
+    side = default_image_size(name)
+    model = prepare(build_network(name, side), format=format)
+    batch = made_up_examples(name, 2, side)
+    macs = count_macs(model, batch)
+    times = layer_times(model, example_losses, batch, microbatch_size=MICROBATCH, expected_batch_size=BATCH)
+    print(f"{'layer':24s} {'MMAC':>7s} {'full':>8s} {'quantized':>10s} {'gain':>6s} {'limit':>7s}   us an example")
+    rows = []
+    for layer, seconds in times.items():
+        limit = 3 * macs[layer] / peak
+        rows.append({"layer": layer, "macs": macs[layer], **dataclasses.asdict(seconds), "limit": limit})
+        print(
+            f"{layer:24s} {macs[layer] / 1e6:7.2f} {seconds.full * 1e6:8.1f} {seconds.quantized * 1e6:10.1f} "
+            f"{seconds.gain:6.2f} {limit * 1e6:7.1f}"
+        )
+    return rows
+
+
+def grid(format: str) -> list[dict]:
+    """Gains of convolutions with as many outputs as channels, stride 1, by channels, kernel and side of the map."""
+    rows = []
+    for kernel in KERNELS:
+        print(f"\ngain of a {kernel}x{kernel} convolution; channels down, side of the map across")
+        print("      " + "".join(f"{side:7d}" for side in SIDES))
+        for channels in CHANNELS:
+            gains = {side: gain(channels, side, kernel, format) for side in SIDES}
+            rows += [{"channels": channels, "side": side, "kernel": kernel, "gain": g} for side, g in gains.items()]
+            print(f"{channels:6d}" + "".join(f"{g:7.2f}" for g in gains.values()), flush=True)
+    return rows
+
+
+def gain(channels: int, side: int, kernel: int, format: str) -> float:
+    """Time in full precision over time quantized, of a layer into whose input a gradient flows."""
+    conv = nn.Conv2d(channels, max(channels, 16), kernel, padding=kernel // 2, bias=False)
+    model = prepare(nn.Sequential(conv), format=format)
+
+    def losses(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x.requires_grad_()).flatten(1).sum(1)
+
+    x = torch.zeros(2, channels, side, side)
+    return layer_times(model, losses, x, microbatch_size=MICROBATCH, expected_batch_size=BATCH)["0"].gain
+
+
+def int8_peak() -> float:
+    """Multiply-accumulates a second of an int8 convolution that has everything its way."""
+    codes = torch.full((32, 256, 16, 16), INT8_ZERO_POINT + 1, dtype=torch.uint8)
+    x = QTensor(codes.contiguous(memory_format=torch.channels_last), torch.ones(32), INT8_ZERO_POINT)
+    weight = QTensor(torch.ones(256, 256, 3, 3, dtype=torch.int8), torch.ones(1))
+    products = Int8Products(weight, Geometry(kernel=(3, 3), padding=(1, 1)))
+    return 32 * 16 * 16 * 256 * 256 * 9 / best(lambda: products.forward(x))
+
+
+def best(work: Callable[[], object], repeats: int = 9) -> float:
+    """Seconds that the work takes, at best."""
+    work()
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+if __name__ == "__main__":
+    main()
