@@ -18,23 +18,13 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "geometry.hpp"
 #include "parallel.hpp"
 
 namespace nb = nanobind;
 
 namespace dpquant {
 namespace {
-
-struct Axis {
-    int64_t in, out, kernel, stride, padding, dilation;
-
-    // The output positions first .. last - 1 whose tap meets the image.
-    void met(int64_t tap, int64_t &first, int64_t &last) const {
-        const int64_t offset = tap * dilation - padding;
-        first = offset >= 0 ? 0 : (-offset + stride - 1) / stride;
-        last = in - offset <= 0 ? 0 : std::min(out, (in - offset - 1) / stride + 1);
-    }
-};
 
 struct Shape {
     Axis rows, columns;
@@ -89,10 +79,9 @@ INLINE void row(const float *x, const float *g, float *out, const Shape &s) {
     constexpr int lanes = Vector<bytes>::lanes;
     const int64_t pixel = s.groups * s.channels, g_step = s.groups * s.outputs, x_step = s.columns.stride * pixel;
     for (int64_t j = 0; j < s.columns.kernel; ++j, out += s.channels) {
-        int64_t first, last;
-        s.columns.met(j, first, last);
+        const int64_t first = s.columns.first(j), last = s.columns.last(j);
         if (first >= last) continue;
-        const float *seen = x + (first * s.columns.stride + j * s.columns.dilation - s.columns.padding) * pixel;
+        const float *seen = x + (first * s.columns.stride + s.columns.reach(j)) * pixel;
         const float *grad = g + first * g_step;
         int64_t c = 0;
         for (; c + most_vec * lanes <= s.channels; c += most_vec * lanes)
@@ -113,11 +102,9 @@ INLINE void example(const float *x, const float *g, float *out, const Shape &s) 
     for (int64_t group = 0; group < s.groups; ++group, x += s.channels, g += s.outputs, out += s.outputs * s.depth())
         for (int64_t begin = 0; begin < s.rows.out; begin += block)
             for (int64_t i = 0; i < s.rows.kernel; ++i) {
-                int64_t first, last;
-                s.rows.met(i, first, last);
-                for (int64_t h = std::max(begin, first); h < std::min({begin + block, last, s.rows.out}); ++h)
-                    row<bytes, most_vec, most_out>(x + (h * s.rows.stride + i * s.rows.dilation - s.rows.padding) * x_row,
-                                                   g + h * g_row, out + i * s.columns.kernel * s.channels, s);
+                const int64_t end = std::min(begin + block, s.rows.last(i));
+                for (int64_t h = std::max(begin, s.rows.first(i)); h < end; ++h)
+                    row<bytes, most_vec, most_out>(x + (h * s.rows.stride + s.rows.reach(i)) * x_row, g + h * g_row, out + i * s.columns.kernel * s.channels, s);
             }
 }
 
@@ -149,11 +136,7 @@ void bind_direct(nb::module_ &m) {
         "direct_products",
         [](Floats x, Floats g, Sums out, int64_t batch, nb::tuple rows, nb::tuple columns, int64_t channels, int64_t outputs,
            int64_t groups, int threads) {
-            const auto axis = [](nb::tuple t) {
-                return Axis{nb::cast<int64_t>(t[0]), nb::cast<int64_t>(t[1]), nb::cast<int64_t>(t[2]),
-                            nb::cast<int64_t>(t[3]), nb::cast<int64_t>(t[4]), nb::cast<int64_t>(t[5])};
-            };
-            const Shape s{axis(rows), axis(columns), channels, outputs, groups};
+            const Shape s{Axis(rows), Axis(columns), channels, outputs, groups};
             const int64_t x_size = s.rows.in * s.columns.in * groups * channels;
             const int64_t g_size = s.rows.out * s.columns.out * groups * outputs, out_size = groups * outputs * s.depth();
             if (!available()) throw std::invalid_argument("this processor has no kernel for it");

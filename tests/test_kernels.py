@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -148,3 +152,17 @@ def test_large_kernels_single_pixels_and_remainders_are_exact(convolution):
 )
 def test_the_corners_in_which_onednn_errs_are_walked_around(convolution):
     assert_exact_integers(convolution, 64, int8)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="about x86 processors")
+@pytest.mark.parametrize("instructions", ["AVX2", "AVX512_CORE", "AVX512_CORE_VNNI"])
+def test_int8_is_exact_or_refused_where_instructions_are_fewer(instructions):
+    """Without VNNI, pairs of full-range products saturate; the codes of LUQ-FP4 never do."""
+    program = "from dpquant.kernels import int8_is_exact as exact; print(exact(64), exact(127))"
+    told = {**os.environ, "ONEDNN_MAX_CPU_ISA": instructions}
+    told_of = subprocess.run([sys.executable, "-c", program], env=told, capture_output=True, text=True, check=True).stdout
+    small, full = told_of.split()
+    if kernels.int8_is_exact(64):
+        assert small == "True"
+    if instructions == "AVX2":
+        assert full == "False"

@@ -22,8 +22,8 @@ def test_every_layer_is_measured_alone_and_the_model_is_left_as_it_was():
     model, batch = model_and_batch()
     dpquant.set_policy(model, ["2"])
     before = torch.random.get_rng_state()
-    gains = tuning.layer_gains(model, loss, batch, microbatch_size=8, expected_batch_size=32)
-    assert list(gains) == ["0", "2", "4"] and all(gain > 0 for gain in gains.values())
+    times = tuning.layer_times(model, loss, batch, microbatch_size=8, expected_batch_size=32)
+    assert list(times) == ["0", "2", "4"] and all(t.full > 0 and t.quantized > 0 for t in times.values())
     assert current_policy(model) == ("2",) and torch.equal(torch.random.get_rng_state(), before)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     assert not model[0]._forward_pre_hooks
@@ -38,15 +38,14 @@ def test_the_gain_is_the_time_in_full_precision_over_the_time_quantized(monkeypa
             return {"full": 3.0, "quantized": 2.0}
 
     monkeypatch.setattr(tuning, "choices", Known)
-    gains = tuning.layer_gains(model, loss, batch, microbatch_size=8, expected_batch_size=32)
-    assert set(gains.values()) == {1.5}
+    times = tuning.layer_times(model, loss, batch, microbatch_size=8, expected_batch_size=32)
+    assert {t.gain for t in times.values()} == {1.5} and times["0"].full == 3 / 16  # two microbatches
 
 
 def test_a_frozen_layer_is_not_measured():
     model, batch = model_and_batch()
     model[2].weight.requires_grad_(False)
-    gains = tuning.layer_gains(model, loss, batch, microbatch_size=8, expected_batch_size=32)
-    assert set(gains) == {"0", "4"}
+    assert set(tuning.layer_times(model, loss, batch, microbatch_size=8, expected_batch_size=32)) == {"0", "4"}
 
 
 @pytest.mark.parametrize(

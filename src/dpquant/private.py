@@ -39,7 +39,7 @@ from dpquant.plan import PrivacyPlan
 from dpquant.sampling import PoissonSampler
 from dpquant.schedule import Policy, ema
 from dpquant.streams import derive_key
-from dpquant.tuning import fastest_microbatch_size, layer_gains
+from dpquant.tuning import fastest_microbatch_size, layer_times
 from dpquant.working_memory import working_memory
 
 
@@ -375,7 +375,8 @@ def make_private(
         )
     gains: dict[str, float] = {}
     if policy.quantizes and backend == "auto" and _runs_int8(model):
-        gains = layer_gains(model, loss_fn, made_up, microbatch_size=microbatch_size, expected_batch_size=expected)
+        times = layer_times(model, loss_fn, made_up, microbatch_size=microbatch_size, expected_batch_size=expected)
+        gains = {name: seconds.gain for name, seconds in times.items()}
     spared = _spared(policy, macs, gains)
     if ledger is not None:
         ledger.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ All of it is measured on made-up data: the choices depend on shapes and on the m
 """
 
 import copy
+import dataclasses
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
@@ -25,10 +26,23 @@ _LAYER_MICROBATCHES = 2  # of a layer's trial, over which its weight is quantize
 _MIB = 2**10  # in a GiB
 
 
-def layer_gains(
+@dataclasses.dataclass(frozen=True)
+class LayerTimes:
+    """What a layer takes on this machine, seconds an example: all three products, norm and sum, weight included."""
+
+    full: float
+    quantized: float
+
+    @property
+    def gain(self) -> float:
+        """Above 1 where quantizing makes the layer faster."""
+        return self.full / self.quantized
+
+
+def layer_times(
     model: nn.Module, loss_fn: PerExampleLoss, batch: Any, *, microbatch_size: int, expected_batch_size: float
-) -> dict[str, float]:
-    """{layer: its time in full precision over its time quantized}: all three products, norm and sum, weight included.
+) -> dict[str, LayerTimes]:
+    """Each layer's time, alone.
 
     Args:
       model: a prepared model.
@@ -40,7 +54,7 @@ def layer_gains(
     """
     num_microbatches = min(max(round(expected_batch_size / microbatch_size), 1), _LAYER_MICROBATCHES)
     return {
-        name: _gain(quantizable_layers(model)[name], shape, needs_gradient, microbatch_size, num_microbatches)
+        name: _times(quantizable_layers(model)[name], shape, needs_gradient, microbatch_size, num_microbatches)
         for name, (shape, needs_gradient) in _inputs(model, loss_fn, batch).items()
     }
 
@@ -69,7 +83,9 @@ def _inputs(model: nn.Module, loss_fn: PerExampleLoss, batch: Any) -> dict[str, 
     return found
 
 
-def _gain(layer: QuantizableLayer, shape: torch.Size, needs_gradient: bool, size: int, num_microbatches: int) -> float:
+def _times(
+    layer: QuantizableLayer, shape: torch.Size, needs_gradient: bool, size: int, num_microbatches: int
+) -> LayerTimes:
     alone = copy.deepcopy(layer)
     alone._forward_hooks.clear()
     alone._forward_pre_hooks.clear()
@@ -88,7 +104,7 @@ def _gain(layer: QuantizableLayer, shape: torch.Size, needs_gradient: bool, size
     )  # fmt: skip
     fastest(question, {"full": partial(run, False), "quantized": partial(run, True)})
     seconds = choices()[question]
-    return seconds["full"] / seconds["quantized"]
+    return LayerTimes(seconds["full"] / len(inputs), seconds["quantized"] / len(inputs))
 
 
 def fastest_microbatch_size(
