@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What quantizing gains layer by layer, and the smallest shapes that gain: `scripts/bench layers`.
 
-A layer's time is that of its three products, of its norm and of its part of the clipped sum, alone, on made-up inputs, in
-full precision and quantized. The limit is what its multiply-accumulates would take at the speed of this machine's fastest
-int8 convolution, measured in the same run. Writes benchmarks/results/<cpu>-<date>/layers.json.
+A layer's time is that of its three products, of its norm and of its part of the clipped sum, alone, on made-up inputs,
+in full precision and quantized. The limit is what its multiply-accumulates would take at the speed of this machine's
+fastest int8 convolution, measured in the same run. Writes benchmarks/results/<cpu>-<date>/layers.json.
 """
 
 import argparse
@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from benchmarks.results import folder_here
 from dpquant import prepare
-from dpquant.bench_sides import NETWORKS, build_network, count_macs, default_image_size, example_losses, made_up_examples
+from dpquant.bench_sides import (
+    NETWORKS,
+    build_network,
+    count_macs,
+    default_image_size,
+    example_losses,
+    made_up_examples,
+)
 from dpquant.hardware import Hardware
 from dpquant.kernels import INT8_ZERO_POINT, Geometry, Int8Products
 from dpquant.quantizer import QTensor

@@ -160,7 +160,9 @@ def test_int8_is_exact_or_refused_where_instructions_are_fewer(instructions):
     """Without VNNI, pairs of full-range products saturate; the codes of LUQ-FP4 never do."""
     program = "from dpquant.kernels import int8_is_exact as exact; print(exact(64), exact(127))"
     told = {**os.environ, "ONEDNN_MAX_CPU_ISA": instructions}
-    told_of = subprocess.run([sys.executable, "-c", program], env=told, capture_output=True, text=True, check=True).stdout
+    told_of = subprocess.run(
+        [sys.executable, "-c", program], env=told, capture_output=True, text=True, check=True
+    ).stdout
     small, full = told_of.split()
     if kernels.int8_is_exact(64):
         assert small == "True"
