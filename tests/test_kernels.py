@@ -154,6 +154,16 @@ def test_the_corners_in_which_onednn_errs_are_walked_around(convolution):
     assert_exact_integers(convolution, 64, int8)
 
 
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(convolutions())
+def test_grams_of_patches_are_sums_of_grams_of_pixels(convolution):
+    geometry, shape, size = convolution
+    x = codes((2, shape[1] * geometry.groups, *size), 7).double()
+    patches = kernels.unfolded(x, geometry)
+    expected = patches @ patches.transpose(2, 3)
+    assert torch.equal(kernels.patch_grams(x, geometry), expected)
+
+
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="about x86 processors")
 @pytest.mark.parametrize("instructions", ["AVX2", "AVX512_CORE", "AVX512_CORE_VNNI"])
 def test_int8_is_exact_or_refused_where_instructions_are_fewer(instructions):

@@ -385,6 +385,31 @@ def unfolded(x: Tensor, geometry: Geometry) -> Tensor:
     return x_BHWC.as_strided(size, steps).reshape(batch, geometry.groups, rows * columns, -1)
 
 
+def patch_grams(x: Tensor, geometry: Geometry) -> Tensor:
+    """What every two patches share, patches @ patches^T of `unfolded`: `(B, G, T, T)`.
+
+    A sum over taps of what two pixels share, so that pixels meet once and nothing is unfolded.
+    """
+    (top, left), (down, right), (step_down, step_right) = geometry.padding, geometry.stride, geometry.dilation
+    x_BHWC = F.pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top))
+    batch, height, width, channels = x_BHWC.shape
+    rows = (height - geometry.reach[0] - 1) // down + 1
+    columns = (width - geometry.reach[1] - 1) // right + 1
+    pixels_BGNC = x_BHWC.reshape(batch, height * width, geometry.groups, -1).transpose(1, 2)
+    grams = (pixels_BGNC @ pixels_BGNC.transpose(2, 3)).contiguous()
+    pixels = height * width
+    size = (batch, geometry.groups, *geometry.kernel, rows, columns, rows, columns)
+    line = down * width, right  # from one position to the next
+    tap = step_down * width * (pixels + 1), step_right * (pixels + 1)
+    steps = (geometry.groups * pixels**2, pixels**2, *tap, line[0] * pixels, line[1] * pixels, *line)
+    by_tap = grams.as_strided(size, steps)
+    total = by_tap[:, :, 0, 0].clone()
+    for i, j in itertools.product(*map(range, geometry.kernel)):
+        if (i, j) != (0, 0):
+            total += by_tap[:, :, i, j]
+    return total.flatten(4, 5).flatten(2, 3)
+
+
 @functools.cache
 def int8_is_exact(max_code: int) -> bool:
     """Whether this machine's int8 convolution gives the exact integers for codes up to `max_code`, forward and back.

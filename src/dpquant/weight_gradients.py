@@ -45,6 +45,7 @@ from dpquant.kernels import (
     code_values,
     grouped_products,
     in_weight_order,
+    patch_grams,
     patch_products,
     positions,
     unfolded,
@@ -186,15 +187,21 @@ class Product:
         return _times_squares(total_B, self.scale_B)
 
     def _by_grams(self, x: Tensor, g: Tensor) -> Tensor:
-        factors = (unfolded(x, self.geometry), positions(g, self.geometry))
-        if factors[0].shape[2] == 1:
-            squares = [t.double().square().sum((2, 3)) for t in factors]
+        g_BGTO = positions(g, self.geometry)
+        if g_BGTO.shape[2] == 1:
+            squares = [t.double().square().sum((2, 3)) for t in (unfolded(x, self.geometry), g_BGTO)]
             return (squares[0] * squares[1]).sum(1)
         with bfloat16_factors() if self.pieces else contextlib.nullcontext():
-            grams = [(t @ t.transpose(2, 3)).double() for t in factors]
+            grams = [self._patch_grams(x).double(), (g_BGTO @ g_BGTO.transpose(2, 3)).double()]
         lengths = [gram.diagonal(dim1=2, dim2=3).sqrt() for gram in grams]
         margin_B = (lengths[0] * lengths[1]).sum((1, 2)).square()
         return (grams[0] * grams[1]).sum((1, 2, 3)) + ROUND_OFF * margin_B
+
+    def _patch_grams(self, x: Tensor) -> Tensor:
+        if self.geometry.stride == (1, 1) and self.geometry.kernel != (1, 1):
+            return patch_grams(x, self.geometry)
+        patches = unfolded(x, self.geometry)  # not much larger than x itself
+        return patches @ patches.transpose(2, 3)
 
     def per_example(self) -> Tensor:
         return self.by_patches().per_example()
