@@ -60,7 +60,7 @@ def network(name: str, format: str, peak: float) -> list[dict]:
     """Every layer of a network, in microseconds an example."""
     side = default_image_size(name)
     model = prepare(build_network(name, side), format=format)
-    batch = made_up_examples(name, 2, side)
+    batch = made_up_examples(name, side, 2)
     macs = count_macs(model, batch)
     times = layer_times(model, example_losses, batch, microbatch_size=MICROBATCH, expected_batch_size=BATCH)
     print(f"{'layer':24s} {'MMAC':>7s} {'full':>8s} {'quantized':>10s} {'gain':>6s} {'limit':>7s}   us an example")
@@ -103,8 +103,9 @@ def gain(channels: int, side: int, kernel: int, format: str) -> float:
 def int8_peak() -> float:
     """Multiply-accumulates a second of an int8 convolution that has everything its way."""
     codes = torch.full((32, 256, 16, 16), INT8_ZERO_POINT + 1, dtype=torch.uint8)
-    x = QTensor(codes.contiguous(memory_format=torch.channels_last), torch.ones(32), INT8_ZERO_POINT)
-    weight = QTensor(torch.ones(256, 256, 3, 3, dtype=torch.int8), torch.ones(1))
+    codes = codes.contiguous(memory_format=torch.channels_last)
+    x = QTensor(codes=codes, scale=torch.ones(32), zero_point=INT8_ZERO_POINT)
+    weight = QTensor(codes=torch.ones(256, 256, 3, 3, dtype=torch.int8), scale=torch.ones(1))
     products = Int8Products(weight, Geometry(kernel=(3, 3), padding=(1, 1)))
     return 32 * 16 * 16 * 256 * 256 * 9 / best(lambda: products.forward(x))
 

@@ -58,6 +58,8 @@ class StepSettings:
 
 MakeSide = Callable[[nn.Module, Batch, StepSettings], Step]
 
+_IN_PIECES = 64  # a batch of so many and more is taken in two microbatches at least, as a run would do
+
 
 def example_losses(model: nn.Module, batch: Any) -> Tensor:
     """Cross-entropy of each example."""
@@ -140,7 +142,8 @@ def ours(model: nn.Module, batch: Batch, settings: StepSettings, *, share: float
     optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr)
     parameters = dict(model.named_parameters())
     numbers = itertools.count()
-    size = min(default_microbatch_size(model, example_losses, batch, len(batch[1])), len(batch[1]))
+    most = len(batch[1]) if len(batch[1]) < _IN_PIECES else len(batch[1]) // 2
+    size = min(default_microbatch_size(model, example_losses, batch, len(batch[1])), most)
 
     def step() -> None:
         total = clipped_sum(

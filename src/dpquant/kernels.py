@@ -392,7 +392,7 @@ def patch_grams(x: Tensor, geometry: Geometry) -> Tensor:
     """
     (top, left), (down, right), (step_down, step_right) = geometry.padding, geometry.stride, geometry.dilation
     x_BHWC = F.pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top))
-    batch, height, width, channels = x_BHWC.shape
+    batch, height, width = x_BHWC.shape[:3]
     rows = (height - geometry.reach[0] - 1) // down + 1
     columns = (width - geometry.reach[1] - 1) // right + 1
     pixels_BGNC = x_BHWC.reshape(batch, height * width, geometry.groups, -1).transpose(1, 2)
