@@ -31,13 +31,7 @@ def test_every_layer_is_measured_alone_and_the_model_is_left_as_it_was():
 
 def test_the_gain_is_the_time_in_full_precision_over_the_time_quantized(monkeypatch):
     model, batch = model_and_batch()
-    monkeypatch.setattr(tuning, "fastest", lambda question, ways: None)
-
-    class Known(dict):
-        def __missing__(self, question):
-            return {"full": 3.0, "quantized": 2.0}
-
-    monkeypatch.setattr(tuning, "choices", Known)
+    monkeypatch.setattr(tuning, "measured", lambda question, ways: {"full": 3.0, "quantized": 2.0})
     times = tuning.layer_times(model, loss, batch, microbatch_size=8, expected_batch_size=32)
     assert {t.gain for t in times.values()} == {1.5} and times["0"].full == 3 / 16  # two microbatches
 
@@ -71,6 +65,16 @@ def test_a_small_batch_does_not_get_a_large_microbatch(monkeypatch):
     # 1.2 times as fast, but more of it would be filling
     monkeypatch.setattr(tuning, "timed", lambda ways: {name: 1.2 ** -int(name).bit_length() for name in ways})
     assert tuning.fastest_microbatch_size(model, loss, batch, [], expected_batch_size=40, memory=None) == 32
+
+
+def test_without_a_budget_memory_is_not_looked_at(monkeypatch):
+    model, batch = model_and_batch()
+    monkeypatch.setattr(tuning, "timed", lambda ways: {name: 1.0 for name in ways})
+    for name in ("forget_peak", "memory_mib"):
+        monkeypatch.setattr(tuning, name, lambda: pytest.fail("not every system can tell"))
+    assert tuning.fastest_microbatch_size(model, loss, batch, [], expected_batch_size=1e6, memory=None) == 32
+    with pytest.raises(pytest.fail.Exception):
+        tuning.fastest_microbatch_size(model, loss, batch, [], expected_batch_size=1e6, memory=1.0)
 
 
 def test_the_memory_budget_bounds_the_microbatch(monkeypatch):

@@ -30,15 +30,13 @@ _LANES = 16  # channels that a kernel takes at once
 
 
 def direct_products(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
-    """The same straight from two channels-last maps, by the native kernel: `(B, O, D)`; see `has_direct_products`."""
-    outputs, channels = grad.shape[1] // geometry.groups, x.shape[1] // geometry.groups
+    """The products of values straight from two maps: `(B, O, D)`, groups included; see `has_direct_products`."""
+    channels = x.shape[1] // geometry.groups
     products = grad.new_empty(len(x), grad.shape[1], math.prod(geometry.kernel) * channels)
-    rows, columns = _axes(x, grad, geometry)
     assert _native is not None
     _native.direct_products(
-        _memory(x), _memory(grad), products.numpy(), batch=len(x), rows=rows, columns=columns, channels=channels,
-        outputs=outputs, groups=geometry.groups, threads=torch.get_num_threads(),
-    )  # fmt: skip
+        _memory(x), _memory(grad), products.numpy(), batch=len(x), groups=geometry.groups, **_walk(grad, x, geometry)
+    )
     return products
 
 
@@ -73,11 +71,9 @@ def _run_code_products(
     grad: Tensor, x: Tensor, geometry: Geometry, squares: Tensor, products: Tensor | None, kernel: str | None
 ) -> None:
     assert _native is not None
-    rows, columns = _axes(x, grad, geometry)
     _native.code_products(
-        _memory(x), _memory(grad), None if products is None else products.numpy(), squares.numpy(), rows=rows,
-        columns=columns, channels=x.shape[1], outputs=grad.shape[1], kernel=kernel or _native.code_kernels()[0],
-        threads=torch.get_num_threads(),
+        _memory(x), _memory(grad), None if products is None else products.numpy(), squares.numpy(),
+        kernel=kernel or _native.code_kernels()[0], **_walk(grad, x, geometry),
     )  # fmt: skip
 
 
@@ -86,13 +82,11 @@ def add_code_products(
 ) -> Tensor:
     """Such products, weighted and summed over examples, added to totals `(parts, O, D)` in place; None begins them."""
     assert _native is not None
-    rows, columns = _axes(x, grad, geometry)
     if totals is None:
         totals = torch.zeros(torch.get_num_threads(), grad.shape[1], math.prod(geometry.kernel) * x.shape[1])
     _native.add_code_products(
-        _memory(x), _memory(grad), weights_B.contiguous().numpy(), totals.numpy(), rows=rows, columns=columns,
-        channels=x.shape[1], outputs=grad.shape[1], kernel=kernel or _native.code_kernels()[0],
-        threads=torch.get_num_threads(),
+        _memory(x), _memory(grad), weights_B.contiguous().numpy(), totals.numpy(),
+        kernel=kernel or _native.code_kernels()[0], **_walk(grad, x, geometry),
     )  # fmt: skip
     return totals
 
@@ -101,10 +95,9 @@ def gram_norms(grad: Tensor, x: Tensor, geometry: Geometry, *, kernel: str | Non
     """The same squared norms by Gram matrices, fast where positions are few; arguments as of `code_norms`."""
     assert _native is not None
     squares = torch.empty(len(x), dtype=torch.float64)
-    rows, columns = _axes(x, grad, geometry)
     _native.code_gram_norms(
-        _memory(x), _memory(grad), squares.numpy(), rows=rows, columns=columns, channels=x.shape[1],
-        outputs=grad.shape[1], kernel=kernel or _native.code_kernels()[0], threads=torch.get_num_threads(),
+        _memory(x), _memory(grad), squares.numpy(), kernel=kernel or _native.code_kernels()[0],
+        **_walk(grad, x, geometry),
     )  # fmt: skip
     return squares
 
@@ -132,21 +125,18 @@ def add_code_sums(
     Returns: sums in float32 of exact products.
     """
     assert _native is not None
-    rows, columns = _axes(x, grad, geometry)
     if total is None:
         total = torch.zeros(grad.shape[1], math.prod(geometry.kernel) * x.shape[1])
     _native.add_code_sums(
-        _memory(x), _memory(grad), weights_B.contiguous().numpy(), total.numpy(), rows=rows, columns=columns,
-        channels=x.shape[1], outputs=grad.shape[1], pieces=pieces, kernel=kernel or _native.code_sum_kernels()[0],
-        threads=torch.get_num_threads(),
+        _memory(x), _memory(grad), weights_B.contiguous().numpy(), total.numpy(), pieces=pieces,
+        kernel=kernel or _native.code_sum_kernels()[0], **_walk(grad, x, geometry),
     )  # fmt: skip
     return total
 
 
 def has_code_products(x: QTensor, num_positions: int, geometry: Geometry) -> bool:
     """Whether `code_products` and its kin can run on x here, and give the exact integers."""
-    able = x.zero_point == INT8_ZERO_POINT and x.codes.device.type == "cpu" and num_positions <= _MOST_POSITIONS
-    return able and geometry.groups == 1 and _code_products_are_exact()
+    return _takes(x, geometry) and num_positions <= _MOST_POSITIONS and _code_products_are_exact()
 
 
 def has_gram_norms(x: QTensor, grad: QTensor, geometry: Geometry) -> bool:
@@ -157,8 +147,12 @@ def has_gram_norms(x: QTensor, grad: QTensor, geometry: Geometry) -> bool:
 
 def has_code_sums(x: QTensor, geometry: Geometry) -> bool:
     """Whether `add_code_sums` can run on x here, and its products are exact."""
-    able = x.zero_point == INT8_ZERO_POINT and x.codes.device.type == "cpu"
-    return able and geometry.groups == 1 and _code_sums_are_exact()
+    return _takes(x, geometry) and _code_sums_are_exact()
+
+
+def _takes(x: QTensor, geometry: Geometry) -> bool:
+    """Whether codes and walk are such as the kernels of codes take."""
+    return x.zero_point == INT8_ZERO_POINT and x.codes.device.type == "cpu" and geometry.groups == 1
 
 
 def folded(x: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
@@ -230,7 +224,14 @@ def _memory(maps: Tensor) -> Any:
     return maps.numpy()
 
 
-def _axes(x: Tensor, grad: Tensor, geometry: Geometry) -> Any:
-    """For rows and for columns: (in, out, kernel, stride, padding, dilation)."""
+def _walk(grad: Tensor, x: Tensor, geometry: Geometry) -> Any:
+    """What all kernels are told of the convolution: an axis is (in, out, kernel, stride, padding, dilation)."""
     g = geometry
-    return zip(x.shape[2:], grad.shape[2:], g.kernel, g.stride, g.padding, g.dilation, strict=True)
+    rows, columns = zip(x.shape[2:], grad.shape[2:], g.kernel, g.stride, g.padding, g.dilation, strict=True)
+    return {
+        "rows": rows,
+        "columns": columns,
+        "channels": x.shape[1] // g.groups,
+        "outputs": grad.shape[1] // g.groups,
+        "threads": torch.get_num_threads(),
+    }

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpquant.choice import choices, fastest, timed
+from dpquant.choice import measured, timed
 from dpquant.clip import PerExampleLoss, clipped_sum, take_rows
 from dpquant.errors import SettingError
 from dpquant.hardware import forget_peak, memory_mib
@@ -102,8 +102,7 @@ def _times(
         "layer", type(layer), layer.geometry, layer.weight.shape, shape, needs_gradient, layer.recipe, layer.backend,
         size, num_microbatches, torch.get_num_threads(),
     )  # fmt: skip
-    fastest(question, {"full": partial(run, False), "quantized": partial(run, True)})
-    seconds = choices()[question]
+    seconds = measured(question, {"full": partial(run, False), "quantized": partial(run, True)})
     return LayerTimes(seconds["full"] / len(inputs), seconds["quantized"] / len(inputs))
 
 
@@ -130,7 +129,8 @@ def fastest_microbatch_size(
     Raises:
       SettingError: not even the smallest microbatch fits.
     """
-    policy, start = current_policy(model), forget_peak() / _MIB
+    policy = current_policy(model)
+    start = 0.0 if memory is None else forget_peak() / _MIB
 
     def run(size: int, num_examples: int, names: Collection[str]) -> None:
         set_policy(model, names)
@@ -168,9 +168,7 @@ def fastest_microbatch_size(
 def _clipped_sum(model: nn.Module, loss_fn: PerExampleLoss, batch: Any, size: int) -> None:
     ids = torch.arange(len(_first_tensor(batch)))
     with torch.random.fork_rng(devices=[]):
-        clipped_sum(
-            model, loss_fn, batch, max_grad_norm=1.0, record_ids=ids, step=0, seed=0, microbatch_size=size
-        )  # fmt: skip
+        clipped_sum(model, loss_fn, batch, max_grad_norm=1.0, record_ids=ids, step=0, seed=0, microbatch_size=size)
 
 
 def _first_tensor(batch: Any) -> Tensor:

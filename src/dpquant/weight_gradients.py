@@ -227,7 +227,7 @@ class Product:
         else:
             operands = code_values(x)[rows], code_values(g)[rows]
         norms_B = None if self.norms_B is None else self.norms_B[rows]
-        return Product(operands, self.pieces, self.geometry, self.weight, norms_B)
+        return dataclasses.replace(self, operands=operands, norms_B=norms_B)
 
     def by_patches(self) -> FormedProduct:
         """The gradients themselves, by a batched product."""
@@ -332,9 +332,6 @@ class Recomputed(Product):
 
     def finished(self, total: Any) -> Tensor:
         return self.weight.filled(in_weight_order(total.sum(0), self.geometry))
-
-    def take(self, rows: Tensor) -> "Recomputed":
-        return super().take(rows).recomputed()
 
 
 class _Waiting:
