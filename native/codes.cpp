@@ -18,6 +18,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -47,11 +48,9 @@ struct Shape {
     int64_t wide() const { return up_to(channels, LANES); }
     int64_t tall() const { return up_to(outputs, LANES); }
     int64_t depth() const { return rows.kernel * columns.kernel * channels; }
-    // Image row h * stride + reach is row h + reach / stride of the plane of rows that leave reach % stride.
-    int64_t plane_of(int64_t i) const { return ((rows.reach(i) % rows.stride) + rows.stride) % rows.stride; }
-    int64_t shift(int64_t i) const { return (rows.reach(i) - plane_of(i)) / rows.stride; }
-    int64_t first_shift() const { return shift(0) - 1; }
-    int64_t plane_rows() const { return rows.out + shift(rows.kernel - 1) - first_shift() + 1; }
+    // Of a phase of the rows, with one more above and below.
+    int64_t first_row() const { return rows.lowest() - 1; }
+    int64_t plane_rows() const { return rows.out + rows.shift(rows.kernel - 1) + 2; }
     int64_t plane_fours() const { return plane_rows() * row_fours() + FOURS; }  // tiles may read past the last row
 };
 
@@ -63,7 +62,7 @@ struct Packed {
     std::vector<int32_t> g_fours;  // (fours, tall), as dwords of four positions
 
     const uint8_t *tap(const Shape &s, int64_t i, int64_t j) const {
-        const int64_t plane = j * s.rows.stride + s.plane_of(i), row = s.shift(i) - s.first_shift();
+        const int64_t plane = j * s.rows.stride + s.rows.phase(i), row = s.rows.shift(i) + 1;
         return x.data() + (plane * s.plane_fours() + row * s.row_fours()) * s.wide() * 4;
     }
 };
@@ -124,7 +123,7 @@ __attribute__((target("avx512f,avx512bw"))) void pack(const uint8_t *x, const ui
         for (int64_t r = 0; r < s.rows.stride; ++r) {
             uint8_t *out = p.x.data() + (j * s.rows.stride + r) * plane;
             for (int64_t m = 0; m < s.plane_rows(); ++m, out += s.row_fours() * wide * 4) {
-                const int64_t row = (m + s.first_shift()) * s.rows.stride + r;
+                const int64_t row = (m + s.first_row()) * s.rows.stride + r;
                 if (row < 0 || row >= s.rows.in) {
                     std::memset(out, ZERO, static_cast<size_t>(s.row_fours() * wide * 4));
                     continue;
@@ -253,13 +252,6 @@ void vnni_tap(const Packed &p, const uint8_t *x, const Shape &s, Sink &sink) {
     for (; c < s.wide(); c += LANES) vnni_outputs<1>(p, x, s, c, sink);
 }
 
-std::vector<std::string> kernels() {
-    std::vector<std::string> names;
-    if (amx_permitted()) names.push_back("amx");
-    if (vnni_known()) names.push_back("vnni");
-    return names;
-}
-
 __attribute__((target("avx512f")))
 double example(const uint8_t *x, const uint8_t *g, const Shape &s, bool amx, float *out, std::optional<float> weight) {
     thread_local Packed packed;
@@ -276,7 +268,6 @@ double example(const uint8_t *x, const uint8_t *g, const Shape &s, bool amx, flo
     return _mm512_reduce_add_pd(sink.squares);
 }
 #else
-std::vector<std::string> kernels() { return {}; }
 double example(const uint8_t *, const uint8_t *, const Shape &, bool, float *, std::optional<float>) { return 0; }
 #endif
 
@@ -299,22 +290,14 @@ int64_t g_size(const Shape &s) { return s.rows.out * s.columns.out * s.outputs; 
 void check(const Shape &s, const Codes &x, const Codes &g, size_t batch, const std::string &kernel) {
     if (x.size() != batch * static_cast<size_t>(x_size(s)) || g.size() != batch * static_cast<size_t>(g_size(s)))
         throw std::invalid_argument("sizes of x and g do not agree");
-    const auto known = kernels();
-    if (std::find(known.begin(), known.end(), kernel) == known.end())
-        throw std::invalid_argument("this processor has no such kernel");
+    check_kernel(int8_kernels(), kernel);
 }
 
 }  // namespace
 
 void bind_codes(nb::module_ &m) {
-    m.def(
-        "code_kernels",
-        [] {
-            nb::list names;
-            for (const auto &name : kernels()) names.append(name);
-            return names;
-        },
-        "The kernels of `code_products` that this processor has, fastest first.");
+    m.def("code_kernels", &int8_kernels,
+          "The kernels of `code_products` that this processor has, fastest first.");
     m.def(
         "code_products",
         [](Codes x, Codes g, std::optional<Sums> out, Squares squares, nb::tuple rows, nb::tuple columns, int64_t channels,

@@ -23,6 +23,11 @@ struct Axis {
 
     // What tap i sees, counted from output 0's place.
     int64_t reach(int64_t i) const { return i * dilation - padding; }
+    // The images' rows (or columns) that leave one rest modulo the stride are a phase: tap i sees phase phase(i), there
+    // at output + shift(i), counted from what tap 0 of output 0 sees in its phase.
+    int64_t phase(int64_t i) const { return ((reach(i) % stride) + stride) % stride; }
+    int64_t lowest() const { return (reach(0) - phase(0)) / stride; }
+    int64_t shift(int64_t i) const { return (reach(i) - phase(i)) / stride - lowest(); }
     // The first and one past the last output whose tap i lies in the image.
     int64_t first(int64_t i) const { return std::max<int64_t>(0, (-reach(i) + stride - 1) / stride); }
     int64_t last(int64_t i) const {

@@ -37,11 +37,7 @@ struct Walk {
     Axis rows, columns;
     int64_t channels, outputs;
 
-    // Along an axis, tap i sees plane position `output + shift(i)` of phase phase(i).
-    static int64_t phase(const Axis &a, int64_t i) { return ((a.reach(i) % a.stride) + a.stride) % a.stride; }
-    static int64_t lowest(const Axis &a) { return (a.reach(0) - phase(a, 0)) / a.stride; }
-    static int64_t shift(const Axis &a, int64_t i) { return (a.reach(i) - phase(a, i)) / a.stride - lowest(a); }
-    static int64_t length(const Axis &a) { return a.out + shift(a, a.kernel - 1); }
+    static int64_t length(const Axis &a) { return a.out + a.shift(a.kernel - 1); }
 
     int64_t pitch() const { return length(columns); }
     int64_t pixels() const { return length(rows) * pitch(); }
@@ -179,14 +175,14 @@ double squared_norm(const uint8_t *x, const uint8_t *g, const Walk &walk, bool a
             std::vector<int64_t> offsets;
             for (int64_t i = 0; i < rows.kernel; ++i)
                 for (int64_t j = 0; j < columns.kernel; ++j)
-                    if (Walk::phase(rows, i) == down && Walk::phase(columns, j) == across)
-                        offsets.push_back(Walk::shift(rows, i) * pitch + Walk::shift(columns, j));
+                    if (rows.phase(i) == down && columns.phase(j) == across)
+                        offsets.push_back(rows.shift(i) * pitch + columns.shift(j));
             if (offsets.empty()) continue;
             gram.reset(walk.pixels(), walk.channels);
             for (int64_t m = 0; m < Walk::length(rows); ++m)
                 for (int64_t n = 0; n < pitch; ++n) {
-                    const int64_t row = (m + Walk::lowest(rows)) * rows.stride + down;
-                    const int64_t column = (n + Walk::lowest(columns)) * columns.stride + across;
+                    const int64_t row = (m + rows.lowest()) * rows.stride + down;
+                    const int64_t column = (n + columns.lowest()) * columns.stride + across;
                     if (row >= 0 && row < rows.in && column >= 0 && column < columns.in)
                         set(gram, m * pitch + n, x + (row * columns.in + column) * walk.channels, walk.channels);
                 }
@@ -203,14 +199,7 @@ double squared_norm(const uint8_t *x, const uint8_t *g, const Walk &walk, bool a
     return sum;
 }
 
-std::vector<std::string> kernels() {
-    std::vector<std::string> names;
-    if (amx_permitted()) names.push_back("amx");
-    if (vnni_known()) names.push_back("vnni");
-    return names;
-}
 #else
-std::vector<std::string> kernels() { return {}; }
 double squared_norm(const uint8_t *, const uint8_t *, const Walk &, bool) { return 0; }
 #endif
 
@@ -229,9 +218,7 @@ void bind_grams(nb::module_ &m) {
             const int64_t x_size = walk.rows.in * walk.columns.in * channels, g_size = walk.rows.out * walk.columns.out * outputs;
             if (static_cast<int64_t>(x.size()) != batch * x_size || static_cast<int64_t>(g.size()) != batch * g_size)
                 throw std::invalid_argument("sizes of x and g do not agree");
-            const auto known = kernels();
-            if (std::find(known.begin(), known.end(), kernel) == known.end())
-                throw std::invalid_argument("this processor has no such kernel");
+            check_kernel(int8_kernels(), kernel);
             nb::gil_scoped_release unlocked;
             parallel_for(batch, threads, [&](int64_t b) {
                 squares.data()[b] = squared_norm(x.data() + b * x_size, g.data() + b * g_size, walk, kernel == "amx");

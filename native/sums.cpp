@@ -17,6 +17,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -234,13 +235,6 @@ void bf16_task(const Sum &s, const Piece &p, int64_t i, int64_t j, int64_t first
         }
 }
 
-std::vector<std::string> kernels() {
-    std::vector<std::string> names;
-    if (amx_permitted()) names.push_back("amx");
-    if (bfloat16_known()) names.push_back("avx512");
-    return names;
-}
-
 struct Free {
     void operator()(uint16_t *tiles) const { ::operator delete[](tiles, std::align_val_t(64)); }
 };
@@ -277,7 +271,6 @@ void add_sums(const Sum &s, bool amx, int threads) {
         }
 }
 #else
-std::vector<std::string> kernels() { return {}; }
 void add_sums(const Sum &, bool, int) {}
 #endif
 
@@ -288,14 +281,8 @@ using Total = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
 }  // namespace
 
 void bind_sums(nb::module_ &m) {
-    m.def(
-        "code_sum_kernels",
-        [] {
-            nb::list names;
-            for (const auto &name : kernels()) names.append(name);
-            return names;
-        },
-        "The kernels of `add_code_sums` that this processor has, fastest first.");
+    m.def("code_sum_kernels", &bfloat16_kernels,
+          "The kernels of `add_code_sums` that this processor has, fastest first.");
     m.def(
         "add_code_sums",
         [](Codes x, Codes g, Weights weights, Total total, nb::tuple rows, nb::tuple columns, int64_t channels,
@@ -306,9 +293,7 @@ void bind_sums(nb::module_ &m) {
                 static_cast<int64_t>(g.size()) != s.batch * s.rows.out * s.columns.out * outputs ||
                 static_cast<int64_t>(total.size()) != outputs * s.depth() || pieces < 1 || pieces > 2)
                 throw std::invalid_argument("sizes of x, g, weights and total do not agree");
-            const auto known = kernels();
-            if (std::find(known.begin(), known.end(), kernel) == known.end())
-                throw std::invalid_argument("this processor has no such kernel");
+            check_kernel(bfloat16_kernels(), kernel);
             nb::gil_scoped_release unlocked;
             add_sums(s, kernel == "amx", threads);
         },

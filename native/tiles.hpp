@@ -4,6 +4,11 @@
 
 #pragma once
 
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
 #define HAS_TILES 1
 #include <cpuid.h>
@@ -62,10 +67,6 @@ inline bool amx_permitted() {
     return permitted;
 }
 
-inline bool vnni_known() { return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw"); }
-
-inline bool bfloat16_known() { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw"); }
-
 // Rows of 16 double words become columns.
 AVX512 inline void transpose(__m512i rows[16]) {
     __m512i a[16], b[16];
@@ -91,3 +92,34 @@ AVX512 inline void transpose(__m512i rows[16]) {
 
 }  // namespace dpquant
 #endif
+
+namespace dpquant {
+
+using Kernels = std::vector<std::string>;  // names, fastest first
+
+// For exact products of codes.
+inline Kernels int8_kernels() {
+    Kernels names;
+#ifdef HAS_TILES
+    if (amx_permitted()) names.push_back("amx");
+    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw")) names.push_back("vnni");
+#endif
+    return names;
+}
+
+// For products of bfloat16 numbers.
+inline Kernels bfloat16_kernels() {
+    Kernels names;
+#ifdef HAS_TILES
+    if (amx_permitted()) names.push_back("amx");
+    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw")) names.push_back("avx512");
+#endif
+    return names;
+}
+
+inline void check_kernel(const Kernels &known, const std::string &kernel) {
+    if (std::find(known.begin(), known.end(), kernel) == known.end())
+        throw std::invalid_argument("this processor has no such kernel");
+}
+
+}  // namespace dpquant

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dpquant import working_memory as module
-from dpquant.working_memory import working_memory
+from dpquant.working_memory import give_back, working_memory
 
 resource = pytest.importorskip("resource")
 pytestmark = pytest.mark.skipif(
@@ -45,13 +45,42 @@ def test_without_it_pages_are_given_back():
 def test_between_steps_the_blocks_are_out_of_reach_and_in_one_free():
     with working_memory():
         assert not module._held
-        block = torch.ones(2**22)
+        free = module._glibc().mallinfo2().fordblks  # left by whatever ran before
+        block = torch.ones(free // 4 + 2**22)
         del block
     held = list(module._held)
     assert held
     with working_memory(), working_memory():  # a step inside of a step changes nothing
         assert not module._held
     assert module._held
+
+
+def in_use_after_a_step(then):
+    """Bytes of physical memory that a step's work has taken, and what of it is left once `then` was called."""
+
+    def now():
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize()
+
+    before = now()
+    with working_memory():
+        blocks = [torch.ones(2**24) for _ in range(4)]
+        del blocks
+    after_step = now() - before
+    then()
+    return after_step, now() - before
+
+
+def test_what_is_held_can_be_given_back():
+    give_back()
+    taken, left = in_use_after_a_step(give_back)
+    assert taken > 2**27 and left < 2**25 and not module._held
+
+
+def test_otherwise_it_stays():
+    give_back()
+    taken, left = in_use_after_a_step(lambda: None)
+    assert taken > 2**27 and left > 2**27
 
 
 def test_another_thread_is_left_alone():

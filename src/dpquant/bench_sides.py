@@ -29,9 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpquant import models
-from dpquant.clip import clipped_sum, default_microbatch_size, take_rows
+from dpquant.clip import clipped_sum, take_rows
 from dpquant.errors import ModelError, SettingError
-from dpquant.layers import fix, prepare, quantizable_layers, set_policy
+from dpquant.layers import current_policy, fix, prepare, quantizable_layers, set_policy
+from dpquant.tuning import fastest_microbatch_size
 
 Batch = tuple[Tensor, Tensor, Tensor]  # inputs, labels, record ids
 Step = Callable[[], None]
@@ -57,8 +58,6 @@ class StepSettings:
 
 
 MakeSide = Callable[[nn.Module, Batch, StepSettings], Step]
-
-_IN_PIECES = 64  # a batch of so many and more is taken in two microbatches at least, as a run would do
 
 
 def example_losses(model: nn.Module, batch: Any) -> Tensor:
@@ -142,8 +141,10 @@ def ours(model: nn.Module, batch: Batch, settings: StepSettings, *, share: float
     optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr)
     parameters = dict(model.named_parameters())
     numbers = itertools.count()
-    most = len(batch[1]) if len(batch[1]) < _IN_PIECES else len(batch[1]) // 2
-    size = min(default_microbatch_size(model, example_losses, batch, len(batch[1])), most)
+    size = fastest_microbatch_size(
+        model, example_losses, batch, current_policy(model), expected_batch_size=len(batch[1]), memory=None
+    )
+    size = min(size, len(batch[1]))
 
     def step() -> None:
         total = clipped_sum(

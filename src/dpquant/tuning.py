@@ -19,6 +19,7 @@ from dpquant.clip import PerExampleLoss, clipped_sum, take_rows
 from dpquant.errors import SettingError
 from dpquant.hardware import forget_peak, memory_mib
 from dpquant.layers import QuantizableLayer, current_policy, quantizable_layers, set_policy
+from dpquant.working_memory import give_back
 
 _SMALLEST, _FIRST, _LARGEST = 4, 32, 256  # microbatches: the smallest, the first that is tried, the largest
 _WORTHWHILE = 1.03  # speed-up for which a microbatch is doubled
@@ -162,6 +163,7 @@ def fastest_microbatch_size(
             size *= 2
     finally:
         set_policy(model, policy)
+        give_back()  # a run with smaller microbatches does not need what the largest one took
     return size
 
 

@@ -73,6 +73,17 @@ def working_memory() -> Iterator[None]:
             _hold(libc)
 
 
+def give_back() -> None:
+    """Return to the system what is held and free: the next step needs less than the last."""
+    libc = _glibc()
+    if libc is None or threading.current_thread() is not threading.main_thread():
+        return
+    for block in _held:
+        libc.free(block)
+    _held.clear()
+    libc.malloc_trim(0)
+
+
 def _release(libc: ctypes.CDLL) -> None:
     """Large blocks come from the heap from now on and stay in it; what was held is free."""
     global _free, _used
@@ -121,7 +132,7 @@ def _glibc() -> ctypes.CDLL | None:
     if platform.libc_ver()[0] != "glibc":
         return None
     libc = ctypes.CDLL(None)
-    if not all(hasattr(libc, name) for name in ("mallopt", "mallinfo2", "malloc_info", "open_memstream")):
+    if not all(hasattr(libc, name) for name in ("mallopt", "mallinfo2", "malloc_info", "malloc_trim", "open_memstream")):
         return None
     libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     libc.free.argtypes, libc.free.restype = [ctypes.c_void_p], None
@@ -129,6 +140,7 @@ def _glibc() -> ctypes.CDLL | None:
     libc.open_memstream.restype = ctypes.c_void_p
     libc.malloc_info.argtypes = [ctypes.c_int, ctypes.c_void_p]
     libc.fclose.argtypes = [ctypes.c_void_p]
+    libc.malloc_trim.argtypes = [ctypes.c_size_t]
     return libc if _in_charge(libc) else None
 
 
