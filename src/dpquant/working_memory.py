@@ -132,7 +132,9 @@ def _glibc() -> ctypes.CDLL | None:
     if platform.libc_ver()[0] != "glibc":
         return None
     libc = ctypes.CDLL(None)
-    if not all(hasattr(libc, name) for name in ("mallopt", "mallinfo2", "malloc_info", "malloc_trim", "open_memstream")):
+    if not all(
+        hasattr(libc, name) for name in ("mallopt", "mallinfo2", "malloc_info", "malloc_trim", "open_memstream")
+    ):
         return None
     libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     libc.free.argtypes, libc.free.restype = [ctypes.c_void_p], None
