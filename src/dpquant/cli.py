@@ -249,7 +249,7 @@ def _print_bench(console: Console, record: "BenchRecord") -> None:
     ]
     if record.busy:
         lines.append(
-            f"Warning: load average {record.hardware.load} before the measurement. Other work was running, and these "
+            f"Warning: other work kept {record.hardware.load} processors busy when the measurement began. These "
             "timings are not to be trusted. Run it again on an idle machine."
         )
     console.print("\n".join(lines), markup=False, highlight=False)

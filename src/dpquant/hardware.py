@@ -12,6 +12,7 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 # Flags of /proc/cpuinfo that decide which products are fast, as the kernel spells them; x86 first, then ARM.
@@ -20,6 +21,8 @@ _TELLING = (
     *("i8mm", "asimddp", "bf16", "sve"),
 )
 _STATUS = Path("/proc/self/status")
+_PROCESSORS = Path("/proc/stat")
+_MOMENT = 0.5  # seconds
 _BUSY_SHARE = 0.3  # of the cores
 
 
@@ -32,7 +35,8 @@ class Hardware:
       cores: how many this process may use.
       instructions: those of the instruction sets that matter here which the processor has.
       memory_gib: of the whole machine; None where the system does not tell.
-      load: mean number of running processes over the last minute; None where the system does not tell.
+      load: processors that others use: counted while this process waits for a moment where the system tells, else the
+        mean of the last minute, in which this process itself may have run; None where it tells neither.
     """
 
     cpu: str
@@ -53,7 +57,7 @@ class Hardware:
             cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
             instructions=instructions_in(facts.get("flags", facts.get("Features", ""))),
             memory_gib=_memory_gib(),
-            load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+            load=_load(),
             system=f"{platform.system()} {platform.machine()}",
             python=platform.python_version(),
             torch=importlib.metadata.version("torch"),
@@ -111,6 +115,21 @@ def _memory_gib() -> float | None:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def _load() -> float | None:
+    if _PROCESSORS.exists():
+        before = _processor_times()
+        time.sleep(_MOMENT)
+        idle, all_times = (after - then for after, then in zip(_processor_times(), before, strict=True))
+        return round((1 - idle / max(all_times, 1)) * (os.cpu_count() or 1), 2)
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def _processor_times() -> tuple[int, int]:
+    """Clock ticks that all processors were idle, and all that passed."""
+    ticks = [int(count) for count in _PROCESSORS.read_text().splitlines()[0].split()[1:9]]
+    return ticks[3] + ticks[4], sum(ticks)
 
 
 def forget_peak() -> float:
