@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import ast
+import contextlib  # noqa: F401 - for the fresh process
 import subprocess
 import sys
 import threading
@@ -33,26 +35,17 @@ def test_a_step_works_in_the_pages_of_those_before():
     assert new_pages(working_memory) < 10_000
 
 
-def test_without_it_pages_are_given_back():
-    """In a process of its own, whose heap has no large free block from earlier tests."""
-    program = "import contextlib, test_working_memory as t; print(t.new_pages(contextlib.nullcontext))"
+def in_a_fresh_process(expression):
+    """The value of one of this file's functions where the heap has no large free block from earlier tests."""
+    program = f"import test_working_memory as t; print(t.{expression})"
     fresh = subprocess.run(
         [sys.executable, "-c", program], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
     )
-    assert int(fresh.stdout) > 100_000
+    return ast.literal_eval(fresh.stdout)
 
 
-def test_between_steps_the_blocks_are_out_of_reach_and_in_one_free():
-    with working_memory():
-        assert not module._held
-        free = module._glibc().mallinfo2().fordblks  # left by whatever ran before
-        block = torch.ones(free // 4 + 2**22)
-        del block
-    held = list(module._held)
-    assert held
-    with working_memory(), working_memory():  # a step inside of a step changes nothing
-        assert not module._held
-    assert module._held
+def test_without_it_pages_are_given_back():
+    assert in_a_fresh_process("new_pages(t.contextlib.nullcontext)") > 100_000
 
 
 def in_use_after_a_step(then):
@@ -71,10 +64,10 @@ def in_use_after_a_step(then):
     return after_step, now() - before
 
 
-def test_what_is_held_can_be_given_back():
+def test_what_steps_keep_can_be_given_back():
     give_back()
     taken, left = in_use_after_a_step(give_back)
-    assert taken > 2**27 and left < 2**25 and not module._held
+    assert taken > 2**27 and left < 2**25
 
 
 def test_otherwise_it_stays():
@@ -83,23 +76,59 @@ def test_otherwise_it_stays():
     assert taken > 2**27 and left > 2**27
 
 
-def test_another_thread_is_left_alone():
-    seen = []
+def left_of_a_large_block():
+    """Bytes of physical memory that the program's own block leaves behind, once it is freed."""
+    before = Path("/proc/self/statm").read_text().split()[1]
+    block = torch.ones(2**25)
+    del block
+    return (int(Path("/proc/self/statm").read_text().split()[1]) - int(before)) * resource.getpagesize()
 
-    def work():
+
+def left_between_and_in_steps():
+    with working_memory(), working_memory():  # a step inside of a step changes nothing
+        pass
+    between = left_of_a_large_block()
+    with working_memory():
         with working_memory():
-            seen.append(list(module._held))
+            pass
+        return between, left_of_a_large_block()
 
+
+def test_between_steps_large_blocks_come_and_go_as_before_and_in_steps_they_stay():
+    between, within = in_a_fresh_process("left_between_and_in_steps()")
+    assert between < 2**24 and within > 2**26
+
+
+class Recorded:
+    """A C library that notes what is asked of it."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        return lambda *arguments: self.calls.append(name)
+
+
+def use():
     with working_memory():
         pass
-    before = list(module._held)
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert seen == [before] and module._held == before
+    give_back()
 
 
-def heap_growth(steps):
+@pytest.mark.parametrize(("in_main_thread", "touched"), [(True, {"mallopt", "malloc_trim"}), (False, set())])
+def test_another_thread_is_left_alone(monkeypatch, in_main_thread, touched):
+    libc = Recorded()
+    monkeypatch.setattr(module, "_glibc", lambda: libc)
+    if in_main_thread:
+        use()
+    else:
+        thread = threading.Thread(target=use)
+        thread.start()
+        thread.join()
+    assert set(libc.calls) == touched
+
+
+def heap_growth(steps, keep=lambda result: None):
     """Bytes that the heap grows by in so many steps, the program renewing what it keeps of their results."""
     libc = module._glibc()
     kept = None
@@ -108,6 +137,7 @@ def heap_growth(steps):
         with working_memory():
             result = [torch.ones(2**20) for _ in range(8)]  # 4 MiB each
         kept = [t * 2 for t in result]
+        keep(result)
         del result
     assert kept is not None
     return libc.mallinfo2().arena - before
@@ -118,13 +148,7 @@ def test_the_heap_does_not_grow_from_step_to_step():
     assert heap_growth(10) < 2**26
 
 
-def test_the_heap_grows_where_all_that_is_free_is_held(monkeypatch):
-    hold = module._hold
-
-    def greedy(libc):
-        module._free = 0
-        hold(libc)
-
-    monkeypatch.setattr(module, "_hold", greedy)
-    heap_growth(5)
-    assert heap_growth(10) > 2**26
+def test_a_heap_that_grows_would_be_seen():
+    leaked = []
+    enough = module._glibc().mallinfo2().fordblks // 2**25 + 10  # steps, to fill what earlier tests have left
+    assert heap_growth(enough, leaked.append) > 2**26
