@@ -2,6 +2,7 @@
 """How time and memory of a step grow with the batch, the images and the threads. `scripts/bench growth`."""
 
 import argparse
+import os
 from pathlib import Path
 
 import matplotlib
@@ -22,7 +23,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(NETWORKS), default=["resnet18-cifar", "cnn", "transformer"])
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[16, 64, 256])
     parser.add_argument("--image-sizes", nargs="+", type=int, default=[16, 32, 64])
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--threads", nargs="+", type=int, default=[os.cpu_count() or 1])
     parser.add_argument("--format", default="luq-fp4")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=None, help="of the results [benchmarks/results/<cpu>-<date>]")

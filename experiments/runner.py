@@ -1,24 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs `dpquant train` for a table of settings and seeds, side by side, and can be interrupted and started again.
+"""Runs `dpquant train` for tables of settings and seeds, side by side, and can be interrupted and started again.
 
-Every run is the command line that a user would type. A run whose record exists is not repeated. What is kept of a run
-is its record, without the parts that only describe the machine's moment.
+Every run is the command line that a user would type. A run whose record exists is not repeated, and tables that share a
+run share its directory. What is kept of a run is its record.
 """
 
 import concurrent.futures
 import dataclasses
+import hashlib
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
+from dpquant.compare import draw_accuracies, half_width
 
-# glibc gives large blocks back to the system and gets them anew at every step; kept, they save a fifth of the time.
-_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
+RESULTS = Path(__file__).parent / "results"
+FOLDERS = ("GTSRB", "CIFAR10")  # placeholders in options for the folders of data sets
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    """Runs that belong together.
+
+    Attributes:
+      name: of the files of results.
+      title: of the picture.
+      common: options of every run.
+      rows: {what is shown: options}.
+      seeds: every row is run at each.
+      draw: makes the picture, from {row: records}; None: accuracies over epochs.
+    """
+
+    name: str
+    title: str
+    common: str
+    rows: Mapping[str, str]
+    seeds: Sequence[int]
+    draw: Callable[["Table", Mapping[str, list[dict]], Path], None] | None = None
+
+    def runs(self) -> list["Run"]:
+        """Seed by seed, so that an interrupted table has every row."""
+        return [Run(row, seed, f"{self.common} {options}") for seed in self.seeds for row, options in self.rows.items()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,69 +55,133 @@ class Run:
 
     row: str
     seed: int
-    options: tuple[str, ...]
+    options: str
 
-    def command(self, out: Path) -> list[str]:
+    @property
+    def command(self) -> str:
         """What a user would type."""
-        return ["dpquant", "train", *self.options, "--seed", str(self.seed), "--out", str(out)]
+        return f"dpquant train {' '.join(self.options.split())} --seed {self.seed} --out RUN"
+
+    def folder(self, work: Path) -> Path:
+        """The run's own directory."""
+        return work / hashlib.sha256(self.command.encode()).hexdigest()[:16]
 
 
-def table(rows: dict[str, Sequence[str]], common: Sequence[str], seeds: Sequence[int]) -> list[Run]:
-    """All rows at all seeds; seed by seed, so that an interrupted table has every row."""
-    return [Run(row, seed, (*common, *options)) for seed in seeds for row, options in rows.items()]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Site:
+    """Where and for how long experiments run.
 
+    Attributes:
+      work: directory of all runs.
+      folders: {placeholder: folder of the data set}.
+      jobs: runs side by side, which share the cores.
+      deadline: no run begins after it, in seconds of `time.monotonic`.
+    """
 
-def run_all(runs: Sequence[Run], folder: Path, jobs: int) -> dict[str, list[dict]]:
-    """Do what is not done yet, `jobs` at a time, one thread each. Returns {row: records, by seed}."""
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        done = list(pool.map(lambda run: _record(run, folder, jobs), runs))
-    records: dict[str, list[dict]] = {}
-    for run, record in zip(runs, done, strict=True):
-        records.setdefault(run.row, []).append(record)
-    return records
+    work: Path
+    folders: Mapping[str, Path]
+    jobs: int = 1
+    deadline: float = float("inf")
 
+    def do(self, runs: Sequence[Run]) -> None:
+        """Do what is not done yet and can begin before the deadline."""
+        with concurrent.futures.ThreadPoolExecutor(self.jobs) as pool:
+            list(pool.map(self._do, runs))
 
-def _record(run: Run, folder: Path, jobs: int) -> dict:
-    out = folder / f"{run.row}-{run.seed}".replace(" ", "_").replace("%", "")
-    if not (out / "record.json").exists():
-        threads = str(max((os.cpu_count() or 1) // jobs, 1))
+    def records(self, runs: Sequence[Run]) -> dict[str, list[dict]]:
+        """{row: records, by seed} of the runs that are done."""
+        found: dict[str, list[dict]] = {}
+        for run in runs:
+            path = run.folder(self.work) / "record.json"
+            if path.exists():
+                found.setdefault(run.row, []).append({**json.loads(path.read_text()), "command": run.command})
+        return found
+
+    def _do(self, run: Run) -> None:
+        out = run.folder(self.work)
+        if (out / "record.json").exists() or time.monotonic() > self.deadline:
+            return
+        options = run.options
+        for placeholder, folder in self.folders.items():
+            options = options.replace(f"image-folder:{placeholder}", f"image-folder:{folder}")
+        missing = [name for name in FOLDERS if f"image-folder:{name}" in options]
+        if missing:
+            print(f"left out, as --{missing[0].lower()} is not given: {run.row}", flush=True)
+            return
+        threads = str(max((os.cpu_count() or 1) // self.jobs, 1))
         binary = str(Path(sys.executable).parent / "dpquant")
-        command = [binary, *run.command(out)[1:], "--threads", threads]
-        environment = {**os.environ, "OMP_NUM_THREADS": threads, **_KEEP_MEMORY}
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if result.returncode:
-            raise SystemExit(f"{' '.join(command)}\n{result.stderr}")
-        print(
-            f"{run.row}, seed {run.seed}: {json.loads((out / 'record.json').read_text())['accuracy_test']:.4f}",
-            flush=True,
+        command = [binary, "train", *shlex.split(options), "--seed", str(run.seed), "--out", str(out)]
+        if out.exists():  # of a run that was interrupted
+            out.rename(out.with_name(f"{out.name}-interrupted-{time.time_ns()}"))
+        environment = {**os.environ, "OMP_NUM_THREADS": threads}
+        began = time.monotonic()
+        result = subprocess.run(
+            [*command, "--threads", threads], env=environment, capture_output=True, text=True, check=False
         )
-    record = json.loads((out / "record.json").read_text())
-    return {**record, "command": " ".join(run.command(Path("RUN")))}
+        if result.returncode:
+            raise SystemExit(f"{shlex.join(command)}\n{result.stderr}")
+        accuracy = json.loads((out / "record.json").read_text())["accuracy_test"]
+        print(f"{run.row}, seed {run.seed}: {accuracy:.4f} after {time.monotonic() - began:.0f} s", flush=True)
 
 
-def summary(records: dict[str, list[dict]]) -> dict[str, dict]:
-    """{row: test accuracy in percent (mean, sample standard deviation, each seed), epsilon, what ran quantized}."""
+def do_table(table: Table, site: Site) -> dict[str, dict]:
+    """Run a table as far as time allows, and write its results: {row: summary}."""
+    runs = table.runs()
+    site.do(runs)
+    records = site.records(runs)
+    if not records:
+        return {}
+    rows = summary(records)
+    missing = [f"{run.row}, seed {run.seed}" for run in runs if not (run.folder(site.work) / "record.json").exists()]
+    RESULTS.mkdir(exist_ok=True)
+    text = json.dumps({"title": table.title, "missing": missing, "summary": rows, "records": records}, indent=1)
+    (RESULTS / f"{table.name}.json").write_text(text + "\n")
+    (table.draw or draw_curves)(table, records, RESULTS / f"{table.name}.png")
+    print(f"\n{table.title}")
+    for row, facts in rows.items():
+        print(
+            f"{row:36s} {facts['accuracy_mean']:6.2f} +- {facts['accuracy_spread']}   {len(facts['accuracies'])} seeds"
+        )
+    print(f"{len(missing)} runs missing\n", flush=True)
+    return rows
+
+
+def summary(records: Mapping[str, list[dict]]) -> dict[str, dict]:
+    """{row: test accuracy in percent (mean, sample standard deviation, 95 % interval, each seed), and what it cost}."""
     rows = {}
     for row, runs in records.items():
         accuracies = [100 * run["accuracy_test"] for run in runs]
+        interval = half_width(accuracies)
         rows[row] = {
             "accuracy_mean": round(statistics.mean(accuracies), 2),
             "accuracy_spread": round(statistics.stdev(accuracies), 2) if len(accuracies) > 1 else None,
+            "accuracy_half_width": None if interval is None else round(interval, 2),
             "accuracies": [round(a, 2) for a in accuracies],
             "epsilon": max(run["epsilon"] for run in runs),
             "epsilon_analysis_share": max(run["epsilon_analysis_share"] for run in runs),
             "quantized_fraction_layers": round(statistics.mean(run["quantized_fraction_layers"] for run in runs), 3),
             "quantized_fraction_macs": round(statistics.mean(run["quantized_fraction_macs"] for run in runs), 3),
+            "four_bit_fraction_macs": round(statistics.mean(run["four_bit_fraction_macs"] for run in runs), 3),
+            "seconds": round(statistics.mean(run["seconds_train"] + run["seconds_analysis"] for run in runs)),
             "command": runs[0]["command"],
         }
     return rows
 
 
-def write(name: str, records: dict[str, list[dict]]) -> dict[str, dict]:
-    """results/<name>.json: the summary and every record. Returns the summary."""
-    rows = summary(records)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps({"summary": rows, "records": records}, indent=1) + "\n")
-    for row, facts in rows.items():
-        print(f"{row:32s} {facts['accuracy_mean']:6.2f} +- {facts['accuracy_spread']}   epsilon {facts['epsilon']:.3f}")
-    return rows
+def draw_curves(table: Table, records: Mapping[str, list[dict]], path: Path) -> None:
+    """Test accuracy over epochs."""
+    accuracies = {row: [run["accuracy_per_epoch"] for run in runs] for row, runs in records.items()}
+    draw_accuracies(accuracies, path, table.title)
+
+
+def new_figure(columns: int = 1):
+    """A figure that needs no display, and its axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7 * columns, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, columns)
+    for axis in [axes] if columns == 1 else axes:
+        axis.grid(alpha=0.3)
+    return figure, axes

@@ -11,7 +11,7 @@ import torch
 
 from dpquant import bench, bench_sides, hardware
 from dpquant.bench import BenchRecord, BenchSettings, Oracle, SideResult, Spread, gradient_of, measure, summed
-from dpquant.bench_sides import NETWORKS, SIDES, build_network, largest_layers, made_up_examples
+from dpquant.bench_sides import NETWORKS, SIDES, build_network, made_up_examples
 from dpquant.cli import run
 from dpquant.errors import FormatError, ModelError, SettingError
 from dpquant.hardware import Hardware, instructions_in
@@ -207,11 +207,6 @@ def test_the_load_is_what_happens_while_this_process_waits(monkeypatch, tmp_path
 
 
 # The networks
-
-
-def test_the_largest_layers_cover_the_share():
-    macs = {"a": 10.0, "b": 60.0, "c": 30.0}
-    assert [largest_layers(macs, share) for share in (0.0, 0.6, 0.9, 1.0)] == [[], ["b"], ["b", "c"], ["a", "b", "c"]]
 
 
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name != "resnet18-cifar"])

@@ -123,7 +123,7 @@ def stopped(tmp_path_factory):
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors):
-        patch.setattr("dpquant.cli._ProgressBar.__call__", interrupt)
+        patch.setattr("dpquant.cli.ProgressBar.__call__", interrupt)
         code = run(["train", "--out", str(out)])
     return code, errors.getvalue(), out / "ledger.jsonl"
 

@@ -11,9 +11,10 @@ from torch import nn
 from dpquant import clip, layers
 from dpquant.clip import clip_factors, clipped_sum
 from dpquant.errors import DPQuantError, ModelError, SettingError
+from dpquant.formats import precision
 from dpquant.isolation import check_trainable
 from dpquant.kernels import Geometry
-from dpquant.layers import fix, prepare, quantizable_layers, set_policy
+from dpquant.layers import fix, prepare, quantizable_layers, set_policy, set_precisions
 from dpquant.weight_gradients import Product
 from networks import NAMES, Residual, loss, zoo
 
@@ -84,6 +85,14 @@ def test_a_clip_of_the_sum_instead_of_the_examples_is_caught():
 @pytest.mark.parametrize("policy", ["none", "all"])
 def test_quantized_or_not_the_sum_is_that_of_its_examples_and_each_is_at_most_c(name, policy):
     model, batch = prepared(name, policy)
+    assert_bounded_and_additive(lambda rows, **kw: total(model, batch, rows, **kw), len(batch[1]))
+
+
+@pytest.mark.parametrize("text", ["full/luq-fp4/luq-fp4", "luq-fp4/full/full", "luq/full/int8", "full/int8/full"])
+@pytest.mark.parametrize("name", ["strided", "residual"])
+def test_so_it_is_whatever_recipe_each_product_runs_in(name, text):
+    model, batch = prepared(name)
+    set_precisions(model, dict.fromkeys(quantizable_layers(model), precision(text)))
     assert_bounded_and_additive(lambda rows, **kw: total(model, batch, rows, **kw), len(batch[1]))
 
 

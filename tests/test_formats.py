@@ -8,7 +8,20 @@ import sys
 import pytest
 
 from dpquant.errors import FormatError
-from dpquant.formats import E3M0, FORMATS, FP8_E4M3, INT4, INT8, NumberFormat, Recipe, RoleFormat, Rounding
+from dpquant.formats import (
+    E3M0,
+    FORMATS,
+    FP8_E4M3,
+    FULL_PRECISION,
+    INT4,
+    INT8,
+    NumberFormat,
+    Precision,
+    Recipe,
+    RoleFormat,
+    Rounding,
+    precision,
+)
 from dpquant.formats import number_format as lookup
 from dpquant.formats import recipe as lookup_recipe
 from oracles import VALUES
@@ -65,6 +78,57 @@ def test_recipes_say_what_the_documentation_says(name, weight, activation, gradi
 
 def test_a_recipe_is_its_own_lookup():
     assert lookup_recipe(lookup_recipe("luq")) is lookup_recipe("luq")
+
+
+LUQ = lookup_recipe("luq")
+
+
+def roles(text):
+    return [(role.format.name, role.rounding.value) for role in lookup_recipe(text).roles]
+
+
+def test_a_recipe_may_be_written_role_by_role():
+    assert roles("int4,int8~,e3m0~") == [("int4", "nearest"), ("int8", "stochastic"), ("e3m0", "stochastic")]
+    assert roles("e3m0~,e3m0~,e3m0~") == roles("luq-fp4")
+    assert roles("fp8-e4m3,fp8-e4m3,fp8-e5m2~") == roles("fp8")
+
+
+@pytest.mark.parametrize("text", ["", "int4,int4", "int4,int4,int4,int4", "int4,int4,fp3", "int4,int4,~", "INT8"])
+def test_a_recipe_that_cannot_be_read_is_refused(text):
+    with pytest.raises(FormatError, match="luq-fp4"):
+        lookup_recipe(text)
+
+
+def test_a_precision_is_one_recipe_or_one_for_each_product():
+    mixed = precision("full/luq-fp4/int8")
+    assert [one and one.name for one in mixed.recipes] == [None, "luq-fp4", "int8"]
+    assert precision("luq") == Precision(forward=LUQ, dgrad=LUQ, wgrad=LUQ) and precision(LUQ) == precision("luq")
+    assert precision("full") == FULL_PRECISION and not FULL_PRECISION.quantized and mixed.quantized
+    for text in ("full", "luq-fp4", "full/luq-fp4/int8", "int4,int4,e3m0~"):
+        assert precision(text).name == text and precision(precision(text)) == precision(text)
+    assert (mixed.max_code, FULL_PRECISION.max_code) == (127, 0)
+    assert mixed.fits_int8 and not precision("full/fp8/full").fits_int8
+
+
+@pytest.mark.parametrize("text", ["luq/luq", "full/full/full/full", "luq-fp4/none/full"])
+def test_a_precision_that_cannot_be_read_is_refused(text):
+    with pytest.raises(FormatError, match="format"):
+        precision(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "eight", "four"),
+    [
+        ("full", 0, 0),
+        ("luq-fp4", 1, 1),
+        ("int8", 1, 0),
+        ("full/luq-fp4/luq-fp4", 2 / 3, 2 / 3),
+        ("int8/luq-fp4/luq-fp4", 1, 2 / 3),
+        ("int8,int4,int4~", 1, 1 / 3),  # only wgrad has two operands of four bits
+    ],
+)
+def test_a_product_counts_as_wide_as_its_wider_operand(text, eight, four):
+    assert (precision(text).share(8), precision(text).share(4)) == pytest.approx((eight, four))
 
 
 @pytest.mark.parametrize(("find", "known"), [(lookup, "fp8-e5m2"), (lookup_recipe, "luq-fp4")])

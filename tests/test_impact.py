@@ -6,7 +6,7 @@ from torch import nn
 from dpquant import impact, layers
 from dpquant.errors import SettingError
 from dpquant.impact import impact_sum
-from dpquant.layers import Pass, current_policy, prepare, quantizable_layers, running, set_policy
+from dpquant.layers import Pass, current_precisions, prepare, quantizable_layers, running, set_policy
 from dpquant.streams import derive_key
 from networks import loss, zoo
 
@@ -115,7 +115,7 @@ def state_of(model):
     return (
         [t.clone() for t in model.state_dict().values()],
         [m.training for m in model.modules()],
-        current_policy(model),
+        current_precisions(model),
         torch.random.get_rng_state(),
     )
 

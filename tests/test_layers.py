@@ -9,16 +9,18 @@ from torch import nn
 
 from dpquant import layers
 from dpquant.errors import FormatError, ModelError, SettingError
+from dpquant.formats import precision
 from dpquant.layers import (
     Pass,
     QuantConv2d,
     QuantLinear,
-    current_policy,
+    current_precisions,
     fix,
     prepare,
     quantizable_layers,
     running,
     set_policy,
+    set_precisions,
 )
 from dpquant.quantizer import QTensor, quantize_rows
 from dpquant.streams import derive_key, row_keys
@@ -79,8 +81,8 @@ def test_a_quantized_layer_multiplies_dequantized_operands(recipe, backend):
         y = layer(x)
         grad = torch.randn_like(y)
         grad_x, grad_weight, grad_bias = torch.autograd.grad(y, (x, layer.weight, layer.bias), grad)
-    codes_x = layer.quantize(x.detach(), layer.recipe.activation, run.draw_keys(layer, "activation", 0, 3))
-    codes_g = layer.quantize(grad, layer.recipe.gradient, run.draw_keys(layer, "gradient", 0, 3))
+    codes_x = layer.quantize(x.detach(), layer.chosen.forward.activation, run.draw_keys(layer, "activation", 0, 3))
+    codes_g = layer.quantize(grad, layer.chosen.forward.gradient, run.draw_keys(layer, "gradient", 0, 3))
     xd, gd = codes_x.dequantize().double().requires_grad_(), codes_g.dequantize().double()
     wd = _quantized_weight(layer, run).double().requires_grad_()
     reference = F.conv2d(xd, wd, layer.bias.double().detach(), padding=1)
@@ -91,11 +93,67 @@ def test_a_quantized_layer_multiplies_dequantized_operands(recipe, backend):
     assert not torch.allclose(y, F.conv2d(x, layer.weight, layer.bias, padding=1), rtol=1e-3)
 
 
-def _quantized_weight(layer, run):
+def _quantized_weight(layer, run, recipe=None):
     keys = row_keys(derive_key(run.key, layer.name, "weight"), torch.zeros(1, dtype=torch.int64))
-    role = layer.recipe.weight
+    role = (recipe or layer.chosen.forward).weight
     rows = quantize_rows(layer.weight.detach().reshape(1, -1), role.format, role.rounding, keys)
     return rows.dequantize().view(layer.weight.shape)
+
+
+MIXED = ["full/luq-fp4/luq-fp4", "luq/full/full", "full/full/luq-fp4", "full/luq-fp4/full", "luq-fp4/int8/luq"]
+
+
+def products_of(layer, x, grad):
+    """Forward, dgrad and wgrad of a layer `4 -> 6, 3x3` as it computes them."""
+    run = Pass(key=5, record_ids=torch.tensor([7, 8, 9]))
+    with running(layer, run):
+        y = layer(x)
+        return run, (y, *torch.autograd.grad(y, (x, layer.weight), grad))
+
+
+def expected_products(layer, run, x, grad):
+    """The same in float64, each from operands in its own recipe."""
+
+    def operand(role, value, recipe):
+        if recipe is None:
+            return value.detach().double()
+        if role == "weight":
+            return _quantized_weight(layer, run, recipe).double()
+        keys = run.draw_keys(layer, role, 0, 3)
+        return layer.quantize(value.detach(), getattr(recipe, role), keys).dequantize().double()
+
+    results = []
+    for number, recipe in enumerate(layer.precision.recipes):
+        xd = operand("activation", x, recipe).requires_grad_()
+        wd = operand("weight", layer.weight, recipe).requires_grad_()
+        y = F.conv2d(xd, wd, layer.bias.double().detach(), padding=1)
+        results.append((y, *torch.autograd.grad(y, (xd, wd), operand("gradient", grad, recipe)))[number].detach())
+    return results
+
+
+@pytest.mark.parametrize("backend", ["simulate", "int8"])
+@pytest.mark.parametrize("text", MIXED)
+def test_every_product_runs_in_its_own_recipe(text, backend):
+    torch.manual_seed(0)
+    layer = prepare(nn.Conv2d(4, 6, 3, padding=1), format=text, backend=backend)
+    set_policy(layer, [""])
+    x, grad = torch.randn(3, 4, 7, 7, requires_grad=True), torch.randn(3, 6, 7, 7)
+    run, found = products_of(layer, x, grad)
+    for ours, theirs in zip(found, expected_products(layer, run, x, grad), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+    # had a product run in another recipe, it would be seen
+    layer.precision = precision("int8/full/int8" if text == "full/luq-fp4/full" else "full/full/full")
+    others = expected_products(layer, run, x, grad)
+    assert not all(torch.allclose(a.double(), b, rtol=1e-3) for a, b in zip(found, others, strict=True))
+
+
+def test_a_precision_that_the_backend_cannot_run_is_refused():
+    layer = prepare(nn.Conv2d(4, 6, 3), format="luq-fp4", backend="int8")
+    with pytest.raises(FormatError, match="int8"):
+        set_precisions(layer, {"": precision("fp8")})
+    assert not layer.quantized
+    with pytest.raises(SettingError, match="body"):
+        set_precisions(layer, {"body": precision("luq-fp4")})
 
 
 def output(model, x, ids, key=3):
@@ -189,9 +247,9 @@ def test_a_prepared_model_can_be_copied_pickled_and_prepared_again():
     model = prepare(Reused())
     set_policy(model, ["head"])
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert current_policy(other) == ("head",)
+        assert tuple(current_precisions(other)) == ("head",)
     prepare(model, format="int8", backend="simulate")
-    assert {(layer.recipe.name, layer.backend) for layer in quantizable_layers(model).values()} == {
+    assert {(layer.chosen.forward.name, layer.backend) for layer in quantizable_layers(model).values()} == {
         ("int8", "simulate")
     }
 
@@ -218,9 +276,9 @@ def test_what_cannot_be_prepared_is_refused():
 def test_a_policy_names_known_layers():
     model = prepare(Reused())
     set_policy(model, ["layer"])
-    assert current_policy(model) == ("layer",)
+    assert tuple(current_precisions(model)) == ("layer",)
     set_policy(model, ())
-    assert current_policy(model) == ()
+    assert tuple(current_precisions(model)) == ()
     with pytest.raises(SettingError, match=r"'body'.*layer, head"):
         set_policy(model, ["body"])
 

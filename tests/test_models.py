@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from dpquant.errors import ModelError, SettingError
@@ -134,10 +135,24 @@ def test_a_width_that_is_no_width_is_refused(width: float) -> None:
         build("cnn", num_classes=10, input_shape=(1, 8, 8), width=width)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "my_models:build"])
-def test_a_width_for_a_network_without_one_is_refused(name: str) -> None:
-    with pytest.raises(SettingError, match=rf"Expected width = 1 for model={name}; got width=0.5"):
-        build(name, num_classes=10, input_shape=(3, 32, 32), width=0.5)
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "densenet121"])
+def test_torchvisions_networks_scale_whole(name: str) -> None:
+    """Every layer is narrower, and the same network comes out where the width is 1."""
+    wide, narrow = (build(name, num_classes=7, input_shape=(3, 32, 32), width=width) for width in (1.0, 0.25))
+    theirs = getattr(torchvision.models, name)(num_classes=7)
+    assert [p.shape for p in wide.parameters()] == [p.shape for p in theirs.parameters()]
+    assert len(list(narrow.parameters())) == len(list(wide.parameters()))
+    inner = [p.shape for p in narrow.parameters() if p.ndim == 4]
+    outer = [p.shape for p in wide.parameters() if p.ndim == 4]
+    assert all(a[0] < b[0] for a, b in zip(inner, outer, strict=True))
+    for model, channels in ((narrow, 3), (build(name, num_classes=7, input_shape=(1, 32, 32), width=0.25), 1)):
+        assert model(torch.randn(2, channels, 32, 32)).shape == (2, 7)
+        assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
+def test_a_width_for_a_users_own_network_is_refused() -> None:
+    with pytest.raises(SettingError, match=r"Expected width = 1 for model=my_models:build; got width=0.5"):
+        build("my_models:build", num_classes=10, input_shape=(3, 32, 32), width=0.5)
 
 
 def test_an_unknown_name_gets_the_known_ones_and_the_nearest() -> None:

@@ -204,6 +204,16 @@ def test_the_sum_is_divided_by_the_planned_batch_size_whatever_was_drawn(monkeyp
         torch.testing.assert_close(parameter.grad, expected.grads[name] / BATCH)
 
 
+def test_layers_that_are_not_chosen_run_in_the_rest_during_an_epoch():
+    run = start(policy=dpquant.RotatePolicy(fraction=0.5), format="luq", rest="full/luq-fp4/luq-fp4")
+    for epoch in run.epochs():
+        for batch in epoch:
+            names = {name: layer.precision.name for name, layer in dpquant.quantizable_layers(run.model).items()}
+            assert names == {name: "luq" if name in epoch.policy else "full/luq-fp4/luq-fp4" for name in run.macs}
+            run.step(batch)
+        assert not any(layer.quantized for layer in dpquant.quantizable_layers(run.model).values())
+
+
 def test_layers_rotate_and_the_model_is_in_full_precision_between_epochs():
     run = start()
     for epoch in run.epochs():
@@ -212,7 +222,7 @@ def test_layers_rotate_and_the_model_is_in_full_precision_between_epochs():
             run.step(batch)
         assert not any(layer.quantized for layer in dpquant.quantizable_layers(run.model).values())
     assert [len(names) for names in run.policies()] == [2, 2, 2] and run.steps_taken == STEPS
-    assert set(run.macs) == {"0", "2", "5", "6"} and set(run.scores) == run.macs.keys() - set(run.spared)
+    assert set(run.macs) == {"0", "2", "5", "6"} and set(run.scores) == run.macs.keys() - set(run.execution.spared)
     assert run.macs["0"] == 4 * 4 * 4 * 9 and run.macs["6"] == 40
 
 

@@ -26,6 +26,8 @@ from dpquant.schedule import (
     RotatePolicy,
     StaticPolicy,
     ema,
+    largest_layers,
+    noise_left,
     probabilities,
 )
 
@@ -294,3 +296,18 @@ def test_the_schedule_can_see_neither_data_nor_a_model():
 def test_an_import_that_sees_data_would_be_seen(planted):
     with pytest.raises(AssertionError):
         assert_imports_nothing_that_sees_data(f"{inspect.getsource(schedule)}\n{planted}")
+
+
+def test_the_largest_layers_cover_the_share():
+    macs = {"a": 10.0, "b": 60.0, "c": 30.0}
+    assert [largest_layers(macs, share) for share in (0.0, 0.6, 0.9, 1.0)] == [(), ("b",), ("b", "c"), ("a", "b", "c")]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 40])
+def test_the_noise_that_smoothing_leaves_is_what_smoothed_noise_shows(count):
+    draws = np.random.default_rng(0).normal(size=(20_000, count))
+    smoothed = {}
+    for analysis in range(count):
+        smoothed = ema(smoothed, {i: draws[i, analysis] for i in range(len(draws))}, 0.3)
+    assert noise_left(count, 0.3) == pytest.approx(np.std(list(smoothed.values())), rel=0.02)
+    assert noise_left(count, 1.0) == 1.0

@@ -58,6 +58,22 @@ def test_the_record_counts_what_ran_quantized(run):
         assert all(layer.gain is not None and layer.gain > 0 for layer in record.layers)
 
 
+def test_shares_of_work_count_products_and_bits(tmp_path):
+    record = train(settings(epochs=1, policy="all", format="full/luq-fp4/int8", microbatch_size=32), tmp_path / "run")
+    assert record.quantized_fraction_macs == pytest.approx(2 / 3)
+    assert record.four_bit_fraction_macs == pytest.approx(1 / 3)
+    others = train(
+        settings(epochs=1, policy="none", rest="int8/luq-fp4/luq-fp4", microbatch_size=32), tmp_path / "others"
+    )
+    assert (others.quantized_fraction_macs, others.four_bit_fraction_macs) == pytest.approx((1.0, 2 / 3))
+
+
+@pytest.mark.parametrize("name", ["format", "rest"])
+def test_a_format_that_cannot_be_read_is_named(name):
+    with pytest.raises(SettingError, match=rf"Expected {name} to be one of"):
+        settings(**{name: "fp3"})
+
+
 def test_the_saved_model_is_the_users_own_and_as_good_as_the_record_says(run):
     out, record, _ = run
     dataset = data.load("digits")

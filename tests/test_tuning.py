@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 import dpquant
-from dpquant import private, tuning
+from dpquant import tuning
 from dpquant.errors import SettingError
-from dpquant.layers import current_policy
+from dpquant.layers import current_precisions
 from networks import loss
 
 
@@ -24,7 +24,7 @@ def test_every_layer_is_measured_alone_and_the_model_is_left_as_it_was():
     before = torch.random.get_rng_state()
     times = tuning.layer_times(model, loss, batch, microbatch_size=8, expected_batch_size=32)
     assert list(times) == ["0", "2", "4"] and all(t.full > 0 and t.quantized > 0 for t in times.values())
-    assert current_policy(model) == ("2",) and torch.equal(torch.random.get_rng_state(), before)
+    assert tuple(current_precisions(model)) == ("2",) and torch.equal(torch.random.get_rng_state(), before)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     assert not model[0]._forward_pre_hooks
 
@@ -55,16 +55,16 @@ def test_microbatches_are_doubled_as_long_as_that_gains(monkeypatch, seconds, ex
     model, batch = model_and_batch()
     monkeypatch.setattr(tuning, "timed", lambda ways: {name: seconds(int(name)) for name in ways})
     size = tuning.fastest_microbatch_size(model, loss, batch, ["2"], expected_batch_size=1e6, memory=None)
-    assert size == expected and current_policy(model) == ()
+    assert size == expected and tuple(current_precisions(model)) == ()
 
 
 def test_a_small_batch_does_not_get_a_large_microbatch(monkeypatch):
     model, batch = model_and_batch()
     monkeypatch.setattr(tuning, "timed", lambda ways: {name: 1 / int(name) for name in ways})
-    assert tuning.fastest_microbatch_size(model, loss, batch, [], expected_batch_size=20, memory=None) == 32
+    assert tuning.fastest_microbatch_size(model, loss, batch, {}, expected_batch_size=20, memory=None) == 32
     # 1.2 times as fast, but more of it would be filling
     monkeypatch.setattr(tuning, "timed", lambda ways: {name: 1.2 ** -int(name).bit_length() for name in ways})
-    assert tuning.fastest_microbatch_size(model, loss, batch, [], expected_batch_size=40, memory=None) == 32
+    assert tuning.fastest_microbatch_size(model, loss, batch, {}, expected_batch_size=40, memory=None) == 32
 
 
 def test_without_a_budget_memory_is_not_looked_at(monkeypatch):
@@ -72,9 +72,9 @@ def test_without_a_budget_memory_is_not_looked_at(monkeypatch):
     monkeypatch.setattr(tuning, "timed", lambda ways: {name: 1.0 for name in ways})
     for name in ("forget_peak", "memory_mib"):
         monkeypatch.setattr(tuning, name, lambda: pytest.fail("not every system can tell"))
-    assert tuning.fastest_microbatch_size(model, loss, batch, [], expected_batch_size=1e6, memory=None) == 32
+    assert tuning.fastest_microbatch_size(model, loss, batch, {}, expected_batch_size=1e6, memory=None) == 32
     with pytest.raises(pytest.fail.Exception):
-        tuning.fastest_microbatch_size(model, loss, batch, [], expected_batch_size=1e6, memory=1.0)
+        tuning.fastest_microbatch_size(model, loss, batch, {}, expected_batch_size=1e6, memory=1.0)
 
 
 def test_the_memory_budget_bounds_the_microbatch(monkeypatch):
@@ -91,7 +91,7 @@ def test_the_memory_budget_bounds_the_microbatch(monkeypatch):
 
     def size(memory):
         used[0] = 1.0
-        chosen = tuning.fastest_microbatch_size(model, loss, batch, [], expected_batch_size=1e6, memory=memory)
+        chosen = tuning.fastest_microbatch_size(model, loss, batch, {}, expected_batch_size=1e6, memory=memory)
         assert used[0] <= memory
         return chosen
 
@@ -99,16 +99,6 @@ def test_the_memory_budget_bounds_the_microbatch(monkeypatch):
     used[0] = 1.0
     with pytest.raises(SettingError, match=r"at least 1.04 GiB"):
         size(1.03)
-
-
-def test_layers_that_gain_nothing_are_spared_where_the_policy_has_others_to_choose_from():
-    macs = dict.fromkeys("abcd", 1.0)
-    policy = dpquant.RotatePolicy(fraction=0.5)
-    assert private._spared(policy, macs, {"a": 0.9, "b": 1.1, "c": 2.0, "d": 1.5}) == ("a",)
-    assert private._spared(policy, macs, {"a": 0.9, "b": 0.9, "c": 2.0, "d": 1.5}) == ()  # no choice would be left
-    assert private._spared(policy, macs, {}) == ()
-    assert private._spared(dpquant.AllPolicy(), macs, {"a": 0.9}) == ()
-    assert private._spared(dpquant.StaticPolicy(names=("a", "b")), macs, {"a": 0.9}) == ()
 
 
 def test_excluded_layers_are_never_chosen_and_shares_count_them():

@@ -19,7 +19,6 @@ arXiv:2110.05679.
 import dataclasses
 import functools
 import itertools
-import math
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -31,7 +30,8 @@ from torch import Tensor, nn
 from dpquant import models
 from dpquant.clip import clipped_sum, take_rows
 from dpquant.errors import ModelError, SettingError
-from dpquant.layers import current_policy, fix, prepare, quantizable_layers, set_policy
+from dpquant.layers import current_precisions, prepare, quantizable_layers, set_policy
+from dpquant.schedule import largest_layers
 from dpquant.tuning import fastest_microbatch_size
 
 Batch = tuple[Tensor, Tensor, Tensor]  # inputs, labels, record ids
@@ -142,7 +142,7 @@ def ours(model: nn.Module, batch: Batch, settings: StepSettings, *, share: float
     parameters = dict(model.named_parameters())
     numbers = itertools.count()
     size = fastest_microbatch_size(
-        model, example_losses, batch, current_policy(model), expected_batch_size=len(batch[1]), memory=None
+        model, example_losses, batch, current_precisions(model), expected_batch_size=len(batch[1]), memory=None
     )
     size = min(size, len(batch[1]))
 
@@ -202,18 +202,6 @@ def count_macs(model: nn.Module, example: Batch) -> dict[str, float]:
     for handle in handles:
         handle.remove()
     return macs
-
-
-def largest_layers(macs: Mapping[str, float], share: float) -> list[str]:
-    """The fewest layers, largest first, that cover `share` of the multiply-accumulates; 1 is all, 0 is none."""
-    if share >= 1:
-        return list(macs)
-    chosen: list[str] = []
-    for name in sorted(macs, key=lambda name: macs[name], reverse=True):
-        if sum(macs[chosen_name] for chosen_name in chosen) >= share * sum(macs.values()):
-            break
-        chosen.append(name)
-    return chosen
 
 
 def _pieces(batch: Batch, settings: StepSettings) -> Iterator[tuple[Batch, bool]]:
@@ -302,7 +290,7 @@ def build_network(name: str, image_size: int) -> nn.Module:
     """A network with parameters drawn from a fixed seed; every one normalises within an example.
 
     Args:
-      name: one of NETWORKS. `resnet50` and `densenet121` are torchvision's, with GroupNorm.
+      name: one of NETWORKS.
       image_size: the side of its images.
     Raises:
       ModelError: the name is unknown.
@@ -316,17 +304,8 @@ def build_network(name: str, image_size: int) -> nn.Module:
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        match name:
-            case "transformer":
-                return _Transformer(network.channels, NUM_CLASSES)
-            case "resnet50":
-                from torchvision.models import resnet50
-
-                return resnet50(num_classes=NUM_CLASSES, norm_layer=_group_norm)
-            case "densenet121":
-                from torchvision.models import densenet121
-
-                return fix(densenet121(num_classes=NUM_CLASSES))
+        if name == "transformer":
+            return _Transformer(network.channels, NUM_CLASSES)
         return models.build(name, num_classes=NUM_CLASSES, input_shape=(network.channels, image_size, image_size))
 
 
@@ -336,10 +315,6 @@ def made_up_examples(name: str, image_size: int, batch_size: int) -> Batch:
     inputs = torch.randn(batch_size, _network(name).channels, image_size, image_size, generator=generator)
     labels = torch.randint(0, NUM_CLASSES, (batch_size,), generator=generator)
     return inputs, labels, torch.arange(batch_size)
-
-
-def _group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(32, channels), channels)
 
 
 def out_of_place(model: nn.Module) -> nn.Module:

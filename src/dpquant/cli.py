@@ -16,21 +16,15 @@ import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 from typer.exceptions import TyperException
 
+from dpquant.console import ProgressBar, print_assessment, print_bench, print_budget, print_comparison, print_run
 from dpquant.errors import DPQuantError, SettingError
 from dpquant.settings import BY_DATA, GENERAL, TrainSettings, from_toml
-
-if TYPE_CHECKING:
-    from dpquant.bench import BenchRecord
-    from dpquant.plan import PrivacyPlan
-    from dpquant.train import Progress as TrainProgress
 
 WRONG_RESULT = 1
 BAD_INPUT = 2
@@ -75,10 +69,16 @@ def _refuse(message: str, code: int = BAD_INPUT) -> int:
 
 
 def _with_settings(verb: Callable[..., None]) -> Callable[..., None]:
-    """The verb with one option for every field of TrainSettings, None where it is not given, collected in `given`."""
+    """The verb with one option for every field of TrainSettings, None where it is not given, collected in `given`.
+
+    A field that the verb takes itself is left to it.
+    """
     parameters = [p for p in inspect.signature(verb).parameters.values() if p.name != "given"]
+    own_names = {p.name for p in parameters}
     hints = typing.get_type_hints(TrainSettings)
     for field in dataclasses.fields(TrainSettings):
+        if field.name in own_names:
+            continue
         plain = hints[field.name]
         shown = _default_shown(field)
         option = typer.Option(help=f"{field.metadata['help']}{shown}", show_default=False)
@@ -88,7 +88,7 @@ def _with_settings(verb: Callable[..., None]) -> Callable[..., None]:
         )
 
     def collected(**options: Any) -> None:
-        own = {name: options.pop(name) for name in list(options) if name not in hints}
+        own = {name: options.pop(name) for name in list(options) if name in own_names}
         verb(given={name: value for name, value in options.items() if value is not None}, **own)
 
     functools.update_wrapper(collected, verb)
@@ -138,7 +138,7 @@ def plan(given: dict[str, Any], config: Config = None, json: Json = False) -> No
 
         print(json_module.dumps(dict(budget.table()), indent=2))
     else:
-        _print_budget(Console(), budget)
+        print_budget(Console(), budget)
 
 
 @app.command()
@@ -158,7 +158,7 @@ def train(given: dict[str, Any], config: Config = None, out: Path | None = None,
     folder = out or Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{name}"
     command = shlex.join(["dpquant", *sys.argv[1:]])
     try:
-        with _ProgressBar(console, budget) as bar:
+        with ProgressBar(console, budget) as bar:
             record = run_training(settings, folder, plan=budget, command=command, watch=bar)
     except KeyboardInterrupt as interrupt:
         steps, spent = charged(folder / "ledger.jsonl", budget)
@@ -169,17 +169,73 @@ def train(given: dict[str, Any], config: Config = None, out: Path | None = None,
     if json:
         print(record.to_json(), end="")
         return
-    result = Table(show_header=False, box=None)
-    result.add_row("test accuracy", f"{record.accuracy_test:.2%}")
-    result.add_row("epsilon spent", f"{record.epsilon:.4f} (delta {record.delta:g})")
-    result.add_row(
-        "ran quantized",
-        f"{record.quantized_fraction_layers:.0%} of layers, {record.quantized_fraction_macs:.0%} of MACs",
+    print_run(console, record, folder)
+
+
+@app.command()
+@_with_settings
+def assess(
+    given: dict[str, Any],
+    model: Annotated[str | None, typer.Argument(help="as for train")] = None,
+    hardware: Annotated[str, typer.Option(help="here (as measured) or fp4 (as the paper assumes)")] = "here",
+    run: Annotated[Path | None, typer.Option(help="run directory, for its layers' impacts")] = None,
+    runs_per_month: Annotated[float, typer.Option(help="how often such a run is made")] = 0.0,
+    cost_per_hour: Annotated[float, typer.Option(help="of the machine, in any currency")] = 0.0,
+    rounds: Annotated[int, typer.Option(help="timed steps of every policy")] = 3,
+    config: Config = None,
+    json: Json = False,
+) -> None:
+    """Say what quantizing would gain for a model on this machine: every layer's share, steps predicted and measured.
+
+    Trains nothing and reads no record. Progress goes to standard error.
+
+    Example: dpquant assess resnet18 --data gtsrb --policy dpquant --macs 0.9 --runs-per-month 100 --cost-per-hour 0.4
+    """
+    from dpquant.assess import assess as assessment_of
+
+    named = {} if model is None else {"model": model}
+    assessment = assessment_of(
+        _settings({**given, **named}, config),
+        hardware=hardware,
+        run=run,
+        runs_per_month=runs_per_month,
+        cost_per_hour=cost_per_hour,
+        rounds=rounds,
+        watch=lambda what: print(what, file=sys.stderr, flush=True),
     )
-    result.add_row("how it ran", record.execution)
-    result.add_row("run directory", str(folder))
-    console.print(result)
-    console.print(f"\n{record.statement}", markup=False, highlight=False)
+    if json:
+        print(assessment.to_json(), end="")
+    else:
+        print_assessment(Console(), assessment)
+
+
+@app.command()
+@_with_settings
+def compare(
+    given: dict[str, Any],
+    policies: Annotated[str, typer.Option(help="with commas between them")] = "none,static,rotate,dpquant",
+    seeds: Annotated[int, typer.Option(help="runs of each policy")] = 3,
+    config: Config = None,
+    out: Path | None = None,
+    json: Json = False,
+) -> None:
+    """Train under several policies side by side, and print their accuracies with confidence intervals.
+
+    Runs that are in the directory already are not repeated. Progress goes to standard error.
+
+    Example: dpquant compare --data fashion-mnist --epsilon 3 --fraction 0.5 --seeds 3 --out runs/compare
+    """
+    from dpquant.compare import compare as comparison_of
+
+    settings = _settings(given, config)
+    folder = out or Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-compare"
+    names = [name.strip() for name in policies.split(",") if name.strip()]
+    watch = functools.partial(print, file=sys.stderr, flush=True)
+    comparison = comparison_of(settings, names, seeds, folder, watch=watch)
+    if json:
+        print(comparison.to_json(), end="")
+    else:
+        print_comparison(Console(), comparison, folder)
 
 
 @app.command()
@@ -226,78 +282,5 @@ def bench(
     if json:
         print(record.to_json(), end="")
     else:
-        _print_bench(Console(), record)
+        print_bench(Console(), record)
     return WRONG_RESULT if record.wrong else 0
-
-
-def _print_bench(console: Console, record: "BenchRecord") -> None:
-    settings = record.settings
-    side = settings.side_length
-    console.print(f"{settings.model}, {side}x{side}, batch {settings.batch_size}, {settings.format}\n", highlight=False)
-    table = Table(box=None, pad_edge=False)
-    header, *rows = record.table()
-    for number, title in enumerate(header):
-        table.add_column(title, justify="left" if number in (0, len(header) - 1) else "right")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    lines = [
-        "\nMedian of the rounds, and quartiles. 'plain / this' is plain PyTorch's time over this side's: above 1, this "
-        "side is faster. Opacus is its hooks; ours are dpquant in full precision, with 90 % of the multiplications "
-        "quantized, and with all.",
-        f"\n{record.hardware}; opacus {record.opacus}, {record.threads} threads",
-    ]
-    if record.busy:
-        lines.append(
-            f"Warning: other work kept {record.hardware.load} processors busy when the measurement began. These "
-            "timings are not to be trusted. Run it again on an idle machine."
-        )
-    console.print("\n".join(lines), markup=False, highlight=False)
-
-
-def _print_budget(console: Console, budget: "PrivacyPlan") -> None:
-    table = Table(title="privacy budget", show_header=False)
-    for what, how_much in budget.table():
-        table.add_row(what, how_much)
-    console.print(table)
-
-
-class _ProgressBar:
-    """Prints the budget when the first step is reached, so that a refused run prints only its error; then a bar."""
-
-    def __init__(self, console: Console, budget: "PrivacyPlan"):
-        self._console, self._budget = console, budget
-        self._bar = Progress(
-            TextColumn("epoch {task.fields[epoch]}"),
-            BarColumn(),
-            TextColumn("epsilon {task.fields[epsilon]}"),
-            TextColumn("{task.fields[speed]} examples/s"),
-            TextColumn("{task.fields[layers]} layers quantized"),
-            TextColumn("test {task.fields[accuracy]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self._task: Any = None
-
-    def __enter__(self) -> "_ProgressBar":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._task is not None:
-            self._bar.stop()
-
-    def __call__(self, progress: "TrainProgress") -> None:
-        shown: dict[str, Any] = {
-            "epoch": f"{progress.epoch + 1}/{progress.epochs}",
-            "epsilon": f"{progress.epsilon:.2f}/{self._budget.epsilon:.2f}",
-            "speed": f"{progress.examples_per_second:,.0f}",
-            "layers": f"{progress.layers_quantized}/{progress.num_layers}",
-            "accuracy": "-" if progress.accuracy_test is None else f"{progress.accuracy_test:.1%}",
-        }
-        if self._task is None:
-            _print_budget(self._console, self._budget)
-            self._task = self._bar.add_task("", total=progress.steps, **shown)
-            self._bar.start()
-        self._bar.update(self._task, completed=progress.step)
-        self._bar.tasks[self._task].fields.update(shown)

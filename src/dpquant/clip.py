@@ -222,7 +222,8 @@ class _GradientTape:
 
     def record(self, layer: QuantizableLayer, x: Tensor | QTensor, g: Tensor | QTensor, grad: Tensor) -> None:
         if layer.weight in self._names:  # spares a frozen layer the operands' copies
-            bits = layer.recipe.gradient.format.significant_bits
+            recipe = layer.precision.wgrad
+            bits = None if recipe is None else recipe.gradient.format.significant_bits
             product = Product.of(x, g, layer.geometry, layer.weight.shape, significant_bits=bits)
             self.add(layer.weight, product.fastest())
         if layer.bias is not None:

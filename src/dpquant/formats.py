@@ -8,7 +8,13 @@ codes are spaced by
 
 Below 2^(min_exponent + 1) the spacing is constant (a floating-point format's subnormals); a uniform integer format is
 one that never leaves this range. A recipe names a format and a rounding for each role: weight, activation, output
-gradient.
+gradient. A precision says which recipe each of a layer's three products runs in, or that it runs in full precision.
+
+Users write them as text:
+
+    role         a format's name, with ~ for stochastic rounding                       int8, e3m0~
+    recipe       a name, or the roles of weight, activation and gradient               luq-fp4, int4,int4,e3m0~
+    precision    full, a recipe, or what forward, dgrad and wgrad run in               full/luq-fp4/luq-fp4
 
 Sources: E3M0 from LUQ (Chmiel et al. 2021, arXiv:2112.10769), with alpha = absmax / 64 so that 15 values fit 4 bits;
 the FP8 formats from OCP 8-bit Floating Point Specification (OFP8), revision 1.0.
@@ -17,8 +23,11 @@ the FP8 formats from OCP 8-bit Floating Point Specification (OFP8), revision 1.0
 import dataclasses
 import enum
 import math
+from typing import cast
 
 from dpquant.errors import FormatError
+
+_STOCHASTIC = "~"  # behind a format's name
 
 
 class Rounding(enum.Enum):
@@ -151,6 +160,12 @@ class Recipe:
         return self.weight, self.activation, self.gradient
 
     @property
+    def product_bits(self) -> tuple[int, int, int]:
+        """Bits of the wider operand of each product: forward, dgrad, wgrad."""
+        weight, activation, gradient = (role.format.bits for role in self.roles)
+        return max(weight, activation), max(weight, gradient), max(activation, gradient)
+
+    @property
     def fits_int8(self) -> bool:
         """Whether the codes of every role are integers in -127..127, so that int8 hardware multiplies them."""
         return all(role.format.fits_int8 for role in self.roles)
@@ -160,6 +175,54 @@ class Recipe:
         """The largest magnitude of any role's codes."""
         return max(role.format.max_code for role in self.roles)
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Precision:
+    """What each of a layer's three products runs in: a recipe, or None for full precision.
+
+    Attributes:
+      forward: of activations with the weight.
+      dgrad: of output gradients with the weight.
+      wgrad: of output gradients with activations, per example.
+    """
+
+    forward: Recipe | None = None
+    dgrad: Recipe | None = None
+    wgrad: Recipe | None = None
+
+    @property
+    def recipes(self) -> tuple[Recipe | None, Recipe | None, Recipe | None]:
+        """Of forward, dgrad, wgrad."""
+        return self.forward, self.dgrad, self.wgrad
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any product runs quantized."""
+        return any(self.recipes)
+
+    @property
+    def name(self) -> str:
+        """As users write it."""
+        names = ["full" if recipe is None else recipe.name for recipe in self.recipes]
+        return names[0] if len(set(names)) == 1 else "/".join(names)
+
+    @property
+    def fits_int8(self) -> bool:
+        """Whether all codes are integers in -127..127."""
+        return all(recipe is None or recipe.fits_int8 for recipe in self.recipes)
+
+    @property
+    def max_code(self) -> int:
+        """The largest magnitude of any code; 0 in full precision."""
+        return max((recipe.max_code for recipe in self.recipes if recipe is not None), default=0)
+
+    def share(self, most_bits: int = 8) -> float:
+        """The part of the layer's multiplications whose operands have at most so many bits; products weigh alike."""
+        bits = [recipe.product_bits[i] for i, recipe in enumerate(self.recipes) if recipe is not None]
+        return sum(b <= most_bits for b in bits) / 3
+
+
+FULL_PRECISION = Precision()
 
 E3M0 = NumberFormat(name="e3m0", exponent_bits=3, mantissa_bits=0, min_exponent=0, max_code=64)
 INT4 = NumberFormat(name="int4", exponent_bits=0, mantissa_bits=3, min_exponent=3, max_code=7)
@@ -202,16 +265,48 @@ def number_format(name: str) -> NumberFormat:
 
 
 def recipe(name: str | Recipe) -> Recipe:
-    """The recipe of that name; a Recipe is returned as it is.
+    """The recipe of that name, or made of three roles; a Recipe is returned as it is.
 
     Raises:
       FormatError: there is none; the message lists the known ones.
     """
     if isinstance(name, Recipe):
         return name
-    if name not in RECIPES:
+    if name in RECIPES:
+        return RECIPES[name]
+    roles = [_role(text) for text in name.split(",")]
+    if len(roles) != 3 or None in roles:
         raise FormatError(
-            f"Expected format to be one of {', '.join(RECIPES)}, or a Recipe; got format={name!r}. A recipe says how "
-            "each operand of a layer is rounded. Choose one of them."
+            f"Expected format to be one of {', '.join(RECIPES)}, a Recipe, or the formats of weight, activation and "
+            f"gradient as in int4,int4,e3m0~; got format={name!r}. A recipe says how each operand is rounded. "
+            "Choose one of them."
         )
-    return RECIPES[name]
+    weight, activation, gradient = cast(list[RoleFormat], roles)
+    return Recipe(name=name, weight=weight, activation=activation, gradient=gradient)
+
+
+def precision(text: str | Recipe | Precision) -> Precision:
+    """What a user has written: `full`, a recipe, or what forward, dgrad and wgrad run in, with slashes between them.
+
+    Raises:
+      FormatError: it cannot be read; the message says what is known.
+    """
+    if isinstance(text, Precision):
+        return text
+    parts = [text] if isinstance(text, Recipe) else text.split("/")
+    if len(parts) not in (1, 3):
+        raise FormatError(
+            f"Expected one or three recipes in format; got format={text!r}. A layer has three products: forward, dgrad "
+            "and wgrad. Write one for all of them, or three, as in full/luq-fp4/luq-fp4."
+        )
+    recipes = [None if part == "full" else recipe(part) for part in parts]
+    forward, dgrad, wgrad = recipes * 3 if len(recipes) == 1 else recipes
+    return Precision(forward=forward, dgrad=dgrad, wgrad=wgrad)
+
+
+def _role(text: str) -> RoleFormat | None:
+    """`e3m0~`, `int8`; None if it is neither."""
+    name = text.removesuffix(_STOCHASTIC)
+    if name not in FORMATS:
+        return None
+    return RoleFormat(format=FORMATS[name], rounding=Rounding.NEAREST if name == text else Rounding.STOCHASTIC)

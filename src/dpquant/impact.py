@@ -25,7 +25,15 @@ from torch import Tensor, nn
 
 from dpquant.clip import PerExampleLoss, clip_factors, microbatches, per_example_losses
 from dpquant.errors import SettingError
-from dpquant.layers import Pass, Replay, current_policy, quantizable_layers, running, set_policy
+from dpquant.layers import (
+    Pass,
+    Replay,
+    current_precisions,
+    quantizable_layers,
+    running,
+    set_policy,
+    set_precisions,
+)
 from dpquant.streams import derive_key
 
 
@@ -130,13 +138,13 @@ def _impacts(
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; modes, policy and the global random stream are given back as they were."""
-    policy, modes = current_policy(model), {module: module.training for module in model.modules()}
+    precisions, modes = current_precisions(model), {module: module.training for module in model.modules()}
     devices = [p.device for p in model.parameters() if p.device.type == "cuda"]
     with torch.random.fork_rng(devices=sorted(set(devices), key=str)):
         model.eval()
         try:
             yield
         finally:
-            set_policy(model, policy)
+            set_precisions(model, precisions)
             for module, training in modes.items():
                 module.training = training

@@ -3,15 +3,16 @@
 
 `prepare` puts a quantizable twin in the place of every Conv2d and Linear: the same parameters, the same state_dict. A
 twin in full precision computes what the original computes. A quantized twin computes (algorithm: DPQuant, arXiv
-2509.03472)
+2509.03472), unless its precision leaves one of the three products in full
 
     forward   y_i  = s(x_i) s(W) conv(code(x_i), code(W)) + b
     dgrad     gx_i = s(g_i) s(W) conv_transpose(code(g_i), code(W))
     wgrad     G_i  = s(g_i) s(x_i) sum_t code(g_it) code(x_it)^T
 
-x is quantized once and its codes are kept for wgrad; W once per logical step; g once, for both dgrad and wgrad. The
-bias' gradient sums the incoming gradient itself: it is no product. Scales are taken per example, never over the batch:
-a batch scale would make every example's gradient depend on every other, and clipping would bound nothing.
+x is quantized once and its codes are kept for wgrad; W once per logical step; g once, for both dgrad and wgrad: unless
+the products that they take part in run in different formats. The bias' gradient sums the incoming gradient itself: it
+is no product. Scales are taken per example, never over the batch: a batch scale would make every example's gradient
+depend on every other, and clipping would bound nothing.
 
 A layer does not clip, sum or add noise: it hands (x, g) to the tape of the `Pass` that it runs in. Outside a pass it is
 an ordinary layer with straight-through gradients.
@@ -22,7 +23,7 @@ Symbols: B examples, x activations, g output gradients, W weight, T output posit
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, cast
 
 import torch
@@ -30,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpquant.errors import ModelError, SettingError
-from dpquant.formats import Recipe, RoleFormat, recipe
+from dpquant.formats import FULL_PRECISION, Precision, Recipe, RoleFormat, precision
 from dpquant.gradients import Formed
 from dpquant.kernels import (
     INT8_ZERO_POINT,
@@ -114,9 +115,9 @@ class Pass:
     record_ids: Tensor | None = None
     tape: Tape | None = None
     replay: Replay | None = None
-    _weights: dict[nn.Module, QTensor] = dataclasses.field(default_factory=dict)
+    _weights: dict[tuple[nn.Module, RoleFormat], QTensor] = dataclasses.field(default_factory=dict)
     _dense_weights: dict[tuple[nn.Module, Geometry], Tensor] = dataclasses.field(default_factory=dict)
-    _products: dict[tuple[nn.Module, Geometry], Products] = dataclasses.field(default_factory=dict)
+    _products: dict[tuple[nn.Module, Recipe, Geometry], Products] = dataclasses.field(default_factory=dict)
     _calls: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
     def begin(self, record_ids: Tensor) -> None:
@@ -141,35 +142,47 @@ class Pass:
             self._dense_weights[layer, geometry] = weight[:, :, *taps].contiguous(memory_format=torch.channels_last)
         return self._dense_weights[layer, geometry]
 
-    def quantized_weight(self, layer: "QuantizableLayer", size: tuple[int, int]) -> tuple[Products, Tensor]:
+    def quantized_weight(
+        self, layer: "QuantizableLayer", recipe: Recipe, size: tuple[int, int]
+    ) -> tuple[Products, Tensor]:
         """The layer's products on its quantized weight for inputs of `size`, and the weight's scale `(1,)`."""
-        if layer not in self._weights:
-            self._weights[layer] = layer.quantize_weight(self)
-        weight = self._weights[layer]
+        if (layer, recipe.weight) not in self._weights:
+            self._weights[layer, recipe.weight] = layer.quantize_weight(self, recipe.weight)
+        weight = self._weights[layer, recipe.weight]
         geometry, taps = layer.geometry.trimmed(size)
-        if (layer, geometry) not in self._products:
+        if (layer, recipe, geometry) not in self._products:
             met = dataclasses.replace(weight, codes=weight.codes[:, :, *taps].contiguous())
-            self._products[layer, geometry] = layer.products(met, geometry)
-        return self._products[layer, geometry], weight.scale
+            self._products[layer, recipe, geometry] = layer.products(met, geometry, recipe)
+        return self._products[layer, recipe, geometry], weight.scale
 
 
 class QuantizableLayer(nn.Module):
-    """What the quantizable twins share: a recipe, a backend, a switch, and the pass that they run in."""
+    """What the quantizable twins share: a backend, a precision, and the pass that they run in.
+
+    Attributes:
+      chosen: the precision in which the layer runs where a policy has chosen it.
+      precision: the one in which it runs now.
+    """
 
     weight: Tensor
     bias: Any
     name: str
-    recipe: Recipe
     backend: str
-    quantized: bool
+    chosen: Precision
+    precision: Precision
     current: Pass | None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether some of the layer's products run quantized now."""
+        return self.precision.quantized
 
     @classmethod
     def twin_of(cls, module: nn.Module) -> "QuantizableLayer":
         """A layer with the module's own parameters, hooks and settings."""
         twin = cls.__new__(cls)
         twin.__dict__.update(module.__dict__)
-        twin.quantized, twin.current = False, None
+        twin.precision, twin.current = FULL_PRECISION, None
         return twin
 
     @property
@@ -177,20 +190,19 @@ class QuantizableLayer(nn.Module):
         """How the layer walks over its (already padded) input."""
         return Geometry()
 
-    def quantize_weight(self, run: Pass) -> QTensor:
+    def quantize_weight(self, run: Pass, role: RoleFormat) -> QTensor:
         """The codes of W as one tensor. W is public: its scale may see all of it."""
         kernel = self.geometry.kernel
         weight = self.weight.detach().reshape(self.weight.shape[0], -1, *kernel)
         keys = row_keys(derive_key(run.key, self.name, "weight"), torch.zeros(1, dtype=torch.int64))
-        role = self.recipe.weight
         rows = quantize_rows(weight.reshape(1, -1), role.format, role.rounding, keys.to(weight.device))
         return QTensor(codes=rows.codes.view(weight.shape), scale=rows.scale)
 
-    def products(self, weight: QTensor, geometry: Geometry) -> Products:
+    def products(self, weight: QTensor, geometry: Geometry, recipe: Recipe) -> Products:
         """The backend's products with a quantized weight."""
         if self.backend == "int8":
             return Int8Products(weight, geometry)
-        return SimulatedProducts(weight, geometry, self.recipe.max_code)
+        return SimulatedProducts(weight, geometry, recipe.max_code)
 
     def quantize(self, x: Tensor, role: RoleFormat, keys: Tensor) -> QTensor:
         """Codes and one scale per example of x `(B, C, H, W)`, in the layout that the backend takes."""
@@ -214,7 +226,7 @@ class QuantizableLayer(nn.Module):
         return y
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, quantized={self.quantized}"
+        return f"{super().extra_repr()}, precision={self.precision.name}"
 
 
 class QuantConv2d(QuantizableLayer, nn.Conv2d):
@@ -266,34 +278,34 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, anchor, layer: QuantizableLayer, run: Pass):
-        ctx.layer, ctx.run, ctx.call, ctx.quantized = layer, run, run.next_call(layer), layer.quantized
+        ctx.layer, ctx.run, ctx.call, ctx.precision = layer, run, run.next_call(layer), layer.precision
         ctx.size = x.shape[2:]
         ctx.geometry = geometry = layer.geometry.trimmed(ctx.size)[0]
-        if not layer.quantized:
+        recipe, dgrad, wgrad = ctx.precision.recipes
+        codes, ctx.x = _codes(ctx, "activation", x, recipe, wgrad)
+        if recipe is None or dgrad is None:
             weight = run.dense_weight(layer, weight, ctx.size)
-            ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if wgrad is None else None, weight if dgrad is None else None)
+        if recipe is None:
             return F.conv2d(
                 x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, groups=geometry.groups
             )
-        ctx.products, ctx.weight_scale = run.quantized_weight(layer, ctx.size)
-        keys = run.draw_keys(layer, "activation", ctx.call, len(x))
-        ctx.x = layer.quantize(x, layer.recipe.activation, keys)
-        y = _scaled(ctx.products.forward(ctx.x), ctx.x.scale * ctx.weight_scale)
+        products, weight_scale = run.quantized_weight(layer, recipe, ctx.size)
+        y = _scaled(products.forward(codes), codes.scale * weight_scale)
         return y if bias is None else y.add_(bias[:, None, None])
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
         grad, layer, run = grads[0], ctx.layer, ctx.run
         grad_x = grad_weight = grad_bias = None
-        if ctx.quantized:
-            keys = run.draw_keys(layer, "gradient", ctx.call, len(grad))
-            x, g = ctx.x, layer.quantize(grad, layer.recipe.gradient, keys)
-            if ctx.needs_input_grad[0]:
-                grad_x = _scaled(ctx.products.input_gradient(g, ctx.size), g.scale * ctx.weight_scale)
-        else:
-            (x, weight), g = ctx.saved_tensors, grad
-            if ctx.needs_input_grad[0]:
-                grad_x = input_gradient(g, weight, ctx.geometry, ctx.size)
+        (x, weight), recipe = ctx.saved_tensors, ctx.precision.dgrad
+        codes, g = _codes(ctx, "gradient", grad, recipe if ctx.needs_input_grad[0] else None, ctx.precision.wgrad)
+        x, g = ctx.x or x, g or grad
+        if ctx.needs_input_grad[0] and codes is None:
+            grad_x = input_gradient(grad, weight, ctx.geometry, ctx.size)
+        elif ctx.needs_input_grad[0]:
+            products, weight_scale = run.quantized_weight(layer, recipe, ctx.size)
+            grad_x = _scaled(products.input_gradient(codes, ctx.size), codes.scale * weight_scale)
         if run.tape is not None:
             run.tape.record(layer, x, g, grad)
             return grad_x, None, None, None, None, None
@@ -307,6 +319,16 @@ class _Convolution(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None, None
 
 
+def _codes(ctx, role: str, x: Tensor, *recipes: Recipe | None) -> list[Any]:
+    """An operand's QTensor in each of the recipes, made once for each format; None where there is no recipe."""
+    made: dict[RoleFormat, QTensor] = {}
+    formats: list[RoleFormat | None] = [recipe and getattr(recipe, role) for recipe in recipes]
+    for wanted in filter(None, formats):
+        if wanted not in made:
+            made[wanted] = ctx.layer.quantize(x, wanted, ctx.run.draw_keys(ctx.layer, role, ctx.call, len(x)))
+    return [wanted and made[wanted] for wanted in formats]
+
+
 def _scaled(values: Tensor, scale_B: Tensor) -> Tensor:
     """Each example's values `(B, ...)` times its own scale, in place."""
     return values.mul_(scale_B.view(-1, *[1] * (values.ndim - 1)))
@@ -315,7 +337,7 @@ def _scaled(values: Tensor, scale_B: Tensor) -> Tensor:
 _TWINS: dict[type[nn.Module], Any] = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear, nn.GroupNorm: TapedGroupNorm}
 
 
-def prepare(model: nn.Module, *, format: str | Recipe = "luq-fp4", backend: str = "auto") -> nn.Module:
+def prepare(model: nn.Module, *, format: str | Recipe | Precision = "luq-fp4", backend: str = "auto") -> nn.Module:
     """The model with a quantizable twin in place of every Conv2d and Linear, all in full precision until `set_policy`.
 
     The model is changed in place and returned (a model that is itself a Conv2d or Linear comes back as its twin).
@@ -324,7 +346,8 @@ def prepare(model: nn.Module, *, format: str | Recipe = "luq-fp4", backend: str 
 
     Args:
       model: any module with float32 parameters.
-      format: a recipe's name (`luq-fp4`, `luq`, `int8`, `fp8`) or a `Recipe`.
+      format: of chosen layers: a recipe's name (`luq-fp4`, `luq`, `int8`, `fp8`), a `Recipe`, or a `Precision` of the
+        three products; the text of all of them is explained in `dpquant.formats`.
       backend: `auto`, `simulate` (any device) or `int8` (a CPU whose int8 convolution is exact).
     Returns: the prepared model.
     Raises:
@@ -334,7 +357,7 @@ def prepare(model: nn.Module, *, format: str | Recipe = "luq-fp4", backend: str 
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"Expected model to be a torch.nn.Module; got a {type(model).__name__}.")
-    chosen = recipe(format)
+    chosen = precision(format)
     devices = {p.device for p in model.parameters()} or {torch.device("cpu")}
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
@@ -353,7 +376,7 @@ def prepare(model: nn.Module, *, format: str | Recipe = "luq-fp4", backend: str 
                 setattr(parent, child_name, twins[child])
     model = twins.get(model, model)
     for name, layer in quantizable_layers(model).items():
-        layer.name, layer.recipe, layer.backend = name, chosen, resolved
+        layer.name, layer.chosen, layer.backend = name, chosen, resolved
     return model
 
 
@@ -363,25 +386,40 @@ def quantizable_layers(model: nn.Module) -> dict[str, QuantizableLayer]:
 
 
 def set_policy(model: nn.Module, names: Iterable[str]) -> None:
-    """Make exactly these layers run quantized from now on; () puts all in full precision.
+    """Make exactly these layers run in the model's `format` from now on; () puts all in full precision.
 
     Raises:
       SettingError: a name is not a quantizable layer of the model.
     Privacy: reads no data; the choice itself must come from released numbers only.
     """
-    layers, chosen = quantizable_layers(model), set(names)
-    if unknown := sorted(chosen - layers.keys()):
+    layers = quantizable_layers(model)
+    set_precisions(model, {name: layers[name].chosen if name in layers else FULL_PRECISION for name in names})
+
+
+def set_precisions(model: nn.Module, precisions: Mapping[str, Precision]) -> None:
+    """Give each of these layers its own precision from now on; all others run in full.
+
+    Raises:
+      SettingError: a name is not a quantizable layer of the model.
+      FormatError: the model's backend cannot run a precision.
+    Privacy: reads no data; the choice itself must come from released numbers only.
+    """
+    layers = quantizable_layers(model)
+    if unknown := sorted(precisions.keys() - layers.keys()):
         raise SettingError(
             f"Expected names to be quantizable layers of the model; got {unknown[0]!r}. "
             f"Known layers: {', '.join(layers) or 'none (call dpquant.prepare(model) first)'}."
         )
+    for name, one in precisions.items():
+        device = layers[name].weight.device
+        resolve_backend(layers[name].backend, max_code=one.max_code, fits_int8=one.fits_int8, device=device)
     for name, layer in layers.items():
-        layer.quantized = name in chosen
+        layer.precision = precisions.get(name, FULL_PRECISION)
 
 
-def current_policy(model: nn.Module) -> tuple[str, ...]:
-    """The names of the layers that run quantized now."""
-    return tuple(name for name, layer in quantizable_layers(model).items() if layer.quantized)
+def current_precisions(model: nn.Module) -> dict[str, Precision]:
+    """{name: precision} of the layers that run quantized now."""
+    return {name: layer.precision for name, layer in quantizable_layers(model).items() if layer.quantized}
 
 
 @contextlib.contextmanager

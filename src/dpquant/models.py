@@ -9,7 +9,7 @@ global generator: the caller seeds it.
 before the first linear layer. Images with a side under 28 pixels (`digits` has 8) get variants whose kernels fit them.
 
 Sources: LeNet-5, LeCun et al. 1998; cnn, Papernot et al. 2020, arXiv:2007.14191; ResNet-18, He et al. 2016,
-arXiv:1512.03385; GroupNorm, Wu and He 2018, arXiv:1803.08494.
+arXiv:1512.03385; DenseNet-121, Huang et al. 2017, arXiv:1608.06993; GroupNorm, Wu and He 2018, arXiv:1803.08494.
 Symbols: B batch, C channels, H height, W width.
 """
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from dpquant.errors import ModelError, SettingError
 
-NAMES = ("cnn", "lenet", "resnet18", "resnet18-cifar")
+NAMES = ("cnn", "lenet", "resnet18", "resnet18-cifar", "resnet50", "densenet121")
 
 _PUBLISHED_SIDE = 28
 _MAX_GROUPS = 32
@@ -41,8 +41,7 @@ def build(name: str, *, num_classes: int, input_shape: tuple[int, int, int], wid
         num_classes= and input_shape= as far as its signature takes them.
       num_classes: How many logits.
       input_shape: (C, H, W).
-      width: Factor on the numbers of channels; `resnet18` is torchvision's and has width 1 alone, and a function of the
-        user's own does without.
+      width: Factor on the numbers of channels, which a function of the user's own does without.
     Raises: ModelError: the name is unknown, or the function cannot be imported, called or gives no module.
       SettingError: width is out of range, or the network has none.
     Privacy: sees no data.
@@ -51,10 +50,10 @@ def build(name: str, *, num_classes: int, input_shape: tuple[int, int, int], wid
         raise SettingError(
             f"Expected width > 0 and finite; got width={width}. It multiplies the numbers of channels. Pass 1.0."
         )
-    if width != 1.0 and (name == "resnet18" or ":" in name):
+    if width != 1.0 and ":" in name:
         raise SettingError(
-            f"Expected width = 1 for model={name}; got width={width}. This network has no width. Leave it out, or "
-            "choose resnet18-cifar, cnn or lenet."
+            f"Expected width = 1 for model={name}; got width={width}. Your own function decides how wide the network "
+            f"is. Leave it out, or choose one of {', '.join(NAMES)}."
         )
     channels, *sides = input_shape
     small = min(sides) < _PUBLISHED_SIDE
@@ -63,10 +62,12 @@ def build(name: str, *, num_classes: int, input_shape: tuple[int, int, int], wid
             return _small_cnn(channels, num_classes, width) if small else _cnn(channels, num_classes, width)
         case "lenet":
             return _lenet(channels, num_classes, width, small)
-        case "resnet18":
-            return _resnet18(channels, num_classes)
+        case "resnet18" | "resnet50":
+            return _torchvision_resnet(name, channels, num_classes, width)
         case "resnet18-cifar":
             return _resnet18_cifar(channels, num_classes, width)
+        case "densenet121":
+            return _densenet121(channels, num_classes, width)
         case _ if ":" in name:
             return _users_own(name, num_classes, input_shape)
     close = difflib.get_close_matches(name, NAMES, n=1)
@@ -142,13 +143,48 @@ def _group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(_MAX_GROUPS, channels), channels)
 
 
-def _resnet18(channels: int, num_classes: int) -> nn.Module:
-    """ResNet-18 of torchvision with GroupNorm; a stem for other than 3 channels where the images have them."""
-    from torchvision.models import resnet18  # slow to import, and only this network needs it
+def _in_eights(channels: int, width: float) -> int:
+    """The number of channels times the width, as a multiple of 8 that GroupNorm can divide."""
+    return max(1, round(channels * width / _CHANNEL_MULTIPLE)) * _CHANNEL_MULTIPLE
 
-    model = resnet18(num_classes=num_classes, norm_layer=_group_norm)
+
+def _torchvision_resnet(name: str, channels: int, num_classes: int, width: float) -> nn.Module:
+    """Torchvision's with GroupNorm; stem, stages and head are scaled, and the stem takes the images' channels."""
+    from torchvision.models import resnet  # slow to import, and only these networks need it
+
+    block, depths = {
+        "resnet18": (resnet.BasicBlock, [2, 2, 2, 2]),
+        "resnet50": (resnet.Bottleneck, [3, 4, 6, 3]),
+    }[name]
+    stem = _in_eights(64, width)
+
+    class Scaled(resnet.ResNet):
+        def _make_layer(self, block, planes, *args, **kwargs):  # the first call finds the stem of width 1
+            self.inplanes = stem if planes == 64 else self.inplanes
+            return super()._make_layer(block, _in_eights(planes, width), *args, **kwargs)
+
+    model = Scaled(block, depths, num_classes=num_classes, norm_layer=_group_norm)
+    if width != 1.0 or channels != 3:
+        model.conv1 = nn.Conv2d(channels, stem, kernel_size=7, stride=2, padding=3, bias=False)
+        model.bn1 = _group_norm(stem)
+        model.fc = nn.Linear(_in_eights(512, width) * block.expansion, num_classes)
+    return model
+
+
+def _densenet121(channels: int, num_classes: int, width: float) -> nn.Module:
+    """Torchvision's with GroupNorm; growth and stem are scaled, and the stem takes the images' channels."""
+    from torchvision.models import DenseNet
+
+    stem = _in_eights(64, width)
+    model = DenseNet(_in_eights(32, width), (6, 12, 24, 16), stem, num_classes=num_classes)
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(parent, name, _group_norm(child.num_features))
+            elif isinstance(child, nn.AvgPool2d):
+                child.ceil_mode = True  # images below 32x32 are one pixel before the last pooling
     if channels != 3:
-        model.conv1 = nn.Conv2d(channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
+        model.features.conv0 = nn.Conv2d(channels, stem, kernel_size=7, stride=2, padding=3, bias=False)
     return model
 
 
@@ -178,7 +214,7 @@ class _Block(nn.Module):
 
 def _resnet18_cifar(channels: int, num_classes: int, width: float) -> nn.Module:
     """ResNet-18 for small images: a 3x3 stem of stride 1 and no max-pooling; channels are multiples of 8."""
-    stages = [max(1, round(n * width / _CHANNEL_MULTIPLE)) * _CHANNEL_MULTIPLE for n in (64, 128, 256, 512)]
+    stages = [_in_eights(n, width) for n in (64, 128, 256, 512)]
     layers: list[nn.Module] = [
         nn.Conv2d(channels, stages[0], kernel_size=3, padding=1, bias=False),
         _group_norm(stages[0]),

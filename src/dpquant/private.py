@@ -28,18 +28,17 @@ from torch.utils.data import IterableDataset, default_collate
 from dpquant.accounting import Event
 from dpquant.clip import PerExampleLoss, clipped_sum
 from dpquant.errors import BudgetError, DataError, SettingError
-from dpquant.formats import Recipe
+from dpquant.execution import Execution, decide
+from dpquant.formats import Precision, Recipe, precision
 from dpquant.impact import impact_sum
 from dpquant.isolation import check_isolation, check_trainable, made_up_batch
-from dpquant.kernels import obstacle_to_int8
-from dpquant.layers import prepare, quantizable_layers, set_policy
+from dpquant.layers import prepare, set_policy, set_precisions
 from dpquant.ledger import Ledger
 from dpquant.noise import NoiseSource
 from dpquant.plan import PrivacyPlan
 from dpquant.sampling import PoissonSampler
 from dpquant.schedule import Policy, ema
 from dpquant.streams import derive_key
-from dpquant.tuning import fastest_microbatch_size, layer_times
 from dpquant.working_memory import working_memory
 
 
@@ -101,10 +100,8 @@ class PrivateTraining:
       model: the prepared model; in full precision between epochs, so that evaluation sees what will be deployed.
       optimizer, plan, policy: as given.
       backend: `simulate` or `int8`.
-      execution: in words: which backend, why, and which layers stay in full precision.
+      execution: precisions, microbatch, which layers are spared, and why.
       macs: {layer: multiply-accumulates of its forward product, for one example}.
-      gains: {layer: time in full precision over time quantized, measured here}, empty where it does not matter.
-      spared: layers that the policy may not choose, because they gain nothing.
       scores: {layer: smoothed private impact}, empty before the first analysis.
       steps_taken, analyses_made: what has been charged.
       seconds_train, seconds_analysis: wall time so far.
@@ -122,22 +119,19 @@ class PrivateTraining:
         plan: PrivacyPlan,
         policy: Policy,
         macs: dict[str, float],
-        gains: dict[str, float],
-        spared: tuple[str, ...],
-        execution: str,
+        execution: Execution,
         ledger: Ledger,
         seed: int,
-        microbatch_size: int,
         mechanism_seed: int | None,
     ):
         self.model, self.optimizer, self.plan, self.policy, self.macs = model, optimizer, plan, policy, macs
-        self.gains, self.spared, self.execution = gains, spared, execution
+        self.execution = execution
         self.scores: dict[str, float] = {}
         self.steps_taken = self.analyses_made = 0
         self.seconds_train = self.seconds_analysis = 0.0
         self.secure = mechanism_seed is None
         self._load, self._num_records, self._loss_fn, self._ledger = load, num_records, loss_fn, ledger
-        self._seed, self._microbatch_size = seed, microbatch_size
+        self._seed = seed
         self._noise = NoiseSource() if mechanism_seed is None else NoiseSource.from_seed(mechanism_seed)
         self._sampler = PoissonSampler() if mechanism_seed is None else PoissonSampler.from_seed(mechanism_seed)
         self._policies: list[tuple[str, ...]] = []
@@ -146,7 +140,7 @@ class PrivateTraining:
 
     @property
     def backend(self) -> str:
-        return next((layer.backend for layer in quantizable_layers(self.model).values()), "simulate")
+        return self.execution.backend
 
     def epochs(self) -> Iterator[Epoch]:
         """Epochs until the plan's steps are spent. Beginning one may run the analysis and chooses its layers.
@@ -164,7 +158,7 @@ class PrivateTraining:
                 self.scores or None,
                 epoch=index,
                 key=self._key("schedule"),
-                excluded=self.spared,
+                excluded=self.execution.spared,
             )
             self._policies.append(layers)
             num_steps = min(self.plan.epoch_steps, self.plan.steps - self.steps_taken)
@@ -216,7 +210,7 @@ class PrivateTraining:
             record_ids=batch.record_ids,
             step=batch.step,
             seed=self._seed,
-            microbatch_size=self._microbatch_size,
+            microbatch_size=self.execution.microbatch_size,
         )
         std = self.plan.train_noise_std(clipped.sensitivity)
         for name, parameter in self.model.named_parameters():
@@ -253,7 +247,7 @@ class PrivateTraining:
 
     def _run(self, layers: tuple[str, ...], num_steps: int) -> Iterator[Batch]:
         """Draw batches one by one, with the epoch's layers quantized; afterwards the model is in full precision."""
-        set_policy(self.model, layers)
+        set_precisions(self.model, self.execution.precisions(self.macs, layers))
         try:
             for _ in range(num_steps):
                 self._drawn = self._draw("train", self.steps_taken)
@@ -280,7 +274,7 @@ class PrivateTraining:
             kind="analysis", sample_rate=analysis.sample_rate, noise_multiplier=analysis.noise_multiplier
         )
         self.analyses_made += 1
-        batch, names = self._draw("analysis", number), [name for name in self.macs if name not in self.spared]
+        batch, names = self._draw("analysis", number), [name for name in self.macs if name not in self.execution.spared]
         with working_memory():
             measured = impact_sum(
                 self.model,
@@ -310,7 +304,8 @@ def make_private(
     loss_fn: PerExampleLoss,
     plan: PrivacyPlan,
     policy: Policy,
-    format: str | Recipe = "luq-fp4",
+    format: str | Recipe | Precision = "luq-fp4",
+    rest: str | Recipe | Precision = "full",
     backend: str = "auto",
     seed: int = 0,
     ledger: Path | None = None,
@@ -328,7 +323,8 @@ def make_private(
       loss_fn: `(model, batch) -> Tensor (B,)`, one loss per example.
       plan: the privacy settings.
       policy: which layers run quantized.
-      format: a recipe's name or a `Recipe`, as for `dpquant.prepare`.
+      format: what the chosen layers run in, as for `dpquant.prepare`.
+      rest: what all other layers run in; `full/luq-fp4/luq-fp4` quantizes their backward products alone.
       backend: `auto`, `simulate` or `int8`, likewise. Where `auto` takes int8, layers that gain nothing from it on this
         machine stay in full precision, as long as the policy has a choice among the others.
       seed: of rounding and of the schedule; never of sampling or noise.
@@ -355,7 +351,8 @@ def make_private(
             f"Expected one of microbatch_size and memory; got microbatch_size={microbatch_size} and memory={memory:g}. "
             "The size decides how much memory is needed. Leave one out."
         )
-    model = prepare(model, format=format, backend=backend)
+    chosen = precision(format)
+    model = prepare(model, format=chosen, backend=backend)
     device = next(model.parameters()).device
 
     def load(record_ids: Tensor) -> Any:
@@ -367,17 +364,19 @@ def make_private(
 
     made_up = _to(made_up_batch(train_set[0], collate_fn), device)
     macs = check_isolation(model, loss_fn, made_up)
-    layers = policy.choose(macs, None, epoch=0, key=0)  # a policy that names unknown layers is refused here
-    expected = plan.expected_batch_size
-    if microbatch_size is None:
-        microbatch_size = fastest_microbatch_size(
-            model, loss_fn, made_up, layers, expected_batch_size=expected, memory=memory
-        )
-    gains: dict[str, float] = {}
-    if policy.quantizes and backend == "auto" and _runs_int8(model):
-        times = layer_times(model, loss_fn, made_up, microbatch_size=microbatch_size, expected_batch_size=expected)
-        gains = {name: seconds.gain for name, seconds in times.items()}
-    spared = _spared(policy, macs, gains)
+    execution = decide(
+        model,
+        loss_fn,
+        made_up,
+        policy=policy,
+        macs=macs,
+        chosen=chosen,
+        rest=precision(rest),
+        backend=backend,
+        expected_batch_size=plan.expected_batch_size,
+        microbatch_size=microbatch_size,
+        memory=memory,
+    )
     if ledger is not None:
         ledger.parent.mkdir(parents=True, exist_ok=True)
     return PrivateTraining(
@@ -389,49 +388,11 @@ def make_private(
         plan=plan,
         policy=policy,
         macs=macs,
-        gains=gains,
-        spared=spared,
-        execution=_execution(model, policy, backend, gains, spared, microbatch_size),
+        execution=execution,
         ledger=Ledger(ledger, research=mechanism_seed is not None),
         seed=seed,
-        microbatch_size=microbatch_size,
         mechanism_seed=mechanism_seed,
     )
-
-
-def _spared(policy: Policy, macs: dict[str, float], gains: dict[str, float]) -> tuple[str, ...]:
-    """The layers that quantizing makes slower, if the others are more than the policy needs: it shall have a choice."""
-    slower = [name for name in macs if gains.get(name, 1.0) < 1]
-    chosen = set(policy.choose(macs, None, epoch=0, key=0, excluded=slower))
-    return tuple(slower) if chosen < macs.keys() - set(slower) else ()
-
-
-def _runs_int8(model: nn.Module) -> bool:
-    return any(layer.backend == "int8" for layer in quantizable_layers(model).values())
-
-
-def _execution(
-    model: nn.Module,
-    policy: Policy,
-    backend: str,
-    gains: dict[str, float],
-    spared: tuple[str, ...],
-    microbatch_size: int,
-) -> str:
-    """What runs how, and why."""
-    words = [f"{microbatch_size} examples a backward pass"]
-    layer = next(iter(quantizable_layers(model).values()), None)
-    if layer is not None and policy.quantizes:
-        obstacle = obstacle_to_int8(
-            max_code=layer.recipe.max_code, fits_int8=layer.recipe.fits_int8, device=layer.weight.device
-        )
-        reason = "asked for" if backend != "auto" else obstacle or "exact on this processor"
-        words.insert(0, f"backend {layer.backend}: {reason}")
-    if slower := [name for name, gain in gains.items() if gain < 1]:
-        listed = ", ".join(f"{name} ({1 / gains[name]:.1f} times)" for name in slower)
-        fate = "never quantized, as that takes longer" if spared else "quantized when chosen, though that takes longer"
-        words.append(f"{fate}: {listed}")
-    return "; ".join(words)
 
 
 def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -38,7 +38,10 @@ class RunRecord:
     Attributes:
       execution: which backend ran and why, how many examples a backward pass took, what stayed in full precision.
       epsilon: what was spent, at `delta`; epsilon_analysis_share: the part of it that the analyses cost.
-      quantized_fraction_layers, quantized_fraction_macs: means over epochs.
+      format, rest: of the layers that the policy had chosen, and of the others.
+      quantized_fraction_layers, quantized_fraction_macs: means over epochs; layers that the policy had chosen, and
+        multiply-accumulates of all products that ran quantized.
+      four_bit_fraction_macs: the part of them whose operands have at most four bits.
       samples_per_second: expected batch sizes over wall time; realised batch sizes are private.
       unsafe_metrics: training metrics were computed from private data; they are not covered by the statement.
     """
@@ -50,6 +53,7 @@ class RunRecord:
     dataset: str
     policy: str
     format: str
+    rest: str
     backend: str
     execution: str
     optimizer: str
@@ -69,6 +73,7 @@ class RunRecord:
     max_grad_norm: float
     quantized_fraction_layers: float
     quantized_fraction_macs: float
+    four_bit_fraction_macs: float
     seconds_train: float
     seconds_analysis: float
     seconds_total: float

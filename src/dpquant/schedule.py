@@ -309,6 +309,27 @@ def ema(previous: Mapping[str, float], new: Mapping[str, float], weight: float) 
     return {name: (1 - weight) * previous[name] + weight * score if previous else score for name, score in new.items()}
 
 
+def largest_layers(macs: Mapping[str, float], share: float) -> tuple[str, ...]:
+    """The fewest layers, largest first, that cover a share of the multiply-accumulates; in forward order.
+
+    Args:
+      macs: each layer's.
+      share: 1 is all layers, 0 is none.
+    """
+    chosen: set[str] = set()
+    for name in sorted(macs, key=lambda name: macs[name], reverse=True):
+        if share < 1 and sum(macs[other] for other in chosen) >= share * sum(macs.values()):
+            break
+        chosen.add(name)
+    return tuple(name for name in macs if name in chosen)
+
+
+def noise_left(count: int, weight: float) -> float:
+    """Standard deviation of the noise on scores smoothed over `count` analyses, in units of one analysis' noise."""
+    newer = sum((weight * (1 - weight) ** k) ** 2 for k in range(count - 1))
+    return math.sqrt(newer + (1 - weight) ** (2 * max(count - 1, 0)))
+
+
 def _free(macs: Mapping[str, float], excluded: Collection[str]) -> dict[str, float]:
     """Zeros for the layers that may be chosen."""
     return {name: 0.0 for name in macs if name not in excluded}

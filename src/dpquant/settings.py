@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from dpquant.errors import SettingError
+from dpquant.errors import FormatError, SettingError
+from dpquant.formats import precision
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 POLICIES = ("none", "all", "static", "rotate", "prioritise", "dpquant")
-FORMATS = ("luq-fp4", "luq", "int8", "fp8")
 BACKENDS = ("auto", "simulate", "int8")
 
 GENERAL: Mapping[str, Any] = {
@@ -91,7 +91,8 @@ class TrainSettings:
     layers: str | None = _setting("names, with commas between them, of policy static's layers, instead of fraction")
     beta: float = _setting("how much impact counts against chance, 0 = rotation", 3.0)
     ema: float = _setting("weight of the newest analysis", 0.5)
-    format: str = _setting("recipe of a quantized layer: luq-fp4, luq, int8 or fp8", "luq-fp4")
+    format: str = _setting("of a quantized layer: luq-fp4, luq, int8, fp8, or three for its products", "luq-fp4")
+    rest: str = _setting("format of the other layers: full/luq-fp4/luq-fp4 quantizes their backward pass", "full")
     backend: str = _setting("auto, simulate or int8", "auto")
     analysis_every: int = _setting("epochs between analyses", 1)
     analysis_batch_size: float | None = _setting("expected size of an analysis' batch [half of the batch size]")
@@ -131,7 +132,6 @@ class TrainSettings:
             "optimizer": OPTIMIZERS,
             "lr_schedule": LR_SCHEDULES,
             "policy": POLICIES,
-            "format": FORMATS,
             "backend": BACKENDS,
         }.items():
             _check_choice(name, getattr(self, name), allowed)
@@ -152,6 +152,11 @@ class TrainSettings:
                     f"{second}={getattr(self, second)}. They contradict each other. Give one."
                 )
 
+        for name in ("format", "rest"):
+            try:
+                precision(getattr(self, name))
+            except FormatError as error:
+                raise SettingError(str(error).replace("format", name)) from error
         if self.layers is not None and self.policy != "static":
             raise SettingError(
                 f"Expected policy=static with layers; got policy={self.policy}. Other policies choose for themselves. "

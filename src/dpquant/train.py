@@ -162,15 +162,8 @@ def train(
     plan = plan or plan_of(settings)
     data_dir = Path(settings.data_dir) if settings.data_dir is not None else None
     dataset = data.load(settings.data, data_dir, image_size=settings.image_size)
-    torch.manual_seed(settings.seed)
-    model = models.build(
-        settings.model, num_classes=dataset.num_classes, input_shape=dataset.input_shape, width=settings.width
-    )
-    if settings.fix:
-        model = fix(model)
-    check_trainable(model)
-    _check_outputs(model, dataset)
-    optimizer = _optimizer(settings, model)
+    model = model_of(settings, dataset)
+    optimizer = optimizer_of(settings, model)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _lr_factor(settings.lr_schedule, plan.steps))
     private = make_private(
         model,
@@ -180,6 +173,7 @@ def train(
         plan=plan,
         policy=policy_of(settings),
         format=settings.format,
+        rest=settings.rest,
         backend=settings.backend,
         seed=settings.seed,
         ledger=out / "ledger.jsonl",
@@ -261,6 +255,24 @@ def _check_out(out: Path) -> None:
         )
 
 
+def model_of(settings: TrainSettings, dataset: data.Dataset) -> nn.Module:
+    """The settings' model for a data set, its parameters drawn from the settings' seed.
+
+    Raises:
+      ModelError: it is unknown, cannot be trained privately, or has not one output for each class.
+      SettingError: a width that it does not have.
+    """
+    torch.manual_seed(settings.seed)
+    model = models.build(
+        settings.model, num_classes=dataset.num_classes, input_shape=dataset.input_shape, width=settings.width
+    )
+    if settings.fix:
+        model = fix(model)
+    check_trainable(model)
+    _check_outputs(model, dataset)
+    return model
+
+
 def _check_outputs(model: nn.Module, dataset: data.Dataset) -> None:
     """One logit for each class, or a label could have none: tried on a blank image."""
     rule = f"Expected model to map images of shape {dataset.input_shape} to {dataset.num_classes} logits"
@@ -278,7 +290,8 @@ def _check_outputs(model: nn.Module, dataset: data.Dataset) -> None:
         )
 
 
-def _optimizer(settings: TrainSettings, model: nn.Module) -> torch.optim.Optimizer:
+def optimizer_of(settings: TrainSettings, model: nn.Module) -> torch.optim.Optimizer:
+    """The settings' optimizer of the model's trainable parameters."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     match settings.optimizer:
         case "sgd":
@@ -336,7 +349,6 @@ def _record(
     settings: TrainSettings, private: PrivateTraining, accuracies: list[float], command: str, seconds: float
 ) -> RunRecord:
     plan, policies, macs = private.plan, private.policies(), private.macs
-    total_macs = sum(macs.values()) or 1.0
     statement = private.statement()
     if settings.unsafe_metrics:
         statement = "NOT COVERED: training accuracy was measured on private data and written down.\n" + statement
@@ -348,8 +360,9 @@ def _record(
         dataset=settings.data,
         policy=settings.policy,
         format=settings.format,
+        rest=settings.rest,
         backend=private.backend,
-        execution=private.execution,
+        execution=str(private.execution),
         optimizer=settings.optimizer,
         lr=settings.lr,
         seed=settings.seed,
@@ -366,7 +379,8 @@ def _record(
         expected_batch_size=plan.expected_batch_size,
         max_grad_norm=plan.max_grad_norm,
         quantized_fraction_layers=_mean([len(names) / max(len(macs), 1) for names in policies]),
-        quantized_fraction_macs=_mean([sum(macs[name] for name in names) / total_macs for names in policies]),
+        quantized_fraction_macs=_share_of_macs(private, most_bits=8),
+        four_bit_fraction_macs=_share_of_macs(private, most_bits=4),
         seconds_train=private.seconds_train,
         seconds_analysis=private.seconds_analysis,
         seconds_total=seconds,
@@ -377,13 +391,21 @@ def _record(
                 macs=macs[name],
                 times_quantized=sum(name in names for names in policies),
                 last_score=private.scores.get(name),
-                gain=private.gains.get(name),
+                gain=private.execution.gains.get(name),
             )
             for name in macs
         ],
         statement=statement,
         unsafe_metrics=settings.unsafe_metrics,
     )
+
+
+def _share_of_macs(private: PrivateTraining, most_bits: int) -> float:
+    """The part of all products' multiply-accumulates with operands of at most so many bits: the mean over epochs."""
+    chosen, rest = private.execution.chosen.share(most_bits), private.execution.rest.share(most_bits)
+    total = sum(private.macs.values()) or 1.0
+    shares = [sum(private.macs[name] for name in names) / total for names in private.policies()]
+    return _mean([share * chosen + (1 - share) * rest for share in shares])
 
 
 def _mean(values: list[float]) -> float:

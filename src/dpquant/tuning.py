@@ -7,7 +7,7 @@ All of it is measured on made-up data: the choices depend on shapes and on the m
 
 import copy
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from dpquant.choice import measured, timed
 from dpquant.clip import PerExampleLoss, clipped_sum, take_rows
 from dpquant.errors import SettingError
+from dpquant.formats import FULL_PRECISION, Precision
 from dpquant.hardware import forget_peak, memory_mib
-from dpquant.layers import QuantizableLayer, current_policy, quantizable_layers, set_policy
+from dpquant.layers import QuantizableLayer, current_precisions, quantizable_layers, set_precisions
 from dpquant.working_memory import give_back
 
 _SMALLEST, _FIRST, _LARGEST = 4, 32, 256  # microbatches: the smallest, the first that is tried, the largest
@@ -96,11 +97,11 @@ def _times(
         return module(x.requires_grad_(needs_gradient)).square().flatten(1).sum(1)
 
     def run(quantized: bool) -> None:
-        alone.quantized = quantized
+        alone.precision = layer.chosen if quantized else FULL_PRECISION
         _clipped_sum(alone, losses, inputs, size)
 
     question = (
-        "layer", type(layer), layer.geometry, layer.weight.shape, shape, needs_gradient, layer.recipe, layer.backend,
+        "layer", type(layer), layer.geometry, layer.weight.shape, shape, needs_gradient, layer.chosen, layer.backend,
         size, num_microbatches, torch.get_num_threads(),
     )  # fmt: skip
     seconds = measured(question, {"full": partial(run, False), "quantized": partial(run, True)})
@@ -111,7 +112,7 @@ def fastest_microbatch_size(
     model: nn.Module,
     loss_fn: PerExampleLoss,
     batch: Any,
-    layers: Collection[str],
+    precisions: Mapping[str, Precision],
     *,
     expected_batch_size: float,
     memory: float | None,
@@ -124,23 +125,23 @@ def fastest_microbatch_size(
       model: a prepared model.
       loss_fn: `(model, batch) -> Tensor (B,)`.
       batch: made-up; its rows are used again and again.
-      layers: names of those that run quantized.
+      precisions: of the layers that run quantized, as in an epoch.
       expected_batch_size: examples a step.
       memory: that the process may use at its peak, GiB; None: no limit.
     Raises:
       SettingError: not even the smallest microbatch fits.
     """
-    policy = current_policy(model)
+    before = current_precisions(model)
     start = 0.0 if memory is None else forget_peak() / _MIB
 
-    def run(size: int, num_examples: int, names: Collection[str]) -> None:
-        set_policy(model, names)
+    def run(size: int, num_examples: int, precisions: Mapping[str, Precision]) -> None:
+        set_precisions(model, precisions)
         rows = torch.arange(num_examples) % len(_first_tensor(batch))
         _clipped_sum(model, loss_fn, take_rows(batch, rows), size)
 
     def peak(size: int) -> float:
         """GiB in use so far, once microbatches of this size have been tried: most where nothing is quantized."""
-        run(size, size, ())
+        run(size, size, {})
         return memory_mib()[1] / _MIB
 
     try:
@@ -156,13 +157,13 @@ def fastest_microbatch_size(
             if memory is not None and used + (used - start) > memory:
                 break
             used = 0.0 if memory is None else peak(2 * size)
-            seconds = timed({str(number): partial(run, number, 2 * size, layers) for number in (size, 2 * size)})
+            seconds = timed({str(number): partial(run, number, 2 * size, precisions) for number in (size, 2 * size)})
             filled_up = (1 + size / expected_batch_size) / (1 + size / 2 / expected_batch_size)
             if size >= _FIRST and seconds[str(size)] < _WORTHWHILE * filled_up * seconds[str(2 * size)]:
                 break
             size *= 2
     finally:
-        set_policy(model, policy)
+        set_precisions(model, before)
         give_back()  # a run with smaller microbatches does not need what the largest one took
     return size
 

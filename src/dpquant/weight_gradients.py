@@ -152,10 +152,16 @@ class Product:
 
     @classmethod
     def of(
-        cls, x: Tensor | QTensor, g: Tensor | QTensor, geometry: Geometry, shape: torch.Size, *, significant_bits: int
+        cls,
+        x: Tensor | QTensor,
+        g: Tensor | QTensor,
+        geometry: Geometry,
+        shape: torch.Size,
+        *,
+        significant_bits: int | None,
     ) -> "Product":
         """From a layer's operands, both quantized or neither. geometry, shape: the layer's and its weight's.
-        significant_bits: of g's codes.
+        significant_bits: of g's codes, if it has any.
         """
         if isinstance(x, QTensor) and isinstance(g, QTensor):
             # eight bits of the factor and one of the code are eight; and eight and up to seven fit in two eights

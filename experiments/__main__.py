@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The experiments, as far as time allows.
+
+    python -m experiments all --hours 8 --gtsrb DIR --cifar10 DIR
+    python -m experiments baselines formats
+
+DIR holds train/CLASS/* and test/CLASS/* (GTSRB: 39,209 and 12,630 images of 43 classes, 32 x 32; CIFAR-10: 50,000 and
+10,000 of 10). Fashion-MNIST's IDX files are found where Debian's dataset-fashion-mnist puts them, else downloaded.
+Whatever is done already is not repeated; results go to experiments/results. With --hours, the first runs of every
+table come first: an unfinished table lists what is missing.
+"""
+
+import argparse
+import importlib
+import time
+from pathlib import Path
+
+from experiments.runner import FOLDERS, Site, do_table
+
+NAMES = ("fashion_mnist", "gtsrb", "baselines", "schedules", "formats")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", choices=("all", *NAMES), metavar="NAME", help="or all")
+    parser.add_argument("--hours", type=float, default=float("inf"), help="no run begins later than this")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
+    parser.add_argument("--work", type=Path, default=Path("runs/experiments"))
+    for name in FOLDERS:
+        parser.add_argument(f"--{name.lower()}", type=Path, help=f"folder of {name}")
+    arguments = parser.parse_args()
+    folders = {name: path for name in FOLDERS if (path := getattr(arguments, name.lower())) is not None}
+    deadline = time.monotonic() + 3600 * arguments.hours
+    site = Site(work=arguments.work, folders=folders, jobs=arguments.jobs, deadline=deadline)
+    for name in NAMES if "all" in arguments.names else arguments.names:
+        for table in importlib.import_module(f"experiments.{name}").TABLES:
+            do_table(table, site)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""E8: formats, and which operand and which product does the damage. Every layer, all the time.
+
+An operand alone is quantized to E3M0 while the other two are int8, which costs next to nothing.
+"""
+
+from experiments.runner import Table
+from experiments.settings import EPSILON, GTSRB, SEEDS
+
+ROWS = {
+    "full precision": "--policy none",
+    "luq-fp4": "--policy all --format luq-fp4",
+    "luq": "--policy all --format luq",
+    "int8": "--policy all --format int8",
+    "fp8": "--policy all --format fp8 --backend simulate",
+    "weight alone": "--policy all --format e3m0~,int8,int8~",
+    "activation alone": "--policy all --format int8,e3m0~,int8~",
+    "gradient alone": "--policy all --format int8,int8,e3m0~",
+    "weight and activation, to nearest": "--policy all --format e3m0,e3m0,int8~",
+    "forward alone": "--policy all --format luq-fp4/full/full",
+    "dgrad alone": "--policy all --format full/luq-fp4/full",
+    "wgrad alone": "--policy all --format full/full/luq-fp4",
+}
+TABLES = [
+    Table(
+        name="formats",
+        title="GTSRB, ResNet18, epsilon = 8: formats, operands and products",
+        common=f"{GTSRB} {EPSILON}".replace("--epochs 12", "--epochs 4"),
+        rows=ROWS,
+        seeds=SEEDS,
+    )
+]

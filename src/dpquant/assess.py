@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dpquant assess`: what quantizing would gain for a model on this machine, predicted and measured, before training.
+
+Every layer is timed alone, in full precision and quantized; whole steps in full precision give what lies beyond the
+layers; and `cost` predicts the step of any policy from that. Some policies are then run for real, in turn with full
+precision, so that prediction and measurement stand side by side. Examples are made up: of the data set only the shape
+of an image, the number of classes and the public settings count.
+"""
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dpquant import data
+from dpquant.cost import (
+    FP4_OVER_FP16,
+    PAPER_SHARE,
+    PAPER_SPEEDUPS,
+    CostModel,
+    LayerCost,
+    Savings,
+    overhead_behind,
+    paper_speedup,
+    savings,
+    warnings,
+)
+from dpquant.errors import SettingError
+from dpquant.hardware import Hardware
+from dpquant.impact import impact_sum
+from dpquant.plan import PrivacyPlan
+from dpquant.private import PrivateTraining, make_private
+from dpquant.record import RunRecord
+from dpquant.schedule import Policy, StaticPolicy, largest_layers, noise_left
+from dpquant.settings import TrainSettings
+from dpquant.train import model_of, optimizer_of, per_example_loss, plan_of
+from dpquant.tuning import layer_times
+
+HARDWARE = ("here", "fp4")
+SHARES = (0.5, 0.9, 1.0)  # of the multiply-accumulates, largest layers first, that the measured policies quantize
+_ANALYSED = 64  # examples whose impacts are measured to see how long that takes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyTimes:
+    """Seconds of a step under one policy.
+
+    Attributes:
+      layers: that run quantized.
+      share_of_macs: theirs.
+      predicted: by the cost model.
+      measured: the median of whole steps here; None for hardware that is not here.
+    """
+
+    layers: tuple[str, ...]
+    share_of_macs: float
+    predicted: float
+    measured: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Assessment:
+    """What there is to gain.
+
+    Attributes:
+      hardware: this machine.
+      profile: whose quantized layers are predicted: `here`, as measured; `fp4`, four times as fast as full precision.
+      layers: their costs on that hardware.
+      impacts: {layer: last private impact} of the run that was given; empty without one.
+      full_step: seconds of a step in full precision, measured here.
+      overhead: the part of it that no layer accounts for.
+      analysis: seconds of one analysis, estimated from a few examples; 0 where the policy needs none.
+      policies: at several shares of the multiply-accumulates.
+      speedup: of a whole run of the settings, analyses included, over one in full precision.
+      paper: {speed-up: overhead of a step behind it} of the paper's model at 90 %, and `paper_here`, that model's
+        speed-up with the overhead that was measured here.
+      saved: in a month; None where no runs were given.
+      warnings: signs that it will not pay.
+    """
+
+    model: str
+    format: str
+    batch_size: float
+    hardware: Hardware
+    profile: str
+    layers: Mapping[str, LayerCost]
+    impacts: Mapping[str, float]
+    full_step: float
+    overhead: float
+    analysis: float
+    policies: Sequence[PolicyTimes]
+    speedup: float
+    paper: Mapping[float, float]
+    paper_here: float
+    saved: Savings | None
+    warnings: Sequence[str]
+
+    def to_json(self) -> str:
+        """As JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+def assess(
+    settings: TrainSettings,
+    *,
+    hardware: str = "here",
+    run: Path | None = None,
+    runs_per_month: float = 0.0,
+    cost_per_hour: float = 0.0,
+    rounds: int = 3,
+    watch: Callable[[str], None] = lambda what: None,
+) -> Assessment:
+    """Measure the layers and whole steps of a run that these settings would start.
+
+    Args:
+      settings: as for `train`.
+      hardware: `here` or `fp4`, of the predictions.
+      run: directory of an earlier run of the same model, for its layers' impacts.
+      runs_per_month: how often such a run is made.
+      cost_per_hour: of the machine, in any currency.
+      rounds: timed steps of each policy.
+      watch: told in a few words what happens now.
+    Raises:
+      DPQuantError: the settings cannot be run, or an argument is out of range.
+    Privacy: reads the shape of the data set's images; the values of no record.
+    """
+    if hardware not in HARDWARE:
+        raise SettingError(f"Expected hardware to be one of {', '.join(HARDWARE)}; got hardware={hardware}.")
+    for name, value in {"runs_per_month": runs_per_month, "cost_per_hour": cost_per_hour}.items():
+        if not 0 <= value < float("inf"):
+            raise SettingError(f"Expected {name} >= 0 and finite; got {name}={value}. It multiplies what is saved.")
+    record = None if run is None else RunRecord.read(run / "record.json")
+    plan = plan_of(settings)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    watch("looking at the model")
+    private, made_up = _private(settings, rounds)
+    policy = private.policy
+    assert isinstance(policy, _InTurn)
+    policy.turns = [(), *(largest_layers(private.macs, share) for share in SHARES)]
+    watch("timing every layer alone")
+    costs = _layer_costs(private, made_up)
+    watch("timing whole steps")
+    steps = _steps(private)
+    full_step = steps[()]
+    model = CostModel(layers=costs, batch_size=settings.batch_size, full_step=full_step)
+    if hardware == "fp4":
+        model = model.with_gain(FP4_OVER_FP16)
+    policies = [
+        PolicyTimes(
+            layers=names,
+            share_of_macs=model.share_of_macs(names),
+            predicted=model.step(names),
+            measured=steps[names] if hardware == "here" else None,
+        )
+        for names in policy.turns
+    ]
+    watch("timing an analysis")
+    analysis = 0.0 if plan.analysis is None else _analysis_seconds(private, made_up) * plan.analysis.expected_batch_size
+    chosen = _chosen(settings, private.macs)
+    analyses = len(plan.analysis_epochs())
+    full_run, quantized_run = plan.steps * full_step, plan.steps * model.step(chosen) + analyses * analysis
+    impacts = {} if record is None else {r.name: r.last_score for r in record.layers if r.last_score is not None}
+    return Assessment(
+        model=settings.model,
+        format=settings.format,
+        batch_size=settings.batch_size,
+        hardware=Hardware.here(),
+        profile=hardware,
+        layers=model.layers,
+        impacts=impacts,
+        full_step=full_step,
+        overhead=model.overhead,
+        analysis=analysis,
+        policies=policies,
+        speedup=full_run / quantized_run,
+        paper={speedup: overhead_behind(speedup, PAPER_SHARE) for speedup in PAPER_SPEEDUPS},
+        paper_here=paper_speedup(PAPER_SHARE, overhead=max(model.overhead, 0.0)),
+        saved=(
+            savings(full_run, quantized_run, runs_per_month=runs_per_month, cost_per_hour=cost_per_hour)
+            if runs_per_month
+            else None
+        ),
+        warnings=warnings(
+            speedup=full_run / quantized_run,
+            analysis_share=plan.analysis_share(),
+            scores=list(impacts.values()),
+            score_noise=_score_noise(settings, plan, analyses),
+        ),
+    )
+
+
+class _InTurn(Policy):
+    """One policy after the other, so that whatever slows the machine down meets all of them."""
+
+    needs_scores: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self.turns: list[tuple[str, ...]] = []
+
+    def choose(
+        self,
+        macs: Mapping[str, float],
+        scores: Mapping[str, float] | None,
+        *,
+        epoch: int,
+        key: int,
+        excluded: Collection[str] = (),
+    ) -> tuple[str, ...]:
+        """The epoch's turn; all layers before the turns are known."""
+        return self.turns[epoch % len(self.turns)] if self.turns else tuple(macs)
+
+
+class _MadeUp:
+    """Normal deviates as images, with labels: as many records as a batch has."""
+
+    def __init__(self, shape: tuple[int, int, int], num_classes: int, size: int):
+        generator = torch.Generator().manual_seed(0)
+        self._inputs = torch.randn(size, *shape, generator=generator)
+        self._targets = torch.randint(0, num_classes, (size,), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self._inputs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self._inputs[index], self._targets[index]
+
+    def batch(self, record_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The records, collated."""
+        return self._inputs[record_ids], self._targets[record_ids]
+
+    def first(self, count: int) -> tuple[Tensor, Tensor]:
+        """So many records; the same again where there are fewer."""
+        return self.batch(torch.arange(count) % len(self))
+
+
+def _private(settings: TrainSettings, rounds: int) -> tuple[PrivateTraining, _MadeUp]:
+    """A run of the settings' model on made-up records, every one of which is in every step: an epoch is a step."""
+    dataset = data.load(
+        settings.data, Path(settings.data_dir) if settings.data_dir else None, image_size=settings.image_size
+    )
+    model = model_of(settings, dataset)
+    size = max(round(settings.batch_size), 1)
+    plan = PrivacyPlan(
+        noise_multiplier=1.0,
+        delta=settings.delta,
+        max_grad_norm=settings.max_grad_norm,
+        sample_rate=1.0,
+        expected_batch_size=size,
+        steps=(len(SHARES) + 1) * (rounds + 1),
+    )
+    made_up = _MadeUp(dataset.input_shape, dataset.num_classes, size)
+    private = make_private(
+        model,
+        optimizer_of(settings, model),
+        made_up,
+        loss_fn=per_example_loss,
+        plan=plan,
+        policy=_InTurn(),
+        format=settings.format,
+        backend=settings.backend,
+        microbatch_size=settings.microbatch_size,
+        memory=settings.memory,
+    )
+    return private, made_up
+
+
+def _layer_costs(private: PrivateTraining, made_up: _MadeUp) -> dict[str, LayerCost]:
+    times = layer_times(
+        private.model,
+        per_example_loss,
+        made_up.first(2),
+        microbatch_size=private.execution.microbatch_size,
+        expected_batch_size=len(made_up),
+    )
+    return {
+        name: LayerCost(macs=private.macs[name], full=seconds.full, quantized=seconds.quantized)
+        for name, seconds in times.items()
+    }
+
+
+def _steps(private: PrivateTraining) -> dict[tuple[str, ...], float]:
+    """{quantized layers: seconds of a step, the median of all rounds but the first}."""
+    seconds: dict[tuple[str, ...], list[float]] = {}
+    for epoch in private.epochs():
+        for batch in epoch:
+            began = time.perf_counter()
+            private.step(batch)
+            seconds.setdefault(epoch.policy, []).append(time.perf_counter() - began)
+    return {names: statistics.median(times[1:]) for names, times in seconds.items()}
+
+
+def _analysis_seconds(private: PrivateTraining, made_up: _MadeUp) -> float:
+    """Seconds an example, from a few."""
+    began = time.perf_counter()
+    impact_sum(
+        private.model,
+        per_example_loss,
+        made_up.first(_ANALYSED),
+        names=list(private.macs),
+        max_norm=1.0,
+        record_ids=torch.arange(_ANALYSED),
+        step=0,
+        seed=0,
+    )
+    return (time.perf_counter() - began) / _ANALYSED
+
+
+def _chosen(settings: TrainSettings, macs: Mapping[str, float]) -> tuple[str, ...]:
+    """Layers such as the settings' policy would choose: those that any drawing of its size has on average."""
+    if settings.policy == "none":
+        return ()
+    if settings.layers is not None:
+        return StaticPolicy(names=[name.strip() for name in settings.layers.split(",")]).choose(
+            macs, None, epoch=0, key=0
+        )
+    share = 1.0 if settings.policy == "all" else settings.fraction or settings.macs or 1.0
+    return largest_layers(macs, share)
+
+
+def _score_noise(settings: TrainSettings, plan: PrivacyPlan, analyses: int) -> float | None:
+    """Standard deviation of the noise on a run's last, smoothed impacts."""
+    if plan.analysis is None:
+        return None
+    one = plan.analysis_noise_std(plan.analysis.max_norm) / plan.analysis.expected_batch_size
+    return one * noise_left(analyses, settings.ema)

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dpquant compare`: the same private training under several policies, seed by seed, on one budget each.
+
+Every run is one that `dpquant train` would make, in a directory of its own, and is not repeated if it is there. Means
+come with confidence intervals of Student's t over the seeds. Whoever sees all of the runs has seen them all: what they
+cost together is stated beside what each cost alone.
+"""
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from scipy import stats
+
+from dpquant import accounting
+from dpquant.errors import SettingError
+from dpquant.record import RunRecord
+from dpquant.settings import POLICIES, TrainSettings
+from dpquant.train import plan_of, train
+
+CONFIDENCE = 0.95
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One policy.
+
+    Attributes:
+      accuracies: of the test set, by seed, in 0..1.
+      half_width: of the mean's confidence interval; None from a single seed.
+      epsilon: of one run.
+      quantized_fraction_macs, four_bit_fraction_macs: as in a run's record, means over seeds.
+      seconds: of training and analyses, means over seeds.
+    """
+
+    accuracies: tuple[float, ...]
+    mean: float
+    half_width: float | None
+    epsilon: float
+    quantized_fraction_macs: float
+    four_bit_fraction_macs: float
+    seconds: float
+
+    @classmethod
+    def of(cls, records: Sequence[RunRecord]) -> "Row":
+        """What the runs of one policy give together."""
+        accuracies = tuple(record.accuracy_test for record in records)
+        return cls(
+            accuracies=accuracies,
+            mean=statistics.mean(accuracies),
+            half_width=half_width(accuracies),
+            epsilon=max(record.epsilon for record in records),
+            quantized_fraction_macs=statistics.mean(record.quantized_fraction_macs for record in records),
+            four_bit_fraction_macs=statistics.mean(record.four_bit_fraction_macs for record in records),
+            seconds=statistics.mean(record.seconds_train + record.seconds_analysis for record in records),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """All policies, and what all runs cost together.
+
+    Attributes:
+      epsilon_together: of everything that was released, at `delta`.
+    """
+
+    settings: TrainSettings
+    rows: Mapping[str, Row]
+    epsilon_together: float
+    delta: float
+
+    def to_json(self) -> str:
+        """As JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+def compare(
+    settings: TrainSettings,
+    policies: Sequence[str],
+    num_seeds: int,
+    out: Path,
+    *,
+    watch: Callable[[str], None] = lambda what: None,
+) -> Comparison:
+    """Train under every policy at seeds 0 .. num_seeds - 1; write out/compare.json and out/compare.png.
+
+    Args:
+      settings: of all runs; their policy and seed are replaced.
+      policies: names, as for `train`.
+      num_seeds: >= 1.
+      out: directory; runs that are in it are read, not repeated.
+      watch: told in a few words what happens now.
+    Raises:
+      SettingError: an unknown policy, no seeds, or a directory that holds runs of other settings.
+      DPQuantError: as `train`.
+    Privacy: each run charges its own ledger; `epsilon_together` composes them.
+    """
+    if not policies or num_seeds < 1:
+        raise SettingError(
+            f"Expected at least one policy and seeds >= 1; got {len(policies)} policies and seeds={num_seeds}. There "
+            "would be nothing to compare. Give both."
+        )
+    if unknown := [name for name in policies if name not in POLICIES]:
+        raise SettingError(
+            f"Expected policies among {', '.join(POLICIES)}; got {unknown[0]}. See dpquant compare --help."
+        )
+    runs = {
+        (policy, seed): dataclasses.replace(settings, policy=policy, seed=seed)
+        for seed in range(num_seeds)
+        for policy in policies
+    }
+    plans = {key: plan_of(one) for key, one in runs.items()}
+    records: dict[str, list[RunRecord]] = {policy: [] for policy in policies}
+    for (policy, seed), one in runs.items():
+        folder = out / f"{policy}-{seed}"
+        if not (folder / "record.json").exists():
+            watch(f"{policy}, seed {seed}")
+            train(one, folder, plan=plans[policy, seed])
+        elif (folder / "config.toml").read_text() != one.to_toml():
+            raise SettingError(
+                f"Expected out to hold runs of the same settings; got {folder} of others. They cannot be compared. "
+                "Name another directory."
+            )
+        records[policy].append(RunRecord.read(folder / "record.json"))
+    events = [event for plan in plans.values() for event in plan.events()]
+    comparison = Comparison(
+        settings=settings,
+        rows={policy: Row.of(found) for policy, found in records.items()},
+        epsilon_together=accounting.epsilon(events, settings.delta),
+        delta=settings.delta,
+    )
+    (out / "compare.json").write_text(comparison.to_json())
+    draw_accuracies(
+        {policy: [run.accuracy_per_epoch for run in runs] for policy, runs in records.items()}, out / "compare.png"
+    )
+    return comparison
+
+
+def half_width(values: Sequence[float]) -> float | None:
+    """Of the mean's confidence interval, by Student's t; None for a single value."""
+    if len(values) < 2:
+        return None
+    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
+    return quantile * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def draw_accuracies(accuracies: Mapping[str, Sequence[Sequence[float]]], path: Path, title: str = "") -> None:
+    """Test accuracy over epochs: a line for each row's mean, a band from its lowest to its highest seed.
+
+    Args:
+      accuracies: {row: for every seed, one number in 0..1 an epoch}.
+      path: of the PNG.
+      title: of the picture.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for row, by_seed in accuracies.items():
+        by_epoch = list(zip(*by_seed, strict=True))
+        epochs = range(1, len(by_epoch) + 1)
+        means = [100 * statistics.mean(values) for values in by_epoch]
+        (line,) = axes.plot(epochs, means, label=f"{row}: {means[-1]:.1f} %")
+        low, high = ([100 * pick(values) for values in by_epoch] for pick in (min, max))
+        axes.fill_between(epochs, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.set(xlabel="epoch", ylabel="test accuracy, %", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the verbs of `dpquant` print: tables and a progress bar. Importing this file loads no torch."""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from dpquant.assess import Assessment
+    from dpquant.bench import BenchRecord
+    from dpquant.compare import Comparison
+    from dpquant.plan import PrivacyPlan
+    from dpquant.record import RunRecord
+    from dpquant.train import Progress as TrainProgress
+
+
+def print_run(console: Console, record: "RunRecord", folder: Path) -> None:
+    """The end of a training run, and its privacy statement."""
+    result = Table(show_header=False, box=None)
+    result.add_row("test accuracy", f"{record.accuracy_test:.2%}")
+    result.add_row("epsilon spent", f"{record.epsilon:.4f} (delta {record.delta:g})")
+    result.add_row(
+        "ran quantized",
+        f"{record.quantized_fraction_layers:.0%} of layers, {record.quantized_fraction_macs:.0%} of MACs",
+    )
+    result.add_row("how it ran", record.execution)
+    result.add_row("run directory", str(folder))
+    console.print(result)
+    console.print(f"\n{record.statement}", markup=False, highlight=False)
+
+
+def print_bench(console: Console, record: "BenchRecord") -> None:
+    """The sides of a benchmark, how to read them, and the machine."""
+    settings = record.settings
+    side = settings.side_length
+    console.print(f"{settings.model}, {side}x{side}, batch {settings.batch_size}, {settings.format}\n", highlight=False)
+    table = Table(box=None, pad_edge=False)
+    header, *rows = record.table()
+    for number, title in enumerate(header):
+        table.add_column(title, justify="left" if number in (0, len(header) - 1) else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    lines = [
+        "\nMedian of the rounds, and quartiles. 'plain / this' is plain PyTorch's time over this side's: above 1, this "
+        "side is faster. Opacus is its hooks; ours are dpquant in full precision, with 90 % of the multiplications "
+        "quantized, and with all.",
+        f"\n{record.hardware}; opacus {record.opacus}, {record.threads} threads",
+    ]
+    if record.busy:
+        lines.append(
+            f"Warning: other work kept {record.hardware.load} processors busy when the measurement began. These "
+            "timings are not to be trusted. Run it again on an idle machine."
+        )
+    console.print("\n".join(lines), markup=False, highlight=False)
+
+
+def print_assessment(console: Console, found: "Assessment") -> None:
+    """Layers, steps, what a whole run gains, what the paper assumes, and warnings."""
+    layers = Table(box=None, pad_edge=False)
+    titles = ("layer", "million MACs", "share of time", "gain", "last impact")
+    for number, title in enumerate(titles):
+        layers.add_column(title, justify="right" if number else "left")
+    for name, layer in found.layers.items():
+        layers.add_row(
+            name,
+            f"{layer.macs / 1e6:.2f}",
+            f"{found.batch_size * layer.full / found.full_step:.1%}",
+            f"{layer.gain:.2f}",
+            f"{found.impacts[name]:.2g}" if name in found.impacts else "-",
+        )
+    steps = Table(box=None, pad_edge=False)
+    for number, title in enumerate(("layers quantized", "MACs", "predicted s", "measured s", "speed-up", "off by")):
+        steps.add_column(title, justify="right" if number else "left")
+    for policy in found.policies:
+        seconds = policy.predicted if policy.measured is None else policy.measured
+        steps.add_row(
+            f"{len(policy.layers)} of {len(found.layers)}",
+            f"{policy.share_of_macs:.0%}",
+            f"{policy.predicted:.3f}",
+            "-" if policy.measured is None else f"{policy.measured:.3f}",
+            f"{found.full_step / seconds:.2f}",
+            "-" if policy.measured is None else f"{policy.predicted / policy.measured - 1:+.0%}",
+        )
+    console.print(f"{found.model}, {found.format}, batch {found.batch_size:g}\n", highlight=False)
+    console.print(layers)
+    console.print("\nA step:", highlight=False)
+    console.print(steps)
+    assumed = "; ".join(f"{speedup:g} times if {share:.0%}" for speedup, share in found.paper.items())
+    lines = [
+        f"\nBeyond what its layers take alone, a step in full precision spends {found.overhead:.0%} of its time here.",
+        f"An analysis takes {found.analysis:.1f} s." if found.analysis else "No analyses are needed.",
+        f"A run of these settings, analyses included, is {found.speedup:.2f} times as fast as in full precision.",
+        "Quantized layers are taken as measured here."
+        if found.profile == "here"
+        else "Quantized layers are taken to run four times as fast, as FP4 beside FP16; quantizing is taken as free.",
+        f"The paper's model (4-bit work four times as fast, 90 % of it): {assumed} of a step cannot be sped up; "
+        f"{found.paper_here:.2f} times with the {found.overhead:.0%} measured here.",
+    ]
+    if found.saved is not None:
+        lines.append(f"In a month that saves {found.saved.hours:,.1f} hours, which cost {found.saved.money:,.2f}.")
+    lines += [f"Warning: {sign}" for sign in found.warnings]
+    lines.append(f"\n{found.hardware}")
+    console.print("\n".join(lines), markup=False, highlight=False)
+
+
+def print_comparison(console: Console, comparison: "Comparison", folder: Path) -> None:
+    """One row a policy, and what all runs cost together."""
+    table = Table(box=None, pad_edge=False)
+    for number, title in enumerate(("policy", "test accuracy, %", "MACs quantized", "in 4 bits", "epsilon", "seconds")):
+        table.add_column(title, justify="right" if number else "left")
+    for policy, row in comparison.rows.items():
+        interval = "" if row.half_width is None else f" +- {100 * row.half_width:.2f}"
+        table.add_row(
+            policy,
+            f"{100 * row.mean:.2f}{interval}",
+            f"{row.quantized_fraction_macs:.0%}",
+            f"{row.four_bit_fraction_macs:.0%}",
+            f"{math.ceil(row.epsilon * 1e4) / 1e4:.4f}",
+            f"{row.seconds:,.0f}",
+        )
+    console.print(table)
+    together = f"{math.ceil(comparison.epsilon_together * 1e4) / 1e4:.4f}"
+    console.print(
+        f"\nMeans over seeds, with 95 % confidence intervals. Epsilon is one run's, at delta = {comparison.delta:g}; "
+        f"whoever sees all runs has epsilon = {together} for them together.\nPicture and record: {folder}",
+        markup=False,
+        highlight=False,
+    )
+
+
+def print_budget(console: Console, budget: "PrivacyPlan") -> None:
+    """The plan's table."""
+    table = Table(title="privacy budget", show_header=False)
+    for what, how_much in budget.table():
+        table.add_row(what, how_much)
+    console.print(table)
+
+
+class ProgressBar:
+    """Prints the budget when the first step is reached, so that a refused run prints only its error; then a bar."""
+
+    def __init__(self, console: Console, budget: "PrivacyPlan"):
+        self._console, self._budget = console, budget
+        self._bar = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(),
+            TextColumn("epsilon {task.fields[epsilon]}"),
+            TextColumn("{task.fields[speed]} examples/s"),
+            TextColumn("{task.fields[layers]} layers quantized"),
+            TextColumn("test {task.fields[accuracy]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task: Any = None
+
+    def __enter__(self) -> "ProgressBar":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._task is not None:
+            self._bar.stop()
+
+    def __call__(self, progress: "TrainProgress") -> None:
+        shown: dict[str, Any] = {
+            "epoch": f"{progress.epoch + 1}/{progress.epochs}",
+            "epsilon": f"{progress.epsilon:.2f}/{self._budget.epsilon:.2f}",
+            "speed": f"{progress.examples_per_second:,.0f}",
+            "layers": f"{progress.layers_quantized}/{progress.num_layers}",
+            "accuracy": "-" if progress.accuracy_test is None else f"{progress.accuracy_test:.1%}",
+        }
+        if self._task is None:
+            print_budget(self._console, self._budget)
+            self._task = self._bar.add_task("", total=progress.steps, **shown)
+            self._bar.start()
+        self._bar.update(self._task, completed=progress.step)
+        self._bar.tasks[self._task].fields.update(shown)

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a run is executed on this machine: precisions, microbatch, and which layers are not worth quantizing.
+
+Decided once, before any record is read, from made-up examples and times. None of it enters the accounting.
+"""
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import nn
+
+from dpquant.clip import PerExampleLoss
+from dpquant.formats import Precision
+from dpquant.kernels import obstacle_to_int8
+from dpquant.layers import quantizable_layers, set_policy, set_precisions
+from dpquant.schedule import Policy
+from dpquant.tuning import fastest_microbatch_size, layer_times
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Execution:
+    """What runs how, and why.
+
+    Attributes:
+      chosen, rest: the precisions of layers that the policy has chosen, and of the others.
+      microbatch_size: examples a backward pass.
+      gains: {layer: time in full precision over time quantized, measured here}; empty where it does not matter.
+      spared: layers that the policy may not choose, because they gain nothing.
+      backend: `simulate` or `int8`.
+      reason: why that one; empty where nothing runs quantized.
+    """
+
+    chosen: Precision
+    rest: Precision
+    microbatch_size: int
+    gains: Mapping[str, float]
+    spared: tuple[str, ...]
+    backend: str
+    reason: str
+
+    def precisions(self, names: Collection[str], layers: Collection[str]) -> dict[str, Precision]:
+        """Each layer's precision where some of them are chosen."""
+        return {name: self.chosen if name in layers else self.rest for name in names}
+
+    def __str__(self) -> str:
+        words = [f"{self.microbatch_size} examples a backward pass"]
+        if self.reason:
+            words.insert(0, f"backend {self.backend}: {self.reason}")
+        if slower := [name for name, gain in self.gains.items() if gain < 1]:
+            listed = ", ".join(f"{name} ({1 / self.gains[name]:.1f} times)" for name in slower)
+            never = "never quantized, as that takes longer"
+            words.append(f"{never if self.spared else 'quantized when chosen, though that takes longer'}: {listed}")
+        return "; ".join(words)
+
+
+def decide(
+    model: nn.Module,
+    loss_fn: PerExampleLoss,
+    made_up: Any,
+    *,
+    policy: Policy,
+    macs: dict[str, float],
+    chosen: Precision,
+    rest: Precision,
+    backend: str,
+    expected_batch_size: float,
+    microbatch_size: int | None,
+    memory: float | None,
+) -> Execution:
+    """Measure what is not given.
+
+    Args:
+      model: a prepared model.
+      loss_fn: `(model, batch) -> Tensor (B,)`.
+      made_up: a batch of made-up examples.
+      policy: which layers run quantized.
+      macs: each layer's multiply-accumulates.
+      chosen: precision of the layers that it chooses.
+      rest: precision of the others.
+      backend: as the user asked for; only `auto` spares layers.
+      expected_batch_size: examples a step.
+      microbatch_size: None to measure which is the fastest.
+      memory: GiB that the process may use at its peak; None: no limit.
+    Raises:
+      SettingError: the policy names layers that do not exist, or the memory does not suffice.
+      FormatError: the model's backend cannot run a precision.
+    """
+    first = policy.choose(macs, None, epoch=0, key=0)
+    precisions = {name: chosen if name in first else rest for name in macs}
+    set_precisions(model, precisions)  # refuses what the backend cannot run
+    set_policy(model, ())
+    if microbatch_size is None:
+        microbatch_size = fastest_microbatch_size(
+            model, loss_fn, made_up, precisions, expected_batch_size=expected_batch_size, memory=memory
+        )
+    layer = next(iter(quantizable_layers(model).values()), None)
+    runs_on = "simulate" if layer is None else layer.backend
+    gains: dict[str, float] = {}
+    if policy.quantizes and backend == "auto" and runs_on == "int8":
+        times = layer_times(
+            model, loss_fn, made_up, microbatch_size=microbatch_size, expected_batch_size=expected_batch_size
+        )
+        gains = {name: seconds.gain for name, seconds in times.items()}
+    reason = ""
+    if layer is not None and (policy.quantizes or rest.quantized):
+        obstacle = obstacle_to_int8(max_code=chosen.max_code, fits_int8=chosen.fits_int8, device=layer.weight.device)
+        reason = "asked for" if backend != "auto" else obstacle or "exact on this processor"
+    return Execution(
+        chosen=chosen,
+        rest=rest,
+        microbatch_size=microbatch_size,
+        gains=gains,
+        spared=() if rest.quantized else spared_layers(policy, macs, gains),
+        backend=runs_on,
+        reason=reason,
+    )
+
+
+def spared_layers(policy: Policy, macs: dict[str, float], gains: Mapping[str, float]) -> tuple[str, ...]:
+    """The layers that quantizing makes slower, if the others are more than the policy needs: it shall have a choice."""
+    slower = [name for name in macs if gains.get(name, 1.0) < 1]
+    chosen = set(policy.choose(macs, None, epoch=0, key=0, excluded=slower))
+    return tuple(slower) if chosen < macs.keys() - set(slower) else ()

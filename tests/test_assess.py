@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+
+import pytest
+
+from dpquant import assess as module
+from dpquant.assess import assess
+from dpquant.cli import run
+from dpquant.errors import SettingError
+from dpquant.settings import TrainSettings
+from dpquant.train import train
+
+SMALL = {"batch_size": 64.0, "backend": "simulate", "microbatch_size": 32}
+
+
+def settings(**given):
+    return TrainSettings.chosen({**SMALL, **given})
+
+
+def test_it_predicts_and_measures_the_same_policies():
+    found = assess(settings(), rounds=1)
+    assert [policy.share_of_macs for policy in found.policies][::3] == [0, pytest.approx(1)]
+    assert all(policy.measured is not None and policy.measured > 0 for policy in found.policies)
+    assert found.policies[0].predicted == found.full_step == found.policies[0].measured
+    assert len(found.layers) == len(found.policies[-1].layers) == 5 and found.impacts == {}
+    assert found.analysis > 0 and json.loads(found.to_json())["model"] == "cnn"
+    assert found.saved is None
+
+
+def test_the_prediction_is_made_of_what_was_measured():
+    found = assess(settings(policy="all"), rounds=1, runs_per_month=30, cost_per_hour=2)
+    saved = found.batch_size * sum(layer.full - layer.quantized for layer in found.layers.values())
+    assert found.policies[-1].predicted == pytest.approx(found.full_step - saved)
+    assert found.speedup == pytest.approx(found.full_step / found.policies[-1].predicted)
+    steps = 40 * round(1442 / 64)
+    assert found.saved is not None and found.saved.hours == pytest.approx(steps * saved / 3600 * 30)
+    assert found.saved.money == pytest.approx(2 * found.saved.hours)
+
+
+def test_imagined_hardware_is_predicted_and_not_measured():
+    found = assess(settings(policy="all"), hardware="fp4", rounds=1)
+    assert all(layer.gain == pytest.approx(4) for layer in found.layers.values())
+    assert all(policy.measured is None for policy in found.policies)
+    assert found.paper[2.21] == pytest.approx(0.189, abs=1e-3)
+
+
+def test_impacts_come_from_a_run(tmp_path):
+    train(settings(epochs=1), tmp_path / "run")
+    found = assess(settings(), run=tmp_path / "run", rounds=1)
+    assert found.impacts.keys() == found.layers.keys()
+
+
+def test_no_record_is_read(monkeypatch):
+    for split in ("batch", "__getitem__"):
+        monkeypatch.setattr(f"dpquant.data.Split.{split}", lambda *a: pytest.fail("a record was read"), raising=False)
+    assess(settings(policy="rotate"), rounds=1)
+
+
+def test_that_a_record_is_read_would_be_seen(monkeypatch):
+    monkeypatch.setattr("dpquant.data.Split.batch", lambda *a: pytest.fail("a record was read"))
+    with pytest.raises(pytest.fail.Exception):
+        module.data.load("digits").train.batch(module.torch.arange(2))
+
+
+@pytest.mark.parametrize("change", [{"hardware": "tpu"}, {"runs_per_month": -1.0}, {"cost_per_hour": float("inf")}])
+def test_bad_arguments_are_refused(change):
+    with pytest.raises(SettingError, match=next(iter(change))):
+        assess(settings(), **change)
+
+
+def test_the_verb_prints_layers_steps_and_the_papers_model(capsys):
+    options = ["--batch-size", "64", "--backend", "simulate", "--microbatch-size", "32", "--rounds", "1"]
+    assert run(["assess", "lenet", *options, "--runs-per-month", "9", "--cost-per-hour", "1"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for words in ("lenet, luq-fp4, batch 64", "share of time", "predicted s", "1.75 times if 37%", "In a month"):
+        assert words in printed
+    assert run(["assess", "--json", *options]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "cnn"
+    assert run(["assess", "unknown"]) == 2

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from torch import nn
+
+import dpquant
+from dpquant.errors import FormatError, SettingError
+from dpquant.execution import Execution, decide, spared_layers
+from dpquant.formats import FULL_PRECISION, precision
+from dpquant.layers import current_precisions
+from networks import loss
+
+FOUR = dict.fromkeys("abcd", 1.0)
+
+
+def decided(policy, *, format="luq-fp4", rest="full", backend="simulate", microbatch_size=8):
+    torch.manual_seed(0)
+    model = dpquant.prepare(
+        nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Linear(8, 5)), format=format, backend=backend
+    )
+    execution = decide(
+        model,
+        loss,
+        (torch.randn(2, 1, 4, 4), torch.arange(2)),
+        policy=policy,
+        macs={"1": 128.0, "2": 40.0},
+        chosen=precision(format),
+        rest=precision(rest),
+        backend=backend,
+        expected_batch_size=8,
+        microbatch_size=microbatch_size,
+        memory=None,
+    )
+    assert current_precisions(model) == {}
+    return execution
+
+
+def test_layers_that_gain_nothing_are_spared_where_the_policy_has_others_to_choose_from():
+    policy = dpquant.RotatePolicy(fraction=0.5)
+    assert spared_layers(policy, FOUR, {"a": 0.9, "b": 1.1, "c": 2.0, "d": 1.5}) == ("a",)
+    no_choice_left = {"a": 0.9, "b": 0.9, "c": 2.0, "d": 1.5}
+    assert spared_layers(policy, FOUR, no_choice_left) == ()
+    assert spared_layers(policy, FOUR, {}) == ()
+    assert spared_layers(dpquant.AllPolicy(), FOUR, {"a": 0.9}) == ()
+    assert spared_layers(dpquant.StaticPolicy(names=("a", "b")), FOUR, {"a": 0.9}) == ()
+
+
+def test_layers_that_are_not_chosen_get_the_rest():
+    execution = decided(dpquant.StaticPolicy(names=("2",)), rest="full/luq-fp4/luq-fp4")
+    names = execution.precisions(["1", "2"], ["2"])
+    assert names == {"1": precision("full/luq-fp4/luq-fp4"), "2": precision("luq-fp4")}
+    assert decided(dpquant.NonePolicy()).precisions(["1"], []) == {"1": FULL_PRECISION}
+
+
+@pytest.mark.parametrize("option", ["format", "rest"])
+def test_a_precision_that_the_backend_cannot_run_is_refused(option):
+    with pytest.raises(FormatError, match="int8"):
+        decided(dpquant.StaticPolicy(names=("2",)), backend="int8", **{option: "fp8"})
+
+
+def test_a_policy_that_names_unknown_layers_is_refused():
+    with pytest.raises(SettingError, match="'body'"):
+        decided(dpquant.StaticPolicy(names=("body",)))
+
+
+def test_it_says_what_runs_how_and_why():
+    assert str(decided(dpquant.AllPolicy())) == "backend simulate: asked for; 8 examples a backward pass"
+    assert str(decided(dpquant.NonePolicy())) == "8 examples a backward pass"
+    slow = Execution(
+        chosen=precision("int8"), rest=FULL_PRECISION, microbatch_size=8, gains={"a": 0.5, "b": 2.0}, spared=("a",),
+        backend="int8", reason="exact on this processor",
+    )  # fmt: skip
+    assert str(slow).endswith("never quantized, as that takes longer: a (2.0 times)")
+
+
+def test_only_auto_measures_gains():
+    assert decided(dpquant.RotatePolicy(fraction=0.5), backend="simulate").gains == {}
+    auto = decided(dpquant.RotatePolicy(fraction=0.5), backend="auto")
+    assert auto.gains.keys() == ({"1", "2"} if auto.backend == "int8" else set())
