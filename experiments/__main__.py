@@ -17,12 +17,13 @@ from pathlib import Path
 
 from experiments.runner import FOLDERS, Site, do_table
 
-NAMES = ("fashion_mnist", "gtsrb", "baselines", "schedules", "formats")
+TABLES = ("fashion_mnist", "gtsrb", "baselines", "schedules", "formats", "ablation", "privacy", "optimizers")
+SCRIPTS = ("variance", "ranking", "damage")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="+", choices=("all", *NAMES), metavar="NAME", help="or all")
+    parser.add_argument("names", nargs="+", choices=("all", *TABLES, *SCRIPTS), metavar="NAME", help="or all")
     parser.add_argument("--hours", type=float, default=float("inf"), help="no run begins later than this")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     parser.add_argument("--work", type=Path, default=Path("runs/experiments"))
@@ -32,8 +33,11 @@ def main() -> None:
     folders = {name: path for name in FOLDERS if (path := getattr(arguments, name.lower())) is not None}
     deadline = time.monotonic() + 3600 * arguments.hours
     site = Site(work=arguments.work, folders=folders, jobs=arguments.jobs, deadline=deadline)
-    for name in NAMES if "all" in arguments.names else arguments.names:
-        for table in importlib.import_module(f"experiments.{name}").TABLES:
+    for name in (*TABLES, *SCRIPTS) if "all" in arguments.names else arguments.names:
+        module = importlib.import_module(f"experiments.{name}")
+        if name in SCRIPTS:
+            module.run(site)
+        for table in getattr(module, "TABLES", ()):
             do_table(table, site)
 
 

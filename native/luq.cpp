@@ -5,7 +5,7 @@
 // nothing, does not know torch and decides nothing. A row is read twice (its largest magnitude, then its codes) while it
 // is in the cache.
 //
-// Symbols: t = |x| * max_code / absmax, in 0 .. max_code; draw = 23 random bits; z = t, or t + 1 where t < 1.
+// Symbols: top = what the largest code stands for; t = |x| * max_code / top, at most max_code; draw = 23 random bits; z = t, or t + 1 where t < 1.
 //
 // Both roundings are one addition on z. Since z >= 1, z is a multiple of 2^-23, and for t < 1 forming t + 1 has rounded t to
 // such a multiple just as the meaning demands (to nearest, ties to even).
@@ -16,12 +16,14 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 
 #include <algorithm>
 #include <bit>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <stdexcept>
 
 #include "parallel.hpp"
@@ -36,7 +38,7 @@ constexpr uint32_t ONE = 1u << MANTISSA_BITS;  // 1.0 in units of 2^-23
 constexpr uint32_t HALF = ONE / 2;             // as a draw: round to nearest, ties away from zero
 constexpr uint32_t MAGNITUDE = 0x7FFFFFFF;
 constexpr uint32_t INFINITY_BITS = 0x7F800000;  // magnitudes from here on are not finite
-constexpr float SMALLEST_ABSMAX = 0x1p-100f;    // below it max_code / absmax may overflow
+constexpr float SMALLEST_ABSMAX = 0x1p-100f;    // below it max_code / top may overflow
 constexpr int64_t TILE = 2048;
 constexpr int64_t LARGE = 1 << 16;  // a row from here on is worth sharing among threads
 
@@ -130,25 +132,25 @@ struct Tiles {
     }
 };
 
-// What a row's largest magnitude makes of it: its scale, and whether it has codes other than zero.
-bool usable(uint32_t largest, float max_code, float *scale) {
-    const float absmax = std::bit_cast<float>(largest);
-    const bool finite = largest < INFINITY_BITS, usable = finite && absmax >= SMALLEST_ABSMAX;
-    *scale = usable ? absmax / max_code : finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+// What a row's top makes of it: its scale, and whether it has codes other than zero.
+bool usable(uint32_t top_bits, float max_code, float *scale) {
+    const float top = std::bit_cast<float>(top_bits);
+    const bool finite = top_bits < INFINITY_BITS, usable = finite && top >= SMALLEST_ABSMAX;
+    *scale = usable ? top / max_code : finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
     return usable;
 }
 
 void quantize_rows(const float *x, const uint64_t *keys, int64_t rows, int64_t row_size, Layout layout, Rule rule,
-                   uint8_t *codes, float *scale, int threads) {
+                   uint8_t *codes, float *scale, const float *tops, int threads) {
     const Tiles tiles(row_size, layout);
     // Threads share rows, so that a row is read twice while it is in the cache; or, where rows are few and long, tiles.
     const int within = rows < threads && row_size >= LARGE ? threads : 1;
     parallel_for(rows, within > 1 ? 1 : threads, [&](int64_t row) {
         const float *values = x + row * row_size;
         uint8_t *out = codes + row * row_size;
-        std::atomic<uint32_t> largest{0};
+        std::atomic<uint32_t> largest{tops ? std::bit_cast<uint32_t>(tops[row]) & MAGNITUDE : 0};
         const int64_t parts = within > 1 ? (row_size + LARGE - 1) / LARGE : 1, part = (row_size + parts - 1) / parts;
-        parallel_for(parts, within, [&](int64_t i) {
+        parallel_for(tops ? 0 : parts, within, [&](int64_t i) {
             const uint32_t mine = largest_magnitude(values + i * part, std::min(part, row_size - i * part));
             uint32_t seen = largest.load();
             while (seen < mine && !largest.compare_exchange_weak(seen, mine)) {}
@@ -167,13 +169,14 @@ using Floats = nb::ndarray<const float, nb::device::cpu>;
 using Keys = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Bytes = nb::ndarray<uint8_t, nb::device::cpu>;
 using Scales = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Tops = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 }  // namespace
 
 void bind_quantizer(nb::module_ &m) {
     m.def(
         "quantize_rows",
-        [](Floats x, Keys row_keys, Bytes codes, Scales scale, int64_t inner, int64_t outer_stride, int64_t inner_stride,
+        [](Floats x, Keys row_keys, Bytes codes, Scales scale, std::optional<Tops> tops, int64_t inner, int64_t outer_stride, int64_t inner_stride,
            float max_code, bool uniform, bool stochastic, int32_t zero_point, int threads) {
             const auto rows = static_cast<int64_t>(row_keys.size()), size = static_cast<int64_t>(x.size());
             if (rows == 0 || size == 0 || size % rows != 0 || codes.size() != x.size() || scale.size() != row_keys.size())
@@ -181,17 +184,20 @@ void bind_quantizer(nb::module_ &m) {
             const int64_t row_size = size / rows;
             if (inner < 1 || row_size % inner != 0 || row_size > INT64_C(1) << 32)
                 throw std::invalid_argument("inner does not divide a row, or a row has more than 2^32 elements");
+            if (tops && tops->size() != row_keys.size()) throw std::invalid_argument("the size of tops does not agree");
             if (!(max_code >= 1.0f && max_code <= 127.0f))
                 throw std::invalid_argument("max_code is not in 1 .. 127");
+            const float *given = tops ? tops->data() : nullptr;
             nb::gil_scoped_release unlocked;
             quantize_rows(x.data(), reinterpret_cast<const uint64_t *>(row_keys.data()), rows, row_size,
                           {inner, outer_stride, inner_stride}, {max_code, uniform, stochastic, zero_point}, codes.data(),
-                          scale.data(), threads);
+                          scale.data(), given, threads);
         },
         nb::arg("x").noconvert(), nb::arg("row_keys").noconvert(), nb::arg("codes").noconvert(),
-        nb::arg("scale").noconvert(), nb::kw_only(), nb::arg("inner"), nb::arg("outer_stride"), nb::arg("inner_stride"),
+        nb::arg("scale").noconvert(), nb::arg("tops").none(), nb::kw_only(), nb::arg("inner"), nb::arg("outer_stride"), nb::arg("inner_stride"),
         nb::arg("max_code"), nb::arg("uniform"), nb::arg("stochastic"), nb::arg("zero_point"), nb::arg("threads"),
-        "Fill codes (one byte each, in x's memory order) and scale (B) from the B rows of the dense x.");
+        "Fill codes (one byte each, in x's memory order) and scale (B) from the B rows of the dense x; tops (B): what each "
+        "row's largest code stands for, if it is not the row's largest magnitude.");
 }
 
 }  // namespace dpquant

@@ -93,7 +93,31 @@ def test_a_recipe_may_be_written_role_by_role():
     assert roles("fp8-e4m3,fp8-e4m3,fp8-e5m2~") == roles("fp8")
 
 
-@pytest.mark.parametrize("text", ["", "int4,int4", "int4,int4,int4,int4", "int4,int4,fp3", "int4,int4,~", "INT8"])
+def test_a_role_may_be_cut_off_and_a_weight_have_a_scale_a_channel():
+    weight, activation, gradient = lookup_recipe("int4~@2.5#,int4@10,e3m0~").roles
+    assert (weight.clip, weight.per_channel, weight.rounding) == (2.5, True, Rounding.STOCHASTIC)
+    assert (activation.clip, activation.per_channel, activation.rounding) == (10, False, Rounding.NEAREST)
+    assert (gradient.clip, gradient.per_channel) == (None, False)
+    with pytest.raises(FormatError, match="weight alone"):
+        lookup_recipe("int4,int4#,e3m0~")
+    with pytest.raises(FormatError, match="clip > 0"):
+        RoleFormat(format=INT4, rounding=Rounding.NEAREST, clip=0.0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "int4@,int4,int4",
+        "int4@0,int4,int4",
+        "int4#@2,int4,int4",
+        "",
+        "int4,int4",
+        "int4,int4,int4,int4",
+        "int4,int4,fp3",
+        "int4,int4,~",
+        "INT8",
+    ],
+)
 def test_a_recipe_that_cannot_be_read_is_refused(text):
     with pytest.raises(FormatError, match="luq-fp4"):
         lookup_recipe(text)

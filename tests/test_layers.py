@@ -93,14 +93,27 @@ def test_a_quantized_layer_multiplies_dequantized_operands(recipe, backend):
     assert not torch.allclose(y, F.conv2d(x, layer.weight, layer.bias, padding=1), rtol=1e-3)
 
 
-def _quantized_weight(layer, run, recipe=None):
-    keys = row_keys(derive_key(run.key, layer.name, "weight"), torch.zeros(1, dtype=torch.int64))
+def _quantized_weight(layer, run, recipe=None, dim=0):
+    """The weight's values, with a scale for each channel of `dim` where the recipe wants that."""
     role = (recipe or layer.chosen.forward).weight
-    rows = quantize_rows(layer.weight.detach().reshape(1, -1), role.format, role.rounding, keys)
-    return rows.dequantize().view(layer.weight.shape)
+    weight = layer.weight.detach().transpose(0, dim)
+    rows = weight.flatten(1) if role.per_channel else weight.reshape(1, -1)
+    keys = row_keys(derive_key(run.key, layer.name, "weight"), torch.arange(len(rows)))
+    if not role.per_channel:
+        rows = layer.weight.detach().reshape(1, -1)
+    values = quantize_rows(rows, role.format, role.rounding, keys, clip=role.clip).dequantize()
+    return values.view(weight.shape).transpose(0, dim) if role.per_channel else values.view(layer.weight.shape)
 
 
-MIXED = ["full/luq-fp4/luq-fp4", "luq/full/full", "full/full/luq-fp4", "full/luq-fp4/full", "luq-fp4/int8/luq"]
+MIXED = [
+    "full/luq-fp4/luq-fp4",
+    "luq/full/full",
+    "full/full/luq-fp4",
+    "full/luq-fp4/full",
+    "luq-fp4/int8/luq",
+    "int4@2.5#,int4@2.5,e3m0~",
+    "e3m0~#,e3m0~,e3m0~",
+]
 
 
 def products_of(layer, x, grad):
@@ -114,18 +127,18 @@ def products_of(layer, x, grad):
 def expected_products(layer, run, x, grad):
     """The same in float64, each from operands in its own recipe."""
 
-    def operand(role, value, recipe):
+    def operand(role, value, recipe, dim=0):
         if recipe is None:
             return value.detach().double()
         if role == "weight":
-            return _quantized_weight(layer, run, recipe).double()
+            return _quantized_weight(layer, run, recipe, dim).double()
         keys = run.draw_keys(layer, role, 0, 3)
         return layer.quantize(value.detach(), getattr(recipe, role), keys).dequantize().double()
 
     results = []
     for number, recipe in enumerate(layer.precision.recipes):
         xd = operand("activation", x, recipe).requires_grad_()
-        wd = operand("weight", layer.weight, recipe).requires_grad_()
+        wd = operand("weight", layer.weight, recipe, dim=number % 2).requires_grad_()
         y = F.conv2d(xd, wd, layer.bias.double().detach(), padding=1)
         results.append((y, *torch.autograd.grad(y, (xd, wd), operand("gradient", grad, recipe)))[number].detach())
     return results

@@ -463,3 +463,46 @@ def test_the_kernel_is_used_where_it_can_be(monkeypatch):
     monkeypatch.setattr(quantize_module, "_fill_torch", lambda *_: pytest.fail("torch path taken"))
     assert native_available()
     assert quantize(torch.ones(2, 2), "luq-fp4").codes.eq(64).all()
+
+
+# Scales below the largest magnitude
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize("clip", [0.5, 2.5, 100.0])
+def test_a_clip_puts_the_largest_code_at_so_many_root_mean_squares(clip, backend):
+    x = example_batch(6, 3, 5, 7)
+    q = quantize_rows(x, INT4, NEAREST, keys_for(6), clip=clip, backend=backend)
+    rows = x.flatten(1).double()
+    top = torch.minimum(clip * rows.square().mean(1).sqrt(), rows.abs().amax(1))
+    torch.testing.assert_close(q.scale.double(), top / 7, rtol=1e-6, atol=0)
+    inside = rows.abs() <= top[:, None] * (1 - 1e-6)
+    error = (q.dequantize().flatten(1).double() - rows).abs()
+    assert bool((error[inside] <= (top / 14)[:, None].expand_as(rows)[inside] * (1 + 1e-5)).all())
+    assert bool((q.codes.flatten(1)[~inside].abs() == 7).all())
+
+
+@pytest.mark.parametrize("format", INTEGER_FORMATS, ids=lambda format: format.name)
+def test_both_backends_clip_alike_in_every_layout(format):
+    x = example_batch(6, 3, 5, 7)
+    x[1], x[2, 0, 0, 0], x[3, 0, 0, 0] = 0.0, float("inf"), float("nan")
+    for layout in (torch.contiguous_format, torch.channels_last):
+        first, second = (
+            quantize_rows(
+                x.contiguous(memory_format=layout), format, STOCHASTIC, keys_for(6), clip=1.5, backend=backend
+            )
+            for backend in ("torch", "native")
+        )
+        assert torch.equal(first.codes, second.codes)
+        torch.testing.assert_close(first.scale, second.scale, equal_nan=True, rtol=0, atol=0)
+        assert first.scale[1] == 0 and bool(first.scale[2:4].isnan().all())
+
+
+def test_a_clip_is_worth_it_for_few_uniform_levels():
+    """Normal deviates, four bits: the mean squared error is half of that with the largest magnitude as scale."""
+    x = torch.randn(8, 4096, generator=torch.Generator().manual_seed(0))
+    errors = [
+        float((quantize_rows(x, INT4, NEAREST, keys_for(8), clip=clip).dequantize() - x).square().mean())
+        for clip in (None, 2.5)
+    ]
+    assert errors[1] < 0.6 * errors[0]

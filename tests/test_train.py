@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from dpquant import data, models
+from dpquant import train as train_module
 from dpquant.errors import DataError, ModelError, SettingError
 from dpquant.ledger import Ledger
 from dpquant.record import RunRecord
@@ -72,6 +73,27 @@ def test_shares_of_work_count_products_and_bits(tmp_path):
 def test_a_format_that_cannot_be_read_is_named(name):
     with pytest.raises(SettingError, match=rf"Expected {name} to be one of"):
         settings(**{name: "fp3"})
+
+
+def test_an_average_of_the_parameters_is_tested_and_saved(tmp_path):
+    """The average by hand, from what the run itself went through."""
+    seen = []
+    original = train_module._Tested.update
+
+    def watched(self, model):
+        original(self, model)
+        seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module._Tested, "update", watched)
+        record = train(settings(epochs=1, policy="none", average=0.8, microbatch_size=32), tmp_path / "run")
+    expected = seen[0]
+    for parameters in seen[1:]:
+        expected = {name: 0.8 * old + 0.2 * parameters[name] for name, old in expected.items()}
+    saved = load_file(tmp_path / "run" / "model.safetensors")
+    for name, parameter in expected.items():
+        torch.testing.assert_close(saved[name], parameter)
+    assert record.average == 0.8 and not all(torch.equal(saved[name], seen[-1][name]) for name in expected)
 
 
 def test_the_saved_model_is_the_users_own_and_as_good_as_the_record_says(run):

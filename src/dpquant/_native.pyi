@@ -11,6 +11,7 @@ def quantize_rows(
     row_keys: np.ndarray,
     codes: np.ndarray,
     scale: np.ndarray,
+    tops: np.ndarray | None,
     *,
     inner: int,
     outer_stride: int,
@@ -21,7 +22,10 @@ def quantize_rows(
     zero_point: int,
     threads: int,
 ) -> None:
-    """Fill codes (one byte each, in x's memory order) and scale (B) from the B rows of the dense x."""
+    """Fill codes (one byte each, in x's memory order) and scale (B) from the B rows of the dense x.
+
+    tops (B): what each row's largest code stands for, if it is not the row's largest magnitude.
+    """
 
 def code_kernels() -> list[str]:
     """The kernels of `code_products` that this processor has, fastest first."""

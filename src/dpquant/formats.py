@@ -12,7 +12,8 @@ gradient. A precision says which recipe each of a layer's three products runs in
 
 Users write them as text:
 
-    role         a format's name, with ~ for stochastic rounding                       int8, e3m0~
+    role         a format's name; then ~ for stochastic rounding, @ and a clip,        int8, e3m0~, int4@2.5#
+                 # for a scale a channel
     recipe       a name, or the roles of weight, activation and gradient               luq-fp4, int4,int4,e3m0~
     precision    full, a recipe, or what forward, dgrad and wgrad run in               full/luq-fp4/luq-fp4
 
@@ -23,11 +24,12 @@ the FP8 formats from OCP 8-bit Floating Point Specification (OFP8), revision 1.0
 import dataclasses
 import enum
 import math
+import re
 from typing import cast
 
 from dpquant.errors import FormatError
 
-_STOCHASTIC = "~"  # behind a format's name
+_ROLE = re.compile(r"(?P<name>[a-z0-9-]+)(?P<stochastic>~)?(@(?P<clip>[0-9.]*[1-9][0-9]*))?(?P<channels>#)?")
 
 
 class Rounding(enum.Enum):
@@ -100,14 +102,22 @@ class NumberFormat:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoleFormat:
-    """The format and the rounding of one role.
+    """The format and the rounding of one role, and where its scale comes from.
+
+    Attributes:
+      clip: what the largest code stands for, in root mean squares of the row, if its largest magnitude is not less;
+        what lies beyond is cut off, which is biased. None: the largest magnitude.
+      per_channel: a weight's scale for each output channel, or for each input channel where it meets output gradients;
+        else one for the whole weight.
 
     Raises:
-      FormatError: `format` is no NumberFormat, or `rounding` no Rounding.
+      FormatError: `format` is no NumberFormat, `rounding` no Rounding, or `clip` not above zero.
     """
 
     format: NumberFormat
     rounding: Rounding
+    clip: float | None = None
+    per_channel: bool = False
 
     def __post_init__(self):
         if not isinstance(self.format, NumberFormat):
@@ -120,6 +130,8 @@ class RoleFormat:
                 f"Expected rounding to be a Rounding; got rounding={self.rounding!r}. There are two ways to round. "
                 "Give Rounding.STOCHASTIC or Rounding.NEAREST."
             )
+        if self.clip is not None and not 0 < self.clip < math.inf:
+            raise FormatError(f"Expected clip > 0 and finite; got clip={self.clip}. Values from 2 to 4 make sense.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,6 +165,11 @@ class Recipe:
                     f"Expected {role} to be a RoleFormat; got {role}={getattr(self, role)!r}. A recipe states every "
                     "role. Give RoleFormat(format=..., rounding=...)."
                 )
+        if self.activation.per_channel or self.gradient.per_channel:
+            raise FormatError(
+                "Expected per_channel of the weight alone; got it of another role. Scales of an example's channels cannot "
+                "be taken out of a product's sum. Leave # out there."
+            )
 
     @property
     def roles(self) -> tuple[RoleFormat, RoleFormat, RoleFormat]:
@@ -305,8 +322,13 @@ def precision(text: str | Recipe | Precision) -> Precision:
 
 
 def _role(text: str) -> RoleFormat | None:
-    """`e3m0~`, `int8`; None if it is neither."""
-    name = text.removesuffix(_STOCHASTIC)
-    if name not in FORMATS:
+    """What is written as `int8`, `e3m0~` or `int4@2.5#`; None if it cannot be read."""
+    parts = _ROLE.fullmatch(text)
+    if parts is None or parts["name"] not in FORMATS:
         return None
-    return RoleFormat(format=FORMATS[name], rounding=Rounding.NEAREST if name == text else Rounding.STOCHASTIC)
+    return RoleFormat(
+        format=FORMATS[parts["name"]],
+        rounding=Rounding.STOCHASTIC if parts["stochastic"] else Rounding.NEAREST,
+        clip=float(parts["clip"]) if parts["clip"] else None,
+        per_channel=bool(parts["channels"]),
+    )

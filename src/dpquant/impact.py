@@ -96,26 +96,30 @@ def impact_sum(
             f"Expected names of quantizable layers; got {unknown[0]!r}. Call dpquant.prepare(model) first."
         )
     total = torch.zeros(len(names), dtype=torch.float64)
-    with _undisturbed(model), torch.no_grad():
-        for piece, ids, num_examples in microbatches(batch, record_ids, microbatch_size):
-            v_BP = _impacts(model, loss_fn, piece, names, ids, step, seed, repeats)
-            factors_B, finite_B = clip_factors(v_BP.square().sum(1), max_norm)
-            finite_B[num_examples:] = False
-            total += factors_B[finite_B].double() @ v_BP[finite_B]
+    for piece, ids, num_examples in microbatches(batch, record_ids, microbatch_size):
+        v_BP = impact_vectors(model, loss_fn, piece, names, ids, step=step, seed=seed, repeats=repeats)
+        factors_B, finite_B = clip_factors(v_BP.square().sum(1), max_norm)
+        finite_B[num_examples:] = False
+        total += factors_B[finite_B].double() @ v_BP[finite_B]
     return ImpactSum(impacts=total, sensitivity=float(max_norm))
 
 
-def _impacts(
+def impact_vectors(
     model: nn.Module,
     loss_fn: PerExampleLoss,
     batch: Any,
     names: Sequence[str],
     record_ids: Tensor,
+    *,
     step: int,
     seed: int,
-    repeats: int,
+    repeats: int = 1,
 ) -> Tensor:
-    """v, float64 `(B, P)`, not clipped."""
+    """Each example's own impacts v, not clipped; arguments as of `impact_sum`, but the batch is one microbatch.
+
+    Returns: float64 `(B, P)`.
+    Privacy: per example; reads private data, and nothing bounds it.
+    """
     layers = quantizable_layers(model)
     replay = Replay()
     v_BP = torch.zeros(len(record_ids), len(names), dtype=torch.float64)
@@ -126,12 +130,13 @@ def _impacts(
         with running(model, run):
             return per_example_losses(loss_fn, model, batch, len(record_ids)).double().cpu()
 
-    replay.remember()
-    full_precision_B = losses(0, ())
-    for column, name in enumerate(names):
-        for repeat in range(repeats):
-            replay.rewind(layers[name])
-            v_BP[:, column] += (losses(repeat, (name,)) - full_precision_B) / repeats
+    with _undisturbed(model), torch.no_grad():
+        replay.remember()
+        full_precision_B = losses(0, ())
+        for column, name in enumerate(names):
+            for repeat in range(repeats):
+                replay.rewind(layers[name])
+                v_BP[:, column] += (losses(repeat, (name,)) - full_precision_B) / repeats
     return v_BP
 
 

@@ -186,12 +186,16 @@ class Int8Products:
 
     @functools.cached_property
     def _swapped(self) -> Tensor:
-        """The codes with input and output channels exchanged: `(C, O / G, *kernel)`."""
-        return self._weight.codes.unflatten(0, (self._geometry.groups, -1)).transpose(1, 2).flatten(0, 1)
+        return sides_swapped(self._weight.codes, self._geometry.groups)
 
     @functools.cached_property
     def _transposed(self) -> "_Int8Weight":
         return _Int8Weight(self._swapped.flip(2, 3).contiguous())
+
+
+def sides_swapped(weight: Tensor, groups: int) -> Tensor:
+    """A weight with input and output channels exchanged: `(O, C / G, *kernel)` as `(C, O / G, *kernel)`, and back."""
+    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,6 +42,7 @@ from dpquant.kernels import (
     code_values,
     input_gradient,
     resolve_backend,
+    sides_swapped,
     weight_gradient,
 )
 from dpquant.norms import TapedGroupNorm
@@ -115,9 +116,9 @@ class Pass:
     record_ids: Tensor | None = None
     tape: Tape | None = None
     replay: Replay | None = None
-    _weights: dict[tuple[nn.Module, RoleFormat], QTensor] = dataclasses.field(default_factory=dict)
+    _weights: dict[tuple[nn.Module, RoleFormat, str], QTensor] = dataclasses.field(default_factory=dict)
     _dense_weights: dict[tuple[nn.Module, Geometry], Tensor] = dataclasses.field(default_factory=dict)
-    _products: dict[tuple[nn.Module, Recipe, Geometry], Products] = dataclasses.field(default_factory=dict)
+    _products: dict[tuple[nn.Module, Recipe, str, Geometry], Products] = dataclasses.field(default_factory=dict)
     _calls: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
     def begin(self, record_ids: Tensor) -> None:
@@ -143,17 +144,26 @@ class Pass:
         return self._dense_weights[layer, geometry]
 
     def quantized_weight(
-        self, layer: "QuantizableLayer", recipe: Recipe, size: tuple[int, int]
+        self, layer: "QuantizableLayer", recipe: Recipe, size: tuple[int, int], *, side: str
     ) -> tuple[Products, Tensor]:
-        """The layer's products on its quantized weight for inputs of `size`, and the weight's scale `(1,)`."""
-        if (layer, recipe.weight) not in self._weights:
-            self._weights[layer, recipe.weight] = layer.quantize_weight(self, recipe.weight)
-        weight = self._weights[layer, recipe.weight]
+        """The layer's products on its quantized weight for inputs of `size`, and the weight's scales.
+
+        Args:
+          layer: whose weight.
+          recipe: of the product.
+          size: (H, W) of the layer's input.
+          side: whose channels the product keeps, and may have a scale each: `output` (forward) or `input` (dgrad).
+        Returns: the products; scales `(1,)`, or one a channel.
+        """
+        kept = side if recipe.weight.per_channel else ""
+        if (layer, recipe.weight, kept) not in self._weights:
+            self._weights[layer, recipe.weight, kept] = layer.quantize_weight(self, recipe.weight, kept)
+        weight = self._weights[layer, recipe.weight, kept]
         geometry, taps = layer.geometry.trimmed(size)
-        if (layer, recipe, geometry) not in self._products:
+        if (layer, recipe, kept, geometry) not in self._products:
             met = dataclasses.replace(weight, codes=weight.codes[:, :, *taps].contiguous())
-            self._products[layer, recipe, geometry] = layer.products(met, geometry, recipe)
-        return self._products[layer, recipe, geometry], weight.scale
+            self._products[layer, recipe, kept, geometry] = layer.products(met, geometry, recipe)
+        return self._products[layer, recipe, kept, geometry], weight.scale
 
 
 class QuantizableLayer(nn.Module):
@@ -190,13 +200,18 @@ class QuantizableLayer(nn.Module):
         """How the layer walks over its (already padded) input."""
         return Geometry()
 
-    def quantize_weight(self, run: Pass, role: RoleFormat) -> QTensor:
-        """The codes of W as one tensor. W is public: its scale may see all of it."""
-        kernel = self.geometry.kernel
-        weight = self.weight.detach().reshape(self.weight.shape[0], -1, *kernel)
-        keys = row_keys(derive_key(run.key, self.name, "weight"), torch.zeros(1, dtype=torch.int64))
-        rows = quantize_rows(weight.reshape(1, -1), role.format, role.rounding, keys.to(weight.device))
-        return QTensor(codes=rows.codes.view(weight.shape), scale=rows.scale)
+    def quantize_weight(self, run: Pass, role: RoleFormat, kept: str = "") -> QTensor:
+        """The codes of W `(O, C / G, *kernel)`, with one scale, or with one for each channel that is kept.
+
+        W is public: its scales may see all of it.
+        """
+        weight = self.weight.detach().reshape(self.weight.shape[0], -1, *self.geometry.kernel)
+        weight = sides_swapped(weight, self.geometry.groups) if kept == "input" else weight
+        rows = weight.flatten(1) if kept else weight.reshape(1, -1)
+        keys = row_keys(derive_key(run.key, self.name, "weight"), torch.arange(len(rows)))
+        q = quantize_rows(rows, role.format, role.rounding, keys.to(weight.device), clip=role.clip)
+        codes = q.codes.view(weight.shape)
+        return QTensor(codes=sides_swapped(codes, self.geometry.groups) if kept == "input" else codes, scale=q.scale)
 
     def products(self, weight: QTensor, geometry: Geometry, recipe: Recipe) -> Products:
         """The backend's products with a quantized weight."""
@@ -209,8 +224,8 @@ class QuantizableLayer(nn.Module):
         keys = keys.to(x.device)
         x = x.contiguous(memory_format=torch.channels_last)
         if self.backend == "int8":
-            return quantize_rows(x, role.format, role.rounding, keys, zero_point=INT8_ZERO_POINT)
-        return quantize_rows(x, role.format, role.rounding, keys)
+            return quantize_rows(x, role.format, role.rounding, keys, clip=role.clip, zero_point=INT8_ZERO_POINT)
+        return quantize_rows(x, role.format, role.rounding, keys, clip=role.clip)
 
     def convolve(self, x: Tensor) -> Tensor:
         """The layer on an image batch `(B, C, H, W)`, inside the current pass or, without one, as an ordinary layer."""
@@ -290,8 +305,8 @@ class _Convolution(torch.autograd.Function):
             return F.conv2d(
                 x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, groups=geometry.groups
             )
-        products, weight_scale = run.quantized_weight(layer, recipe, ctx.size)
-        y = _scaled(products.forward(codes), codes.scale * weight_scale)
+        products, weight_scale = run.quantized_weight(layer, recipe, ctx.size, side="output")
+        y = _scaled(products.forward(codes), codes.scale, weight_scale)
         return y if bias is None else y.add_(bias[:, None, None])
 
     @staticmethod
@@ -304,15 +319,15 @@ class _Convolution(torch.autograd.Function):
         if ctx.needs_input_grad[0] and codes is None:
             grad_x = input_gradient(grad, weight, ctx.geometry, ctx.size)
         elif ctx.needs_input_grad[0]:
-            products, weight_scale = run.quantized_weight(layer, recipe, ctx.size)
-            grad_x = _scaled(products.input_gradient(codes, ctx.size), codes.scale * weight_scale)
+            products, weight_scale = run.quantized_weight(layer, recipe, ctx.size, side="input")
+            grad_x = _scaled(products.input_gradient(codes, ctx.size), codes.scale, weight_scale)
         if run.tape is not None:
             run.tape.record(layer, x, g, grad)
             return grad_x, None, None, None, None, None
         if ctx.needs_input_grad[1]:
             g_values = code_values(g)
             if isinstance(g, QTensor) and isinstance(x, QTensor):
-                g_values = _scaled(g_values, g.scale * x.scale)
+                g_values = _scaled(g_values, g.scale * x.scale, torch.ones(1, device=g_values.device))
             grad_weight = weight_gradient(g_values, code_values(x), layer.geometry)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum((0, 2, 3))
@@ -329,9 +344,9 @@ def _codes(ctx, role: str, x: Tensor, *recipes: Recipe | None) -> list[Any]:
     return [wanted and made[wanted] for wanted in formats]
 
 
-def _scaled(values: Tensor, scale_B: Tensor) -> Tensor:
-    """Each example's values `(B, ...)` times its own scale, in place."""
-    return values.mul_(scale_B.view(-1, *[1] * (values.ndim - 1)))
+def _scaled(values: Tensor, scale_B: Tensor, scale_C: Tensor) -> Tensor:
+    """Each example's values `(B, C, H, W)` times its own scale and each channel's, `(C,)` or `(1,)`, in place."""
+    return values.mul_((scale_B[:, None] * scale_C)[:, :, None, None])
 
 
 _TWINS: dict[type[nn.Module], Any] = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear, nn.GroupNorm: TapedGroupNorm}

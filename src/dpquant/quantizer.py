@@ -6,15 +6,16 @@ all others' gradients, and clipping would bound nothing. Weights are released al
 
 The torch code in this file is the meaning; the native kernel is only speed and gives the same bits. For each element x:
 
-    t      = min(|x| * (max_code / absmax), max_code)                            in float32
+    t      = min(|x| * (max_code / top), max_code)                               in float32
     n, f   = floor(t / quantum(t)), the fraction in units of 2^-23               to nearest, ties to even
     up     = f + draw >= 2^23             draw: 23 random bits (stochastic), or 2^22 (nearest, ties away from zero)
-    code   = sign(x) * min((n + up) * quantum(t), max_code)                      scale = absmax / max_code
+    code   = sign(x) * min((n + up) * quantum(t), max_code)                      scale = top / max_code
 
-so E[code * scale] = x up to float32 rounding when rounding is stochastic. Nothing here clips, adds noise or chooses a
-format.
+so E[code * scale] = x up to float32 rounding when rounding is stochastic and top = absmax, the largest |x| of the row.
+A role may ask for a lower top, a multiple of the row's root mean square: fewer levels are spent on a few large values,
+which are cut off. Nothing here clips gradients, adds noise or chooses a format.
 
-Symbols: B rows, x values, t magnitudes in code units, absmax the largest |x| of a row.
+Symbols: B rows, x values, t magnitudes in code units.
 Source: LUQ (Chmiel et al. 2021, arXiv:2112.10769), equations 10 and 12, with alpha = absmax / 64.
 """
 
@@ -129,7 +130,7 @@ def quantize(
     """
     role = _role(format)
     if rounding is not None:
-        role = RoleFormat(format=role.format, rounding=rounding)
+        role = dataclasses.replace(role, rounding=rounding)
     if per_example and x.ndim == 0:
         raise SettingError(
             "Expected x to have a batch axis; got a tensor of shape (). A scale is taken for each example. "
@@ -141,7 +142,7 @@ def quantize(
         record_ids = torch.arange(len(x), device=x.device)
     keys = streams.row_keys(streams.derive_key("quantize", key), record_ids)
     rows = x if per_example else x.reshape(1, *x.shape)
-    q = quantize_rows(rows, role.format, role.rounding, keys, backend=backend)
+    q = quantize_rows(rows, role.format, role.rounding, keys, clip=role.clip, backend=backend)
     return q if per_example else dataclasses.replace(q, codes=q.codes.view(x.shape))
 
 
@@ -151,6 +152,7 @@ def quantize_rows(
     rounding: Rounding,
     row_keys: Tensor,
     *,
+    clip: float | None = None,
     zero_point: int = 0,
     backend: str = "auto",
 ) -> QTensor:
@@ -163,6 +165,7 @@ def quantize_rows(
       format: which codes there are.
       rounding: stochastic or to nearest.
       row_keys: int64 `(B,)` on x's device, from `streams.row_keys`.
+      clip: see `RoleFormat`.
       zero_point: 0 for int8 codes; 128 for uint8 codes that hold code + 128, as int8 convolutions take them.
       backend: "auto", "torch" or "native"; all give the same bits.
 
@@ -183,24 +186,38 @@ def quantize_rows(
     codes = torch.empty_like(x, dtype=dtype)  # keeps the memory format
     if x.numel() == 0:
         return QTensor(codes=codes, scale=x.new_zeros(len(x)), zero_point=zero_point)
+    tops = None if clip is None else _tops(x, clip)
     if _runs_native(format, x.device, backend):
-        scale = _fill_native(codes, x, format, rounding, row_keys, zero_point)
+        scale = _fill_native(codes, x, format, rounding, row_keys, zero_point, tops)
     else:
-        scale = _fill_torch(codes, x, format, rounding, row_keys, zero_point)
+        scale = _fill_torch(codes, x, format, rounding, row_keys, zero_point, tops)
     return QTensor(codes=codes, scale=scale, zero_point=zero_point)
 
 
+def _tops(x: Tensor, clip: float) -> Tensor:
+    """What each row's largest code stands for, `(B,)`: `clip` root mean squares, but not more than the largest |x|."""
+    rows = x.reshape(len(x), -1)
+    squares = rows.double().square().mean(dim=1)
+    return torch.minimum(rows.abs().amax(dim=1), (clip * squares.sqrt()).float())
+
+
 def _fill_torch(
-    codes: Tensor, x: Tensor, format: NumberFormat, rounding: Rounding, row_keys: Tensor, zero_point: int
+    codes: Tensor,
+    x: Tensor,
+    format: NumberFormat,
+    rounding: Rounding,
+    row_keys: Tensor,
+    zero_point: int,
+    tops: Tensor | None,
 ) -> Tensor:
     """Fill `codes` and return the scales: the meaning of quantization, on any device."""
     rows = x.reshape(len(x), -1)
-    absmax = rows.abs().amax(dim=1)
-    max_code = torch.full_like(absmax, format.max_code)  # tensor / tensor divides exactly, on every device
-    usable = absmax.isfinite() & (absmax >= SMALLEST_ABSMAX)
-    scale = torch.where(usable, absmax / max_code, torch.where(absmax.isfinite(), 0.0, math.nan))
+    top = rows.abs().amax(dim=1) if tops is None else tops
+    max_code = torch.full_like(top, format.max_code)  # tensor / tensor divides exactly, on every device
+    usable = top.isfinite() & (top >= SMALLEST_ABSMAX)
+    scale = torch.where(usable, top / max_code, torch.where(top.isfinite(), 0.0, math.nan))
 
-    t = torch.where(usable[:, None], rows.abs() * (max_code / absmax)[:, None], 0.0).clamp(max=format.max_code)
+    t = torch.where(usable[:, None], rows.abs() * (max_code / top)[:, None], 0.0).clamp(max=format.max_code)
     quantum = _quantum(t, format)
     floor = (t / quantum).floor()
     fraction = ((t / quantum - floor) * _ONE).round().long()  # round: ties to even
@@ -221,7 +238,13 @@ def _quantum(t: Tensor, format: NumberFormat) -> Tensor:
 
 
 def _fill_native(
-    codes: Tensor, x: Tensor, format: NumberFormat, rounding: Rounding, row_keys: Tensor, zero_point: int
+    codes: Tensor,
+    x: Tensor,
+    format: NumberFormat,
+    rounding: Rounding,
+    row_keys: Tensor,
+    zero_point: int,
+    tops: Tensor | None,
 ) -> Tensor:
     """Fill `codes` and return the scales: the same bits in one pass."""
     scale = x.new_empty(len(x))
@@ -235,6 +258,7 @@ def _fill_native(
         row_keys.contiguous().numpy(),
         codes.view(torch.uint8).numpy(),
         scale.numpy(),
+        None if tops is None else tops.numpy(),
         inner=inner,
         outer_stride=outer_stride,
         inner_stride=inner_stride,

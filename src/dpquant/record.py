@@ -37,6 +37,7 @@ class RunRecord:
 
     Attributes:
       execution: which backend ran and why, how many examples a backward pass took, what stayed in full precision.
+      average: weight of the past in the average of parameters that was tested and saved; 0: the last parameters were.
       epsilon: what was spent, at `delta`; epsilon_analysis_share: the part of it that the analyses cost.
       format, rest: of the layers that the policy had chosen, and of the others.
       quantized_fraction_layers, quantized_fraction_macs: means over epochs; layers that the policy had chosen, and
@@ -58,6 +59,7 @@ class RunRecord:
     execution: str
     optimizer: str
     lr: float
+    average: float
     seed: int
     threads: int
     epochs: int

@@ -85,6 +85,7 @@ class TrainSettings:
     momentum: float = _setting("of sgd")
     weight_decay: float = _setting("of the optimizer", 0.0)
     lr_schedule: str = _setting("constant, linear (to zero) or cosine (to zero)", "constant")
+    average: float = _setting("weight of the past in an average of the parameters, which is tested and saved", 0.0)
     policy: str = _setting("none, all, static, rotate, prioritise or dpquant", "dpquant")
     fraction: float | None = _setting("share of the layers that run quantized [0.75, unless macs is given]")
     macs: float | None = _setting("share of the multiply-accumulates that run quantized, instead of fraction")
@@ -199,6 +200,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "records": _AT_LEAST_ONE,
     "lr": _POSITIVE,
     "momentum": ("in [0, 1)", lambda x: 0 <= x < 1),
+    "average": ("in [0, 1)", lambda x: 0 <= x < 1),
     "weight_decay": _NOT_NEGATIVE,
     "beta": _NOT_NEGATIVE,
     "analysis_every": _AT_LEAST_ONE,

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dpquant import data, models
 from dpquant.errors import ModelError, SettingError
@@ -180,6 +181,7 @@ def train(
         microbatch_size=settings.microbatch_size,
         memory=settings.memory,
     )
+    tested = _Tested(private.model, settings.average)
     (out / "config.toml").write_text(settings.to_toml())
     accuracies: list[float] = []
     with (out / "metrics.jsonl").open("w") as metrics:
@@ -188,9 +190,10 @@ def train(
             for batch in epoch:
                 private.step(batch)
                 schedule.step()
+                tested.update(private.model)
                 watch(_progress(private, epoch, epsilon, accuracies))
             _check_finite(private)
-            accuracies.append(accuracy(private.model, dataset.test))
+            accuracies.append(accuracy(tested.model, dataset.test))
             line = {
                 "epoch": epoch.index,
                 "epsilon": private.epsilon_spent(),
@@ -200,14 +203,30 @@ def train(
                 "examples_per_second": _examples_per_second(private),
             }
             if settings.unsafe_metrics:
-                line["nonprivate_accuracy_train"] = accuracy(private.model, dataset.train)
+                line["nonprivate_accuracy_train"] = accuracy(tested.model, dataset.train)
             metrics.write(json.dumps(line) + "\n")
             metrics.flush()
-    state = {name: tensor.detach().contiguous() for name, tensor in private.model.state_dict().items()}
+    state = {name: tensor.detach().contiguous() for name, tensor in tested.model.state_dict().items()}
     save_file(state, out / "model.safetensors")
     record = _record(settings, private, accuracies, command, time.perf_counter() - began)
     record.write(out / "record.json")
     return record
+
+
+class _Tested:
+    """The model that is tested and saved: the one in training, or its average over steps, which is post-processing.
+
+    The average forgets exponentially (De et al. 2022, arXiv:2204.13650): it sees less of the noise than the last step.
+    """
+
+    def __init__(self, model: nn.Module, past: float):
+        self._average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(past)) if past else None
+        self.model = model if self._average is None else self._average.module
+
+    def update(self, model: nn.Module) -> None:
+        """Take in the parameters after a step."""
+        if self._average is not None:
+            self._average.update_parameters(model)
 
 
 def charged(ledger: Path, plan: PrivacyPlan) -> tuple[int, float]:
@@ -365,6 +384,7 @@ def _record(
         execution=str(private.execution),
         optimizer=settings.optimizer,
         lr=settings.lr,
+        average=settings.average,
         seed=settings.seed,
         threads=torch.get_num_threads(),
         epochs=len(policies),

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""E2: what each half of dpquant gives. Rotation alone, prioritising alone (deterministic), both; beta and ema swept.
+
+The paper gives neither beta nor the moving average's weight.
+"""
+
+from experiments.runner import Table
+from experiments.settings import EPSILON, GTSRB, SEEDS
+
+SHARE = "--fraction 0.75"
+ROWS = {
+    "rotate": f"--policy rotate {SHARE}",
+    "prioritise": f"--policy prioritise {SHARE}",
+    **{f"dpquant, beta {beta}": f"--policy dpquant {SHARE} --beta {beta}" for beta in ("1", "3", "10")},
+    **{f"dpquant, ema {ema}": f"--policy dpquant {SHARE} --ema {ema}" for ema in ("0.1", "1.0")},
+}
+TABLES = [
+    Table(
+        name="ablation",
+        title="GTSRB, ResNet18, epsilon = 8, luq-fp4 on 75 % of the layers",
+        common=f"{GTSRB} {EPSILON}",
+        rows=ROWS,
+        seeds=SEEDS,
+    )
+]

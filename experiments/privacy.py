@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""E3: budgets, and what the analyses' settings do to their share of epsilon and to accuracy."""
+
+from experiments.runner import Table
+from experiments.settings import GTSRB, SEEDS
+
+EPSILONS = ("1", "2", "4", "8")
+CHANGES = {
+    "defaults": "",
+    "every 4 epochs": "--analysis-every 4",
+    "noise 0.5": "--analysis-noise-multiplier 0.5",
+    "noise 8": "--analysis-noise-multiplier 8",
+    "batch 128": "--analysis-batch-size 128",
+    "clipped to 0.05": "--analysis-max-norm 0.05",
+    "clipped to 1": "--analysis-max-norm 1",
+}
+TABLES = [
+    Table(
+        name="privacy-epsilon",
+        title="GTSRB, ResNet18, luq-fp4 on half of the layers, by epsilon",
+        common=GTSRB,
+        rows={
+            f"{policy}, epsilon {epsilon}": f"--policy {policy} --fraction 0.5 --epsilon {epsilon}"
+            for epsilon in EPSILONS
+            for policy in ("none", "dpquant")
+        },
+        seeds=SEEDS,
+    ),
+    Table(
+        name="privacy-analysis",
+        title="GTSRB, ResNet18, epsilon = 8, luq-fp4 on half of the layers, by the analyses' settings",
+        common=f"{GTSRB} --epsilon 8 --policy dpquant --fraction 0.5",
+        rows=CHANGES,
+        seeds=SEEDS,
+    ),
+]

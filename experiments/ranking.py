@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""E6: does the private ranking find the layers that an exhaustive, non-private measurement finds?
+
+A network is trained privately in full precision. Then every training record's impact vector is computed (not private),
+and the private analysis is drawn from those vectors many times: Poisson sample, clip, sum, noise. What is shown is the
+rank correlation of such an analysis with the mean over all records and several roundings, against the share of epsilon
+that one analysis an epoch would take.
+"""
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from scipy import stats
+
+from dpquant import data
+from dpquant.impact import impact_vectors
+from dpquant.layers import prepare, quantizable_layers
+from dpquant.plan import PrivacyPlan
+from dpquant.settings import TrainSettings
+from dpquant.train import model_of, per_example_loss, plan_of
+from experiments.runner import RESULTS, Run, Site, new_figure
+from experiments.settings import EPSILON, FASHION, GTSRB
+
+NETWORKS = {
+    "LeNet, Fashion-MNIST": f"{FASHION} {EPSILON} --policy none".replace("--model resnet18", "--model lenet"),
+    "ResNet18, GTSRB": f"{GTSRB} {EPSILON} --policy none",
+}
+RECORDS, REPEATS, DRAWS = 8192, 4, 400  # records measured, roundings of each, simulated analyses
+BATCHES, NOISES, NORMS = (128, 512, 2048), (0.5, 1.0, 2.0, 4.0), (0.05, 0.25, 1.0)
+
+
+def run(site: Site) -> None:
+    """Measure what can be measured here; write results/ranking.json and .png."""
+    results = {}
+    for title, options in NETWORKS.items():
+        training = Run(title, 0, options)
+        site.do([training])
+        folder = training.folder(site.work)
+        if (folder / "record.json").exists():
+            results[title] = _network(folder)
+    if results:
+        (RESULTS / "ranking.json").write_text(json.dumps(results, indent=1) + "\n")
+        _draw(results, RESULTS / "ranking.png")
+
+
+def _network(folder: Path) -> dict:
+    """Impacts of a trained network's layers, and how well cheaper analyses rank them."""
+    import tomllib
+
+    settings = TrainSettings.chosen(tomllib.loads((folder / "config.toml").read_text()))
+    dataset = data.load(settings.data, image_size=settings.image_size)
+    model = model_of(settings, dataset)
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    model = prepare(model.eval(), format="luq-fp4")
+    names = list(quantizable_layers(model))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randperm(len(dataset.train), generator=generator)[:RECORDS].sort().values
+    vectors_RNP = np.stack([_vectors(model, dataset.train, ids, names, repeat) for repeat in range(REPEATS)])
+    exhaustive_P = vectors_RNP.mean((0, 1))
+    analyses = []
+    for batch, noise, norm in itertools.product(BATCHES, NOISES, NORMS):
+        found = _simulated(vectors_RNP[0], batch, noise, norm)
+        correlations = [stats.spearmanr(one, exhaustive_P).statistic for one in found]
+        quantiles = np.quantile(correlations, [0.1, 0.5, 0.9]).tolist()
+        share = _plan(settings, batch, noise, norm).analysis_share()
+        analyses.append(
+            {"batch": batch, "noise_multiplier": noise, "max_norm": norm, "share": share, "rank": quantiles}
+        )
+        print(f"  batch {batch:5d} noise {noise:3.1f} norm {norm:4.2f}: share {share:7.3%}, rank {quantiles[1]:.2f}")
+    halves = [vectors_RNP[:, part::2].mean((0, 1)) for part in (0, 1)]
+    return {
+        "command": f"dpquant train --config {folder.name}/config.toml",
+        "records": RECORDS,
+        "repeats": REPEATS,
+        "exhaustive": dict(zip(names, exhaustive_P.tolist(), strict=True)),
+        "agreement_of_halves": float(stats.spearmanr(*halves).statistic),
+        "median_norm": float(np.median(np.linalg.norm(vectors_RNP[0], axis=1))),
+        "analyses": analyses,
+    }
+
+
+def _vectors(model, split, ids, names, repeat: int) -> np.ndarray:
+    """Impact vectors (N, P), not clipped."""
+    pieces = [
+        impact_vectors(model, per_example_loss, split.batch(piece), names, piece, step=repeat, seed=0)
+        for piece in ids.split(128)
+    ]
+    return torch.cat(pieces).numpy()
+
+
+def _simulated(vectors_NP: np.ndarray, batch: int, noise: float, norm: float) -> np.ndarray:
+    """Results (DRAWS, P) of analyses of so many expected records."""
+    random = np.random.default_rng(0)
+    clipped_NP = vectors_NP * np.minimum(1, norm / np.maximum(np.linalg.norm(vectors_NP, axis=1), 1e-30))[:, None]
+    drawn_DN = random.random((DRAWS, len(vectors_NP))) < batch / len(vectors_NP)
+    return (drawn_DN @ clipped_NP + random.normal(0, noise * norm, (DRAWS, vectors_NP.shape[1]))) / batch
+
+
+def _plan(settings: TrainSettings, batch: int, noise: float, norm: float) -> PrivacyPlan:
+    return plan_of(
+        dataclasses.replace(
+            settings,
+            policy="dpquant",
+            fraction=0.5,
+            analysis_batch_size=float(batch),
+            analysis_noise_multiplier=noise,
+            analysis_max_norm=norm,
+        )
+    )
+
+
+def _draw(results: dict, path: Path) -> None:
+    figure, axes = new_figure(columns=len(results))
+    for axis, (title, result) in zip(np.atleast_1d(axes), results.items(), strict=True):
+        for norm in NORMS:
+            rows = sorted((a for a in result["analyses"] if a["max_norm"] == norm), key=lambda a: a["share"])
+            axis.plot([100 * a["share"] for a in rows], [a["rank"][1] for a in rows], "o", label=f"clipped to {norm}")
+        axis.axvline(3, color="grey", linestyle=":")
+        axis.axhline(result["agreement_of_halves"], color="grey", linestyle="--", linewidth=0.8)
+        axis.set(xscale="log", xlabel="analyses' share of epsilon, %", ylabel="rank correlation (median)", title=title)
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=130)

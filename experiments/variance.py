@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""E5: the quantizer's variance on a real network's activations and output gradients, measured and by the exact formula.
+
+For E3M0 with stochastic rounding, in units of the values' own mean square. Beside it the variance that a scale over the
+whole batch would have (which is not private: one example would change all others' rounding).
+"""
+
+import json
+
+import torch
+import torch.nn.functional as F
+
+from dpquant import data
+from dpquant.formats import E3M0, Rounding
+from dpquant.models import build
+from dpquant.quantizer import quantize_rows
+from dpquant.streams import row_keys
+from experiments.runner import RESULTS, Site, new_figure
+
+EXAMPLES, DRAWS = 256, 200
+
+
+def run(site: Site) -> None:
+    """Write results/variance.json and .png."""
+    torch.manual_seed(0)
+    split = data.load("fashion-mnist").train
+    model = build("resnet18", num_classes=10, input_shape=(1, 28, 28))
+    inputs, targets = split.batch(torch.arange(EXAMPLES))
+    rows = []
+    for name, tensors in operands(model, inputs, targets).items():
+        for role, x in tensors.items():
+            shared = x.reshape(1, -1)
+            row = {
+                "layer": name,
+                "role": role,
+                "formula": float(exact_variance(x.flatten(1)).sum() / x.square().sum()),
+                "measured": float(measured_variance(x) / x.square().sum()),
+                "per_tensor": float(exact_variance(shared).sum() / x.square().sum()),
+            }
+            rows.append(row)
+            print("{layer:24s} {role:10s} {formula:8.4f} {measured:8.4f} {per_tensor:10.4f}".format(**row), flush=True)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "variance.json").write_text(
+        json.dumps({"examples": EXAMPLES, "draws": DRAWS, "rows": rows}, indent=1) + "\n"
+    )
+    figure, axes = new_figure(columns=2)
+    for axis, role in zip(axes, ("activation", "gradient"), strict=True):
+        chosen = [row for row in rows if row["role"] == role]
+        for field, style in (("formula", "-"), ("measured", "x"), ("per_tensor", "--")):
+            axis.semilogy([row[field] for row in chosen], style, label=field.replace("_", " "))
+        axis.set(xlabel="layer", ylabel="variance / mean square", title=f"{role}s, E3M0")
+        axis.legend(fontsize=8)
+    figure.savefig(RESULTS / "variance.png", dpi=130)
+
+
+def exact_variance(x_BN: torch.Tensor) -> torch.Tensor:
+    """Of stochastic rounding to E3M0, element by element, with one scale a row: the terms of Proposition 1."""
+    magnitude = x_BN.abs().double()
+    unit = magnitude.amax(1, keepdim=True).clamp(min=1e-300) / E3M0.max_code
+    below = torch.exp2(torch.log2((magnitude / unit).clamp(min=1)).floor()) * unit
+    inside = (magnitude - below) * (2 * below - magnitude)
+    return torch.where(magnitude < unit, magnitude * (unit - magnitude), inside)
+
+
+def measured_variance(x: torch.Tensor) -> torch.Tensor:
+    """The sum over elements of the mean squared error of many draws."""
+    total = torch.zeros((), dtype=torch.float64)
+    for draw in range(DRAWS):
+        keys = row_keys(draw, torch.arange(len(x)))
+        q = quantize_rows(x.contiguous(), E3M0, Rounding.STOCHASTIC, keys)
+        total += (q.dequantize().double() - x).square().sum()
+    return total / DRAWS
+
+
+def operands(model, inputs, targets) -> dict[str, dict[str, torch.Tensor]]:
+    """{layer: its input and its output's gradient, `activation` and `gradient`} of the sum of losses."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+
+            def keep(module, args, output, name=name):
+                found[name] = {"activation": args[0].detach()}
+                output.register_hook(lambda g: found[name].__setitem__("gradient", g.detach()))
+
+            handles.append(module.register_forward_hook(keep))
+    F.cross_entropy(model(inputs), targets, reduction="sum").backward()
+    for handle in handles:
+        handle.remove()
+    return found
