@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 
 def new_pages(keep):
     """How many pages the last of some equal pieces of work gets anew."""
-    for _ in range(4):
+    for _ in range(8):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         with keep():
             for _ in range(3):
@@ -85,12 +85,10 @@ def left_of_a_large_block():
 
 
 def left_between_and_in_steps():
-    with working_memory(), working_memory():  # a step inside of a step changes nothing
+    with working_memory(), working_memory():
         pass
     between = left_of_a_large_block()
     with working_memory():
-        with working_memory():
-            pass
         return between, left_of_a_large_block()
 
 
@@ -99,36 +97,44 @@ def test_between_steps_large_blocks_come_and_go_as_before_and_in_steps_they_stay
     assert between < 2**24 and within > 2**26
 
 
-class Recorded:
-    """A C library that notes what is asked of it."""
+def test_between_steps_the_blocks_are_out_of_reach_and_in_one_free():
+    with working_memory():
+        assert not module._held
+        free = module._glibc().mallinfo2().fordblks  # left by whatever ran before
+        block = torch.ones(free // 4 + 2**22)
+        del block
+    assert module._held
+    with working_memory(), working_memory():  # a step inside of a step changes nothing
+        assert not module._held
+    assert module._held
 
-    def __init__(self):
-        self.calls = []
 
-    def __getattr__(self, name):
-        return lambda *arguments: self.calls.append(name)
+def test_holding_does_not_make_the_heap_grow():
+    libc = module._glibc()
+    with working_memory():
+        block = torch.ones(2**24)
+        del block
+        before = libc.mallinfo2().arena
+    assert libc.mallinfo2().arena == before and sum(module._held.values()) > 2**25
 
 
-def use():
+def test_another_thread_is_left_alone():
+    seen = []
+
+    def work():
+        with working_memory():
+            seen.append(list(module._held))
+
     with working_memory():
         pass
-    give_back()
+    before = list(module._held)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before] and list(module._held) == before
 
 
-@pytest.mark.parametrize(("in_main_thread", "touched"), [(True, {"mallopt", "malloc_trim"}), (False, set())])
-def test_another_thread_is_left_alone(monkeypatch, in_main_thread, touched):
-    libc = Recorded()
-    monkeypatch.setattr(module, "_glibc", lambda: libc)
-    if in_main_thread:
-        use()
-    else:
-        thread = threading.Thread(target=use)
-        thread.start()
-        thread.join()
-    assert set(libc.calls) == touched
-
-
-def heap_growth(steps, keep=lambda result: None):
+def heap_growth(steps):
     """Bytes that the heap grows by in so many steps, the program renewing what it keeps of their results."""
     libc = module._glibc()
     kept = None
@@ -137,7 +143,6 @@ def heap_growth(steps, keep=lambda result: None):
         with working_memory():
             result = [torch.ones(2**20) for _ in range(8)]  # 4 MiB each
         kept = [t * 2 for t in result]
-        keep(result)
         del result
     assert kept is not None
     return libc.mallinfo2().arena - before
@@ -148,7 +153,13 @@ def test_the_heap_does_not_grow_from_step_to_step():
     assert heap_growth(10) < 2**26
 
 
-def test_a_heap_that_grows_would_be_seen():
-    leaked = []
-    enough = module._glibc().mallinfo2().fordblks // 2**25 + 10  # steps, to fill what earlier tests have left
-    assert heap_growth(enough, leaked.append) > 2**26
+def test_the_heap_grows_where_all_that_is_free_is_held(monkeypatch):
+    hold = module._hold
+
+    def greedy(libc):
+        module._free = 0
+        hold(libc)
+
+    monkeypatch.setattr(module, "_hold", greedy)
+    heap_growth(5)
+    assert heap_growth(10) > 2**26

@@ -167,8 +167,8 @@ class Recipe:
                 )
         if self.activation.per_channel or self.gradient.per_channel:
             raise FormatError(
-                "Expected per_channel of the weight alone; got it of another role. Scales of an example's channels cannot "
-                "be taken out of a product's sum. Leave # out there."
+                "Expected per_channel of the weight alone; got it of another role. The scales of an example's channels "
+                "cannot be taken out of a product's sum. Leave # out there."
             )
 
     @property
