@@ -329,8 +329,8 @@ class Oracle:
         alone = [self._sum_of(make, example) for example in self._few]
         expected = [gradient * _factor(gradient, bound) for gradient in self._gradients]
         if (largest := max(_norm(vector) for vector in alone)) > bound * (1 + _NORM_TOLERANCE):
-            excess = largest / bound - 1
-            return f"one example contributes a norm of {largest:.4g}, {excess:.1e} of the bound above it", None
+            excess = largest - bound
+            return f"one example contributes a norm of {largest:.4g}, {excess:.1e} above the bound", None
         if bound < math.inf and (change := self._change_of_neighbour(make)) > 2 * bound * (1 + _NORM_TOLERANCE):
             return f"another record in one's place changes the sum by {change:.4g}, above 2C = {2 * bound:.4g}", None
         if name in _QUANTIZED:
