@@ -21,7 +21,7 @@ from dpquant import data
 from dpquant.impact import impact_vectors
 from dpquant.layers import prepare, quantizable_layers
 from dpquant.plan import PrivacyPlan
-from dpquant.settings import TrainSettings
+from dpquant.settings import TrainSettings, from_toml
 from dpquant.train import model_of, per_example_loss, plan_of
 from experiments.runner import RESULTS, Run, Site, new_figure
 from experiments.settings import EPSILON, FASHION, GTSRB
@@ -50,9 +50,7 @@ def run(site: Site) -> None:
 
 def _network(folder: Path) -> dict:
     """Impacts of a trained network's layers, and how well cheaper analyses rank them."""
-    import tomllib
-
-    settings = TrainSettings.chosen(tomllib.loads((folder / "config.toml").read_text()))
+    settings = TrainSettings.chosen(from_toml(folder / "config.toml"))
     dataset = data.load(settings.data, image_size=settings.image_size)
     model = model_of(settings, dataset)
     model.load_state_dict(load_file(folder / "model.safetensors"))

@@ -7,6 +7,7 @@ from dpquant import assess as module
 from dpquant.assess import assess
 from dpquant.cli import run
 from dpquant.errors import SettingError
+from dpquant.schedule import RotatePolicy
 from dpquant.settings import TrainSettings
 from dpquant.train import train
 
@@ -37,6 +38,18 @@ def test_the_prediction_is_made_of_what_was_measured():
     assert found.saved.money == pytest.approx(2 * found.saved.hours)
 
 
+def test_a_share_of_layers_is_not_a_share_of_work():
+    """Three of five layers, other ones in every epoch: the run takes the mean of what each epoch's layers take."""
+    given = settings(policy="rotate", fraction=0.6, epochs=4)
+    found = assess(given, rounds=1)
+    macs = {name: layer.macs for name, layer in found.layers.items()}
+    epochs = [RotatePolicy(fraction=0.6).choose(macs, None, epoch=epoch, key=0) for epoch in range(4)]
+    assert {len(names) for names in epochs} == {3}
+    saved = [sum(found.layers[name].full - found.layers[name].quantized for name in names) for names in epochs]
+    step = found.full_step - found.batch_size * sum(saved) / 4
+    assert found.speedup == pytest.approx(found.full_step / step)
+
+
 def test_imagined_hardware_is_predicted_and_not_measured():
     found = assess(settings(policy="all"), hardware="fp4", rounds=1)
     assert all(layer.gain == pytest.approx(4) for layer in found.layers.values())
@@ -60,6 +73,11 @@ def test_that_a_record_is_read_would_be_seen(monkeypatch):
     monkeypatch.setattr("dpquant.data.Split.batch", lambda *a: pytest.fail("a record was read"))
     with pytest.raises(pytest.fail.Exception):
         module.data.load("digits").train.batch(module.torch.arange(2))
+
+
+def test_a_rest_that_it_does_not_time_is_refused():
+    with pytest.raises(SettingError, match="rest=full"):
+        assess(settings(rest="int8"))
 
 
 @pytest.mark.parametrize("change", [{"hardware": "tpu"}, {"runs_per_month": -1.0}, {"cost_per_hour": float("inf")}])

@@ -32,14 +32,15 @@ from dpquant.cost import (
     warnings,
 )
 from dpquant.errors import SettingError
+from dpquant.execution import spared_layers
 from dpquant.hardware import Hardware
 from dpquant.impact import impact_sum
 from dpquant.plan import PrivacyPlan
 from dpquant.private import PrivateTraining, make_private
 from dpquant.record import RunRecord
-from dpquant.schedule import Policy, StaticPolicy, largest_layers, noise_left
+from dpquant.schedule import Policy, largest_layers, noise_left
 from dpquant.settings import TrainSettings
-from dpquant.train import model_of, optimizer_of, per_example_loss, plan_of
+from dpquant.train import model_of, optimizer_of, per_example_loss, plan_of, policy_of
 from dpquant.tuning import layer_times
 
 HARDWARE = ("here", "fp4")
@@ -132,6 +133,11 @@ def assess(
     """
     if hardware not in HARDWARE:
         raise SettingError(f"Expected hardware to be one of {', '.join(HARDWARE)}; got hardware={hardware}.")
+    if settings.rest != "full":
+        raise SettingError(
+            f"Expected rest=full for assess; got rest={settings.rest}. Layers are timed in full precision and in format "
+            "alone. Leave rest out."
+        )
     for name, value in {"runs_per_month": runs_per_month, "cost_per_hour": cost_per_hour}.items():
         if not 0 <= value < float("inf"):
             raise SettingError(f"Expected {name} >= 0 and finite; got {name}={value}. It multiplies what is saved.")
@@ -163,9 +169,9 @@ def assess(
     ]
     watch("timing an analysis")
     analysis = 0.0 if plan.analysis is None else _analysis_seconds(private, made_up) * plan.analysis.expected_batch_size
-    chosen = _chosen(settings, private.macs)
     analyses = len(plan.analysis_epochs())
-    full_run, quantized_run = plan.steps * full_step, plan.steps * model.step(chosen) + analyses * analysis
+    step = _mean_step(settings, plan, private, model)
+    full_run, quantized_run = plan.steps * full_step, plan.steps * step + analyses * analysis
     impacts = {} if record is None else {r.name: r.last_score for r in record.layers if r.last_score is not None}
     return Assessment(
         model=settings.model,
@@ -312,16 +318,14 @@ def _analysis_seconds(private: PrivateTraining, made_up: _MadeUp) -> float:
     return (time.perf_counter() - began) / _ANALYSED
 
 
-def _chosen(settings: TrainSettings, macs: Mapping[str, float]) -> tuple[str, ...]:
-    """Layers such as the settings' policy would choose: those that any drawing of its size has on average."""
-    if settings.policy == "none":
-        return ()
-    if settings.layers is not None:
-        return StaticPolicy(names=[name.strip() for name in settings.layers.split(",")]).choose(
-            macs, None, epoch=0, key=0
-        )
-    share = 1.0 if settings.policy == "all" else settings.fraction or settings.macs or 1.0
-    return largest_layers(macs, share)
+def _mean_step(settings: TrainSettings, plan: PrivacyPlan, private: PrivateTraining, model: CostModel) -> float:
+    """Predicted seconds of a step, the mean over a run's epochs with the layers that its policy would choose."""
+    policy, macs = policy_of(settings), private.macs
+    spared = spared_layers(policy, macs, private.execution.gains)
+    epochs = range(plan.epochs)
+    return statistics.mean(
+        model.step(policy.choose(macs, None, epoch=epoch, key=settings.seed, excluded=spared)) for epoch in epochs
+    )
 
 
 def _score_noise(settings: TrainSettings, plan: PrivacyPlan, analyses: int) -> float | None:

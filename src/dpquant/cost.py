@@ -30,15 +30,9 @@ _SMALLEST_SIGNAL = 1.0  # standard deviations of the noise
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerCost:
-    """One quantizable layer.
+class LayerTimes:
+    """What a layer takes on a machine, seconds an example: all three products, norm and sum, weight included."""
 
-    Attributes:
-      macs: multiply-accumulates of its forward product, for one example.
-      full, quantized: seconds an example, all three products, norm and sum.
-    """
-
-    macs: float
     full: float
     quantized: float
 
@@ -46,6 +40,13 @@ class LayerCost:
     def gain(self) -> float:
         """Above 1 where quantizing makes the layer faster."""
         return self.full / self.quantized
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerCost(LayerTimes):
+    """The same with `macs`, the multiply-accumulates of the layer's forward product for one example."""
+
+    macs: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

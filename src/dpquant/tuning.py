@@ -6,7 +6,6 @@ All of it is measured on made-up data: the choices depend on shapes and on the m
 """
 
 import copy
-import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from dpquant.choice import measured, timed
 from dpquant.clip import PerExampleLoss, clipped_sum, take_rows
+from dpquant.cost import LayerTimes
 from dpquant.errors import SettingError
 from dpquant.formats import FULL_PRECISION, Precision
 from dpquant.hardware import forget_peak, memory_mib
@@ -26,19 +26,6 @@ _SMALLEST, _FIRST, _LARGEST = 4, 32, 256  # microbatches: the smallest, the firs
 _WORTHWHILE = 1.03  # speed-up for which a microbatch is doubled
 _LAYER_MICROBATCHES = 2  # of a layer's trial, over which its weight is quantized once
 _MIB = 2**10  # in a GiB
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerTimes:
-    """What a layer takes on this machine, seconds an example: all three products, norm and sum, weight included."""
-
-    full: float
-    quantized: float
-
-    @property
-    def gain(self) -> float:
-        """Above 1 where quantizing makes the layer faster."""
-        return self.full / self.quantized
 
 
 def layer_times(
@@ -105,7 +92,7 @@ def _times(
         size, num_microbatches, torch.get_num_threads(),
     )  # fmt: skip
     seconds = measured(question, {"full": partial(run, False), "quantized": partial(run, True)})
-    return LayerTimes(seconds["full"] / len(inputs), seconds["quantized"] / len(inputs))
+    return LayerTimes(full=seconds["full"] / len(inputs), quantized=seconds["quantized"] / len(inputs))
 
 
 def fastest_microbatch_size(
