@@ -135,8 +135,8 @@ def assess(
         raise SettingError(f"Expected hardware to be one of {', '.join(HARDWARE)}; got hardware={hardware}.")
     if settings.rest != "full":
         raise SettingError(
-            f"Expected rest=full for assess; got rest={settings.rest}. Layers are timed in full precision and in format "
-            "alone. Leave rest out."
+            f"Expected rest=full for assess; got rest={settings.rest}. Layers are timed in full precision and in "
+            "format alone. Leave rest out."
         )
     for name, value in {"runs_per_month": runs_per_month, "cost_per_hour": cost_per_hour}.items():
         if not 0 <= value < float("inf"):
