@@ -150,6 +150,14 @@ def test_torchvisions_networks_scale_whole(name: str) -> None:
         assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
+@pytest.mark.parametrize(("name", "branches"), [("resnet18", 8), ("resnet18-cifar", 8), ("resnet50", 16)])
+def test_residual_branches_begin_quietly_and_nothing_else_does(name: str, branches: int) -> None:
+    model = build(name, num_classes=7, input_shape=(3, 32, 32), width=0.25)
+    firsts = [float(m.weight.detach().unique().item()) for m in model.modules() if isinstance(m, nn.GroupNorm)]
+    assert firsts.count(0.25) == branches
+    assert firsts.count(1.0) == len(firsts) - branches
+
+
 def test_a_width_for_a_users_own_network_is_refused() -> None:
     with pytest.raises(SettingError, match=r"Expected width = 1 for model=my_models:build; got width=0.5"):
         build("my_models:build", num_classes=10, input_shape=(3, 32, 32), width=0.5)
