@@ -17,8 +17,19 @@ from pathlib import Path
 
 from experiments.runner import FOLDERS, Site, do_table
 
-TABLES = ("fashion_mnist", "gtsrb", "baselines", "schedules", "formats", "ablation", "privacy", "optimizers")
-SCRIPTS = ("variance", "ranking", "damage")
+TABLES = (
+    "fashion_mnist",
+    "gtsrb",
+    "baselines",
+    "schedules",
+    "scales",
+    "networks",
+    "formats",
+    "ablation",
+    "privacy",
+    "optimizers",
+)
+SCRIPTS = ("variance", "ranking", "damage", "pareto", "paper")  # paper last: it writes down what the others found
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ The paper gives neither beta nor the moving average's weight.
 """
 
 from experiments.runner import Table
-from experiments.settings import EPSILON, GTSRB, SEEDS
+from experiments.settings import EPSILON, GTSRB, SHORT, TWO_SEEDS
 
 SHARE = "--fraction 0.75"
 ROWS = {
@@ -18,8 +18,8 @@ TABLES = [
     Table(
         name="ablation",
         title="GTSRB, ResNet18, epsilon = 8, luq-fp4 on 75 % of the layers",
-        common=f"{GTSRB} {EPSILON}",
+        common=f"{GTSRB} {EPSILON} {SHORT}",
         rows=ROWS,
-        seeds=SEEDS,
+        seeds=TWO_SEEDS,
     )
 ]

@@ -21,7 +21,7 @@ from dpquant.layers import prepare, quantizable_layers, set_policy
 from dpquant.private import make_private
 from dpquant.settings import TrainSettings
 from dpquant.train import accuracy, model_of, optimizer_of, per_example_loss, plan_of, policy_of
-from experiments.runner import RESULTS, Site, new_figure
+from experiments.runner import RESULTS, Site, new_figure, settings_of
 from experiments.settings import EPSILON, GTSRB
 from experiments.variance import exact_variance, operands
 
@@ -30,13 +30,10 @@ EPOCHS, PROBED, MICROBATCH = 4, 64, 256
 
 def run(site: Site) -> None:
     """Train four times; write results/damage.json and .png."""
-    if "GTSRB" not in site.folders:
-        print("left out, as --gtsrb is not given: damage")
+    options = site.here(f"{GTSRB} {EPSILON} --epochs {EPOCHS}", "damage")
+    if options is None:
         return
-    words = f"{GTSRB} {EPSILON}".replace("image-folder:GTSRB", f"image-folder:{site.folders['GTSRB']}").split()
-    given = {words[i][2:].replace("-", "_"): words[i + 1] for i in range(0, len(words), 2)}
-    numbers = {key: float(given[key]) for key in ("delta", "batch_size", "max_grad_norm", "lr", "epsilon")}
-    settings = TrainSettings.chosen({**given, **numbers, "records": int(given["records"]), "epochs": EPOCHS})
+    settings = settings_of(options)
     dataset = data.load(settings.data)
     results = {}
     for title, train in {"ordinary": _ordinary, "private": _private}.items():

@@ -5,12 +5,14 @@ An operand alone is quantized to E3M0 while the other two are int8, which costs 
 """
 
 from experiments.runner import Table
-from experiments.settings import EPSILON, GTSRB, SEEDS
+from experiments.settings import EPSILON, GTSRB, SHORT, TWO_SEEDS
 
 ROWS = {
     "full precision": "--policy none",
     "luq-fp4": "--policy all --format luq-fp4",
     "luq": "--policy all --format luq",
+    "int4, clipped": "--policy all --format int4@2.5,int4@2.5,e3m0~",
+    "int4, clipped, a scale a channel": "--policy all --format int4@2.5#,int4@2.5,e3m0~",
     "int8": "--policy all --format int8",
     "fp8": "--policy all --format fp8 --backend simulate",
     "weight alone": "--policy all --format e3m0~,int8,int8~",
@@ -25,8 +27,8 @@ TABLES = [
     Table(
         name="formats",
         title="GTSRB, ResNet18, epsilon = 8: formats, operands and products",
-        common=f"{GTSRB} {EPSILON}".replace("--epochs 12", "--epochs 4"),
+        common=f"{GTSRB} {EPSILON} {SHORT}",
         rows=ROWS,
-        seeds=SEEDS,
+        seeds=TWO_SEEDS,
     )
 ]

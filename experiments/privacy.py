@@ -2,7 +2,7 @@
 """E3: budgets, and what the analyses' settings do to their share of epsilon and to accuracy."""
 
 from experiments.runner import Table
-from experiments.settings import GTSRB, SEEDS
+from experiments.settings import EPSILON, GTSRB, SHORT, TWO_SEEDS
 
 EPSILONS = ("1", "2", "4", "8")
 CHANGES = {
@@ -18,19 +18,19 @@ TABLES = [
     Table(
         name="privacy-epsilon",
         title="GTSRB, ResNet18, luq-fp4 on half of the layers, by epsilon",
-        common=GTSRB,
+        common=f"{GTSRB} {SHORT}",
         rows={
             f"{policy}, epsilon {epsilon}": f"--policy {policy} --fraction 0.5 --epsilon {epsilon}"
             for epsilon in EPSILONS
             for policy in ("none", "dpquant")
         },
-        seeds=SEEDS,
+        seeds=TWO_SEEDS,
     ),
     Table(
         name="privacy-analysis",
         title="GTSRB, ResNet18, epsilon = 8, luq-fp4 on half of the layers, by the analyses' settings",
-        common=f"{GTSRB} --epsilon 8 --policy dpquant --fraction 0.5",
+        common=f"{GTSRB} {EPSILON} {SHORT} --policy dpquant --fraction 0.5",
         rows=CHANGES,
-        seeds=SEEDS,
+        seeds=TWO_SEEDS,
     ),
 ]

@@ -15,10 +15,13 @@ import statistics
 import subprocess
 import sys
 import time
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 
 from dpquant.compare import draw_accuracies, half_width
+from dpquant.settings import TrainSettings
 
 RESULTS = Path(__file__).parent / "results"
 FOLDERS = ("GTSRB", "CIFAR10")  # placeholders in options for the folders of data sets
@@ -35,6 +38,7 @@ class Table:
       rows: {what is shown: options}.
       seeds: every row is run at each.
       draw: makes the picture, from {row: records}; None: accuracies over epochs.
+      programs: {row: module that takes the place of `dpquant`}.
     """
 
     name: str
@@ -43,10 +47,15 @@ class Table:
     rows: Mapping[str, str]
     seeds: Sequence[int]
     draw: Callable[["Table", Mapping[str, list[dict]], Path], None] | None = None
+    programs: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def runs(self) -> list["Run"]:
         """Seed by seed, so that an interrupted table has every row."""
-        return [Run(row, seed, f"{self.common} {options}") for seed in self.seeds for row, options in self.rows.items()]
+        return [
+            Run(row, seed, f"{self.common} {options}", self.programs.get(row))
+            for seed in self.seeds
+            for row, options in self.rows.items()
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +65,13 @@ class Run:
     row: str
     seed: int
     options: str
+    program: str | None = None
 
     @property
     def command(self) -> str:
         """What a user would type."""
-        return f"dpquant train {' '.join(self.options.split())} --seed {self.seed} --out RUN"
+        program = "dpquant" if self.program is None else f"python -m {self.program}"
+        return f"{program} train {' '.join(self.options.split())} --seed {self.seed} --out RUN"
 
     def folder(self, work: Path) -> Path:
         """The run's own directory."""
@@ -97,20 +108,27 @@ class Site:
                 found.setdefault(run.row, []).append({**json.loads(path.read_text()), "command": run.command})
         return found
 
-    def _do(self, run: Run) -> None:
-        out = run.folder(self.work)
-        if (out / "record.json").exists() or time.monotonic() > self.deadline:
-            return
-        options = run.options
+    def here(self, options: str, title: str) -> str | None:
+        """Options with the folders of data sets in place; None, and a word, where a folder is not given."""
         for placeholder, folder in self.folders.items():
             options = options.replace(f"image-folder:{placeholder}", f"image-folder:{folder}")
         missing = [name for name in FOLDERS if f"image-folder:{name}" in options]
         if missing:
-            print(f"left out, as --{missing[0].lower()} is not given: {run.row}", flush=True)
+            print(f"left out, as --{missing[0].lower()} is not given: {title}", flush=True)
+        return None if missing else options
+
+    def _do(self, run: Run) -> None:
+        out = run.folder(self.work)
+        if (out / "record.json").exists() or time.monotonic() > self.deadline:
+            return
+        options = self.here(run.options, run.row)
+        if options is None:
             return
         threads = str(max((os.cpu_count() or 1) // self.jobs, 1))
-        binary = str(Path(sys.executable).parent / "dpquant")
-        command = [binary, "train", *shlex.split(options), "--seed", str(run.seed), "--out", str(out)]
+        program = [str(Path(sys.executable).parent / "dpquant")]
+        if run.program is not None:
+            program = [sys.executable, "-m", run.program]
+        command = [*program, "train", *shlex.split(options), "--seed", str(run.seed), "--out", str(out)]
         if out.exists():  # of a run that was interrupted
             out.rename(out.with_name(f"{out.name}-interrupted-{time.time_ns()}"))
         environment = {**os.environ, "OMP_NUM_THREADS": threads}
@@ -122,6 +140,18 @@ class Site:
             raise SystemExit(f"{shlex.join(command)}\n{result.stderr}")
         accuracy = json.loads((out / "record.json").read_text())["accuracy_test"]
         print(f"{run.row}, seed {run.seed}: {accuracy:.4f} after {time.monotonic() - began:.0f} s", flush=True)
+
+
+def settings_of(options: str) -> TrainSettings:
+    """What `dpquant train` makes of options."""
+    hints = typing.get_type_hints(TrainSettings)
+    words = shlex.split(options)
+    given = {}
+    for option, text in zip(words[::2], words[1::2], strict=True):
+        name = option.removeprefix("--").replace("-", "_")
+        kind = next(kind for kind in typing.get_args(hints[name]) or (hints[name],) if kind is not NoneType)
+        given[name] = kind(text)
+    return TrainSettings.chosen(given)
 
 
 def do_table(table: Table, site: Site) -> dict[str, dict]:
@@ -157,8 +187,8 @@ def summary(records: Mapping[str, list[dict]]) -> dict[str, dict]:
             "accuracy_spread": round(statistics.stdev(accuracies), 2) if len(accuracies) > 1 else None,
             "accuracy_half_width": None if interval is None else round(interval, 2),
             "accuracies": [round(a, 2) for a in accuracies],
-            "epsilon": max(run["epsilon"] for run in runs),
-            "epsilon_analysis_share": max(run["epsilon_analysis_share"] for run in runs),
+            "epsilon": runs[0]["epsilon"],
+            "epsilon_analysis_share": runs[0]["epsilon_analysis_share"],
             "quantized_fraction_layers": round(statistics.mean(run["quantized_fraction_layers"] for run in runs), 3),
             "quantized_fraction_macs": round(statistics.mean(run["quantized_fraction_macs"] for run in runs), 3),
             "four_bit_fraction_macs": round(statistics.mean(run["four_bit_fraction_macs"] for run in runs), 3),

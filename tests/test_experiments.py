@@ -4,12 +4,16 @@ import json
 import subprocess
 
 import pytest
-from experiments import runner
+import torch
+from experiments import paper, per_tensor, runner
 from experiments.__main__ import SCRIPTS, TABLES
-from experiments.runner import Run, Site, Table, do_table
+from experiments.per_tensor import with_one_scale
+from experiments.runner import Run, Site, Table, do_table, settings_of
 
-from dpquant.cli import _settings
-from dpquant.settings import TrainSettings
+from dpquant.errors import SettingError
+from dpquant.formats import E3M0, Rounding
+from dpquant.quantizer import quantize_rows
+from dpquant.streams import row_keys
 
 TABLE = Table(name="mine", title="Mine", common="--epochs 2", rows={"a": "--lr 1", "b": "--lr 2"}, seeds=(0, 1))
 RECORD = {
@@ -67,6 +71,58 @@ def test_a_run_whose_data_is_not_here_is_left_out(commands, tmp_path):
     assert f"image-folder:{tmp_path}" in commands[0]
 
 
+def test_another_program_takes_the_place_of_dpquant(commands, tmp_path):
+    table = Table(name="mine", title="M", common="", rows={"a": "", "b": ""}, seeds=(0,), programs={"b": "mine.main"})
+    do_table(table, site(tmp_path))
+    assert len(commands) == 2 and commands[1][1:4] == ["-m", "mine.main", "train"]
+
+
+def test_scales_per_tensor_let_one_example_change_another_and_ours_do_not():
+    """What the variant is there to show: it is not private."""
+    x = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
+    louder = torch.cat([x[:3], 100 * x[3:]]).to(memory_format=torch.channels_last)
+    keys = row_keys(7, torch.arange(4))
+    arguments = (E3M0, Rounding.NEAREST, keys)
+    shared, ours = with_one_scale(x, *arguments), quantize_rows(x, *arguments)
+    assert shared.codes.shape == x.shape and shared.codes.is_contiguous(memory_format=torch.channels_last)
+    assert shared.scale.shape == (4,) and shared.scale.unique().numel() == 1
+    assert not torch.equal(with_one_scale(louder, *arguments).codes[:3], shared.codes[:3])
+    assert torch.equal(quantize_rows(louder, *arguments).codes[:3], ours.codes[:3])
+
+
+def test_a_run_with_scales_per_tensor_promises_nothing(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert per_tensor.main(["train", "--policy", "all", "--epochs", "1", "--threads", "1", "--out", str(out)]) == 0
+    record = json.loads((out / "record.json").read_text())
+    assert record["epsilon"] is None and record["statement"].startswith("NOT PRIVATE")
+    assert capsys.readouterr().out.strip().endswith(per_tensor.NOT_PRIVATE)
+
+
+RESULTS = {
+    "summary": {
+        "static 0.9": {
+            "accuracy_mean": 12.3456, "accuracy_spread": 1.0, "accuracies": [1, 2], "quantized_fraction_macs": 0.9,
+            "four_bit_fraction_macs": 0.5, "epsilon": 8.0, "epsilon_analysis_share": 0.01, "command": "dpquant train",
+        },
+    },
+    "missing": [],
+}  # fmt: skip
+
+
+def test_results_stand_on_the_page_beside_the_papers(monkeypatch, tmp_path):
+    monkeypatch.setattr(paper, "RESULTS", tmp_path)
+    (tmp_path / "baselines-gtsrb.json").write_text(json.dumps(RESULTS))
+    page = "before\n<!-- results: baselines-gtsrb -->\nold\n<!-- end -->\n<!-- results: none -->\n<!-- end -->\nafter"
+    found = paper.refreshed(page)
+    assert "| static 0.9 | 12.35 ± 1.00 | 2 | 90% | 50% | 1.00% | 57.49 ± 4.46 |" in found
+    assert "old" not in found and "Not run yet." in found and found.startswith("before") and found.endswith("after")
+    assert paper.refreshed(found) == found
+
+
+def test_the_page_says_what_the_results_say():
+    assert paper.refreshed(paper.PAGE.read_text()) == paper.PAGE.read_text()
+
+
 def test_runs_of_other_options_or_seeds_have_other_directories(tmp_path):
     folders = [Run("a", seed, options).folder(tmp_path) for seed in (0, 1) for options in ("--lr 1", "--lr 2")]
     assert len(set(folders)) == 4
@@ -82,19 +138,16 @@ def test_a_run_that_fails_is_told(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", TABLES)
 def test_every_row_is_a_command_that_train_understands(name):
-    import shlex
-
-    fields = TrainSettings.__dataclass_fields__
     for table in importlib.import_module(f"experiments.{name}").TABLES:
         for run in table.runs():
-            words = shlex.split(run.options)
-            given = {words[i][2:].replace("-", "_"): words[i + 1] for i in range(0, len(words), 2)}
-            types = {key: fields[key].type for key in given}
-            typed = {
-                key: float(value) if "float" in str(types[key]) else int(value) if "int" in str(types[key]) else value
-                for key, value in given.items()
-            }
-            assert _settings(typed, None).data in ("fashion-mnist", "image-folder:GTSRB", "image-folder:CIFAR10")
+            assert settings_of(run.options).data in ("fashion-mnist", "image-folder:GTSRB", "image-folder:CIFAR10")
+
+
+def test_an_option_that_train_does_not_know_is_an_error():
+    with pytest.raises(SettingError, match="Expected lr > 0"):
+        settings_of("--lr 1e-3 --lr -1")
+    with pytest.raises(KeyError, match="learning_rate"):
+        settings_of("--learning-rate 1")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

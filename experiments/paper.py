@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Puts the results of the tables into docs/paper.md, the paper's own figures beside them.
+
+Between `<!-- results: NAME -->` and `<!-- end -->` stands what results/NAME.json says; the rest is written by hand.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from experiments.runner import RESULTS, Site
+
+PAGE = Path(__file__).parents[1] / "docs" / "paper.md"
+PLACES = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+# Validation accuracy at epsilon = 8 (DPQuant, arXiv 2509.03472), by data set, network and row
+PAPER = {
+    "baselines-gtsrb": {
+        "static 0.5": "69.06 ± 5.63",
+        "dpquant 0.5": "76.75",
+        "static 0.9": "57.49 ± 4.46",
+        "dpquant 0.9": "67.67",
+    },
+    "networks": {
+        "resnet50, static 0.75": "58.13 ± 8.50",
+        "resnet50, dpquant 0.75": "69.03",
+        "resnet50, static 0.9": "47.40 ± 7.23",
+        "resnet50, dpquant 0.9": "59.87",
+        "densenet121, static 0.5": "65.47 ± 5.42",
+        "densenet121, dpquant 0.5": "71.05",
+    },
+}
+
+
+def run(site: Site) -> None:
+    """Write the page again."""
+    PAGE.write_text(refreshed(PAGE.read_text()))
+    print(f"wrote {PAGE.name}")
+
+
+def refreshed(page: str) -> str:
+    """The page with its tables as the results say now."""
+    return PLACES.sub(lambda place: place[1] + _table(place[2]) + place[3], page)
+
+
+def _table(name: str) -> str:
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return "Not run yet.\n"
+    results = json.loads(path.read_text())
+    theirs = PAPER.get(name, {})
+    head = ["", "test accuracy, %", "seeds", "MACs quantized", "in four bits", "analyses' share of epsilon"]
+    lines = [head + ["the paper"] * bool(theirs)]
+    lines += [_line(row, facts) + [theirs.get(row, "")] * bool(theirs) for row, facts in results["summary"].items()]
+    table = "".join(
+        f"| {' | '.join(line)} |\n" + ("|---" * len(line) + "|\n" if i == 0 else "") for i, line in enumerate(lines)
+    )
+    missing = f"Not run yet: {'; '.join(results['missing'])}.\n" if results["missing"] else ""
+    command = next(iter(results["summary"].values()))["command"]
+    return f"{table}\nThe first row's command, at its first seed: `{command}`\n{missing}"
+
+
+def _line(row: str, facts: dict) -> list[str]:
+    spread = "" if facts["accuracy_spread"] is None else f" ± {facts['accuracy_spread']:.2f}"
+    return [
+        row,
+        f"{facts['accuracy_mean']:.2f}{spread}",
+        str(len(facts["accuracies"])),
+        f"{facts['quantized_fraction_macs']:.0%}",
+        f"{facts['four_bit_fraction_macs']:.0%}",
+        "NOT PRIVATE" if facts["epsilon"] is None else f"{facts['epsilon_analysis_share']:.2%}",
+    ]

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""E9: accuracy over the time of a step. Every row of the tables on GTSRB, random subsets and dpquant among them.
+
+The time here is a measured step in full precision, changed by what each layer's measured time changes in the precision
+that it ran in, epoch by epoch. On four-bit hardware a multiply-accumulate in four bits takes a quarter of one in full
+precision, in eight bits half of it, and nothing else takes time: the paper's assumption.
+
+Times are measured when this runs, so the machine must be idle then.
+"""
+
+import dataclasses
+import json
+import statistics
+
+from dpquant.assess import Assessment, assess
+from dpquant.hardware import Hardware
+from experiments.runner import RESULTS, Site, new_figure, settings_of
+from experiments.settings import GTSRB
+
+TABLES = ("baselines-gtsrb", "schedules")
+LOST = 0.5  # points of accuracy that the cheapest schedule may lose
+FOUR_BITS, EIGHT_BITS = 0.25, 0.5  # of the time of a multiply-accumulate in full precision
+
+
+def run(site: Site) -> None:
+    """Time every precision that the tables' runs used; write results/pareto.json and .png."""
+    records = {}
+    for table in TABLES:
+        path = RESULTS / f"{table}.json"
+        if path.exists():
+            records |= json.loads(path.read_text())["records"]
+    options = site.here(GTSRB, "pareto")
+    if options is None or not records:
+        return
+    settings = settings_of(options)
+    formats = {run[field] for runs in records.values() for run in runs for field in ("format", "rest")} - {"full"}
+    assessed = {name: assess(dataclasses.replace(settings, format=name)) for name in sorted(formats)}
+    full_step = statistics.median(result.full_step for result in assessed.values())
+    rows = {row: _row(runs, assessed, full_step) for row, runs in records.items()}
+    cheapest = {axis: _cheapest(rows, axis) for axis in ("step_here", "step_four_bits")}
+    checks = {
+        name: {"predicted": result.policies[-1].predicted, "measured": result.policies[-1].measured}
+        for name, result in assessed.items()
+    }
+    text = json.dumps(
+        {
+            "hardware": dataclasses.asdict(Hardware.here()),
+            "batch_size": settings.batch_size,
+            "full_step_seconds": full_step,
+            "all_layers_seconds": checks,
+            "cheapest_within_half_a_point": cheapest,
+            "rows": rows,
+        },
+        indent=1,
+    )
+    (RESULTS / "pareto.json").write_text(text + "\n")
+    _draw(rows)
+    print(f"the cheapest within {LOST} points: {cheapest}")
+
+
+def _row(runs: list[dict], assessed: dict[str, Assessment], full_step: float) -> dict:
+    """Means over seeds; times in units of a full-precision step."""
+    accuracies = [100 * run["accuracy_test"] for run in runs]
+    return {
+        "accuracy": statistics.mean(accuracies),
+        "accuracy_spread": statistics.stdev(accuracies) if len(runs) > 1 else None,
+        "step_here": statistics.mean(_step(run, assessed, full_step) for run in runs) / full_step,
+        "step_four_bits": statistics.mean(_step_in_four_bits(run) for run in runs),
+    }
+
+
+def _step(run: dict, assessed: dict[str, Assessment], full_step: float) -> float:
+    """Predicted seconds of a run's mean step here."""
+    seconds = full_step
+    for layer in run["layers"]:
+        chosen = layer["times_quantized"] / run["epochs"]
+        for precision, share in ((run["format"], chosen), (run["rest"], 1 - chosen)):
+            if precision != "full" and share:
+                times = assessed[precision].layers[layer["name"]]
+                seconds += share * assessed[precision].batch_size * (times.quantized - times.full)
+    return seconds
+
+
+def _step_in_four_bits(run: dict) -> float:
+    """A run's mean step where only multiply-accumulates take time."""
+    four = run["four_bit_fraction_macs"]
+    eight = run["quantized_fraction_macs"] - four
+    return 1 - four * (1 - FOUR_BITS) - eight * (1 - EIGHT_BITS)
+
+
+def _cheapest(rows: dict[str, dict], axis: str) -> str:
+    """The row that takes least time among those that lose little."""
+    least = rows["full precision"]["accuracy"] - LOST
+    return min((row for row in rows if rows[row]["accuracy"] >= least), key=lambda row: rows[row][axis])
+
+
+def _draw(rows: dict[str, dict]) -> None:
+    figure, axes = new_figure(columns=2)
+    titles = {"step_here": "measured here", "step_four_bits": "with four-bit products four times as fast"}
+    for axis, (field, title) in zip(axes, titles.items(), strict=True):
+        for kind in ("static", "rotate", "dpquant", ""):
+            chosen = [row for row in rows if (row.split()[0] == kind if kind else row.split()[0] not in POLICIES)]
+            axis.errorbar(
+                [rows[row][field] for row in chosen],
+                [rows[row]["accuracy"] for row in chosen],
+                yerr=[rows[row]["accuracy_spread"] or 0.0 for row in chosen],
+                fmt="o",
+                label=kind or "products and recipes",
+            )
+            for row in chosen:
+                axis.annotate(row, (rows[row][field], rows[row]["accuracy"]), fontsize=6, rotation=20)
+        axis.set(xlabel="step, in units of one in full precision", ylabel="test accuracy, %", title=title)
+    axes[0].legend(fontsize=8)
+    figure.savefig(RESULTS / "pareto.png", dpi=130)
+
+
+POLICIES = ("static", "rotate", "dpquant")

@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the true epsilon costs or gains: scales per example beside scales per tensor, which are not private."""
+
+from experiments.runner import Table
+from experiments.settings import EPSILON, GTSRB, SEEDS
+
+NOT_PRIVATE = "dpquant 0.9, scales per tensor (not private)"
+OPTIONS = "--policy dpquant --fraction 0.9"
+TABLES = [
+    Table(
+        name="scales",
+        title="GTSRB, ResNet18, luq-fp4: whose largest value is the scale",
+        common=f"{GTSRB} {EPSILON}",
+        rows={"dpquant 0.9": OPTIONS, NOT_PRIVATE: OPTIONS},
+        seeds=SEEDS,
+        programs={NOT_PRIVATE: "experiments.per_tensor"},
+    )
+]
