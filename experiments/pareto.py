@@ -18,6 +18,7 @@ from experiments.runner import RESULTS, Site, new_figure, settings_of
 from experiments.settings import GTSRB
 
 TABLES = ("baselines-gtsrb", "schedules")
+POLICIES = ("static", "rotate", "dpquant")
 LOST = 0.5  # points of accuracy that the cheapest schedule may lose
 FOUR_BITS, EIGHT_BITS = 0.25, 0.5  # of the time of a multiply-accumulate in full precision
 
@@ -112,6 +113,3 @@ def _draw(rows: dict[str, dict]) -> None:
         axis.set(xlabel="step, in units of one in full precision", ylabel="test accuracy, %", title=title)
     axes[0].legend(fontsize=8)
     figure.savefig(RESULTS / "pareto.png", dpi=130)
-
-
-POLICIES = ("static", "rotate", "dpquant")

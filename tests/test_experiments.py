@@ -2,14 +2,16 @@
 import importlib
 import json
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
-from experiments import paper, per_tensor, runner
+from experiments import paper, pareto, per_tensor, runner
 from experiments.__main__ import SCRIPTS, TABLES
 from experiments.per_tensor import with_one_scale
 from experiments.runner import Run, Site, Table, do_table, settings_of
 
+from dpquant.cost import LayerCost
 from dpquant.errors import SettingError
 from dpquant.formats import E3M0, Rounding
 from dpquant.quantizer import quantize_rows
@@ -153,3 +155,30 @@ def test_an_option_that_train_does_not_know_is_an_error():
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_script_can_be_run(name):
     assert callable(importlib.import_module(f"experiments.{name}").run)
+
+
+LAYERS = {"a": LayerCost(full=2.0, quantized=1.0, macs=1.0), "b": LayerCost(full=4.0, quantized=3.0, macs=1.0)}
+ASSESSED = {"luq-fp4": SimpleNamespace(layers=LAYERS, batch_size=10)}
+
+
+def ran(*times_quantized, accuracy=0.5, rest="full"):
+    layers = [{"name": n, "times_quantized": t} for n, t in zip("ab", times_quantized, strict=True)]
+    shares = {"four_bit_fraction_macs": 0.5, "quantized_fraction_macs": 0.75}
+    return {"accuracy_test": accuracy, "epochs": 4, "format": "luq-fp4", "rest": rest, "layers": layers, **shares}
+
+
+def test_a_steps_time_follows_the_layers_that_ran_quantized_epoch_by_epoch():
+    row = pareto._row([ran(4, 1, accuracy=0.4), ran(0, 0, accuracy=0.6)], ASSESSED, 100.0)
+    assert row["step_here"] == pytest.approx(((100 - 10 - 10 / 4) + 100) / 200)
+    assert row["step_four_bits"] == pytest.approx(1 - 0.5 * 0.75 - 0.25 * 0.5)
+    assert row["accuracy"] == pytest.approx(50) and row["accuracy_spread"] == pytest.approx(14.142, abs=1e-3)
+    assert pareto._step(ran(4, 1, rest="luq-fp4"), ASSESSED, 100.0) == pytest.approx(80)
+
+
+def test_the_cheapest_schedule_loses_little():
+    rows = {
+        "full precision": {"accuracy": 80.0, "step": 1.0},
+        "close": {"accuracy": 79.6, "step": 0.7},
+        "cheap": {"accuracy": 79.4, "step": 0.5},
+    }
+    assert pareto._cheapest(rows, "step") == "close"
