@@ -19,7 +19,6 @@ from experiments.runner import FOLDERS, Site, do_table
 
 TABLES = (
     "fashion_mnist",
-    "gtsrb",
     "baselines",
     "schedules",
     "scales",
