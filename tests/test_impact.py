@@ -5,7 +5,7 @@ from torch import nn
 
 from dpquant import impact, layers
 from dpquant.errors import SettingError
-from dpquant.impact import impact_sum
+from dpquant.impact import gradient_impact_vectors, impact_sum
 from dpquant.layers import Pass, current_precisions, prepare, quantizable_layers, running, set_policy
 from dpquant.streams import derive_key
 from networks import loss, zoo
@@ -64,6 +64,53 @@ def test_what_comes_before_the_quantized_layer_is_not_computed_again(monkeypatch
     assert len(calls) == 3 + (3 + 2 + 1)  # the full-precision pass, then each policy from its layer on
 
 
+def gradients_one_by_one(model, batch, repeat, policy):
+    """Each example's gradient as one long vector, by autograd on that example alone."""
+    set_policy(model, policy)
+    model.eval()
+    rows = []
+    for i in range(len(batch[1])):
+        run = Pass(key=derive_key(1, "analysis", 2, repeat), record_ids=torch.tensor([i]))
+        with running(model, run):
+            grads = torch.autograd.grad(loss(model, tuple(t[[i]] for t in batch)).sum(), list(model.parameters()))
+        rows.append(torch.cat([grad.flatten() for grad in grads]))
+    set_policy(model, ())
+    model.train()
+    return torch.stack(rows).double()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_the_gradients_score_is_one_minus_the_cosine_of_gradients_taken_one_by_one(name, repeats):
+    model, batch = prepared(name)
+    names, ids = list(quantizable_layers(model)), torch.arange(len(batch[1]))
+    found = gradient_impact_vectors(model, loss, batch, names, ids, step=2, seed=1, repeats=repeats)
+    full = gradients_one_by_one(model, batch, 0, ())
+    quantized = [[gradients_one_by_one(model, batch, r, (n,)) for r in range(repeats)] for n in names]
+    cosines = [sum(nn.functional.cosine_similarity(full, one) for one in draws) / repeats for draws in quantized]
+    torch.testing.assert_close(found, 1 - torch.stack(cosines, 1), rtol=1e-3, atol=1e-5)
+    assert (found.abs() <= 2).all() and (found > 1e-4).any()
+
+
+def test_the_gradients_score_sees_a_backward_product_that_the_loss_cannot():
+    model, batch = zoo()["residual"]
+    model = prepare(model, format="full/full/luq-fp4")
+    names, ids = list(quantizable_layers(model)), torch.arange(len(batch[1]))
+    assert impact.impact_vectors(model, loss, batch, names, ids, step=0, seed=0).abs().max() == 0
+    assert gradient_impact_vectors(model, loss, batch, names, ids, step=0, seed=0).min() > 0
+
+
+def test_few_gradients_are_held_at_once(monkeypatch):
+    model, batch = prepared("residual")
+    sizes = []
+    honest = impact.gradient_impact_vectors
+    monkeypatch.setattr(impact, "gradient_impact_vectors", lambda *a, **k: sizes.append(len(a[4])) or honest(*a, **k))
+    whole = measured(model, batch, score="gradient")
+    monkeypatch.setattr(impact, "_GRADIENTS_HELD", 2 * sum(p.numel() for p in model.parameters()))
+    torch.testing.assert_close(measured(model, batch, score="gradient"), whole, rtol=1e-4, atol=1e-6)
+    assert set(sizes[1:]) == {2} and sizes[0] > 2
+
+
 def assert_bounded(summed, count, max_norm):
     """Removing any record moves the sum by at most the sensitivity; an empty sum is zero."""
     whole = summed(range(count))
@@ -72,10 +119,11 @@ def assert_bounded(summed, count, max_norm):
     assert summed([]).abs().max() == 0
 
 
-def test_one_record_moves_the_sum_by_at_most_its_sensitivity():
+@pytest.mark.parametrize("score", ["loss", "gradient"])
+def test_one_record_moves_the_sum_by_at_most_its_sensitivity(score):
     model, batch = prepared("strided")
     batch[0][2] *= 50
-    assert_bounded(lambda rows: measured(model, batch, rows), 6, 0.05)
+    assert_bounded(lambda rows: measured(model, batch, rows, score=score), 6, 0.05)
 
 
 def test_clipping_the_aggregate_as_the_paper_writes_it_is_caught():
@@ -94,11 +142,12 @@ def test_dividing_by_the_realised_number_is_caught():
         assert_bounded(lambda rows: torch.tensor([5.0 if 0 in rows else 0.0]) / max(len(list(rows)), 1), 2, 1.0)
 
 
-def test_an_example_that_is_not_finite_contributes_nothing():
+@pytest.mark.parametrize("score", ["loss", "gradient"])
+def test_an_example_that_is_not_finite_contributes_nothing(score):
     model, batch = prepared("residual")
-    rest = measured(model, batch, [0, 1, 3])
+    rest = measured(model, batch, [0, 1, 3], score=score)
     batch[0][2] = float("nan")
-    torch.testing.assert_close(measured(model, batch, [0, 1, 2, 3]), rest)
+    torch.testing.assert_close(measured(model, batch, [0, 1, 2, 3], score=score), rest)
 
 
 class Dropping(nn.Module):
@@ -125,12 +174,13 @@ def assert_same_state(before, after):
     assert before[1:3] == after[1:3] and torch.equal(before[3], after[3])
 
 
-def test_everything_else_is_left_bitwise_as_it_was():
+@pytest.mark.parametrize("score", ["loss", "gradient"])
+def test_everything_else_is_left_bitwise_as_it_was(score):
     model, batch = prepare(Dropping()), (torch.randn(4, 6), torch.tensor([0, 1, 2, 3]))
     model.drop.eval()
     set_policy(model, ["head"])
     before = state_of(model)
-    measured(model, batch)
+    measured(model, batch, score=score)
     assert_same_state(before, state_of(model))
     with pytest.raises(SettingError):
         impact_sum(

@@ -176,6 +176,11 @@ def test_a_large_delta_is_warned_about_and_a_usual_one_is_not():
         plan()
 
 
+def test_an_unknown_score_is_refused():
+    with pytest.raises(SettingError, match=r"analysis.score to be one of loss, gradient; got score='norm'"):
+        AnalysisPlan(**{**ANALYSIS, "score": "norm"})
+
+
 def test_numbers_of_numpy_and_torch_are_numbers():
     a_plan = plan(
         epsilon=np.float64(4.0),

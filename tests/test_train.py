@@ -135,6 +135,26 @@ def test_a_batch_larger_than_the_data_is_refused():
         plan_of(settings(batch_size=2_000.0))
 
 
+def test_an_analysis_of_gradients_is_smaller_and_clips_at_one():
+    plans = {score: plan_of(settings(batch_size=80.0, analysis_score=score)).analysis for score in ("loss", "gradient")}
+    assert [(p.score, p.expected_batch_size, p.max_norm) for p in plans.values()] == [
+        ("loss", 40.0, 0.25),
+        ("gradient", 10.0, 1.0),
+    ]
+    given = plan_of(settings(analysis_score="gradient", analysis_batch_size=20.0, analysis_max_norm=0.5)).analysis
+    assert (given.expected_batch_size, given.max_norm) == (20.0, 0.5)
+    with pytest.raises(SettingError, match="max_norm"):
+        plan_of(settings(analysis_max_norm=0.0))
+    with pytest.raises(SettingError, match=r"analysis_score.* loss, gradient"):
+        settings(analysis_score="gradients")
+
+
+def test_a_run_can_measure_gradients(tmp_path):
+    record = train(settings(analysis_every=1, analysis_score="gradient"), tmp_path / "run", command="dpquant train")
+    scores = [layer.last_score for layer in record.layers]
+    assert all(score is not None for score in scores) and len(set(scores)) == len(scores)
+
+
 def test_an_analysis_batch_larger_than_the_data_is_refused():
     with pytest.raises(SettingError, match="at most 200, the records"):
         plan_of(settings(data="image-folder:photos", sample_rate=0.5, batch_size=100.0, analysis_batch_size=201.0))

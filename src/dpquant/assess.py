@@ -35,7 +35,7 @@ from dpquant.errors import SettingError
 from dpquant.execution import spared_layers
 from dpquant.hardware import Hardware
 from dpquant.impact import impact_sum
-from dpquant.plan import PrivacyPlan
+from dpquant.plan import AnalysisPlan, PrivacyPlan
 from dpquant.private import PrivateTraining, make_private
 from dpquant.record import RunRecord
 from dpquant.schedule import Policy, largest_layers, noise_left
@@ -168,7 +168,7 @@ def assess(
         for names in policy.turns
     ]
     watch("timing an analysis")
-    analysis = 0.0 if plan.analysis is None else _analysis_seconds(private, made_up) * plan.analysis.expected_batch_size
+    analysis = 0.0 if plan.analysis is None else _analysis_seconds(private, made_up, plan.analysis)
     analyses = len(plan.analysis_epochs())
     step = _mean_step(settings, plan, private, model)
     full_run, quantized_run = plan.steps * full_step, plan.steps * step + analyses * analysis
@@ -302,8 +302,8 @@ def _steps(private: PrivateTraining) -> dict[tuple[str, ...], float]:
     return {names: statistics.median(times[1:]) for names, times in seconds.items()}
 
 
-def _analysis_seconds(private: PrivateTraining, made_up: _MadeUp) -> float:
-    """Seconds an example, from a few."""
+def _analysis_seconds(private: PrivateTraining, made_up: _MadeUp, analysis: AnalysisPlan) -> float:
+    """Seconds of an analysis, from a few examples."""
     began = time.perf_counter()
     impact_sum(
         private.model,
@@ -314,8 +314,9 @@ def _analysis_seconds(private: PrivateTraining, made_up: _MadeUp) -> float:
         record_ids=torch.arange(_ANALYSED),
         step=0,
         seed=0,
+        score=analysis.score,
     )
-    return (time.perf_counter() - began) / _ANALYSED
+    return (time.perf_counter() - began) / _ANALYSED * analysis.expected_batch_size
 
 
 def _mean_step(settings: TrainSettings, plan: PrivacyPlan, private: PrivateTraining, model: CostModel) -> float:

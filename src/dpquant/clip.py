@@ -132,6 +132,30 @@ def _clipped_grads(
         return tape.totals()
 
 
+def per_example_grads(
+    model: nn.Module, loss_fn: PerExampleLoss, batch: Any, *, record_ids: Tensor, key: int
+) -> dict[str, Tensor]:
+    """Each example's own gradient in the precision that the model runs in, not clipped.
+
+    Args:
+      model: as of `clipped_sum`.
+      loss_fn: as of `clipped_sum`.
+      batch: one microbatch.
+      record_ids: int64 `(B,)`.
+      key: of the rounding draws, 64 bits.
+    Returns: {parameter name: float32 `(B, *parameter's shape)`}, all in memory at once.
+    Raises:
+      SettingError, ModelError: as of `clipped_sum`.
+    Privacy: per example; reads private data, and nothing bounds it.
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with _taping(model, trainable) as tape, running(model, Pass(key=key, record_ids=record_ids, tape=tape)):
+        tape.rewind()
+        losses = per_example_losses(loss_fn, model, batch, len(record_ids))
+        (losses.sum() + 0 * tape.anchor).backward()
+        return tape.per_example()
+
+
 def default_microbatch_size(model: nn.Module, loss_fn: PerExampleLoss, batch: Any, num_examples: int) -> int:
     """Examples a backward pass: so many that their activations outweigh the weights twice, which every pass reads anew.
 
@@ -254,6 +278,10 @@ class _GradientTape:
         for name, part in parts.items():
             self._totals[name] = part.add_weighted(factors_B, self._totals.get(name))
         self._last = parts
+
+    def per_example(self) -> dict[str, Tensor]:
+        """{parameter name: the microbatch's gradients `(B, *shape)`}."""
+        return {name: self._one_contribution(name).per_example() for name in self._contributions}
 
     def totals(self) -> dict[str, Tensor]:
         """{parameter name: the sum over all microbatches}."""

@@ -1,29 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a layer's quantization costs: the loss-impact vector of a batch, clipped per example and summed.
+"""What a layer's quantization costs: the impact vector of a batch, clipped per example and summed.
 
-For example i and policy p (by default: one policy per quantizable layer, that layer alone quantized)
+For example i and policy p (by default: one policy per quantizable layer, that layer alone quantized), the mean over
+rounding repeats of
 
-    v_i[p] = mean over rounding repeats of loss_i(model with p quantized) - loss_i(model in full precision)
+    v_i[p] = loss_i(model with p quantized) - loss_i(model in full precision)       score "loss", the paper's
+    v_i[p] = 1 - cosine(gradient of loss_i with p quantized, in full precision)     score "gradient"
 
-and the sum is over clip_C(v_i). Each v_i depends on the public model, on record i and on its own rounding draws, so
-adding or removing one record moves the sum by at most C. The paper clips the aggregated vector instead, which has
-sensitivity 2 C: two vectors of a ball can be its diameter apart. (The paper calls this quantity "loss sensitivity";
-here `sensitivity` is the privacy bound and nothing else.) No model update happens inside; parameters, buffers, modes,
-policy and random streams are left bitwise as they were.
+and the sum is over clip_C(v_i). The loss sees the forward product only; the gradient's direction, which is what is left
+of a gradient once it is clipped, sees all three. Each v_i depends on the public model, on record i and on its own
+rounding draws, so adding or removing one record moves the sum by at most C. The paper clips the aggregated vector
+instead, which has sensitivity 2 C: two vectors of a ball can be its diameter apart. (The paper calls this quantity
+"loss sensitivity"; here `sensitivity` is the privacy bound and nothing else.) No model update happens inside;
+parameters, buffers, modes, policy and random streams are left bitwise as they were.
 
-Symbols: B examples, P policies, C clip norm, v impact. Source: DPQuant, arXiv 2509.03472, corrected as said above.
+Symbols: B examples, P policies, C clip norm, v impact. Source: DPQuant, arXiv 2509.03472, corrected as said above; the
+gradient's score is our own.
 """
 
 import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from dpquant.clip import PerExampleLoss, clip_factors, microbatches, per_example_losses
+from dpquant.clip import PerExampleLoss, clip_factors, microbatches, per_example_grads, per_example_losses
 from dpquant.errors import SettingError
 from dpquant.layers import (
     Pass,
@@ -35,6 +39,10 @@ from dpquant.layers import (
     set_precisions,
 )
 from dpquant.streams import derive_key
+
+Score = Literal["loss", "gradient"]
+
+_GRADIENTS_HELD = 2**26  # entries of per-example gradients in memory at once, at most, if that is one example's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,23 +71,26 @@ def impact_sum(
     seed: int,
     repeats: int = 1,
     microbatch_size: int = 64,
+    score: Score = "loss",
 ) -> ImpactSum:
     """The sum over a batch of per-example impact vectors, each scaled to at most `max_norm`.
 
-    Only forward passes, in evaluation mode (no dropout). The pass that quantizes a layer takes everything before that
-    layer from the full-precision pass: on average half of the products are computed.
+    In evaluation mode (no dropout). For the loss there are forward passes only, and the one that quantizes a layer
+    takes everything before that layer from the full-precision pass: on average half of the products are computed. The
+    gradient takes a forward and a backward pass for each policy.
 
     Args:
       model: a prepared model.
       loss_fn: `(model, batch) -> Tensor (B,)`.
       batch: as for `clipped_sum`.
       names: layers, one policy each.
-      max_norm: C > 0, in units of the loss.
+      max_norm: C > 0, in units of the score.
       record_ids: int64 `(B,)`.
       step: the number of the analysis; another number draws other roundings.
       seed: of the rounding draws.
       repeats: rounding draws averaged before the clip.
-      microbatch_size: examples a forward pass.
+      microbatch_size: examples a pass, at most.
+      score: what is compared, the loss or the gradient's direction.
     Returns: ImpactSum with sensitivity `max_norm`; zeros for an empty batch. An example with an impact that is not
     finite
       contributes zero.
@@ -95,9 +106,14 @@ def impact_sum(
         raise SettingError(
             f"Expected names of quantizable layers; got {unknown[0]!r}. Call dpquant.prepare(model) first."
         )
+    vectors = impact_vectors
+    if score == "gradient":
+        vectors = gradient_impact_vectors
+        num_entries = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        microbatch_size = min(microbatch_size, max(_GRADIENTS_HELD // max(num_entries, 1), 1))
     total = torch.zeros(len(names), dtype=torch.float64)
     for piece, ids, num_examples in microbatches(batch, record_ids, microbatch_size):
-        v_BP = impact_vectors(model, loss_fn, piece, names, ids, step=step, seed=seed, repeats=repeats)
+        v_BP = vectors(model, loss_fn, piece, names, ids, step=step, seed=seed, repeats=repeats)
         factors_B, finite_B = clip_factors(v_BP.square().sum(1), max_norm)
         finite_B[num_examples:] = False
         total += factors_B[finite_B].double() @ v_BP[finite_B]
@@ -115,7 +131,7 @@ def impact_vectors(
     seed: int,
     repeats: int = 1,
 ) -> Tensor:
-    """Each example's own impacts v, not clipped; arguments as of `impact_sum`, but the batch is one microbatch.
+    """Each example's own impacts v on the loss, not clipped; arguments as of `impact_sum`, but for one microbatch.
 
     Returns: float64 `(B, P)`.
     Privacy: per example; reads private data, and nothing bounds it.
@@ -137,6 +153,41 @@ def impact_vectors(
             for repeat in range(repeats):
                 replay.rewind(layers[name])
                 v_BP[:, column] += (losses(repeat, (name,)) - full_precision_B) / repeats
+    return v_BP
+
+
+def gradient_impact_vectors(
+    model: nn.Module,
+    loss_fn: PerExampleLoss,
+    batch: Any,
+    names: Sequence[str],
+    record_ids: Tensor,
+    *,
+    step: int,
+    seed: int,
+    repeats: int = 1,
+) -> Tensor:
+    """Each example's own impacts v on its gradient's direction; arguments as of `impact_vectors`.
+
+    Returns: float64 `(B, P)`, in [0, 2]; NaN where a gradient is zero or not finite.
+    Privacy: per example; reads private data, and nothing but the cosine's range bounds it.
+    """
+
+    def directions(repeat: int, policy: Sequence[str]) -> dict[str, Tensor]:
+        set_policy(model, policy)
+        key = derive_key(seed, "analysis", step, repeat)
+        grads = per_example_grads(model, loss_fn, batch, record_ids=record_ids, key=key)
+        norms_B = sum(grad.flatten(1).double().square().sum(1) for grad in grads.values()).sqrt()
+        return {name: grad.flatten(1) / norms_B.float()[:, None] for name, grad in grads.items()}
+
+    v_BP = torch.zeros(len(record_ids), len(names), dtype=torch.float64)
+    with _undisturbed(model), torch.enable_grad():
+        full_precision = directions(0, ())
+        for column, name in enumerate(names):
+            for repeat in range(repeats):
+                quantized = directions(repeat, (name,))
+                cosine_B = sum((full_precision[p] * quantized[p]).sum(1) for p in quantized)
+                v_BP[:, column] += (1 - cosine_B.double().cpu()) / repeats
     return v_BP
 
 

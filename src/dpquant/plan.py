@@ -16,11 +16,12 @@ Symbols: q sample_rate, sigma noise_multiplier, C max_grad_norm (training) and m
 import dataclasses
 import math
 import warnings
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from dpquant import accounting
 from dpquant.accounting import Event
 from dpquant.errors import SettingError
+from dpquant.impact import Score
 
 LARGE_DELTA = 1e-2  # from here on the promise is weak even for tiny data sets
 
@@ -61,15 +62,17 @@ _RULES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnalysisPlan:
-    """The private measurements of loss impact that the schedule lives on.
+    """The private measurements of impact that the schedule lives on.
 
     Attributes:
       count: how many, spread evenly over the epochs, the first before any step.
       sample_rate: each record's probability to take part in one, in (0, 1].
       expected_batch_size: public number that the noised sum of impacts is divided by.
       noise_multiplier: noise over sensitivity, >= 0.1.
-      max_norm: L2 norm that each example's impact vector is clipped to, in units of the loss.
+      max_norm: L2 norm that each example's impact vector is clipped to, in units of the score.
       repeats: rounding draws averaged before the clip; costs time, not privacy.
+      score: what an impact is measured by: `loss`, the paper's, or `gradient`, 1 - the cosine of an example's gradient
+        with a layer quantized and in full precision.
     Raises:
       SettingError: a value out of range.
     """
@@ -80,10 +83,17 @@ class AnalysisPlan:
     noise_multiplier: float
     max_norm: float
     repeats: int = 1
+    score: Score = "loss"
 
     def __post_init__(self) -> None:
+        if self.score not in get_args(Score):
+            raise SettingError(
+                f"Expected analysis.score to be one of {', '.join(get_args(Score))}; got score={self.score!r}. It says "
+                "what a layer's impact is measured by. Use loss, as the paper does, or gradient."
+            )
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _checked(field.name, getattr(self, field.name), "analysis."))
+            if field.name in _RULES:
+                object.__setattr__(self, field.name, _checked(field.name, getattr(self, field.name), "analysis."))
 
 
 @dataclasses.dataclass(frozen=True, init=False)

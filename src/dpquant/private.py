@@ -286,6 +286,7 @@ class PrivateTraining:
                 step=number,
                 seed=self._seed,
                 repeats=analysis.repeats,
+                score=analysis.score,
             )
         std = self.plan.analysis_noise_std(measured.sensitivity)
         noise = self._noise.gaussian(

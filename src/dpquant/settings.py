@@ -19,6 +19,7 @@ OPTIMIZERS = ("sgd", "adam", "adamw")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 POLICIES = ("none", "all", "static", "rotate", "prioritise", "dpquant")
 BACKENDS = ("auto", "simulate", "int8")
+ANALYSIS_SCORES = ("loss", "gradient")
 
 GENERAL: Mapping[str, Any] = {
     "model": "resnet18-cifar",
@@ -96,9 +97,12 @@ class TrainSettings:
     rest: str = _setting("format of the other layers: full/luq-fp4/luq-fp4 quantizes their backward pass", "full")
     backend: str = _setting("auto, simulate or int8", "auto")
     analysis_every: int = _setting("epochs between analyses", 1)
-    analysis_batch_size: float | None = _setting("expected size of an analysis' batch [half of the batch size]")
+    analysis_score: str = _setting("what quantizing is measured by: the loss or the gradient's direction", "loss")
+    analysis_batch_size: float | None = _setting(
+        "expected size of an analysis' batch [half of the batch size; gradient an eighth]"
+    )
     analysis_noise_multiplier: float = _setting("noise over sensitivity of an analysis", 2.0)
-    analysis_max_norm: float = _setting("L2 norm that each example's impacts are clipped to", 0.25)
+    analysis_max_norm: float | None = _setting("L2 norm that each example's impacts are clipped to [0.25; gradient 1]")
     analysis_repeats: int = _setting("roundings averaged in an analysis", 1)
     seed: int = _setting("of model, rounding and schedule; never of sampling and noise", 0)
     threads: int | None = _setting("threads to compute with [all cores]")
@@ -134,6 +138,7 @@ class TrainSettings:
             "lr_schedule": LR_SCHEDULES,
             "policy": POLICIES,
             "backend": BACKENDS,
+            "analysis_score": ANALYSIS_SCORES,
         }.items():
             _check_choice(name, getattr(self, name), allowed)
         for name, (rule, holds) in _RANGES.items():

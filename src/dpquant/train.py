@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dpquant import data, models
 from dpquant.errors import ModelError, SettingError
+from dpquant.impact import Score
 from dpquant.isolation import check_trainable
 from dpquant.layers import fix
 from dpquant.ledger import Ledger
@@ -42,6 +44,8 @@ from dpquant.settings import TrainSettings
 from dpquant.working_memory import working_memory
 
 _EVALUATION_BATCH = 500
+_ANALYSIS_PARTS = {"loss": 1 / 2, "gradient": 1 / 8}  # of a step's batch: a gradient costs more and says more
+_ANALYSIS_NORMS = {"loss": 0.25, "gradient": 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +108,8 @@ def plan_of(settings: TrainSettings) -> PrivacyPlan:
             "itself private, so it is not counted. Give a public number: --records, which may be approximate, or "
             "--sample-rate."
         )
-    analysis_batch = settings.analysis_batch_size or settings.batch_size / 2
+    score, max_norm = settings.analysis_score, settings.analysis_max_norm
+    analysis_batch = settings.analysis_batch_size or settings.batch_size * _ANALYSIS_PARTS[score]
     rate = settings.sample_rate or settings.batch_size / (records or 1)
     if rate > 1 or rate * analysis_batch > settings.batch_size:
         raise SettingError(
@@ -120,8 +125,9 @@ def plan_of(settings: TrainSettings) -> PrivacyPlan:
             sample_rate=rate * analysis_batch / settings.batch_size,
             expected_batch_size=analysis_batch,
             noise_multiplier=settings.analysis_noise_multiplier,
-            max_norm=settings.analysis_max_norm,
+            max_norm=_ANALYSIS_NORMS[score] if max_norm is None else max_norm,
             repeats=settings.analysis_repeats,
+            score=cast(Score, score),
         )
     return PrivacyPlan(
         epsilon=settings.epsilon,
