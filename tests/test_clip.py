@@ -5,9 +5,13 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from opacus import GradSampleModule
 from torch import nn
 
+from convolutions import convolutions
 from dpquant import clip, layers
 from dpquant.clip import clip_factors, clipped_sum
 from dpquant.errors import DPQuantError, ModelError, SettingError
@@ -15,6 +19,7 @@ from dpquant.formats import precision
 from dpquant.isolation import check_trainable
 from dpquant.kernels import Geometry
 from dpquant.layers import fix, prepare, quantizable_layers, set_policy, set_precisions
+from dpquant.quantizer import QTensor
 from dpquant.weight_gradients import Product
 from networks import NAMES, Residual, loss, zoo
 
@@ -177,6 +182,25 @@ def test_long_rows_of_one_value_do_not_exceed_c(positions):
         factors, _ = clip_factors(contribution.squared_norms(), 1e-3)
         total = contribution.finished(contribution.add_weighted(factors, None))
         assert total.double().norm() <= 1e-3 * (1 + 1e-6)
+
+
+@given(convolutions(), st.booleans())
+def test_inner_products_are_those_of_the_gradients_themselves(convolution, quantized):
+    geometry, shape, size = convolution
+    x = torch.randn(2, 3, shape[1] * geometry.groups, *size)
+    outputs = F.conv2d(
+        x[0], torch.zeros(shape), None, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+    ).shape
+    g = torch.randn(2, *outputs)
+    operands = [
+        [QTensor(codes=t.mul(8).to(torch.int8), scale=torch.rand(3)) if quantized else t for t in pair]
+        for pair in zip(x, g, strict=True)
+    ]
+    one, other = (Product.of(*pair, geometry, torch.Size(shape), significant_bits=3) for pair in operands)
+    expected = (one.per_example() * other.per_example()).flatten(1).sum(1)
+    for ours, theirs in ((one, other), (one, other.by_patches()), (one.by_patches(), other)):
+        torch.testing.assert_close(ours.inner_products(theirs), expected, rtol=1e-4, atol=1e-3)
+    assert (one.inner_products(one) >= 0).all()
 
 
 @pytest.mark.parametrize("policy", ["none", "all"])

@@ -100,17 +100,6 @@ def test_the_gradients_score_sees_a_backward_product_that_the_loss_cannot():
     assert gradient_impact_vectors(model, loss, batch, names, ids, step=0, seed=0).min() > 0
 
 
-def test_few_gradients_are_held_at_once(monkeypatch):
-    model, batch = prepared("residual")
-    sizes = []
-    honest = impact.gradient_impact_vectors
-    monkeypatch.setattr(impact, "gradient_impact_vectors", lambda *a, **k: sizes.append(len(a[4])) or honest(*a, **k))
-    whole = measured(model, batch, score="gradient")
-    monkeypatch.setattr(impact, "_GRADIENTS_HELD", 2 * sum(p.numel() for p in model.parameters()))
-    torch.testing.assert_close(measured(model, batch, score="gradient"), whole, rtol=1e-4, atol=1e-6)
-    assert set(sizes[1:]) == {2} and sizes[0] > 2
-
-
 def assert_bounded(summed, count, max_norm):
     """Removing any record moves the sum by at most the sensitivity; an empty sum is zero."""
     whole = summed(range(count))

@@ -139,7 +139,7 @@ def test_an_analysis_of_gradients_is_smaller_and_clips_at_one():
     plans = {score: plan_of(settings(batch_size=80.0, analysis_score=score)).analysis for score in ("loss", "gradient")}
     assert [(p.score, p.expected_batch_size, p.max_norm) for p in plans.values()] == [
         ("loss", 40.0, 0.25),
-        ("gradient", 10.0, 1.0),
+        ("gradient", 5.0, 1.0),
     ]
     given = plan_of(settings(analysis_score="gradient", analysis_batch_size=20.0, analysis_max_norm=0.5)).analysis
     assert (given.expected_batch_size, given.max_norm) == (20.0, 0.5)

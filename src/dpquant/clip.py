@@ -132,10 +132,10 @@ def _clipped_grads(
         return tape.totals()
 
 
-def per_example_grads(
+def contributions_by_parameter(
     model: nn.Module, loss_fn: PerExampleLoss, batch: Any, *, record_ids: Tensor, key: int
-) -> dict[str, Tensor]:
-    """Each example's own gradient in the precision that the model runs in, not clipped.
+) -> dict[str, Contribution]:
+    """Each example's own gradient in the precision that the model runs in, not clipped, as what it is made of.
 
     Args:
       model: as of `clipped_sum`.
@@ -143,17 +143,20 @@ def per_example_grads(
       batch: one microbatch.
       record_ids: int64 `(B,)`.
       key: of the rounding draws, 64 bits.
-    Returns: {parameter name: float32 `(B, *parameter's shape)`}, all in memory at once.
+    Returns: {parameter name: its gradients}.
     Raises:
       SettingError, ModelError: as of `clipped_sum`.
     Privacy: per example; reads private data, and nothing bounds it.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with _taping(model, trainable) as tape, running(model, Pass(key=key, record_ids=record_ids, tape=tape)):
+    with (
+        _taping(model, trainable, forming=False) as tape,
+        running(model, Pass(key=key, record_ids=record_ids, tape=tape)),
+    ):
         tape.rewind()
         losses = per_example_losses(loss_fn, model, batch, len(record_ids))
         (losses.sum() + 0 * tape.anchor).backward()
-        return tape.per_example()
+        return tape.contributions()
 
 
 def default_microbatch_size(model: nn.Module, loss_fn: PerExampleLoss, batch: Any, num_examples: int) -> int:
@@ -226,11 +229,15 @@ def per_example_losses(loss_fn: PerExampleLoss, model: nn.Module, batch: Any, nu
 
 
 class _GradientTape:
-    """Collects contributions during a backward pass and turns them into the clipped sum."""
+    """Collects contributions during a backward pass and turns them into the clipped sum.
 
-    def __init__(self, names: dict[Tensor, str], device: torch.device):
+    forming: weight gradients may be formed at once, where that makes norm and sum faster; else operands are kept.
+    """
+
+    def __init__(self, names: dict[Tensor, str], device: torch.device, forming: bool):
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self._names = names  # of the trainable parameters
+        self._forming = forming
         self._contributions: dict[str, list[Contribution]] = {}
         self._last: dict[str, Contribution] = {}
         self._totals: dict[str, Any] = {}
@@ -249,7 +256,7 @@ class _GradientTape:
             recipe = layer.precision.wgrad
             bits = None if recipe is None else recipe.gradient.format.significant_bits
             product = Product.of(x, g, layer.geometry, layer.weight.shape, significant_bits=bits)
-            self.add(layer.weight, product.fastest())
+            self.add(layer.weight, product.fastest() if self._forming else product)
         if layer.bias is not None:
             self.add(layer.bias, Formed(grad.flatten(2).sum(2)))
 
@@ -260,7 +267,7 @@ class _GradientTape:
 
     def add_clipped(self, max_grad_norm: float, size: int, num_examples: int) -> None:
         """Add sum_i c_i G_i of the microbatch of `size` on the tape to the totals; its first `num_examples` count."""
-        parts = {name: self._one_contribution(name) for name in self._contributions}
+        parts = self.contributions()
         squared_norms = {name: part.squared_norms() for name, part in parts.items()}
         for name, norms in squared_norms.items():
             if len(norms) != size:
@@ -279,9 +286,9 @@ class _GradientTape:
             self._totals[name] = part.add_weighted(factors_B, self._totals.get(name))
         self._last = parts
 
-    def per_example(self) -> dict[str, Tensor]:
-        """{parameter name: the microbatch's gradients `(B, *shape)`}."""
-        return {name: self._one_contribution(name).per_example() for name in self._contributions}
+    def contributions(self) -> dict[str, Contribution]:
+        """{parameter name: the microbatch's gradients}."""
+        return {name: self._one_contribution(name) for name in self._contributions}
 
     def totals(self) -> dict[str, Tensor]:
         """{parameter name: the sum over all microbatches}."""
@@ -317,10 +324,10 @@ def clip_factors(squared_norms_B: Tensor, max_grad_norm: float) -> tuple[Tensor,
 
 
 @contextlib.contextmanager
-def _taping(model: nn.Module, trainable: dict[str, nn.Parameter]) -> Iterator[_GradientTape]:
+def _taping(model: nn.Module, trainable: dict[str, nn.Parameter], *, forming: bool = True) -> Iterator[_GradientTape]:
     """Detach all parameters and listen to the modules that own any, until the block ends."""
     device = next((p.device for p in trainable.values()), torch.device("cpu"))
-    tape = _GradientTape({p: name for name, p in trainable.items()}, device)
+    tape = _GradientTape({p: name for name, p in trainable.items()}, device, forming)
     handles = [
         module.register_forward_hook(_listener(tape))
         for module in model.modules()

@@ -33,6 +33,10 @@ class Contribution(Protocol):
         """G_i, float32 `(B, *parameter shape)`."""
         ...
 
+    def inner_products(self, other: "Contribution") -> Tensor:
+        """<G_i, G'_i> with other gradients of the same parameter and examples, `(B,)`."""
+        ...
+
     def add_weighted(self, weights_B: Tensor, total: Any) -> Any:
         """Add sum_i w_i G_i to a total, in place, in a form of its own that `finished` undoes; None begins one."""
         ...
@@ -59,6 +63,9 @@ class Formed:
 
     def per_example(self) -> Tensor:
         return self.gradients
+
+    def inner_products(self, other: Contribution) -> Tensor:
+        return (self.per_example() * other.per_example()).flatten(1).sum(1)
 
     def add_weighted(self, weights_B: Tensor, total: Tensor | None) -> Tensor:
         total = self.gradients.new_zeros(self.gradients.shape[1:]) if total is None else total
@@ -87,6 +94,9 @@ class Lookup:
     def per_example(self) -> Tensor:
         table = self._g.new_zeros(len(self._ids), self._num_rows, self._g.shape[2])
         return table.scatter_add_(1, self._ids[..., None].expand_as(self._g), self._g)
+
+    def inner_products(self, other: Contribution) -> Tensor:
+        return (self.per_example() * other.per_example()).flatten(1).sum(1)
 
     def add_weighted(self, weights_B: Tensor, total: Tensor | None) -> Tensor:
         total = self._g.new_zeros(self._num_rows, self._g.shape[2]) if total is None else total

@@ -27,8 +27,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dpquant.clip import PerExampleLoss, clip_factors, microbatches, per_example_grads, per_example_losses
+from dpquant.clip import (
+    PerExampleLoss,
+    clip_factors,
+    contributions_by_parameter,
+    microbatches,
+    per_example_losses,
+)
 from dpquant.errors import SettingError
+from dpquant.gradients import Contribution
 from dpquant.layers import (
     Pass,
     Replay,
@@ -41,8 +48,6 @@ from dpquant.layers import (
 from dpquant.streams import derive_key
 
 Score = Literal["loss", "gradient"]
-
-_GRADIENTS_HELD = 2**26  # entries of per-example gradients in memory at once, at most, if that is one example's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +94,7 @@ def impact_sum(
       step: the number of the analysis; another number draws other roundings.
       seed: of the rounding draws.
       repeats: rounding draws averaged before the clip.
-      microbatch_size: examples a pass, at most.
+      microbatch_size: examples a pass.
       score: what is compared, the loss or the gradient's direction.
     Returns: ImpactSum with sensitivity `max_norm`; zeros for an empty batch. An example with an impact that is not
     finite
@@ -106,11 +111,7 @@ def impact_sum(
         raise SettingError(
             f"Expected names of quantizable layers; got {unknown[0]!r}. Call dpquant.prepare(model) first."
         )
-    vectors = impact_vectors
-    if score == "gradient":
-        vectors = gradient_impact_vectors
-        num_entries = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        microbatch_size = min(microbatch_size, max(_GRADIENTS_HELD // max(num_entries, 1), 1))
+    vectors = {"loss": impact_vectors, "gradient": gradient_impact_vectors}[score]
     total = torch.zeros(len(names), dtype=torch.float64)
     for piece, ids, num_examples in microbatches(batch, record_ids, microbatch_size):
         v_BP = vectors(model, loss_fn, piece, names, ids, step=step, seed=seed, repeats=repeats)
@@ -173,21 +174,23 @@ def gradient_impact_vectors(
     Privacy: per example; reads private data, and nothing but the cosine's range bounds it.
     """
 
-    def directions(repeat: int, policy: Sequence[str]) -> dict[str, Tensor]:
+    def gradients(repeat: int, policy: Sequence[str]) -> dict[str, Contribution]:
         set_policy(model, policy)
         key = derive_key(seed, "analysis", step, repeat)
-        grads = per_example_grads(model, loss_fn, batch, record_ids=record_ids, key=key)
-        norms_B = sum(grad.flatten(1).double().square().sum(1) for grad in grads.values()).sqrt()
-        return {name: grad.flatten(1) / norms_B.float()[:, None] for name, grad in grads.items()}
+        return contributions_by_parameter(model, loss_fn, batch, record_ids=record_ids, key=key)
+
+    def inner_products(a: dict[str, Contribution], b: dict[str, Contribution]) -> Tensor:
+        return torch.stack([a[name].inner_products(b[name]).double() for name in a]).sum(0)
 
     v_BP = torch.zeros(len(record_ids), len(names), dtype=torch.float64)
     with _undisturbed(model), torch.enable_grad():
-        full_precision = directions(0, ())
+        full_precision = gradients(0, ())
+        squares_B = inner_products(full_precision, full_precision)
         for column, name in enumerate(names):
             for repeat in range(repeats):
-                quantized = directions(repeat, (name,))
-                cosine_B = sum((full_precision[p] * quantized[p]).sum(1) for p in quantized)
-                v_BP[:, column] += (1 - cosine_B.double().cpu()) / repeats
+                quantized = gradients(repeat, (name,))
+                lengths_B = (squares_B * inner_products(quantized, quantized)).sqrt()
+                v_BP[:, column] += (1 - inner_products(full_precision, quantized) / lengths_B).cpu() / repeats
     return v_BP
 
 

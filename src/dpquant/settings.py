@@ -99,9 +99,9 @@ class TrainSettings:
     analysis_every: int = _setting("epochs between analyses", 1)
     analysis_score: str = _setting("what quantizing is measured by: the loss or the gradient's direction", "loss")
     analysis_batch_size: float | None = _setting(
-        "expected size of an analysis' batch [half of the batch size; gradient an eighth]"
+        "expected size of an analysis' batch [half of the batch size; gradient a sixteenth]"
     )
-    analysis_noise_multiplier: float = _setting("noise over sensitivity of an analysis", 2.0)
+    analysis_noise_multiplier: float = _setting("noise over sensitivity of an analysis", 1.0)
     analysis_max_norm: float | None = _setting("L2 norm that each example's impacts are clipped to [0.25; gradient 1]")
     analysis_repeats: int = _setting("roundings averaged in an analysis", 1)
     seed: int = _setting("of model, rounding and schedule; never of sampling and noise", 0)

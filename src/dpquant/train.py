@@ -44,7 +44,7 @@ from dpquant.settings import TrainSettings
 from dpquant.working_memory import working_memory
 
 _EVALUATION_BATCH = 500
-_ANALYSIS_PARTS = {"loss": 1 / 2, "gradient": 1 / 8}  # of a step's batch: a gradient costs more and says more
+_ANALYSIS_PARTS = {"loss": 1 / 2, "gradient": 1 / 16}  # of a step's batch: a gradient costs more and says more
 _ANALYSIS_NORMS = {"loss": 0.25, "gradient": 1.0}
 
 

@@ -212,6 +212,24 @@ class Product:
     def per_example(self) -> Tensor:
         return self.by_patches().per_example()
 
+    def inner_products(self, other: Contribution) -> Tensor:
+        """With another product: by what their positions share, or by forming both, whichever multiplies less."""
+        if not isinstance(other, Product):
+            return (self.per_example() * other.per_example()).flatten(1).sum(1)
+        ours, theirs = (
+            (unfolded(x, self.geometry), positions(g, self.geometry)) for x, g in (self.values, other.values)
+        )
+        (x_BGTD, g_BGTO), (x2_BGTD, g2_BGTO) = ours, theirs
+        num_positions, inputs, outputs = x_BGTD.shape[2], x_BGTD.shape[3], g_BGTO.shape[3]
+        if num_positions * (inputs + outputs) < 2 * inputs * outputs:
+            shared = (x_BGTD @ x2_BGTD.transpose(2, 3)) * (g_BGTO @ g2_BGTO.transpose(2, 3))
+        else:
+            shared = (g_BGTO.transpose(2, 3) @ x_BGTD) * (g2_BGTO.transpose(2, 3) @ x2_BGTD)
+        products_B = shared.sum((1, 2, 3))
+        for scale_B in (self.scale_B, other.scale_B):
+            products_B = products_B if scale_B is None else products_B * scale_B
+        return products_B
+
     def add_weighted(self, weights_B: Tensor, total: Any) -> Any:
         factors_B = scaled_weights(weights_B, self.scale_B)
         if isinstance(self.operands[0], QTensor) and has_code_sums(self.operands[0], self.geometry):
