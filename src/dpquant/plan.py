@@ -71,8 +71,8 @@ class AnalysisPlan:
       noise_multiplier: noise over sensitivity, >= 0.1.
       max_norm: L2 norm that each example's impact vector is clipped to, in units of the score.
       repeats: rounding draws averaged before the clip; costs time, not privacy.
-      score: what an impact is measured by: `loss`, the paper's, or `gradient`, 1 - the cosine of an example's gradient
-        with a layer quantized and in full precision.
+      score: what an impact is measured by: `gradient`, 1 - the cosine of an example's gradient with a layer quantized
+        and in full precision; or `loss`, the paper's.
     Raises:
       SettingError: a value out of range.
     """
@@ -83,7 +83,7 @@ class AnalysisPlan:
     noise_multiplier: float
     max_norm: float
     repeats: int = 1
-    score: Score = "loss"
+    score: Score = "gradient"
 
     def __post_init__(self) -> None:
         if self.score not in get_args(Score):

@@ -97,12 +97,12 @@ class TrainSettings:
     rest: str = _setting("format of the other layers: full/luq-fp4/luq-fp4 quantizes their backward pass", "full")
     backend: str = _setting("auto, simulate or int8", "auto")
     analysis_every: int = _setting("epochs between analyses", 1)
-    analysis_score: str = _setting("what quantizing is measured by: the loss or the gradient's direction", "loss")
+    analysis_score: str = _setting("what quantizing is measured by: loss, or gradient, its direction", "gradient")
     analysis_batch_size: float | None = _setting(
-        "expected size of an analysis' batch [half of the batch size; gradient a sixteenth]"
+        "expected size of an analysis' batch [a sixteenth of the batch size; loss half]"
     )
     analysis_noise_multiplier: float = _setting("noise over sensitivity of an analysis", 1.0)
-    analysis_max_norm: float | None = _setting("L2 norm that each example's impacts are clipped to [0.25; gradient 1]")
+    analysis_max_norm: float | None = _setting("L2 norm that each example's impacts are clipped to [1; loss 0.25]")
     analysis_repeats: int = _setting("roundings averaged in an analysis", 1)
     seed: int = _setting("of model, rounding and schedule; never of sampling and noise", 0)
     threads: int | None = _setting("threads to compute with [all cores]")
