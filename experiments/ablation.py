@@ -11,7 +11,10 @@ SHARE = "--fraction 0.75"
 ROWS = {
     "rotate": f"--policy rotate {SHARE}",
     "prioritise": f"--policy prioritise {SHARE}",
-    **{f"dpquant, beta {beta}": f"--policy dpquant {SHARE} --beta {beta}" for beta in ("1", "3", "10")},
+    "dpquant": f"--policy dpquant {SHARE}",
+    "dpquant, impact on the loss": f"--policy dpquant {SHARE} --analysis-score loss",
+    "dpquant, 0.75 of the MACs": "--policy dpquant --macs 0.75",
+    **{f"dpquant, beta {beta}": f"--policy dpquant {SHARE} --beta {beta}" for beta in ("1", "10")},
     **{f"dpquant, ema {ema}": f"--policy dpquant {SHARE} --ema {ema}" for ema in ("0.1", "1.0")},
 }
 TABLES = [

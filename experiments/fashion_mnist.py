@@ -14,6 +14,7 @@ TABLES = [
         "--max-grad-norm 0.1 --optimizer sgd --lr 4 --momentum 0.9",
         rows={
             "dpquant 75 %": "--policy dpquant --fraction 0.75",
+            "dpquant 75 %, impact on the loss": "--policy dpquant --fraction 0.75 --analysis-score loss",
             "full precision": "--policy none",
             "static 75 %": "--policy static --fraction 0.75",
             "75 %, first layer full": "--policy static --layers 3,8,10",

@@ -9,10 +9,12 @@ CHANGES = {
     "defaults": "",
     "every 4 epochs": "--analysis-every 4",
     "noise 0.5": "--analysis-noise-multiplier 0.5",
-    "noise 8": "--analysis-noise-multiplier 8",
-    "batch 128": "--analysis-batch-size 128",
-    "clipped to 0.05": "--analysis-max-norm 0.05",
-    "clipped to 1": "--analysis-max-norm 1",
+    "noise 4": "--analysis-noise-multiplier 4",
+    "batch 32": "--analysis-batch-size 32",
+    "batch 512": "--analysis-batch-size 512",
+    "clipped to 0.25": "--analysis-max-norm 0.25",
+    "clipped to 2": "--analysis-max-norm 2",
+    "impact on the loss": "--analysis-score loss",
 }
 TABLES = [
     Table(
