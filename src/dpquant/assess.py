@@ -11,7 +11,7 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -38,7 +38,7 @@ from dpquant.impact import impact_sum
 from dpquant.plan import AnalysisPlan, PrivacyPlan
 from dpquant.private import PrivateTraining, make_private
 from dpquant.record import RunRecord
-from dpquant.schedule import Policy, largest_layers, noise_left
+from dpquant.schedule import Policy, Turn, largest_layers, noise_left
 from dpquant.settings import TrainSettings
 from dpquant.train import model_of, optimizer_of, per_example_loss, plan_of, policy_of
 from dpquant.tuning import layer_times
@@ -210,17 +210,9 @@ class _InTurn(Policy):
     def __init__(self) -> None:
         self.turns: list[tuple[str, ...]] = []
 
-    def choose(
-        self,
-        macs: Mapping[str, float],
-        scores: Mapping[str, float] | None,
-        *,
-        epoch: int,
-        key: int,
-        excluded: Collection[str] = (),
-    ) -> tuple[str, ...]:
+    def pick(self, turn: Turn) -> tuple[str, ...]:
         """The epoch's turn; all layers before the turns are known."""
-        return self.turns[epoch % len(self.turns)] if self.turns else tuple(macs)
+        return self.turns[turn.epoch % len(self.turns)] if self.turns else tuple(turn.macs)
 
 
 class _MadeUp:

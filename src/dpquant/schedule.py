@@ -29,8 +29,22 @@ from dpquant.errors import SettingError
 _ROUNDING = 1e-9  # of sums and products of floats: 0.6 of 5 layers are 3, not 4
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Turn:
+    """What a policy may look at when an epoch begins: released numbers only.
+
+    Attributes: as the arguments of `Policy.choose`.
+    """
+
+    macs: Mapping[str, float]
+    scores: Mapping[str, float] | None
+    epoch: int
+    key: int
+    excluded: Collection[str]
+
+
 class Policy(abc.ABC):
-    """Chooses an epoch's layers.
+    """Chooses an epoch's layers. A policy of your own defines `pick`.
 
     Attributes:
       needs_scores: the choice gets better with measured impacts: the run should make analyses.
@@ -46,7 +60,6 @@ class Policy(abc.ABC):
         """False if the model always runs in full precision."""
         return True
 
-    @abc.abstractmethod
     def choose(
         self,
         macs: Mapping[str, float],
@@ -70,6 +83,11 @@ class Policy(abc.ABC):
           SettingError: a named layer does not exist, or scores are not one finite number for each layer.
         Privacy: post-processing.
         """
+        return self.pick(Turn(macs=macs, scores=scores, epoch=epoch, key=key, excluded=excluded))
+
+    @abc.abstractmethod
+    def pick(self, turn: Turn) -> tuple[str, ...]:
+        """What `choose` returns, for its arguments."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,15 +99,7 @@ class NonePolicy(Policy):
         """Never."""
         return False
 
-    def choose(
-        self,
-        macs: Mapping[str, float],
-        scores: Mapping[str, float] | None,
-        *,
-        epoch: int,
-        key: int,
-        excluded: Collection[str] = (),
-    ) -> tuple[str, ...]:
+    def pick(self, turn: Turn) -> tuple[str, ...]:
         """No layer."""
         return ()
 
@@ -98,17 +108,9 @@ class NonePolicy(Policy):
 class AllPolicy(Policy):
     """Every layer, all the time."""
 
-    def choose(
-        self,
-        macs: Mapping[str, float],
-        scores: Mapping[str, float] | None,
-        *,
-        epoch: int,
-        key: int,
-        excluded: Collection[str] = (),
-    ) -> tuple[str, ...]:
+    def pick(self, turn: Turn) -> tuple[str, ...]:
         """All layers."""
-        return tuple(name for name in macs if name not in excluded)
+        return tuple(name for name in turn.macs if name not in turn.excluded)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,41 +181,25 @@ class StaticPolicy(_BudgetPolicy):
         """Unless an empty collection was named."""
         return self.names is None or len(self.names) > 0
 
-    def choose(
-        self,
-        macs: Mapping[str, float],
-        scores: Mapping[str, float] | None,
-        *,
-        epoch: int,
-        key: int,
-        excluded: Collection[str] = (),
-    ) -> tuple[str, ...]:
+    def pick(self, turn: Turn) -> tuple[str, ...]:
         """The named layers, or those that `seed` draws."""
         if self.names is None:
-            return self._spend(_drawn(_free(macs, excluded), _coin(self.seed, 0)), macs)
-        if unknown := [name for name in self.names if name not in macs]:
+            return self._spend(_drawn(_free(turn), _coin(self.seed, 0)), turn.macs)
+        if unknown := [name for name in self.names if name not in turn.macs]:
             raise SettingError(
-                f"Expected names of quantizable layers; got names with {unknown[0]!r}. Known: {', '.join(macs)}. "
+                f"Expected names of quantizable layers; got names with {unknown[0]!r}. Known: {', '.join(turn.macs)}. "
                 "Name layers as dpquant.quantizable_layers(model) does."
             )
-        return tuple(name for name in macs if name in self.names)
+        return tuple(name for name in turn.macs if name in self.names)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RotatePolicy(_BudgetPolicy):
     """Other layers in every epoch, drawn uniformly: the paper's probabilistic layer sampling."""
 
-    def choose(
-        self,
-        macs: Mapping[str, float],
-        scores: Mapping[str, float] | None,
-        *,
-        epoch: int,
-        key: int,
-        excluded: Collection[str] = (),
-    ) -> tuple[str, ...]:
+    def pick(self, turn: Turn) -> tuple[str, ...]:
         """Layers drawn uniformly, anew in every epoch."""
-        return self._spend(_drawn(_free(macs, excluded), _coin(key, epoch)), macs)
+        return self._spend(_drawn(_free(turn), _coin(turn.key, turn.epoch)), turn.macs)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -236,18 +222,10 @@ class _ScoredPolicy(_BudgetPolicy):
 class PrioritisePolicy(_ScoredPolicy):
     """The layers with the lowest scores, without a coin; in case of a tie, earlier ones."""
 
-    def choose(
-        self,
-        macs: Mapping[str, float],
-        scores: Mapping[str, float] | None,
-        *,
-        epoch: int,
-        key: int,
-        excluded: Collection[str] = (),
-    ) -> tuple[str, ...]:
+    def pick(self, turn: Turn) -> tuple[str, ...]:
         """The layers with the lowest scores."""
-        known = _checked_scores(_free(macs, excluded), scores)
-        return self._spend(sorted(known, key=known.__getitem__), macs)
+        known = _checked_scores(turn)
+        return self._spend(sorted(known, key=known.__getitem__), turn.macs)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -264,19 +242,10 @@ class DPQuantPolicy(_ScoredPolicy):
         super().__post_init__()
         _check_beta(self.beta)
 
-    def choose(
-        self,
-        macs: Mapping[str, float],
-        scores: Mapping[str, float] | None,
-        *,
-        epoch: int,
-        key: int,
-        excluded: Collection[str] = (),
-    ) -> tuple[str, ...]:
+    def pick(self, turn: Turn) -> tuple[str, ...]:
         """Layers drawn by exp(-beta * normalised score), anew in every epoch."""
-        return self._spend(
-            _drawn(_logits(_checked_scores(_free(macs, excluded), scores), self.beta), _coin(key, epoch)), macs
-        )
+        logits = _logits(_checked_scores(turn), self.beta)
+        return self._spend(_drawn(logits, _coin(turn.key, turn.epoch)), turn.macs)
 
 
 def probabilities(scores: Mapping[str, float], beta: float) -> dict[str, float]:
@@ -330,9 +299,9 @@ def noise_left(count: int, weight: float) -> float:
     return math.sqrt(newer + (1 - weight) ** (2 * max(count - 1, 0)))
 
 
-def _free(macs: Mapping[str, float], excluded: Collection[str]) -> dict[str, float]:
+def _free(turn: Turn) -> dict[str, float]:
     """Zeros for the layers that may be chosen."""
-    return {name: 0.0 for name in macs if name not in excluded}
+    return {name: 0.0 for name in turn.macs if name not in turn.excluded}
 
 
 def _logits(scores: Mapping[str, float], beta: float) -> dict[str, float]:
@@ -356,16 +325,17 @@ def _coin(key: int, epoch: int) -> np.random.Generator:
     return np.random.default_rng([key, epoch])
 
 
-def _checked_scores(macs: Mapping[str, float], scores: Mapping[str, float] | None) -> dict[str, float]:
-    """One score for each layer, in forward order."""
+def _checked_scores(turn: Turn) -> dict[str, float]:
+    """One score for each layer that may be chosen, in forward order."""
+    free, scores = _free(turn), turn.scores
     if scores is None:
-        return dict.fromkeys(macs, 0.0)
-    if set(scores) != set(macs) or not all(map(math.isfinite, scores.values())):
+        return free
+    if set(scores) != set(free) or not all(map(math.isfinite, scores.values())):
         raise SettingError(
-            f"Expected scores to be one finite number for each of {', '.join(macs)}; got scores for "
+            f"Expected scores to be one finite number for each of {', '.join(free)}; got scores for "
             f"{', '.join(scores)}. Layers without a score cannot be ranked. Give the result of one analysis."
         )
-    return {name: scores[name] for name in macs}
+    return {name: scores[name] for name in free}
 
 
 def _check_share(name: str, value: float | None) -> None:
