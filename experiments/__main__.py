@@ -15,7 +15,7 @@ import importlib
 import time
 from pathlib import Path
 
-from experiments.runner import FOLDERS, Site, do_table
+from experiments.runner import FOLDERS, Site, committed, do_table
 
 TABLES = (
     "fashion_mnist",
@@ -36,13 +36,15 @@ def main() -> None:
     parser.add_argument("names", nargs="+", choices=("all", *TABLES, *SCRIPTS), metavar="NAME", help="or all")
     parser.add_argument("--hours", type=float, default=float("inf"), help="no run begins later than this")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
+    parser.add_argument("--continue", dest="keep", action="store_true", help="what the results hold counts as done")
     parser.add_argument("--work", type=Path, default=Path("runs/experiments"))
     for name in FOLDERS:
         parser.add_argument(f"--{name.lower()}", type=Path, help=f"folder of {name}")
     arguments = parser.parse_args()
     folders = {name: path for name in FOLDERS if (path := getattr(arguments, name.lower())) is not None}
     deadline = time.monotonic() + 3600 * arguments.hours
-    site = Site(work=arguments.work, folders=folders, jobs=arguments.jobs, deadline=deadline)
+    kept = committed() if arguments.keep else {}
+    site = Site(work=arguments.work, folders=folders, jobs=arguments.jobs, deadline=deadline, kept=kept)
     for name in (*TABLES, *SCRIPTS) if "all" in arguments.names else arguments.names:
         module = importlib.import_module(f"experiments.{name}")
         if name in SCRIPTS:

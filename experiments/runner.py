@@ -87,12 +87,14 @@ class Site:
       folders: {placeholder: folder of the data set}.
       jobs: runs side by side, which share the cores.
       deadline: no run begins after it, in seconds of `time.monotonic`.
+      kept: {command: record} of runs made elsewhere that count as done.
     """
 
     work: Path
     folders: Mapping[str, Path]
     jobs: int = 1
     deadline: float = float("inf")
+    kept: Mapping[str, dict] = dataclasses.field(default_factory=dict)
 
     def do(self, runs: Sequence[Run]) -> None:
         """Do what is not done yet and can begin before the deadline."""
@@ -103,10 +105,16 @@ class Site:
         """{row: records, by seed} of the runs that are done."""
         found: dict[str, list[dict]] = {}
         for run in runs:
-            path = run.folder(self.work) / "record.json"
-            if path.exists():
-                found.setdefault(run.row, []).append({**json.loads(path.read_text()), "command": run.command})
+            if (record := self.record(run)) is not None:
+                found.setdefault(run.row, []).append(record)
         return found
+
+    def record(self, run: Run) -> dict | None:
+        """What is kept of a run; None before it is done."""
+        path = run.folder(self.work) / "record.json"
+        if path.exists():
+            return {**json.loads(path.read_text()), "command": run.command}
+        return self.kept.get(run.command)
 
     def here(self, options: str, title: str) -> str | None:
         """Options with the folders of data sets in place; None, and a word, where a folder is not given."""
@@ -119,7 +127,7 @@ class Site:
 
     def _do(self, run: Run) -> None:
         out = run.folder(self.work)
-        if (out / "record.json").exists() or time.monotonic() > self.deadline:
+        if self.record(run) is not None or time.monotonic() > self.deadline:
             return
         options = self.here(run.options, run.row)
         if options is None:
@@ -142,6 +150,13 @@ class Site:
         print(f"{run.row}, seed {run.seed}: {accuracy:.4f} after {time.monotonic() - began:.0f} s", flush=True)
 
 
+def committed() -> dict[str, dict]:
+    """{command: record} of all runs that the results hold."""
+    tables = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    runs = [run for table in tables for records in table.get("records", {}).values() for run in records]
+    return {run["command"]: run for run in runs}
+
+
 def settings_of(options: str) -> TrainSettings:
     """What `dpquant train` makes of options."""
     hints = typing.get_type_hints(TrainSettings)
@@ -162,7 +177,7 @@ def do_table(table: Table, site: Site) -> dict[str, dict]:
     if not records:
         return {}
     rows = summary(records)
-    missing = [f"{run.row}, seed {run.seed}" for run in runs if not (run.folder(site.work) / "record.json").exists()]
+    missing = [f"{run.row}, seed {run.seed}" for run in runs if site.record(run) is None]
     RESULTS.mkdir(exist_ok=True)
     text = json.dumps({"title": table.title, "missing": missing, "summary": rows, "records": records}, indent=1)
     (RESULTS / f"{table.name}.json").write_text(text + "\n")

@@ -73,6 +73,15 @@ def test_a_run_whose_data_is_not_here_is_left_out(commands, tmp_path):
     assert f"image-folder:{tmp_path}" in commands[0]
 
 
+def test_what_the_results_hold_counts_as_done_where_that_is_wanted(commands, tmp_path):
+    do_table(TABLE, site(tmp_path))
+    bare, kept = (
+        {"work": tmp_path / "elsewhere", "folders": {}, **more} for more in ({}, {"kept": runner.committed()})
+    )
+    assert Site(**bare).record(TABLE.runs()[0]) is None
+    assert do_table(TABLE, Site(**kept)).keys() == {"a", "b"} and len(commands) == 4
+
+
 def test_another_program_takes_the_place_of_dpquant(commands, tmp_path):
     table = Table(name="mine", title="M", common="", rows={"a": "", "b": ""}, seeds=(0,), programs={"b": "mine.main"})
     do_table(table, site(tmp_path))
