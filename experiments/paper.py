@@ -55,7 +55,12 @@ def _table(name: str) -> str:
     table = "".join(
         f"| {' | '.join(line)} |\n" + ("|---" * len(line) + "|\n" if i == 0 else "") for i, line in enumerate(lines)
     )
-    missing = f"Not run yet: {'; '.join(results['missing'])}.\n" if results["missing"] else ""
+    seeds: dict[str, list[str]] = {}
+    for run in results["missing"]:
+        row, seed = run.rsplit(", seed ", 1)
+        seeds.setdefault(row, []).append(seed)
+    missing = "; ".join(f"{row} at seed {', '.join(found)}" for row, found in seeds.items())
+    missing = f"\nNot run yet: {missing}.\n" if missing else ""
     command = next(iter(results["summary"].values()))["command"]
     return f"{table}\nThe first row's command, at its first seed: `{command}`\n{missing}"
 

@@ -110,10 +110,13 @@ class Site:
         return found
 
     def record(self, run: Run) -> dict | None:
-        """What is kept of a run; None before it is done."""
+        """What is kept of a run, which says nothing of where its data lay; None before it is done."""
         path = run.folder(self.work) / "record.json"
         if path.exists():
-            return {**json.loads(path.read_text()), "command": run.command}
+            text = path.read_text()
+            for placeholder, folder in self.folders.items():
+                text = text.replace(str(folder), placeholder)
+            return {**json.loads(text), "command": run.command}
         return self.kept.get(run.command)
 
     def here(self, options: str, title: str) -> str | None:

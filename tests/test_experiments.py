@@ -65,12 +65,14 @@ def test_after_the_deadline_nothing_begins_and_what_is_missing_is_listed(command
     assert json.loads((tmp_path / "results" / "mine.json").read_text())["missing"] == ["c, seed 0"]
 
 
-def test_a_run_whose_data_is_not_here_is_left_out(commands, tmp_path):
+def test_a_run_whose_data_is_not_here_is_left_out_and_no_record_says_where_it_was(commands, tmp_path, monkeypatch):
     table = Table(name="mine", title="Mine", common="--data image-folder:GTSRB", rows={"a": ""}, seeds=(0,))
     assert do_table(table, site(tmp_path)) == {} and not commands
-    here = Site(work=tmp_path / "work", folders={"GTSRB": tmp_path})
+    monkeypatch.setitem(RECORD, "dataset", f"image-folder:{tmp_path}/photos")
+    here = Site(work=tmp_path / "work", folders={"GTSRB": tmp_path / "photos"})
     assert do_table(table, here)["a"]["command"] == "dpquant train --data image-folder:GTSRB --seed 0 --out RUN"
-    assert f"image-folder:{tmp_path}" in commands[0]
+    assert f"image-folder:{tmp_path}/photos" in commands[0]
+    assert here.record(table.runs()[0])["dataset"] == "image-folder:GTSRB"
 
 
 def test_what_the_results_hold_counts_as_done_where_that_is_wanted(commands, tmp_path):
@@ -116,7 +118,7 @@ RESULTS = {
             "four_bit_fraction_macs": 0.5, "epsilon": 8.0, "epsilon_analysis_share": 0.01, "command": "dpquant train",
         },
     },
-    "missing": [],
+    "missing": ["a, b, seed 0", "a, b, seed 2"],
 }  # fmt: skip
 
 
@@ -126,6 +128,7 @@ def test_results_stand_on_the_page_beside_the_papers(monkeypatch, tmp_path):
     page = "before\n<!-- results: baselines-gtsrb -->\nold\n<!-- end -->\n<!-- results: none -->\n<!-- end -->\nafter"
     found = paper.refreshed(page)
     assert "| static 0.9 | 12.35 ± 1.00 | 2 | 90% | 50% | 1.00% | 57.49 ± 4.46 |" in found
+    assert "Not run yet: a, b at seed 0, 2." in found
     assert "old" not in found and "Not run yet." in found and found.startswith("before") and found.endswith("after")
     assert paper.refreshed(found) == found
 
