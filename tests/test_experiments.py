@@ -37,7 +37,7 @@ def commands(monkeypatch, tmp_path):
         (out / "record.json").write_text(json.dumps(RECORD))
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(runner.subprocess, "run", pretended)
+    monkeypatch.setattr(runner, "subprocess", SimpleNamespace(run=pretended))  # not for all: fonts are sought too
     monkeypatch.setattr(runner, "RESULTS", tmp_path / "results")
     return seen
 
@@ -145,7 +145,7 @@ def test_runs_of_other_options_or_seeds_have_other_directories(tmp_path):
 
 def test_a_run_that_fails_is_told(monkeypatch, tmp_path):
     failed = subprocess.CompletedProcess([], 2, stderr="error: Expected")
-    monkeypatch.setattr(runner.subprocess, "run", lambda *a, **k: failed)
+    monkeypatch.setattr(runner, "subprocess", SimpleNamespace(run=lambda *a, **k: failed))
     with pytest.raises(SystemExit, match="error: Expected"):
         do_table(TABLE, site(tmp_path))
 
