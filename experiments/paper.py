@@ -4,8 +4,10 @@
 Between `<!-- results: NAME -->` and `<!-- end -->` stands what results/NAME.json says; the rest is written by hand.
 """
 
+import itertools
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from experiments.runner import RESULTS, Site
@@ -49,9 +51,13 @@ def _table(name: str) -> str:
         return "Not run yet.\n"
     results = json.loads(path.read_text())
     theirs = PAPER.get(name, {})
+    common, options = _commands({row: facts["command"] for row, facts in results["summary"].items()})
     head = ["", "test accuracy, %", "seeds", "MACs quantized", "in four bits", "analyses' share of epsilon"]
-    lines = [head + ["the paper"] * bool(theirs)]
-    lines += [_line(row, facts) + [theirs.get(row, "")] * bool(theirs) for row, facts in results["summary"].items()]
+    lines = [head + ["the paper"] * bool(theirs) + ["options"]]
+    lines += [
+        _line(row, facts) + [theirs.get(row, "")] * bool(theirs) + [f"`{options[row]}`" if options[row] else ""]
+        for row, facts in results["summary"].items()
+    ]
     table = "".join(
         f"| {' | '.join(line)} |\n" + ("|---" * len(line) + "|\n" if i == 0 else "") for i, line in enumerate(lines)
     )
@@ -61,8 +67,23 @@ def _table(name: str) -> str:
         seeds.setdefault(row, []).append(seed)
     missing = "; ".join(f"{row} at seed {', '.join(found)}" for row, found in seeds.items())
     missing = f"\nNot run yet: {missing}.\n" if missing else ""
-    command = next(iter(results["summary"].values()))["command"]
-    return f"{table}\nThe first row's command, at its first seed: `{command}`\n{missing}"
+    return f"{table}\nEvery row is `dpquant train {common} OPTIONS --seed SEED --out RUN`, seeds from 0.\n{missing}"
+
+
+def _commands(commands: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    """The options that all commands begin with, and {row: what it has beyond them}, its program if that is another."""
+    programs, pairs = {}, {}
+    for row, command in commands.items():
+        programs[row], _, options = command.partition(" train ")
+        words = options.rsplit(" --seed ", 1)[0].split()
+        pairs[row] = list(zip(words[::2], words[1::2], strict=True))
+    alike = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*pairs.values(), strict=False))
+    common = [column[0] for column in alike]
+    text = {
+        row: " ".join(f"{option} {value}" for option, value in found[len(common) :]) for row, found in pairs.items()
+    }
+    others = {row: "" if program == "dpquant" else f"({program}) " for row, program in programs.items()}
+    return " ".join(f"{option} {value}" for option, value in common), {row: others[row] + text[row] for row in text}
 
 
 def _line(row: str, facts: dict) -> list[str]:

@@ -115,7 +115,13 @@ RESULTS = {
     "summary": {
         "static 0.9": {
             "accuracy_mean": 12.3456, "accuracy_spread": 1.0, "accuracies": [1, 2], "quantized_fraction_macs": 0.9,
-            "four_bit_fraction_macs": 0.5, "epsilon": 8.0, "epsilon_analysis_share": 0.01, "command": "dpquant train",
+            "four_bit_fraction_macs": 0.5, "epsilon": 8.0, "epsilon_analysis_share": 0.01,
+            "command": "dpquant train --lr 1 --policy static --fraction 0.9 --seed 0 --out RUN",
+        },
+        "naive": {
+            "accuracy_mean": 10, "accuracy_spread": None, "accuracies": [1], "quantized_fraction_macs": 1,
+            "four_bit_fraction_macs": 1, "epsilon": None, "epsilon_analysis_share": None,
+            "command": "python -m mine train --lr 1 --policy all --seed 0 --out RUN",
         },
     },
     "missing": ["a, b, seed 0", "a, b, seed 2"],
@@ -127,7 +133,12 @@ def test_results_stand_on_the_page_beside_the_papers(monkeypatch, tmp_path):
     (tmp_path / "baselines-gtsrb.json").write_text(json.dumps(RESULTS))
     page = "before\n<!-- results: baselines-gtsrb -->\nold\n<!-- end -->\n<!-- results: none -->\n<!-- end -->\nafter"
     found = paper.refreshed(page)
-    assert "| static 0.9 | 12.35 ± 1.00 | 2 | 90% | 50% | 1.00% | 57.49 ± 4.46 |" in found
+    assert (
+        "| static 0.9 | 12.35 ± 1.00 | 2 | 90% | 50% | 1.00% | 57.49 ± 4.46 | `--policy static --fraction 0.9` |"
+        in found
+    )
+    assert "| naive | 10.00 | 1 | 100% | 100% | NOT PRIVATE |  | `(python -m mine) --policy all` |" in found
+    assert "`dpquant train --lr 1 OPTIONS --seed SEED --out RUN`" in found
     assert "Not run yet: a, b at seed 0, 2." in found
     assert "old" not in found and "Not run yet." in found and found.startswith("before") and found.endswith("after")
     assert paper.refreshed(found) == found
