@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""E4: why four bits hurt private training more. Ordinary beside private training, each with and without luq-fp4.
+"""E4: why four bits hurt private training more. SGD beside DP-SGD, each with and without luq-fp4 in every layer.
 
 After every epoch a probe of training records gives, in full precision: norms and largest entries of per-example
-gradients, and the variance that the quantizer would add to the layers' activations and output gradients. The probe is
-not private: these figures explain, and no run releases them.
+gradients, the variance that the quantizer would add to the layers' activations and output gradients, and for private
+runs how large the noise is beside a batch's clipped gradients. The probe is not private: these figures explain, and no
+run releases them.
 """
 
 import dataclasses
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,21 +18,22 @@ from torch import Tensor, nn
 
 from dpquant import data
 from dpquant.bench import gradient_of
+from dpquant.clip import clipped_sum
 from dpquant.layers import prepare, quantizable_layers, set_policy
 from dpquant.private import make_private
 from dpquant.settings import TrainSettings
 from dpquant.train import accuracy, model_of, optimizer_of, per_example_loss, plan_of, policy_of
 from experiments.runner import RESULTS, Site, new_figure, settings_of
-from experiments.settings import EPSILON, GTSRB
+from experiments.settings import EPSILON, GTSRB, SGD, SHORT
 from experiments.variance import exact_variance, operands
 
-EPOCHS, PROBED, MICROBATCH = 4, 64, 256
-ORDINARY_LR = 1e-3  # without noise to overcome, the private rate is too high
+PROBED, MICROBATCH = 64, 256
+ORDINARY_LR = 0.1  # of unclipped gradients, which are longer
 
 
 def run(site: Site) -> None:
     """Train four times; write results/damage.json and .png."""
-    options = site.here(f"{GTSRB} {EPSILON} --epochs {EPOCHS}", "damage")
+    options = site.here(f"{GTSRB} {SHORT} {EPSILON} {SGD}", "damage")
     if options is None:
         return
     settings = settings_of(options)
@@ -40,25 +42,23 @@ def run(site: Site) -> None:
     for title, train in {"ordinary": _ordinary, "private": _private}.items():
         for policy in ("none", "all"):
             name = f"{title}, {'full precision' if policy == 'none' else 'luq-fp4'}"
-            results[name] = rows = []
-            train(
-                dataclasses.replace(settings, policy=policy),
-                dataset,
-                lambda model, rows=rows: rows.append(_probe(model, dataset)),
-            )
+            chosen = dataclasses.replace(settings, policy=policy)
+            results[name] = rows = [
+                _probe(model, dataset, chosen, noise_std) for model, noise_std in train(chosen, dataset)
+            ]
             print(name, [round(row["accuracy_test"], 3) for row in rows], flush=True)
     (RESULTS / "damage.json").write_text(
-        json.dumps({"epochs": EPOCHS, "probed": PROBED, "rows": results}, indent=1) + "\n"
+        json.dumps({"options": f"{SHORT} {EPSILON} {SGD}", "probed": PROBED, "rows": results}, indent=1) + "\n"
     )
     _draw(results, RESULTS / "damage.png")
 
 
-def _ordinary(settings: TrainSettings, dataset: data.Dataset, after_epoch: Callable[[nn.Module], None]) -> None:
-    """The same optimizer at its usual rate on the mean of unclipped gradients, without noise."""
+def _ordinary(settings: TrainSettings, dataset: data.Dataset) -> Iterator[tuple[nn.Module, float]]:
+    """After each epoch the model, and no noise: the same optimizer at its usual rate on means of whole gradients."""
     settings = dataclasses.replace(settings, lr=ORDINARY_LR)
     model = prepare(model_of(settings, dataset), format=settings.format)
     optimizer = optimizer_of(settings, model)
-    for _ in range(EPOCHS):
+    for _ in range(settings.epochs):
         set_policy(model, quantizable_layers(model) if settings.policy == "all" else ())
         for ids in torch.randperm(len(dataset.train)).split(round(settings.batch_size)):
             optimizer.zero_grad()
@@ -66,10 +66,11 @@ def _ordinary(settings: TrainSettings, dataset: data.Dataset, after_epoch: Calla
                 (per_example_loss(model, dataset.train.batch(piece)).sum() / len(ids)).backward()
             optimizer.step()
         set_policy(model, ())
-        after_epoch(model)
+        yield model, 0.0
 
 
-def _private(settings: TrainSettings, dataset: data.Dataset, after_epoch: Callable[[nn.Module], None]) -> None:
+def _private(settings: TrainSettings, dataset: data.Dataset) -> Iterator[tuple[nn.Module, float]]:
+    """After each epoch the model, and the standard deviation of the noise on a batch's summed gradient."""
     model = model_of(settings, dataset)
     private = make_private(
         model,
@@ -84,19 +85,32 @@ def _private(settings: TrainSettings, dataset: data.Dataset, after_epoch: Callab
     for epoch in private.epochs():
         for batch in epoch:
             private.step(batch)
-        after_epoch(private.model)
+        yield private.model, private.plan.train_noise_std(settings.max_grad_norm)
 
 
-def _probe(model: nn.Module, dataset: data.Dataset) -> dict:
-    """Medians over examples and layers."""
+def _probe(model: nn.Module, dataset: data.Dataset, settings: TrainSettings, noise_std: float) -> dict:
+    """Medians over examples and layers, and the noise over the root mean square of a batch's clipped gradient."""
     ids = torch.arange(0, len(dataset.train), len(dataset.train) // PROBED)[:PROBED]
     inputs, targets = dataset.train.batch(ids)
     gradients = [gradient_of(model, (inputs[[i]], targets[[i]], ids[[i]])) for i in range(PROBED)]
     found = operands(model, inputs, targets)
+    batch_ids = torch.arange(0, len(dataset.train), len(dataset.train) // round(settings.batch_size))
+    clipped = clipped_sum(
+        model,
+        per_example_loss,
+        dataset.train.batch(batch_ids),
+        max_grad_norm=settings.max_grad_norm,
+        record_ids=batch_ids,
+        step=0,
+        seed=0,
+        microbatch_size=MICROBATCH,
+    )
+    summed = torch.cat([grad.flatten() for grad in clipped.grads.values()])
     return {
         "accuracy_test": accuracy(model, dataset.test),
         "gradient_norm": statistics.median(float(g.norm()) for g in gradients),
         "largest_entry": statistics.median(float(g.abs().max()) for g in gradients),
+        "noise_over_gradient": noise_std / float(summed.square().mean().sqrt()),
         **{
             f"{role}_variance": statistics.median(_variance(tensors[role]) for tensors in found.values())
             for role in ("activation", "gradient")
@@ -118,7 +132,7 @@ def _draw(results: dict, path: Path) -> None:
     figure, axes = new_figure(columns=3)
     for axis, field in zip(axes, ("accuracy_test", "gradient_norm", "gradient_variance"), strict=True):
         for name, rows in results.items():
-            axis.plot(range(1, EPOCHS + 1), [row[field] for row in rows], "o-", label=name)
+            axis.plot(range(1, len(rows) + 1), [row[field] for row in rows], "o-", label=name)
         axis.set(xlabel="epoch", title=field.replace("_", " "))
         if field != "accuracy_test":
             axis.set_yscale("log")

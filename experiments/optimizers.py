@@ -2,10 +2,10 @@
 """E7: the main row under DP-SGD, DP-Adam and DP-AdamW."""
 
 from experiments.runner import Table
-from experiments.settings import EPSILON, GTSRB, ONE_SEED, SHORT
+from experiments.settings import EPSILON, GTSRB, ONE_SEED, SGD, SHORT
 
 OPTIMIZERS = {
-    "sgd": "--optimizer sgd --lr 0.5 --momentum 0.9",
+    "sgd": SGD,
     "adam": "",
     "adamw": "--optimizer adamw --lr 8e-3 --weight-decay 1e-2",
 }
