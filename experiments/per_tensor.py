@@ -29,10 +29,13 @@ def with_one_scale(
     row_keys: Tensor,
     *,
     clip: float | None = None,
+    one_sided: bool = False,
     zero_point: int = 0,
 ) -> QTensor:
     """As `quantize_rows`, but all rows share a scale: the naive way, which is not private."""
-    whole = quantize_rows(x.reshape(1, -1), format, rounding, row_keys[:1], clip=clip, zero_point=zero_point)
+    whole = quantize_rows(
+        x.reshape(1, -1), format, rounding, row_keys[:1], clip=clip, one_sided=one_sided, zero_point=zero_point
+    )
     channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     codes = whole.codes.reshape(x.shape).contiguous(memory_format=layout)

@@ -2,8 +2,8 @@
 //
 // One fused pass from float32 rows to one-byte codes and a scale per row. It is only speed: dpquant/quantizer.py states the
 // meaning, dpquant/streams.py the random bits, and this file must agree with both bit for bit. It holds no state, seeds
-// nothing, does not know torch and decides nothing. A row is read twice (its largest magnitude, then its codes) while it
-// is in the cache.
+// nothing, does not know torch and decides nothing. A row is read twice (its largest magnitude, then its codes), or once more for its
+// root mean square, while it is in the cache.
 //
 // Symbols: top = what the largest code stands for; t = |x| * max_code / top, at most max_code; draw = 23 random bits; z = t, or t + 1 where t < 1.
 //
@@ -20,6 +20,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -39,6 +40,7 @@ constexpr uint32_t HALF = ONE / 2;             // as a draw: round to nearest, t
 constexpr uint32_t MAGNITUDE = 0x7FFFFFFF;
 constexpr uint32_t INFINITY_BITS = 0x7F800000;  // magnitudes from here on are not finite
 constexpr float SMALLEST_ABSMAX = 0x1p-100f;    // below it max_code / top may overflow
+constexpr float UNITS = 32768.0f;               // the largest |x|, where the root mean square is formed
 constexpr int64_t TILE = 2048;
 constexpr int64_t LARGE = 1 << 16;  // a row from here on is worth sharing among threads
 
@@ -105,6 +107,17 @@ FOR_EVERY_X86 uint32_t largest_magnitude(const float *x, int64_t count) {
     return largest;
 }
 
+// The sum of squares of |x| in units of 1 / inverse, rounded to integers: the same in any order.
+FOR_EVERY_X86 int64_t sum_of_squares(const float *x, int64_t count, float inverse) {
+    int64_t total = 0;
+    for (int64_t k = 0; k < count; ++k) {
+        const float scaled = std::bit_cast<float>(std::bit_cast<uint32_t>(x[k]) & MAGNITUDE) * inverse;
+        const auto units = static_cast<int32_t>((scaled < UNITS ? scaled : UNITS) + 0.5f);
+        total += static_cast<int64_t>(units) * units;
+    }
+    return total;
+}
+
 // A row's tiles: runs of memory, each part of one outer position or several whole ones. All share one pattern of indices.
 struct Tiles {
     int64_t row_size;
@@ -133,33 +146,43 @@ struct Tiles {
 };
 
 // What a row's top makes of it: its scale, and whether it has codes other than zero.
-bool usable(uint32_t top_bits, float max_code, float *scale) {
-    const float top = std::bit_cast<float>(top_bits);
-    const bool finite = top_bits < INFINITY_BITS, usable = finite && top >= SMALLEST_ABSMAX;
+bool usable(float top, float max_code, float *scale) {
+    const bool finite = std::bit_cast<uint32_t>(top) < INFINITY_BITS, usable = finite && top >= SMALLEST_ABSMAX;
     *scale = usable ? top / max_code : finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
     return usable;
 }
 
 void quantize_rows(const float *x, const uint64_t *keys, int64_t rows, int64_t row_size, Layout layout, Rule rule,
-                   uint8_t *codes, float *scale, const float *tops, int threads) {
+                   uint8_t *codes, float *scale, std::optional<double> clip, int threads) {
     const Tiles tiles(row_size, layout);
     // Threads share rows, so that a row is read twice while it is in the cache; or, where rows are few and long, tiles.
     const int within = rows < threads && row_size >= LARGE ? threads : 1;
     parallel_for(rows, within > 1 ? 1 : threads, [&](int64_t row) {
         const float *values = x + row * row_size;
         uint8_t *out = codes + row * row_size;
-        std::atomic<uint32_t> largest{tops ? std::bit_cast<uint32_t>(tops[row]) & MAGNITUDE : 0};
         const int64_t parts = within > 1 ? (row_size + LARGE - 1) / LARGE : 1, part = (row_size + parts - 1) / parts;
-        parallel_for(tops ? 0 : parts, within, [&](int64_t i) {
-            const uint32_t mine = largest_magnitude(values + i * part, std::min(part, row_size - i * part));
+        const auto over_parts = [&](auto &&visit) {
+            parallel_for(parts, within,
+                         [&](int64_t i) { visit(values + i * part, std::min(part, row_size - i * part)); });
+        };
+        std::atomic<uint32_t> largest{0};
+        over_parts([&](const float *some, int64_t count) {
+            const uint32_t mine = largest_magnitude(some, count);
             uint32_t seen = largest.load();
             while (seen < mine && !largest.compare_exchange_weak(seen, mine)) {}
         });
-        if (!usable(largest, rule.max_code, &scale[row])) {
+        float top = std::bit_cast<float>(largest.load());
+        if (clip && usable(top, rule.max_code, &scale[row])) {
+            std::atomic<int64_t> squares{0};
+            over_parts([&](const float *some, int64_t count) { squares += sum_of_squares(some, count, UNITS / top); });
+            const double mean = static_cast<double>(squares.load()) / static_cast<double>(row_size);
+            top = std::min(top, static_cast<float>(*clip * std::sqrt(mean) * (static_cast<double>(top) / UNITS)));
+        }
+        if (!usable(top, rule.max_code, &scale[row])) {
             std::memset(out, rule.zero_point, static_cast<size_t>(row_size));
             return;
         }
-        const float inverse = rule.max_code / std::bit_cast<float>(largest.load());
+        const float inverse = rule.max_code / top;
         parallel_for(tiles.count(), within,
                      [&](int64_t tile) { tiles.quantize(tile, values, inverse, keys[row], rule, out); });
     });
@@ -169,14 +192,13 @@ using Floats = nb::ndarray<const float, nb::device::cpu>;
 using Keys = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Bytes = nb::ndarray<uint8_t, nb::device::cpu>;
 using Scales = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Tops = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 }  // namespace
 
 void bind_quantizer(nb::module_ &m) {
     m.def(
         "quantize_rows",
-        [](Floats x, Keys row_keys, Bytes codes, Scales scale, std::optional<Tops> tops, int64_t inner, int64_t outer_stride, int64_t inner_stride,
+        [](Floats x, Keys row_keys, Bytes codes, Scales scale, std::optional<double> clip, int64_t inner, int64_t outer_stride, int64_t inner_stride,
            float max_code, bool uniform, bool stochastic, int32_t zero_point, int threads) {
             const auto rows = static_cast<int64_t>(row_keys.size()), size = static_cast<int64_t>(x.size());
             if (rows == 0 || size == 0 || size % rows != 0 || codes.size() != x.size() || scale.size() != row_keys.size())
@@ -184,20 +206,19 @@ void bind_quantizer(nb::module_ &m) {
             const int64_t row_size = size / rows;
             if (inner < 1 || row_size % inner != 0 || row_size > INT64_C(1) << 32)
                 throw std::invalid_argument("inner does not divide a row, or a row has more than 2^32 elements");
-            if (tops && tops->size() != row_keys.size()) throw std::invalid_argument("the size of tops does not agree");
+            if (clip && !(*clip > 0)) throw std::invalid_argument("clip is not above zero");
             if (!(max_code >= 1.0f && max_code <= 127.0f))
                 throw std::invalid_argument("max_code is not in 1 .. 127");
-            const float *given = tops ? tops->data() : nullptr;
             nb::gil_scoped_release unlocked;
             quantize_rows(x.data(), reinterpret_cast<const uint64_t *>(row_keys.data()), rows, row_size,
                           {inner, outer_stride, inner_stride}, {max_code, uniform, stochastic, zero_point}, codes.data(),
-                          scale.data(), given, threads);
+                          scale.data(), clip, threads);
         },
         nb::arg("x").noconvert(), nb::arg("row_keys").noconvert(), nb::arg("codes").noconvert(),
-        nb::arg("scale").noconvert(), nb::arg("tops").none(), nb::kw_only(), nb::arg("inner"), nb::arg("outer_stride"), nb::arg("inner_stride"),
+        nb::arg("scale").noconvert(), nb::arg("clip").none(), nb::kw_only(), nb::arg("inner"), nb::arg("outer_stride"), nb::arg("inner_stride"),
         nb::arg("max_code"), nb::arg("uniform"), nb::arg("stochastic"), nb::arg("zero_point"), nb::arg("threads"),
-        "Fill codes (one byte each, in x's memory order) and scale (B) from the B rows of the dense x; tops (B): what each "
-        "row's largest code stands for, if it is not the row's largest magnitude.");
+        "Fill codes (one byte each, in x's memory order) and scale (B) from the B rows of the dense x; clip: the root mean "
+        "squares that a row's largest code stands for, if that is less than its largest magnitude.");
 }
 
 }  // namespace dpquant

@@ -223,7 +223,7 @@ def test_all_ways_agree(policy, monkeypatch):
     assert seen >= {"patches", "groups"} and seen & {"grams", "code grams"}
 
 
-@pytest.mark.parametrize("recipe", ["luq-fp4", "luq", "int8"])
+@pytest.mark.parametrize("recipe", ["luq-fp4", "luq", "int4-clip", "int8"])
 def test_backends_agree(recipe):
     for name in ("strided", "residual", "positions"):
         sums = [total(*prepared(name, "all", recipe, backend)) for backend in ("simulate", "int8")]

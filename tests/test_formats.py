@@ -104,10 +104,28 @@ def test_a_role_may_be_cut_off_and_a_weight_have_a_scale_a_channel():
         RoleFormat(format=INT4, rounding=Rounding.NEAREST, clip=0.0)
 
 
+def test_a_uniform_formats_sign_may_become_a_bit_of_magnitude():
+    one_sided = INT4.one_sided
+    assert (one_sided.bits, one_sided.max_code, one_sided.signed, one_sided.fits_int8) == (4, 15, False, True)
+    assert one_sided.levels() == tuple(range(16))
+    activation = lookup_recipe("int4,int4@4+,e3m0~").activation
+    assert (activation.one_sided, activation.clip, activation.max_code) == (True, 4, 15)
+    assert lookup_recipe("int4,int4+,int4~").max_code == 15 and lookup_recipe("int4,int4,int4~").max_code == 7
+    for text in ("e3m0+,int4,int4", "int4,int8+,int4"):
+        with pytest.raises(FormatError, match="Leave \\+ out"):
+            lookup_recipe(text)
+
+
+def test_the_clipped_recipe_is_its_roles():
+    written = lookup_recipe("int4@2.5#,int4@4+,e3m0~")
+    assert lookup_recipe("int4-clip").roles == written.roles and precision("int4-clip").share(4) == 1
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "int4@,int4,int4",
+        "int4+@2,int4,int4",
         "int4@0,int4,int4",
         "int4#@2,int4,int4",
         "",

@@ -67,7 +67,9 @@ def quantized(name, format):
 
 
 NETS = {
-    (name, format): quantized(name, format) for name in ("strided", "residual") for format in ("luq-fp4", "luq", "int8")
+    (name, format): quantized(name, format)
+    for name in ("strided", "residual")
+    for format in ("luq-fp4", "luq", "int4-clip", "int8")
 }
 
 

@@ -70,7 +70,7 @@ def test_a_linear_layer_says_what_input_it_wants():
 
 
 @pytest.mark.parametrize("backend", ["simulate", "int8"])
-@pytest.mark.parametrize("recipe", ["luq-fp4", "luq", "int8"])
+@pytest.mark.parametrize("recipe", ["luq-fp4", "luq", "int4,int4@4+,e3m0~", "int8"])
 def test_a_quantized_layer_multiplies_dequantized_operands(recipe, backend):
     torch.manual_seed(0)
     layer = prepare(nn.Conv2d(4, 6, 3, padding=1), format=recipe, backend=backend)
@@ -112,6 +112,7 @@ MIXED = [
     "full/luq-fp4/full",
     "luq-fp4/int8/luq",
     "int4@2.5#,int4@2.5,e3m0~",
+    "int4-clip",
     "e3m0~#,e3m0~,e3m0~",
 ]
 

@@ -475,10 +475,10 @@ def test_a_clip_puts_the_largest_code_at_so_many_root_mean_squares(clip, backend
     q = quantize_rows(x, INT4, NEAREST, keys_for(6), clip=clip, backend=backend)
     rows = x.flatten(1).double()
     top = torch.minimum(clip * rows.square().mean(1).sqrt(), rows.abs().amax(1))
-    torch.testing.assert_close(q.scale.double(), top / 7, rtol=1e-6, atol=0)
-    inside = rows.abs() <= top[:, None] * (1 - 1e-6)
+    torch.testing.assert_close(q.scale.double(), top / 7, rtol=1e-4, atol=0)  # squares are of integers up to 2^15
+    inside = rows.abs() <= top[:, None] * (1 - 1e-4)
     error = (q.dequantize().flatten(1).double() - rows).abs()
-    assert bool((error[inside] <= (top / 14)[:, None].expand_as(rows)[inside] * (1 + 1e-5)).all())
+    assert bool((error[inside] <= (top / 14)[:, None].expand_as(rows)[inside] * (1 + 1e-4)).all())
     assert bool((q.codes.flatten(1)[~inside].abs() == 7).all())
 
 
@@ -496,6 +496,70 @@ def test_both_backends_clip_alike_in_every_layout(format):
         assert torch.equal(first.codes, second.codes)
         torch.testing.assert_close(first.scale, second.scale, equal_nan=True, rtol=0, atol=0)
         assert first.scale[1] == 0 and bool(first.scale[2:4].isnan().all())
+
+
+def assert_clips_alike_for_any_company(quantizer: Quantizer) -> None:
+    """A row's scale has the same bits alone, among others, and with its elements in another order."""
+    x = example_batch(24, 3, 500)
+    q = quantizer(x, INT4, NEAREST, keys_for(24), clip=1.5)
+    mixed = x.flip(0, 2)
+    assert torch.equal(quantizer(mixed, INT4, NEAREST, keys_for(24), clip=1.5).scale.flip(0), q.scale)
+    alone = [quantizer(x[i : i + 1], INT4, NEAREST, keys_for(1), clip=1.5).scale for i in range(24)]
+    assert torch.equal(torch.cat(alone), q.scale)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_clipped_scale_does_not_depend_on_company_or_order(backend):
+    assert_clips_alike_for_any_company(functools.partial(quantize_rows, backend=backend))
+
+
+def test_a_mean_that_depends_on_the_order_would_be_seen():
+    def in_float32(x, format, rounding, keys, clip):
+        q = quantize_rows(x, format, rounding, keys)
+        squares = functools.reduce(torch.add, x.flatten(1).square().T)  # one after the other
+        return QTensor(codes=q.codes, scale=clip * squares.sqrt())
+
+    with pytest.raises(AssertionError):
+        assert_clips_alike_for_any_company(in_float32)
+
+
+def assert_signs_decide_row_by_row(quantizer: Quantizer, zero_point: int) -> None:
+    """A row without negative values has 15 levels above zero; its neighbours' signs change nothing."""
+    x = example_batch(6, 40)
+    x[::2] = x[::2].abs()
+    whole = quantizer(x, INT4, NEAREST, keys_for(6), one_sided=True, zero_point=zero_point)
+    codes = whole.codes.float() - zero_point
+    assert codes.amax(1)[::2].tolist() == [15] * 3 and codes[::2].amin() >= 0
+    assert codes[1::2].abs().amax(1).tolist() == [7] * 3
+    error = (whole.dequantize() - x).abs().amax(1)
+    assert bool((error <= x.abs().amax(1) / torch.tensor([30, 14] * 3) * 1.0001).all())
+    for i in range(6):
+        alone = quantizer(x[[i]], INT4, NEAREST, keys_for(6)[[i]], one_sided=True, zero_point=zero_point)
+        assert torch.equal(alone.codes[0], whole.codes[i]) and torch.equal(alone.scale[0], whole.scale[i])
+
+
+@pytest.mark.parametrize("zero_point", [0, 128])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_without_negative_values_has_twice_as_many_levels(backend, zero_point):
+    assert_signs_decide_row_by_row(functools.partial(quantize_rows, backend=backend), zero_point)
+
+
+def test_signs_that_are_decided_for_the_batch_would_be_seen():
+    def by_batch(x, format, *arguments, one_sided, **more):
+        chosen = format.one_sided if bool((x >= 0).all()) else format
+        return quantize_rows(x, chosen, *arguments, **more)
+
+    with pytest.raises(AssertionError):
+        assert_signs_decide_row_by_row(by_batch, 0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_codes_of_one_sign_keep_zero_rows_and_bad_rows_apart(bad):
+    x = torch.ones(4, 5)
+    x[1], x[2, 0], x[3, 0] = 0.0, bad, -1.0
+    q = quantize_rows(x, INT4, NEAREST, keys_for(4), one_sided=True)
+    assert q.codes.tolist() == [[15] * 5, [0] * 5, [0] * 5, [-7, 7, 7, 7, 7]]
+    assert q.scale[1] == 0 and bool(q.scale[2].isnan())
 
 
 def test_a_clip_is_worth_it_for_few_uniform_levels():

@@ -11,7 +11,7 @@ def quantize_rows(
     row_keys: np.ndarray,
     codes: np.ndarray,
     scale: np.ndarray,
-    tops: np.ndarray | None,
+    clip: float | None,
     *,
     inner: int,
     outer_stride: int,
@@ -24,7 +24,7 @@ def quantize_rows(
 ) -> None:
     """Fill codes (one byte each, in x's memory order) and scale (B) from the B rows of the dense x.
 
-    tops (B): what each row's largest code stands for, if it is not the row's largest magnitude.
+    clip: the root mean squares that a row's largest code stands for, if that is less than its largest magnitude.
     """
 
 def code_kernels() -> list[str]:

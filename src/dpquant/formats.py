@@ -12,8 +12,9 @@ gradient. A precision says which recipe each of a layer's three products runs in
 
 Users write them as text:
 
-    role         a format's name; then ~ for stochastic rounding, @ and a clip,        int8, e3m0~, int4@2.5#
-                 # for a scale a channel
+    role         a format's name; then ~ for stochastic rounding, @ and a clip,        int8, e3m0~, int4@2.5#, int4@4+
+                 + for codes of one sign where that is all there is, # for a
+                 scale a channel
     recipe       a name, or the roles of weight, activation and gradient               luq-fp4, int4,int4,e3m0~
     precision    full, a recipe, or what forward, dgrad and wgrad run in               full/luq-fp4/luq-fp4
 
@@ -29,7 +30,9 @@ from typing import cast
 
 from dpquant.errors import FormatError
 
-_ROLE = re.compile(r"(?P<name>[a-z0-9-]+)(?P<stochastic>~)?(@(?P<clip>[0-9.]*[1-9][0-9]*))?(?P<channels>#)?")
+_ROLE = re.compile(
+    r"(?P<name>[a-z0-9-]+)(?P<stochastic>~)?(@(?P<clip>[0-9.]*[1-9][0-9]*))?(?P<one_sided>\+)?(?P<channels>#)?"
+)
 
 
 class Rounding(enum.Enum):
@@ -41,7 +44,7 @@ class Rounding(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NumberFormat:
-    """Which codes there are: a sign, `exponent_bits` and `mantissa_bits`. Codes are symmetric about zero.
+    """Which codes there are: a sign, `exponent_bits` and `mantissa_bits`. Signed codes are symmetric about zero.
 
     Attributes:
       name: as users write it.
@@ -49,6 +52,7 @@ class NumberFormat:
       mantissa_bits: of a uniform integer format, all bits but the sign.
       min_exponent: floor(log2) of the largest magnitudes that are spaced like zero's neighbours.
       max_code: the largest magnitude.
+      signed: False: there is no sign, and no code below zero.
 
     Raises:
       FormatError: the numbers do not describe a format.
@@ -59,6 +63,7 @@ class NumberFormat:
     mantissa_bits: int
     min_exponent: int
     max_code: int
+    signed: bool = True
 
     def __post_init__(self):
         if self.exponent_bits < 0 or self.mantissa_bits < 0 or not 2 <= self.bits <= 8:
@@ -74,8 +79,8 @@ class NumberFormat:
 
     @property
     def bits(self) -> int:
-        """Bits of a code, sign included."""
-        return 1 + self.exponent_bits + self.mantissa_bits
+        """Bits of a code, its sign's included."""
+        return self.signed + self.exponent_bits + self.mantissa_bits
 
     @property
     def significant_bits(self) -> int:
@@ -97,7 +102,28 @@ class NumberFormat:
         magnitudes = [0.0]
         while magnitudes[-1] < self.max_code:
             magnitudes.append(magnitudes[-1] + self.quantum(magnitudes[-1]))
-        return tuple(-magnitude for magnitude in reversed(magnitudes[1:])) + tuple(magnitudes)
+        return tuple(-magnitude for magnitude in reversed(magnitudes[1:]) if self.signed) + tuple(magnitudes)
+
+    @property
+    def one_sided(self) -> "NumberFormat":
+        """The uniform format of as many bits whose sign is one more bit of magnitude.
+
+        Raises:
+          FormatError: the format is not uniform.
+        """
+        if self.exponent_bits:
+            raise FormatError(
+                f"Expected a uniform format for codes of one sign; got format {self.name!r}. Only there the sign can "
+                "become a bit of magnitude. Leave + out."
+            )
+        return dataclasses.replace(
+            self,
+            name=f"u{self.name}",
+            mantissa_bits=self.mantissa_bits + 1,
+            min_exponent=self.min_exponent + 1,
+            max_code=2 * self.max_code + 1,
+            signed=False,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,15 +135,18 @@ class RoleFormat:
         what lies beyond is cut off, which is biased. None: the largest magnitude.
       per_channel: a weight's scale for each output channel, or for each input channel where it meets output gradients;
         else one for the whole weight.
+      one_sided: a row without negative values, as after ReLU, takes `format.one_sided`: twice as many levels.
 
     Raises:
-      FormatError: `format` is no NumberFormat, `rounding` no Rounding, or `clip` not above zero.
+      FormatError: `format` is no NumberFormat, `rounding` no Rounding, `clip` not above zero, or codes of one sign do
+        not fit int8.
     """
 
     format: NumberFormat
     rounding: Rounding
     clip: float | None = None
     per_channel: bool = False
+    one_sided: bool = False
 
     def __post_init__(self):
         if not isinstance(self.format, NumberFormat):
@@ -132,6 +161,16 @@ class RoleFormat:
             )
         if self.clip is not None and not 0 < self.clip < math.inf:
             raise FormatError(f"Expected clip > 0 and finite; got clip={self.clip}. Values from 2 to 4 make sense.")
+        if self.one_sided and not self.format.one_sided.fits_int8:
+            raise FormatError(
+                f"Expected format {self.format.name!r} without +; got codes of one sign up to "
+                f"{self.format.one_sided.max_code}. They do not fit int8. Leave + out."
+            )
+
+    @property
+    def max_code(self) -> int:
+        """The largest magnitude of a code."""
+        return self.format.one_sided.max_code if self.one_sided else self.format.max_code
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -190,7 +229,7 @@ class Recipe:
     @property
     def max_code(self) -> int:
         """The largest magnitude of any role's codes."""
-        return max(role.format.max_code for role in self.roles)
+        return max(role.max_code for role in self.roles)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -261,6 +300,12 @@ RECIPES = {
     for entry in (
         _recipe("luq-fp4", E3M0, Rounding.STOCHASTIC, E3M0),  # DPQuant
         _recipe("luq", INT4, Rounding.NEAREST, E3M0),  # LUQ as published
+        Recipe(  # the same four bits with levels where most values are
+            name="int4-clip",
+            weight=RoleFormat(format=INT4, rounding=Rounding.NEAREST, clip=2.5, per_channel=True),
+            activation=RoleFormat(format=INT4, rounding=Rounding.NEAREST, clip=4.0, one_sided=True),
+            gradient=RoleFormat(format=E3M0, rounding=Rounding.STOCHASTIC),
+        ),
         _recipe("int8", INT8, Rounding.NEAREST, INT8),
         _recipe("fp8", FP8_E4M3, Rounding.NEAREST, FP8_E5M2),
     )
@@ -331,4 +376,5 @@ def _role(text: str) -> RoleFormat | None:
         rounding=Rounding.STOCHASTIC if parts["stochastic"] else Rounding.NEAREST,
         clip=float(parts["clip"]) if parts["clip"] else None,
         per_channel=bool(parts["channels"]),
+        one_sided=bool(parts["one_sided"]),
     )

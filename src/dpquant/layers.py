@@ -209,7 +209,9 @@ class QuantizableLayer(nn.Module):
         weight = sides_swapped(weight, self.geometry.groups) if kept == "input" else weight
         rows = weight.flatten(1) if kept else weight.reshape(1, -1)
         keys = row_keys(derive_key(run.key, self.name, "weight"), torch.arange(len(rows)))
-        q = quantize_rows(rows, role.format, role.rounding, keys.to(weight.device), clip=role.clip)
+        q = quantize_rows(
+            rows, role.format, role.rounding, keys.to(weight.device), clip=role.clip, one_sided=role.one_sided
+        )
         codes = q.codes.view(weight.shape)
         return QTensor(codes=sides_swapped(codes, self.geometry.groups) if kept == "input" else codes, scale=q.scale)
 
@@ -223,9 +225,16 @@ class QuantizableLayer(nn.Module):
         """Codes and one scale per example of x `(B, C, H, W)`, in the layout that the backend takes."""
         keys = keys.to(x.device)
         x = x.contiguous(memory_format=torch.channels_last)
-        if self.backend == "int8":
-            return quantize_rows(x, role.format, role.rounding, keys, clip=role.clip, zero_point=INT8_ZERO_POINT)
-        return quantize_rows(x, role.format, role.rounding, keys, clip=role.clip)
+        zero_point = INT8_ZERO_POINT if self.backend == "int8" else 0
+        return quantize_rows(
+            x,
+            role.format,
+            role.rounding,
+            keys,
+            clip=role.clip,
+            one_sided=role.one_sided,
+            zero_point=zero_point,
+        )
 
     def convolve(self, x: Tensor) -> Tensor:
         """The layer on an image batch `(B, C, H, W)`, inside the current pass or, without one, as an ordinary layer."""

@@ -13,7 +13,9 @@ The torch code in this file is the meaning; the native kernel is only speed and 
 
 so E[code * scale] = x up to float32 rounding when rounding is stochastic and top = absmax, the largest |x| of the row.
 A role may ask for a lower top, a multiple of the row's root mean square: fewer levels are spent on a few large values,
-which are cut off. Nothing here clips gradients, adds noise or chooses a format.
+which are cut off. The mean is over integers, |x| in units of absmax / 2^15, so that it is exact in any order. And a row
+without negative values may take the format's codes of one sign, which are twice as many.
+Nothing here clips gradients, adds noise or chooses a format.
 
 Symbols: B rows, x values, t magnitudes in code units.
 Source: LUQ (Chmiel et al. 2021, arXiv:2112.10769), equations 10 and 12, with alpha = absmax / 64.
@@ -51,9 +53,10 @@ except ImportError:  # installed without a compiler
 BACKENDS = ("auto", "torch", "native")
 SMALLEST_ABSMAX = 2.0**-100  # rows below it become zero: max_code / absmax could overflow
 
+_UNITS = 2.0**15  # the largest |x| of a row, where its root mean square is formed
 _HALF = 2 ** (streams.DRAW_BITS - 1)
 _ONE = 2**streams.DRAW_BITS
-_NATIVE_FORMATS = (E3M0, INT4, INT8)
+_NATIVE_FORMATS = (E3M0, INT4, INT4.one_sided, INT8)
 _FLOAT_CODES = {FP8_E4M3: torch.float8_e4m3fn, FP8_E5M2: torch.float8_e5m2}
 
 
@@ -142,7 +145,7 @@ def quantize(
         record_ids = torch.arange(len(x), device=x.device)
     keys = streams.row_keys(streams.derive_key("quantize", key), record_ids)
     rows = x if per_example else x.reshape(1, *x.shape)
-    q = quantize_rows(rows, role.format, role.rounding, keys, clip=role.clip, backend=backend)
+    q = quantize_rows(rows, role.format, role.rounding, keys, clip=role.clip, one_sided=role.one_sided, backend=backend)
     return q if per_example else dataclasses.replace(q, codes=q.codes.view(x.shape))
 
 
@@ -153,6 +156,7 @@ def quantize_rows(
     row_keys: Tensor,
     *,
     clip: float | None = None,
+    one_sided: bool = False,
     zero_point: int = 0,
     backend: str = "auto",
 ) -> QTensor:
@@ -166,6 +170,7 @@ def quantize_rows(
       rounding: stochastic or to nearest.
       row_keys: int64 `(B,)` on x's device, from `streams.row_keys`.
       clip: see `RoleFormat`.
+      one_sided: see `RoleFormat`.
       zero_point: 0 for int8 codes; 128 for uint8 codes that hold code + 128, as int8 convolutions take them.
       backend: "auto", "torch" or "native"; all give the same bits.
 
@@ -186,19 +191,43 @@ def quantize_rows(
     codes = torch.empty_like(x, dtype=dtype)  # keeps the memory format
     if x.numel() == 0:
         return QTensor(codes=codes, scale=x.new_zeros(len(x)), zero_point=zero_point)
-    tops = None if clip is None else _tops(x, clip)
-    if _runs_native(format, x.device, backend):
-        scale = _fill_native(codes, x, format, rounding, row_keys, zero_point, tops)
-    else:
-        scale = _fill_torch(codes, x, format, rounding, row_keys, zero_point, tops)
+    if one_sided:
+        positive_B = x.amin(dim=tuple(range(1, x.ndim))) >= 0
+        if bool(positive_B.all()):
+            format = format.one_sided
+        elif bool(positive_B.any()):
+            return _by_sign(x, positive_B, codes, format, rounding, row_keys, clip, zero_point, backend)
+    fill = _fill_native if _runs_native(format, x.device, backend) else _fill_torch
+    scale = fill(codes, x, format, rounding, row_keys, zero_point, clip)
     return QTensor(codes=codes, scale=scale, zero_point=zero_point)
 
 
-def _tops(x: Tensor, clip: float) -> Tensor:
+def _by_sign(
+    x: Tensor,
+    positive_B: Tensor,
+    codes: Tensor,
+    format: NumberFormat,
+    rounding: Rounding,
+    row_keys: Tensor,
+    clip: float | None,
+    zero_point: int,
+    backend: str,
+) -> QTensor:
+    """Rows without negative values in codes of one sign, the others in signed ones."""
+    scale = x.new_empty(len(x))
+    for rows, chosen in ((positive_B, format.one_sided), (~positive_B, format)):
+        q = quantize_rows(x[rows], chosen, rounding, row_keys[rows], clip=clip, zero_point=zero_point, backend=backend)
+        codes[rows], scale[rows] = q.codes, q.scale
+    return QTensor(codes=codes, scale=scale, zero_point=zero_point)
+
+
+def _clipped_top(magnitudes: Tensor, largest: Tensor, clip: float) -> Tensor:
     """What each row's largest code stands for, `(B,)`: `clip` root mean squares, but not more than the largest |x|."""
-    rows = x.reshape(len(x), -1)
-    squares = rows.double().square().mean(dim=1)
-    return torch.minimum(rows.abs().amax(dim=1), (clip * squares.sqrt()).float())
+    known = largest.isfinite() & (largest >= SMALLEST_ABSMAX)
+    units = torch.where(known[:, None], magnitudes * (torch.full_like(largest, _UNITS) / largest)[:, None], 0.0)
+    squares = (units.clamp(max=_UNITS) + 0.5).long().square().sum(dim=1)
+    top = clip * (squares.double() / magnitudes.shape[1]).sqrt() * (largest.double() / _UNITS)
+    return torch.where(known, torch.minimum(largest, top.float()), largest)
 
 
 def _fill_torch(
@@ -208,11 +237,12 @@ def _fill_torch(
     rounding: Rounding,
     row_keys: Tensor,
     zero_point: int,
-    tops: Tensor | None,
+    clip: float | None,
 ) -> Tensor:
     """Fill `codes` and return the scales: the meaning of quantization, on any device."""
     rows = x.reshape(len(x), -1)
-    top = rows.abs().amax(dim=1) if tops is None else tops
+    largest = rows.abs().amax(dim=1)
+    top = largest if clip is None else _clipped_top(rows.abs(), largest, clip)
     max_code = torch.full_like(top, format.max_code)  # tensor / tensor divides exactly, on every device
     usable = top.isfinite() & (top >= SMALLEST_ABSMAX)
     scale = torch.where(usable, top / max_code, torch.where(top.isfinite(), 0.0, math.nan))
@@ -244,7 +274,7 @@ def _fill_native(
     rounding: Rounding,
     row_keys: Tensor,
     zero_point: int,
-    tops: Tensor | None,
+    clip: float | None,
 ) -> Tensor:
     """Fill `codes` and return the scales: the same bits in one pass."""
     scale = x.new_empty(len(x))
@@ -258,7 +288,7 @@ def _fill_native(
         row_keys.contiguous().numpy(),
         codes.view(torch.uint8).numpy(),
         scale.numpy(),
-        None if tops is None else tops.numpy(),
+        clip,
         inner=inner,
         outer_stride=outer_stride,
         inner_stride=inner_stride,
