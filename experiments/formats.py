@@ -5,7 +5,7 @@ An operand alone is quantized to E3M0 while the other two are int8, which costs 
 """
 
 from experiments.runner import Table
-from experiments.schedules import BACKWARD, INT4
+from experiments.schedules import BACKWARD
 from experiments.settings import EPSILON, GTSRB, ONE_SEED, SHORT
 
 ROWS = {
@@ -13,7 +13,10 @@ ROWS = {
     "luq-fp4": "--policy all --format luq-fp4",
     "luq": "--policy all --format luq",
     "int4, clipped": "--policy all --format int4@2.5,int4@2.5,e3m0~",
-    "int4, clipped, a scale a channel": f"--policy all --format {INT4}",
+    "int4, clipped, a scale a channel": "--policy all --format int4@2.5#,int4@2.5,e3m0~",
+    "+ codes of one sign (int4-clip)": "--policy all --format int4-clip",
+    "int4-clip, activations at 3": "--policy all --format int4@2.5#,int4@3+,e3m0~",
+    "int4-clip, activations at 5": "--policy all --format int4@2.5#,int4@5+,e3m0~",
     "int8": "--policy all --format int8",
     "fp8": "--policy all --format fp8 --backend simulate",
     "weight alone": "--policy all --format e3m0~,int8,int8~",
@@ -24,7 +27,7 @@ ROWS = {
     "dgrad alone": "--policy all --format full/luq-fp4/full",
     "wgrad alone": "--policy all --format full/full/luq-fp4",
     "forward int8, backward luq-fp4": "--policy all --format int8/luq-fp4/luq-fp4",
-    "forward int8, backward int4": f"--policy all --format {BACKWARD}",
+    "forward int8, backward int4-clip": f"--policy all --format {BACKWARD}",
     "luq-fp4, dpquant 0.75, rest int8": "--policy dpquant --fraction 0.75 --rest int8",
     "luq, dpquant 0.75": "--policy dpquant --fraction 0.75 --format luq",
 }
