@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What quantizing costs: time an element in each format, by the native kernel and in torch. `scripts/bench quantizer`.
+
+Formats and backends take turns in one process, on a layer's activations after ReLU, channels last. The same run checks
+that both backends give the same bits. `e3m0~` beside the others shows what a clip (@) and codes of one sign (+) add.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import time
+
+import torch
+
+from benchmarks.results import folder_here
+from dpquant.bench import Spread
+from dpquant.formats import RoleFormat, recipe
+from dpquant.hardware import Hardware
+from dpquant.quantizer import QTensor, quantize_rows
+from dpquant.streams import row_keys
+
+SHAPE = (128, 64, 16, 16)
+ROLES = ("e3m0~", "int8", "int4", "int4@4", "int4@4+")
+BACKENDS = ("native", "torch")
+
+
+def quantized(x: torch.Tensor, role: RoleFormat, backend: str) -> QTensor:
+    """All rows of x."""
+    keys = row_keys(0, torch.arange(len(x)))
+    options = {"clip": role.clip, "one_sided": role.one_sided, "backend": backend}
+    return quantize_rows(x, role.format, role.rounding, keys, **options)
+
+
+def check(x: torch.Tensor, role: RoleFormat) -> None:
+    """Raise AssertionError unless both backends give the same bits."""
+    first, second = (quantized(x, role, backend) for backend in BACKENDS)
+    assert torch.equal(first.codes, second.codes) and torch.equal(first.scale, second.scale), role
+
+
+def main() -> None:
+    """Check, measure, print, keep."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, os.cpu_count() or 1])
+    parser.add_argument("--rounds", type=int, default=11)
+    args = parser.parse_args()
+
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).relu()
+    x = x.contiguous(memory_format=torch.channels_last)
+    roles = {text: recipe(f"int8,{text},int8").activation for text in ROLES}
+    for role in roles.values():
+        check(x, role)
+    hardware, rows = Hardware.here(), []
+    print(f"{hardware}{' (busy)' if hardware.busy else ''}\nns an element of {SHAPE}, median [quartiles]")
+    for threads in sorted(set(args.threads)):
+        torch.set_num_threads(threads)
+        seconds: dict[tuple[str, str], list[float]] = {(text, backend): [] for text in roles for backend in BACKENDS}
+        for number in range(args.rounds + 1):
+            for (text, backend), mine in seconds.items():
+                start = time.perf_counter()
+                quantized(x, roles[text], backend)
+                if number:  # the round before the first does not count
+                    mine.append(time.perf_counter() - start)
+        for text in roles:
+            both = [seconds[text, backend] for backend in BACKENDS]
+            native, plain = (Spread.of([1e9 * s / x.numel() for s in side]) for side in both)
+            quotient = Spread.of([slow / fast for fast, slow in zip(*both, strict=True)])
+            print(f"{threads} threads  {text:10s}native {native!s:22s}torch {plain!s:22s}torch / native {quotient}")
+            facts = {"native": native, "torch": plain, "quotient": quotient}
+            spreads = {name: dataclasses.asdict(spread) for name, spread in facts.items()}
+            rows.append({"threads": threads, "role": text, **spreads})
+    result = {"hardware": dataclasses.asdict(hardware), "busy": hardware.busy, "shape": SHAPE, "rows": rows}
+    (folder_here() / "quantizer.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
