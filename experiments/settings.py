@@ -9,7 +9,6 @@ backend spares no layer.
 
 SEEDS = (0, 1, 2)
 ONE_SEED = (0,)
-TWO_SEEDS = (0, 1)
 
 # a ResNet18 half as wide as torchvision's: what two cores train in ten minutes
 RESNET18 = (
