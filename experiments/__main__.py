@@ -28,7 +28,14 @@ TABLES = (
     "privacy",
     "optimizers",
 )
-SCRIPTS = ("variance", "ranking", "damage", "pareto", "paper")  # paper last: it writes down what the others found
+SCRIPTS = (
+    "variance",
+    "ranking",
+    "fidelity",
+    "damage",
+    "pareto",
+    "paper",
+)  # paper last: it writes down what the others found
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from scipy import stats
+from torch import nn
 
 from dpquant import data
 from dpquant.clip import clipped_sum
@@ -48,9 +49,7 @@ def run(site: Site) -> None:
     results = {}
     for title, options in NETWORKS.items():
         training = Run(title, 0, options)
-        dataclasses.replace(site, kept={}).do([training])  # a record alone does not do: the model is needed
-        folder = training.folder(site.work)
-        if (folder / "record.json").exists():
+        if (folder := trained(training, site)) is not None:
             print(title, flush=True)
             results[title] = {"command": training.command, **_network(folder)}
     if results:
@@ -58,13 +57,25 @@ def run(site: Site) -> None:
         _draw(results, RESULTS / "ranking.png")
 
 
-def _network(folder: Path) -> dict:
-    """Impacts of a trained network's layers by each score, and how well cheaper analyses rank them."""
+def trained(training: Run, site: Site) -> Path | None:
+    """The directory of a run, trained if need be: a record alone does not do. None if it cannot be had here and now."""
+    dataclasses.replace(site, kept={}).do([training])
+    folder = training.folder(site.work)
+    return folder if (folder / "record.json").exists() else None
+
+
+def loaded(folder: Path, format: str) -> tuple[TrainSettings, data.Dataset, nn.Module]:
+    """A run's settings, its data set and its network, prepared for a format and in evaluation mode."""
     settings = TrainSettings.chosen(from_toml(folder / "config.toml"))
     dataset = data.load(settings.data, image_size=settings.image_size)
     model = model_of(settings, dataset)
     model.load_state_dict(load_file(folder / "model.safetensors"))
-    model = prepare(model.eval(), format="luq-fp4")
+    return settings, dataset, prepare(model.eval(), format=format)
+
+
+def _network(folder: Path) -> dict:
+    """Impacts of a trained network's layers by each score, and how well cheaper analyses rank them."""
+    settings, dataset, model = loaded(folder, "luq-fp4")
     names = list(quantizable_layers(model))
     order = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(0))
     ids = {score: order[:count].sort().values for score, count in RECORDS.items()}

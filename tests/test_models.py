@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 
@@ -156,6 +157,28 @@ def test_residual_branches_begin_quietly_and_nothing_else_does(name: str, branch
     firsts = [float(m.weight.detach().unique().item()) for m in model.modules() if isinstance(m, nn.GroupNorm)]
     assert firsts.count(0.25) == branches
     assert firsts.count(1.0) == len(firsts) - branches
+
+
+def round_off(name: str) -> float:
+    """By how much a narrow network's gradient in float32 differs from float64's, relative to its norm."""
+    torch.manual_seed(0)
+    model, x = build(name, num_classes=7, input_shape=(3, 32, 32), width=0.25), torch.randn(3, 3, 32, 32)
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        model = model.to(dtype)
+        loss = F.cross_entropy(model(x.to(dtype)), torch.tensor([0, 1, 2]), reduction="sum")
+        found = torch.autograd.grad(loss, list(model.parameters()))
+        gradients.append(torch.cat([grad.flatten().double() for grad in found]))
+    return float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
+
+
+def test_a_narrow_densenets_gradient_is_more_than_round_off() -> None:
+    assert round_off("densenet121") < 1e-3
+
+
+def test_groups_of_one_or_two_values_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dpquant.models._DENSE_GROUP", 1)
+    assert round_off("densenet121") > 1e-2
 
 
 def test_a_width_for_a_users_own_network_is_refused() -> None:

@@ -32,6 +32,7 @@ NAMES = ("cnn", "lenet", "resnet18", "resnet18-cifar", "resnet50", "densenet121"
 
 _PUBLISHED_SIDE = 28
 _MAX_GROUPS = 32
+_DENSE_GROUP = 16  # channels of DenseNet: a group of one or two on its last maps of 1x1 would leave only their signs
 _CHANNEL_MULTIPLE = 8
 _BRANCH_SCALE = 0.25  # of residual branches at the start; docs/log.md has what 0, 0.1 and 1 gave
 
@@ -141,9 +142,9 @@ def _lenet(channels: int, num_classes: int, width: float, small: bool) -> nn.Mod
     )
 
 
-def _group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with 32 groups, or the most that divide the channels."""
-    return nn.GroupNorm(math.gcd(_MAX_GROUPS, channels), channels)
+def _group_norm(channels: int, smallest: int = 1) -> nn.GroupNorm:
+    """GroupNorm with 32 groups, or the most that divide the channels into groups of at least `smallest`."""
+    return nn.GroupNorm(math.gcd(_MAX_GROUPS, channels, max(channels // smallest, 1)), channels)
 
 
 def _begin_quietly(last_norm: nn.Module) -> None:
@@ -194,7 +195,7 @@ def _densenet121(channels: int, num_classes: int, width: float) -> nn.Module:
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.BatchNorm2d):
-                setattr(parent, name, _group_norm(child.num_features))
+                setattr(parent, name, _group_norm(child.num_features, _DENSE_GROUP))
             elif isinstance(child, nn.AvgPool2d):
                 child.ceil_mode = True  # images below 32x32 are one pixel before the last pooling
     if channels != 3:

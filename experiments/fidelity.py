@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""E8, without training: how true to full precision a trained network stays when all of its layers run in a format.
+
+The network is trained privately in full precision. For each format: the cosine between the clipped gradients' sum of
+some training records and the same in full precision, and the accuracy on a part of the test set. Unlike accuracies after
+training, they need no run for each format; with other records, cosines move by up to a tenth. (Not private.)
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dpquant import data
+from dpquant.clip import clipped_sum
+from dpquant.layers import Pass, quantizable_layers, running, set_policy
+from dpquant.train import per_example_loss
+from experiments.ranking import NETWORKS, loaded, trained
+from experiments.runner import RESULTS, Run, Site, new_figure
+
+NETWORK = "ResNet18, GTSRB"
+RECORDS, EVERY, BATCH = 512, 4, 256  # of the training set; of the test set every so many; examples a pass
+A = "int4@2.5#"  # weights while activations change
+FORMATS = {
+    "int8": "int8",
+    "luq-fp4": "luq-fp4",
+    "luq-fp4, forward to nearest": "e3m0,e3m0,e3m0~",
+    "luq": "luq",
+    "int4, activations signed @2.5": f"{A},int4@2.5,e3m0~",
+    **{f"int4, activations of one sign @{c}": f"{A},int4@{c}+,e3m0~" for c in ("2.5", "3", "3.5")},
+    "int4-clip (of one sign @4)": "int4-clip",
+    "int4, activations of one sign @5": f"{A},int4@5+,e3m0~",
+    **{f"weight alone int4@{c}#": f"int4@{c}#,int8,int8~" for c in ("2", "2.5", "3")},
+    "activation alone int4@4+": "int8,int4@4+,int8~",
+    "gradient alone e3m0~": "int8,int8,e3m0~",
+    "gradient alone e3m0": "int8,int8,e3m0",
+    "gradient alone int4": "int8,int8,int4",
+    "gradient alone int4@4": "int8,int8,int4@4",
+    **{f"gradient alone e3m0~@{c}": f"int8,int8,e3m0~@{c}" for c in ("5", "16")},
+    "gradient int8 to nearest": "int8,int8,int8",
+    "backward luq-fp4": "int8/luq-fp4/luq-fp4",
+    "backward int4-clip": "int8/int4-clip/int4-clip",
+}
+
+
+def run(site: Site) -> None:
+    """Measure every format; write results/fidelity.json and .png."""
+    training = Run(NETWORK, 0, NETWORKS[NETWORK])
+    folder = trained(training, site)
+    if folder is None:
+        return
+    full, accuracy = _measured(folder, "luq-fp4", quantized=False)
+    rows = {"full precision": {"format": "full", "cosine": 1.0, "accuracy": accuracy}}
+    for name, format in FORMATS.items():
+        found, accuracy = _measured(folder, format, quantized=True)
+        cosine = float(found @ full / found.norm() / full.norm())
+        rows[name] = {"format": format, "cosine": cosine, "accuracy": accuracy}
+        print(f"{name:40s} cosine {cosine:.3f}  accuracy {accuracy:.3f}", flush=True)
+    result = {"command": training.command, "records": RECORDS, "test_every": EVERY, "rows": rows}
+    (RESULTS / "fidelity.json").write_text(json.dumps(result, indent=1) + "\n")
+    _draw(rows, RESULTS / "fidelity.png")
+
+
+def _measured(folder: Path, format: str, *, quantized: bool) -> tuple[Tensor, float]:
+    """The clipped gradients' sum, and the accuracy, with all layers in a format or with none."""
+    settings, dataset, model = loaded(folder, format)
+    set_policy(model, quantizable_layers(model) if quantized else ())
+    ids = torch.arange(0, len(dataset.train), len(dataset.train) // RECORDS)[:RECORDS]
+    found = clipped_sum(
+        model,
+        per_example_loss,
+        dataset.train.batch(ids),
+        max_grad_norm=settings.max_grad_norm,
+        record_ids=ids,
+        step=0,
+        seed=0,
+    )
+    return torch.cat([grad.flatten() for grad in found.grads.values()]), _accuracy(model, dataset.test)
+
+
+@torch.no_grad()
+def _accuracy(model: nn.Module, split: data.Split) -> float:
+    """The share of some test records that the model, as it is, gets right."""
+    right, all_ids = 0, torch.arange(0, len(split), EVERY)
+    for ids in all_ids.split(BATCH):
+        inputs, targets = split.batch(ids)
+        with running(model, Pass(key=0, record_ids=ids)):
+            right += int((model(inputs).argmax(1) == targets).sum())
+    return right / len(all_ids)
+
+
+def _draw(rows: dict[str, dict], path: Path) -> None:
+    figure, axes = new_figure()
+    names = list(rows)[::-1]
+    axes.barh(names, [rows[name]["cosine"] for name in names])
+    axes.set(xlabel="cosine of the clipped gradients' sum with full precision's", title=NETWORK)
+    axes.tick_params(axis="y", labelsize=7)
+    figure.savefig(path, dpi=130)
