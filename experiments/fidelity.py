@@ -2,8 +2,8 @@
 """E8, without training: how true to full precision a trained network stays when all of its layers run in a format.
 
 The network is trained privately in full precision. For each format: the cosine between the clipped gradients' sum of
-some training records and the same in full precision, and the accuracy on a part of the test set. Unlike accuracies after
-training, they need no run for each format; with other records, cosines move by up to a tenth. (Not private.)
+some training records and the same in full precision, and the accuracy on a part of the test set. No format needs a run
+of its own; with other records, cosines move by up to a tenth. (Not private.)
 """
 
 import json
