@@ -5,7 +5,6 @@ An operand alone is quantized to E3M0 while the other two are int8, which costs 
 """
 
 from experiments.runner import Table
-from experiments.schedules import BACKWARD
 from experiments.settings import EPSILON, GTSRB, ONE_SEED, SHORT
 
 ROWS = {
@@ -27,7 +26,7 @@ ROWS = {
     "dgrad alone": "--policy all --format full/luq-fp4/full",
     "wgrad alone": "--policy all --format full/full/luq-fp4",
     "forward int8, backward luq-fp4": "--policy all --format int8/luq-fp4/luq-fp4",
-    "forward int8, backward int4-clip": f"--policy all --format {BACKWARD}",
+    "forward int8, backward int4-clip": "--policy all --format int8/int4-clip/int4-clip",
     "luq-fp4, dpquant 0.75, rest int8": "--policy dpquant --fraction 0.75 --rest int8",
     "luq, dpquant 0.75": "--policy dpquant --fraction 0.75 --format luq",
 }
