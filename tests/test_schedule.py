@@ -35,7 +35,6 @@ ALPHA = 1e-6
 MACS = {"stem": 10.0, "conv1": 40.0, "conv2": 40.0, "head": 10.0}
 SCORES = {"stem": 0.9, "conv1": 0.1, "conv2": 0.4, "head": -0.2}
 NUM_EPOCHS = 4000
-ONE = DPQuantPolicy(fraction=0.5, beta=1.0)
 RANDOM_POLICIES = [RotatePolicy(fraction=0.5), DPQuantPolicy(fraction=0.5)]
 
 
@@ -78,14 +77,14 @@ def test_sets_are_drawn_without_replacement_by_their_probabilities(beta, count):
 @pytest.mark.parametrize("wrong_beta", [0.0, 0.8, -1.0])
 def test_another_beta_would_be_seen(wrong_beta):
     with pytest.raises(AssertionError):
-        assert_frequencies_are(drawing_without_replacement(weights(wrong_beta), 2), chosen(ONE))
+        assert_frequencies_are(drawing_without_replacement(weights(wrong_beta), 2), chosen(DPQuantPolicy(fraction=0.5)))
 
 
 def test_drawing_sets_by_the_product_of_probabilities_would_be_seen():
     expected = {s: math.prod(weights(1.0)[name] for name in s) for s in itertools.combinations(SCORES, 2)}
     expected = {s: weight / sum(expected.values()) for s, weight in expected.items()}
     with pytest.raises(AssertionError):
-        assert_frequencies_are(expected, chosen(ONE))
+        assert_frequencies_are(expected, chosen(DPQuantPolicy(fraction=0.5)))
 
 
 def test_rotation_draws_every_set_alike_whatever_the_scores():
@@ -239,7 +238,7 @@ def test_policies_say_what_they_need():
 
 
 def test_policies_are_values():
-    assert DPQuantPolicy(fraction=0.5) == DPQuantPolicy(fraction=0.5, beta=3.0)
+    assert DPQuantPolicy(fraction=0.5) == DPQuantPolicy(fraction=0.5, beta=1.0)
     assert {StaticPolicy(names=["a"]), StaticPolicy(names=("a",))} == {StaticPolicy(names=("a",))}
     with pytest.raises(dataclasses.FrozenInstanceError):
         RotatePolicy(fraction=0.5).fraction = 0.6

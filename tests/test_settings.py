@@ -9,10 +9,8 @@ import pytest
 from dpquant.errors import SettingError
 from dpquant.formats import RECIPES
 from dpquant.kernels import BACKENDS
-from dpquant.schedule import DPQuantPolicy
 from dpquant.settings import BACKENDS as SETTING_BACKENDS
 from dpquant.settings import BY_DATA, GENERAL, TrainSettings, from_toml
-from dpquant.train import policy_of
 
 
 def test_defaults_are_valid_for_every_data_set():
@@ -79,11 +77,6 @@ def test_names_agree_with_the_library():
     assert (
         all(TrainSettings.chosen({"format": name}).format == name for name in RECIPES) and BACKENDS == SETTING_BACKENDS
     )
-
-
-def test_the_command_line_and_the_library_have_the_same_defaults():
-    settings = TrainSettings.chosen({})
-    assert policy_of(settings) == DPQuantPolicy(fraction=0.75)
 
 
 def test_the_command_line_loads_no_torch():

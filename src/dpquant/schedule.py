@@ -236,7 +236,7 @@ class DPQuantPolicy(_ScoredPolicy):
       beta: how much the scores count, >= 0; 0 is rotation, large is prioritising.
     """
 
-    beta: float = 3.0
+    beta: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
