@@ -57,7 +57,7 @@ def run(site: Site) -> None:
         cosine = float(found @ full / found.norm() / full.norm())
         rows[name] = {"format": format, "cosine": cosine, "accuracy": accuracy}
         print(f"{name:40s} cosine {cosine:.3f}  accuracy {accuracy:.3f}", flush=True)
-    result = {"command": training.command, "records": RECORDS, "test_every": EVERY, "rows": rows}
+    result = {"command": training.command, "num_records": RECORDS, "test_every": EVERY, "rows": rows}
     (RESULTS / "fidelity.json").write_text(json.dumps(result, indent=1) + "\n")
     _draw(rows, RESULTS / "fidelity.png")
 

@@ -17,7 +17,7 @@ from dpquant.hardware import Hardware
 from experiments.runner import RESULTS, Site, new_figure, settings_of
 from experiments.settings import GTSRB
 
-TABLES = ("baselines-gtsrb", "baselines-gtsrb-others", "schedules", "schedules-others")
+MEASURED = ("baselines-gtsrb", "baselines-gtsrb-others", "schedules", "schedules-others")
 POLICIES = ("static", "rotate", "dpquant")
 LOST = 0.5  # points of accuracy that the cheapest schedule may lose
 FOUR_BITS, EIGHT_BITS = 0.25, 0.5  # of the time of a multiply-accumulate in full precision
@@ -26,7 +26,7 @@ FOUR_BITS, EIGHT_BITS = 0.25, 0.5  # of the time of a multiply-accumulate in ful
 def run(site: Site) -> None:
     """Time every precision that the tables' runs used; write results/pareto.json and .png."""
     records = {}
-    for table in TABLES:
+    for table in MEASURED:
         path = RESULTS / f"{table}.json"
         if path.exists():
             records |= json.loads(path.read_text())["records"]

@@ -84,6 +84,10 @@ def test_what_the_results_hold_counts_as_done_where_that_is_wanted(commands, tmp
     assert do_table(TABLE, Site(**kept)).keys() == {"a", "b"} and len(commands) == 4
 
 
+def test_whatever_the_results_hold_can_be_gone_on_from():
+    assert all(command.startswith(("dpquant train ", "python -m ")) for command in runner.committed())
+
+
 def test_another_program_takes_the_place_of_dpquant(commands, tmp_path):
     table = Table(name="mine", title="M", common="", rows={"a": "", "b": ""}, seeds=(0,), programs={"b": "mine.main"})
     do_table(table, site(tmp_path))
@@ -177,7 +181,8 @@ def test_an_option_that_train_does_not_know_is_an_error():
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_script_can_be_run(name):
-    assert callable(importlib.import_module(f"experiments.{name}").run)
+    module = importlib.import_module(f"experiments.{name}")
+    assert callable(module.run) and not hasattr(module, "TABLES")  # which would be taken for tables to run
 
 
 LAYERS = {"a": LayerCost(full=2.0, quantized=1.0, macs=1.0), "b": LayerCost(full=4.0, quantized=3.0, macs=1.0)}
