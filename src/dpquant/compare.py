@@ -157,6 +157,7 @@ def draw_accuracies(accuracies: Mapping[str, Sequence[Sequence[float]]], path: P
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
@@ -169,7 +170,7 @@ def draw_accuracies(accuracies: Mapping[str, Sequence[Sequence[float]]], path: P
         low, high = ([100 * pick(values) for values in by_epoch] for pick in (min, max))
         axes.fill_between(epochs, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set(xlabel="epoch", ylabel="test accuracy, %", title=title)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=130)
