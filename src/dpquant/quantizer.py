@@ -196,28 +196,15 @@ def quantize_rows(
         if bool(positive_B.all()):
             format = format.one_sided
         elif bool(positive_B.any()):
-            return _by_sign(x, positive_B, codes, format, rounding, row_keys, clip, zero_point, backend)
+            scale = x.new_empty(len(x))
+            for rows, chosen in ((positive_B, format.one_sided), (~positive_B, format)):
+                q = quantize_rows(
+                    x[rows], chosen, rounding, row_keys[rows], clip=clip, zero_point=zero_point, backend=backend
+                )
+                codes[rows], scale[rows] = q.codes, q.scale
+            return QTensor(codes=codes, scale=scale, zero_point=zero_point)
     fill = _fill_native if _runs_native(format, x.device, backend) else _fill_torch
     scale = fill(codes, x, format, rounding, row_keys, zero_point, clip)
-    return QTensor(codes=codes, scale=scale, zero_point=zero_point)
-
-
-def _by_sign(
-    x: Tensor,
-    positive_B: Tensor,
-    codes: Tensor,
-    format: NumberFormat,
-    rounding: Rounding,
-    row_keys: Tensor,
-    clip: float | None,
-    zero_point: int,
-    backend: str,
-) -> QTensor:
-    """Rows without negative values in codes of one sign, the others in signed ones."""
-    scale = x.new_empty(len(x))
-    for rows, chosen in ((positive_B, format.one_sided), (~positive_B, format)):
-        q = quantize_rows(x[rows], chosen, rounding, row_keys[rows], clip=clip, zero_point=zero_point, backend=backend)
-        codes[rows], scale[rows] = q.codes, q.scale
     return QTensor(codes=codes, scale=scale, zero_point=zero_point)
 
 
