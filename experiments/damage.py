@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from dpquant import data
 from dpquant.bench import gradient_of
-from dpquant.clip import clipped_sum
 from dpquant.layers import prepare, quantizable_layers, set_policy
 from dpquant.private import make_private
 from dpquant.settings import TrainSettings
 from dpquant.train import accuracy, model_of, optimizer_of, per_example_loss, plan_of, policy_of
+from experiments.ranking import clipped_gradient
 from experiments.runner import RESULTS, Site, new_figure, settings_of
 from experiments.settings import EPSILON, GTSRB, SGD, SHORT
 from experiments.variance import exact_variance, operands
@@ -95,17 +95,7 @@ def _probe(model: nn.Module, dataset: data.Dataset, settings: TrainSettings, noi
     gradients = [gradient_of(model, (inputs[[i]], targets[[i]], ids[[i]])) for i in range(PROBED)]
     found = operands(model, inputs, targets)
     batch_ids = torch.arange(0, len(dataset.train), len(dataset.train) // round(settings.batch_size))
-    clipped = clipped_sum(
-        model,
-        per_example_loss,
-        dataset.train.batch(batch_ids),
-        max_grad_norm=settings.max_grad_norm,
-        record_ids=batch_ids,
-        step=0,
-        seed=0,
-        microbatch_size=MICROBATCH,
-    )
-    summed = torch.cat([grad.flatten() for grad in clipped.grads.values()])
+    summed = clipped_gradient(model, dataset.train, batch_ids, settings.max_grad_norm, MICROBATCH)
     return {
         "accuracy_test": accuracy(model, dataset.test),
         "gradient_norm": statistics.median(float(g.norm()) for g in gradients),

@@ -13,10 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dpquant import data
-from dpquant.clip import clipped_sum
 from dpquant.layers import Pass, quantizable_layers, running, set_policy
-from dpquant.train import per_example_loss
-from experiments.ranking import NETWORKS, loaded, trained
+from experiments.ranking import NETWORKS, clipped_gradient, network, settings_and_data, trained
 from experiments.runner import RESULTS, Run, Site, new_figure
 
 NETWORK = "ResNet18, GTSRB"
@@ -50,33 +48,26 @@ def run(site: Site) -> None:
     folder = trained(training, site)
     if folder is None:
         return
-    full, accuracy = _measured(folder, "luq-fp4", quantized=False)
+    settings, dataset = settings_and_data(folder)
+
+    def measured(format: str, *, quantized: bool) -> tuple[Tensor, float]:
+        """The clipped gradients' sum, and the accuracy, with all layers in a format or with none."""
+        model = network(folder, settings, dataset, format)
+        set_policy(model, quantizable_layers(model) if quantized else ())
+        ids = torch.arange(0, len(dataset.train), len(dataset.train) // RECORDS)[:RECORDS]
+        gradient = clipped_gradient(model, dataset.train, ids, settings.max_grad_norm)
+        return gradient, _accuracy(model, dataset.test)
+
+    full, accuracy = measured("luq-fp4", quantized=False)
     rows = {"full precision": {"format": "full", "cosine": 1.0, "accuracy": accuracy}}
     for name, format in FORMATS.items():
-        found, accuracy = _measured(folder, format, quantized=True)
+        found, accuracy = measured(format, quantized=True)
         cosine = float(found @ full / found.norm() / full.norm())
         rows[name] = {"format": format, "cosine": cosine, "accuracy": accuracy}
         print(f"{name:40s} cosine {cosine:.3f}  accuracy {accuracy:.3f}", flush=True)
     result = {"command": training.command, "num_records": RECORDS, "test_every": EVERY, "rows": rows}
     (RESULTS / "fidelity.json").write_text(json.dumps(result, indent=1) + "\n")
     _draw(rows, RESULTS / "fidelity.png")
-
-
-def _measured(folder: Path, format: str, *, quantized: bool) -> tuple[Tensor, float]:
-    """The clipped gradients' sum, and the accuracy, with all layers in a format or with none."""
-    settings, dataset, model = loaded(folder, format)
-    set_policy(model, quantizable_layers(model) if quantized else ())
-    ids = torch.arange(0, len(dataset.train), len(dataset.train) // RECORDS)[:RECORDS]
-    found = clipped_sum(
-        model,
-        per_example_loss,
-        dataset.train.batch(ids),
-        max_grad_norm=settings.max_grad_norm,
-        record_ids=ids,
-        step=0,
-        seed=0,
-    )
-    return torch.cat([grad.flatten() for grad in found.grads.values()]), _accuracy(model, dataset.test)
 
 
 @torch.no_grad()

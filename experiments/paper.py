@@ -7,7 +7,7 @@ Between `<!-- results: NAME -->` and `<!-- end -->` stands what results/NAME.jso
 import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from experiments.runner import RESULTS, Site
@@ -79,11 +79,12 @@ def _commands(commands: Mapping[str, str]) -> tuple[str, dict[str, str]]:
         pairs[row] = list(zip(words[::2], words[1::2], strict=True))
     alike = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*pairs.values(), strict=False))
     common = [column[0] for column in alike]
-    text = {
-        row: " ".join(f"{option} {value}" for option, value in found[len(common) :]) for row, found in pairs.items()
-    }
     others = {row: "" if program == "dpquant" else f"({program}) " for row, program in programs.items()}
-    return " ".join(f"{option} {value}" for option, value in common), {row: others[row] + text[row] for row in text}
+    return _text(common), {row: others[row] + _text(found[len(common) :]) for row, found in pairs.items()}
+
+
+def _text(options: Sequence[tuple[str, str]]) -> str:
+    return " ".join(itertools.chain.from_iterable(options))
 
 
 def _line(row: str, facts: dict) -> list[str]:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from scipy import stats
-from torch import nn
+from torch import Tensor, nn
 
 from dpquant import data
 from dpquant.clip import clipped_sum
@@ -64,18 +64,23 @@ def trained(training: Run, site: Site) -> Path | None:
     return folder if (folder / "record.json").exists() else None
 
 
-def loaded(folder: Path, format: str) -> tuple[TrainSettings, data.Dataset, nn.Module]:
-    """A run's settings, its data set and its network, prepared for a format and in evaluation mode."""
+def settings_and_data(folder: Path) -> tuple[TrainSettings, data.Dataset]:
+    """A run's settings and its data set."""
     settings = TrainSettings.chosen(from_toml(folder / "config.toml"))
-    dataset = data.load(settings.data, image_size=settings.image_size)
+    return settings, data.load(settings.data, image_size=settings.image_size)
+
+
+def network(folder: Path, settings: TrainSettings, dataset: data.Dataset, format: str) -> nn.Module:
+    """A run's network, prepared for a format and in evaluation mode."""
     model = model_of(settings, dataset)
     model.load_state_dict(load_file(folder / "model.safetensors"))
-    return settings, dataset, prepare(model.eval(), format=format)
+    return prepare(model.eval(), format=format)
 
 
 def _network(folder: Path) -> dict:
     """Impacts of a trained network's layers by each score, and how well cheaper analyses rank them."""
-    settings, dataset, model = loaded(folder, "luq-fp4")
+    settings, dataset = settings_and_data(folder)
+    model = network(folder, settings, dataset, "luq-fp4")
     names = list(quantizable_layers(model))
     order = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(0))
     ids = {score: order[:count].sort().values for score, count in RECORDS.items()}
@@ -124,15 +129,29 @@ def _vectors(score: str, model, split, ids, names, repeat: int) -> np.ndarray:
     return torch.cat(pieces).numpy()
 
 
+def clipped_gradient(
+    model: nn.Module, split: data.Split, ids: Tensor, max_grad_norm: float, microbatch_size: int | None = None
+) -> Tensor:
+    """The sum of some records' clipped gradients, all parameters in one vector."""
+    found = clipped_sum(
+        model,
+        per_example_loss,
+        split.batch(ids),
+        max_grad_norm=max_grad_norm,
+        record_ids=ids,
+        step=0,
+        seed=0,
+        microbatch_size=microbatch_size,
+    )
+    return torch.cat([grad.flatten() for grad in found.grads.values()])
+
+
 def _gradient_lost(model, split, ids, names, max_grad_norm: float) -> list[float]:
     """1 - <S_p, S> / <S, S>, S the clipped gradients' sum in full precision and S_p with layer p quantized."""
     sums = []
     for policy in [(), *((name,) for name in names)]:
         set_policy(model, policy)
-        found = clipped_sum(
-            model, per_example_loss, split.batch(ids), max_grad_norm=max_grad_norm, record_ids=ids, step=0, seed=0
-        )
-        sums.append(torch.cat([grad.flatten() for grad in found.grads.values()]))
+        sums.append(clipped_gradient(model, split, ids, max_grad_norm))
     set_policy(model, ())
     full, *quantized = sums
     return [float(1 - one @ full / (full @ full)) for one in quantized]

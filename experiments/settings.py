@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options that the tables share. Seeds, networks and budgets are chosen here, and nowhere else.
 
-Two cores train all of it in about eight hours. Where the question is how rows differ, and not how high they end,
+All of it is sized for two cores. Where the question is how rows differ, and not how high they end,
 networks are a quarter as wide and train for eight epochs (SHORT). Batches are large and steps few, since that is what a
 private run learns most from; the rate was chosen among 1e-3, 2e-3, 4e-3, 8e-3 and 1.6e-2 (docs/log.md). The int8
 backend spares no layer.

@@ -234,7 +234,7 @@ class DPQuantPolicy(_ScoredPolicy):
 
     Attributes:
       beta: how much the scores count, >= 0; 0 is rotation, large is prioritising. The default still rotates on networks
-        of few layers; on some twenty layers 3, the command line's, did better (experiments/ablation.py).
+        of few layers, where 3, the command line's, hardly does.
     """
 
     beta: float = 1.0
