@@ -5,7 +5,7 @@ The paper's main table (DPQuant, arXiv 2509.03472). A static row's spread is ove
 """
 
 from experiments.runner import Table
-from experiments.settings import CIFAR10, EPSILON, FASHION, GTSRB, ONE_SEED, SEEDS, SHORT
+from experiments.settings import CIFAR10, FASHION, GTSRB, SEEDS, SHORT
 
 
 def _rows(*choices: str) -> dict[str, str]:
@@ -15,18 +15,20 @@ def _rows(*choices: str) -> dict[str, str]:
 
 
 MAIN = {"full precision": "--policy none", **_rows("dpquant 0.5", "static 0.5", "dpquant 0.9", "static 0.9")}
-OTHERS = _rows("rotate 0.9", "rotate 0.5", "dpquant 0.75", "static 0.75", "rotate 0.75")
+ONCE = _rows("rotate 0.5", "rotate 0.9", "dpquant 0.75", "static 0.75", "rotate 0.75")
 
 
-def _table(data: str, name: str, common: str, epsilon: str, rows: dict[str, str], seeds: tuple[int, ...]) -> Table:
-    title = f"{data}, ResNet18, epsilon = {epsilon.split()[1]}, luq-fp4"
-    return Table(name=name, title=title, common=f"{common} {epsilon}", rows=rows, seeds=seeds)
+def _table(name: str, data: str, common: str, epsilon: int, once: dict[str, str]) -> Table:
+    title = f"{data}, ResNet18, epsilon = {epsilon}, luq-fp4"
+    common = f"{common} --epsilon {epsilon}"
+    return Table(name=f"baselines-{name}", title=title, common=common, rows=MAIN, once=once, seeds=SEEDS)
 
 
 TABLES = [
-    _table("GTSRB", "baselines-gtsrb", GTSRB, EPSILON, MAIN, SEEDS),
-    _table("GTSRB", "baselines-gtsrb-others", GTSRB, EPSILON, OTHERS, ONE_SEED),
-    _table("GTSRB", "baselines-gtsrb-4", f"{GTSRB} {SHORT}", "--epsilon 4", MAIN, ONE_SEED),
-    _table("CIFAR-10", "baselines-cifar10", f"{CIFAR10} {SHORT}", EPSILON, MAIN, ONE_SEED),
-    _table("Fashion-MNIST", "baselines-fashion", f"{FASHION} {SHORT}", EPSILON, MAIN, ONE_SEED),
+    _table("gtsrb", "GTSRB", GTSRB, 8, ONCE),
+    _table("cifar10", "CIFAR-10", f"{CIFAR10} {SHORT}", 8, ONCE),
+    _table("fashion", "Fashion-MNIST", f"{FASHION} {SHORT}", 8, ONCE),
+    _table("gtsrb-4", "GTSRB", f"{GTSRB} {SHORT}", 4, ONCE),
+    _table("cifar10-4", "CIFAR-10", f"{CIFAR10} {SHORT}", 4, {}),
+    _table("fashion-4", "Fashion-MNIST", f"{FASHION} {SHORT}", 4, {}),
 ]

@@ -7,7 +7,7 @@ Between `<!-- results: NAME -->` and `<!-- end -->` stands what results/NAME.jso
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from experiments.runner import RESULTS, Site
@@ -71,7 +71,10 @@ def _table(name: str) -> str:
 
 
 def _commands(commands: Mapping[str, str]) -> tuple[str, dict[str, str]]:
-    """The options that all commands begin with, and {row: what it has beyond them}, its program if that is another."""
+    """The options that all commands begin with, and {row: what it has beyond them}, its program if that is another.
+
+    Of an option that is given twice, the last counts.
+    """
     programs, pairs = {}, {}
     for row, command in commands.items():
         programs[row], _, options = command.partition(" train ")
@@ -80,10 +83,10 @@ def _commands(commands: Mapping[str, str]) -> tuple[str, dict[str, str]]:
     alike = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*pairs.values(), strict=False))
     common = [column[0] for column in alike]
     others = {row: "" if program == "dpquant" else f"({program}) " for row, program in programs.items()}
-    return _text(common), {row: others[row] + _text(found[len(common) :]) for row, found in pairs.items()}
+    return _text(dict(common).items()), {row: others[row] + _text(found[len(common) :]) for row, found in pairs.items()}
 
 
-def _text(options: Sequence[tuple[str, str]]) -> str:
+def _text(options: Iterable[tuple[str, str]]) -> str:
     return " ".join(itertools.chain.from_iterable(options))
 
 

@@ -17,7 +17,7 @@ from dpquant.hardware import Hardware
 from experiments.runner import RESULTS, Site, new_figure, settings_of
 from experiments.settings import GTSRB
 
-MEASURED = ("baselines-gtsrb", "baselines-gtsrb-others", "schedules", "schedules-others")
+MEASURED = ("baselines-gtsrb", "schedules")
 POLICIES = ("static", "rotate", "dpquant")
 LOST = 0.5  # points of accuracy that the cheapest schedule may lose
 FOUR_BITS, EIGHT_BITS = 0.25, 0.5  # of the time of a multiply-accumulate in full precision

@@ -37,6 +37,7 @@ class Table:
       common: options of every run.
       rows: {what is shown: options}.
       seeds: every row is run at each.
+      once: more rows, run at the first seed only.
       draw: makes the picture, from {row: records}; None: accuracies over epochs.
       programs: {row: module that takes the place of `dpquant`}.
     """
@@ -46,15 +47,17 @@ class Table:
     common: str
     rows: Mapping[str, str]
     seeds: Sequence[int]
+    once: Mapping[str, str] = dataclasses.field(default_factory=dict)
     draw: Callable[["Table", Mapping[str, list[dict]], Path], None] | None = None
     programs: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def runs(self) -> list["Run"]:
         """Seed by seed, so that an interrupted table has every row."""
+        first, *others = self.seeds
         return [
             Run(row, seed, f"{self.common} {options}", self.programs.get(row))
-            for seed in self.seeds
-            for row, options in self.rows.items()
+            for seed, rows in [(first, {**self.rows, **self.once}), *((seed, self.rows) for seed in others)]
+            for row, options in rows.items()
         ]
 
 

@@ -6,21 +6,25 @@ E3M0 for output gradients. "rest int8" runs the layers that are not chosen in in
 """
 
 from experiments.runner import Table
-from experiments.settings import EPSILON, GTSRB, ONE_SEED, SEEDS
+from experiments.settings import EPSILON, GTSRB, SEEDS
 
-MAIN = {
+ROWS = {
     "full precision": "--policy none",
     "int8, all layers": "--policy all --format int8",
     "int4-clip, dpquant 0.75": "--policy dpquant --fraction 0.75 --format int4-clip",
 }
-OTHERS = {
+ONCE = {
     "int4-clip, dpquant 0.75, rest int8": "--policy dpquant --fraction 0.75 --format int4-clip --rest int8",
     "int4-clip, dpquant 0.9, rest int8": "--policy dpquant --fraction 0.9 --format int4-clip --rest int8",
     "int4-clip, all layers": "--policy all --format int4-clip",
 }
-TITLE = "GTSRB, ResNet18, epsilon = 8: what four bits cost, recipe by recipe"
-COMMON = f"{GTSRB} {EPSILON}"
 TABLES = [
-    Table(name="schedules", title=TITLE, common=COMMON, rows=MAIN, seeds=SEEDS),
-    Table(name="schedules-others", title=TITLE, common=COMMON, rows=OTHERS, seeds=ONE_SEED),
+    Table(
+        name="schedules",
+        title="GTSRB, ResNet18, epsilon = 8: what four bits cost, recipe by recipe",
+        common=f"{GTSRB} {EPSILON}",
+        rows=ROWS,
+        once=ONCE,
+        seeds=SEEDS,
+    )
 ]

@@ -57,6 +57,12 @@ def test_a_table_runs_every_row_at_every_seed_once(commands, tmp_path):
     assert len(commands) == 4
 
 
+def test_some_rows_are_run_once(commands, tmp_path):
+    table = Table(name="mine", title="Mine", common="", rows={"a": "--lr 1"}, once={"b": "--lr 2"}, seeds=(3, 4))
+    assert [(run.row, run.seed) for run in table.runs()] == [("a", 3), ("b", 3), ("a", 4)]
+    assert [len(row["accuracies"]) for row in do_table(table, site(tmp_path)).values()] == [2, 1]
+
+
 def test_after_the_deadline_nothing_begins_and_what_is_missing_is_listed(commands, tmp_path):
     do_table(TABLE, site(tmp_path))
     more = Table(name="mine", title="Mine", common="--epochs 2", rows={**TABLE.rows, "c": "--lr 3"}, seeds=(0,))
@@ -120,12 +126,12 @@ RESULTS = {
         "static 0.9": {
             "accuracy_mean": 12.3456, "accuracy_spread": 1.0, "accuracies": [1, 2], "quantized_fraction_macs": 0.9,
             "four_bit_fraction_macs": 0.5, "epsilon": 8.0, "epsilon_analysis_share": 0.01,
-            "command": "dpquant train --lr 1 --policy static --fraction 0.9 --seed 0 --out RUN",
+            "command": "dpquant train --lr 3 --lr 1 --policy static --fraction 0.9 --seed 0 --out RUN",
         },
         "naive": {
             "accuracy_mean": 10, "accuracy_spread": None, "accuracies": [1], "quantized_fraction_macs": 1,
             "four_bit_fraction_macs": 1, "epsilon": None, "epsilon_analysis_share": None,
-            "command": "python -m mine train --lr 1 --policy all --seed 0 --out RUN",
+            "command": "python -m mine train --lr 3 --lr 1 --policy all --seed 0 --out RUN",
         },
     },
     "missing": ["a, b, seed 0", "a, b, seed 2"],
