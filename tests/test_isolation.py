@@ -10,6 +10,7 @@ from dpquant.isolation import check_isolation, made_up_batch
 from dpquant.layers import prepare
 from networks import loss, zoo
 
+VECTOR = (torch.zeros(4), torch.tensor(0))
 IMAGE = (torch.zeros(1, 8, 8), torch.tensor(3))
 
 
@@ -101,6 +102,49 @@ def test_every_network_of_the_zoo_is_accepted(name):
     model, batch = zoo()[name]
     record = (batch[0][0], torch.tensor(0))
     assert sum(checked(model, record).values()) > 0
+
+
+class OnAnEdge(nn.Module):
+    """ReLUs whose inputs are zero but for what round-off makes of the batch's size."""
+
+    def __init__(self, round_off, edge=1e-9):
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, 3), nn.Linear(3, 2)
+        nn.init.zeros_(self.inner.weight)
+        nn.init.constant_(self.inner.bias, edge)
+        self.round_off = round_off
+
+    def forward(self, x):
+        y = self.inner(x)
+        return self.head(F.relu(y + (len(x) - 2) * self.round_off(y)))
+
+
+def eps_of(y):
+    return torch.finfo(y.dtype).eps
+
+
+def test_a_gradient_that_jumps_where_float32_rounds_is_no_coupling():
+    torch.manual_seed(0)
+    model = OnAnEdge(eps_of)
+    memory = [p.data_ptr() for p in model.parameters()]
+    assert sum(checked(model, VECTOR).values()) == 18
+    assert [p.data_ptr() for p in model.parameters()] == memory and model.head.weight.dtype == torch.float32
+
+
+def test_one_that_jumps_in_float64_too_is():
+    torch.manual_seed(0)
+    with pytest.raises(ModelError, match="that example alone"):
+        checked(OnAnEdge(lambda y: 1e-7), VECTOR)
+
+
+def test_a_model_that_float64_cannot_run_stays_as_float32_found_it():
+    torch.manual_seed(0)
+    model = OnAnEdge(lambda y: eps_of(y) * (y.detach() @ torch.zeros(3, 1) + 1))  # of two types: an error in float64
+    with pytest.raises(ModelError, match="that example alone"):
+        checked(model, VECTOR)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    model = OnAnEdge(lambda y: eps_of(y) * (y.detach() @ torch.zeros(3, 1) + 1), edge=1.0)
+    assert sum(checked(model, VECTOR).values()) == 18
 
 
 def test_made_up_records_have_the_shape_and_no_value_of_the_first_record():

@@ -95,6 +95,30 @@ def test_gradients_of_plain_tensors_agree_with_autograd(convolution):
     torch.testing.assert_close(kernels.grouped_products(grad, x, geometry), each.reshape(3, *shape))
 
 
+def assert_no_strides_reach_torch(groups, monkeypatch):
+    """oneDNN would write beyond its workspace, which is a crash on some machines and nothing to be seen on others."""
+    run = kernels._convolution_backward
+
+    def watched(grad, x, weight, geometry, *others):
+        assert geometry.stride == (1, 1)
+        return run(grad, x, weight, geometry, *others)
+
+    monkeypatch.setattr(kernels, "_convolution_backward", watched)
+    geometry = Geometry(stride=(2, 3), groups=groups)
+    x, grad = torch.randn(3, 4 * groups, 7, 8), torch.randn(3, 6 * groups, 4, 3)
+    each = kernels.patch_products(kernels.positions(grad, geometry), kernels.unfolded(x, geometry))[..., None, None]
+    torch.testing.assert_close(kernels.weight_gradient(grad, x, geometry), each.sum(0))
+    torch.testing.assert_close(kernels.grouped_products(grad, x, geometry), each)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_weight_gradients_of_strided_1x1_kernels_leave_torch_no_strides(groups, monkeypatch):
+    assert_no_strides_reach_torch(groups, monkeypatch)
+    monkeypatch.setattr(kernels, "_visited", lambda x, geometry: (x, geometry))
+    with pytest.raises(AssertionError):
+        assert_no_strides_reach_torch(groups, monkeypatch)
+
+
 def test_this_machine_either_is_exact_or_refuses_int8():
     cpu = torch.device("cpu")
     if kernels.int8_is_exact(127):

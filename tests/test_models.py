@@ -159,10 +159,10 @@ def test_residual_branches_begin_quietly_and_nothing_else_does(name: str, branch
     assert firsts.count(1.0) == len(firsts) - branches
 
 
-def round_off(name: str) -> float:
+def round_off(name: str, width: float) -> float:
     """By how much a narrow network's gradient in float32 differs from float64's, relative to its norm."""
     torch.manual_seed(0)
-    model, x = build(name, num_classes=7, input_shape=(3, 32, 32), width=0.25), torch.randn(3, 3, 32, 32)
+    model, x = build(name, num_classes=7, input_shape=(3, 32, 32), width=width), torch.randn(3, 3, 32, 32)
     gradients = []
     for dtype in (torch.float32, torch.float64):
         model = model.to(dtype)
@@ -172,13 +172,16 @@ def round_off(name: str) -> float:
     return float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
 
 
-def test_a_narrow_densenets_gradient_is_more_than_round_off() -> None:
-    assert round_off("densenet121") < 1e-3
+NARROW = [("densenet121", 0.25, "_DENSE_GROUP"), ("resnet18", 0.0625, "_LAST_STAGE_GROUP")]
 
 
-def test_groups_of_one_or_two_values_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpquant.models._DENSE_GROUP", 1)
-    assert round_off("densenet121") > 1e-2
+@pytest.mark.parametrize(("name", "width", "group"), NARROW)
+def test_a_narrow_networks_gradient_is_more_than_round_off(
+    name: str, width: float, group: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert round_off(name, width) < 1e-3
+    monkeypatch.setattr(f"dpquant.models.{group}", 1)
+    assert round_off(name, width) > 1e-2  # groups of one or two values would be seen
 
 
 def test_a_width_for_a_users_own_network_is_refused() -> None:

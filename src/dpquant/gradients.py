@@ -69,7 +69,7 @@ class Formed:
 
     def add_weighted(self, weights_B: Tensor, total: Tensor | None) -> Tensor:
         total = self.gradients.new_zeros(self.gradients.shape[1:]) if total is None else total
-        total.view(-1).addmv_(self.gradients.flatten(1).t(), weights_B)
+        total.view(-1).addmv_(self.gradients.flatten(1).t(), weights_B.to(total.dtype))
         return total
 
     def finished(self, total: Tensor) -> Tensor:

@@ -297,12 +297,26 @@ def input_gradient(grad: Tensor, weight: Tensor, geometry: Geometry, size: tuple
 
 def weight_gradient(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
     """The weight gradient summed over the batch: grad `(B, O, H', W')`, x `(B, C, H, W)` -> `(O, C / G, *kernel)`."""
+    x, geometry = _visited(x, geometry)
     if geometry.pointwise:
         total = grad.transpose(0, 1).flatten(1) @ x.transpose(0, 1).flatten(1).t()
         return total[:, :, None, None]
     shape = (grad.shape[1], x.shape[1] // geometry.groups, *geometry.kernel)
     weight = grad.new_empty(1).expand(shape)
     return _convolution_backward(grad, x, weight, geometry, geometry.groups, [False, True, False])[1]
+
+
+def _visited(x: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
+    """The inputs that a 1x1 convolution visits, and the convolution of stride 1 that walks over them; others as given.
+
+    oneDNN's own way past the strides writes beyond its workspace where channels are fewer than a vector holds: a crash
+    or a wrong gradient (uxlfoundation/oneDNN, issue 6035).
+    """
+    if geometry.kernel != (1, 1) or geometry.padding != (0, 0):
+        return x, geometry
+    rows, columns = geometry.stride
+    visited = x[:, :, ::rows, ::columns].contiguous(memory_format=torch.channels_last)
+    return visited, Geometry(groups=geometry.groups)
 
 
 def patch_products(grad_BGTO: Tensor, patches_BGTD: Tensor) -> Tensor:
@@ -318,6 +332,7 @@ def patch_products(grad_BGTO: Tensor, patches_BGTD: Tensor) -> Tensor:
 
 def grouped_products(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
     """The same by one convolution whose groups are the examples: `(B, O, C / G, *kernel)`, in weight order."""
+    x, geometry = _visited(x, geometry)
     batch, channels = len(x), x.shape[1] // geometry.groups
     shape = (batch * grad.shape[1], channels, *geometry.kernel)
     # the examples become channels of one image, which is contiguous only with channels before positions

@@ -32,7 +32,9 @@ NAMES = ("cnn", "lenet", "resnet18", "resnet18-cifar", "resnet50", "densenet121"
 
 _PUBLISHED_SIDE = 28
 _MAX_GROUPS = 32
-_DENSE_GROUP = 16  # channels of DenseNet: a group of one or two on its last maps of 1x1 would leave only their signs
+# channels a group where maps may be 1x1: of one or two values there, normalization leaves only signs
+_DENSE_GROUP = 16
+_LAST_STAGE_GROUP = 4
 _CHANNEL_MULTIPLE = 8
 _BRANCH_SCALE = 0.25  # of residual branches at the start; docs/log.md has what 0, 0.1 and 1 gave
 
@@ -166,14 +168,17 @@ def _torchvision_resnet(name: str, channels: int, num_classes: int, width: float
         "resnet18": (resnet.BasicBlock, [2, 2, 2, 2]),
         "resnet50": (resnet.Bottleneck, [3, 4, 6, 3]),
     }[name]
-    stem = _in_eights(64, width)
+    stem, last_stage = _in_eights(64, width), _in_eights(512, width)
+
+    def norm(channels: int) -> nn.GroupNorm:
+        return _group_norm(channels, _LAST_STAGE_GROUP if channels >= last_stage else 1)
 
     class Scaled(resnet.ResNet):
         def _make_layer(self, block, planes, *args, **kwargs):  # the first call finds the stem of width 1
             self.inplanes = stem if planes == 64 else self.inplanes
             return super()._make_layer(block, _in_eights(planes, width), *args, **kwargs)
 
-    model = Scaled(block, depths, num_classes=num_classes, norm_layer=_group_norm)
+    model = Scaled(block, depths, num_classes=num_classes, norm_layer=norm)
     for module in model.modules():
         if isinstance(module, resnet.BasicBlock):
             _begin_quietly(module.bn2)
@@ -182,7 +187,7 @@ def _torchvision_resnet(name: str, channels: int, num_classes: int, width: float
     if width != 1.0 or channels != 3:
         model.conv1 = nn.Conv2d(channels, stem, kernel_size=7, stride=2, padding=3, bias=False)
         model.bn1 = _group_norm(stem)
-        model.fc = nn.Linear(_in_eights(512, width) * block.expansion, num_classes)
+        model.fc = nn.Linear(last_stage * block.expansion, num_classes)
     return model
 
 

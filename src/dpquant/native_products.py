@@ -41,8 +41,9 @@ def direct_products(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
 
 
 def has_direct_products(x: Tensor) -> bool:
-    """Whether `direct_products` can run on x here."""
-    return _native is not None and x.device.type == "cpu" and _native.direct_products_available()
+    """Whether `direct_products` can run here on x, codes or values."""
+    able = _native is not None and x.device.type == "cpu" and _native.direct_products_available()
+    return able and x.dtype != torch.float64
 
 
 def code_norms(grad: Tensor, x: Tensor, geometry: Geometry, *, kernel: str | None = None) -> Tensor:
