@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+import torch.nn.functional as F
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from convolutions import codes, convolutions, reference, shifted
@@ -93,6 +94,31 @@ def test_gradients_of_plain_tensors_agree_with_autograd(convolution):
     total = kernels.add_patch_products(grad, x, geometry, total)
     torch.testing.assert_close(kernels.in_weight_order(total.flatten(0, 1), geometry), 2 * grad_weight)
     torch.testing.assert_close(kernels.grouped_products(grad, x, geometry), each.reshape(3, *shape))
+
+
+ONE_COLUMN = (Geometry(kernel=(3, 3), stride=(1, 4), padding=(1, 1)), (2, 1, 3, 3), (16, 1))
+
+
+def assert_convolved_as_in_float64(convolution):
+    geometry, shape, size = convolution
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(s, generator=generator) for s in ((3, shape[1] * geometry.groups, *size), shape))
+    x = x.contiguous(memory_format=torch.channels_last)
+    found = kernels.convolved(x, weight, None, geometry)
+    torch.testing.assert_close(found, reference(x, weight, geometry).float(), rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(convolutions())
+@example(ONE_COLUMN)
+def test_a_convolution_in_float32_agrees_with_float64(convolution):
+    assert_convolved_as_in_float64(convolution)
+
+
+def test_padding_that_is_not_zero_would_be_seen(monkeypatch):
+    monkeypatch.setattr(kernels, "_padded", lambda x, g, zero: F.pad(x, (1, 1, 1, 1), value=1))
+    with pytest.raises(AssertionError):
+        assert_convolved_as_in_float64(ONE_COLUMN)
 
 
 def assert_no_strides_reach_torch(groups, monkeypatch):

@@ -106,6 +106,12 @@ def code_values(operand: Tensor | QTensor) -> Tensor:
     return values.sub_(operand.zero_point) if operand.zero_point else values
 
 
+def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """The convolution itself: `(B, C, H, W)`, `(O, C / G, *kernel)` -> `(B, O, H', W')`, in the operands' dtype."""
+    x, g = _in_one_column(x, geometry, zero=0)
+    return F.conv2d(x, weight, bias, g.stride, g.padding, g.dilation, g.groups)
+
+
 class SimulatedProducts:
     """Codes multiplied as floating-point numbers: exact for integer codes, on every device."""
 
@@ -116,11 +122,7 @@ class SimulatedProducts:
 
     def forward(self, x: QTensor) -> Tensor:
         dtype = _exact_dtype(x, self._weight[0].numel(), self._max_code)
-        g = self._geometry
-        y = F.conv2d(
-            code_values(x).to(dtype), self._weight.to(dtype), None, g.stride, g.padding, g.dilation, groups=g.groups
-        )
-        return y.float()
+        return convolved(code_values(x).to(dtype), self._weight.to(dtype), None, self._geometry).float()
 
     def input_gradient(self, grad: QTensor, size: tuple[int, int]) -> Tensor:
         out_channels_per_group = self._weight.shape[0] // self._geometry.groups
@@ -251,21 +253,32 @@ def _around_corners(codes: Tensor, g: Geometry) -> tuple[Tensor, Geometry]:
     """An equal convolution that avoids two corners in which oneDNN's int8 convolution gives wrong sums.
 
     It miscounts the zero point of a window all of whose inputs lie in the padding (possible where the padding exceeds
-    the reach, or the kernel is dilated): the padding is laid beforehand. And it reads wrong rows where the output is
-    one column wide and the stride across is not 1: that column's window is cut out and the stride dropped.
+    the reach, or the kernel is dilated): the padding is laid beforehand. The other is `_in_one_column`'s.
     """
-    one_column = codes.shape[3] + 2 * g.padding[1] - g.reach[1] - 1 < g.stride[1] and g.stride[1] > 1
+    codes, g = _in_one_column(codes, g, zero=INT8_ZERO_POINT)
     empty_window = g.padding != (0, 0) and (
         g.dilation != (1, 1) or g.padding[0] > g.reach[0] or g.padding[1] > g.reach[1]
     )
-    if one_column or empty_window:
-        (top, left), stride = g.padding, g.stride
-        codes = F.pad(codes, (left, left, top, top), value=INT8_ZERO_POINT)
-        if one_column:
-            codes, stride = codes[..., : g.reach[1] + 1], (stride[0], 1)
-        codes = codes.contiguous(memory_format=torch.channels_last)
-        g = dataclasses.replace(g, padding=(0, 0), stride=stride)
+    if empty_window:
+        codes = _padded(codes, g, INT8_ZERO_POINT).contiguous(memory_format=torch.channels_last)
+        g = dataclasses.replace(g, padding=(0, 0))
     return codes, g
+
+
+def _in_one_column(x: Tensor, g: Geometry, *, zero: int) -> tuple[Tensor, Geometry]:
+    """An equal convolution without a stride across, where the output is one column wide; another as it is given.
+
+    There oneDNN reads wrong rows: with int8 always, with float32 where there is one channel.
+    """
+    if g.stride[1] == 1 or x.shape[3] + 2 * g.padding[1] - g.reach[1] - 1 >= g.stride[1]:
+        return x, g
+    column = _padded(x, g, zero)[..., : g.reach[1] + 1].contiguous(memory_format=torch.channels_last)
+    return column, dataclasses.replace(g, padding=(0, 0), stride=(g.stride[0], 1))
+
+
+def _padded(x: Tensor, g: Geometry, zero: int) -> Tensor:
+    top, left = g.padding
+    return F.pad(x, (left, left, top, top), value=zero)
 
 
 def _zero_stuffed(codes: Tensor, stride: tuple[int, int], size: tuple[int, int]) -> Tensor:

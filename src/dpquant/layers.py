@@ -40,6 +40,7 @@ from dpquant.kernels import (
     Products,
     SimulatedProducts,
     code_values,
+    convolved,
     input_gradient,
     resolve_backend,
     sides_swapped,
@@ -311,9 +312,7 @@ class _Convolution(torch.autograd.Function):
             weight = run.dense_weight(layer, weight, ctx.size)
         ctx.save_for_backward(x if wgrad is None else None, weight if dgrad is None else None)
         if recipe is None:
-            return F.conv2d(
-                x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, groups=geometry.groups
-            )
+            return convolved(x, weight, bias, geometry)
         products, weight_scale = run.quantized_weight(layer, recipe, ctx.size, side="output")
         y = _scaled(products.forward(codes), codes.scale, weight_scale)
         return y if bias is None else y.add_(bias[:, None, None])
