@@ -31,7 +31,7 @@ from dpquant.errors import BudgetError, DataError, SettingError
 from dpquant.execution import Execution, decide
 from dpquant.formats import Precision, Recipe, precision
 from dpquant.impact import impact_sum
-from dpquant.isolation import check_isolation, check_trainable, made_up_batch
+from dpquant.isolation import check_isolation, check_trainable, made_up_batch, with_tensors
 from dpquant.layers import prepare, set_policy, set_precisions
 from dpquant.ledger import Ledger
 from dpquant.noise import NoiseSource
@@ -429,14 +429,4 @@ def _check_data_set(train_set: MapDataset) -> None:
 
 def _to(batch: Any, device: torch.device) -> Any:
     """The batch on a device, whatever tensors it is made of."""
-    match batch:
-        case Tensor():
-            return batch.to(device)
-        case dict():
-            return {key: _to(value, device) for key, value in batch.items()}
-        case tuple() if hasattr(batch, "_fields"):
-            return type(batch)(*(_to(value, device) for value in batch))
-        case tuple() | list():
-            return type(batch)([_to(value, device) for value in batch])
-        case _:
-            return batch
+    return with_tensors(batch, lambda tensor: tensor.to(device))
