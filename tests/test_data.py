@@ -219,7 +219,9 @@ def test_a_damaged_idx_file_is_one_error(content: bytes, tmp_path: Path) -> None
         read_idx(tmp_path / "file", dimensions=3)
 
 
-@pytest.mark.parametrize("content", [b"not gzip", gzip.compress(idx_bytes(np.zeros((9, 3, 3))))[:20]])
+@pytest.mark.parametrize(
+    "content", [b"not gzip", gzip.compress(idx_bytes(np.zeros((9, 3, 3))))[:20]], ids=["not gzip", "cut short"]
+)
 def test_a_damaged_archive_is_one_error(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "file.gz").write_bytes(content)
     with pytest.raises(DataError, match="to be a readable file"):
