@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import time
+import types
 
+from dpquant import choice
 from dpquant.choice import choices, fastest
 
 
@@ -24,7 +26,22 @@ def test_the_fastest_way_is_taken_and_asked_for_once():
 def test_a_hopeless_way_is_not_tried_again():
     calls: list[str] = []
     fastest(("a test", 2), ways(calls, fast=0.001, hopeless=0.05))
-    assert calls.count("hopeless") == 2 and calls.count("fast") == 3
+    assert calls.count("hopeless") == 2 and calls.count("fast") == 4
+
+
+def test_a_disturbance_does_not_decide(monkeypatch):
+    """The machine is half as fast for a while, which is when the better way has its first runs."""
+    now = [0.0]
+    monkeypatch.setattr(choice, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    runs: list[str] = []
+
+    def work(name, seconds):
+        runs.append(name)
+        now[0] += 2 * seconds if len(runs) <= 4 and name == "better" else seconds
+
+    options = {"worse": lambda: work("worse", 1.5), "better": lambda: work("better", 1.0)}
+    assert fastest(("a test", 5), options) == "better"
+    assert runs[4:] == ["worse", "better"] * 2
 
 
 def test_the_only_way_is_not_tried_at_all():

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
 import pytest
 
 from dpquant.cost import (
@@ -18,6 +20,7 @@ MODEL = CostModel(layers=LAYERS, batch_size=10, full_step=0.5)
 
 def test_a_step_is_the_full_one_less_what_its_layers_save():
     assert MODEL.other == pytest.approx(0.1) and MODEL.overhead == pytest.approx(0.2)
+    assert dataclasses.replace(MODEL, full_step=0.3).overhead == 0  # less than the layers took when they were timed
     assert [MODEL.step(names) for names in ((), ("a",), ("b",), ("a", "b"))] == pytest.approx([0.5, 0.3, 0.6, 0.4])
     assert (MODEL.share_of_time("a"), MODEL.share_of_macs(["a"])) == pytest.approx((0.6, 0.75))
     assert [layer.gain for layer in LAYERS.values()] == pytest.approx([3.0, 0.5])

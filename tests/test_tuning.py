@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 import dpquant
-from dpquant import tuning
+from dpquant import clock, layers, norms, tuning, weight_gradients
+from dpquant.cost import LayerTimes
 from dpquant.errors import SettingError
 from dpquant.layers import current_precisions
 from networks import loss
@@ -18,28 +19,98 @@ def model_and_batch(rows=3):
     return model, (torch.randn(rows, 2, 8, 8), torch.arange(rows) % 5)
 
 
-def test_every_layer_is_measured_alone_and_the_model_is_left_as_it_was():
+def times_of(model, batch, **given):
+    return tuning.layer_times(model, loss, batch, **{"microbatch_size": 8, "expected_batch_size": 32, **given})
+
+
+def test_every_layer_is_measured_and_the_model_is_left_as_it_was():
     model, batch = model_and_batch()
     dpquant.set_policy(model, ["2"])
     before = torch.random.get_rng_state()
-    times = tuning.layer_times(model, loss, batch, microbatch_size=8, expected_batch_size=32)
+    times = times_of(model, batch)
     assert list(times) == ["0", "2", "4"] and all(t.full > 0 and t.quantized > 0 for t in times.values())
     assert tuple(current_precisions(model)) == ("2",) and torch.equal(torch.random.get_rng_state(), before)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
-    assert not model[0]._forward_pre_hooks
 
 
-def test_the_gain_is_the_time_in_full_precision_over_the_time_quantized(monkeypatch):
+class StoppedTime:
+    """A clock that only planted work moves on."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        self._monkeypatch = monkeypatch
+        monkeypatch.setattr(clock, "time", self)
+
+    def perf_counter(self):
+        return self.now
+
+    def slow_down(self, owner, name, seconds):
+        work = getattr(owner, name)
+
+        def slow(*args, **kwargs):
+            self.now += seconds
+            return work(*args, **kwargs)
+
+        self._monkeypatch.setattr(owner, name, slow)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "full", "quantized"),
+    [
+        (layers.QuantizableLayer, "quantize", 0, 2),  # activations and gradients
+        (layers.Pass, "dense_weight", 1, 0),
+        (weight_gradients.Product, "squared_norms", 1, 1),
+        (weight_gradients.Product, "add_weighted", 1, 1),
+        (norms.TapedGroupNorm, "forward", 0, 0),
+    ],
+)
+def test_a_layer_answers_for_all_of_its_own_work_and_for_no_other(monkeypatch, owner, name, full, quantized):
+    torch.manual_seed(0)
+    model = dpquant.prepare(
+        nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 5))
+    )
+    batch = torch.randn(3, 2, 8, 8), torch.arange(3)
+    monkeypatch.setattr(weight_gradients.Product, "fastest", lambda self: self)  # keeps the operands
+    StoppedTime(monkeypatch).slow_down(owner, name, 8.0)
+    assert set(times_of(model, batch).values()) == {LayerTimes(full=full, quantized=quantized)}
+
+
+@pytest.mark.parametrize("expected_batch_size", [8, 32, 80])
+def test_what_the_first_microbatch_prepares_counts_once_a_step(monkeypatch, expected_batch_size):
     model, batch = model_and_batch()
-    monkeypatch.setattr(tuning, "measured", lambda question, ways: {"full": 3.0, "quantized": 2.0})
-    times = tuning.layer_times(model, loss, batch, microbatch_size=8, expected_batch_size=32)
-    assert {t.gain for t in times.values()} == {1.5} and times["0"].full == 3 / 16  # two microbatches
+    time = StoppedTime(monkeypatch)
+    time.slow_down(layers.QuantizableLayer, "quantize_weight", 8.0)
+    time.slow_down(layers.QuantizableLayer, "quantize", 4.0)
+    times = times_of(model, batch, expected_batch_size=expected_batch_size)
+    # twice a microbatch of eight, and once a step
+    assert [t.quantized for t in times.values()] == pytest.approx([1 + 8 / expected_batch_size] * 3)
 
 
-def test_a_frozen_layer_is_not_measured():
+def test_the_first_microbatch_counted_like_the_others_would_be_seen(monkeypatch):
+    monkeypatch.setattr(tuning, "_seconds_per_example", lambda clock, size, _: _as_if_all_were_alike(clock, size))
+    with pytest.raises(AssertionError):
+        test_what_the_first_microbatch_prepares_counts_once_a_step(monkeypatch, 80)
+
+
+def _as_if_all_were_alike(clock, size):
+    together = {name: sum(one[name] for one in clock.microbatches) for name in clock.microbatches[0]}
+    return {name: seconds / len(clock.microbatches) / size for name, seconds in together.items()}
+
+
+def test_the_median_counts_and_the_first_round_does_not(monkeypatch):
     model, batch = model_and_batch()
-    model[2].weight.requires_grad_(False)
-    assert set(tuning.layer_times(model, loss, batch, microbatch_size=8, expected_batch_size=32)) == {"0", "4"}
+    rounds = iter([9.0, 3.0, 4.0, 8.0])
+    monkeypatch.setattr(
+        tuning, "layer_times_once", lambda *a, **b: {"0": LayerTimes(full=(taken := next(rounds)), quantized=taken / 2)}
+    )
+    assert times_of(model, batch) == {"0": LayerTimes(full=4.0, quantized=2.0)}
+
+
+def test_a_layer_that_is_not_called_has_no_time():
+    model, batch = model_and_batch()
+    model.add_module("5", nn.Identity())
+    model[5].spare = dpquant.prepare(nn.Linear(2, 2)).requires_grad_(False)
+    assert list(times_of(model, batch)) == ["0", "2", "4"]
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`dpquant assess`: what quantizing would gain for a model on this machine, predicted and measured, before training.
 
-Every layer is timed alone, in full precision and quantized; whole steps in full precision give what lies beyond the
-layers; and `cost` predicts the step of any policy from that. Some policies are then run for real, in turn with full
-precision, so that prediction and measurement stand side by side. Examples are made up: of the data set only the shape
-of an image, the number of classes and the public settings count.
+Every layer is timed while all of them run in full precision and while all run quantized; whole steps in full precision
+give what lies beyond the layers; and `cost` predicts the step of any policy from that. Some policies are run for real,
+in turn with all that, so that prediction and measurement stand side by side. Examples are made up: of the data set
+only the shape of an image, the number of classes and the public settings count.
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ from dpquant.cost import (
     PAPER_SPEEDUPS,
     CostModel,
     LayerCost,
+    LayerTimes,
     Savings,
     overhead_behind,
     paper_speedup,
@@ -41,7 +42,7 @@ from dpquant.record import RunRecord
 from dpquant.schedule import Policy, Turn, largest_layers, noise_left
 from dpquant.settings import TrainSettings
 from dpquant.train import model_of, optimizer_of, per_example_loss, plan_of, policy_of
-from dpquant.tuning import layer_times
+from dpquant.tuning import layer_times_once, usual_times
 
 HARDWARE = ("here", "fp4")
 SHARES = (0.5, 0.9, 1.0)  # of the multiply-accumulates, largest layers first, that the measured policies quantize
@@ -114,7 +115,7 @@ def assess(
     run: Path | None = None,
     runs_per_month: float = 0.0,
     cost_per_hour: float = 0.0,
-    rounds: int = 3,
+    rounds: int = 5,
     watch: Callable[[str], None] = lambda what: None,
 ) -> Assessment:
     """Measure the layers and whole steps of a run that these settings would start.
@@ -125,7 +126,7 @@ def assess(
       run: directory of an earlier run of the same model, for its layers' impacts.
       runs_per_month: how often such a run is made.
       cost_per_hour: of the machine, in any currency.
-      rounds: timed steps of each policy.
+      rounds: timings of every layer and steps of each policy.
       watch: told in a few words what happens now.
     Raises:
       DPQuantError: the settings cannot be run, or an argument is out of range.
@@ -150,10 +151,8 @@ def assess(
     policy = private.policy
     assert isinstance(policy, _InTurn)
     policy.turns = [(), *(largest_layers(private.macs, share) for share in SHARES)]
-    watch("timing every layer alone")
-    costs = _layer_costs(private, made_up)
-    watch("timing whole steps")
-    steps = _steps(private)
+    watch("timing layers and whole steps")
+    costs, steps = _times(private, made_up)
     full_step = steps[()]
     model = CostModel(layers=costs, batch_size=settings.batch_size, full_step=full_step)
     if hardware == "fp4":
@@ -187,7 +186,7 @@ def assess(
         policies=policies,
         speedup=full_run / quantized_run,
         paper={speedup: overhead_behind(speedup, PAPER_SHARE) for speedup in PAPER_SPEEDUPS},
-        paper_here=paper_speedup(PAPER_SHARE, overhead=max(model.overhead, 0.0)),
+        paper_here=paper_speedup(PAPER_SHARE, overhead=model.overhead),
         saved=(
             savings(full_run, quantized_run, runs_per_month=runs_per_month, cost_per_hour=cost_per_hour)
             if runs_per_month
@@ -269,29 +268,35 @@ def _private(settings: TrainSettings, rounds: int) -> tuple[PrivateTraining, _Ma
     return private, made_up
 
 
-def _layer_costs(private: PrivateTraining, made_up: _MadeUp) -> dict[str, LayerCost]:
-    times = layer_times(
-        private.model,
-        per_example_loss,
-        made_up.first(2),
-        microbatch_size=private.execution.microbatch_size,
-        expected_batch_size=len(made_up),
-    )
-    return {
-        name: LayerCost(macs=private.macs[name], full=seconds.full, quantized=seconds.quantized)
-        for name, seconds in times.items()
-    }
+def _times(private: PrivateTraining, made_up: _MadeUp) -> tuple[dict[str, LayerCost], dict[tuple[str, ...], float]]:
+    """{layer: its costs}, {quantized layers: seconds of a step}: medians of all rounds but the first.
 
-
-def _steps(private: PrivateTraining) -> dict[tuple[str, ...], float]:
-    """{quantized layers: seconds of a step, the median of all rounds but the first}."""
-    seconds: dict[tuple[str, ...], list[float]] = {}
-    for epoch in private.epochs():
+    Every round has all of it, because the speed of many a machine drifts.
+    """
+    policy = private.policy
+    assert isinstance(policy, _InTurn)
+    layers: list[dict[str, LayerTimes]] = []
+    steps: dict[tuple[str, ...], list[float]] = {}
+    for number, epoch in enumerate(private.epochs()):
+        if number % len(policy.turns) == 0:
+            layers.append(
+                layer_times_once(
+                    private.model,
+                    per_example_loss,
+                    made_up.first(2),
+                    microbatch_size=private.execution.microbatch_size,
+                    expected_batch_size=len(made_up),
+                )
+            )
         for batch in epoch:
             began = time.perf_counter()
             private.step(batch)
-            seconds.setdefault(epoch.policy, []).append(time.perf_counter() - began)
-    return {names: statistics.median(times[1:]) for names, times in seconds.items()}
+            steps.setdefault(epoch.policy, []).append(time.perf_counter() - began)
+    costs = {
+        name: LayerCost(macs=private.macs[name], full=seconds.full, quantized=seconds.quantized)
+        for name, seconds in usual_times(layers).items()
+    }
+    return costs, {names: statistics.median(seconds[1:]) for names, seconds in steps.items()}
 
 
 def _analysis_seconds(private: PrivateTraining, made_up: _MadeUp, analysis: AnalysisPlan) -> float:

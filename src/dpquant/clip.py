@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpquant.clock import Clock
 from dpquant.errors import ModelError, SettingError
 from dpquant.gradients import ROUND_OFF, Contribution, Formed, contributions_of
 from dpquant.layers import Pass, QuantizableLayer, quantizable_layers, running
@@ -64,6 +65,7 @@ def clipped_sum(
     step: int,
     seed: int,
     microbatch_size: int | None = None,
+    clock: Clock | None = None,
 ) -> ClippedSum:
     """The sum over a batch of per-example gradients, each scaled to at most `max_grad_norm`.
 
@@ -82,6 +84,7 @@ def clipped_sum(
       step: the logical step; another step draws other roundings.
       seed: of the rounding draws. They carry no privacy: the bound holds for every draw.
       microbatch_size: examples a backward pass; None chooses, by the shapes and, up to 256, by the number of examples.
+      clock: if given, gets each layer's seconds: its three products, quantization included, and its norm and sum.
     Returns: ClippedSum with sensitivity C; zeros for an empty batch.
     Raises:
       SettingError: an argument out of range, or a loss that is not one number per example.
@@ -105,7 +108,7 @@ def clipped_sum(
         )
     size = microbatch_size or default_microbatch_size(model, loss_fn, batch, len(record_ids))
     with working_memory():
-        grads = _clipped_grads(model, loss_fn, batch, trainable, max_grad_norm, record_ids, (seed, step), size)
+        grads = _clipped_grads(model, loss_fn, batch, trainable, max_grad_norm, record_ids, (seed, step), size, clock)
     return ClippedSum(grads=grads, sensitivity=float(max_grad_norm))
 
 
@@ -118,11 +121,12 @@ def _clipped_grads(
     record_ids: Tensor,
     draws: tuple[int, int],
     size: int,
+    clock: Clock | None,
 ) -> dict[str, Tensor]:
     """The loop over microbatches. draws: (seed, step) of the roundings."""
     seed, step = draws
     key = derive_key(seed, "step", step)
-    with _taping(model, trainable) as tape, running(model, Pass(key=key, tape=tape)) as run:
+    with _taping(model, trainable, clock=clock) as tape, running(model, Pass(key=key, tape=tape, clock=clock)) as run:
         for piece, ids, num_examples in microbatches(batch, record_ids, size):
             run.begin(ids)
             tape.rewind()
@@ -232,12 +236,13 @@ class _GradientTape:
     """Collects contributions during a backward pass and turns them into the clipped sum.
 
     forming: weight gradients may be formed at once, where that makes norm and sum faster; else operands are kept.
+    clock: measures what norms and sums take, under the name of the module that owns the parameter; None: nothing does.
     """
 
-    def __init__(self, names: dict[Tensor, str], device: torch.device, forming: bool):
+    def __init__(self, names: dict[Tensor, str], device: torch.device, forming: bool, clock: Clock | None):
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self._names = names  # of the trainable parameters
-        self._forming = forming
+        self._forming, self._clock = forming, clock
         self._contributions: dict[str, list[Contribution]] = {}
         self._last: dict[str, Contribution] = {}
         self._totals: dict[str, Any] = {}
@@ -268,7 +273,10 @@ class _GradientTape:
     def add_clipped(self, max_grad_norm: float, size: int, num_examples: int) -> None:
         """Add sum_i c_i G_i of the microbatch of `size` on the tape to the totals; its first `num_examples` count."""
         parts = self.contributions()
-        squared_norms = {name: part.squared_norms() for name, part in parts.items()}
+        squared_norms: dict[str, Tensor] = {}
+        for name, part in parts.items():
+            with self._timing(name):
+                squared_norms[name] = part.squared_norms()
         for name, norms in squared_norms.items():
             if len(norms) != size:
                 raise ModelError(
@@ -283,7 +291,8 @@ class _GradientTape:
             parts = {name: part.take(rows) for name, part in parts.items()}
             factors_B = factors_B[rows]
         for name, part in parts.items():
-            self._totals[name] = part.add_weighted(factors_B, self._totals.get(name))
+            with self._timing(name):
+                self._totals[name] = part.add_weighted(factors_B, self._totals.get(name))
         self._last = parts
 
     def contributions(self) -> dict[str, Contribution]:
@@ -293,6 +302,9 @@ class _GradientTape:
     def totals(self) -> dict[str, Tensor]:
         """{parameter name: the sum over all microbatches}."""
         return {name: part.finished(self._totals[name]) for name, part in self._last.items()}
+
+    def _timing(self, parameter: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._clock is None else self._clock.running(parameter.rpartition(".")[0])
 
     def _one_contribution(self, name: str) -> Contribution:
         """A parameter used once keeps its operands; one that is shared or reused needs its gradients formed."""
@@ -324,10 +336,12 @@ def clip_factors(squared_norms_B: Tensor, max_grad_norm: float) -> tuple[Tensor,
 
 
 @contextlib.contextmanager
-def _taping(model: nn.Module, trainable: dict[str, nn.Parameter], *, forming: bool = True) -> Iterator[_GradientTape]:
+def _taping(
+    model: nn.Module, trainable: dict[str, nn.Parameter], *, forming: bool = True, clock: Clock | None = None
+) -> Iterator[_GradientTape]:
     """Detach all parameters and listen to the modules that own any, until the block ends."""
     device = next((p.device for p in trainable.values()), torch.device("cpu"))
-    tape = _GradientTape({p: name for name, p in trainable.items()}, device, forming)
+    tape = _GradientTape({p: name for name, p in trainable.items()}, device, forming, clock)
     handles = [
         module.register_forward_hook(_listener(tape))
         for module in model.modules()

@@ -90,17 +90,16 @@ def print_assessment(console: Console, found: "Assessment") -> None:
     console.print(layers)
     console.print("\nA step:", highlight=False)
     console.print(steps)
-    overhead = max(found.overhead, 0.0)  # layers timed alone also make an output and a gradient of their own
     assumed = "; ".join(f"{speedup:g} times if {share:.0%}" for speedup, share in found.paper.items())
     lines = [
-        f"\nBeyond what its layers take alone, a step in full precision spends {overhead:.0%} of its time here.",
+        f"\nA step in full precision spends {found.overhead:.0%} of its time beyond these layers.",
         f"An analysis takes {found.analysis:.1f} s." if found.analysis else "No analyses are needed.",
         f"A run of these settings, analyses included, is {found.speedup:.2f} times as fast as in full precision.",
         "Quantized layers are taken as measured here."
         if found.profile == "here"
         else "Quantized layers are taken to run four times as fast, as FP4 beside FP16; quantizing is taken as free.",
         f"The paper's model (4-bit work four times as fast, 90 % of it): {assumed} of a step cannot be sped up; "
-        f"{found.paper_here:.2f} times with the {overhead:.0%} measured here.",
+        f"{found.paper_here:.2f} times with the {found.overhead:.0%} measured here.",
     ]
     if found.saved is not None:
         lines.append(f"In a month that saves {found.saved.hours:,.1f} hours, which cost {found.saved.money:,.2f}.")

@@ -5,8 +5,8 @@ A step of B examples takes
 
     T(policy) = T_other + B * sum over layers of [ full_l if the layer stays in full precision, else quantized_l ]
 
-with each layer's seconds measured alone, and T_other what a measured step in full precision takes beyond them: norms,
-activations, noise, the optimizer. A layer alone also makes its own output's gradient, so that T_other comes out small.
+with each layer's seconds measured within a step, and T_other what a step in full precision takes beyond them:
+normalisation, activations, noise, the optimizer.
 
 The paper's model has one number for the hardware, r (FP4 over FP16: 4), the share p of the work that is quantized, and
 an overhead that nothing speeds up:
@@ -70,8 +70,8 @@ class CostModel:
 
     @property
     def overhead(self) -> float:
-        """Its share of a step in full precision."""
-        return self.other / self.full_step
+        """Its share of a step in full precision; none where the layers, timed apart from it, seem to take all of it."""
+        return max(self.other, 0.0) / self.full_step
 
     def step(self, quantized: Collection[str]) -> float:
         """Predicted seconds of a step in which these layers run quantized."""

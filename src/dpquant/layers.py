@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpquant.clock import Clock
 from dpquant.errors import ModelError, SettingError
 from dpquant.formats import FULL_PRECISION, Precision, Recipe, RoleFormat, precision
 from dpquant.gradients import Formed
@@ -111,12 +112,14 @@ class Pass:
       record_ids: int64 `(B,)`, of the microbatch in hand; None = 0..B-1.
       tape: takes the operands of per-example gradients; None = ordinary autograd.
       replay: outputs to be remembered or used again; None = compute everything.
+      clock: measures what each layer's products take; None = nothing is measured.
     """
 
     key: int
     record_ids: Tensor | None = None
     tape: Tape | None = None
     replay: Replay | None = None
+    clock: Clock | None = None
     _weights: dict[tuple[nn.Module, RoleFormat, str], QTensor] = dataclasses.field(default_factory=dict)
     _dense_weights: dict[tuple[nn.Module, Geometry], Tensor] = dataclasses.field(default_factory=dict)
     _products: dict[tuple[nn.Module, Recipe, str, Geometry], Products] = dataclasses.field(default_factory=dict)
@@ -126,6 +129,8 @@ class Pass:
         """Take the next microbatch; the packed weights stay."""
         self.record_ids = record_ids
         self._calls.clear()
+        if self.clock is not None:
+            self.clock.begin()
 
     def next_call(self, layer: nn.Module) -> int:
         """How many times `layer` has been called on this microbatch before: a reused layer draws anew at each call."""
@@ -245,7 +250,8 @@ class QuantizableLayer(nn.Module):
         weight = self.weight.view(self.weight.shape[0], -1, *self.geometry.kernel)
         anchor = run.tape.anchor if run.tape is not None else None
         x = x.contiguous(memory_format=torch.channels_last)  # the layout of every fast operator, pooling included
-        y = cast(Tensor, _Convolution.apply(x, weight, self.bias, anchor, self, run))
+        convolution = _Convolution if run.clock is None else _TimedConvolution
+        y = cast(Tensor, convolution.apply(x, weight, self.bias, anchor, self, run))
         if run.replay is not None:
             run.replay.store(self, y)
         return y
@@ -340,6 +346,21 @@ class _Convolution(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum((0, 2, 3))
         return grad_x, grad_weight, grad_bias, None, None, None
+
+
+class _TimedConvolution(_Convolution):
+    """The same under the pass' clock."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, anchor, layer: QuantizableLayer, run: Pass):
+        assert run.clock is not None
+        with run.clock.running(layer.name):
+            return _Convolution.forward(ctx, x, weight, bias, anchor, layer, run)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        with ctx.run.clock.running(ctx.layer.name):
+            return _Convolution.backward(ctx, *grads)
 
 
 def _codes(ctx, role: str, x: Tensor, *recipes: Recipe | None) -> list[Any]:

@@ -5,94 +5,99 @@ backward pass should take, and how much memory that needs.
 All of it is measured on made-up data: the choices depend on shapes and on the machine, never on a record.
 """
 
-import copy
-from collections.abc import Callable, Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dpquant.choice import measured, timed
+from dpquant.choice import timed
 from dpquant.clip import PerExampleLoss, clipped_sum, take_rows
+from dpquant.clock import Clock
 from dpquant.cost import LayerTimes
 from dpquant.errors import SettingError
-from dpquant.formats import FULL_PRECISION, Precision
+from dpquant.formats import Precision
 from dpquant.hardware import forget_peak, memory_mib
-from dpquant.layers import QuantizableLayer, current_precisions, quantizable_layers, set_precisions
+from dpquant.layers import current_precisions, quantizable_layers, set_policy, set_precisions
 from dpquant.working_memory import give_back
 
 _SMALLEST, _FIRST, _LARGEST = 4, 32, 256  # microbatches: the smallest, the first that is tried, the largest
 _WORTHWHILE = 1.03  # speed-up for which a microbatch is doubled
-_LAYER_MICROBATCHES = 2  # of a layer's trial, over which its weight is quantized once
+_TIMED_MICROBATCHES = 3  # in which layers are timed
 _MIB = 2**10  # in a GiB
 
 
 def layer_times(
+    model: nn.Module,
+    loss_fn: PerExampleLoss,
+    batch: Any,
+    *,
+    microbatch_size: int,
+    expected_batch_size: float,
+    rounds: int = 3,
+) -> dict[str, LayerTimes]:
+    """Each layer's time within a step, the usual one of several rounds; arguments as of `layer_times_once`."""
+    times = [
+        layer_times_once(
+            model, loss_fn, batch, microbatch_size=microbatch_size, expected_batch_size=expected_batch_size
+        )
+        for _ in range(1 + rounds)
+    ]
+    return usual_times(times)
+
+
+def layer_times_once(
     model: nn.Module, loss_fn: PerExampleLoss, batch: Any, *, microbatch_size: int, expected_batch_size: float
 ) -> dict[str, LayerTimes]:
-    """Each layer's time, alone.
+    """Each layer's time within a step: once while the whole model runs in full precision, once while all is quantized.
 
     Args:
       model: a prepared model.
       loss_fn: `(model, batch) -> Tensor (B,)`.
-      batch: made-up; only its shapes count.
+      batch: made-up; its rows are used again and again.
       microbatch_size: examples a backward pass.
       expected_batch_size: examples a step, over which a weight is quantized once.
-    Returns: for every layer that is called and trained; each shape is measured once a process.
+    Returns: for every layer that is called.
     """
-    num_microbatches = min(max(round(expected_batch_size / microbatch_size), 1), _LAYER_MICROBATCHES)
+    before = current_precisions(model)
+    num_microbatches = min(max(round(expected_batch_size / microbatch_size), 1), _TIMED_MICROBATCHES)
+    examples = take_rows(batch, torch.arange(microbatch_size * num_microbatches) % len(_first_tensor(batch)))
+    layers = quantizable_layers(model)
+    seconds = []
+    try:
+        for names in ((), layers):
+            set_policy(model, names)
+            clock = Clock()
+            _clipped_sum(model, loss_fn, examples, microbatch_size, clock)
+            seconds.append(_seconds_per_example(clock, microbatch_size, expected_batch_size))
+    finally:
+        set_precisions(model, before)
+    full, quantized = seconds
+    return {name: LayerTimes(full=full[name], quantized=quantized[name]) for name in layers if name in full}
+
+
+def _seconds_per_example(clock: Clock, microbatch_size: int, expected_batch_size: float) -> dict[str, float]:
+    """By layer, in a step whose first microbatch is as the first that was timed, and all others as the others."""
+    first, *later = clock.microbatches
+    num_later = max(expected_batch_size / microbatch_size, 1.0) - 1
     return {
-        name: _times(quantizable_layers(model)[name], shape, needs_gradient, microbatch_size, num_microbatches)
-        for name, (shape, needs_gradient) in _inputs(model, loss_fn, batch).items()
+        name: (first[name] + num_later * statistics.mean(one[name] for one in later or [first]))
+        / ((1 + num_later) * microbatch_size)
+        for name in first
     }
 
 
-def _inputs(model: nn.Module, loss_fn: PerExampleLoss, batch: Any) -> dict[str, tuple[torch.Size, bool]]:
-    """{layer whose weight is trained: (shape of one example's input, whether a gradient flows into it)}."""
-    found: dict[str, tuple[torch.Size, bool]] = {}
-
-    def listener(name: str) -> Callable[..., None]:
-        def listen(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            found[name] = inputs[0].shape[1:], inputs[0].requires_grad
-
-        return listen
-
-    handles = [
-        layer.register_forward_pre_hook(listener(name))
-        for name, layer in quantizable_layers(model).items()
-        if layer.weight.requires_grad
-    ]
-    try:
-        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-            loss_fn(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
-def _times(
-    layer: QuantizableLayer, shape: torch.Size, needs_gradient: bool, size: int, num_microbatches: int
-) -> LayerTimes:
-    alone = copy.deepcopy(layer)
-    alone._forward_hooks.clear()
-    alone._forward_pre_hooks.clear()
-    inputs = torch.randn(size * num_microbatches, *shape, generator=torch.Generator().manual_seed(0))
-
-    def losses(module: nn.Module, x: Tensor) -> Tensor:
-        return module(x.requires_grad_(needs_gradient)).square().flatten(1).sum(1)
-
-    def run(quantized: bool) -> None:
-        alone.precision = layer.chosen if quantized else FULL_PRECISION
-        _clipped_sum(alone, losses, inputs, size)
-
-    question = (
-        "layer", type(layer), layer.geometry, layer.weight.shape, shape, needs_gradient, layer.chosen, layer.backend,
-        size, num_microbatches, torch.get_num_threads(),
-    )  # fmt: skip
-    seconds = measured(question, {"full": partial(run, False), "quantized": partial(run, True)})
-    return LayerTimes(full=seconds["full"] / len(inputs), quantized=seconds["quantized"] / len(inputs))
+def usual_times(rounds: Sequence[Mapping[str, LayerTimes]]) -> dict[str, LayerTimes]:
+    """Medians over all rounds but the first, which fills caches and chooses the ways of the products."""
+    return {
+        name: LayerTimes(
+            full=statistics.median(times[name].full for times in rounds[1:]),
+            quantized=statistics.median(times[name].quantized for times in rounds[1:]),
+        )
+        for name in rounds[0]
+    }
 
 
 def fastest_microbatch_size(
@@ -155,10 +160,12 @@ def fastest_microbatch_size(
     return size
 
 
-def _clipped_sum(model: nn.Module, loss_fn: PerExampleLoss, batch: Any, size: int) -> None:
+def _clipped_sum(model: nn.Module, loss_fn: PerExampleLoss, batch: Any, size: int, clock: Clock | None = None) -> None:
     ids = torch.arange(len(_first_tensor(batch)))
     with torch.random.fork_rng(devices=[]):
-        clipped_sum(model, loss_fn, batch, max_grad_norm=1.0, record_ids=ids, step=0, seed=0, microbatch_size=size)
+        clipped_sum(
+            model, loss_fn, batch, max_grad_norm=1.0, record_ids=ids, step=0, seed=0, microbatch_size=size, clock=clock
+        )
 
 
 def _first_tensor(batch: Any) -> Tensor:
