@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """E9: accuracy over the time of a step. Every row of the tables on GTSRB, random subsets and dpquant among them.
 
-The time here is a measured step in full precision, changed by what each layer's measured time changes in the precision
-that it ran in, epoch by epoch. On four-bit hardware a multiply-accumulate in four bits takes a quarter of one in full
-precision, in eight bits half of it, and nothing else takes time: the paper's assumption.
+The time here is a step in full precision, 1, changed by what each layer's time changes in the precision that it ran in,
+epoch by epoch, in units of the full-precision step that was measured in turn with it. On four-bit hardware a
+multiply-accumulate in four bits takes a quarter of one in full precision, in eight bits half of it, and nothing else
+takes time: the paper's assumption.
 
 Times are measured when this runs, so the machine must be idle then.
 """
@@ -18,6 +19,7 @@ from experiments.runner import RESULTS, Site, new_figure, settings_of
 from experiments.settings import GTSRB
 
 MEASURED = ("baselines-gtsrb", "schedules")
+ROUNDS = 20  # of timings
 POLICIES = ("static", "rotate", "dpquant")
 LOST = 0.5  # points of accuracy that the cheapest schedule may lose
 FOUR_BITS, EIGHT_BITS = 0.25, 0.5  # of the time of a multiply-accumulate in full precision
@@ -35,19 +37,21 @@ def run(site: Site) -> None:
         return
     settings = settings_of(options)
     formats = {run[field] for runs in records.values() for run in runs for field in ("format", "rest")} - {"full"}
-    assessed = {name: assess(dataclasses.replace(settings, format=name)) for name in sorted(formats)}
-    full_step = statistics.median(result.full_step for result in assessed.values())
-    rows = {row: _row(runs, assessed, full_step) for row, runs in records.items()}
+    assessed = {name: assess(dataclasses.replace(settings, format=name), rounds=ROUNDS) for name in sorted(formats)}
+    rows = {row: _row(runs, assessed) for row, runs in records.items()}
     cheapest = {axis: _cheapest(rows, axis) for axis in ("step_here", "step_four_bits")}
     checks = {
-        name: {"predicted": result.policies[-1].predicted, "measured": result.policies[-1].measured}
+        name: {
+            "full_precision": result.full_step,
+            "predicted": result.policies[-1].predicted,
+            "measured": result.policies[-1].measured,
+        }
         for name, result in assessed.items()
     }
     text = json.dumps(
         {
             "hardware": dataclasses.asdict(Hardware.here()),
             "batch_size": settings.batch_size,
-            "full_step_seconds": full_step,
             "all_layers_seconds": checks,
             "cheapest_within_half_a_point": cheapest,
             "rows": rows,
@@ -59,27 +63,28 @@ def run(site: Site) -> None:
     print(f"the cheapest within {LOST} points: {cheapest}")
 
 
-def _row(runs: list[dict], assessed: dict[str, Assessment], full_step: float) -> dict:
+def _row(runs: list[dict], assessed: dict[str, Assessment]) -> dict:
     """Means over seeds; times in units of a full-precision step."""
     accuracies = [100 * run["accuracy_test"] for run in runs]
     return {
         "accuracy": statistics.mean(accuracies),
         "accuracy_spread": statistics.stdev(accuracies) if len(runs) > 1 else None,
-        "step_here": statistics.mean(_step(run, assessed, full_step) for run in runs) / full_step,
+        "step_here": statistics.mean(_step(run, assessed) for run in runs),
         "step_four_bits": statistics.mean(_step_in_four_bits(run) for run in runs),
     }
 
 
-def _step(run: dict, assessed: dict[str, Assessment], full_step: float) -> float:
-    """Predicted seconds of a run's mean step here."""
-    seconds = full_step
+def _step(run: dict, assessed: dict[str, Assessment]) -> float:
+    """A run's mean step here, as predicted."""
+    step = 1.0
     for layer in run["layers"]:
         chosen = layer["times_quantized"] / run["epochs"]
         for precision, share in ((run["format"], chosen), (run["rest"], 1 - chosen)):
             if precision != "full" and share:
-                times = assessed[precision].layers[layer["name"]]
-                seconds += share * assessed[precision].batch_size * (times.quantized - times.full)
-    return seconds
+                assessment = assessed[precision]
+                times = assessment.layers[layer["name"]]
+                step += share * assessment.batch_size * (times.quantized - times.full) / assessment.full_step
+    return step
 
 
 def _step_in_four_bits(run: dict) -> float:

@@ -192,7 +192,7 @@ def test_every_script_can_be_run(name):
 
 
 LAYERS = {"a": LayerCost(full=2.0, quantized=1.0, macs=1.0), "b": LayerCost(full=4.0, quantized=3.0, macs=1.0)}
-ASSESSED = {"luq-fp4": SimpleNamespace(layers=LAYERS, batch_size=10)}
+ASSESSED = {"luq-fp4": SimpleNamespace(layers=LAYERS, batch_size=10, full_step=100.0)}
 
 
 def ran(*times_quantized, accuracy=0.5, rest="full"):
@@ -202,11 +202,11 @@ def ran(*times_quantized, accuracy=0.5, rest="full"):
 
 
 def test_a_steps_time_follows_the_layers_that_ran_quantized_epoch_by_epoch():
-    row = pareto._row([ran(4, 1, accuracy=0.4), ran(0, 0, accuracy=0.6)], ASSESSED, 100.0)
+    row = pareto._row([ran(4, 1, accuracy=0.4), ran(0, 0, accuracy=0.6)], ASSESSED)
     assert row["step_here"] == pytest.approx(((100 - 10 - 10 / 4) + 100) / 200)
     assert row["step_four_bits"] == pytest.approx(1 - 0.5 * 0.75 - 0.25 * 0.5)
     assert row["accuracy"] == pytest.approx(50) and row["accuracy_spread"] == pytest.approx(14.142, abs=1e-3)
-    assert pareto._step(ran(4, 1, rest="luq-fp4"), ASSESSED, 100.0) == pytest.approx(80)
+    assert pareto._step(ran(4, 1, rest="luq-fp4"), ASSESSED) == pytest.approx(0.8)
 
 
 def test_the_cheapest_schedule_loses_little():

@@ -115,7 +115,7 @@ def assess(
     run: Path | None = None,
     runs_per_month: float = 0.0,
     cost_per_hour: float = 0.0,
-    rounds: int = 5,
+    rounds: int = 8,
     watch: Callable[[str], None] = lambda what: None,
 ) -> Assessment:
     """Measure the layers and whole steps of a run that these settings would start.
@@ -151,8 +151,7 @@ def assess(
     policy = private.policy
     assert isinstance(policy, _InTurn)
     policy.turns = [(), *(largest_layers(private.macs, share) for share in SHARES)]
-    watch("timing layers and whole steps")
-    costs, steps = _times(private, made_up)
+    costs, steps = _times(private, made_up, watch)
     full_step = steps[()]
     model = CostModel(layers=costs, batch_size=settings.batch_size, full_step=full_step)
     if hardware == "fp4":
@@ -268,7 +267,9 @@ def _private(settings: TrainSettings, rounds: int) -> tuple[PrivateTraining, _Ma
     return private, made_up
 
 
-def _times(private: PrivateTraining, made_up: _MadeUp) -> tuple[dict[str, LayerCost], dict[tuple[str, ...], float]]:
+def _times(
+    private: PrivateTraining, made_up: _MadeUp, watch: Callable[[str], None]
+) -> tuple[dict[str, LayerCost], dict[tuple[str, ...], float]]:
     """{layer: its costs}, {quantized layers: seconds of a step}: medians of all rounds but the first.
 
     Every round has all of it, because the speed of many a machine drifts.
@@ -279,6 +280,9 @@ def _times(private: PrivateTraining, made_up: _MadeUp) -> tuple[dict[str, LayerC
     steps: dict[tuple[str, ...], list[float]] = {}
     for number, epoch in enumerate(private.epochs()):
         if number % len(policy.turns) == 0:
+            watch(
+                f"timing layers and whole steps, round {len(layers) + 1} of {private.plan.steps // len(policy.turns)}"
+            )
             layers.append(
                 layer_times_once(
                     private.model,

@@ -181,7 +181,7 @@ def assess(
     run: Annotated[Path | None, typer.Option(help="run directory, for its layers' impacts")] = None,
     runs_per_month: Annotated[float, typer.Option(help="how often such a run is made")] = 0.0,
     cost_per_hour: Annotated[float, typer.Option(help="of the machine, in any currency")] = 0.0,
-    rounds: Annotated[int, typer.Option(help="timings of every layer and steps of every policy")] = 5,
+    rounds: Annotated[int, typer.Option(help="timings of every layer and steps of every policy")] = 8,
     config: Config = None,
     json: Json = False,
 ) -> None:
