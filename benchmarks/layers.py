@@ -26,8 +26,9 @@ from dpquant.bench_sides import (
     example_losses,
     made_up_examples,
 )
+from dpquant.geometry import Geometry
 from dpquant.hardware import Hardware
-from dpquant.kernels import INT8_ZERO_POINT, Geometry, Int8Products
+from dpquant.kernels import INT8_ZERO_POINT, Int8Products
 from dpquant.quantizer import QTensor
 from dpquant.tuning import layer_times
 

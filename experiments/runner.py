@@ -21,6 +21,7 @@ from pathlib import Path
 from types import NoneType
 
 from dpquant.compare import draw_accuracies, half_width
+from dpquant.record import RunRecord
 from dpquant.settings import TrainSettings
 
 RESULTS = Path(__file__).parent / "results"
@@ -157,10 +158,11 @@ class Site:
 
 
 def committed() -> dict[str, dict]:
-    """{command: record} of all runs that the results hold."""
+    """{command: record} of all runs that the results hold; a record that an older program wrote lacks some field."""
     tables = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     runs = [run for table in tables for records in table.get("records", {}).values() for run in records]
-    return {run["command"]: run for run in runs}
+    fields = {field.name for field in dataclasses.fields(RunRecord)}
+    return {run["command"]: run for run in runs if fields <= run.keys()}
 
 
 def settings_of(options: str) -> TrainSettings:

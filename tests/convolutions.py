@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 
-from dpquant.kernels import Geometry
+from dpquant.geometry import Geometry
 from dpquant.quantizer import QTensor
 
 

@@ -16,8 +16,8 @@ from dpquant import clip, layers
 from dpquant.clip import clip_factors, clipped_sum
 from dpquant.errors import DPQuantError, ModelError, SettingError
 from dpquant.formats import precision
+from dpquant.geometry import Geometry
 from dpquant.isolation import check_trainable
-from dpquant.kernels import Geometry
 from dpquant.layers import fix, prepare, quantizable_layers, set_policy, set_precisions
 from dpquant.quantizer import QTensor
 from dpquant.weight_gradients import Product

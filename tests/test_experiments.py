@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
 import importlib
 import json
 import subprocess
@@ -15,10 +16,13 @@ from dpquant.cost import LayerCost
 from dpquant.errors import SettingError
 from dpquant.formats import E3M0, Rounding
 from dpquant.quantizer import quantize_rows
+from dpquant.record import RunRecord
 from dpquant.streams import row_keys
 
 TABLE = Table(name="mine", title="Mine", common="--epochs 2", rows={"a": "--lr 1", "b": "--lr 2"}, seeds=(0, 1))
+FIELDS = {field.name for field in dataclasses.fields(RunRecord)}
 RECORD = {
+    **dict.fromkeys(FIELDS),
     "accuracy_test": 0.5, "accuracy_per_epoch": [0.4, 0.5], "epsilon": 8.0, "epsilon_analysis_share": 0.0,
     "quantized_fraction_layers": 0.5, "quantized_fraction_macs": 0.5, "four_bit_fraction_macs": 0.5,
     "seconds_train": 2.0, "seconds_analysis": 1.0,
@@ -90,7 +94,20 @@ def test_what_the_results_hold_counts_as_done_where_that_is_wanted(commands, tmp
     assert do_table(TABLE, Site(**kept)).keys() == {"a", "b"} and len(commands) == 4
 
 
+def test_a_record_that_an_older_program_wrote_does_not(commands, tmp_path):
+    do_table(TABLE, site(tmp_path))
+    path = tmp_path / "results" / "mine.json"
+    results = json.loads(path.read_text())
+    del results["records"]["a"][0]["four_bit_fraction_macs"]
+    path.write_text(json.dumps(results))
+    here = Site(work=tmp_path / "elsewhere", folders={}, kept=runner.committed())
+    assert [here.record(run) is None for run in TABLE.runs()] == [True, False, False, False]
+
+
 def test_whatever_the_results_hold_can_be_gone_on_from():
+    tables = [json.loads(path.read_text()) for path in runner.RESULTS.glob("*.json")]
+    runs = [run for table in tables for records in table.get("records", {}).values() for run in records]
+    assert len(runner.committed()) == len({run["command"] for run in runs}) > 100
     assert all(command.startswith(("dpquant train ", "python -m ")) for command in runner.committed())
 
 

@@ -12,9 +12,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from convolutions import codes, convolutions, reference, shifted
-from dpquant import kernels
+from dpquant import detours, kernels
 from dpquant.errors import FormatError
-from dpquant.kernels import Geometry, Int8Products, SimulatedProducts
+from dpquant.geometry import Geometry
+from dpquant.kernels import Int8Products, SimulatedProducts
 from dpquant.quantizer import QTensor
 
 
@@ -116,7 +117,7 @@ def test_a_convolution_in_float32_agrees_with_float64(convolution):
 
 
 def test_padding_that_is_not_zero_would_be_seen(monkeypatch):
-    monkeypatch.setattr(kernels, "_padded", lambda x, g, zero: F.pad(x, (1, 1, 1, 1), value=1))
+    monkeypatch.setattr(detours, "_padded", lambda x, g, zero: F.pad(x, (1, 1, 1, 1), value=1))
     with pytest.raises(AssertionError):
         assert_convolved_as_in_float64(ONE_COLUMN)
 
@@ -140,7 +141,7 @@ def assert_no_strides_reach_torch(groups, monkeypatch):
 @pytest.mark.parametrize("groups", [1, 2])
 def test_weight_gradients_of_strided_1x1_kernels_leave_torch_no_strides(groups, monkeypatch):
     assert_no_strides_reach_torch(groups, monkeypatch)
-    monkeypatch.setattr(kernels, "_visited", lambda x, geometry: (x, geometry))
+    monkeypatch.setattr(kernels, "visited", lambda x, geometry: (x, geometry))
     with pytest.raises(AssertionError):
         assert_no_strides_reach_torch(groups, monkeypatch)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from convolutions import codes, convolutions, reference, shifted
 from dpquant import kernels
 from dpquant import native_products as products
-from dpquant.kernels import Geometry
+from dpquant.geometry import Geometry
 
 
 @pytest.mark.skipif(not products.has_direct_products(torch.zeros(1)), reason="no native kernel on this machine")

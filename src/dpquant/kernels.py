@@ -23,67 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpquant.detours import around_corners, in_one_column, visited
 from dpquant.errors import FormatError
+from dpquant.geometry import Geometry
 from dpquant.quantizer import QTensor
 
 BACKENDS = ("auto", "simulate", "int8")
 INT8_ZERO_POINT = 128
 _FLOAT32_EXACT = 2**24  # every integer up to here is a float32
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Geometry:
-    """How a 2-D convolution walks over its input. All pairs are (height, width)."""
-
-    kernel: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-
-    @property
-    def reach(self) -> tuple[int, int]:
-        """How far a window's last input lies behind its first."""
-        return self.dilation[0] * (self.kernel[0] - 1), self.dilation[1] * (self.kernel[1] - 1)
-
-    def trimmed(self, size: tuple[int, int]) -> tuple["Geometry", tuple[slice, slice]]:
-        """An equal convolution of inputs of `size` without the outer taps that only ever meet padding, and which stay.
-
-        A 3x3 kernel on a 1x1 image is a 1x1 kernel: nine times less of everything.
-        """
-        rows, columns = (
-            _met(*axis) for axis in zip(size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
-        )
-        if (rows.stop - rows.start, columns.stop - columns.start) == self.kernel:
-            return self, (rows, columns)
-        kernel = (rows.stop - rows.start, columns.stop - columns.start)
-        padding = (
-            self.padding[0] - rows.start * self.dilation[0],
-            self.padding[1] - columns.start * self.dilation[1],
-        )
-        return dataclasses.replace(self, kernel=kernel, padding=padding), (rows, columns)
-
-    @property
-    def pointwise(self) -> bool:
-        """True for a 1x1 convolution that visits every position once: a matrix product over positions."""
-        return self == Geometry(groups=self.groups) and self.groups == 1
-
-
-@functools.cache
-def _met(size: int, kernel: int, stride: int, padding: int, dilation: int) -> slice:
-    """Along one axis: from the first to the last tap that meets the image, where the others can be left out."""
-    outputs = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-    met = [
-        tap
-        for tap in range(kernel)
-        if any(0 <= position * stride + tap * dilation - padding < size for position in range(outputs))
-    ]
-    if met:
-        count, start = met[-1] + 1 - met[0], padding - met[0] * dilation
-        # padding is the same on both sides: it has to give as many outputs as before
-        if start >= 0 and (size + 2 * start - dilation * (count - 1) - 1) // stride + 1 == outputs:
-            return slice(met[0], met[-1] + 1)
-    return slice(0, kernel)
 
 
 class Products(Protocol):
@@ -108,7 +55,7 @@ def code_values(operand: Tensor | QTensor) -> Tensor:
 
 def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """The convolution itself: `(B, C, H, W)`, `(O, C / G, *kernel)` -> `(B, O, H', W')`, in the operands' dtype."""
-    x, g = _in_one_column(x, geometry, zero=0)
+    x, g = in_one_column(x, geometry, zero=0)
     return F.conv2d(x, weight, bias, g.stride, g.padding, g.dilation, g.groups)
 
 
@@ -238,7 +185,7 @@ class _Int8Weight:
 
     def convolved(self, codes: Tensor, geometry: Geometry) -> Tensor:
         """uint8 codes (zero point 128) `(B, C, H, W)` -> float32 accumulators `(B, O, H', W')`, channels last."""
-        codes, g = _around_corners(codes, geometry)
+        codes, g = around_corners(codes, geometry, zero=INT8_ZERO_POINT)
         if g not in self._packed:
             self._packed[g] = torch.ops.onednn.qconv_prepack(
                 self.codes, self._scales, 1.0, INT8_ZERO_POINT, g.stride, g.padding, g.dilation, g.groups, None
@@ -247,38 +194,6 @@ class _Int8Weight:
             codes, 1.0, INT8_ZERO_POINT, self._packed[g], self._scales, self._zero_points, None,
             g.stride, g.padding, g.dilation, g.groups, 1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
-
-
-def _around_corners(codes: Tensor, g: Geometry) -> tuple[Tensor, Geometry]:
-    """An equal convolution that avoids two corners in which oneDNN's int8 convolution gives wrong sums.
-
-    It miscounts the zero point of a window all of whose inputs lie in the padding (possible where the padding exceeds
-    the reach, or the kernel is dilated): the padding is laid beforehand. The other is `_in_one_column`'s.
-    """
-    codes, g = _in_one_column(codes, g, zero=INT8_ZERO_POINT)
-    empty_window = g.padding != (0, 0) and (
-        g.dilation != (1, 1) or g.padding[0] > g.reach[0] or g.padding[1] > g.reach[1]
-    )
-    if empty_window:
-        codes = _padded(codes, g, INT8_ZERO_POINT).contiguous(memory_format=torch.channels_last)
-        g = dataclasses.replace(g, padding=(0, 0))
-    return codes, g
-
-
-def _in_one_column(x: Tensor, g: Geometry, *, zero: int) -> tuple[Tensor, Geometry]:
-    """An equal convolution without a stride across, where the output is one column wide; another as it is given.
-
-    There oneDNN reads wrong rows: with int8 always, with float32 where there is one channel.
-    """
-    if g.stride[1] == 1 or x.shape[3] + 2 * g.padding[1] - g.reach[1] - 1 >= g.stride[1]:
-        return x, g
-    column = _padded(x, g, zero)[..., : g.reach[1] + 1].contiguous(memory_format=torch.channels_last)
-    return column, dataclasses.replace(g, padding=(0, 0), stride=(g.stride[0], 1))
-
-
-def _padded(x: Tensor, g: Geometry, zero: int) -> Tensor:
-    top, left = g.padding
-    return F.pad(x, (left, left, top, top), value=zero)
 
 
 def _zero_stuffed(codes: Tensor, stride: tuple[int, int], size: tuple[int, int]) -> Tensor:
@@ -310,26 +225,13 @@ def input_gradient(grad: Tensor, weight: Tensor, geometry: Geometry, size: tuple
 
 def weight_gradient(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
     """The weight gradient summed over the batch: grad `(B, O, H', W')`, x `(B, C, H, W)` -> `(O, C / G, *kernel)`."""
-    x, geometry = _visited(x, geometry)
+    x, geometry = visited(x, geometry)
     if geometry.pointwise:
         total = grad.transpose(0, 1).flatten(1) @ x.transpose(0, 1).flatten(1).t()
         return total[:, :, None, None]
     shape = (grad.shape[1], x.shape[1] // geometry.groups, *geometry.kernel)
     weight = grad.new_empty(1).expand(shape)
     return _convolution_backward(grad, x, weight, geometry, geometry.groups, [False, True, False])[1]
-
-
-def _visited(x: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
-    """The inputs that a 1x1 convolution visits, and the convolution of stride 1 that walks over them; others as given.
-
-    oneDNN's own way past the strides writes beyond its workspace where channels are fewer than a vector holds: a crash
-    or a wrong gradient (uxlfoundation/oneDNN, issue 6035).
-    """
-    if geometry.kernel != (1, 1) or geometry.padding != (0, 0):
-        return x, geometry
-    rows, columns = geometry.stride
-    visited = x[:, :, ::rows, ::columns].contiguous(memory_format=torch.channels_last)
-    return visited, Geometry(groups=geometry.groups)
 
 
 def patch_products(grad_BGTO: Tensor, patches_BGTD: Tensor) -> Tensor:
@@ -345,7 +247,7 @@ def patch_products(grad_BGTO: Tensor, patches_BGTD: Tensor) -> Tensor:
 
 def grouped_products(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
     """The same by one convolution whose groups are the examples: `(B, O, C / G, *kernel)`, in weight order."""
-    x, geometry = _visited(x, geometry)
+    x, geometry = visited(x, geometry)
     batch, channels = len(x), x.shape[1] // geometry.groups
     shape = (batch * grad.shape[1], channels, *geometry.kernel)
     # the examples become channels of one image, which is contiguous only with channels before positions

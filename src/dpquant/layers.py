@@ -33,10 +33,10 @@ from torch import Tensor, nn
 from dpquant.clock import Clock
 from dpquant.errors import ModelError, SettingError
 from dpquant.formats import FULL_PRECISION, Precision, Recipe, RoleFormat, precision
+from dpquant.geometry import Geometry
 from dpquant.gradients import Formed
 from dpquant.kernels import (
     INT8_ZERO_POINT,
-    Geometry,
     Int8Products,
     Products,
     SimulatedProducts,

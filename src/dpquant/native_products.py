@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpquant.kernels import INT8_ZERO_POINT, Geometry, patch_products, positions, unfolded
+from dpquant.geometry import Geometry
+from dpquant.kernels import INT8_ZERO_POINT, patch_products, positions, unfolded
 from dpquant.quantizer import QTensor
 
 try:

@@ -37,9 +37,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpquant.choice import fastest
+from dpquant.geometry import Geometry
 from dpquant.gradients import ROUND_OFF, Contribution, Formed
 from dpquant.kernels import (
-    Geometry,
     add_patch_products,
     bfloat16_factors,
     code_values,

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a convolution walks over its input, and the part of its kernel that ever meets any."""
+
+import dataclasses
+import functools
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """How a 2-D convolution walks over its input. All pairs are (height, width)."""
+
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """How far a window's last input lies behind its first."""
+        return self.dilation[0] * (self.kernel[0] - 1), self.dilation[1] * (self.kernel[1] - 1)
+
+    def trimmed(self, size: tuple[int, int]) -> tuple["Geometry", tuple[slice, slice]]:
+        """An equal convolution of inputs of `size` without the outer taps that only ever meet padding, and which stay.
+
+        A 3x3 kernel on a 1x1 image is a 1x1 kernel: nine times less of everything.
+        """
+        rows, columns = (
+            _met(*axis) for axis in zip(size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        )
+        if (rows.stop - rows.start, columns.stop - columns.start) == self.kernel:
+            return self, (rows, columns)
+        kernel = (rows.stop - rows.start, columns.stop - columns.start)
+        padding = (
+            self.padding[0] - rows.start * self.dilation[0],
+            self.padding[1] - columns.start * self.dilation[1],
+        )
+        return dataclasses.replace(self, kernel=kernel, padding=padding), (rows, columns)
+
+    @property
+    def pointwise(self) -> bool:
+        """True for a 1x1 convolution that visits every position once: a matrix product over positions."""
+        return self == Geometry(groups=self.groups) and self.groups == 1
+
+
+@functools.cache
+def _met(size: int, kernel: int, stride: int, padding: int, dilation: int) -> slice:
+    """Along one axis: from the first to the last tap that meets the image, where the others can be left out."""
+    outputs = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+    met = [
+        tap
+        for tap in range(kernel)
+        if any(0 <= position * stride + tap * dilation - padding < size for position in range(outputs))
+    ]
+    if met:
+        count, start = met[-1] + 1 - met[0], padding - met[0] * dilation
+        # padding is the same on both sides: it has to give as many outputs as before
+        if start >= 0 and (size + 2 * start - dilation * (count - 1) - 1) // stride + 1 == outputs:
+            return slice(met[0], met[-1] + 1)
+    return slice(0, kernel)
