@@ -75,6 +75,14 @@ def test_a_layer_answers_for_all_of_its_own_work_and_for_no_other(monkeypatch, o
     assert set(times_of(model, batch).values()) == {LayerTimes(full=full, quantized=quantized)}
 
 
+def test_products_that_nobody_times_would_be_seen(monkeypatch):
+    monkeypatch.setattr(layers, "_TimedConvolution", layers._Convolution)
+    with pytest.raises(AssertionError):
+        test_a_layer_answers_for_all_of_its_own_work_and_for_no_other(
+            monkeypatch, layers.QuantizableLayer, "quantize", 0, 2
+        )
+
+
 @pytest.mark.parametrize("expected_batch_size", [8, 32, 80])
 def test_what_the_first_microbatch_prepares_counts_once_a_step(monkeypatch, expected_batch_size):
     model, batch = model_and_batch()

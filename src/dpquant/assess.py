@@ -148,10 +148,8 @@ def assess(
         torch.set_num_threads(settings.threads)
     watch("looking at the model")
     private, made_up = _private(settings, rounds)
-    policy = private.policy
-    assert isinstance(policy, _InTurn)
-    policy.turns = [(), *(largest_layers(private.macs, share) for share in SHARES)]
-    costs, steps = _times(private, made_up, watch)
+    turns = [(), *(largest_layers(private.macs, share) for share in SHARES)]
+    costs, steps = _times(private, made_up, turns, watch)
     full_step = steps[()]
     model = CostModel(layers=costs, batch_size=settings.batch_size, full_step=full_step)
     if hardware == "fp4":
@@ -163,7 +161,7 @@ def assess(
             predicted=model.step(names),
             measured=steps[names] if hardware == "here" else None,
         )
-        for names in policy.turns
+        for names in turns
     ]
     watch("timing an analysis")
     analysis = 0.0 if plan.analysis is None else _analysis_seconds(private, made_up, plan.analysis)
@@ -268,21 +266,20 @@ def _private(settings: TrainSettings, rounds: int) -> tuple[PrivateTraining, _Ma
 
 
 def _times(
-    private: PrivateTraining, made_up: _MadeUp, watch: Callable[[str], None]
+    private: PrivateTraining, made_up: _MadeUp, turns: list[tuple[str, ...]], watch: Callable[[str], None]
 ) -> tuple[dict[str, LayerCost], dict[tuple[str, ...], float]]:
     """{layer: its costs}, {quantized layers: seconds of a step}: medians of all rounds but the first.
 
-    Every round has all of it, because the speed of many a machine drifts.
+    Every round has all layers and all turns, because the speed of many a machine drifts.
     """
-    policy = private.policy
-    assert isinstance(policy, _InTurn)
+    assert isinstance(private.policy, _InTurn)
+    private.policy.turns = turns
+    rounds = private.plan.steps // len(turns)
     layers: list[dict[str, LayerTimes]] = []
     steps: dict[tuple[str, ...], list[float]] = {}
     for number, epoch in enumerate(private.epochs()):
-        if number % len(policy.turns) == 0:
-            watch(
-                f"timing layers and whole steps, round {len(layers) + 1} of {private.plan.steps // len(policy.turns)}"
-            )
+        if number % len(turns) == 0:
+            watch(f"timing layers and whole steps, round {len(layers) + 1} of {rounds}")
             layers.append(
                 layer_times_once(
                     private.model,

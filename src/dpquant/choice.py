@@ -21,15 +21,9 @@ def fastest(question: Hashable, ways: Mapping[str, Callable[[], object]]) -> str
       question: what is asked, shapes included.
       ways: {name: does the work once}; at least one.
     """
-    known = measured(question, ways)
-    return min(ways, key=lambda name: known[name])
-
-
-def measured(question: Hashable, ways: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """{name: seconds}, taken when the question is first asked; zeros where there is only one way."""
     if question not in _choices:
         _choices[question] = timed(ways) if len(ways) > 1 else dict.fromkeys(ways, 0.0)
-    return _choices[question]
+    return min(ways, key=_choices[question].__getitem__)
 
 
 def timed(ways: Mapping[str, Callable[[], object]]) -> dict[str, float]:

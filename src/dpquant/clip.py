@@ -203,21 +203,28 @@ def microbatches(batch: Any, record_ids: Tensor, size: int) -> Iterator[tuple[An
 
 def take_rows(batch: Any, rows: slice | Tensor) -> Any:
     """The same rows of every tensor in a batch of tensors, tuples, lists and dicts."""
+
+    def taken(leaf: Any) -> Tensor:
+        if isinstance(leaf, Tensor):
+            return leaf[rows]
+        raise SettingError(
+            f"Expected a batch of tensors, tuples, lists and dicts; got a {type(leaf).__name__}. A microbatch takes "
+            "the same rows of every tensor. Give the data set a collate function that returns tensors."
+        )
+
+    return with_leaves(batch, taken)
+
+
+def with_leaves(batch: Any, change: Callable[[Any], Any]) -> Any:
+    """A batch of the same tuples, lists and dicts, with everything else in it changed."""
     match batch:
-        case Tensor():
-            return batch[rows]
         case dict():
-            return {key: take_rows(value, rows) for key, value in batch.items()}
+            return {key: with_leaves(value, change) for key, value in batch.items()}
         case tuple() if hasattr(batch, "_fields"):
-            return type(batch)(*(take_rows(value, rows) for value in batch))
-        case tuple():
-            return tuple(take_rows(value, rows) for value in batch)
-        case list():
-            return [take_rows(value, rows) for value in batch]
-    raise SettingError(
-        f"Expected a batch of tensors, tuples, lists and dicts; got a {type(batch).__name__}. A microbatch takes the "
-        "same rows of every tensor. Give the data set a collate function that returns tensors."
-    )
+            return type(batch)(*(with_leaves(value, change) for value in batch))
+        case tuple() | list():
+            return type(batch)([with_leaves(value, change) for value in batch])
+    return change(batch)
 
 
 def per_example_losses(loss_fn: PerExampleLoss, model: nn.Module, batch: Any, num_examples: int) -> Tensor:
@@ -304,7 +311,7 @@ class _GradientTape:
         return {name: part.finished(self._totals[name]) for name, part in self._last.items()}
 
     def _timing(self, parameter: str) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self._clock is None else self._clock.running(parameter.rpartition(".")[0])
+        return contextlib.nullcontext() if self._clock is None else self._clock.timing(parameter.rpartition(".")[0])
 
     def _one_contribution(self, name: str) -> Contribution:
         """A parameter used once keeps its operands; one that is shared or reused needs its gradients formed."""

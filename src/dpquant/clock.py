@@ -26,7 +26,7 @@ class Clock:
         self.microbatches.append(collections.defaultdict(float))
 
     @contextlib.contextmanager
-    def running(self, name: str) -> Iterator[None]:
+    def timing(self, name: str) -> Iterator[None]:
         """What the block takes counts for the name."""
         began = time.perf_counter()
         try:

@@ -14,13 +14,14 @@ happen.
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from dpquant.clip import PerExampleLoss, clipped_sum, per_example_losses, take_rows
+from dpquant.clip import PerExampleLoss, clipped_sum, per_example_losses, take_rows, with_leaves
 from dpquant.errors import DataError, DPQuantError, ModelError
 from dpquant.layers import quantizable_layers
 
@@ -88,11 +89,12 @@ def made_up_batch(record: Any, collate: Callable[[list], Any]) -> Any:
     Privacy: uses shapes and types only.
     """
     generator = torch.Generator().manual_seed(0)
-    return collate([_like(record, generator, _GROWTH**i) for i in range(_NUM_EXAMPLES)])
+    sizes = [_GROWTH**i for i in range(_NUM_EXAMPLES)]
+    return collate([with_leaves(record, partial(_like, generator=generator, size=size)) for size in sizes])
 
 
 def _like(value: Any, generator: torch.Generator, size: float) -> Any:
-    """Something of the value's structure, shapes and types."""
+    """Something of the value's shape and type."""
     match value:
         case Tensor() if value.is_floating_point():
             return size * torch.randn(value.shape, generator=generator, dtype=value.dtype)
@@ -102,12 +104,6 @@ def _like(value: Any, generator: torch.Generator, size: float) -> Any:
             return 0
         case float():
             return size * torch.randn((), generator=generator).item()
-        case dict():
-            return {key: _like(part, generator, size) for key, part in value.items()}
-        case tuple() if hasattr(value, "_fields"):
-            return type(value)(*(_like(part, generator, size) for part in value))
-        case tuple() | list():
-            return type(value)([_like(part, generator, size) for part in value])
     try:
         return _like(torch.as_tensor(value), generator, size)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -160,7 +156,7 @@ def _compare_in_float64(model: nn.Module, loss_fn: PerExampleLoss, batch: Any, r
     """The last word on what float32 refused; a model that cannot run in float64 stays refused."""
     try:
         with _in_float64(model):
-            _compare(model, loss_fn, with_tensors(batch, _as_float64))
+            _compare(model, loss_fn, with_leaves(batch, _as_float64))
     except DPQuantError:
         raise
     except (RuntimeError, ValueError, IndexError, TypeError):
@@ -180,23 +176,8 @@ def _in_float64(model: nn.Module) -> Iterator[None]:
             tensor.data = data
 
 
-def _as_float64(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.dtype == torch.float32 else tensor
-
-
-def with_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The batch with each of its tensors changed, whatever it is made of."""
-    match batch:
-        case Tensor():
-            return change(batch)
-        case dict():
-            return {key: with_tensors(value, change) for key, value in batch.items()}
-        case tuple() if hasattr(batch, "_fields"):
-            return type(batch)(*(with_tensors(value, change) for value in batch))
-        case tuple() | list():
-            return type(batch)([with_tensors(value, change) for value in batch])
-        case _:
-            return batch
+def _as_float64(leaf: Any) -> Any:
+    return leaf.double() if isinstance(leaf, Tensor) and leaf.dtype == torch.float32 else leaf
 
 
 def _gradients(

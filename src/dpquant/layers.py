@@ -354,12 +354,12 @@ class _TimedConvolution(_Convolution):
     @staticmethod
     def forward(ctx, x, weight, bias, anchor, layer: QuantizableLayer, run: Pass):
         assert run.clock is not None
-        with run.clock.running(layer.name):
+        with run.clock.timing(layer.name):
             return _Convolution.forward(ctx, x, weight, bias, anchor, layer, run)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
-        with ctx.run.clock.running(ctx.layer.name):
+        with ctx.run.clock.timing(ctx.layer.name):
             return _Convolution.backward(ctx, *grads)
 
 

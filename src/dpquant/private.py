@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset, default_collate
 
 from dpquant.accounting import Event
-from dpquant.clip import PerExampleLoss, clipped_sum
+from dpquant.clip import PerExampleLoss, clipped_sum, with_leaves
 from dpquant.errors import BudgetError, DataError, SettingError
 from dpquant.execution import Execution, decide
 from dpquant.formats import Precision, Recipe, precision
 from dpquant.impact import impact_sum
-from dpquant.isolation import check_isolation, check_trainable, made_up_batch, with_tensors
+from dpquant.isolation import check_isolation, check_trainable, made_up_batch
 from dpquant.layers import prepare, set_policy, set_precisions
 from dpquant.ledger import Ledger
 from dpquant.noise import NoiseSource
@@ -429,4 +429,4 @@ def _check_data_set(train_set: MapDataset) -> None:
 
 def _to(batch: Any, device: torch.device) -> Any:
     """The batch on a device, whatever tensors it is made of."""
-    return with_tensors(batch, lambda tensor: tensor.to(device))
+    return with_leaves(batch, lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf)
