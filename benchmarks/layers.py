@@ -33,7 +33,7 @@ from dpquant.quantizer import QTensor
 from dpquant.tuning import layer_times
 
 CHANNELS, SIDES, KERNELS = (3, 16, 32, 64, 128, 256, 512), (1, 2, 4, 8, 16, 32), (1, 3)
-MICROBATCH, BATCH = 64, 256
+MICROBATCH, BATCH, ROUNDS = 64, 256, 3
 
 
 def main() -> None:
@@ -63,7 +63,9 @@ def network(name: str, format: str, peak: float) -> list[dict]:
     model = prepare(build_network(name, side), format=format)
     batch = made_up_examples(name, side, 2)
     macs = count_macs(model, batch)
-    times = layer_times(model, example_losses, batch, microbatch_size=MICROBATCH, expected_batch_size=BATCH)
+    times = layer_times(
+        model, example_losses, batch, microbatch_size=MICROBATCH, expected_batch_size=BATCH, rounds=ROUNDS
+    )
     print(f"{'layer':24s} {'MMAC':>7s} {'full':>8s} {'quantized':>10s} {'gain':>6s} {'limit':>7s}   us an example")
     rows = []
     for layer, seconds in times.items():
@@ -98,7 +100,8 @@ def gain(channels: int, side: int, kernel: int, format: str) -> float:
         return model(x.requires_grad_()).flatten(1).sum(1)
 
     x = torch.zeros(2, channels, side, side)
-    return layer_times(model, losses, x, microbatch_size=MICROBATCH, expected_batch_size=BATCH)["0"].gain
+    times = layer_times(model, losses, x, microbatch_size=MICROBATCH, expected_batch_size=BATCH, rounds=ROUNDS)
+    return times["0"].gain
 
 
 def int8_peak() -> float:

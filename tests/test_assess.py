@@ -80,7 +80,9 @@ def test_a_rest_that_it_does_not_time_is_refused():
         assess(settings(rest="int8"))
 
 
-@pytest.mark.parametrize("change", [{"hardware": "tpu"}, {"runs_per_month": -1.0}, {"cost_per_hour": float("inf")}])
+@pytest.mark.parametrize(
+    "change", [{"hardware": "tpu"}, {"rounds": 0}, {"runs_per_month": -1.0}, {"cost_per_hour": float("inf")}]
+)
 def test_bad_arguments_are_refused(change):
     with pytest.raises(SettingError, match=next(iter(change))):
         assess(settings(), **change)

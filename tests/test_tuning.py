@@ -111,7 +111,7 @@ def test_the_median_counts_and_the_first_round_does_not(monkeypatch):
     monkeypatch.setattr(
         tuning, "layer_times_once", lambda *a, **b: {"0": LayerTimes(full=(taken := next(rounds)), quantized=taken / 2)}
     )
-    assert times_of(model, batch) == {"0": LayerTimes(full=4.0, quantized=2.0)}
+    assert times_of(model, batch, rounds=3) == {"0": LayerTimes(full=4.0, quantized=2.0)}
 
 
 def test_a_layer_that_is_not_called_has_no_time():

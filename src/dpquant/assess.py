@@ -139,6 +139,8 @@ def assess(
             f"Expected rest=full for assess; got rest={settings.rest}. Layers are timed in full precision and in "
             "format alone. Leave rest out."
         )
+    if rounds < 1:
+        raise SettingError(f"Expected rounds >= 1; got rounds={rounds}. The first is not counted, so one more is run.")
     for name, value in {"runs_per_month": runs_per_month, "cost_per_hour": cost_per_hour}.items():
         if not 0 <= value < float("inf"):
             raise SettingError(f"Expected {name} >= 0 and finite; got {name}={value}. It multiplies what is saved.")

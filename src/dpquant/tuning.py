@@ -36,7 +36,7 @@ def layer_times(
     *,
     microbatch_size: int,
     expected_batch_size: float,
-    rounds: int = 3,
+    rounds: int = 2,
 ) -> dict[str, LayerTimes]:
     """Each layer's time within a step, the usual one of several rounds; arguments as of `layer_times_once`."""
     times = [
