@@ -1,9 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The fastest way is chosen once, by its time on this machine, on operands that have nothing of the data."""
+
 import time
 import types
 
-from dpquant import choice
+import pytest
+import torch
+
+from dpquant import choice, weight_gradients
 from dpquant.choice import choices, fastest
+from dpquant.geometry import Geometry
+from dpquant.weight_gradients import Product
 
 
 def ways(calls, **seconds):
@@ -65,3 +72,59 @@ def test_a_first_run_that_fills_caches_does_not_count():
         time.sleep(next(first, 0.0))
 
     assert fastest(("a test", 4), {"warms up": warm_up, "steady": lambda: time.sleep(0.01)}) == "warms up"
+
+
+def operands_of_timed_work(monkeypatch, finite):
+    """Shapes and sums of what the ways to a summed gradient are timed on, for data with so many finite examples."""
+    met, timing = set(), []
+
+    def met_by(work):
+        def noted(grad, x, *arguments):
+            if timing:
+                met.update((tuple(operand.shape), operand.double().sum().item()) for operand in (grad, x))
+            return work(grad, x, *arguments)
+
+        return noted
+
+    def each_once(ways):
+        timing.append(True)
+        for work in ways.values():
+            work()
+        timing.pop()
+        return {name: float(place) for place, name in enumerate(ways)}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(choice, "_choices", {})
+        patch.setattr(choice, "timed", each_once)
+        for name in ("weight_gradient", "add_patch_products"):
+            patch.setattr(weight_gradients, name, met_by(getattr(weight_gradients, name)))
+        x, g = torch.randn(5, 4, 6, 6), torch.randn(5, 3, 6, 6)
+        product = Product.of(
+            x, g, Geometry(kernel=(3, 3), padding=(1, 1)), torch.Size((3, 4, 3, 3)), significant_bits=None
+        )
+        product = product.take(torch.arange(finite))
+        product.finished(product.add_weighted(torch.rand(finite), None))
+    return met
+
+
+def assert_timed_work_sees_no_data(monkeypatch):
+    first, second = (operands_of_timed_work(monkeypatch, finite) for finite in (5, 3))
+    assert first and first == second
+
+
+def test_timed_work_sees_no_data(monkeypatch):
+    assert_timed_work_sees_no_data(monkeypatch)
+
+
+def test_ways_timed_on_what_is_to_be_added_would_be_seen(monkeypatch):
+    class OnData(weight_gradients._Waiting):
+        def _work_off(self):
+            self.real = torch.cat(self._g), torch.cat(self._x)
+            super()._work_off()
+
+        def _try(self, way):
+            way(*self.real, None)
+
+    monkeypatch.setattr(weight_gradients, "_Waiting", OnData)
+    with pytest.raises(AssertionError):
+        assert_timed_work_sees_no_data(monkeypatch)

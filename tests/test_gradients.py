@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An embedding table's per-example gradients against autograd's dense tables, in float64 and in little memory."""
+"""Per-example gradients: an embedding's are autograd's, in little memory; a layer's that wait for others are all added.
+
+Weight gradients themselves are tested with the clipped sum that they belong to.
+"""
 
 import inspect
 import subprocess
@@ -9,9 +12,15 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+import dpquant
+from dpquant import weight_gradients
+from dpquant.geometry import Geometry
 from dpquant.gradients import ROUND_OFF, Formed, Lookup
+from dpquant.layers import quantizable_layers, set_policy
+from dpquant.weight_gradients import Product
+from networks import loss
 
 ROWS, FEATURES = 7, 3
 
@@ -291,3 +300,67 @@ def test_inner_products_take_memory_for_positions_not_for_tables() -> None:
 
 def test_memory_for_tables_would_be_seen() -> None:
     assert growth_mib("products_by_tables", (16, 16, 200_000, 16), 2) > 200
+
+
+# Weight gradients whose products wait for more positions.
+
+CONVOLUTION = Geometry(kernel=(3, 3), padding=(1, 1), groups=2)
+
+
+def product(batch: int, side: int = 5) -> Product:
+    x, g = torch.randn(batch, 4, side, side), torch.randn(batch, 6, side, side)
+    return Product.of(x, g, CONVOLUTION, torch.Size((6, 2, 3, 3)), significant_bits=None)
+
+
+@pytest.mark.parametrize("way", ["convolution", "patches"])
+def test_what_waited_is_what_is_added(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(weight_gradients, "_ENOUGH_POSITIONS", 150)  # six examples: some are worked off before the end
+    monkeypatch.setattr(weight_gradients, "fastest", lambda question, ways: way)
+    total, expected = None, torch.zeros(6, 2, 3, 3)
+    for batch in (4, 3, 0, 2):
+        part, weights = product(batch), torch.rand(batch)
+        total = part.add_weighted(weights, total)
+        if batch:
+            expected += torch.einsum("b,bocij->ocij", weights, part.per_example())
+    torch.testing.assert_close(part.finished(total), expected, rtol=1e-5, atol=1e-5)
+
+
+def assert_examples_without_a_finite_gradient_add_zero(policy: str) -> None:
+    torch.manual_seed(0)
+    for model, inputs in (
+        (nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 5)), torch.full((5, 6), torch.nan)),
+        (
+            nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)),
+            torch.full((5, 1, 8, 8), torch.nan),
+        ),
+    ):
+        dpquant.prepare(model)
+        set_policy(model, list(quantizable_layers(model)) if policy == "all" else [])
+        total = dpquant.clipped_sum(
+            model, loss, (inputs, torch.zeros(5).long()), max_grad_norm=1.0, record_ids=torch.arange(5), step=0, seed=0
+        )
+        for name, parameter in model.named_parameters():
+            assert torch.equal(total.grads[name], torch.zeros_like(parameter))
+
+
+@pytest.mark.parametrize("policy", ["none", "all"])
+@pytest.mark.parametrize("form", [None, "patches", "groups", "recompute", "code norms", "code grams", "grams"])
+def test_examples_without_a_finite_gradient_add_zero(
+    policy: str, form: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if form is not None:
+        monkeypatch.setattr(Product, "fastest", lambda self: Product.ways(self).get(form, Product.by_patches)(self))
+    assert_examples_without_a_finite_gradient_add_zero(policy)
+
+
+def test_waiting_for_no_positions_at_all_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def add(self: weight_gradients._Waiting, x: Tensor, g: Tensor) -> None:
+        self._x.append(x)
+        self._g.append(g)
+
+    monkeypatch.setattr(weight_gradients._Waiting, "add", add)
+    monkeypatch.setattr(Product, "fastest", lambda self: self)
+    monkeypatch.setattr(weight_gradients, "fastest", lambda question, ways: "patches")
+    with pytest.raises(RuntimeError, match="0 elements"):
+        assert_examples_without_a_finite_gradient_add_zero("none")

@@ -235,8 +235,8 @@ class Product:
         if isinstance(self.operands[0], QTensor) and has_code_sums(self.operands[0], self.geometry):
             g, x, walk = self._codes
             return add_code_sums(g, x, walk, factors_B, total, pieces=self.pieces)
-        total = _Waiting(self.geometry, self.pieces) if total is None else total
         x, g = self.values
+        total = _Waiting(x, g, self.geometry, self.pieces) if total is None else total
         total.add(x, g * factors_B[:, None, None, None])
         return total
 
@@ -359,9 +359,16 @@ class Recomputed(Product):
 
 
 class _Waiting:
-    """A total whose products wait until they have positions enough for one fast matrix product."""
+    """A total whose products wait until they have positions enough for one fast matrix product.
 
-    def __init__(self, geometry: Geometry, pieces: int):
+    Args:
+      x, g: operands such as will be added, whose values are not read.
+      geometry: how the taps walk over x.
+      pieces: how many bfloat16 numbers add up to an element of g; 0: it need not be a sum of such.
+    """
+
+    def __init__(self, x: Tensor, g: Tensor, geometry: Geometry, pieces: int):
+        self._shapes, self._like = (x.shape[1:], g.shape[1:]), {"dtype": x.dtype, "device": x.device}
         self._geometry, self._pieces = geometry, pieces
         self._x: list[Tensor] = []
         self._g: list[Tensor] = []
@@ -369,7 +376,9 @@ class _Waiting:
         self._in_patch_order = False
 
     def add(self, x: Tensor, g: Tensor) -> None:
-        """One more batch of operands, the factors in g."""
+        """One more batch of operands, the factors in g; there may be no positions in it."""
+        if g.numel() == 0:
+            return
         self._x.append(x)
         self._g.append(g)
         if sum(t[:, 0].numel() for t in self._g) >= _ENOUGH_POSITIONS:
@@ -379,29 +388,34 @@ class _Waiting:
         """The sum of all so far, in the weight's order."""
         if self._x:
             self._work_off()
-        assert self._total is not None
+        if self._total is None:
+            (channels, *_), (outputs, *_) = self._shapes
+            return torch.zeros(outputs, channels // self._geometry.groups, *self._geometry.kernel, **self._like)
         return in_weight_order(self._total.flatten(0, 1), self._geometry) if self._in_patch_order else self._total
 
     def _work_off(self) -> None:
         x, g = torch.cat(self._x), torch.cat(self._g)
         self._x, self._g = [], []
-        ways = {
-            "convolution": lambda: weight_gradient(g, x, self._geometry),
-            "patches": lambda: self._add_patches(g, x, None),
-            "bfloat16": lambda: self._add_pieces(g, x, None),
-        }
+        ways = {"convolution": self._add_convolution, "patches": self._add_patches, "bfloat16": self._add_pieces}
         if not self._pieces:
             del ways["bfloat16"]
-        shapes = (x.shape[1:], g.shape[1:], self._pieces)
-        way = fastest(("summed weight gradient", self._geometry, shapes, torch.get_num_threads()), ways)
-        if way == "convolution":
-            self._total = ways[way]() if self._total is None else self._total.add_(ways[way]())
-            return
-        self._in_patch_order = True
-        if way == "patches":
-            self._total = self._add_patches(g, x, self._total)
-        else:
-            self._total = self._add_pieces(g, x, self._total)
+        question = ("summed weight gradient", self._geometry, (*self._shapes, self._pieces), torch.get_num_threads())
+        name = fastest(question, {name: partial(self._try, way) for name, way in ways.items()})
+        self._in_patch_order = name != "convolution"
+        self._total = ways[name](g, x, self._total)
+
+    def _try(self, way: Callable[[Tensor, Tensor, Tensor | None], Tensor | None]) -> None:
+        """A way on made-up operands: neither the values that wait here nor their number shall have a say."""
+        num_examples = math.ceil(_ENOUGH_POSITIONS / math.prod(self._shapes[1][1:]))
+        x, g = (
+            torch.ones(num_examples, *shape, **self._like).contiguous(memory_format=torch.channels_last)
+            for shape in self._shapes
+        )
+        way(g, x, None)
+
+    def _add_convolution(self, g: Tensor, x: Tensor, total: Tensor | None) -> Tensor:
+        product = weight_gradient(g, x, self._geometry)
+        return product if total is None else total.add_(product)
 
     def _add_patches(self, g: Tensor, x: Tensor, total: Tensor | None) -> Tensor | None:
         for some_x, some_g in _slices(self._geometry, x, g):
