@@ -2,6 +2,8 @@
 """Data sets: what is read is what was written, record ids stay, bad files end in one error, broken images in NaN."""
 
 import gzip
+import io
+import struct
 import urllib.error
 from collections.abc import Callable
 from pathlib import Path
@@ -54,8 +56,9 @@ def load_folder(folder: Path) -> Dataset:
     return load(f"image-folder:{folder}", image_size=4)
 
 
-def first_pixels(split: Split) -> Tensor:
-    return split.pixels[:, :, 0, 0]
+def first_pixels(split: Split) -> list[list[float]]:
+    """The colour of each record's first pixel, 255 for full."""
+    return (split.pixels[:, :, 0, 0].double() * 255 / split.full_scale).tolist()
 
 
 @pytest.fixture
@@ -114,9 +117,10 @@ def test_a_record_beyond_the_end_is_an_index_error() -> None:
         split[len(split)]
 
 
-def test_black_and_white_are_normalised_by_the_public_constants() -> None:
-    split = Split(torch.tensor([0, 16], dtype=torch.uint8).reshape(2, 1, 1, 1), torch.zeros(2).long(), full_scale=16)
-    inputs, _ = split.batch(torch.arange(2))
+@pytest.mark.parametrize(("dtype", "full_scale"), [(torch.uint8, 16), (torch.uint8, 255), (torch.uint16, 65_535)])
+def test_black_and_white_are_normalised_by_the_public_constants(dtype: torch.dtype, full_scale: int) -> None:
+    pixels = torch.tensor([0, full_scale]).to(dtype).reshape(2, 1, 1, 1)
+    inputs, _ = Split(pixels, torch.zeros(2).long(), full_scale=full_scale).batch(torch.arange(2))
     assert inputs.flatten().tolist() == [-1.0, 1.0]
 
 
@@ -309,7 +313,7 @@ def test_gtsrb_in_torchvisions_layout_is_read_and_resized(tmp_path: Path, offlin
     (tmp_path / "gtsrb" / "GT-final_test.csv").write_text("Filename;ClassId\nsign.ppm;42\n")
     found = load("gtsrb", tmp_path)
     assert found.input_shape == (3, 32, 32) and found.num_classes == 43 and offline == []
-    assert found.test.targets.tolist() == [42] and first_pixels(found.test).tolist() == [[200, 100, 50]]
+    assert found.test.targets.tolist() == [42] and first_pixels(found.test) == [[200, 100, 50]]
 
 
 # Image folders.
@@ -318,7 +322,7 @@ def test_gtsrb_in_torchvisions_layout_is_read_and_resized(tmp_path: Path, offlin
 def test_an_image_folder_is_numbered_by_class_name_and_path(tmp_path: Path) -> None:
     found = load_folder(write_folder(tmp_path, ("dog", "cat")))
     assert found.class_names == ("cat", "dog") and found.train.targets.tolist() == [0, 0, 0, 1, 1, 1]
-    assert first_pixels(found.train).tolist() == [[c, 10 * i, 255] for c in (40, 0) for i in range(3)]
+    assert first_pixels(found.train) == [[c, 10 * i, 255] for c in (40, 0) for i in range(3)]
     assert found.input_shape == (3, 4, 4) and found.public_size is None
 
 
@@ -335,6 +339,177 @@ def test_images_are_made_rgb_and_resized_without_aliasing(tmp_path: Path) -> Non
     Image.fromarray(stripes).save(tmp_path / "test" / "x" / "0.png")
     inputs, _ = load_folder(tmp_path).test.batch(torch.tensor([0]))
     assert inputs.shape == (1, 3, 4, 4) and inputs.abs().max() < 0.1  # every pixel is the grey of black and white
+
+
+# What the files of an image folder hold, of which nothing may be lost. All are of 4x4 pixels and stay so.
+
+SIXTEEN = np.linspace(0, 65_535, 16).round().reshape(4, 4)
+EIGHT = np.linspace(0, 255, 16).round().reshape(4, 4)
+TWELVE = np.linspace(0, 4_095, 16).round().reshape(4, 4)
+HALF = 128  # of 255: an alpha
+
+
+def grey(values: np.ndarray) -> np.ndarray:
+    """Numbers of which 1 is white, as three equal channels."""
+    return np.broadcast_to(values, (3, 4, 4))
+
+
+def on_white(values: np.ndarray, alpha: float) -> np.ndarray:
+    return grey(alpha / 255 * values + 1 - alpha / 255)
+
+
+def tiff(values: np.ndarray, *, bits: int, white_is_zero: bool = False) -> bytes:
+    """A grey TIFF of whole numbers, written independently of Pillow: 16 bits are little-endian, fewer are packed."""
+    packed = "".join(format(int(value), f"0{bits}b") for value in values.flat)
+    strip = values.astype("<u2").tobytes() if bits == 16 else int(packed, 2).to_bytes(len(packed) // 8, "big")
+    height, width = values.shape
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: int(not white_is_zero), 273: 8, 277: 1, 278: height}
+    tags[279] = len(strip)
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in sorted(tags.items()))
+    directory = struct.pack("<H", len(tags)) + entries + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8 + len(strip)) + strip + directory
+
+
+def saved(image: Image.Image, format: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def from_bands(mode: str, bands: np.ndarray) -> Image.Image:
+    return Image.merge(mode, [Image.fromarray(band.astype(np.uint8)) for band in bands])
+
+
+def with_alpha(mode: str, alpha: int) -> Image.Image:
+    bands = [EIGHT] if mode == "LA" else [EIGHT, EIGHT[::-1], EIGHT.T]
+    return from_bands(mode, np.stack([*bands, np.full((4, 4), alpha)]))
+
+
+def in_palette(**options: Any) -> bytes:
+    """The ramp in colours of a palette of which some let others through."""
+    image = Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4))
+    image.putpalette([int(value) for value in EIGHT.flat for _ in range(3)])
+    return saved(image, "PNG", **options)
+
+
+COLOURS = np.stack([EIGHT, EIGHT[::-1], EIGHT.T]) / 255
+SIXTEENS = SIXTEEN.astype("<u2")
+PALETTE_ALPHA = bytes([0, HALF, *[255] * 14])
+SEE_THROUGH = np.array([0, HALF, *[255] * 14]).reshape(4, 4) / 255
+
+# {what the file holds: (its suffix, the file, its channels from 0 to 1, half a step of the file's numbers)}
+CONTENTS: dict[str, tuple[str, bytes, np.ndarray, float]] = {
+    "8 bits": ("png", saved(Image.fromarray(EIGHT.astype(np.uint8)), "PNG"), grey(EIGHT / 255), 0),
+    "8 bits of colour": ("png", saved(from_bands("RGB", COLOURS * 255), "PNG"), COLOURS, 0),
+    "1 bit": ("png", saved(Image.fromarray(EIGHT > 99), "PNG"), grey(EIGHT > 99), 0),
+    "16 bits in a PNG": ("png", saved(Image.fromarray(SIXTEENS), "PNG"), grey(SIXTEEN / 65_535), 0),
+    "16 bits in a TIFF": ("tif", saved(Image.fromarray(SIXTEENS), "TIFF"), grey(SIXTEEN / 65_535), 0),
+    "16 bits, other end first": (
+        "tiff", saved(Image.fromarray(SIXTEEN.astype(">u2")), "TIFF"), grey(SIXTEEN / 65_535), 0,
+    ),
+    "16 bits in a PGM": ("pgm", saved(Image.fromarray(SIXTEENS), "PPM"), grey(SIXTEEN / 65_535), 0),
+    "12 bits in 16, PNG": ("png", saved(Image.fromarray(TWELVE.astype("<u2")), "PNG"), grey(TWELVE / 65_535), 0),
+    "12 bits in 16, TIFF": ("tif", saved(Image.fromarray(TWELVE.astype("<u2")), "TIFF"), grey(TWELVE / 65_535), 0),
+    "12 bits, said so": ("tif", tiff(TWELVE, bits=12), grey(TWELVE / 4_095), 0.5 / 65_535),
+    "16 bits, white is zero": ("tif", tiff(SIXTEEN, bits=16, white_is_zero=True), grey(1 - SIXTEEN / 65_535), 0),
+    "opaque": ("png", saved(with_alpha("RGBA", 255), "PNG"), COLOURS, 0),
+    "half transparent": (
+        "png", saved(with_alpha("RGBA", HALF), "PNG"), HALF / 255 * COLOURS + 1 - HALF / 255, 0.5 / 255,
+    ),
+    "wholly transparent": ("webp", saved(with_alpha("RGBA", 0), "WEBP", lossless=True), grey(np.ones((4, 4))), 0),
+    "half transparent grey": ("png", saved(with_alpha("LA", HALF), "PNG"), on_white(EIGHT / 255, HALF), 0.5 / 255),
+    "palette": ("png", in_palette(), grey(EIGHT / 255), 0),
+    "palette with one transparent colour": (
+        "png", in_palette(transparency=3), grey(np.where(np.arange(16).reshape(4, 4) == 3, 1, EIGHT / 255)), 0,
+    ),
+    "palette with half transparent colours": (
+        "png", in_palette(transparency=PALETTE_ALPHA), grey(SEE_THROUGH * EIGHT / 255 + 1 - SEE_THROUGH), 0.5 / 255,
+    ),
+    "a transparent grey": (
+        "png", saved(Image.fromarray(EIGHT.astype(np.uint8)), "PNG", transparency=17),
+        grey(np.where(EIGHT == 17, 1, EIGHT / 255)), 0,
+    ),
+    "a transparent grey of 16 bits": (
+        "png", saved(Image.fromarray(SIXTEENS), "PNG", transparency=4_369),
+        grey(np.where(SIXTEEN == 4_369, 1, SIXTEEN / 65_535)), 0,
+    ),
+    "a transparent colour": (
+        "png", saved(from_bands("RGB", np.stack([EIGHT] * 3)), "PNG", transparency=(17, 17, 17)),
+        grey(np.where(EIGHT == 17, 1, EIGHT / 255)), 0,
+    ),
+}  # fmt: skip
+
+
+def write_contents(folder: Path, files: dict[str, bytes]) -> None:
+    """Training records of these names and contents; the test records are one plain image."""
+    for split in ("train", "test"):
+        (folder / split / "x").mkdir(parents=True)
+    for name, content in files.items():
+        (folder / "train" / "x" / name).write_bytes(content)
+    Image.new("L", (4, 4)).save(folder / "test" / "x" / "0.png")
+
+
+def assert_pixels_are_those_of_the_file(what: str, folder: Path) -> None:
+    suffix, content, expected, half_step = CONTENTS[what]
+    write_contents(folder, {f"0.{suffix}": content})
+    train = load_folder(folder).train
+    assert train.pixels.dtype == torch.uint16 and train.full_scale == 65_535 and bool(train.readable.all())
+    assert np.abs(train.pixels[0].numpy() / 65_535 - expected).max() <= half_step + 1e-9
+
+
+@pytest.mark.parametrize("what", CONTENTS)
+def test_pixels_are_those_of_the_file(what: str, tmp_path: Path) -> None:
+    assert_pixels_are_those_of_the_file(what, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["16 bits in a PNG", "16 bits in a TIFF", "16 bits in a PGM", "12 bits in 16, PNG", "12 bits, said so",
+     "16 bits, white is zero", "half transparent", "wholly transparent", "half transparent grey",
+     "palette with one transparent colour", "palette with half transparent colours", "a transparent grey",
+     "a transparent grey of 16 bits", "a transparent colour"],
+)  # fmt: skip
+def test_a_plain_conversion_to_rgb_would_be_noticed(what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def converted(image: Image.Image, size: int) -> Tensor:
+        resized = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.array(resized).astype(np.uint16) * 257).permute(2, 0, 1)
+
+    monkeypatch.setattr(data, "_square", converted)
+    with pytest.raises(AssertionError):
+        assert_pixels_are_those_of_the_file(what, tmp_path)
+
+
+def test_16_bits_are_kept_when_an_image_is_resized(tmp_path: Path) -> None:
+    ramp = np.linspace(300, 41_000, 64).reshape(1, 64).repeat(8, 0).round()
+    images = {"0.png": Image.fromarray(ramp.astype("<u2")), "1.png": Image.fromarray((ramp / 257).astype(np.uint8))}
+    write_contents(tmp_path, {name: saved(image, "PNG") for name, image in images.items()})
+    fine, coarse = load_folder(tmp_path).train.pixels.double()
+    expected = np.asarray(Image.fromarray(ramp.astype(np.float32)).resize((4, 4), Image.Resampling.BILINEAR))
+    assert np.abs(fine.numpy() - expected).max() <= 0.5
+    assert (coarse.numpy() % 257 == 0).all() and np.abs(coarse.numpy() - expected).max() < 257
+
+
+@pytest.mark.parametrize(
+    "image",
+    [Image.fromarray((EIGHT / 255).astype(np.float32)), Image.fromarray(SIXTEEN.astype(np.int32))],
+    ids=["floats", "32 bits"],
+)
+def test_numbers_that_do_not_say_which_is_white_are_records_of_nan(image: Image.Image, tmp_path: Path) -> None:
+    write_contents(tmp_path, {"0.png": CONTENTS["8 bits"][1], "1.tif": saved(image, "TIFF")})
+    assert_record_is_nan_and_no_other(load_folder(tmp_path).train, 1)
+    (tmp_path / "train" / "x" / "0.png").unlink()
+    with pytest.raises(DataError, match="to hold at least one readable image"):
+        load_folder(tmp_path)
+
+
+def test_what_is_stored_does_not_depend_on_what_the_files_hold(tmp_path: Path) -> None:
+    for folder, what in (("a", "8 bits"), ("b", "16 bits in a PNG")):
+        write_contents(tmp_path / folder, {"0.png": CONTENTS[what][1]})
+    first, second = (load_folder(tmp_path / folder).train for folder in "ab")
+    assert (first.pixels.dtype, first.full_scale) == (second.pixels.dtype, second.full_scale)
+
+
+# Records that cannot be read.
 
 
 def assert_record_is_nan_and_no_other(split: Split, record: int) -> None:
