@@ -106,6 +106,14 @@ def test_a_data_loader_fetches_the_same_batch() -> None:
     assert torch.equal(inputs, expected_inputs) and torch.equal(targets, expected_targets)
 
 
+def test_make_privates_own_call_fetches_the_same_batch() -> None:
+    split = load("digits").train
+    ids = torch.tensor([7, 3])
+    assert all(
+        torch.equal(mine, theirs) for mine, theirs in zip(split.dpquant_batch(ids), split.batch(ids), strict=True)
+    )
+
+
 def test_an_empty_batch_keeps_its_shape() -> None:
     inputs, targets = load("digits").train.batch(torch.empty(0, dtype=torch.int64))
     assert inputs.shape == (0, 1, 8, 8) and targets.shape == (0,)
