@@ -167,6 +167,54 @@ def test_after_half_a_line_nothing_more_is_written(tmp_path, monkeypatch):
     assert Ledger.read(tmp_path / "ledger") == [Charge(**TRAIN)]
 
 
+def like_windows(monkeypatch, *, name="nt", binary=1 << 30):
+    """Files are text unless opened with O_BINARY, so that an end of line becomes two bytes; no folder can be opened."""
+    as_text = set()
+    posix_open, posix_write = os.open, os.write
+
+    def windows_open(path, flags, *arguments):
+        if os.path.isdir(path):
+            raise PermissionError(13, "Permission denied")
+        descriptor = posix_open(path, flags & ~binary, *arguments)
+        (as_text.discard if flags & binary else as_text.add)(descriptor)
+        return descriptor
+
+    def windows_write(descriptor, line):
+        posix_write(descriptor, line.replace(b"\n", b"\r\n") if descriptor in as_text else line)
+        return len(line)
+
+    monkeypatch.setattr(os, "name", name)
+    monkeypatch.setattr(os, "O_BINARY", binary, raising=False)
+    monkeypatch.setattr(os, "open", windows_open)
+    monkeypatch.setattr(os, "write", windows_write)
+
+
+def assert_charges_are_kept(path: Path) -> None:
+    ledger = Ledger(path)
+    for _ in range(3):
+        ledger.charge(**TRAIN)
+    assert Ledger.read(path) == [Charge(**TRAIN)] * 3
+
+
+def test_charges_are_kept_on_windows(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        like_windows(patched)
+        assert_charges_are_kept(tmp_path / "ledger")
+
+
+def test_a_folder_that_cannot_be_opened_would_be_seen(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched, pytest.raises(LedgerError, match="Permission denied"):
+        like_windows(patched, name="posix")
+        assert_charges_are_kept(tmp_path / "ledger")
+
+
+def test_ends_of_lines_of_two_bytes_would_be_seen(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched, pytest.raises(LedgerError, match="another length"):
+        like_windows(patched)
+        patched.delattr(os, "O_BINARY")
+        assert_charges_are_kept(tmp_path / "ledger")
+
+
 def test_a_second_writer_is_noticed(tmp_path):
     first, second = Ledger(tmp_path / "ledger"), Ledger(tmp_path / "ledger")
     first.charge(**TRAIN)

@@ -157,17 +157,24 @@ class Ledger:
                         f"Expected a new or empty ledger; got {path}, which holds charges. They belong to another run. "
                         "Choose another place."
                     )
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)  # the file's name must survive a crash too
-            finally:
-                os.close(folder)
+            if os.name == "posix":  # Windows opens no folder: there the name is as safe as the file system makes it
+                self._sync_folder(path.parent)
         except OSError as error:
             raise self._unwritable(path, error) from error
 
-    def _append(self, path: Path, line: bytes) -> None:
+    @staticmethod
+    def _sync_folder(folder: Path) -> None:
+        """The file's name must survive a crash too."""
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _append(self, path: Path, line: bytes) -> None:
+        binary = getattr(os, "O_BINARY", 0)  # else Windows writes an end of line as two bytes
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | binary)
             try:
                 if os.fstat(descriptor).st_size != self._num_bytes:
                     raise LedgerError(
