@@ -91,6 +91,7 @@ def assert_batch_is_its_items(split: Split, batch: Callable[[Tensor], tuple[Tens
 def test_a_batch_is_bitwise_what_stacking_its_items_gives() -> None:
     split = load("digits").train
     assert_batch_is_its_items(split, split.batch)
+    assert_batch_is_its_items(split, split.dpquant_batch)
 
 
 def test_a_batch_in_another_order_would_be_noticed() -> None:
@@ -104,14 +105,6 @@ def test_a_data_loader_fetches_the_same_batch() -> None:
     inputs, targets = next(iter(DataLoader(split, batch_size=8)))
     expected_inputs, expected_targets = split.batch(torch.arange(8))
     assert torch.equal(inputs, expected_inputs) and torch.equal(targets, expected_targets)
-
-
-def test_make_privates_own_call_fetches_the_same_batch() -> None:
-    split = load("digits").train
-    ids = torch.tensor([7, 3])
-    assert all(
-        torch.equal(mine, theirs) for mine, theirs in zip(split.dpquant_batch(ids), split.batch(ids), strict=True)
-    )
 
 
 def test_an_empty_batch_keeps_its_shape() -> None:
