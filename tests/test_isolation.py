@@ -5,9 +5,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import default_collate
 
-from dpquant.errors import DataError, ModelError
-from dpquant.isolation import check_isolation, made_up_batch
+from dpquant.errors import ModelError
+from dpquant.isolation import check_isolation
 from dpquant.layers import prepare
+from dpquant.synthetic import candidates
 from networks import loss, zoo
 
 VECTOR = (torch.zeros(4), torch.tensor(0))
@@ -72,9 +73,11 @@ def test_positions_before_examples_are_refused():
         checked(PositionsFirst())
 
 
-def checked(model, record=IMAGE):
+def checked(model, record=IMAGE, loss_fn=loss, collate=default_collate, **settings):
+    """The multiply-accumulates of a model that passes."""
     torch.manual_seed(1)
-    return check_isolation(prepare(model), loss, made_up_batch(record, default_collate))
+    found = check_isolation(prepare(model), loss_fn, candidates(record, collate, torch.device("cpu")), **settings)
+    return found.macs
 
 
 @pytest.mark.parametrize("between", COUPLED.values(), ids=COUPLED)
@@ -107,15 +110,14 @@ def test_every_network_of_the_zoo_is_accepted(name):
 class OnAnEdge(nn.Module):
     """ReLUs whose inputs are zero but for what round-off makes of the batch's size."""
 
-    def __init__(self, round_off, edge=1e-9):
+    def __init__(self, round_off):
         super().__init__()
         self.inner, self.head = nn.Linear(4, 3), nn.Linear(3, 2)
-        nn.init.zeros_(self.inner.weight)
-        nn.init.constant_(self.inner.bias, edge)
         self.round_off = round_off
 
     def forward(self, x):
         y = self.inner(x)
+        y = y - y.detach() + 1e-9
         return self.head(F.relu(y + (len(x) - 2) * self.round_off(y)))
 
 
@@ -126,36 +128,30 @@ def eps_of(y):
 def test_a_gradient_that_jumps_where_float32_rounds_is_no_coupling():
     torch.manual_seed(0)
     model = OnAnEdge(eps_of)
-    memory = [p.data_ptr() for p in model.parameters()]
+    memory, values = [p.data_ptr() for p in model.parameters()], [p.clone() for p in model.parameters()]
     assert sum(checked(model, VECTOR).values()) == 18
     assert [p.data_ptr() for p in model.parameters()] == memory and model.head.weight.dtype == torch.float32
+    assert all(map(torch.equal, values, model.parameters()))
 
 
-def test_one_that_jumps_in_float64_too_is():
+@pytest.mark.parametrize("share", [1e-2, 1e-5])
+def test_a_weak_coupling_is_seen_where_float64_runs(share):
     torch.manual_seed(0)
     with pytest.raises(ModelError, match="that example alone"):
-        checked(OnAnEdge(lambda y: 1e-7), VECTOR)
+        checked(Net(lambda net, x: x + share * x.mean(0)))
 
 
-def test_a_model_that_float64_cannot_run_stays_as_float32_found_it():
+class InFloat32(Net):
+    """Of two types in float64, an error there."""
+
+    def forward(self, x):
+        return super().forward(x.float())
+
+
+def test_a_model_that_float64_cannot_run_is_tried_in_float32():
     torch.manual_seed(0)
-    model = OnAnEdge(lambda y: eps_of(y) * (y.detach() @ torch.zeros(3, 1) + 1))  # of two types: an error in float64
-    with pytest.raises(ModelError, match="that example alone"):
-        checked(model, VECTOR)
+    model = InFloat32()
+    assert checked(model) == {"conv": 6 * 6 * 4 * 9, "head": 20}
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    model = OnAnEdge(lambda y: eps_of(y) * (y.detach() @ torch.zeros(3, 1) + 1), edge=1.0)
-    assert sum(checked(model, VECTOR).values()) == 18
-
-
-def test_made_up_records_have_the_shape_and_no_value_of_the_first_record():
-    record = {"x": torch.full((2, 3), 7.0), "n": torch.full((4,), 9), "pair": (1.5, [3, True])}
-    batch = made_up_batch(record, default_collate)
-    assert batch["x"].shape == (3, 2, 3) and not (batch["x"] == 7).any()
-    assert batch["n"].shape == (3, 4) and not batch["n"].any()
-    other = {"x": torch.full((2, 3), -1.0), "n": torch.full((4,), 2), "pair": (0.5, [8, False])}
-    assert torch.equal(made_up_batch(other, default_collate)["x"], batch["x"])
-
-
-def test_a_record_of_text_is_refused():
-    with pytest.raises(DataError, match="got a str"):
-        made_up_batch(("text", 1), default_collate)
+    with pytest.raises(ModelError, match="that example alone"):
+        checked(InFloat32(lambda net, x: x + 1e-2 * x.mean(0)))

@@ -15,6 +15,7 @@ from dpquant import norms
 from dpquant.clip import clipped_sum
 from dpquant.errors import ModelError
 from dpquant.isolation import check_isolation, check_trainable
+from dpquant.synthetic import from_examples
 from dpquant.layers import Pass, prepare, running
 from dpquant.norms import TapedGroupNorm
 from dpquant.quantizer import native_available
@@ -302,7 +303,8 @@ def test_models_with_twins_pass_the_checks_of_isolation(name):
     model = prepare(seeded(MODELS[name]))
     assert any(isinstance(module, TapedGroupNorm) for module in model.modules())
     check_trainable(model)
-    check_isolation(model, loss_fn, [maps(3, 3, 6, 6), torch.arange(3)])
+    records = list(zip(maps(3, 3, 6, 6), torch.arange(3), strict=True))
+    check_isolation(model, loss_fn, [from_examples(records, default_collate, torch.device("cpu"))])
 
 
 @native

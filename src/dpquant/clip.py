@@ -16,18 +16,21 @@ import contextlib
 import dataclasses
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dpquant.batches import Microbatch, check_rows, microbatches, take_rows
 from dpquant.clock import Clock
-from dpquant.errors import ModelError, SettingError
-from dpquant.gradients import ROUND_OFF, Contribution, Formed, contributions_of
+from dpquant.errors import DPQuantError, ModelError, SettingError
+from dpquant.gradients import ROUND_OFF, Contribution, Formed, Lookup
 from dpquant.layers import Pass, QuantizableLayer, quantizable_layers, running
 from dpquant.norms import TapedGroupNorm
+from dpquant.per_example import contributions_of, has_formula
 from dpquant.quantizer import QTensor
+from dpquant.randomness import Drawing, Position, drawn_by_record, seeded
 from dpquant.streams import derive_key
 from dpquant.weight_gradients import Product
 from dpquant.working_memory import working_memory
@@ -69,26 +72,29 @@ def clipped_sum(
 ) -> ClippedSum:
     """The sum over a batch of per-example gradients, each scaled to at most `max_grad_norm`.
 
-    Example i's contribution depends on the model, on its own record and on its own rounding draws, which are fixed by
-    (seed, step, record id): on nothing else. So the sum over any two batches that differ in one record differs by at
-    most `max_grad_norm`. Every microbatch has the same size, filled up where need be, so that an example's own
-    contribution does not depend on how many others there are. Another size changes memory and time, and the last bits
-    of every sum; where layers run quantized after others that do not, a last bit can become another code.
+    Example i's contribution depends on the model, on its own record and on its own draws (rounding, dropout), which are
+    fixed by (seed, step, record id): on nothing else. So the sum over any two batches that differ in one record, the
+    others keeping their ids, differs by at most `max_grad_norm`. Where ids are positions and a record is removed, the
+    others' ids move: then the same bound needs draws that nobody knows, that is a secret seed (`randomness.py`). Every
+    microbatch has the same size, filled up where need be, so that an example's own contribution does not depend on how
+    many others there are. Another size changes memory and time, and the last bits of every sum; where layers run
+    quantized after others that do not, a last bit can become another code.
 
     Args:
       model: a prepared model (`dpquant.prepare`), trainable privately (`check_trainable`).
       loss_fn: `(model, batch) -> Tensor (B,)`, the loss of each example.
-      batch: tensors whose first axis is the example, or tuples, lists and dicts of them.
+      batch: tensors whose first axis is the example, or tuples, lists and mappings of them.
       max_grad_norm: C > 0.
-      record_ids: int64 `(B,)`: the stable identity of each example.
-      step: the logical step; another step draws other roundings.
-      seed: of the rounding draws. They carry no privacy: the bound holds for every draw.
+      record_ids: int64 `(B,)`: the identity of each example.
+      step: the logical step; another step draws anew.
+      seed: of the draws; secret wherever record ids can move.
       microbatch_size: examples a backward pass; None chooses, by the shapes and, up to 256, by the number of examples.
       clock: if given, gets each layer's seconds: its three products, quantization included, and its norm and sum.
     Returns: ClippedSum with sensitivity C; zeros for an empty batch.
     Raises:
       SettingError: an argument out of range, or a loss that is not one number per example.
-      ModelError: a parameter has no per-example gradient.
+      DataError: a tensor of the batch has not one row for each record id.
+      ModelError: a parameter's per-example gradients cannot be computed.
     Privacy: per example; no noise is added here.
     Source: Abadi et al., arXiv 1607.00133, Algorithm 1 (clipping); algorithm of DPQuant, arXiv 2509.03472.
     """
@@ -101,65 +107,221 @@ def clipped_sum(
         raise SettingError(f"Expected microbatch_size >= 1; got microbatch_size={microbatch_size}.")
     if not quantizable_layers(model) and any(type(m) in (nn.Conv2d, nn.Linear) for m in model.modules()):
         raise ModelError("Expected a prepared model; got one without quantizable layers. Call dpquant.prepare(model).")
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if len(record_ids) == 0:
-        return ClippedSum(
-            grads={name: torch.zeros_like(p) for name, p in trainable.items()}, sensitivity=float(max_grad_norm)
-        )
-    size = microbatch_size or default_microbatch_size(model, loss_fn, batch, len(record_ids))
+    pieces: Iterable[Microbatch] = ()
+    if len(record_ids) > 0:
+        check_rows(batch, len(record_ids))
+        size = microbatch_size or default_microbatch_size(model, loss_fn, batch, len(record_ids))
+        pieces = microbatches(batch, record_ids, size)
+    key = step_key(seed, step)
     with working_memory():
-        grads = _clipped_grads(model, loss_fn, batch, trainable, max_grad_norm, record_ids, (seed, step), size, clock)
-    return ClippedSum(grads=grads, sensitivity=float(max_grad_norm))
+        return clipped_sum_of(model, loss_fn, pieces, max_grad_norm=max_grad_norm, key=key, clock=clock)
 
 
-def _clipped_grads(
+def step_key(seed: int, step: int) -> int:
+    """The key of all draws of a logical step: as secret as the seed is."""
+    return derive_key(seed, "step", step)
+
+
+def clipped_sum_of(
     model: nn.Module,
     loss_fn: PerExampleLoss,
-    batch: Any,
-    trainable: dict[str, nn.Parameter],
+    pieces: Iterable[Microbatch],
+    *,
     max_grad_norm: float,
-    record_ids: Tensor,
-    draws: tuple[int, int],
-    size: int,
-    clock: Clock | None,
-) -> dict[str, Tensor]:
-    """The loop over microbatches. draws: (seed, step) of the roundings."""
-    seed, step = draws
-    key = derive_key(seed, "step", step)
-    with _taping(model, trainable, clock=clock) as tape, running(model, Pass(key=key, tape=tape, clock=clock)) as run:
-        for piece, ids, num_examples in microbatches(batch, record_ids, size):
-            run.begin(ids)
-            tape.rewind()
-            losses = per_example_losses(loss_fn, model, piece, size)
-            (losses[:num_examples].sum() + 0 * tape.anchor).backward()
-            tape.add_clipped(max_grad_norm, size, num_examples)
-        return tape.totals()
+    key: int,
+    drawing: Drawing | None = None,
+    strict: bool = True,
+    clock: Clock | None = None,
+) -> ClippedSum:
+    """`clipped_sum` of microbatches that exist already, or are read when their turn comes.
+
+    Args:
+      model, loss_fn, max_grad_norm, clock: as of `clipped_sum`.
+      pieces: microbatches of one size.
+      key: of the step's draws, from `step_key`.
+      drawing: what is known of the model; None: nothing.
+      strict: an exception of the model or the loss is passed on, and a parameter that no microbatch reached is an
+        error. Otherwise a record on which they raise contributes nothing, silently, since an error would tell about it,
+        and such a parameter's sum is zero.
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with (
+        _taping(model, trainable, clock=clock) as tape,
+        running(model, Pass(key=key, tape=tape, clock=clock)) as run,
+    ):
+        passes = _Passes(model, loss_fn, run, tape, drawing or Drawing())
+        found = False
+        for piece in pieces:
+            found = True
+            kept = passes.over(piece) if strict else passes.over_sound_rows(piece)
+            if kept is not None:
+                tape.add_clipped(max_grad_norm, len(kept.record_ids), kept.num_examples)
+        return ClippedSum(grads=tape.totals(trainable, strict and found), sensitivity=float(max_grad_norm))
+
+
+class _Passes:
+    """Forward and backward passes that leave a microbatch's per-example gradients on a tape."""
+
+    def __init__(self, model: nn.Module, loss_fn: PerExampleLoss, run: Pass, tape: "_GradientTape", drawing: Drawing):
+        self._model, self._loss_fn, self._run, self._tape, self._drawing = model, loss_fn, run, tape, drawing
+        self._key = draws_key(run.key)
+
+    def over(self, piece: Microbatch) -> Microbatch:
+        """Differentiate the sum of the losses that count."""
+        with seeded(self._key):
+            losses = self.losses(piece)
+            self._backward(losses[: piece.num_examples].sum())
+        return piece
+
+    def over_sound_rows(self, piece: Microbatch) -> Microbatch | None:
+        """The same without the rows on which it raises; None if it raises on all.
+
+        Whether a row is left out is decided by the row alone, in a microbatch of its copies.
+        """
+        try:
+            return self.over(piece)
+        except Exception as error:
+            if not caused_by_records(error):
+                raise
+        sound = [row for row in range(piece.num_examples) if self._runs_on(copies(piece, row))]
+        if not sound:
+            return None
+        rows = torch.tensor(sound + sound[-1:] * (len(piece.record_ids) - len(sound)))
+        rest = Microbatch(take_rows(piece.data, rows), piece.record_ids[rows], len(sound))
+        try:
+            return self.over(rest)
+        except Exception as error:
+            if not caused_by_records(error):
+                raise
+        raise ModelError(
+            "Expected model and loss_fn to run on records together that they run on alone; they do not. Examples that "
+            "interact bound no one's influence. Remove operations across the first axis."
+        )
+
+    def losses(self, piece: Microbatch) -> Tensor:
+        """The losses `(B,)`, inside of `seeded`; the tape is rewound before."""
+        return drawn_by_record(lambda: self._forward(piece), self._key, piece.record_ids, self._drawing)
+
+    def _forward(self, piece: Microbatch) -> Tensor:
+        self._run.begin(piece.record_ids)
+        self._tape.rewind()
+        self._run.phase = "forward"
+        return per_example_losses(self._loss_fn, self._model, piece.data, len(piece.record_ids))
+
+    def _backward(self, total: Tensor) -> None:
+        position = Position()
+        self._run.phase = "backward"
+        (total + 0 * self._tape.anchor).backward()
+        if position.torch_moved():
+            raise ModelError(
+                "Expected the backward pass to draw no random numbers; it does. They would follow a record's place in "
+                "the batch, not the record. Draw in the forward pass."
+            )
+
+    def _runs_on(self, piece: Microbatch) -> bool:
+        try:
+            self.over(piece)
+        except Exception as error:
+            if not caused_by_records(error):
+                raise
+            return False
+        return True
+
+
+def copies(piece: Microbatch, row: int) -> Microbatch:
+    rows = torch.full((len(piece.record_ids),), row)
+    return Microbatch(take_rows(piece.data, rows), piece.record_ids[rows], 1)
+
+
+def caused_by_records(error: Exception) -> bool:
+    """Whether model and loss raised because of what they were given, rather than for want of memory or by our refusal."""
+    out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return not isinstance(error, DPQuantError) and not out_of_memory
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RowGradient:
+    """What one row of a microbatch gives.
+
+    Attributes:
+      losses: `(B,)`, of all rows.
+      grads: {parameter name: gradient of the row's loss, not clipped}.
+      others: the norm of all gradients that the tape attributes to other rows; 0 where examples are kept apart.
+      operands: of quantized layers: the row's codes and scales, in the order of the calls.
+      reached: names of the parameters whose modules got a gradient.
+    """
+
+    losses: Tensor
+    grads: dict[str, Tensor]
+    others: float
+    operands: list[Tensor]
+    reached: frozenset[str]
+
+
+def gradient_of_row(
+    model: nn.Module, loss_fn: PerExampleLoss, piece: Microbatch, row: int, *, key: int, drawing: Drawing | None = None
+) -> RowGradient:
+    """Differentiate the loss of one row of a microbatch.
+
+    Args:
+      model, loss_fn: as of `clipped_sum`.
+      piece: the microbatch.
+      row: which.
+      key: of the step's draws.
+      drawing: what is known of the model; None: nothing.
+    Privacy: per example; reads private data if the piece holds any, and nothing bounds it.
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with (
+        _taping(model, trainable, forming=False, operands_of=row) as tape,
+        running(model, Pass(key=key, tape=tape)) as run,
+    ):
+        passes = _Passes(model, loss_fn, run, tape, drawing or Drawing())
+        with seeded(draws_key(key)):
+            losses = passes.losses(piece)
+            passes._backward(losses[row])
+        grads, others = tape.split(trainable, row)
+        return RowGradient(losses.detach(), grads, others, tape.operands, frozenset(tape.contributions()))
+
+
+def losses_of(
+    model: nn.Module, loss_fn: PerExampleLoss, piece: Microbatch, *, key: int, drawing: Drawing | None = None
+) -> Tensor:
+    """The losses of a microbatch `(B,)`, with the draws that its gradients are taken with; arguments as of them."""
+    draws = draws_key(key)
+
+    def forward() -> Tensor:
+        with running(model, Pass(key=key, record_ids=piece.record_ids)):
+            return per_example_losses(loss_fn, model, piece.data, len(piece.record_ids))
+
+    with torch.no_grad(), seeded(draws):
+        return drawn_by_record(forward, draws, piece.record_ids, drawing or Drawing())
+
+
+def draws_key(key: int) -> int:
+    """Of what the model draws by itself in a step."""
+    return derive_key(key, "draws")
 
 
 def contributions_by_parameter(
-    model: nn.Module, loss_fn: PerExampleLoss, batch: Any, *, record_ids: Tensor, key: int
+    model: nn.Module, loss_fn: PerExampleLoss, piece: Microbatch, *, key: int, drawing: Drawing | None = None
 ) -> dict[str, Contribution]:
     """Each example's own gradient in the precision that the model runs in, not clipped, as what it is made of.
 
     Args:
       model: as of `clipped_sum`.
       loss_fn: as of `clipped_sum`.
-      batch: one microbatch.
-      record_ids: int64 `(B,)`.
-      key: of the rounding draws, 64 bits.
-    Returns: {parameter name: its gradients}.
+      piece: one microbatch, all of whose rows count.
+      key: of the draws, 64 bits.
+      drawing: what is known of the model; None: nothing.
+    Returns: {parameter name: its gradients}, without parameters that no module used.
     Raises:
       SettingError, ModelError: as of `clipped_sum`.
     Privacy: per example; reads private data, and nothing bounds it.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with (
-        _taping(model, trainable, forming=False) as tape,
-        running(model, Pass(key=key, record_ids=record_ids, tape=tape)),
-    ):
-        tape.rewind()
-        losses = per_example_losses(loss_fn, model, batch, len(record_ids))
-        (losses.sum() + 0 * tape.anchor).backward()
+    with _taping(model, trainable, forming=False) as tape, running(model, Pass(key=key, tape=tape)) as run:
+        _Passes(model, loss_fn, run, tape, drawing or Drawing()).over(piece)
         return tape.contributions()
 
 
@@ -189,44 +351,6 @@ def default_microbatch_size(model: nn.Module, loss_fn: PerExampleLoss, batch: An
     return min([_microbatch_sizes[model], *filled])
 
 
-def microbatches(batch: Any, record_ids: Tensor, size: int) -> Iterator[tuple[Any, Tensor, int]]:
-    """A batch in pieces of exactly `size` examples: (batch, record ids, how many of them count).
-
-    The last piece is filled up with its own last example, which counts once. An operator may sum in another order when
-    it is given another number of examples, and stochastic rounding makes a different code of a last bit. Were pieces
-    only as long as need be, a record that comes or goes would change what the others contribute.
-    """
-    for start in range(0, len(record_ids), size):
-        rows = torch.arange(start, start + size).clamp_(max=len(record_ids) - 1)
-        yield take_rows(batch, rows), record_ids[rows], min(size, len(record_ids) - start)
-
-
-def take_rows(batch: Any, rows: slice | Tensor) -> Any:
-    """The same rows of every tensor in a batch of tensors, tuples, lists and dicts."""
-
-    def taken(leaf: Any) -> Tensor:
-        if isinstance(leaf, Tensor):
-            return leaf[rows]
-        raise SettingError(
-            f"Expected a batch of tensors, tuples, lists and dicts; got a {type(leaf).__name__}. A microbatch takes "
-            "the same rows of every tensor. Give the data set a collate function that returns tensors."
-        )
-
-    return with_leaves(batch, taken)
-
-
-def with_leaves(batch: Any, change: Callable[[Any], Any]) -> Any:
-    """A batch of the same tuples, lists and dicts, with everything else in it changed."""
-    match batch:
-        case dict():
-            return {key: with_leaves(value, change) for key, value in batch.items()}
-        case tuple() if hasattr(batch, "_fields"):
-            return type(batch)(*(with_leaves(value, change) for value in batch))
-        case tuple() | list():
-            return type(batch)([with_leaves(value, change) for value in batch])
-    return change(batch)
-
-
 def per_example_losses(loss_fn: PerExampleLoss, model: nn.Module, batch: Any, num_examples: int) -> Tensor:
     """The losses `(B,)`, checked to be one number per example."""
     losses = loss_fn(model, batch)
@@ -244,26 +368,40 @@ class _GradientTape:
 
     forming: weight gradients may be formed at once, where that makes norm and sum faster; else operands are kept.
     clock: measures what norms and sums take, under the name of the module that owns the parameter; None: nothing does.
+    operands_of: a row whose codes are kept, to be compared with those in another microbatch; None: of none.
     """
 
-    def __init__(self, names: dict[Tensor, str], device: torch.device, forming: bool, clock: Clock | None):
+    def __init__(
+        self,
+        names: dict[Tensor, str],
+        device: torch.device,
+        *,
+        forming: bool = True,
+        clock: Clock | None = None,
+        operands_of: int | None = None,
+    ):
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self._names = names  # of the trainable parameters
-        self._forming, self._clock = forming, clock
+        self._forming, self._clock, self._operands_of = forming, clock, operands_of
         self._contributions: dict[str, list[Contribution]] = {}
-        self._last: dict[str, Contribution] = {}
-        self._totals: dict[str, Any] = {}
+        self._totals: dict[tuple[Any, ...], tuple[Contribution, Any]] = {}
+        self.operands: list[Tensor] = []
         self.listening = True
 
     def rewind(self) -> None:
         """Forget the last microbatch."""
         self._contributions = {name: [] for name in self._names.values()}
+        self.operands = []
 
     def owns(self, module: nn.Module) -> bool:
         """Whether some trainable parameter is the module's own."""
         return any(p in self._names for p in module.parameters(recurse=False))
 
     def record(self, layer: QuantizableLayer, x: Tensor | QTensor, g: Tensor | QTensor, grad: Tensor) -> None:
+        if self._operands_of is not None:
+            for operand in (x, g):
+                if isinstance(operand, QTensor):
+                    self.operands += [operand.codes[self._operands_of], operand.scale[self._operands_of]]
         if layer.weight in self._names:  # spares a frozen layer the operands' copies
             recipe = layer.precision.wgrad
             bits = None if recipe is None else recipe.gradient.format.significant_bits
@@ -280,17 +418,9 @@ class _GradientTape:
     def add_clipped(self, max_grad_norm: float, size: int, num_examples: int) -> None:
         """Add sum_i c_i G_i of the microbatch of `size` on the tape to the totals; its first `num_examples` count."""
         parts = self.contributions()
-        squared_norms: dict[str, Tensor] = {}
-        for name, part in parts.items():
-            with self._timing(name):
-                squared_norms[name] = part.squared_norms()
-        for name, norms in squared_norms.items():
-            if len(norms) != size:
-                raise ModelError(
-                    f"Expected the first axis of every module's input to be the example; got one of another length for "
-                    f"{name}. Its gradients would be clipped by rows that are no examples. Put the examples first."
-                )
-        squared_norms_B = torch.stack(list(squared_norms.values())).sum(0)
+        if not parts:
+            return
+        squared_norms_B = self._squared_norms(parts, size)
         factors_B, finite_B = clip_factors(squared_norms_B, max_grad_norm)
         factors_B[num_examples:] = 0
         if not finite_B.all():
@@ -299,32 +429,78 @@ class _GradientTape:
             factors_B = factors_B[rows]
         for name, part in parts.items():
             with self._timing(name):
-                self._totals[name] = part.add_weighted(factors_B, self._totals.get(name))
-        self._last = parts
+                form = (name, type(part), getattr(part, "geometry", None))  # what shares one running total
+                _, total = self._totals.get(form, (part, None))
+                self._totals[form] = part, part.add_weighted(factors_B, total)
 
     def contributions(self) -> dict[str, Contribution]:
-        """{parameter name: the microbatch's gradients}."""
-        return {name: self._one_contribution(name) for name in self._contributions}
+        """{parameter name: the microbatch's gradients}, without parameters that got none."""
+        return {name: _one_contribution(found) for name, found in self._contributions.items() if found}
 
-    def totals(self) -> dict[str, Tensor]:
-        """{parameter name: the sum over all microbatches}."""
-        return {name: part.finished(self._totals[name]) for name, part in self._last.items()}
+    def totals(self, trainable: Mapping[str, nn.Parameter], strict: bool) -> dict[str, Tensor]:
+        """{parameter name: the sum over all microbatches}; strict: a parameter without any gradient is an error.
+
+        Otherwise it is zero. A layer that is dropped at random gets none in some steps.
+        """
+        totals: dict[str, Tensor] = {}
+        for (name, *_), (part, total) in self._totals.items():
+            finished = part.finished(total)
+            totals[name] = finished if name not in totals else totals[name] + finished
+        if strict and totals.keys() < trainable.keys():
+            raise no_gradient(next(name for name in trainable if name not in totals))
+        return {name: totals[name] if name in totals else torch.zeros_like(p) for name, p in trainable.items()}
+
+    def split(self, trainable: Mapping[str, nn.Parameter], row: int) -> tuple[dict[str, Tensor], float]:
+        """One row's gradients by parameter name, and the norm of all that the other rows got."""
+        parts = self.contributions()
+        if not parts:
+            return {name: torch.zeros_like(p) for name, p in trainable.items()}, 0.0
+        squared_norms_B = self._squared_norms(parts, None)
+        others_B = torch.cat([squared_norms_B[:row], squared_norms_B[row + 1 :]])
+        one = torch.ones(1, device=squared_norms_B.device)
+        grads = {}
+        for name, p in trainable.items():
+            part = parts[name].take(torch.tensor([row])) if name in parts else None
+            grads[name] = torch.zeros_like(p) if part is None else part.finished(part.add_weighted(one, None))
+        return grads, float(others_B.clamp(min=0).sum().sqrt())
+
+    def _squared_norms(self, parts: Mapping[str, Contribution], size: int | None) -> Tensor:
+        """Each example's squared norm over all parameters, float64 `(B,)`."""
+        squared_norms: dict[str, Tensor] = {}
+        for name, part in parts.items():
+            with self._timing(name):
+                squared_norms[name] = part.squared_norms()
+        size = size or max(map(len, squared_norms.values()))
+        for name, norms in squared_norms.items():
+            if len(norms) != size:
+                raise ModelError(
+                    f"Expected the first axis of every module's input to be the example; got one of another length for "
+                    f"{name}. Its gradients would be clipped by rows that are no examples: positions, nodes, or several "
+                    "views of a record. Put the examples first, and views of one record on a second axis."
+                )
+        return torch.stack(list(squared_norms.values())).sum(0)
 
     def _timing(self, parameter: str) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self._clock is None else self._clock.timing(parameter.rpartition(".")[0])
 
-    def _one_contribution(self, name: str) -> Contribution:
-        """A parameter used once keeps its operands; one that is shared or reused needs its gradients formed."""
-        contributions = self._contributions[name]
-        if not contributions:
-            raise ModelError(
-                f"Expected every trainable parameter to get a per-example gradient; {name} got none. Its module was "
-                "not called, or its output does not reach the loss, or the parameter is used outside its module. "
-                "Freeze it with requires_grad_(False), or use it through the module that owns it."
-            )
-        if len(contributions) == 1:
-            return contributions[0]
-        return Formed(torch.stack([c.per_example() for c in contributions]).sum(0))
+
+def _one_contribution(found: list[Contribution]) -> Contribution:
+    """A parameter used once keeps its operands, as do lookups; else one that is shared or reused is formed."""
+    if len(found) == 1:
+        return found[0]
+    lookups = [one for one in found if isinstance(one, Lookup)]
+    if len(lookups) == len(found):
+        return Lookup.merged(lookups)
+    return Formed(torch.stack([one.per_example() for one in found]).sum(0))
+
+
+def no_gradient(name: str) -> ModelError:
+    """The error for a parameter that no module call reached."""
+    return ModelError(
+        f"Expected every trainable parameter to get a per-example gradient; {name} got none. Its module was "
+        "not called, or its output does not reach the loss, or the parameter is used outside its module. "
+        "Freeze it with requires_grad_(False), or use it through the module that owns it."
+    )
 
 
 def clip_factors(squared_norms_B: Tensor, max_grad_norm: float) -> tuple[Tensor, Tensor]:
@@ -344,13 +520,20 @@ def clip_factors(squared_norms_B: Tensor, max_grad_norm: float) -> tuple[Tensor,
 
 @contextlib.contextmanager
 def _taping(
-    model: nn.Module, trainable: dict[str, nn.Parameter], *, forming: bool = True, clock: Clock | None = None
+    model: nn.Module,
+    trainable: dict[str, nn.Parameter],
+    *,
+    forming: bool = True,
+    clock: Clock | None = None,
+    operands_of: int | None = None,
 ) -> Iterator[_GradientTape]:
     """Detach all parameters and listen to the modules that own any, until the block ends."""
     device = next((p.device for p in trainable.values()), torch.device("cpu"))
-    tape = _GradientTape({p: name for name, p in trainable.items()}, device, forming, clock)
+    names: dict[Tensor, str] = {p: name for name, p in trainable.items()}
+    tape = _GradientTape(names, device, forming=forming, clock=clock, operands_of=operands_of)
+    # ours comes first, so that it sees what the module gave before other hooks change it
     handles = [
-        module.register_forward_hook(_listener(tape))
+        module.register_forward_hook(_listener(tape), prepend=True, with_kwargs=True)
         for module in model.modules()
         if not isinstance(module, QuantizableLayer) and tape.owns(module)
     ]
@@ -365,25 +548,32 @@ def _taping(
             handle.remove()
 
 
-def _listener(tape: _GradientTape) -> Callable[[nn.Module, tuple[Any, ...], Any], Tensor]:
+def _listener(tape: _GradientTape) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]:
     """A forward hook that, once the output's gradient is known, records the module's per-example gradients."""
 
-    def listen(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-        if not tape.listening or (isinstance(module, TapedGroupNorm) and inputs and module.records(inputs[0])):
+    def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not tape.listening or (isinstance(module, TapedGroupNorm) and args and module.records(args[0])):
             return output
-        if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or not isinstance(output, Tensor):
+        if not isinstance(output, Tensor) or output.ndim == 0:
             raise ModelError(
-                f"Expected a module with parameters of its own to map one tensor to one tensor; a "
-                f"{type(module).__name__} does not. Its per-example gradients are unknown. Freeze it or replace it."
+                f"Expected a module with parameters of its own to return one tensor, the examples first; a "
+                f"{type(module).__name__} returns a {type(output).__name__}. Its per-example gradients are unknown. "
+                "Freeze it, or put its parameters into modules of their own."
             )
-        x = inputs[0].detach()
+        if not has_formula(module) and any(isinstance(inner, QuantizableLayer) for inner in module.modules()):
+            raise ModelError(
+                f"Expected parameters to be used by a module that holds nothing else; a {type(module).__name__} has "
+                "parameters of its own beside other layers. Their per-example gradients are unknown. Put them into a "
+                "small module of their own, which is called with the batch, or freeze them."
+            )
+        plain = output.detach()
         if not output.requires_grad:
             output = output + tape.anchor
 
         def record(grad: Tensor) -> None:
             tape.listening = False  # the module may be evaluated again
             own = dict(module.named_parameters(recurse=False))
-            for name, contribution in contributions_of(module, x, grad).items():
+            for name, contribution in contributions_of(module, args, kwargs, plain, grad).items():
                 if name in own:  # a norm may have no bias
                     tape.add(own[name], contribution)
             tape.listening = True

@@ -14,8 +14,9 @@ from dpquant.clip import PerExampleLoss
 from dpquant.formats import Precision
 from dpquant.kernels import obstacle_to_int8
 from dpquant.layers import quantizable_layers, set_policy, set_precisions
+from dpquant.plan import PrivacyPlan
 from dpquant.schedule import Policy
-from dpquant.tuning import fastest_microbatch_size, layer_times
+from dpquant.tuning import ANALYSIS_MICROBATCH, fastest_microbatch_size, largest_analysis_size, layer_times
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class Execution:
     Attributes:
       chosen, rest: the precisions of layers that the policy has chosen, and of the others.
       microbatch_size: examples a backward pass.
+      analysis_microbatch_size: the same in analyses, which keep two sets of operands.
       gains: {layer: time in full precision over time quantized, measured here}; empty where it does not matter.
       spared: layers that the policy may not choose, because they gain nothing.
       backend: `simulate` or `int8`.
@@ -34,6 +36,7 @@ class Execution:
     chosen: Precision
     rest: Precision
     microbatch_size: int
+    analysis_microbatch_size: int
     gains: Mapping[str, float]
     spared: tuple[str, ...]
     backend: str
@@ -64,7 +67,7 @@ def decide(
     chosen: Precision,
     rest: Precision,
     backend: str,
-    expected_batch_size: float,
+    plan: PrivacyPlan,
     microbatch_size: int | None,
     memory: float | None,
 ) -> Execution:
@@ -79,7 +82,7 @@ def decide(
       chosen: precision of the layers that it chooses.
       rest: precision of the others.
       backend: as the user asked for; only `auto` spares layers.
-      expected_batch_size: examples a step.
+      plan: for the expected batch size of a step, and for what an analysis measures.
       microbatch_size: None to measure which is the fastest.
       memory: GiB that the process may use at its peak; None: no limit.
     Raises:
@@ -92,14 +95,19 @@ def decide(
     set_policy(model, ())
     if microbatch_size is None:
         microbatch_size = fastest_microbatch_size(
-            model, loss_fn, made_up, precisions, expected_batch_size=expected_batch_size, memory=memory
+            model, loss_fn, made_up, precisions, expected_batch_size=plan.expected_batch_size, memory=memory
+        )
+    analysis_microbatch_size = ANALYSIS_MICROBATCH
+    if memory is not None and policy.needs_scores and plan.analysis is not None:
+        analysis_microbatch_size = largest_analysis_size(
+            model, loss_fn, made_up, list(macs)[:1], score=plan.analysis.score, memory=memory
         )
     layer = next(iter(quantizable_layers(model).values()), None)
     runs_on = "simulate" if layer is None else layer.backend
     gains: dict[str, float] = {}
     if policy.quantizes and backend == "auto" and runs_on == "int8":
         times = layer_times(
-            model, loss_fn, made_up, microbatch_size=microbatch_size, expected_batch_size=expected_batch_size
+            model, loss_fn, made_up, microbatch_size=microbatch_size, expected_batch_size=plan.expected_batch_size
         )
         gains = {name: seconds.gain for name, seconds in times.items()}
     reason = ""
@@ -110,6 +118,7 @@ def decide(
         chosen=chosen,
         rest=rest,
         microbatch_size=microbatch_size,
+        analysis_microbatch_size=analysis_microbatch_size,
         gains=gains,
         spared=() if rest.quantized else spared_layers(policy, macs, gains),
         backend=runs_on,

@@ -15,10 +15,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from dpquant.errors import ModelError
+from torch import Tensor
 
 ROUND_OFF = 2.0**-17
 """More than float32 sums of 16,384 equal terms lose (5.4e-6 was measured): norms are rounded up by it, factors down."""
@@ -168,47 +165,3 @@ class Lookup:
     def _by_example(self, keys: Tensor, values: Tensor) -> Tensor:
         """The sum of each example's values, `(B,)`."""
         return values.new_zeros(len(self._ids)).index_add_(0, keys // self._num_rows, values)
-
-
-def contributions_of(module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Contribution]:
-    """{parameter name inside the module: its per-example gradients}, from the module's input and output gradient."""
-    match module:
-        case nn.GroupNorm():
-            normalised = F.group_norm(x, module.num_groups, None, None, module.eps)
-            return {
-                "weight": Formed((grad * normalised).flatten(2).sum(2)) if x.ndim > 2 else Formed(grad * normalised),
-                "bias": Formed(grad.flatten(2).sum(2)) if x.ndim > 2 else Formed(grad),
-            }
-        case nn.LayerNorm():
-            normalised = F.layer_norm(x, module.normalized_shape, None, None, module.eps)
-            axes = tuple(range(1, x.ndim - len(module.normalized_shape)))
-            total = (lambda t: t.sum(axes)) if axes else (lambda t: t)
-            return {"weight": Formed(total(grad * normalised)), "bias": Formed(total(grad))}
-        case nn.Embedding():
-            ids_BT = x.reshape(len(x), -1)
-            g_BTD = grad.reshape(len(x), -1, module.embedding_dim)
-            if module.padding_idx is not None:
-                g_BTD = g_BTD * (ids_BT != module.padding_idx)[..., None]
-            return {"weight": Lookup(ids_BT, g_BTD, module.num_embeddings)}
-        case _:
-            return _by_vmap(module, x, grad)
-
-
-def _by_vmap(module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Contribution]:
-    """Any other module: differentiate it on one example at a time, vectorised."""
-    parameters = {name: p.detach() for name, p in module.named_parameters(recurse=False)}
-
-    def inner(parameters: dict[str, Tensor], x: Tensor, grad: Tensor) -> Tensor:
-        y = torch.func.functional_call(module, parameters, (x.unsqueeze(0),))
-        return (y.squeeze(0) * grad).sum()
-
-    try:
-        with torch.enable_grad():
-            gradients = torch.func.vmap(torch.func.grad(inner), (None, 0, 0), randomness="error")(parameters, x, grad)
-    except RuntimeError as error:
-        raise ModelError(
-            f"Expected a {type(module).__name__} whose per-example gradients can be computed; got one that cannot be "
-            "evaluated one example at a time. Freeze it, or build it of Conv2d, Linear, GroupNorm, LayerNorm and "
-            "Embedding."
-        ) from error
-    return {name: Formed(gradient) for name, gradient in gradients.items()}

@@ -21,17 +21,19 @@ gradient's score is our own.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dpquant.batches import Microbatch, check_rows, microbatches
 from dpquant.clip import (
     PerExampleLoss,
+    caused_by_records,
     clip_factors,
     contributions_by_parameter,
-    microbatches,
+    copies,
     per_example_losses,
 )
 from dpquant.errors import SettingError
@@ -45,9 +47,9 @@ from dpquant.layers import (
     set_policy,
     set_precisions,
 )
+from dpquant.plan import Score
+from dpquant.randomness import Drawing, drawn_by_record, seeded
 from dpquant.streams import derive_key
-
-Score = Literal["loss", "gradient"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,14 +113,62 @@ def impact_sum(
         raise SettingError(
             f"Expected names of quantizable layers; got {unknown[0]!r}. Call dpquant.prepare(model) first."
         )
+    pieces: Iterable[Microbatch] = ()
+    if len(record_ids) > 0:
+        check_rows(batch, len(record_ids))
+        pieces = microbatches(batch, record_ids, microbatch_size)
+    return impact_sum_of(
+        model, loss_fn, pieces, names=names, max_norm=max_norm, step=step, seed=seed, repeats=repeats, score=score
+    )
+
+
+def impact_sum_of(
+    model: nn.Module,
+    loss_fn: PerExampleLoss,
+    pieces: Iterable[Microbatch],
+    *,
+    names: Sequence[str],
+    max_norm: float,
+    step: int,
+    seed: int,
+    repeats: int = 1,
+    score: Score = "loss",
+) -> ImpactSum:
+    """`impact_sum` of microbatches that exist already, or are read when their turn comes.
+
+    A record on which model or loss raises contributes nothing, silently: an error would tell about it.
+    """
     vectors = {"loss": impact_vectors, "gradient": gradient_impact_vectors}[score]
+
+    def of(piece: Microbatch) -> Tensor:
+        return vectors(model, loss_fn, piece.data, names, piece.record_ids, step=step, seed=seed, repeats=repeats)
+
     total = torch.zeros(len(names), dtype=torch.float64)
-    for piece, ids, num_examples in microbatches(batch, record_ids, microbatch_size):
-        v_BP = vectors(model, loss_fn, piece, names, ids, step=step, seed=seed, repeats=repeats)
+    for piece in pieces:
+        v_BP = _of_sound_rows(of, piece, len(names))
         factors_B, finite_B = clip_factors(v_BP.square().sum(1), max_norm)
-        finite_B[num_examples:] = False
+        finite_B[piece.num_examples :] = False
         total += factors_B[finite_B].double() @ v_BP[finite_B]
     return ImpactSum(impacts=total, sensitivity=float(max_norm))
+
+
+def _of_sound_rows(of: Callable[[Microbatch], Tensor], piece: Microbatch, width: int) -> Tensor:
+    """The rows' vectors `(B, P)`; NaN for a row on which the model raises, which the row alone decides."""
+    try:
+        return of(piece)
+    except Exception as error:
+        if not caused_by_records(error):
+            raise
+    rows = []
+    for row in range(len(piece.record_ids)):
+        try:
+            rows.append(of(copies(piece, row))[0])
+        except Exception as error:
+            if not caused_by_records(error):
+                raise
+            rows.append(None)
+    missing = torch.full((width,), math.nan, dtype=torch.float64)
+    return torch.stack([missing if row is None else row for row in rows])
 
 
 def impact_vectors(
@@ -138,21 +188,28 @@ def impact_vectors(
     Privacy: per example; reads private data, and nothing bounds it.
     """
     layers = quantizable_layers(model)
-    replay = Replay()
+    replay, drawing = Replay(), Drawing()
     v_BP = torch.zeros(len(record_ids), len(names), dtype=torch.float64)
 
     def losses(repeat: int, policy: Sequence[str]) -> Tensor:
+        key = derive_key(seed, "analysis", step, repeat)
+
+        def forward() -> Tensor:
+            if policy:
+                replay.rewind(layers[policy[0]])
+            else:
+                replay.remember()
+            with running(model, Pass(key=key, record_ids=record_ids, replay=replay)):
+                return per_example_losses(loss_fn, model, batch, len(record_ids)).double().cpu()
+
         set_policy(model, policy)
-        run = Pass(key=derive_key(seed, "analysis", step, repeat), record_ids=record_ids, replay=replay)
-        with running(model, run):
-            return per_example_losses(loss_fn, model, batch, len(record_ids)).double().cpu()
+        with seeded(key):
+            return drawn_by_record(forward, key, record_ids, drawing)
 
     with _undisturbed(model), torch.no_grad():
-        replay.remember()
         full_precision_B = losses(0, ())
         for column, name in enumerate(names):
             for repeat in range(repeats):
-                replay.rewind(layers[name])
                 v_BP[:, column] += (losses(repeat, (name,)) - full_precision_B) / repeats
     return v_BP
 
@@ -173,14 +230,16 @@ def gradient_impact_vectors(
     Returns: float64 `(B, P)`, in [0, 2]; NaN where a gradient is zero or not finite.
     Privacy: per example; reads private data, and nothing but the cosine's range bounds it.
     """
+    piece, drawing = Microbatch(batch, record_ids, len(record_ids)), Drawing()
 
     def gradients(repeat: int, policy: Sequence[str]) -> dict[str, Contribution]:
         set_policy(model, policy)
         key = derive_key(seed, "analysis", step, repeat)
-        return contributions_by_parameter(model, loss_fn, batch, record_ids=record_ids, key=key)
+        return contributions_by_parameter(model, loss_fn, piece, key=key, drawing=drawing)
 
     def inner_products(a: dict[str, Contribution], b: dict[str, Contribution]) -> Tensor:
-        return torch.stack([a[name].inner_products(b[name]).double() for name in a]).sum(0)
+        shared = [a[name].inner_products(b[name]).double() for name in a if name in b]
+        return torch.stack(shared).sum(0) if shared else torch.zeros(len(record_ids), dtype=torch.float64)
 
     v_BP = torch.zeros(len(record_ids), len(names), dtype=torch.float64)
     with _undisturbed(model), torch.enable_grad():
@@ -196,14 +255,12 @@ def gradient_impact_vectors(
 
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; modes, policy and the global random stream are given back as they were."""
+    """Evaluation mode inside; modes and policy are given back as they were."""
     precisions, modes = current_precisions(model), {module: module.training for module in model.modules()}
-    devices = [p.device for p in model.parameters() if p.device.type == "cuda"]
-    with torch.random.fork_rng(devices=sorted(set(devices), key=str)):
-        model.eval()
-        try:
-            yield
-        finally:
-            set_precisions(model, precisions)
-            for module, training in modes.items():
-                module.training = training
+    model.eval()
+    try:
+        yield
+    finally:
+        set_precisions(model, precisions)
+        for module, training in modes.items():
+            module.training = training

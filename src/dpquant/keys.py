@@ -4,8 +4,9 @@
     stream(purpose) = AES-128(subkey, 0), AES-128(subkey, 1), ...,    subkey = blake2b(secret, purpose)
 
 The sampler and the noise draw from here and from nowhere else. There is no state to store or to repeat by accident: a
-stream is a function of the secret and of what it is for. Rounding and scheduling carry no privacy and use
-`dpquant.streams`.
+stream is a function of the secret and of what it is for. Rounding, dropout and augmentation use fast hashes
+(`dpquant.streams`), under a key from here, because what they draw for a record follows its place in the data set.
+Scheduling is public.
 
 AES is the `cryptography` package's, that is OpenSSL's: under a nanosecond for 8 bytes where the processor has
 instructions for it.
@@ -16,7 +17,7 @@ Sources: AES in counter mode, NIST SP 800-38A, section 6.5; keyed BLAKE2b, RFC 7
 import hashlib
 import json
 import os
-from typing import Self
+from typing import NoReturn, Self
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -79,6 +80,14 @@ class SecretKey:
         key = cls(hashlib.blake2b(str(seed).encode(), digest_size=SECRET_BYTES, person=b"dpquant.seed").digest())
         key.secure = False
         return key
+
+    def integer(self, *purpose: str | int) -> int:
+        """64 bits for one purpose, as a number: a key for draws that are hashes (`dpquant.streams`)."""
+        return int(self.stream("integer", *purpose).words(1)[0])
+
+    def __reduce__(self) -> NoReturn:
+        """A key stays in memory: a copy of it in a file would undo the run's privacy."""
+        raise SettingError("Expected a secret key to stay in memory; got a copy or a pickle of it. Make another key.")
 
     def stream(self, *purpose: str | int) -> RandomStream:
         """The bits for one purpose, from their beginning.

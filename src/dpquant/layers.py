@@ -24,7 +24,7 @@ import collections
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -113,6 +113,7 @@ class Pass:
       tape: takes the operands of per-example gradients; None = ordinary autograd.
       replay: outputs to be remembered or used again; None = compute everything.
       clock: measures what each layer's products take; None = nothing is measured.
+      phase: under a tape, whether the losses are being computed (`forward`) or differentiated (`backward`).
     """
 
     key: int
@@ -120,6 +121,7 @@ class Pass:
     tape: Tape | None = None
     replay: Replay | None = None
     clock: Clock | None = None
+    phase: Literal["forward", "backward"] | None = None
     _weights: dict[tuple[nn.Module, RoleFormat, str], QTensor] = dataclasses.field(default_factory=dict)
     _dense_weights: dict[tuple[nn.Module, Geometry], Tensor] = dataclasses.field(default_factory=dict)
     _products: dict[tuple[nn.Module, Recipe, str, Geometry], Products] = dataclasses.field(default_factory=dict)
@@ -245,6 +247,12 @@ class QuantizableLayer(nn.Module):
     def convolve(self, x: Tensor) -> Tensor:
         """The layer on an image batch `(B, C, H, W)`, inside the current pass or, without one, as an ordinary layer."""
         run = self.current or Pass(key=0)
+        if run.phase == "backward":
+            raise ModelError(
+                "Expected no layer to be called during the backward pass; got activation checkpointing, which computes "
+                f"layer {self.name!r} again there. Forward and backward would belong to different roundings. Turn it "
+                "off: a smaller microbatch_size saves as much memory."
+            )
         if run.replay is not None and (stored := run.replay.stored()) is not None:
             return stored
         weight = self.weight.view(self.weight.shape[0], -1, *self.geometry.kernel)
@@ -326,6 +334,11 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor):
         grad, layer, run = grads[0], ctx.layer, ctx.run
+        if run.phase == "forward":
+            raise ModelError(
+                "Expected loss_fn not to differentiate; got a gradient that is taken while the losses are computed. A "
+                "gradient penalty's own gradient has no per-example form here. Leave it out of the loss."
+            )
         grad_x = grad_weight = grad_bias = None
         (x, weight), recipe = ctx.saved_tensors, ctx.precision.dgrad
         codes, g = _codes(ctx, "gradient", grad, recipe if ctx.needs_input_grad[0] else None, ctx.precision.wgrad)

@@ -9,52 +9,54 @@
 
 A step charges the ledger, then reads the records that the plan's sampler drew, sums their clipped gradients, adds noise
 and lets the optimizer move. Sampling, sensitivity, noise and accounting come from one plan; speed settings cannot
-change them.
+change them. Everything that can fail is tried on synthetic records before the first charge.
 
-Three kinds of randomness do not touch: the mechanism's (which records, which noise), secret and fresh from the
-operating system; rounding and scheduling, from `seed`, which carry no privacy; and the global stream, which belongs to
-the user.
+All randomness that the records meet follows from one secret key, fresh from the operating system: which records are
+drawn, the noise, rounding, and what model and data set draw by themselves (dropout, augmentation). The public `seed`
+is of the schedule alone. The global random streams belong to the user and stay as they are.
 """
 
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, default_collate
 
+from dpquant import accounting
 from dpquant.accounting import Event
-from dpquant.clip import PerExampleLoss, clipped_sum, with_leaves
-from dpquant.errors import BudgetError, DataError, SettingError
+from dpquant.batches import take_rows
+from dpquant.clip import PerExampleLoss, clipped_sum_of, step_key
+from dpquant.errors import BudgetError, DataError, DPQuantError, ModelError, SettingError
 from dpquant.execution import Execution, decide
 from dpquant.formats import Precision, Recipe, precision
-from dpquant.impact import impact_sum
-from dpquant.isolation import check_isolation, check_trainable, made_up_batch
+from dpquant.impact import impact_sum_of
+from dpquant.isolation import (
+    Findings,
+    buffers_of,
+    changed_buffer,
+    check_at_size,
+    check_isolation,
+    check_trainable,
+    keeps_apart,
+    restore_buffers,
+)
+from dpquant.keys import SecretKey
 from dpquant.layers import prepare, set_policy, set_precisions
 from dpquant.ledger import Ledger
 from dpquant.noise import NoiseSource
 from dpquant.plan import PrivacyPlan
+from dpquant.records import MapDataset, Records
+from dpquant.rehearsal import rehearse
 from dpquant.sampling import PoissonSampler
 from dpquant.schedule import Policy, ema
 from dpquant.streams import derive_key
+from dpquant.synthetic import candidates, from_examples
 from dpquant.working_memory import working_memory
 
-
-class MapDataset(Protocol):
-    """A map-style data set: record i is the same record in every epoch."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Any: ...
-
-
-@runtime_checkable
-class Collated(Protocol):
-    """A data set that collates records itself, faster than one by one."""
-
-    def batch(self, record_ids: Tensor, /) -> Any: ...
+_PROBED = 8  # records of an epoch that are compared in two companies
 
 
 class Batch:
@@ -71,7 +73,7 @@ class Batch:
 
     @property
     def data(self) -> Any:
-        """The records, collated; reads private data."""
+        """The sound records, collated; reads private data. `()` if there is none."""
         return self._load(self.record_ids)
 
 
@@ -85,11 +87,23 @@ class Epoch:
 
     def __init__(self, index: int, policy: tuple[str, ...], num_steps: int, batches: Callable[[], Iterator[Batch]]):
         self.index, self.policy, self._num_steps, self._batches = index, policy, num_steps, batches
+        self._begun = False
 
     def __len__(self) -> int:
         return self._num_steps
 
     def __iter__(self) -> Iterator[Batch]:
+        """Draw the epoch's batches, each to be stepped with before the next.
+
+        Raises:
+          SettingError: the epoch was iterated before: its steps would be taken again under the same policy.
+        """
+        if self._begun:
+            raise SettingError(
+                f"Expected epoch {self.index} to be iterated once; got a second time. Its steps are planned once. Take "
+                "the next epoch from private.epochs()."
+            )
+        self._begun = True
         return self._batches()
 
 
@@ -112,31 +126,32 @@ class PrivateTraining:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        load: Callable[[Tensor], Any],
-        num_records: int,
+        records: Records,
         *,
         loss_fn: PerExampleLoss,
         plan: PrivacyPlan,
         policy: Policy,
-        macs: dict[str, float],
+        found: Findings,
         execution: Execution,
         ledger: Ledger,
         seed: int,
-        mechanism_seed: int | None,
+        secret: SecretKey,
     ):
-        self.model, self.optimizer, self.plan, self.policy, self.macs = model, optimizer, plan, policy, macs
+        self.model, self.optimizer, self.plan, self.policy, self.macs = model, optimizer, plan, policy, found.macs
         self.execution = execution
         self.scores: dict[str, float] = {}
         self.steps_taken = self.analyses_made = 0
         self.seconds_train = self.seconds_analysis = 0.0
-        self.secure = mechanism_seed is None
-        self._load, self._num_records, self._loss_fn, self._ledger = load, num_records, loss_fn, ledger
-        self._seed = seed
-        self._noise = NoiseSource() if mechanism_seed is None else NoiseSource.from_seed(mechanism_seed)
-        self._sampler = PoissonSampler() if mechanism_seed is None else PoissonSampler.from_seed(mechanism_seed)
+        self.secure = secret.secure
+        self._records, self._loss_fn, self._ledger, self._drawing = records, loss_fn, ledger, found.drawing
+        self._seed, self._record_key = seed, secret.integer("records")
+        self._noise, self._sampler = NoiseSource(secret), PoissonSampler(secret)
         self._policies: list[tuple[str, ...]] = []
         self._drawn: Batch | None = None
         self._draws = 0
+        self._probed = False
+        self._buffers = buffers_of(model)
+        self._broken = ""
 
     @property
     def backend(self) -> str:
@@ -147,9 +162,11 @@ class PrivateTraining:
 
         Raises:
           BudgetError: an epoch was left without a single step, so that the plan would never end.
+          SettingError: a batch was drawn and not stepped with.
         Privacy: an analysis charges one event; the choice of layers is post-processing.
         """
         while self.steps_taken < self.plan.steps:
+            self._refuse_what_was_skipped()
             index, taken = len(self._policies), self.steps_taken
             if self.policy.needs_scores and index in self.plan.analysis_epochs():
                 self._analyse()
@@ -157,7 +174,7 @@ class PrivateTraining:
                 self.macs,
                 self.scores or None,
                 epoch=index,
-                key=self._key("schedule"),
+                key=derive_key(self._seed, "schedule"),
                 excluded=self.execution.spared,
             )
             self._policies.append(layers)
@@ -178,8 +195,12 @@ class PrivateTraining:
         Raises:
           BudgetError: the planned steps are spent.
           SettingError: not the batch that the sampler drew last.
+          ModelError, DataError: the model does not keep examples apart after all, or the step failed. What was charged
+            stays charged.
         Privacy: charges one training event, before any record is read.
         """
+        if self._broken:
+            raise ModelError(self._broken)
         if self.steps_taken >= self.plan.steps:
             raise BudgetError(
                 f"Expected at most {self.plan.steps} steps; got one more. The planned budget is spent. "
@@ -196,21 +217,21 @@ class PrivateTraining:
             kind="train", sample_rate=self.plan.sample_rate, noise_multiplier=self.plan.noise_multiplier
         )
         self.steps_taken += 1
-        with working_memory():
-            self._descend(batch)
+        self._without_details(lambda: self._descend(batch))
         self.seconds_train += time.perf_counter() - began
 
     def _descend(self, batch: Batch) -> None:
         """Let the optimizer move along the noisy mean of the clipped gradients."""
-        clipped = clipped_sum(
+        key, size = step_key(self._record_key, batch.step), self.execution.microbatch_size
+        self._probe(batch, key)
+        clipped = clipped_sum_of(
             self.model,
             self._loss_fn,
-            batch.data,
+            self._records.microbatches(batch.record_ids, size, key),
             max_grad_norm=self.plan.max_grad_norm,
-            record_ids=batch.record_ids,
-            step=batch.step,
-            seed=self._seed,
-            microbatch_size=self.execution.microbatch_size,
+            key=key,
+            drawing=self._drawing,
+            strict=False,
         )
         std = self.plan.train_noise_std(clipped.sensitivity)
         for name, parameter in self.model.named_parameters():
@@ -223,9 +244,55 @@ class PrivateTraining:
                 )
         self.optimizer.step()
 
+    def _probe(self, batch: Batch, key: int) -> None:
+        """Once an epoch, compare a record with itself in other company.
+
+        For a model that keeps examples apart the outcome is always the same, so that nothing is released.
+        """
+        if self._probed or len(batch.record_ids) == 0:
+            return
+        companies = self._records.company(batch.record_ids, _PROBED, key)
+        if companies is None:
+            return
+        self._probed = True
+        try:
+            apart = keeps_apart(self.model, self._loss_fn, *companies, key=key, drawing=self._drawing)
+        except DPQuantError:
+            raise
+        except Exception:  # a record that the model does not run on, which contributes nothing
+            return
+        if not apart:
+            self._give_up("one record's gradient depends on the other records of its batch")
+
+    def _give_up(self, reason: str) -> None:
+        """Stop the run: what it assumes of the model is not so."""
+        self._broken = (
+            f"Expected a model that keeps examples apart; {reason}. The check on made-up records could not see it, and "
+            "the epsilon of this run DOES NOT HOLD: release nothing of it. Make the model, the loss and collate_fn "
+            "treat each record by itself, or give example= records that show what these do."
+        )
+        raise ModelError(self._broken)
+
+    def _without_details(self, work: Callable[[], None]) -> None:
+        """Do what reads private records. An exception of foreign code is replaced by one that holds no data."""
+        failed = None
+        try:
+            with working_memory(), torch.inference_mode(False), torch.enable_grad():
+                work()
+        except DPQuantError:
+            raise
+        except Exception as error:
+            failed = type(error).__name__
+        if failed is not None:  # raised out here, so that the other one is not attached to it
+            raise ModelError(
+                f"Expected a step to run as it did on made-up records; got a {failed}. Its message is withheld, because "
+                "it may hold data. What was charged stays charged. Look for what differs from a made-up step: memory, "
+                "the optimizer's state, hooks."
+            )
+
     def epsilon_spent(self) -> float:
-        """Epsilon at the plan's delta of everything charged so far. Privacy: post-processing."""
-        return self.plan.epsilon_spent(steps=self.steps_taken, analyses=self.analyses_made)
+        """Epsilon at the plan's delta of everything in the ledger. Privacy: post-processing."""
+        return accounting.epsilon(self.events(), self.plan.delta)
 
     def events(self) -> list[Event]:
         """What was charged so far, as events that an accountant composes."""
@@ -240,27 +307,50 @@ class PrivateTraining:
 
     def statement(self) -> str:
         """What is guaranteed, and what is not, in words."""
-        return self.plan.statement(steps=self.steps_taken, analyses=self.analyses_made, secure=self.secure)
-
-    def _key(self, purpose: str) -> int:
-        return derive_key(self._seed, purpose)
+        statement = self.plan.statement(events=self.events(), secure=self.secure)
+        return f"DOES NOT HOLD: {self._broken}\n{statement}" if self._broken else statement
 
     def _run(self, layers: tuple[str, ...], num_steps: int) -> Iterator[Batch]:
         """Draw batches one by one, with the epoch's layers quantized; afterwards the model is in full precision."""
+        self._probed = False
         set_precisions(self.model, self.execution.precisions(self.macs, layers))
         try:
             for _ in range(num_steps):
+                self._refuse_what_was_skipped()
                 self._drawn = self._draw("train", self.steps_taken)
                 yield self._drawn
         finally:
             set_policy(self.model, ())
+            if changed := changed_buffer(self.model, self._buffers):
+                restore_buffers(self.model, self._buffers)
+                self._broken = self._broken or "changed"
+        if changed:
+            self._give_up(f"its buffer {changed} has begun to change, and what it kept of records was not noised")
+
+    def _refuse_what_was_skipped(self) -> None:
+        """A batch that is drawn is stepped with, however many records are in it: the accounting counts on every draw."""
+        if self._broken:
+            raise ModelError(self._broken)
+        if self._drawn is not None:
+            raise SettingError(
+                "Expected every batch that an epoch draws to be stepped with; got one that was skipped. To skip some, "
+                "such as empty ones, changes the distribution of the others, which epsilon counts on. Call "
+                "private.step(batch) for every batch: an empty one is a step of noise."
+            )
 
     def _draw(self, stream: str, step: int) -> Batch:
         """A fresh Poisson batch. A step that is drawn for again draws anew: records are never chosen twice alike."""
         self._draws += 1
         rate = self.plan.sample_rate if stream == "train" else self._analysis.sample_rate
-        ids = self._sampler.draw(self._num_records, rate, stream=stream, step=step, attempt=self._draws)
-        return Batch(ids, step, self._draws, self._load)
+        ids = self._sampler.draw(len(self._records), rate, stream=stream, step=step, attempt=self._draws)
+        return Batch(ids, step, self._draws, lambda ids: self._all_of(ids, step))
+
+    def _all_of(self, record_ids: Tensor, step: int) -> Any:
+        """What the user sees of a batch: all of its sound records at once."""
+        if len(record_ids) == 0:
+            return ()
+        found = self._records.microbatch(record_ids, len(record_ids), step_key(self._record_key, step))
+        return () if found is None else take_rows(found.data, slice(0, found.num_examples))
 
     @property
     def _analysis(self):
@@ -275,26 +365,30 @@ class PrivateTraining:
         )
         self.analyses_made += 1
         batch, names = self._draw("analysis", number), [name for name in self.macs if name not in self.execution.spared]
-        with working_memory():
-            measured = impact_sum(
-                self.model,
-                self._loss_fn,
-                batch.data,
-                names=names,
-                max_norm=analysis.max_norm,
-                record_ids=batch.record_ids,
-                step=number,
-                seed=self._seed,
-                repeats=analysis.repeats,
-                score=analysis.score,
-            )
+        self._without_details(lambda: self._score(batch, names))
+        self.seconds_analysis += time.perf_counter() - began
+
+    def _score(self, batch: Batch, names: list[str]) -> None:
+        """Take the noisy mean of the batch's clipped impacts into the scores."""
+        analysis, number = self._analysis, batch.step
+        key = derive_key(self._record_key, "analysis", number)
+        measured = impact_sum_of(
+            self.model,
+            self._loss_fn,
+            self._records.microbatches(batch.record_ids, self.execution.analysis_microbatch_size, key),
+            names=names,
+            max_norm=analysis.max_norm,
+            step=number,
+            seed=self._record_key,
+            repeats=analysis.repeats,
+            score=analysis.score,
+        )
         std = self.plan.analysis_noise_std(measured.sensitivity)
         noise = self._noise.gaussian(
             measured.impacts.shape, std, stream="analysis", step=number, attempt=batch.attempt, name="impacts"
         )
         noisy_means = (measured.impacts + noise) / analysis.expected_batch_size
         self.scores = ema(self.scores, dict(zip(names, noisy_means.tolist(), strict=True)), self.policy.ema)
-        self.seconds_analysis += time.perf_counter() - began
 
 
 def make_private(
@@ -314,13 +408,16 @@ def make_private(
     microbatch_size: int | None = None,
     memory: float | None = None,
     mechanism_seed: int | None = None,
+    example: Any = None,
 ) -> PrivateTraining:
     """Check everything, prepare the model, and return a run that `plan` accounts for.
 
     Args:
       model: the user's own; its Conv2d and Linear layers are replaced in place by quantizable twins.
       optimizer: any torch optimizer over the model's trainable parameters. It is fed the noised gradient.
-      train_set: map-style. If it has a `batch(record_ids)`, that gives the collated data; else its items are collated.
+      train_set: map-style. If it has a `dpquant_batch(record_ids)`, that gives the collated data; else its items, read by
+        `__getitems__` where there is one, are collated. Records that cannot be read, or that have another structure,
+        type or shape than the data set's, contribute nothing, and nobody is told.
       loss_fn: `(model, batch) -> Tensor (B,)`, one loss per example.
       plan: the privacy settings.
       policy: which layers run quantized.
@@ -328,14 +425,18 @@ def make_private(
       rest: what all other layers run in; `full/luq-fp4/luq-fp4` quantizes their backward products alone.
       backend: `auto`, `simulate` or `int8`, likewise. Where `auto` takes int8, layers that gain nothing from it on this
         machine stay in full precision, as long as the policy has a choice among the others.
-      seed: of rounding and of the schedule; never of sampling or noise.
+      seed: of the schedule; never of sampling, noise, rounding, dropout or augmentation, which are secret.
       ledger: file to write charges to, ahead of each use of data; its folder is made. None keeps them in memory.
-      collate_fn: list of items -> batch.
+      collate_fn: list of items -> batch, a row for each item. Rows are padded to a length that the item alone decides.
       microbatch_size: examples a backward pass; None measures which is the fastest.
-      memory: that the process may use at its peak, GiB, by which the microbatch is chosen; None: no limit.
-      mechanism_seed: makes sampling and noise repeatable for research. The run is then NOT PRIVATE and says so.
+      memory: that the process may use at its peak, GiB, by which the microbatches of steps and analyses are chosen; it
+        does not bound records that are longer than the synthetic ones. None: no limit.
+      mechanism_seed: makes everything that is secret repeatable for research. The run is then NOT PRIVATE and says so.
+      example: a list or data set of a few public or synthetic records, at least two, that differ in every value. The
+        model is tried on them instead of on made-up ones, whose values may be outside of the data's domain.
     Raises:
-      ModelError, SettingError, DataError, FormatError, LedgerError: before any record's values are read.
+      ModelError, SettingError, DataError, FormatError, LedgerError: before any record's values are used. A step on
+        synthetic records has then been tried, the optimizer's part in it included.
     """
     check_trainable(model)
     _check_optimizer(model, optimizer)
@@ -356,44 +457,85 @@ def make_private(
     model = prepare(model, format=chosen, backend=backend)
     device = next(model.parameters()).device
 
-    def load(record_ids: Tensor) -> Any:
-        if isinstance(train_set, Collated):
-            return _to(train_set.batch(record_ids), device)
-        if len(record_ids) == 0:
-            return ()
-        return _to(collate_fn([train_set[i] for i in record_ids.tolist()]), device)
-
-    made_up = _to(made_up_batch(train_set[0], collate_fn), device)
-    macs = check_isolation(model, loss_fn, made_up)
+    others = precision(rest)
+    if example is None:
+        specimens = candidates(_first_record(train_set), collate_fn, device)
+    else:
+        specimens = iter([from_examples(example, collate_fn, device)])
+    quantized = [one for one, used in ((chosen, policy.quantizes), (others, others.quantized)) if used]
+    found = check_isolation(model, loss_fn, specimens, quantized=quantized)
     execution = decide(
         model,
         loss_fn,
-        made_up,
+        found.specimens.batch((0, 1, 2)),
         policy=policy,
-        macs=macs,
+        macs=found.macs,
         chosen=chosen,
-        rest=precision(rest),
+        rest=others,
         backend=backend,
-        expected_batch_size=plan.expected_batch_size,
+        plan=plan,
         microbatch_size=microbatch_size,
         memory=memory,
     )
+    _try_all(model, loss_fn, optimizer, plan, policy, found, execution)
+    secret = SecretKey() if mechanism_seed is None else SecretKey.from_seed(mechanism_seed)
     if ledger is not None:
         ledger.parent.mkdir(parents=True, exist_ok=True)
     return PrivateTraining(
         model,
         optimizer,
-        load,
-        len(train_set),
+        Records(train_set, collate_fn, device, found.specimens),
         loss_fn=loss_fn,
         plan=plan,
         policy=policy,
-        macs=macs,
+        found=found,
         execution=execution,
-        ledger=Ledger(ledger, research=mechanism_seed is not None),
+        ledger=Ledger(ledger, research=not secret.secure),
         seed=seed,
-        mechanism_seed=mechanism_seed,
+        secret=secret,
     )
+
+
+def _first_record(train_set: MapDataset) -> Any:
+    """The record whose types and shapes stand for all."""
+    try:
+        return train_set[0]
+    except Exception as error:
+        raise DataError(
+            f"Expected train_set[0] to be a record; got a {type(error).__name__}. Its types and shapes, and nothing "
+            "else of it, say what records look like. Mend it, or give example= records."
+        ) from error
+
+
+def _try_all(
+    model: nn.Module,
+    loss_fn: PerExampleLoss,
+    optimizer: torch.optim.Optimizer,
+    plan: PrivacyPlan,
+    policy: Policy,
+    found: Findings,
+    execution: Execution,
+) -> None:
+    """Run on synthetic records all that steps and analyses will run, as the first epoch will run it."""
+    layers = policy.choose(found.macs, None, epoch=0, key=0, excluded=execution.spared)
+    for names in ((), layers):
+        set_precisions(model, execution.precisions(found.macs, names))
+        try:
+            check_at_size(model, loss_fn, found, execution.microbatch_size)
+            if names or not layers:
+                rehearse(
+                    model,
+                    loss_fn,
+                    optimizer,
+                    plan,
+                    found,
+                    microbatch_size=execution.microbatch_size,
+                    analysed=list(found.macs) if policy.needs_scores else [],
+                )
+        finally:
+            set_policy(model, ())
+        if not layers:
+            return
 
 
 def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -425,8 +567,3 @@ def _check_data_set(train_set: MapDataset) -> None:
         )
     if len(train_set) == 0:
         raise DataError("Expected train_set to hold at least one record; got an empty data set.")
-
-
-def _to(batch: Any, device: torch.device) -> Any:
-    """The batch on a device, whatever tensors it is made of."""
-    return with_leaves(batch, lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf)

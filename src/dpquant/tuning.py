@@ -11,20 +11,24 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from dpquant.batches import num_rows, take_rows
 from dpquant.choice import timed
-from dpquant.clip import PerExampleLoss, clipped_sum, take_rows
+from dpquant.clip import PerExampleLoss, clipped_sum
 from dpquant.clock import Clock
 from dpquant.cost import LayerTimes
 from dpquant.errors import SettingError
 from dpquant.formats import Precision
 from dpquant.hardware import forget_peak, memory_mib
+from dpquant.impact import impact_sum
 from dpquant.layers import current_precisions, quantizable_layers, set_policy, set_precisions
+from dpquant.plan import Score
 from dpquant.working_memory import give_back
 
 _SMALLEST, _FIRST, _LARGEST = 4, 32, 256  # microbatches: the smallest, the first that is tried, the largest
 _WORTHWHILE = 1.03  # speed-up for which a microbatch is doubled
+ANALYSIS_MICROBATCH = 64  # examples a pass of an analysis, where memory is not bounded
 _TIMED_MICROBATCHES = 3  # in which layers are timed
 _MIB = 2**10  # in a GiB
 
@@ -63,7 +67,7 @@ def layer_times_once(
     """
     before = current_precisions(model)
     num_microbatches = min(max(round(expected_batch_size / microbatch_size), 1), _TIMED_MICROBATCHES)
-    examples = take_rows(batch, torch.arange(microbatch_size * num_microbatches) % len(_first_tensor(batch)))
+    examples = take_rows(batch, torch.arange(microbatch_size * num_microbatches) % num_rows(batch))
     layers = quantizable_layers(model)
     seconds = []
     try:
@@ -128,7 +132,7 @@ def fastest_microbatch_size(
 
     def run(size: int, num_examples: int, precisions: Mapping[str, Precision]) -> None:
         set_precisions(model, precisions)
-        rows = torch.arange(num_examples) % len(_first_tensor(batch))
+        rows = torch.arange(num_examples) % num_rows(batch)
         _clipped_sum(model, loss_fn, take_rows(batch, rows), size)
 
     def peak(size: int) -> float:
@@ -140,10 +144,7 @@ def fastest_microbatch_size(
         size = _FIRST if memory is None else _SMALLEST
         used = 0.0 if memory is None else peak(size)
         if memory is not None and used > memory:
-            raise SettingError(
-                f"Expected memory of at least {used:.2f} GiB for this model and data; got memory={memory:g}. So "
-                f"much is in use with {size} examples a backward pass. Allow more, or take a smaller model."
-            )
+            raise _too_little(memory, used - start, f"{size} examples a backward pass")
         while size < min(_LARGEST, expected_batch_size):
             # what is in use grows at most in proportion to the examples
             if memory is not None and used + (used - start) > memory:
@@ -160,16 +161,49 @@ def fastest_microbatch_size(
     return size
 
 
+def largest_analysis_size(
+    model: nn.Module, loss_fn: PerExampleLoss, batch: Any, names: Sequence[str], *, score: Score, memory: float
+) -> int:
+    """The largest number of examples a pass with which an analysis stays within the memory.
+
+    Args:
+      model: a prepared model.
+      loss_fn: `(model, batch) -> Tensor (B,)`.
+      batch: made-up; its rows are used again and again.
+      names: a layer whose impact is measured; each takes the same memory, one after the other.
+      score: what an impact is measured by.
+      memory: that the process may use at its peak, GiB.
+    Raises:
+      SettingError: not even the smallest number fits.
+    """
+    start = forget_peak() / _MIB
+    size, used = _SMALLEST, 0.0
+    while True:
+        rows = torch.arange(size) % num_rows(batch)
+        examples, ids = take_rows(batch, rows), torch.arange(size)
+        impact_sum(
+            model, loss_fn, examples, names=names, max_norm=1.0, record_ids=ids, step=0, seed=0, score=score,
+            microbatch_size=size,
+        )  # fmt: skip
+        used = memory_mib()[1] / _MIB
+        if used > memory and size == _SMALLEST:
+            raise _too_little(memory, used - start, f"{size} examples a pass of an analysis")
+        if size == ANALYSIS_MICROBATCH or used + (used - start) > memory:
+            return size
+        size *= 2
+
+
+def _too_little(memory: float, needed: float, what: str) -> SettingError:
+    """Says what made-up records need, and not what is in use: that tells how many private ones are in memory."""
+    return SettingError(
+        f"Expected memory enough for this model; got memory={memory:g}. Besides what the process holds already it needs "
+        f"{needed:.2f} GiB with {what}. Allow more, or take a smaller model."
+    )
+
+
 def _clipped_sum(model: nn.Module, loss_fn: PerExampleLoss, batch: Any, size: int, clock: Clock | None = None) -> None:
-    ids = torch.arange(len(_first_tensor(batch)))
+    ids = torch.arange(num_rows(batch))
     with torch.random.fork_rng(devices=[]):
         clipped_sum(
             model, loss_fn, batch, max_grad_norm=1.0, record_ids=ids, step=0, seed=0, microbatch_size=size, clock=clock
         )
-
-
-def _first_tensor(batch: Any) -> Tensor:
-    """Some tensor of a batch; all have the same number of rows."""
-    if isinstance(batch, Tensor):
-        return batch
-    return _first_tensor(next(iter(batch.values() if isinstance(batch, dict) else batch)))

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The per-example gradients of a module's own parameters, from one call of the module and its output's gradient.
+
+A few types have a closed formula. It holds for exactly those types: a subclass with a forward of its own, or a module
+that was called otherwise than with one tensor, computes something else. Everything that has no formula is evaluated
+again, one example at a time, with all of the arguments that it was called with, and differentiated. That evaluation has
+to give the output that the call gave, else the module depends on more than its arguments and is refused.
+
+Symbols: B examples, T positions, D features.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from dpquant.errors import ModelError
+from dpquant.gradients import Contribution, Formed, Lookup
+from dpquant.norms import TapedGroupNorm
+
+_TOLERANCE = 1e-3  # of an example's largest output; float32 rounding is a hundred times smaller
+
+Rule = Callable[[Any, Tensor, Tensor], dict[str, Contribution]]
+
+
+def _of_group_norm(module: nn.GroupNorm, x: Tensor, grad: Tensor) -> dict[str, Contribution]:
+    normalised = F.group_norm(x, module.num_groups, None, None, module.eps)
+    return {
+        "weight": Formed((grad * normalised).flatten(2).sum(2)) if x.ndim > 2 else Formed(grad * normalised),
+        "bias": Formed(grad.flatten(2).sum(2)) if x.ndim > 2 else Formed(grad),
+    }
+
+
+def _of_layer_norm(module: nn.LayerNorm, x: Tensor, grad: Tensor) -> dict[str, Contribution]:
+    normalised = F.layer_norm(x, module.normalized_shape, None, None, module.eps)
+    axes = tuple(range(1, x.ndim - len(module.normalized_shape)))
+    total = (lambda t: t.sum(axes)) if axes else (lambda t: t)
+    return {"weight": Formed(total(grad * normalised)), "bias": Formed(total(grad))}
+
+
+def _of_embedding(module: nn.Embedding, x: Tensor, grad: Tensor) -> dict[str, Contribution]:
+    ids_BT = x.reshape(len(x), -1)
+    g_BTD = grad.reshape(len(x), -1, module.embedding_dim)
+    if module.padding_idx is not None:
+        g_BTD = g_BTD * (ids_BT != module.padding_idx)[..., None]
+    return {"weight": Lookup(ids_BT, g_BTD, module.num_embeddings)}
+
+
+_RULES: dict[type[nn.Module], Rule] = {
+    nn.GroupNorm: _of_group_norm,
+    TapedGroupNorm: _of_group_norm,
+    nn.LayerNorm: _of_layer_norm,
+    nn.Embedding: _of_embedding,
+}
+
+
+def has_formula(module: nn.Module) -> bool:
+    """Whether the module's type, and not merely one of its base classes, has a closed formula."""
+    return type(module) in _RULES and "forward" not in module.__dict__
+
+
+def contributions_of(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor, grad: Tensor
+) -> dict[str, Contribution]:
+    """Return {parameter name inside the module: its per-example gradients}.
+
+    Args:
+      module: that was called.
+      args, kwargs: that it was called with.
+      output: what it gave, `(B, ...)`.
+      grad: the loss' gradient at the output.
+    Raises:
+      ModelError: the module cannot be evaluated one example at a time, or not with the same result.
+    Privacy: per example, reads no other row.
+    """
+    if has_formula(module):
+        try:
+            (x,) = inspect.signature(module.forward).bind(*args, **kwargs).arguments.values()
+        except (TypeError, ValueError):
+            x = None
+        if isinstance(x, Tensor):
+            return _RULES[type(module)](module, x.detach(), grad)
+    return _generally(module, args, kwargs, output, grad)
+
+
+def _generally(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor, grad: Tensor
+) -> dict[str, Contribution]:
+    """Evaluate the module on one example at a time and differentiate it, vectorised where that is possible."""
+    values, tree = pytree.tree_flatten((args, dict(kwargs)))
+    values = [value.detach() if isinstance(value, Tensor) else value for value in values]
+    count = len(grad)
+    per_example = [isinstance(value, Tensor) and value.ndim > 0 and len(value) == count for value in values]
+    if not any(per_example):
+        raise ModelError(
+            f"Expected a {type(module).__name__} with parameters of its own to be called with the examples on the first "
+            "axis of a tensor; got none such. Its per-example gradients are unknown. Give it the batch, or freeze it."
+        )
+    parameters = {name: p.detach() for name, p in module.named_parameters(recurse=False)}
+    rows = [value for value, own in zip(values, per_example, strict=True) if own]
+
+    def of_one(parameters: dict[str, Tensor], rows: list[Tensor], grad: Tensor) -> tuple[Tensor, Tensor]:
+        mine = iter(rows)
+        filled = [next(mine).unsqueeze(0) if own else value for value, own in zip(values, per_example, strict=True)]
+        given, named = pytree.tree_unflatten(filled, tree)
+        y = torch.func.functional_call(module, parameters, given, named)
+        if not isinstance(y, Tensor) or y.shape != (1, *output.shape[1:]):
+            raise _unlike(module)
+        return (y.squeeze(0) * grad).sum(), y.squeeze(0)
+
+    try:
+        with torch.enable_grad():
+            differentiated = torch.func.vmap(torch.func.grad(of_one, has_aux=True), (None, 0, 0), randomness="error")
+            gradients, again = differentiated(parameters, rows, grad)
+    except (RuntimeError, NotImplementedError):  # an operator or control flow that cannot be vectorised
+        gradients, again = _one_by_one(module, of_one, parameters, rows, grad)
+    if not _same(again.detach(), output.detach()):
+        raise _unlike(module)
+    return {name: Formed(gradient.detach()) for name, gradient in gradients.items()}
+
+
+def _one_by_one(
+    module: nn.Module, of_one: Callable, parameters: dict[str, Tensor], rows: list[Tensor], grad: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The same by plain autograd: slower, for every module that runs on a single example."""
+    found, again = [], []
+    try:
+        with torch.enable_grad():
+            for i in range(len(grad)):
+                leaves = {name: p.clone().requires_grad_() for name, p in parameters.items()}
+                value, y = of_one(leaves, [row[i] for row in rows], grad[i])
+                found.append(torch.autograd.grad(value, list(leaves.values()), allow_unused=True))
+                again.append(y.detach())
+    except (RuntimeError, NotImplementedError, IndexError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"Expected a {type(module).__name__} whose per-example gradients can be computed; got one that cannot be "
+            f"evaluated one example at a time ({type(error).__name__}). Freeze it, or build it of Conv2d, Linear, "
+            "GroupNorm, LayerNorm and Embedding."
+        ) from error
+    gradients = {
+        name: torch.stack([torch.zeros_like(p) if one[place] is None else one[place] for one in found])
+        for place, (name, p) in enumerate(parameters.items())
+    }
+    return gradients, torch.stack(again)
+
+
+def _same(again: Tensor, output: Tensor) -> bool:
+    """Whether each example's output came out as it was, where it is finite."""
+    again_BN, output_BN = again.reshape(len(again), -1), output.reshape(len(output), -1)
+    finite_B = output_BN.isfinite().all(1)
+    gap_B = (again_BN - output_BN).abs().amax(1) if output_BN.shape[1] else again_BN.new_zeros(len(again))
+    close_B = gap_B <= _TOLERANCE * output_BN.abs().amax(1) if output_BN.shape[1] else gap_B == 0
+    return bool((close_B | ~finite_B).all())
+
+
+def _unlike(module: nn.Module) -> ModelError:
+    return ModelError(
+        f"Expected a {type(module).__name__} with parameters of its own to compute each example's output from that "
+        "example's arguments; evaluated on one example at a time it gives another one. It uses state that was put on "
+        "it before the call, or the other examples, so its per-example gradients are unknown. Pass what it needs as "
+        "arguments with the examples on the first axis, or freeze it."
+    )

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole step on synthetic records before the first charge: what can fail in a run fails here, and costs nothing.
+
+The optimizer's step is tried on a copy of it, with parameters of its own, so that neither the model nor the optimizer's
+state moves. Nothing here sees a private record.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpquant.batches import Microbatch
+from dpquant.clip import PerExampleLoss, clipped_sum_of
+from dpquant.errors import DPQuantError, ModelError, SettingError
+from dpquant.impact import impact_sum_of
+from dpquant.isolation import Findings
+from dpquant.noise import NoiseSource
+from dpquant.plan import PrivacyPlan
+
+
+def rehearse(
+    model: nn.Module,
+    loss_fn: PerExampleLoss,
+    optimizer: torch.optim.Optimizer,
+    plan: PrivacyPlan,
+    found: Findings,
+    *,
+    microbatch_size: int,
+    analysed: Sequence[str],
+) -> None:
+    """Try the clipped sum, the noise, the optimizer and the analysis as a run will do them.
+
+    Args:
+      model: prepared, with the precisions that an epoch will have.
+      loss_fn: `(model, batch) -> Tensor (B,)`.
+      optimizer: the run's.
+      plan: the run's.
+      found: of the isolation check.
+      microbatch_size: of the run.
+      analysed: names of layers whose impact is measured; two are enough to try it. Empty: there is no analysis.
+    Raises:
+      ModelError, SettingError: something that the run needs does not work.
+    Privacy: reads no data and charges nothing; the noise that is drawn here is used for nothing else.
+    """
+    order = [number % 3 for number in range(microbatch_size)]
+    piece = Microbatch(found.specimens.batch(order), torch.tensor(order), microbatch_size)
+    try:
+        clipped = clipped_sum_of(
+            model, loss_fn, [piece], max_grad_norm=plan.max_grad_norm, key=0, drawing=found.drawing, strict=False
+        )
+        if plan.analysis is not None and analysed:
+            impact_sum_of(
+                model,
+                loss_fn,
+                [piece],
+                names=list(dict.fromkeys([analysed[0], analysed[-1]])),
+                max_norm=plan.analysis.max_norm,
+                step=0,
+                seed=0,
+                score=plan.analysis.score,
+            )
+            plan.analysis_noise_std(plan.analysis.max_norm)
+    except DPQuantError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"Expected a step on made-up records to run with {microbatch_size} examples a backward pass; got a "
+            f"{type(error).__name__}: {error}."
+        ) from error
+    noise = NoiseSource()
+    std = plan.train_noise_std(clipped.sensitivity)
+    gradients = {
+        name: noise.gaussian(grad.shape, std, stream="rehearsal", step=0, attempt=0, name=name).to(grad.device) + grad
+        for name, grad in clipped.grads.items()
+    }
+    _try_optimizer(model, optimizer, gradients)
+
+
+def _try_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, gradients: dict[str, Tensor]) -> None:
+    """One step of a copy of the optimizer, on copies of the parameters."""
+    rule = "Expected optimizer to step on a dense gradient, with step() alone, as private.step calls it"
+    names = {p: name for name, p in model.named_parameters()}
+    originals = [p for group in optimizer.param_groups for p in group["params"]]
+    try:
+        twin: Any = copy.deepcopy(optimizer)
+    except Exception as error:
+        raise SettingError(
+            f"Expected an optimizer that can be copied, to try its step before anything is charged; got a "
+            f"{type(error).__name__} from copying a {type(optimizer).__name__}. Use one whose state is tensors and "
+            "numbers."
+        ) from error
+    for original, copied in zip(originals, [p for group in twin.param_groups for p in group["params"]], strict=True):
+        gradient = gradients.get(names[original])
+        copied.grad = None if gradient is None else gradient.clone()
+    try:
+        with torch.enable_grad():
+            type(twin).step(twin)  # a scheduler replaces the instance's own step by one that moves the original
+    except TypeError as error:
+        raise SettingError(
+            f"{rule}; got a {type(error).__name__} from {type(optimizer).__name__}: {error}. An optimizer that "
+            "evaluates the loss again (a closure) would use more gradients than are charged. Use one that needs none."
+        ) from error
+    except Exception as error:
+        raise SettingError(
+            f"{rule}; got a {type(error).__name__} from {type(optimizer).__name__}: {error}. Use another optimizer."
+        ) from error
