@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_model
 from scipy import stats
 from torch import Tensor, nn
 
@@ -26,8 +26,8 @@ from dpquant.clip import clipped_sum
 from dpquant.errors import SettingError
 from dpquant.impact import gradient_impact_vectors, impact_vectors
 from dpquant.layers import prepare, quantizable_layers, set_policy
-from dpquant.settings import TrainSettings, from_toml
-from dpquant.train import model_of, per_example_loss, plan_of
+from dpquant.settings import TrainSettings, from_toml, plan_of
+from dpquant.train import model_of, per_example_loss
 from experiments import fashion_mnist
 from experiments.runner import RESULTS, Run, Site, new_figure
 from experiments.settings import EPSILON, FASHION, GTSRB, SHORT
@@ -73,7 +73,7 @@ def settings_and_data(folder: Path) -> tuple[TrainSettings, data.Dataset]:
 def network(folder: Path, settings: TrainSettings, dataset: data.Dataset, format: str) -> nn.Module:
     """A run's network, prepared for a format and in evaluation mode."""
     model = model_of(settings, dataset)
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    load_model(model, folder / "model.safetensors")
     return prepare(model.eval(), format=format)
 
 

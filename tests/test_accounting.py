@@ -203,7 +203,7 @@ def test_events_that_cannot_have_happened_are_refused(name, value):
 
 def test_delta_and_accountant_are_checked():
     for delta in (0.0, 1.0, math.nan, 1e-16):
-        with pytest.raises(SettingError, match="delta"):
+        with pytest.raises(SettingError, match=r"delta of the \(epsilon, delta\) guarantee.*far below 1 / records"):
             epsilon([], delta)
     with pytest.raises(SettingError, match="pld, rdp"):
         epsilon([], DELTA, cast(Any, "gdp"))

@@ -2,6 +2,7 @@
 """A plan spends what it promises, checks every setting before data is touched, and says what it does not cover."""
 
 import dataclasses
+import json
 import math
 import re
 import warnings
@@ -11,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from dpquant.accounting import epsilon
+from dpquant.accounting import Event, epsilon
 from dpquant.errors import SettingError
-from dpquant.plan import AnalysisPlan, PrivacyPlan
+from dpquant.plan import AnalysisPlan, PrivacyPlan, rounded_up
 
 ANALYSIS = {"count": 3, "sample_rate": 0.05, "expected_batch_size": 100, "noise_multiplier": 2.0, "max_norm": 1.0}
 SETTINGS = {
@@ -169,7 +170,7 @@ def test_more_analyses_than_epochs_and_other_things_than_plans_are_refused():
 
 
 def test_a_large_delta_is_warned_about_and_a_usual_one_is_not():
-    with pytest.warns(UserWarning, match=r"delta=0\.02 is large"):
+    with pytest.warns(UserWarning, match=r"delta=0\.02 is large.*far below 1 / records"):
         plan(delta=0.02)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -224,13 +225,19 @@ def assert_statement_says_it_all(text: str) -> None:
         "dp_accounting 0.",
         "grid of 0.001",
         "Renyi",
-        "data set's size and its list of classes",
+        "need not be the true ones",
+        "shapes and types of a record",
+        "list of classes",
+        "The true number of records is not public",
+        "`seed`) only initialises",
+        "Sampling, noise, rounding, dropout and random augmentation follow from a secret key",
         "hyper-parameter tuning",
         "pre-processing",
         "floating-point",
         "timing",
     ):
         assert words in text, words
+    assert "data set's size" not in text, "that size is private"
 
 
 def test_the_statement_names_what_is_promised_and_what_is_not():
@@ -238,19 +245,103 @@ def test_the_statement_names_what_is_promised_and_what_is_not():
     assert "100 training steps" in plan().statement() and "3 analyses" in plan().statement()
 
 
-def test_a_bare_epsilon_would_be_seen():
+@pytest.mark.parametrize(
+    ("words", "planted"),
+    [
+        ("delta = 1e-05", ""),
+        ("the list of classes", "the data set's size and its list of classes"),
+        ("follow from a secret key", "follow from `seed`"),
+    ],
+)
+def test_a_statement_that_says_less_or_gives_away_the_size_would_be_seen(words, planted):
+    assert words in plan().statement()
     with pytest.raises(AssertionError):
-        assert_statement_says_it_all("epsilon = 4.0000, delta = 1e-05")
+        assert_statement_says_it_all(plan().statement().replace(words, planted))
 
 
-def test_the_statement_is_about_what_was_done_and_rounds_up():
-    a_plan = plan()
-    text = a_plan.statement(steps=10, analyses=1)
+# Another rate, other noise and another number of steps than the plan's: what a ledger may hold.
+CHARGED = [
+    Event(kind="train", sample_rate=0.02, noise_multiplier=0.9, count=7),
+    Event(kind="analysis", sample_rate=0.03, noise_multiplier=3.0, count=2),
+]
+
+
+def assert_statement_is_about(events, text: str) -> None:
     stated = float(re.search(r"epsilon = ([\d.]+) and", text)[1])
-    spent = a_plan.epsilon_spent(steps=10, analyses=1)
+    spent = epsilon(events, 1e-5)
     assert spent <= stated <= spent + 1e-4
-    assert "10 training steps" in text
-    assert "epsilon = 0.0000" in a_plan.statement(steps=0, analyses=0)
+    for event, what in zip(events, ("training steps", "analyses"), strict=True):
+        assert f"{event.count} {what}" in text
+        assert f"noise multiplier {event.noise_multiplier:.4f}, sample rate {event.sample_rate:g}" in text
+
+
+def test_the_statement_is_about_the_events_it_is_given_and_rounds_up():
+    assert_statement_is_about(CHARGED, plan().statement(events=CHARGED))
+    assert_statement_is_about(plan().events(), plan().statement())
+    assert "epsilon = 0.0000" in plan().statement(events=[]) and "nothing was released" in plan().statement(events=[])
+    assert "2 analyses, noise" in plan(analysis=None).statement(events=CHARGED)
+
+
+@pytest.mark.parametrize(
+    "change", [{"noise_multiplier": 0.91}, {"sample_rate": 0.021}, {"count": 8}], ids=["noise", "rate", "count"]
+)
+def test_a_statement_about_other_events_would_be_seen(change):
+    planted = [dataclasses.replace(CHARGED[0], **change), CHARGED[1]]
+    with pytest.raises(AssertionError):
+        assert_statement_is_about(CHARGED, plan().statement(events=planted))
+
+
+def test_a_statement_about_the_plan_in_place_of_the_ledger_would_be_seen():
+    with pytest.raises(AssertionError):
+        assert_statement_is_about(CHARGED, plan().statement())
+
+
+def assert_rounds_up(written) -> None:
+    for value in (0.0, 1e-9, 1.23450001, 1.2345, 7.99995, 8.0):
+        assert value <= float(written(value)) <= value + 1e-4
+        assert re.fullmatch(r"\d+\.\d{4}", written(value))
+
+
+def test_a_printed_epsilon_is_never_less_than_the_number():
+    assert_rounds_up(rounded_up)
+    assert rounded_up(1.231, 2) == "1.24" and rounded_up(math.inf) == "infinity"
+
+
+def test_rounding_to_the_nearest_would_be_seen():
+    with pytest.raises(AssertionError):
+        assert_rounds_up(lambda value: f"{value:.4f}")
+
+
+def assert_json_has_typed_numbers(text: str, a_plan: PrivacyPlan) -> None:
+    read = json.loads(text)
+    assert set(read) == {
+        "epsilon", "delta", "noise_multiplier", "sample_rate", "expected_batch_size", "steps", "epochs",
+        "max_grad_norm", "analysis", "analysis_share",
+    }  # fmt: skip
+    assert read.pop("analysis") == dataclasses.asdict(a_plan.analysis)
+    assert {type(value) for value in read.values()} == {float, int}
+    assert read.pop("epsilon") == a_plan.epsilon_spent() and read.pop("analysis_share") == a_plan.analysis_share()
+    assert read == {name: getattr(a_plan, name) for name in read}
+
+
+def test_the_json_holds_numbers():
+    assert_json_has_typed_numbers(plan().to_json(), plan())
+    assert json.loads(plan(analysis=None).to_json())["analysis"] is None
+
+
+@pytest.mark.parametrize(
+    ("number", "planted"), [('"delta": 1e-05', '"delta": "1e-05"'), ('"steps": 100', '"steps": 99')]
+)
+def test_json_with_words_or_with_other_numbers_would_be_seen(number, planted):
+    assert number in plan().to_json()
+    with pytest.raises(AssertionError):
+        assert_json_has_typed_numbers(plan().to_json().replace(number, planted), plan())
+
+
+def test_a_number_that_is_not_finite_is_null_in_json(monkeypatch):
+    monkeypatch.setattr(PrivacyPlan, "epsilon_spent", lambda self, **counts: math.inf)
+    read = json.loads(plan().to_json(), parse_constant=pytest.fail)
+    assert read["epsilon"] is None and read["analysis_share"] is None
 
 
 def test_seeded_randomness_is_called_not_private():

@@ -79,11 +79,31 @@ def test_names_agree_with_the_library():
     )
 
 
-def test_the_command_line_loads_no_torch():
-    code = "import sys, dpquant.cli; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def loads(module, code):
+    """Whether a fresh interpreter has loaded a module once it has run some code."""
+    program = f"import sys; {code}; sys.exit({module!r} in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", program], stdout=subprocess.DEVNULL, check=False)
+    assert result.returncode in (0, 1)
+    return result.returncode == 1
 
 
-def test_loading_torch_would_be_seen():
-    code = "import sys, torch, dpquant.cli; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 1
+@pytest.mark.parametrize("module", ["torch", "dp_accounting"])
+def test_the_command_line_loads_neither_torch_nor_the_accountant(module):
+    assert not loads(module, "import dpquant.cli")
+
+
+PLANNED = "import dpquant.cli; assert dpquant.cli.run(['plan', '--records', '9000']) == 0"
+
+
+def test_planning_from_public_numbers_loads_no_torch():
+    assert not loads("torch", PLANNED)
+
+
+@pytest.mark.parametrize("code", ["import torch", "import dpquant.train", PLANNED.replace("'--records', '9000'", "")])
+def test_loading_torch_would_be_seen(code):
+    assert loads("torch", code)
+
+
+def test_delta_is_explained_as_what_it_is():
+    help = {field.name: field.metadata["help"] for field in dataclasses.fields(TrainSettings)}["delta"]
+    assert "(epsilon, delta) guarantee" in help and "far below 1 / records" in help

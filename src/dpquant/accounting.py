@@ -97,8 +97,8 @@ def epsilon(events: Iterable[Event], delta: float, accountant: Literal["pld", "r
         )
     if not SMALLEST_DELTA <= delta < 1:
         raise SettingError(
-            f"Expected delta in [{SMALLEST_DELTA:g}, 1); got delta={delta}. It is the probability that the promise "
-            "fails. Choose it well below one over the number of records."
+            f"Expected delta in [{SMALLEST_DELTA:g}, 1); got delta={delta}. It is delta of the (epsilon, delta) "
+            "guarantee. Choose it far below 1 / records."
         )
     return _epsilon(_merged(events), float(delta), accountant)
 

@@ -40,8 +40,8 @@ from dpquant.plan import AnalysisPlan, PrivacyPlan
 from dpquant.private import PrivateTraining, make_private
 from dpquant.record import RunRecord
 from dpquant.schedule import Policy, Turn, largest_layers, noise_left
-from dpquant.settings import TrainSettings
-from dpquant.train import model_of, optimizer_of, per_example_loss, plan_of, policy_of
+from dpquant.settings import TrainSettings, plan_of, policy_of
+from dpquant.train import model_of, optimizer_of, per_example_loss
 from dpquant.tuning import layer_times_once, usual_times
 
 HARDWARE = ("here", "fp4")

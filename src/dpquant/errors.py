@@ -7,6 +7,7 @@
     ├── ModelError     (ValueError)    the model cannot be trained privately
     ├── DataError      (ValueError)    a data set is missing, empty or unreadable
     ├── BudgetError    (RuntimeError)  the planned privacy budget is spent, or cannot be met
+    ├── DivergedError  (RuntimeError)  a run's parameters did not stay finite
     └── LedgerError    (RuntimeError)  the ledger cannot be written or does not agree with itself
 
 Messages follow one form: `Expected <name> <rule>; got <name>=<value>. <Why it matters>. <What to do>.`
@@ -36,6 +37,10 @@ class DataError(DPQuantError, ValueError):
 
 class BudgetError(DPQuantError, RuntimeError):
     """The planned privacy budget is spent."""
+
+
+class DivergedError(DPQuantError, RuntimeError):
+    """A run's parameters did not stay finite. What was charged until then stays charged."""
 
 
 class LedgerError(DPQuantError, RuntimeError):

@@ -10,20 +10,25 @@ Every setting is public: rates and batch sizes are literals, never computed from
 otherwise scale the released gradients. A plan holds no speed setting and nothing in it changes during a run, so what
 was calibrated is what is spent. It draws no noise and reads no data; it says how much noise there has to be.
 
+This file loads no torch, so that a budget can be planned on any machine.
+
 Symbols: q sample_rate, sigma noise_multiplier, C max_grad_norm (training) and max_norm (analysis), T steps.
 """
 
 import dataclasses
+import json
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 from dpquant import accounting
 from dpquant.accounting import Event
 from dpquant.errors import SettingError
-from dpquant.impact import Score
 
-LARGE_DELTA = 1e-2  # from here on the promise is weak even for tiny data sets
+Score = Literal["loss", "gradient"]  # what a layer's impact is measured by
+
+LARGE_DELTA = 1e-2  # from here on the guarantee says little, however small the data set
 
 
 class _Rule(NamedTuple):
@@ -44,7 +49,7 @@ _RULES = {
     "delta": _Rule(
         accounting.SMALLEST_DELTA,
         0.5,
-        "With this probability the promise fails. Choose it far below one over the number of records.",
+        "It is delta of the (epsilon, delta) guarantee. Choose it far below 1 / records.",
     ),
     "max_grad_norm": _NORM,
     "max_norm": _NORM,
@@ -103,7 +108,7 @@ class PrivacyPlan:
     Attributes:
       epsilon: the target; or what the planned run costs, if the noise was given.
       noise_multiplier: training noise over sensitivity; calibrated, if epsilon was given.
-      delta: probability that the promise fails.
+      delta: of the (epsilon, delta) guarantee; far below 1 / records.
       max_grad_norm: L2 norm that each example's gradient is clipped to.
       sample_rate: each record's probability to take part in a step.
       expected_batch_size: public number that the noised sum of gradients is divided by.
@@ -171,7 +176,11 @@ class PrivacyPlan:
             )
             object.__setattr__(self, "noise_multiplier", sigma)
         if self.delta > LARGE_DELTA:
-            warnings.warn(f"delta={self.delta:g} is large: with that probability the promise fails.", stacklevel=2)
+            warnings.warn(
+                f"delta={self.delta:g} is large. It is delta of the (epsilon, delta) guarantee: choose it far below "
+                "1 / records.",
+                stacklevel=2,
+            )
 
     @property
     def epoch_steps(self) -> int:
@@ -246,32 +255,54 @@ class PrivacyPlan:
         return [
             *rows,
             ("delta", f"{self.delta:g}"),
-            ("epsilon (PLD)", _rounded_up(self.epsilon_spent())),
-            ("epsilon (RDP, as a check)", _rounded_up(accounting.epsilon(self.events(), self.delta, "rdp"))),
+            ("epsilon (PLD)", rounded_up(self.epsilon_spent())),
+            ("epsilon (RDP, as a check)", rounded_up(accounting.epsilon(self.events(), self.delta, "rdp"))),
         ]
 
-    def statement(self, *, steps: int | None = None, analyses: int | None = None, secure: bool = True) -> str:
-        """What is guaranteed after so many steps and analyses, and what is not, in words.
+    def to_json(self) -> str:
+        """The budget as JSON, with numbers as numbers, for programs.
+
+        `epsilon` is what everything that is planned costs at `delta`, and `analysis_share` the part of it that the
+        analyses cost. `analysis` is null where none is planned; so is a number that is not finite.
+        """
+        facts = {
+            "epsilon": self.epsilon_spent(),
+            "delta": self.delta,
+            "noise_multiplier": self.noise_multiplier,
+            "sample_rate": self.sample_rate,
+            "expected_batch_size": self.expected_batch_size,
+            "steps": self.steps,
+            "epochs": self.epochs,
+            "max_grad_norm": self.max_grad_norm,
+            "analysis": None if self.analysis is None else dataclasses.asdict(self.analysis),
+            "analysis_share": self.analysis_share(),
+        }
+        known = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in facts.items()}
+        return json.dumps(known, indent=2) + "\n"
+
+    def statement(self, *, events: Sequence[Event] | None = None, secure: bool = True) -> str:
+        """What is guaranteed after these releases, and what is not, in words.
 
         Args:
-          steps: taken; None for all that are planned.
-          analyses: made; None for all that are planned.
+          events: what was released, as the ledger has it; None for all that is planned.
           secure: False if sampling or noise came from a seed.
         Privacy: post-processing.
         """
-        steps = self.steps if steps is None else steps
-        analyses = len(self.analysis_epochs()) if analyses is None else analyses
-        events = self._events(steps, analyses)
+        events = self.events() if events is None else events
         spent, check = (accounting.epsilon(events, self.delta, accountant) for accountant in ("pld", "rdp"))
         released = "; ".join(map(self._described, events)) or "nothing was released"
         lines = [
-            f"Differential privacy with epsilon = {_rounded_up(spent)} and delta = {self.delta:g}, for the model and "
+            f"Differential privacy with epsilon = {rounded_up(spent)} and delta = {self.delta:g}, for the model and "
             "everything else that the run released (layer scores, schedule, this statement).",
             "Neighbouring data sets differ by one record, added or removed; the unit of protection is one record.",
             f"Mechanism: Poisson-subsampled Gaussian: {released}.",
             f"Accountant: {accounting.version()}, privacy loss distributions on a grid of {accounting.GRID:g}, rounded "
-            f"to the pessimistic side; Renyi accounting, as a check: epsilon = {_rounded_up(check)}.",
-            "Taken as public: every setting above, the data set's size and its list of classes.",
+            f"to the pessimistic side; Renyi accounting, as a check: epsilon = {rounded_up(check)}.",
+            "Taken as public: the settings above; the numbers given as records and expected batch size, which need not "
+            "be the true ones; the shapes and types of a record; the list of classes. The true number of records is "
+            "not public.",
+            "Public randomness (`seed`) only initialises the model and schedules its layers. Sampling, noise, "
+            "rounding, dropout and random augmentation follow from a secret key of the run.",
             "Not covered: hyper-parameter tuning and other runs on the same data; pre-processing that was fitted to "
             "the data; several records of one person; floating-point side channels (the proof is about real numbers); "
             "timing and memory.",
@@ -300,10 +331,11 @@ class PrivacyPlan:
 
     def _described(self, event: Event) -> str:
         """An event in words."""
-        if event.kind == "analysis" and self.analysis is not None:
-            what = f"{event.count} analyses, impacts clipped to {self.analysis.max_norm:g}"
-        else:
+        if event.kind == "train":
             what = f"{event.count} training steps, gradients clipped to {self.max_grad_norm:g}"
+        else:
+            norm = "" if self.analysis is None else f", impacts clipped to {self.analysis.max_norm:g}"
+            what = f"{event.count} analyses{norm}"
         return f"{what}, noise multiplier {event.noise_multiplier:.4f}, sample rate {event.sample_rate:.6g}"
 
     def _check_analysis(self) -> None:
@@ -332,6 +364,7 @@ def _checked(name: str, value: Any, prefix: str = "") -> float:
     return rule.number(scalar)
 
 
-def _rounded_up(epsilon: float) -> str:
-    """Four decimals, never less than the number itself."""
-    return f"{math.ceil(epsilon * 1e4) / 1e4:.4f}" if math.isfinite(epsilon) else "infinity"
+def rounded_up(epsilon: float, digits: int = 4) -> str:
+    """An epsilon with so many decimals, never less than the number itself: it is an upper bound and stays one."""
+    unit = 10**digits
+    return f"{math.ceil(epsilon * unit) / unit:.{digits}f}" if math.isfinite(epsilon) else "infinity"

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings of `dpquant plan` and `dpquant train`: one place for their names, defaults, help and ranges. No torch.
+"""The settings of `dpquant plan` and `dpquant train`: one place for their names, defaults, help and ranges.
 
 A setting that is None follows from the data set: `BY_DATA` has what was found to work for each, `GENERAL` the rest.
+`policy_of` and `plan_of` make the run's policy and privacy plan of them. Importing this file loads neither torch nor
+the accountant.
 """
 
 import dataclasses
@@ -10,16 +12,23 @@ import math
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from dpquant.errors import FormatError, SettingError
 from dpquant.formats import precision
+
+if TYPE_CHECKING:
+    from dpquant.plan import PrivacyPlan, Score
+    from dpquant.schedule import Policy
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 POLICIES = ("none", "all", "static", "rotate", "prioritise", "dpquant")
 BACKENDS = ("auto", "simulate", "int8")
 ANALYSIS_SCORES = ("loss", "gradient")
+
+_ANALYSIS_PARTS = {"loss": 1 / 2, "gradient": 1 / 16}  # of a step's batch: a gradient costs more and says more
+_ANALYSIS_NORMS = {"loss": 0.25, "gradient": 1.0}
 
 GENERAL: Mapping[str, Any] = {
     "model": "resnet18-cifar",
@@ -75,7 +84,7 @@ class TrainSettings:
     fix: bool = _setting("replace BatchNorm by GroupNorm", False)
     epsilon: float | None = _setting("privacy budget, training and analysis together [8, unless noise is given]")
     noise_multiplier: float | None = _setting("noise over sensitivity, instead of epsilon")
-    delta: float = _setting("probability that the promise fails")
+    delta: float = _setting("of the (epsilon, delta) guarantee; choose it far below 1 / records")
     max_grad_norm: float = _setting("L2 norm that each example's gradient is clipped to")
     epochs: int = _setting("passes over the data, on average")
     batch_size: float = _setting("expected size of a Poisson batch")
@@ -106,7 +115,9 @@ class TrainSettings:
     analysis_noise_multiplier: float = _setting("noise over sensitivity of an analysis", 1.0)
     analysis_max_norm: float | None = _setting("L2 norm that each example's impacts are clipped to [1; loss 0.25]")
     analysis_repeats: int = _setting("roundings averaged in an analysis", 1)
-    seed: int = _setting("of model, rounding and schedule; never of sampling and noise", 0)
+    seed: int = _setting(
+        "of the model's first parameters and of the schedule; public, so no other draw follows from it", 0
+    )
     threads: int | None = _setting("threads to compute with [all cores]")
     microbatch_size: int | None = _setting("examples a backward pass [the fastest, measured]")
     memory: float | None = _setting("GiB that the process may use at most, by which microbatch-size is chosen")
@@ -193,6 +204,79 @@ def from_toml(path: Path) -> dict[str, Any]:
         raise SettingError(
             f"Expected a readable TOML file of settings; got {path}: {error}. Check the path."
         ) from error
+
+
+def policy_of(settings: TrainSettings) -> "Policy":
+    """The policy that the settings name."""
+    from dpquant import schedule  # loads numpy, which --help does without
+
+    fraction, macs = settings.fraction, settings.macs
+    match settings.policy:
+        case "none":
+            return schedule.NonePolicy()
+        case "all":
+            return schedule.AllPolicy()
+        case "static":
+            names = None if settings.layers is None else tuple(name.strip() for name in settings.layers.split(","))
+            return schedule.StaticPolicy(fraction=fraction, macs=macs, names=names, seed=settings.seed)
+        case "rotate":
+            return schedule.RotatePolicy(fraction=fraction, macs=macs)
+        case "prioritise":
+            return schedule.PrioritisePolicy(fraction=fraction, macs=macs, ema=settings.ema)
+        case _:
+            return schedule.DPQuantPolicy(fraction=fraction, macs=macs, beta=settings.beta, ema=settings.ema)
+
+
+def plan_of(settings: TrainSettings) -> "PrivacyPlan":
+    """The privacy plan of a run, from public numbers: no data is read.
+
+    Raises:
+      SettingError: the number of records is neither public nor given, or a privacy setting is out of range.
+      DataError: the data set is unknown.
+    """
+    from dpquant.plan import AnalysisPlan, PrivacyPlan  # loads the accountant, which --help does without
+
+    if (records := settings.records) is None:
+        from dpquant.data import public_size  # loads torch, which a plan with a given number of records does without
+
+        records = public_size(settings.data)
+    if settings.sample_rate is None and records is None:
+        raise SettingError(
+            f"Expected records or sample_rate for data={settings.data}; got neither. The size of a private data set is "
+            "itself private, so it is not counted. Give a public number: --records, which may be approximate, or "
+            "--sample-rate."
+        )
+    score, max_norm = cast("Score", settings.analysis_score), settings.analysis_max_norm
+    analysis_batch = settings.analysis_batch_size or settings.batch_size * _ANALYSIS_PARTS[score]
+    rate = settings.sample_rate or settings.batch_size / (records or 1)
+    if rate > 1 or rate * analysis_batch > settings.batch_size:
+        raise SettingError(
+            f"Expected batch_size and analysis_batch_size of at most {settings.batch_size / rate:g}, the records; got "
+            f"batch_size={settings.batch_size:g}, analysis_batch_size={analysis_batch:g}. A record is drawn with "
+            "probability batch size over records. Give smaller batches."
+        )
+    epoch_steps = max(1, round(1 / rate))
+    analysis = None
+    if policy_of(settings).needs_scores:
+        analysis = AnalysisPlan(
+            count=-(-settings.epochs // settings.analysis_every),
+            sample_rate=rate * analysis_batch / settings.batch_size,
+            expected_batch_size=analysis_batch,
+            noise_multiplier=settings.analysis_noise_multiplier,
+            max_norm=_ANALYSIS_NORMS[score] if max_norm is None else max_norm,
+            repeats=settings.analysis_repeats,
+            score=score,
+        )
+    return PrivacyPlan(
+        epsilon=settings.epsilon,
+        noise_multiplier=settings.noise_multiplier,
+        delta=settings.delta,
+        max_grad_norm=settings.max_grad_norm,
+        sample_rate=rate,
+        expected_batch_size=settings.batch_size,
+        steps=settings.epochs * epoch_steps,
+        analysis=analysis,
+    )
 
 
 _AT_LEAST_ONE: tuple[str, Callable[[Any], bool]] = (">= 1", lambda x: x >= 1)
