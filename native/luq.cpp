@@ -5,6 +5,11 @@
 // nothing, does not know torch and decides nothing. A row is read twice (its largest magnitude, then its codes), or once more for its
 // root mean square, while it is in the cache.
 //
+// What one record draws may not depend on how far another record's length pads the batch, so each line h of a map (C, H, W) draws
+// under its own key. Maps arrive channels last: a line is contiguous, and an element's index in it, w * C + c, is its place in
+// memory. Draws are laid out line by line, a tile at a time, before its codes are made: the loop over codes then runs on where a
+// line ends, and lines of 16 elements cost little more than long ones.
+//
 // Symbols: top = what the largest code stands for; t = |x| * max_code / top, at most max_code; draw = 23 random bits; z = t, or t + 1 where t < 1.
 //
 // Both roundings are one addition on z. Since z >= 1, z is a multiple of 2^-23, and for t < 1 forming t + 1 has rounded t to
@@ -41,12 +46,14 @@ constexpr uint32_t MAGNITUDE = 0x7FFFFFFF;
 constexpr uint32_t INFINITY_BITS = 0x7F800000;  // magnitudes from here on are not finite
 constexpr float SMALLEST_ABSMAX = 0x1p-100f;    // below it max_code / top may overflow
 constexpr float UNITS = 32768.0f;               // the largest |x|, where the root mean square is formed
-constexpr int64_t TILE = 2048;
-constexpr int64_t LARGE = 1 << 16;  // a row from here on is worth sharing among threads
+constexpr int64_t TILE = 2048;                  // elements whose draws are made at once and stay in the fastest cache
+constexpr int32_t LANES = 16;                   // draws that are made side by side: 64 bytes
+constexpr int64_t LARGE = 1 << 16;              // a row from here on is worth sharing among threads
 
-// How memory order maps to the logical index in a row: outer * outer_stride + inner * inner_stride.
-struct Layout {
-    int64_t inner, outer_stride, inner_stride;
+// How a row is cut for its draws: into lines of so many elements, each under its own key; or one line, under the row's key.
+struct Lines {
+    int64_t length;
+    bool own_keys;
 };
 
 struct Rule {
@@ -64,17 +71,42 @@ INLINE uint32_t element_bits(uint32_t index, uint32_t low, uint32_t high) {
     return (h ^ (h >> 16)) >> (32 - MANTISSA_BITS);
 }
 
+// dpquant.streams.line_keys
+INLINE uint64_t line_key(uint64_t row_key, int64_t line) {
+    uint64_t z = row_key + (static_cast<uint64_t>(line) + 1) * 0x9E3779B97F4A7C15u;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    return z ^ (z >> 31);
+}
+
+// The draws of a row's elements start .. start + count - 1. What follows them, up to LANES draws, is overwritten.
+INLINE void fill_draws(uint32_t *draws, int64_t start, int32_t count, uint64_t row_key, Lines lines) {
+    int64_t line = start / lines.length, index = start % lines.length;
+    for (int32_t done = 0; done < count; ++line, index = 0) {
+        const auto run = static_cast<int32_t>(std::min<int64_t>(lines.length - index, count - done));
+        const uint64_t key = lines.own_keys ? line_key(row_key, line) : row_key;
+        const auto low = static_cast<uint32_t>(key), high = static_cast<uint32_t>(key >> 32);
+        for (int32_t k = 0; k < run; k += LANES) {  // the next run overwrites what is too much
+            const uint32_t first = static_cast<uint32_t>(index) + static_cast<uint32_t>(k);
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC unroll 1  // unrolled, gcc makes no vectors of it
+#endif
+            for (int32_t j = 0; j < LANES; ++j)
+                draws[done + k + j] = element_bits(first + static_cast<uint32_t>(j), low, high);
+        }
+        done += run;
+    }
+}
+
 template <bool uniform, bool stochastic>
-INLINE void tile_codes(const float *x, const uint32_t *index, uint32_t base, int64_t count, float inverse, uint64_t key,
-                       Rule rule, uint8_t *codes) {
-    const uint32_t low = static_cast<uint32_t>(key), high = static_cast<uint32_t>(key >> 32);
-    for (int64_t k = 0; k < count; ++k) {
+INLINE void tile_codes(const float *x, const uint32_t *draws, int32_t count, float inverse, Rule rule, uint8_t *codes) {
+    for (int32_t k = 0; k < count; ++k) {
         const uint32_t bits = std::bit_cast<uint32_t>(x[k]);
         const float scaled = std::bit_cast<float>(bits & MAGNITUDE) * inverse;
         const float t = scaled < rule.max_code ? scaled : rule.max_code;
         const float shift = t < 1.0f ? 1.0f : 0.0f;
         const float z = t + shift;
-        const uint32_t draw = stochastic ? element_bits(base + index[k], low, high) : HALF;
+        const uint32_t draw = stochastic ? draws[k] : HALF;
         int32_t magnitude;
         if (uniform) {
             const int32_t fixed = static_cast<int32_t>((z - shift) * static_cast<float>(ONE));
@@ -88,16 +120,19 @@ INLINE void tile_codes(const float *x, const uint32_t *index, uint32_t base, int
     }
 }
 
-FOR_EVERY_X86 void quantize_tile(const float *x, const uint32_t *index, uint32_t base, int64_t count, float inverse,
-                                 uint64_t key, Rule rule, uint8_t *codes) {
+// Codes of a row's elements start .. start + count - 1, at most TILE; x and codes are where these lie.
+FOR_EVERY_X86 void quantize_tile(const float *x, int64_t start, int32_t count, float inverse, uint64_t row_key, Lines lines,
+                                 Rule rule, uint8_t *codes) {
+    uint32_t draws[TILE + LANES];
+    if (rule.stochastic) fill_draws(draws, start, count, row_key, lines);
     if (rule.uniform && rule.stochastic)
-        tile_codes<true, true>(x, index, base, count, inverse, key, rule, codes);
+        tile_codes<true, true>(x, draws, count, inverse, rule, codes);
     else if (rule.uniform)
-        tile_codes<true, false>(x, index, base, count, inverse, key, rule, codes);
+        tile_codes<true, false>(x, draws, count, inverse, rule, codes);
     else if (rule.stochastic)
-        tile_codes<false, true>(x, index, base, count, inverse, key, rule, codes);
+        tile_codes<false, true>(x, draws, count, inverse, rule, codes);
     else
-        tile_codes<false, false>(x, index, base, count, inverse, key, rule, codes);
+        tile_codes<false, false>(x, draws, count, inverse, rule, codes);
 }
 
 // The largest |x| of a row. As integers, magnitudes order like floats, with infinity and then NaN above all others.
@@ -118,33 +153,6 @@ FOR_EVERY_X86 int64_t sum_of_squares(const float *x, int64_t count, float invers
     return total;
 }
 
-// A row's tiles: runs of memory, each part of one outer position or several whole ones. All share one pattern of indices.
-struct Tiles {
-    int64_t row_size;
-    Layout layout;
-    int64_t span, per_span, length;  // memory between two places where tiles start anew; tiles in it; length of a tile
-    uint32_t pattern[TILE];
-
-    Tiles(int64_t row_size, Layout layout) : row_size(row_size), layout(layout) {
-        const int64_t width = std::min(TILE, layout.inner), positions = TILE / width;
-        length = positions * width;
-        span = layout.inner > TILE ? layout.inner : row_size;
-        per_span = (span + length - 1) / length;
-        for (int64_t outer = 0, k = 0; outer < std::min(positions, row_size / layout.inner); ++outer)
-            for (int64_t inner = 0; inner < width; ++inner, ++k)
-                pattern[k] = static_cast<uint32_t>(outer * layout.outer_stride + inner * layout.inner_stride);
-    }
-
-    int64_t count() const { return row_size / span * per_span; }
-
-    void quantize(int64_t tile, const float *x, float inverse, uint64_t key, Rule rule, uint8_t *codes) const {
-        const int64_t in_span = tile % per_span * length, start = tile / per_span * span + in_span;
-        const int64_t outer = start / layout.inner, inner = start % layout.inner;
-        const auto base = static_cast<uint32_t>(outer * layout.outer_stride + inner * layout.inner_stride);
-        quantize_tile(x + start, pattern, base, std::min(length, span - in_span), inverse, key, rule, codes + start);
-    }
-};
-
 // What a row's top makes of it: its scale, and whether it has codes other than zero.
 bool usable(float top, float max_code, float *scale) {
     const bool finite = std::bit_cast<uint32_t>(top) < INFINITY_BITS, usable = finite && top >= SMALLEST_ABSMAX;
@@ -152,9 +160,8 @@ bool usable(float top, float max_code, float *scale) {
     return usable;
 }
 
-void quantize_rows(const float *x, const uint64_t *keys, int64_t rows, int64_t row_size, Layout layout, Rule rule,
+void quantize_rows(const float *x, const uint64_t *keys, int64_t rows, int64_t row_size, Lines lines, Rule rule,
                    uint8_t *codes, float *scale, std::optional<double> clip, int threads) {
-    const Tiles tiles(row_size, layout);
     // Threads share rows, so that a row is read twice while it is in the cache; or, where rows are few and long, tiles.
     const int within = rows < threads && row_size >= LARGE ? threads : 1;
     parallel_for(rows, within > 1 ? 1 : threads, [&](int64_t row) {
@@ -183,8 +190,10 @@ void quantize_rows(const float *x, const uint64_t *keys, int64_t rows, int64_t r
             return;
         }
         const float inverse = rule.max_code / top;
-        parallel_for(tiles.count(), within,
-                     [&](int64_t tile) { tiles.quantize(tile, values, inverse, keys[row], rule, out); });
+        parallel_for((row_size + TILE - 1) / TILE, within, [&](int64_t tile) {
+            const int64_t start = tile * TILE, count = std::min(TILE, row_size - start);
+            quantize_tile(values + start, start, static_cast<int32_t>(count), inverse, keys[row], lines, rule, out + start);
+        });
     });
 }
 
@@ -198,27 +207,29 @@ using Scales = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 void bind_quantizer(nb::module_ &m) {
     m.def(
         "quantize_rows",
-        [](Floats x, Keys row_keys, Bytes codes, Scales scale, std::optional<double> clip, int64_t inner, int64_t outer_stride, int64_t inner_stride,
+        [](Floats x, Keys row_keys, Bytes codes, Scales scale, std::optional<double> clip, std::optional<int64_t> line,
            float max_code, bool uniform, bool stochastic, int32_t zero_point, int threads) {
             const auto rows = static_cast<int64_t>(row_keys.size()), size = static_cast<int64_t>(x.size());
             if (rows == 0 || size == 0 || size % rows != 0 || codes.size() != x.size() || scale.size() != row_keys.size())
                 throw std::invalid_argument("sizes of x, row_keys, codes and scale do not agree");
             const int64_t row_size = size / rows;
-            if (inner < 1 || row_size % inner != 0 || row_size > INT64_C(1) << 32)
-                throw std::invalid_argument("inner does not divide a row, or a row has more than 2^32 elements");
+            const int64_t length = line.value_or(row_size);
+            if (length < 1 || row_size % length != 0 || length > INT64_C(1) << 32)
+                throw std::invalid_argument("line does not divide a row, or is longer than 2^32 elements");
             if (clip && !(*clip > 0)) throw std::invalid_argument("clip is not above zero");
             if (!(max_code >= 1.0f && max_code <= 127.0f))
                 throw std::invalid_argument("max_code is not in 1 .. 127");
             nb::gil_scoped_release unlocked;
             quantize_rows(x.data(), reinterpret_cast<const uint64_t *>(row_keys.data()), rows, row_size,
-                          {inner, outer_stride, inner_stride}, {max_code, uniform, stochastic, zero_point}, codes.data(),
+                          {length, line.has_value()}, {max_code, uniform, stochastic, zero_point}, codes.data(),
                           scale.data(), clip, threads);
         },
         nb::arg("x").noconvert(), nb::arg("row_keys").noconvert(), nb::arg("codes").noconvert(),
-        nb::arg("scale").noconvert(), nb::arg("clip").none(), nb::kw_only(), nb::arg("inner"), nb::arg("outer_stride"), nb::arg("inner_stride"),
+        nb::arg("scale").noconvert(), nb::arg("clip").none(), nb::kw_only(), nb::arg("line").none(),
         nb::arg("max_code"), nb::arg("uniform"), nb::arg("stochastic"), nb::arg("zero_point"), nb::arg("threads"),
         "Fill codes (one byte each, in x's memory order) and scale (B) from the B rows of the dense x; clip: the root mean "
-        "squares that a row's largest code stands for, if that is less than its largest magnitude.");
+        "squares that a row's largest code stands for, if that is less than its largest magnitude; line: how many elements "
+        "of a row share a key, as dpquant.streams.line_keys makes it; None: all, and it is the row's own.");
 }
 
 }  // namespace dpquant

@@ -2,7 +2,7 @@
 """Independent second answers, slow and plain. Nothing here may import dpquant.
 
 Formats: every value by its definition (lists of integers, or bytes decoded one by one), rounding in exact fractions.
-Draws: the hash of dpquant.streams on Python integers, and its inverse.
+Draws: the keys and the hash of dpquant.streams on Python integers, and the hash's inverse.
 """
 
 import bisect
@@ -60,8 +60,16 @@ def boundaries(name: str) -> list[float]:
     return values[values.abs() <= levels[-1]].unique().tolist()
 
 
+def line_key(row_key: int, line: int) -> int:
+    """The key, 0 <= key < 2^64, of a map's line: output number `line` of splitmix64 seeded with a row key."""
+    z = (row_key + (line + 1) * 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return z ^ (z >> 31)
+
+
 def hashed(index: int, row_key: int) -> int:
-    """The 32 bits whose upper 23 are the draw of element `index` under a row key (as int64, of either sign)."""
+    """The 32 bits whose upper 23 are the draw of element `index` under a 64-bit key (of either sign)."""
     low, high = row_key & MASK_32, (row_key >> 32) & MASK_32
     h = index ^ low
     h = ((h ^ (h >> 16)) * FIRST) & MASK_32

@@ -25,6 +25,7 @@ INTEGER_FORMATS = [E3M0, INT4, INT8]
 BACKENDS = ["torch", "native"]
 WHERE = [(name, "torch") for name in FORMATS] + [(fmt.name, "native") for fmt in INTEGER_FORMATS]
 CHANNELS_LAST = torch.channels_last
+LAYOUTS = [torch.contiguous_format, CHANNELS_LAST]
 Quantizer = Callable[..., QTensor]
 quantize_module = importlib.import_module("dpquant.quantizer")
 
@@ -62,6 +63,20 @@ def assert_rounds_exactly(quantizer: Quantizer, name: str, rounding: Rounding, b
 @pytest.mark.parametrize(("name", "backend"), WHERE)
 def test_every_code_and_every_boundary_rounds_exactly(name, backend, rounding):
     assert_rounds_exactly(quantize_rows, name, rounding, backend)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("name", "backend"), WHERE)
+def test_a_maps_elements_round_by_their_lines_draws(name, backend, layout):
+    B, C, H, W = 2, 3, 5, 4
+    x = torch.rand(B, C, H, W, generator=torch.Generator().manual_seed(0)) * FORMATS[name].max_code
+    x[:, 1, 2, 3] = FORMATS[name].max_code  # so that the scale is 1
+    values = quantize_rows(
+        x.contiguous(memory_format=layout), FORMATS[name], STOCHASTIC, keys_for(B), backend=backend
+    ).dequantize()
+    for b, c, h, w in itertools.product(range(B), range(C), range(H), range(W)):
+        draw = oracles.hashed(w * C + c, oracles.line_key(int(keys_for(B)[b]), h)) >> 9
+        assert values[b, c, h, w].item() == oracles.rounded(name, x[b, c, h, w].item(), draw)
 
 
 @pytest.mark.parametrize(("name", "backend"), WHERE)
@@ -224,6 +239,49 @@ def test_another_key_gives_other_draws_and_the_same_key_the_same(name):
     assert not torch.equal(first, other)
 
 
+# Padding: batches are padded to their longest record, whose length may change nothing for the others
+
+
+def assert_padding_changes_nothing(
+    quantizer: Quantizer, name: str, layout: torch.memory_format, right: int, below: int, backend: str
+) -> None:
+    """Zeros at the end of a map's lines, or more lines of zeros, leave the codes and the scale as they are."""
+    for shape in ((5, 6, 4, 3), (3, 40, 7, 1)):
+        x, keys = example_batch(*shape), keys_for(shape[0])
+        padded = torch.nn.functional.pad(x, (0, right, 0, below))
+        short, long = (
+            quantizer(maps.contiguous(memory_format=layout), FORMATS[name], STOCHASTIC, keys, backend=backend)
+            for maps in (x, padded)
+        )
+        assert torch.equal(short.scale, long.scale)
+        assert torch.equal(bits_of(long.codes[:, :, : shape[2], : shape[3]]), bits_of(short.codes))
+        assert long.codes[:, :, shape[2] :].float().eq(0).all() and long.codes[..., shape[3] :].float().eq(0).all()
+
+
+def with_row_major_draws(x, format, rounding, keys, **kwargs):
+    """Draws by an element's row-major position in the row: padding moves it."""
+    q = quantize_rows(x.flatten(1), format, rounding, keys, **kwargs)
+    codes = torch.empty_like(x, dtype=q.codes.dtype).copy_(q.codes.view(x.shape))
+    return QTensor(codes=codes, scale=q.scale, zero_point=q.zero_point)
+
+
+PADDED = [(2, 0), (0, 5), (1, 3)]
+
+
+@pytest.mark.parametrize(("right", "below"), PADDED)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("name", "backend"), WHERE)
+def test_padding_changes_neither_codes_nor_scale(name, backend, layout, right, below):
+    assert_padding_changes_nothing(quantize_rows, name, layout, right, below, backend)
+
+
+@pytest.mark.parametrize(("right", "below"), PADDED)
+@pytest.mark.parametrize(("name", "backend"), WHERE)
+def test_draws_by_row_major_position_would_be_seen(name, backend, right, below):
+    with pytest.raises(AssertionError):
+        assert_padding_changes_nothing(with_row_major_draws, name, CHANNELS_LAST, right, below, backend)
+
+
 # Rows that have no scale, and edges of float32
 
 
@@ -262,12 +320,12 @@ def test_empty_batches_and_empty_rows_have_codes(shape):
 
 
 def assert_native_equals_torch(
-    x: Tensor, format: NumberFormat, rounding: Rounding, zero_point: int, native: Quantizer
+    x: Tensor, format: NumberFormat, rounding: Rounding, zero_point: int, native: Quantizer, clip: float | None = None
 ) -> None:
     """Codes, scales, types and memory layout agree bit for bit."""
     keys = keys_for(len(x))
-    a = quantize_rows(x, format, rounding, keys, zero_point=zero_point, backend="torch")
-    b = native(x, format, rounding, keys, zero_point=zero_point, backend="native")
+    a = quantize_rows(x, format, rounding, keys, zero_point=zero_point, clip=clip, backend="torch")
+    b = native(x, format, rounding, keys, zero_point=zero_point, clip=clip, backend="native")
     assert a.codes.dtype == b.codes.dtype and a.codes.stride() == b.codes.stride()
     assert torch.equal(a.codes, b.codes)
     assert torch.equal(bits_of(a.scale.nan_to_num(nan=-1)), bits_of(b.scale.nan_to_num(nan=-1)))
@@ -298,14 +356,53 @@ SHAPES = [
     (7, 1, 5, 3),
 ]
 SHAPES += [(5, 3, 9, 7), (6, 3, 33, 31), (2, 64, 8, 8), (1, 2100, 2, 3), (2, 700, 3, 1), (3, 17, 1, 1), (1, 2048, 3, 1)]
+SHAPES += [(2, 1, 2100, 1), (2, 8, 700, 1), (2, 15, 139, 1), (2, 17, 3, 241)]  # lines of many lengths against tiles
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_native_kernel_gives_the_same_bits(shape):
-    x = with_odd_rows(example_batch(*shape))
-    layouts = [x, x.contiguous(memory_format=CHANNELS_LAST)] if x.ndim == 4 else [x]
+    layouts = in_layouts(with_odd_rows(example_batch(*shape)))
     for x, format, rounding, zero_point in itertools.product(layouts, INTEGER_FORMATS, Rounding, (0, 128)):
         assert_native_equals_torch(x, format, rounding, zero_point, quantize_rows)
+
+
+def in_layouts(x: Tensor) -> list[Tensor]:
+    """The tensor in each memory format that a kernel takes."""
+    return [x.contiguous(memory_format=layout) for layout in LAYOUTS] if x.ndim == 4 else [x]
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+SHARED = [(5, 3, 33, 31), (7, 2049)]  # each thread has rows
+SHARED += [(1, 8, 9001, 1), (1, 700, 11, 13), (1, 3, 1, 30_001), (1, 70_001)]  # threads share one long row
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("shape", SHARED, ids=str)
+def test_the_native_kernel_gives_the_same_bits_on_two_threads(shape):
+    layouts = in_layouts(example_batch(*shape))
+    for x, format, rounding in itertools.product(layouts, INTEGER_FORMATS, Rounding):
+        assert_native_equals_torch(x, format, rounding, 0, quantize_rows)
+        assert_native_equals_torch(x, format, rounding, 0, quantize_rows, clip=2.5)
+
+
+@pytest.mark.parametrize("format", INTEGER_FORMATS, ids=lambda format: format.name)
+def test_a_thread_that_counts_lines_from_where_it_starts_would_be_seen(format):
+    def from_zero_in_each_half(x, *args, **kwargs):
+        half = x.shape[2] // 2
+        first, second = (quantize_rows(maps, *args, **kwargs) for maps in (x, x.roll(half, dims=2)))
+        codes = torch.cat([first.codes[:, :, :half], second.codes[:, :, :half]], dim=2)
+        return QTensor(codes=codes.contiguous(memory_format=CHANNELS_LAST), scale=first.scale)
+
+    x = example_batch(1, 8, 9000, 1).contiguous(memory_format=CHANNELS_LAST)
+    with pytest.raises(AssertionError):
+        assert_native_equals_torch(x, format, STOCHASTIC, 0, from_zero_in_each_half)
 
 
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
@@ -322,13 +419,7 @@ def with_the_next_key(x, format, rounding, keys, **kwargs):
     return quantize_rows(x, format, rounding, keys + 1, **kwargs)
 
 
-def with_draws_in_memory_order(x, format, rounding, keys, **kwargs):
-    in_order = x.permute(0, 2, 3, 1).contiguous()
-    q = quantize_rows(in_order, format, rounding, keys, **kwargs)
-    return QTensor(codes=q.codes.permute(0, 3, 1, 2), scale=q.scale, zero_point=q.zero_point)
-
-
-@pytest.mark.parametrize("broken", [with_the_next_key, with_draws_in_memory_order])
+@pytest.mark.parametrize("broken", [with_the_next_key, with_row_major_draws])
 @pytest.mark.parametrize("format", INTEGER_FORMATS, ids=lambda format: format.name)
 def test_a_kernel_with_other_draws_would_be_seen(format, broken):
     x = example_batch(3, 5, 4, 4).contiguous(memory_format=CHANNELS_LAST)
@@ -406,13 +497,18 @@ def test_an_unknown_name_is_refused_with_formats_and_recipes():
         ({"zero_point": 64}, "zero_point=64"),
         ({"backend": "cuda"}, "backend='cuda'"),
         ({"x": torch.zeros(1).expand(2, 2**32 + 1)}, r"2\^32"),
+        ({"x": torch.zeros(1).expand(2, 2**17, 1, 2**16)}, r"2\^32.*line"),
     ],
-    ids=["dtype", "axes", "too many keys", "key type", "zero point", "backend", "row size"],
+    ids=["dtype", "axes", "too many keys", "key type", "zero point", "backend", "row size", "line size"],
 )
 def test_arguments_out_of_range_are_refused(arguments, message):
     good = {"x": torch.ones(2, 3), "format": E3M0, "rounding": NEAREST, "row_keys": keys_for(2)}
     with pytest.raises(SettingError, match=message):
         quantize_rows(**(good | arguments))
+
+
+def test_a_map_may_have_more_elements_than_one_key_has_draws():
+    quantize_module._check(torch.zeros(1).expand(1, 2**16, 2**17, 1), keys_for(1), 0, "auto")
 
 
 def test_one_number_has_no_examples():

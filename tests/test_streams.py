@@ -11,7 +11,7 @@ from torch import Tensor
 
 import oracles
 from dpquant.errors import SettingError
-from dpquant.streams import derive_key, element_bits, row_keys
+from dpquant.streams import derive_key, element_bits, line_keys, row_keys
 
 ALPHA = 1e-6
 KEYS = [0, -1, 2**63 - 1, -(2**63), 0x0123456789ABCDEF, -0x0123456789ABCDEF]
@@ -56,10 +56,12 @@ def test_keys_are_64_bits_of_known_types():
         derive_key(1.0)
 
 
+PUBLISHED = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]  # from seed 1234567
+
+
 def test_row_keys_are_splitmix64():
-    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
     keys = row_keys(1234567, torch.arange(4))
-    assert [key % 2**64 for key in keys.tolist()] == published
+    assert [key % 2**64 for key in keys.tolist()] == PUBLISHED
 
 
 def test_row_keys_depend_on_the_record_and_not_on_the_batch():
@@ -75,6 +77,38 @@ def test_row_keys_refuse_what_is_no_key_or_no_vector_of_ids():
         row_keys(0, torch.arange(2, dtype=torch.int32))
     with pytest.raises(SettingError, match="2 axes"):
         row_keys(0, torch.zeros(2, 2, dtype=torch.int64))
+
+
+def test_line_keys_are_splitmix64():
+    assert [key % 2**64 for key in line_keys(torch.tensor([1234567]), 4)[0].tolist()] == PUBLISHED
+    keys = line_keys(torch.tensor(KEYS), 1000)
+    assert [[key % 2**64 for key in row] for row in keys.tolist()] == [
+        [oracles.line_key(row_key, line) for line in range(1000)] for row_key in KEYS
+    ]
+
+
+def assert_lines_have_their_own_keys(keys_of) -> None:
+    """No two lines share a key, in one row or in two, and a line's key is the same however many lines follow."""
+    rows = row_keys(9, torch.arange(100))
+    keys = keys_of(rows, 1000)
+    assert torch.cat([keys.flatten(), rows]).unique().numel() == 100 * 1001
+    assert torch.equal(keys_of(rows, 10), keys[:, :10])
+
+
+def test_lines_have_their_own_keys():
+    assert_lines_have_their_own_keys(line_keys)
+
+
+def test_line_keys_that_repeat_or_depend_on_the_number_of_lines_would_be_seen():
+    def shared_by_two(rows, num_lines):
+        return line_keys(rows, num_lines)[:, torch.arange(num_lines) // 2]
+
+    def counted_from_the_end(rows, num_lines):
+        return line_keys(rows, num_lines).flip(1)
+
+    for broken in (shared_by_two, counted_from_the_end):
+        with pytest.raises(AssertionError):
+            assert_lines_have_their_own_keys(broken)
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -124,6 +158,7 @@ def assert_uncorrelated(a: Tensor, b: Tensor) -> None:
 
 NUM = 200_000
 FEW, MANY = torch.arange(8), torch.arange(NUM)
+AXES = ["element", "record", "line", "step"]
 
 
 def draws_of(step: int, record_ids: Tensor, index: Tensor) -> Tensor:
@@ -133,12 +168,14 @@ def draws_of(step: int, record_ids: Tensor, index: Tensor) -> Tensor:
 
 @functools.cache
 def draws_along(axis: str) -> Tensor:
-    """A `(8, NUM)` matrix of draws that runs along elements, records or steps; other coordinates are small numbers."""
+    """A `(8, NUM)` matrix of draws along elements, records, lines or steps; other coordinates are small numbers."""
     match axis:
         case "element":
             return draws_of(0, FEW, MANY)
         case "record":
             return draws_of(0, MANY, FEW).T
+        case "line":
+            return element_bits(line_keys(row_keys(derive_key(0, 0), torch.zeros(1).long()), NUM)[0], FEW).T
         case _:
             keys = torch.cat(
                 [row_keys(derive_key(0, step), torch.zeros(1, dtype=torch.int64)) for step in range(NUM // 8)]
@@ -146,7 +183,7 @@ def draws_along(axis: str) -> Tensor:
             return element_bits(keys, FEW).T
 
 
-@pytest.mark.parametrize("axis", ["element", "record", "step"])
+@pytest.mark.parametrize("axis", AXES)
 def test_draws_are_uniform_along(axis):
     draws = draws_along(axis)
     for series in draws:
@@ -154,14 +191,14 @@ def test_draws_are_uniform_along(axis):
     assert_uniform(draws.T[: NUM // 8])
 
 
-@pytest.mark.parametrize("axis", ["element", "record", "step"])
+@pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("lag", [1, 2, 16, 64, 1024])
 def test_draws_are_uncorrelated_along(axis, lag):
     draws = draws_along(axis)[0]
     assert_uncorrelated(draws[lag:], draws[:-lag])
 
 
-@pytest.mark.parametrize("axis", ["element", "record", "step"])
+@pytest.mark.parametrize("axis", AXES)
 def test_neighbouring_series_are_uncorrelated(axis):
     draws = draws_along(axis)
     assert_uncorrelated(draws[1:], draws[:-1])

@@ -13,9 +13,7 @@ def quantize_rows(
     scale: np.ndarray,
     clip: float | None,
     *,
-    inner: int,
-    outer_stride: int,
-    inner_stride: int,
+    line: int | None,
     max_code: float,
     uniform: bool,
     stochastic: bool,
@@ -25,6 +23,7 @@ def quantize_rows(
     """Fill codes (one byte each, in x's memory order) and scale (B) from the B rows of the dense x.
 
     clip: the root mean squares that a row's largest code stands for, if that is less than its largest magnitude.
+    line: how many elements of a row draw under one line's key; None: all, under the row's own.
     """
 
 def code_kernels() -> list[str]:

@@ -15,6 +15,8 @@ so E[code * scale] = x up to float32 rounding when rounding is stochastic and to
 A role may ask for a lower top, a multiple of the row's root mean square: fewer levels are spent on a few large values,
 which are cut off. The mean is over integers, |x| in units of absmax / 2^15, so that it is exact in any order. And a row
 without negative values may take the format's codes of one sign, which are twice as many.
+Zeros that pad a map at the end of H or W change none of its draws (`streams` says why they must not) and no absmax; but
+a root mean square is taken over the padded row.
 Nothing here clips gradients, adds noise or chooses a format.
 
 Symbols: B rows, x values, t magnitudes in code units.
@@ -162,10 +164,13 @@ def quantize_rows(
 ) -> QTensor:
     """The codes of each row of x with the row's own scale.
 
-    An element's draw depends on its row key and its row-major position in the row, not on the memory format.
+    An element's draw depends on its row key and its place in the row, not on the memory format. With four axes
+    `(B, C, H, W)` the place is line h and index w * C + c in it, which stay when the batch is padded at the end of H or
+    W; else it is the row-major position.
 
     Args:
-      x: float32 `(B, ...)`; contiguous or, with four axes, channels last. Other layouts are made contiguous.
+      x: float32 `(B, ...)`; contiguous or, with four axes, channels last. Other layouts are made contiguous. With four
+        axes the native kernel works channels last and copies what is not.
       format: which codes there are.
       rounding: stochastic or to nearest.
       row_keys: int64 `(B,)` on x's device, from `streams.row_keys`.
@@ -238,14 +243,27 @@ def _fill_torch(
     quantum = _quantum(t, format)
     floor = (t / quantum).floor()
     fraction = ((t / quantum - floor) * _ONE).round().long()  # round: ties to even
-    if rounding is Rounding.STOCHASTIC:
-        draw = streams.element_bits(row_keys, torch.arange(rows.shape[1], device=x.device))
-    else:
-        draw = torch.full_like(fraction, _HALF)
+    draw = _draws(x, row_keys) if rounding is Rounding.STOCHASTIC else torch.full_like(fraction, _HALF)
     magnitude = ((floor + (fraction + draw >= _ONE)) * quantum).clamp(max=format.max_code)
     signed = torch.where(rows < 0, -magnitude, magnitude) + zero_point
     codes.copy_(signed.view(x.shape))
     return scale
+
+
+def _draws(x: Tensor, row_keys: Tensor) -> Tensor:
+    """The draw of each element of x, `(B, n)`, in row-major order."""
+    line_size = _line_size(x)
+    if line_size is None:
+        return streams.element_bits(row_keys, torch.arange(x[0].numel(), device=x.device))
+    B, C, H, W = x.shape
+    keys = streams.line_keys(row_keys, H).flatten()
+    draws = streams.element_bits(keys, torch.arange(line_size, device=x.device))
+    return draws.view(B, H, W, C).permute(0, 3, 1, 2).reshape(B, -1)
+
+
+def _line_size(x: Tensor) -> int | None:
+    """How many elements of a row draw under one line's key; None: all of them, under the row's own."""
+    return x.shape[1] * x.shape[3] if x.ndim == 4 else None
 
 
 def _quantum(t: Tensor, format: NumberFormat) -> Tensor:
@@ -265,26 +283,26 @@ def _fill_native(
 ) -> Tensor:
     """Fill `codes` and return the scales: the same bits in one pass."""
     scale = x.new_empty(len(x))
-    row_size = x.numel() // len(x)
-    inner, outer_stride, inner_stride = row_size, 0, 1
-    if not x.is_contiguous():  # channels last: memory runs over positions, then channels
-        inner, outer_stride, inner_stride = x.shape[1], 1, row_size // x.shape[1]
+    filled = codes
+    if x.ndim == 4 and not x.is_contiguous(memory_format=torch.channels_last):  # the kernel wants lines in one piece
+        x = x.contiguous(memory_format=torch.channels_last)
+        filled = torch.empty_like(x, dtype=codes.dtype)
     assert _native is not None
     _native.quantize_rows(
         x.numpy(),  # views of the same memory; numpy's cross into C++ faster than torch's
         row_keys.contiguous().numpy(),
-        codes.view(torch.uint8).numpy(),
+        filled.view(torch.uint8).numpy(),
         scale.numpy(),
         clip,
-        inner=inner,
-        outer_stride=outer_stride,
-        inner_stride=inner_stride,
+        line=_line_size(x),
         max_code=format.max_code,
         uniform=format.exponent_bits == 0,
         stochastic=rounding is Rounding.STOCHASTIC,
         zero_point=zero_point,
         threads=torch.get_num_threads(),
     )
+    if filled is not codes:
+        codes.copy_(filled)
     return scale
 
 
@@ -366,10 +384,10 @@ def _check(x: Tensor, row_keys: Tensor, zero_point: int, backend: str) -> None:
             f"{row_keys.ndim} axes, on {row_keys.device}. A row without its own key shares another's draws. "
             "Make them by row_keys(key, record_ids)."
         )
-    if math.prod(x.shape[1:]) > streams.MAX_ELEMENTS:
+    if (_line_size(x) or math.prod(x.shape[1:])) > streams.MAX_ELEMENTS:
         raise SettingError(
-            f"Expected x to have at most 2^32 elements in a row; got shape (B, {', '.join(map(str, x.shape[1:]))}). "
-            "Beyond it draws would repeat. Quantize it in parts."
+            "Expected x to have at most 2^32 elements in a row or, with four axes (B, C, H, W), in a line of W * C; "
+            f"got shape (B, {', '.join(map(str, x.shape[1:]))}). Beyond it draws would repeat. Quantize it in parts."
         )
     if zero_point not in (0, 128):
         raise SettingError(

@@ -3,13 +3,19 @@
 
     key       = derive_key(seed, "step", step, layer, role, ...)      one per tensor that is quantized
     row key   = row_keys(key, record ids)                             one per example
-    23 bits   = element_bits(row keys, element index)                 one draw per element
+    line key  = line_keys(row keys, number of lines)                  one per line of an example's map `(C, H, W)`
+    23 bits   = element_bits(row or line keys, element index)         one draw per element
 
-A record therefore gets the same draws whatever batch, order, thread or device handles it.
+A record therefore gets the same draws whatever batch, order, thread or device handles it. Batches are padded to their
+longest record, and what one record draws may not depend on how long another is: else removing the longest would change
+all others' codes. So a map's element (c, h, w) is drawn by index w * C + c under the key of line h. Neither moves when
+the map is padded at the end of H or W; its row-major index would. A row that is no map draws by row-major index under
+its row key.
 
 Construction. A row key is splitmix64 at counter record_id + 1 from state `key` (Steele, Lea, Flood 2014, "Fast
-splittable pseudorandom number generators"). A draw hashes the 32-bit element index i under the two halves (low, high)
-of the row key:
+splittable pseudorandom number generators"); a line key is splitmix64 at counter h + 1 from the row key as state. The
+finalizer is a bijection and the counter's step is odd, so keys are distinct for distinct counters under one state. A
+draw hashes the 32-bit element index i under the two halves (low, high) of its row or line key:
 
     h = i ^ low;     h ^= h >> 16;     h *= 0x7FEB352D;
     h ^= high;       h ^= h >> 15;     h *= 0x846CA68B;     h ^= h >> 16;     draw = h >> 9
@@ -19,8 +25,13 @@ in front of each half. Every step is invertible, so h is a bijection of i, of lo
 over the whole range of any of them each of the 2^23 draws occurs exactly 2^9 times. Two 32-bit multiplies vectorise
 well; the native kernel computes the same bits.
 
-This is no cryptographic source and needs to be none: differential privacy holds for any fixed rounding stream, because
-each example is rounded by itself and clipped afterwards. The Poisson sampler and the noise must never draw from here.
+Privacy. The key must be secret and fresh for each run, as `private` derives it from the run's secret. Record ids are
+positions in the data set: without record k, all later records move up and get other draws. Under a secret key draws are
+exchangeable over records: a run without k has the same distribution if each remaining record is given the draws that it
+had with k, and then the sums differ by record k alone, which is clipped. Under a public key the guarantee would hold
+only between data sets in which all other records keep their ids. This is a fast hash and no cryptographic one: draws
+are never released, they only enter sums that are clipped per record and noised. The Poisson sampler and the noise must
+never draw from here.
 """
 
 import hashlib
@@ -31,9 +42,10 @@ from torch import Tensor
 from dpquant.errors import SettingError
 
 DRAW_BITS = 23  # a draw is uniform on 0 .. 2^23 - 1: as many bits as a float32 has mantissa
-MAX_ELEMENTS = 2**32  # of one row; beyond it element indices would repeat
+MAX_ELEMENTS = 2**32  # under one key; beyond it element indices would repeat
 
 _LOW_32 = 0xFFFFFFFF
+_STEP = 0x9E3779B97F4A7C15 - 2**64  # between splitmix64's counters; a signed integer with these 64 bits
 
 
 def derive_key(*parts: int | str | bytes) -> int:
@@ -90,18 +102,30 @@ def row_keys(key: int, record_ids: Tensor) -> Tensor:
             f"Expected record_ids of type int64 and shape (B,); got record_ids of {record_ids.dtype}, "
             f"{record_ids.ndim} axes. Every example needs one id. Give a vector of int64 ids."
         )
-    z = (record_ids + 1) * _as_int64(0x9E3779B97F4A7C15) + _as_int64(key)
-    z = (z ^ _shifted_right(z, 30)) * _as_int64(0xBF58476D1CE4E5B9)
-    z = (z ^ _shifted_right(z, 27)) * _as_int64(0x94D049BB133111EB)
-    return z ^ _shifted_right(z, 31)
+    return _finalized((record_ids + 1) * _STEP + _as_int64(key))
 
 
-def element_bits(row_keys: Tensor, index: Tensor) -> Tensor:
-    """One 23-bit draw for each row and element index.
+def line_keys(row_keys: Tensor, num_lines: int) -> Tensor:
+    """One 64-bit key per line of each row: splitmix64 at counter `line + 1`, with the row key as state.
 
     Args:
       row_keys: int64 `(B,)`.
-      index: int64 `(n,)`, 0 <= index < 2^32: positions inside a row.
+      num_lines: H.
+
+    Returns: int64 `(B, H)`, the keys' 64 bits; distinct for distinct lines of one row, and the same for any H.
+
+    Privacy: per example, reads no other row.
+    """
+    counter = torch.arange(1, num_lines + 1, device=row_keys.device)
+    return _finalized(row_keys[:, None] + counter * _STEP)
+
+
+def element_bits(row_keys: Tensor, index: Tensor) -> Tensor:
+    """One 23-bit draw for each key and element index.
+
+    Args:
+      row_keys: int64 `(B,)`, of rows or of lines.
+      index: int64 `(n,)`, 0 <= index < 2^32: positions inside a row or line.
 
     Returns: int64 `(B, n)`, values in 0 .. 2^23 - 1.
 
@@ -114,6 +138,13 @@ def element_bits(row_keys: Tensor, index: Tensor) -> Tensor:
     h = h ^ high
     h = ((h ^ (h >> 15)) * 0x846CA68B) & _LOW_32
     return (h ^ (h >> 16)) >> (32 - DRAW_BITS)
+
+
+def _finalized(z: Tensor) -> Tensor:
+    """splitmix64's bijection of 64 bits."""
+    z = (z ^ _shifted_right(z, 30)) * _as_int64(0xBF58476D1CE4E5B9)
+    z = (z ^ _shifted_right(z, 27)) * _as_int64(0x94D049BB133111EB)
+    return z ^ _shifted_right(z, 31)
 
 
 def _as_int64(bits: int) -> int:
