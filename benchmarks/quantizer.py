@@ -3,6 +3,7 @@
 
 Formats and backends take turns in one process, on a layer's activations after ReLU, channels last. The same run checks
 that both backends give the same bits. `e3m0~` beside the others shows what a clip (@) and codes of one sign (+) add.
+Each line of W * C elements draws under a key of its own: `--shape 64 8 2048 1` shows what short lines cost.
 """
 
 import argparse
@@ -44,15 +45,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", nargs="+", type=int, default=[1, os.cpu_count() or 1])
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--shape", nargs=4, type=int, default=SHAPE, metavar=("B", "C", "H", "W"))
     args = parser.parse_args()
 
-    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).relu()
+    shape = tuple(args.shape)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).relu()
     x = x.contiguous(memory_format=torch.channels_last)
     roles = {text: recipe(f"int8,{text},int8").activation for text in ROLES}
     for role in roles.values():
         check(x, role)
     hardware, rows = Hardware.here(), []
-    print(f"{hardware}{' (busy)' if hardware.busy else ''}\nns an element of {SHAPE}, median [quartiles]")
+    print(f"{hardware}{' (busy)' if hardware.busy else ''}\nns an element of {shape}, median [quartiles]")
     for threads in sorted(set(args.threads)):
         torch.set_num_threads(threads)
         seconds: dict[tuple[str, str], list[float]] = {(text, backend): [] for text in roles for backend in BACKENDS}
@@ -72,7 +75,7 @@ def main() -> None:
             facts = {"native": native, "torch": plain, "quotient": quotient}
             spreads = {name: dataclasses.asdict(spread) for name, spread in facts.items()}
             rows.append({"threads": threads, "role": text, **spreads})
-    result = {"hardware": dataclasses.asdict(hardware), "busy": hardware.busy, "shape": SHAPE, "rows": rows}
+    result = {"hardware": dataclasses.asdict(hardware), "busy": hardware.busy, "shape": shape, "rows": rows}
     (folder_here() / "quantizer.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
