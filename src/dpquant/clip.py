@@ -136,7 +136,10 @@ def clipped_sum_of(
     """`clipped_sum` of microbatches that exist already, or are read when their turn comes.
 
     Args:
-      model, loss_fn, max_grad_norm, clock: as of `clipped_sum`.
+      model: as of `clipped_sum`.
+      loss_fn: as of `clipped_sum`.
+      max_grad_norm: as of `clipped_sum`.
+      clock: as of `clipped_sum`.
       pieces: microbatches of one size.
       key: of the step's draws, from `step_key`.
       drawing: what is known of the model; None: nothing.
@@ -229,12 +232,13 @@ class _Passes:
 
 
 def copies(piece: Microbatch, row: int) -> Microbatch:
+    """A microbatch of the same size with one row of a microbatch in every place."""
     rows = torch.full((len(piece.record_ids),), row)
     return Microbatch(take_rows(piece.data, rows), piece.record_ids[rows], 1)
 
 
 def caused_by_records(error: Exception) -> bool:
-    """Whether model and loss raised because of what they were given, rather than for want of memory or by our refusal."""
+    """Whether model and loss raised because of what they were given, not for want of memory or by our refusal."""
     out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
     return not isinstance(error, DPQuantError) and not out_of_memory
 
@@ -264,7 +268,8 @@ def gradient_of_row(
     """Differentiate the loss of one row of a microbatch.
 
     Args:
-      model, loss_fn: as of `clipped_sum`.
+      model: as of `clipped_sum`.
+      loss_fn: as of `clipped_sum`.
       piece: the microbatch.
       row: which.
       key: of the step's draws.
@@ -474,9 +479,9 @@ class _GradientTape:
         for name, norms in squared_norms.items():
             if len(norms) != size:
                 raise ModelError(
-                    f"Expected the first axis of every module's input to be the example; got one of another length for "
-                    f"{name}. Its gradients would be clipped by rows that are no examples: positions, nodes, or several "
-                    "views of a record. Put the examples first, and views of one record on a second axis."
+                    "Expected the first axis of every module's input to be the example; got one of another length for "
+                    f"{name}. Its gradients would be clipped by rows that are no examples: positions, nodes, or "
+                    "several views of a record. Put the examples first, and views of one record on a second axis."
                 )
         return torch.stack(list(squared_norms.values())).sum(0)
 

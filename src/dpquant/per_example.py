@@ -70,7 +70,8 @@ def contributions_of(
 
     Args:
       module: that was called.
-      args, kwargs: that it was called with.
+      args: positional, that it was called with.
+      kwargs: the others.
       output: what it gave, `(B, ...)`.
       grad: the loss' gradient at the output.
     Raises:
@@ -97,8 +98,8 @@ def _generally(
     per_example = [isinstance(value, Tensor) and value.ndim > 0 and len(value) == count for value in values]
     if not any(per_example):
         raise ModelError(
-            f"Expected a {type(module).__name__} with parameters of its own to be called with the examples on the first "
-            "axis of a tensor; got none such. Its per-example gradients are unknown. Give it the batch, or freeze it."
+            f"Expected a {type(module).__name__} with parameters of its own to be called with the examples on the "
+            "first axis of a tensor; got none such. Its per-example gradients are unknown. Give it the batch, or freeze it."
         )
     parameters = {name: p.detach() for name, p in module.named_parameters(recurse=False)}
     rows = [value for value, own in zip(values, per_example, strict=True) if own]

@@ -39,7 +39,6 @@ from dpquant.isolation import (
     changed_buffer,
     check_at_size,
     check_isolation,
-    check_trainable,
     keeps_apart,
     restore_buffers,
 )
@@ -49,6 +48,7 @@ from dpquant.ledger import Ledger
 from dpquant.noise import NoiseSource
 from dpquant.plan import PrivacyPlan
 from dpquant.records import MapDataset, Records
+from dpquant.refusals import check_trainable
 from dpquant.rehearsal import rehearse
 from dpquant.sampling import PoissonSampler
 from dpquant.schedule import Policy, ema
@@ -263,15 +263,21 @@ class PrivateTraining:
             return
         if not apart:
             self._give_up("one record's gradient depends on the other records of its batch")
+            raise ModelError(self._broken)
+
+    def _check_buffers(self) -> None:
+        """Put buffers back that have changed since the run began, and give up: they kept something of records."""
+        if changed := changed_buffer(self.model, self._buffers):
+            restore_buffers(self.model, self._buffers)
+            self._give_up(f"its buffer {changed} has begun to change, and what it kept of records was not noised")
 
     def _give_up(self, reason: str) -> None:
-        """Stop the run: what it assumes of the model is not so."""
-        self._broken = (
+        """What the run assumes of the model is not so: no step is taken any more, and the statement says so."""
+        self._broken = self._broken or (
             f"Expected a model that keeps examples apart; {reason}. The check on made-up records could not see it, and "
             "the epsilon of this run DOES NOT HOLD: release nothing of it. Make the model, the loss and collate_fn "
             "treat each record by itself, or give example= records that show what these do."
         )
-        raise ModelError(self._broken)
 
     def _without_details(self, work: Callable[[], None]) -> None:
         """Do what reads private records. An exception of foreign code is replaced by one that holds no data."""
@@ -285,8 +291,8 @@ class PrivateTraining:
             failed = type(error).__name__
         if failed is not None:  # raised out here, so that the other one is not attached to it
             raise ModelError(
-                f"Expected a step to run as it did on made-up records; got a {failed}. Its message is withheld, because "
-                "it may hold data. What was charged stays charged. Look for what differs from a made-up step: memory, "
+                f"Expected a step to run as it did on made-up records; got a {failed}. Its message is withheld, "
+                "because it may hold data. What was charged stays charged. Look for what differs from a made-up step: memory, "
                 "the optimizer's state, hooks."
             )
 
@@ -321,14 +327,12 @@ class PrivateTraining:
                 yield self._drawn
         finally:
             set_policy(self.model, ())
-            if changed := changed_buffer(self.model, self._buffers):
-                restore_buffers(self.model, self._buffers)
-                self._broken = self._broken or "changed"
-        if changed:
-            self._give_up(f"its buffer {changed} has begun to change, and what it kept of records was not noised")
+            self._check_buffers()
+        if self._broken:
+            raise ModelError(self._broken)
 
     def _refuse_what_was_skipped(self) -> None:
-        """A batch that is drawn is stepped with, however many records are in it: the accounting counts on every draw."""
+        """A batch that is drawn is stepped with, however few records are in it: the accounting counts every draw."""
         if self._broken:
             raise ModelError(self._broken)
         if self._drawn is not None:
@@ -459,7 +463,7 @@ def make_private(
 
     others = precision(rest)
     if example is None:
-        specimens = candidates(_first_record(train_set), collate_fn, device)
+        specimens = candidates(_first_records(train_set), collate_fn, device)
     else:
         specimens = iter([from_examples(example, collate_fn, device)])
     quantized = [one for one, used in ((chosen, policy.quantizes), (others, others.quantized)) if used]
@@ -496,14 +500,14 @@ def make_private(
     )
 
 
-def _first_record(train_set: MapDataset) -> Any:
-    """The record whose types and shapes stand for all."""
+def _first_records(train_set: MapDataset) -> list[Any]:
+    """The records whose types and shapes stand for all."""
     try:
-        return train_set[0]
+        return [train_set[index] for index in range(min(len(train_set), 3))]
     except Exception as error:
         raise DataError(
-            f"Expected train_set[0] to be a record; got a {type(error).__name__}. Its types and shapes, and nothing "
-            "else of it, say what records look like. Mend it, or give example= records."
+            f"Expected the first records of train_set to be readable; got a {type(error).__name__}. Their types and "
+            "shapes, and nothing else of them, say what records look like. Mend them, or give example= records."
         ) from error
 
 

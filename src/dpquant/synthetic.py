@@ -229,18 +229,29 @@ def from_examples(examples: Any, collate: Collate, device: torch.device) -> Spec
     )
 
 
-def candidates(record: Any, collate: Collate, device: torch.device) -> Iterator[Specimens]:
-    """Specimens of every kind, shaped like one record; those that give all leaves of a type the same kind come first.
+def candidates(records: Sequence[Any], collate: Collate, device: torch.device) -> Iterator[Specimens]:
+    """Specimens of every kind, shaped like given records; first those whose leaves of a type have the same kind.
 
+    Args:
+      records: a few, at least one, that stand for all.
+      collate: the user's.
+      device: where batches go.
     Raises:
-      DataError: a record that cannot be imitated, or a collate function that leaves some records out.
+      DataError: a record that cannot be imitated, records of different forms, or a collate function that leaves some
+        records out.
     Privacy: uses types and shapes only; of an axis in which records may differ, not even its size.
     """
-    form = with_leaves(record, Leaf.of)
+    form = with_leaves(records[0], Leaf.of)
     uniform, mixed = _combinations(form)
     for kinds in uniform:
         _check_collation([_record(form, kinds, index) for index in range(3)], collate)
     free = _free_axes(form, collate)
+    if not all(matches(_resized(form, free, None), record) for record in records):
+        raise DataError(
+            "Expected all records to have the same structure, types and shapes; got two that differ in more than "
+            "lengths that collate_fn takes. Records of another form would be left out as broken. Convert them in the data set's "
+            "__getitem__, or give example= records."
+        )
     sizes = [(length, uniform) for length in _LENGTHS] if free else []
     for length, combinations in [*sizes, (None, uniform + mixed)]:
         axes = free if length is not None else frozenset()

@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model makes of one synthetic record in different company, and couplings that are planted to be seen.
+
+Comparisons are of a record's loss and gradient. None passes on NaN: each is written so that it holds or fails.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dpquant.batches import Microbatch, leaves, with_leaves
+from dpquant.clip import PerExampleLoss, RowGradient, draws_key, gradient_of_row, losses_of, no_gradient
+from dpquant.errors import DataError, ModelError
+from dpquant.randomness import Drawing, drawn_by_record, seeded
+from dpquant.refusals import BY_PLACE, COUPLED, KEEPS_STATE, MIXED
+from dpquant.synthetic import Specimens
+
+KEY = 0  # of the synthetic records' draws: nothing private follows from them
+TOLERANCE, _FLOAT64_TOLERANCE = 1e-3, 1e-6  # of a loss or a gradient; rounding is a hundred times smaller
+SMALLEST_LOSS = 1e-3  # losses below it are compared as if they were as large
+OTHERS = 1, 2  # the numbers of b and c; a is 0
+
+
+class Blind(ModelError):
+    """A coupling that was planted was not seen."""
+
+
+def piece_of(specimens: Specimens, order: Sequence[int], dtype: torch.dtype) -> Microbatch:
+    """The specimens of these numbers as a microbatch; a specimen's number is its record id."""
+    batch = specimens.batch(order)
+    if dtype == torch.float64:
+        batch = with_leaves(batch, lambda leaf: leaf.double() if leaf.dtype == torch.float32 else leaf)
+    return Microbatch(batch, torch.tensor(order), len(order))
+
+
+@contextlib.contextmanager
+def shaken(model: nn.Module, dtype: torch.dtype, seed: int) -> Iterator[None]:
+    """Parameters a little off, parameters and buffers in a type, until the block ends; then as before, in their memory.
+
+    Each entry moves by up to a tenth of itself, and zeros leave zero: a zero may be a gate that lets no gradient by.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parameters = set(model.parameters())
+    kept = [(t, t.data) for t in (*model.parameters(), *model.buffers()) if t.dtype == torch.float32]
+    for tensor, data in kept:
+        if tensor in parameters:
+            noise = (0.2 * torch.rand(data.shape, generator=generator) - 0.1).to(data.device)
+            data = data + torch.where(data == 0, noise, noise * data)
+        tensor.data = data.to(dtype)
+    try:
+        yield
+    finally:
+        for tensor, data in kept:
+            tensor.data = data
+
+
+class Probe:
+    """What the model makes of a specimen in some company."""
+
+    def __init__(
+        self, model: nn.Module, loss_fn: PerExampleLoss, specimens: Specimens, drawing: Drawing, dtype: torch.dtype
+    ):
+        self._model, self._loss_fn, self._specimens, self._drawing = model, loss_fn, specimens, drawing
+        self._dtype, self._tolerance = dtype, _FLOAT64_TOLERANCE if dtype == torch.float64 else TOLERANCE
+
+    def compare_company(self) -> list[RowGradient]:
+        """Raise ModelError if a's results change when c takes b's place; else return them."""
+        first, other = self._row((0, 1, 1), 0), self._row((0, 2, 2), 0)
+        if not self._agree(first, 0, other, 0):
+            raise self._coupled(first)
+        return [first, other]
+
+    def compare_places(self) -> list[RowGradient]:
+        """Raise ModelError if a's results change with its place, its number of neighbours, the mode or the past."""
+        self._check_collation()
+        first, last = self._row((0, 1, 1), 0), self._row((2, 2, 0), 2)
+        if not self._agree(first, 0, last, 2):
+            raise self._coupled(first)
+        self._compare_with_autograd(first)
+        if not self._close(first.losses[0], self._losses((1, 0, 1))[1]):
+            raise self._coupled(first)
+        if not self._drawing.seen:
+            self._compare_with_one_alone(first)
+        self._compare_losses()
+        if not self._close(first.losses[0], self._losses((0, 1, 1))[0]):
+            raise ModelError(KEEPS_STATE)
+        return [first, last, self._row((2, 1, 0), 1)]
+
+    def plant(self) -> None:
+        """Raise Blind unless couplings that are planted here are seen."""
+        piece = self._piece((0, 1, 1))
+        for number, path in enumerate(path for path, _ in leaves(piece.data)):
+            if self._uses(piece, number) and not self._sees(leaf=number):
+                raise blind(f"batch{path}")
+        modules = self._modules()
+        for module in dict.fromkeys([modules[0], modules[len(modules) // 2], modules[-1]]):
+            if not self._sees(module=module):
+                name = next(name for name, one in self._model.named_modules() if one is module)
+                raise blind(f"the output of {name or 'the model'}")
+        if not self._sees(loss=True):
+            raise blind("the loss")
+
+    def _check_collation(self) -> None:
+        """A record's row of the batch may not change with the other records, unless it is padded."""
+        if self._specimens.padded:
+            return
+        for order, row in (((0, 1, 1), 0), ((0, 2, 2), 0), ((1, 0, 1), 1), ((2, 2, 0), 2)):
+            mine = [leaf[0] for _, leaf in leaves(self._piece((0, 0, 0)).data)]
+            here = [leaf[row] for _, leaf in leaves(self._piece(order).data)]
+            if not all(map(identical, mine, here)):
+                raise DataError(MIXED)
+
+    def _piece(self, order: Sequence[int]) -> Microbatch:
+        return piece_of(self._specimens, order, self._dtype)
+
+    def _row(self, order: Sequence[int], row: int, leaf: int | None = None) -> RowGradient:
+        piece = self._piece(order)
+        if leaf is not None:
+            piece = dataclasses.replace(piece, data=_rolled(piece.data, leaf))
+        return gradient_of_row(self._model, self._loss_fn, piece, row, key=KEY, drawing=self._drawing)
+
+    def _losses(self, order: Sequence[int], leaf: int | None = None) -> Tensor:
+        piece = self._piece(order)
+        if leaf is not None:
+            piece = dataclasses.replace(piece, data=_rolled(piece.data, leaf))
+        return losses_of(self._model, self._loss_fn, piece, key=KEY, drawing=self._drawing)
+
+    def _agree(self, one: RowGradient, row: int, other: RowGradient, other_row: int) -> bool:
+        """Whether both are the same example's, and neither gives another example any gradient."""
+        bound = self._tolerance * norm_of(one.grads.values())
+        return one.others <= bound and other.others <= bound and self._alike(one, row, other, other_row)
+
+    def _alike(self, one: RowGradient, row: int, other: RowGradient, other_row: int) -> bool:
+        gap = norm_of(one.grads[name] - other.grads[name] for name in one.grads)
+        bound = self._tolerance * norm_of(one.grads.values())
+        return gap <= bound and self._close(one.losses[row], other.losses[other_row])
+
+    def _close(self, one: Tensor, other: Tensor) -> bool:
+        scale = max(abs(float(one)), SMALLEST_LOSS)
+        return abs(float(one) - float(other)) <= self._tolerance * scale
+
+    def _coupled(self, first: RowGradient) -> ModelError:
+        """The error for two results that differ; says what they differ by."""
+        if not self._alike(first, 0, self._row((0, 1, 1), 0), 0):
+            return ModelError(KEEPS_STATE)
+        if self._drawing.seen and self._agree(self._row((0, 0, 0), 0), 0, first, 0):
+            return ModelError(BY_PLACE)
+        return ModelError(COUPLED)
+
+    def _compare_with_autograd(self, first: RowGradient) -> None:
+        """Catches a parameter whose use is not seen, and so not clipped for: tied by hand, or used elsewhere."""
+        trainable = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+        piece = self._piece((0, 1, 1))
+        with seeded(derived := draws_key(KEY)):
+            losses = drawn_by_record(
+                lambda: self._loss_fn(self._model, piece.data), derived, piece.record_ids, self._drawing
+            )
+            found = torch.autograd.grad(losses[0], list(trainable.values()), allow_unused=True)
+        theirs = [torch.zeros_like(p) if g is None else g for p, g in zip(trainable.values(), found, strict=True)]
+        # a gradient that is zero but for round-off, as of a bias before a normalization, is held to the others' size
+        smallest = 1e-3 * self._tolerance * max(1.0, *(float(reference.norm()) for reference in theirs))
+        for (name, mine), reference in zip(first.grads.items(), theirs, strict=True):
+            if not float((mine - reference).norm()) <= max(self._tolerance * float(reference.norm()), smallest):
+                if name not in first.reached:
+                    raise no_gradient(name)
+                raise ModelError(
+                    f"Expected {name} to be used only by the module that owns it; got a gradient that its per-example "
+                    "gradients do not add up to. Clipping would miss a part of it. Call the module instead of using "
+                    "its parameter, or make the examples the first axis of every input."
+                )
+
+    def _compare_with_one_alone(self, first: RowGradient) -> None:
+        """Catches what depends on how many examples there are."""
+        try:
+            alone = self._losses((0,))
+        except Exception:  # a model that squeezes its first axis: no microbatch of a run has one row unless asked for
+            return
+        if not self._close(first.losses[0], alone[0]):
+            raise ModelError(COUPLED)
+
+    def _compare_losses(self) -> None:
+        """Catches losses that see other examples in the mode that the gradients were not taken in."""
+        modes = {module: module.training for module in self._model.modules()}
+        try:
+            self._model.train(not self._model.training)
+            first = self._losses((0, 1, 1))
+            for order, row in (((0, 2, 2), 0), ((1, 2, 0), 2)):
+                if not self._close(first[0], self._losses(order)[row]):
+                    raise ModelError(COUPLED)
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+    def _sees(self, *, leaf: int | None = None, module: nn.Module | None = None, loss: bool = False) -> bool:
+        """Whether a coupling in one place makes a's results depend on b and c."""
+        with contextlib.ExitStack() as planted:
+            if module is not None:
+                planted.callback(module.register_forward_hook(add_mean).remove)
+            honest = self._loss_fn
+            if loss:
+                planted.callback(setattr, self, "_loss_fn", honest)
+                self._loss_fn = lambda model, batch: add_mean(None, None, honest(model, batch))
+            one, other = (self._losses((0, number, number), leaf) for number in OTHERS)
+            if not self._close(one[0], other[0]):
+                return True
+            one, other = (self._row((0, number, number), 0, leaf) for number in OTHERS)
+            return not self._agree(one, 0, other, 0)
+
+    def _uses(self, piece: Microbatch, number: int) -> bool:
+        """Whether a leaf of the batch enters any computation."""
+        watched = _Watched([leaf for _, leaf in leaves(piece.data)][number])
+        with seeded(KEY), torch.no_grad(), watched:
+            self._loss_fn(self._model, piece.data)
+        return watched.used
+
+    def _modules(self) -> list[nn.Module]:
+        """The modules with trainable parameters of their own that return a tensor of examples, as they are called."""
+        called: dict[nn.Module, None] = {}
+
+        def note(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.is_floating_point() and output.ndim and len(output) == 3:
+                called[module] = None
+
+        own = [m for m in self._model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
+        handles = [module.register_forward_hook(note) for module in own]
+        try:
+            self._losses((0, 1, 1))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return list(called) or own
+
+
+def add_mean(module: Any, inputs: Any, output: Any) -> Any:
+    """A coupling: each row gets a part of the batch's mean. A forward hook, or a loss' last step."""
+    if isinstance(output, Tensor) and output.is_floating_point() and output.ndim:
+        return output + output.detach().mean(0, keepdim=True)
+    return output
+
+
+def _rolled(batch: Any, number: int) -> Any:
+    """A coupling: one leaf's rows move up by one, so that each example gets another's."""
+    numbers = itertools.count()
+    return with_leaves(batch, lambda leaf: leaf.roll(1, 0) if next(numbers) == number else leaf)
+
+
+def blind(place: str) -> Blind:
+    return Blind(
+        f"Expected made-up records that would show a coupling of examples in {place}; one that was planted there had "
+        "no effect. So the check could not see whether examples are kept apart. Give example= a few public or synthetic "
+        "records that differ in every value, or leave out of the batch what has no effect."
+    )
+
+
+_CARRIES = {
+    getattr(torch.ops.aten, name)
+    for name in (
+        *("_to_copy", "alias", "clone", "detach", "expand", "permute", "select", "slice", "squeeze", "t"),
+        *("transpose", "unsqueeze", "view", "_unsafe_view", "split", "unbind"),
+    )
+}  # operators that pass values on
+
+
+class _Watched(TorchDispatchMode):
+    """Notices whether a tensor, or what other shapes and types of it there are, enters a computation."""
+
+    def __init__(self, tensor: Tensor):
+        super().__init__()
+        self._memory = {tensor.untyped_storage().data_ptr()}
+        self._kept = [tensor]  # memory that was freed could come again
+        self.used = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = pytree.tree_leaves((args, kwargs))
+        if any(isinstance(t, Tensor) and t.untyped_storage().data_ptr() in self._memory for t in given):
+            if func.overloadpacket in _CARRIES:
+                made = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+                self._memory |= {t.untyped_storage().data_ptr() for t in made}
+                self._kept += made
+            else:
+                self.used = True
+        return result
+
+
+def norm_of(tensors: Iterable[Tensor]) -> float:
+    return float(sum(t.double().square().sum() for t in tensors)) ** 0.5
+
+
+def identical(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other)

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Why a model cannot be trained privately, in words: by the types of its modules, or by what its code raised.
+
+An error names the cause, not the symptom, and what to do about it.
+"""
+
+import traceback
+
+import torch
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
+
+from dpquant.errors import DPQuantError, ModelError
+
+COUPLED = (
+    "Expected each example's gradient to depend on that example alone; got one that depends on the rest of the batch. "
+    "Clipping would bound no one's influence. Remove batch statistics and other operations across the first axis."
+)
+MIXED = (
+    "Expected collate_fn to make each row of one record alone, in the records' order; got rows that change with the "
+    "other records. Clipping rows would bound no one's influence. Collate without mixing or sorting records."
+)
+PADDED = (
+    "Expected a record's row to have a shape that the record alone decides; got one that is padded to the longest "
+    "record of the batch. Quantized, what one record contributes would depend on how long another is. Pad to a length "
+    "that the record alone decides (a fixed one, such as padding='max_length'), or run in full precision."
+)
+BY_PLACE = (
+    "Expected the random numbers that the model draws to belong to an example each or to all of them; got some that "
+    "follow an example's place in the batch. A record that is removed moves the places of all others. Let the axis of "
+    "examples come first where random numbers are drawn, or choose another microbatch_size if another axis has as many."
+)
+KEEPS_STATE = (
+    "Expected what the model computes to depend on its parameters and its input; got a model that remembers what it "
+    "was given before. What it remembers of records is never noised. Keep nothing from one call to the next."
+)
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Refuse, by type and before any data is read, a model whose examples cannot be separated.
+
+    Raises:
+      ModelError: names the module's path, what is wrong and what to do.
+    Privacy: reads no data.
+    """
+    for path, module in model.named_modules():
+        if problem := _problem(module):
+            what, remedy = problem
+            raise ModelError(
+                f"Expected model to be trainable privately; got {path or 'the model'} ({type(module).__name__}). "
+                f"{what}. {remedy}."
+            )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ModelError(
+            "Expected model to have a trainable parameter; got none. There is nothing to train. "
+            "Call requires_grad_(True) on what should be trained."
+        )
+
+
+def _problem(module: nn.Module) -> tuple[str, str] | None:
+    """(what is wrong, what to do), or None."""
+    match module:
+        case torch._dynamo.OptimizedModule():
+            return "torch.compile hides the layers", "Pass the module that was compiled, model._orig_mod"
+        case nn.DataParallel() | nn.parallel.DistributedDataParallel():
+            return "It splits batches by itself", "Pass the module inside, model.module"
+        case nn.modules.batchnorm._BatchNorm() if not module.training:
+            return (
+                "In evaluation it keeps examples apart, but training mode, which can be set any time, would mix them",
+                'Make its statistics part of the network: dpquant.fix(model, batch_norm="freeze")',
+            )
+        case nn.modules.batchnorm._BatchNorm():
+            return (
+                "It mixes the examples of a batch, so clipping bounds no single example's influence",
+                "Replace it by GroupNorm: dpquant.fix(model), or --fix on the command line",
+            )
+        case _ if _computed_weight(module) and any(p.requires_grad for p in module.parameters()):
+            return (
+                "Its weight is computed from other parameters (a parametrization, spectral_norm or weight_norm), whose "
+                "per-example gradients are unknown",
+                "Remove it (torch.nn.utils.parametrize.remove_parametrizations, remove_spectral_norm, "
+                "remove_weight_norm), or freeze the module",
+            )
+        case nn.modules.instancenorm._InstanceNorm() if module.track_running_stats:
+            return "Its running statistics keep raw data", "Set track_running_stats=False"
+        case nn.RNNBase() | nn.MultiheadAttention():
+            if not any(p.requires_grad for p in module.parameters()):
+                return None
+            return (
+                "Its parameters have no per-example gradient here",
+                "Build it of Linear layers, or freeze it with requires_grad_(False)",
+            )
+        case nn.Embedding() if module.scale_grad_by_freq:
+            return "scale_grad_by_freq weighs by counts over the batch", "Set scale_grad_by_freq=False"
+        case nn.Embedding() if module.max_norm is not None:
+            return "max_norm changes the table by which records are looked up", "Set max_norm=None"
+        case LazyModuleMixin() if module.has_uninitialized_params():
+            return "Its parameters have no shape yet", "Run one forward pass on made-up data first"
+        case _:
+            return None
+
+
+def _computed_weight(module: nn.Module) -> bool:
+    """Whether torch computes a parameter of the module anew at each call."""
+    hooks = (type(hook).__name__ for hook in module._forward_pre_hooks.values())
+    return parametrize.is_parametrized(module) or any(name in ("SpectralNorm", "WeightNorm") for name in hooks)
+
+
+class NotFinite(Exception):
+    """A loss or a gradient is infinite or not a number."""
+
+
+_WAYS_OUT = (
+    "The records were made up. Make the model's input and output fit the records; or, where their values have a domain "
+    "of their own, give example= a few public or synthetic records."
+)
+
+
+def explained(error: Exception) -> DPQuantError:
+    """The error that says what is wrong with the model, from what its code raised on synthetic records."""
+    if isinstance(error, DPQuantError):
+        return error
+    files = {frame.filename.replace("\\", "/") for frame in traceback.extract_tb(error.__traceback__)}
+    if any(name.endswith("torch/utils/checkpoint.py") for name in files):
+        return ModelError(
+            "Expected a model without activation checkpointing; got a layer that is computed again in the backward "
+            "pass. Its per-example gradients would belong to another rounding. Turn checkpointing off: a smaller "
+            "microbatch_size saves as much memory."
+        )
+    if "does not require grad" in str(error):
+        return ModelError(
+            "Expected model and loss_fn not to differentiate; got a gradient that is taken inside of them. Parameters "
+            "are detached while losses are computed, and a gradient penalty's own gradient has no per-example form "
+            "here. Leave it out of the loss."
+        )
+    if isinstance(error, NotFinite):
+        return ModelError(
+            "Expected losses and gradients that are finite on made-up records; got others for every kind of values "
+            f"that was tried. NaN would hide whether examples are kept apart. {_WAYS_OUT}"
+        )
+    refusal = ModelError(
+        f"Expected model and loss_fn to run on a batch shaped like the data set's; got a {type(error).__name__}: "
+        f"{error}. {_WAYS_OUT}"
+    )
+    refusal.__cause__ = error
+    return refusal
