@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def timed_run(options: list[str]) -> dict:
-    """A run's wall time, process start included, and what its record says."""
+    """A run's wall time, process start included, and what its record and its timings say."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         program = str(Path(sys.executable).with_name("dpquant"))
@@ -64,8 +64,8 @@ def timed_run(options: list[str]) -> dict:
         began = time.perf_counter()
         subprocess.run(command, check=True, capture_output=True)
         seconds = time.perf_counter() - began
-        record = json.loads((out / "record.json").read_text())
-    return {"seconds": seconds, **{name: record[name] for name in KEPT}}
+        facts = json.loads((out / "record.json").read_text()) | json.loads((out / "timings.json").read_text())
+    return {"seconds": seconds, **{name: facts[name] for name in KEPT}}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 """Runs `dpquant train` for tables of settings and seeds, side by side, and can be interrupted and started again.
 
 Every run is the command line that a user would type. A run whose record exists is not repeated, and tables that share a
-run share its directory. What is kept of a run is its record.
+run share its directory. What is kept of a run is its record, and how long it trained: the data are public, so that its
+times tell nothing that is not known.
 """
 
 import concurrent.futures
@@ -21,11 +22,12 @@ from pathlib import Path
 from types import NoneType
 
 from dpquant.compare import draw_accuracies, half_width
-from dpquant.record import RunRecord
+from dpquant.record import RunRecord, Timings
 from dpquant.settings import TrainSettings
 
 RESULTS = Path(__file__).parent / "results"
 FOLDERS = ("GTSRB", "CIFAR10")  # placeholders in options for the folders of data sets
+SECONDS = ("seconds_train", "seconds_analysis")  # kept of a run's times
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,7 +122,9 @@ class Site:
             text = path.read_text()
             for placeholder, folder in self.folders.items():
                 text = text.replace(str(folder), placeholder)
-            return {**json.loads(text), "command": run.command}
+            timings = Timings.read(path.with_name("timings.json"))  # None: an older record has the seconds itself
+            seconds = {} if timings is None else {name: getattr(timings, name) for name in SECONDS}
+            return {**json.loads(text), **seconds, "command": run.command}
         return self.kept.get(run.command)
 
     def here(self, options: str, title: str) -> str | None:
@@ -161,7 +165,7 @@ def committed() -> dict[str, dict]:
     """{command: record} of all runs that the results hold; a record that an older program wrote lacks some field."""
     tables = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     runs = [run for table in tables for records in table.get("records", {}).values() for run in records]
-    fields = {field.name for field in dataclasses.fields(RunRecord)}
+    fields = {field.name for field in dataclasses.fields(RunRecord)} | set(SECONDS)
     return {run["command"]: run for run in runs if fields <= run.keys()}
 
 

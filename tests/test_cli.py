@@ -65,7 +65,17 @@ def test_plan_prints_the_budget_and_reads_no_data(capsys, monkeypatch):
 
 def test_plan_as_json_can_be_read_by_a_program(capsys):
     assert run(["plan", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["delta"] == "0.0001"
+    read = json.loads(capsys.readouterr().out)
+    assert (read["delta"], read["steps"], read["epochs"], read["analysis"]["score"]) == (1e-4, 240, 40, "gradient")
+    assert 7.9 < read["epsilon"] <= 8 and 0 < read["analysis_share"] < 1
+
+
+def test_the_help_of_plan_documents_its_json(capsys):
+    assert run(["plan", "--json", "--policy", "none"]) == 0
+    names = json.loads(capsys.readouterr().out)
+    assert run(["plan", "--help"]) == 0
+    help = capsys.readouterr().out
+    assert all(name in help for name in names)
 
 
 def test_train_writes_a_run_and_prints_its_statement(capsys, tmp_path):
@@ -88,7 +98,7 @@ def test_options_win_over_the_config_file(capsys, tmp_path):
     (tmp_path / "a.toml").write_text('data = "fashion-mnist"\nepsilon = 2.0\nepochs = 3\n')
     assert run(["plan", "--config", str(tmp_path / "a.toml"), "--epochs", "5", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert printed["steps"].endswith("(5 epochs of 29)") and printed["epsilon (PLD)"] == "2.0000"
+    assert (printed["steps"], printed["epochs"]) == (5 * 29, 5) and 1.99 < printed["epsilon"] <= 2
 
 
 def test_an_interrupt_leaves_one_line_and_exit_code_130(capsys, tmp_path, monkeypatch):
@@ -139,6 +149,28 @@ def test_a_wrong_account_of_an_interrupted_run_would_be_seen(stopped, right, wro
     _, errors, ledger = stopped
     with pytest.raises(AssertionError):
         assert_says_what_was_spent(re.sub(right, wrong, errors.strip()), ledger)
+
+
+def test_an_interrupted_run_whose_charges_came_from_a_seed_says_so(capsys, tmp_path, monkeypatch):
+    def interrupted(settings, folder, **others):
+        folder.mkdir()
+        Ledger(folder / "ledger.jsonl", research=True).charge(kind="train", sample_rate=0.1, noise_multiplier=1.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dpquant.train.train", interrupted)
+    assert run(["train", "--out", str(tmp_path / "run")]) == 130
+    assert "NOT PRIVATE" in capsys.readouterr().err
+
+
+def test_an_interrupted_private_run_is_not_called_otherwise(stopped):
+    assert "NOT PRIVATE" not in stopped[1]
+
+
+def test_a_run_that_diverges_has_an_exit_code_of_its_own(capsys, tmp_path):
+    options = ["--epochs", "1", "--policy", "none", "--lr", "1e10", "--weight-decay", "1e30"]
+    assert run(["train", *options, "--json", "--out", str(tmp_path / "run")]) == 4
+    captured = capsys.readouterr()
+    assert captured.out == "" and "stay finite" in captured.err and captured.err.count("\n") == 1
 
 
 def test_help_and_version(capsys):

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
+import contextlib
 import json
 
 import pytest
 
 from dpquant import compare as module
+from dpquant.accounting import Event, epsilon
 from dpquant.cli import run
 from dpquant.compare import compare, half_width
-from dpquant.errors import SettingError
-from dpquant.settings import TrainSettings
+from dpquant.errors import LedgerError, SettingError
+from dpquant.ledger import Ledger
+from dpquant.settings import TrainSettings, plan_of
+from dpquant.train import train
 
 SMALL = {"epochs": 1, "microbatch_size": 32, "backend": "simulate"}
 
@@ -31,7 +35,9 @@ def test_every_policy_is_run_at_every_seed(compared):
     none, rotated = comparison.rows["none"], comparison.rows["rotate"]
     assert none.quantized_fraction_macs == 0 < rotated.four_bit_fraction_macs
     assert none.epsilon <= 8 and rotated.half_width > 0
-    assert json.loads((out / "compare.json").read_text())["rows"]["none"]["mean"] == none.mean
+    written = json.loads((out / "compare.json").read_text())["rows"]["none"]
+    assert written["mean"] == none.mean
+    assert none.seconds > 0 and "seconds" not in written, "times are not for release"
     assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -39,6 +45,16 @@ def test_all_runs_together_cost_more_than_one_and_no_more_than_their_sum(compare
     _, comparison = compared
     each = [row.epsilon for row in comparison.rows.values() for _ in row.accuracies]
     assert max(each) < comparison.epsilon_together <= sum(each)
+
+
+def test_without_the_operators_times_there_is_no_column_of_them(compared):
+    out, comparison = compared
+    timings = out / "none-0" / "timings.json"
+    text = timings.read_text()
+    timings.unlink()
+    rows = compare(settings(), ["none", "rotate"], 2, out).rows
+    timings.write_text(text)
+    assert rows["none"].seconds is None and rows["rotate"].seconds == comparison.rows["rotate"].seconds
 
 
 def test_what_is_done_is_not_repeated_and_other_settings_are_refused(compared, monkeypatch):
@@ -73,3 +89,92 @@ def test_the_verb_prints_a_row_a_policy_and_what_all_cost(tmp_path, capsys):
     assert all(words in printed for words in ("none", "all", "whoever sees all runs"))
     assert run(["compare", "--policies", "none,all", "--seeds", "1", "--json", *options]) == 0
     assert set(json.loads(capsys.readouterr().out)["rows"]) == {"none", "all"}
+
+
+# A run that was interrupted is made anew, and what it charged counts.
+
+
+def interrupted_after(steps):
+    """A `train` that the user stops after so many steps."""
+
+    def stop(progress):
+        if progress.step == steps:
+            raise KeyboardInterrupt
+
+    return lambda settings, out, **options: train(settings, out, watch=stop)
+
+
+def assert_counts_what_every_run_has_charged(out, comparison, *, steps):
+    """Epsilon of all runs together is that of so many steps in all, whichever runs took them."""
+    plan = plan_of(settings(policy="none"))
+    charged = Event(kind="train", sample_rate=plan.sample_rate, noise_multiplier=plan.noise_multiplier, count=steps)
+    assert comparison.epsilon_together == epsilon([charged], plan.delta)
+    assert json.loads((out / "compare.json").read_text())["epsilon_together"] == comparison.epsilon_together
+
+
+@pytest.fixture(scope="module")
+def taken_up(tmp_path_factory):
+    """A comparison of a single run that was interrupted twice before: (its directory, it, what was said)."""
+    out, said = tmp_path_factory.mktemp("runs") / "taken-up", []
+    for steps in (2, 3):
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(module, "train", interrupted_after(steps))
+            compare(settings(), ["none"], 1, out, watch=said.append)
+    return out, compare(settings(), ["none"], 1, out, watch=said.append), said
+
+
+def test_an_interrupted_run_is_moved_aside_and_made_anew(taken_up):
+    out, comparison, said = taken_up
+    assert {path.name for path in out.iterdir()} == {
+        "none-0", "none-0.interrupted-1", "none-0.interrupted-2", "compare.json", "compare.png"
+    }  # fmt: skip
+    assert len(comparison.rows["none"].accuracies) == 1
+    assert [sum(c.count for c in Ledger.read(out / f"none-0.interrupted-{n}" / "ledger.jsonl")) for n in (1, 2)] == [
+        2,
+        3,
+    ]
+    assert said[0] == "none, seed 0" and len(said) == 3
+    for number, line in enumerate(said[1:], 1):
+        assert "what it charged counts" in line and f"none-0.interrupted-{number}" in line
+
+
+def test_what_an_interrupted_run_charged_counts(taken_up):
+    out, comparison, _ = taken_up
+    assert_counts_what_every_run_has_charged(out, comparison, steps=2 + 3 + 6)
+    assert comparison.rows["none"].epsilon < comparison.epsilon_together
+
+
+def finished_runs_only(out, finished):
+    return [module.event_of(c) for name in finished for c in Ledger.read(out / name / "ledger.jsonl")]
+
+
+def what_is_planned(out, finished):
+    return plan_of(settings(policy="none")).events()
+
+
+@pytest.mark.parametrize("planted", [finished_runs_only, what_is_planned])
+def test_charges_of_an_interrupted_run_that_are_forgotten_would_be_seen(planted, taken_up, monkeypatch):
+    out, _, _ = taken_up
+    monkeypatch.setattr(module, "_charged_in", planted)
+    with pytest.raises(AssertionError):
+        assert_counts_what_every_run_has_charged(out, compare(settings(), ["none"], 1, out), steps=2 + 3 + 6)
+
+
+def test_a_ledger_that_cannot_be_read_ends_the_comparison(taken_up):
+    out, _, _ = taken_up
+    for name in ("none-0", "none-0.interrupted-1"):
+        ledger = out / name / "ledger.jsonl"
+        text = ledger.read_text()
+        ledger.write_text(text.replace('"count": 1', '"count": 2', 1))
+        with pytest.raises(LedgerError, match="does not agree with itself"):
+            compare(settings(), ["none"], 1, out)
+        ledger.write_text(text)
+
+
+def test_a_finished_run_without_its_ledger_ends_the_comparison(taken_up):
+    out, _, _ = taken_up
+    ledger = out / "none-0" / "ledger.jsonl"
+    ledger.rename(out / "none-0" / "hidden")
+    with pytest.raises(LedgerError, match="readable ledger"):
+        compare(settings(), ["none"], 1, out)
+    (out / "none-0" / "hidden").rename(ledger)

@@ -12,6 +12,7 @@ from experiments.__main__ import SCRIPTS, TABLES
 from experiments.per_tensor import with_one_scale
 from experiments.runner import Run, Site, Table, do_table, settings_of
 
+from dpquant import cli
 from dpquant.cost import LayerCost
 from dpquant.errors import SettingError
 from dpquant.formats import E3M0, Rounding
@@ -21,11 +22,14 @@ from dpquant.streams import row_keys
 
 TABLE = Table(name="mine", title="Mine", common="--epochs 2", rows={"a": "--lr 1", "b": "--lr 2"}, seeds=(0, 1))
 FIELDS = {field.name for field in dataclasses.fields(RunRecord)}
+TIMINGS = {
+    "note": "", "seconds_total": 9.0, "seconds_train": 2.0, "seconds_analysis": 1.0, "seconds_at_epoch_ends": [],
+    "examples_per_second": 1.0,
+}  # fmt: skip
 RECORD = {
     **dict.fromkeys(FIELDS),
     "accuracy_test": 0.5, "accuracy_per_epoch": [0.4, 0.5], "epsilon": 8.0, "epsilon_analysis_share": 0.0,
     "quantized_fraction_layers": 0.5, "quantized_fraction_macs": 0.5, "four_bit_fraction_macs": 0.5,
-    "seconds_train": 2.0, "seconds_analysis": 1.0,
 }  # fmt: skip
 
 
@@ -39,6 +43,7 @@ def commands(monkeypatch, tmp_path):
         out = tmp_path / "work" / command[command.index("--out") + 1].rsplit("/", 1)[1]
         out.mkdir(parents=True)
         (out / "record.json").write_text(json.dumps(RECORD))
+        (out / "timings.json").write_text(json.dumps(TIMINGS))
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(runner, "subprocess", SimpleNamespace(run=pretended))  # not for all: fonts are sought too
@@ -56,6 +61,7 @@ def test_a_table_runs_every_row_at_every_seed_once(commands, tmp_path):
     assert {tuple(row["accuracies"]) for row in rows.values()} == {(50.0, 50.0)}
     results = json.loads((tmp_path / "results" / "mine.json").read_text())
     assert results["missing"] == [] and results["summary"]["a"]["command"].startswith("dpquant train --epochs 2 --lr 1")
+    assert {row["seconds"] for row in rows.values()} == {3}
     assert (tmp_path / "results" / "mine.png").exists()
     do_table(TABLE, site(tmp_path, jobs=2))
     assert len(commands) == 4
@@ -94,6 +100,14 @@ def test_what_the_results_hold_counts_as_done_where_that_is_wanted(commands, tmp
     assert do_table(TABLE, Site(**kept)).keys() == {"a", "b"} and len(commands) == 4
 
 
+def test_a_run_whose_record_still_holds_its_times_counts_as_it_did(commands, tmp_path, monkeypatch):
+    do_table(TABLE, site(tmp_path))
+    for out in (tmp_path / "work").iterdir():
+        (out / "timings.json").unlink()
+        (out / "record.json").write_text(json.dumps({**RECORD, "seconds_train": 5.0, "seconds_analysis": 1.0}))
+    assert {row["seconds"] for row in do_table(TABLE, site(tmp_path)).values()} == {6} and len(commands) == 4
+
+
 def test_a_record_that_an_older_program_wrote_does_not(commands, tmp_path):
     do_table(TABLE, site(tmp_path))
     path = tmp_path / "results" / "mine.json"
@@ -102,6 +116,17 @@ def test_a_record_that_an_older_program_wrote_does_not(commands, tmp_path):
     path.write_text(json.dumps(results))
     here = Site(work=tmp_path / "elsewhere", folders={}, kept=runner.committed())
     assert [here.record(run) is None for run in TABLE.runs()] == [True, False, False, False]
+
+
+def test_committed_records_of_either_form_can_be_read():
+    assert all(RunRecord.from_json(json.dumps(run)).accuracy_test == run["accuracy_test"] for run in committed_runs())
+
+
+def committed_runs():
+    """The records of private runs that the results hold: one without an epsilon is of a run with another program."""
+    runs = [run for run in runner.committed().values() if run["epsilon"] is not None]
+    assert len(runs) > 100
+    return runs
 
 
 def test_whatever_the_results_hold_can_be_gone_on_from():
@@ -136,6 +161,12 @@ def test_a_run_with_scales_per_tensor_promises_nothing(tmp_path, capsys):
     record = json.loads((out / "record.json").read_text())
     assert record["epsilon"] is None and record["statement"].startswith("NOT PRIVATE")
     assert capsys.readouterr().out.strip().endswith(per_tensor.NOT_PRIVATE)
+
+
+def test_scales_per_tensor_are_refused_where_the_checks_are_left_in(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dpquant.layers.quantize_rows", with_one_scale)
+    assert cli.run(["train", "--policy", "all", "--epochs", "1", "--threads", "1", "--out", str(tmp_path / "run")]) == 2
+    assert "that example alone" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 RESULTS = {

@@ -7,6 +7,7 @@ non-interference: with the mechanisms' results held fixed, nothing that a run le
 
 import dataclasses
 import json
+import time
 
 import pytest
 import torch
@@ -20,12 +21,13 @@ import dpquant
 from dpquant import data
 from dpquant import private as private_module
 from dpquant import train as train_module
-from dpquant.clip import ClippedSum, clipped_sum
+from dpquant.clip import ClippedSum, clipped_sum, clipped_sum_of
 from dpquant.formats import recipe
-from dpquant.impact import ImpactSum, impact_sum
+from dpquant.impact import ImpactSum, impact_sum, impact_sum_of
 from dpquant.kernels import int8_is_exact
 from dpquant.noise import NoiseSource
 from dpquant.quantizer import quantize_rows
+from dpquant.record import RunRecord
 from dpquant.sampling import PoissonSampler
 from dpquant.settings import TrainSettings
 from dpquant.streams import row_keys
@@ -243,17 +245,16 @@ def test_canaries_that_are_heard_louder_are_caught(plant, monkeypatch):
         assert_canaries_are_heard_as_promised(canary_sums(dpquant.NonePolicy()))
 
 
-# Non-interference: all private computation runs, but its results are replaced by constants.
+# Non-interference: all private computation runs, but its results are replaced by constants. Times are in timings.json
+# and on the screen, which are the operator's, and nowhere else.
 
-CLOCK = {"seconds", "seconds_train", "seconds_analysis", "seconds_total", "samples_per_second", "examples_per_second"}
 
-
-def without_clock(line):
-    return {key: value for key, value in json.loads(line).items() if key not in CLOCK}
+def what_the_screen_shows(progress):
+    return {name: value for name, value in dataclasses.asdict(progress).items() if name != "examples_per_second"}
 
 
 def left_behind(out, monkeypatch, *, records, clipped_stub=None, **changes):
-    """Everything that a run on these private records leaves behind or says, less the clock."""
+    """Everything that a run on these private records leaves behind or says, less what is its operator's."""
     public = data.load("digits")
     pixels, targets, readable = records
     split = data.Split(pixels, targets, readable=readable, full_scale=public.train.full_scale)
@@ -262,18 +263,18 @@ def left_behind(out, monkeypatch, *, records, clipped_stub=None, **changes):
     honest_noise = NoiseSource.gaussian
 
     def no_gradient(*arguments, **keywords):
-        real = clipped_sum(*arguments, **keywords)
+        real = clipped_sum_of(*arguments, **keywords)
         return ClippedSum({name: torch.zeros_like(grad) for name, grad in real.grads.items()}, real.sensitivity)
 
     def no_impact(*arguments, **keywords):
-        real = impact_sum(*arguments, **keywords)
+        real = impact_sum_of(*arguments, **keywords)
         return ImpactSum(torch.zeros_like(real.impacts), real.sensitivity)
 
     seen = []
     with monkeypatch.context() as patched:
         patched.setattr(data, "load", lambda *a, **k: dataclasses.replace(public, train=split))
-        patched.setattr(private_module, "clipped_sum", clipped_stub or no_gradient)
-        patched.setattr(private_module, "impact_sum", no_impact)
+        patched.setattr(private_module, "clipped_sum_of", clipped_stub or no_gradient)
+        patched.setattr(private_module, "impact_sum_of", no_impact)
         patched.setattr(NoiseSource, "gaussian", lambda self, *a, **k: honest_noise(constant, *a, **k))
         # what is measured before the run, on made-up data, differs from run to run
         unmeasured = {"microbatch_size": 64, "backend": "int8" if int8_is_exact(64) else "simulate"}
@@ -284,10 +285,10 @@ def left_behind(out, monkeypatch, *, records, clipped_stub=None, **changes):
         "files": sorted(files),
         "config": files["config.toml"].read_bytes(),
         "ledger": files["ledger.jsonl"].read_bytes(),
-        "metrics": [without_clock(line) for line in files["metrics.jsonl"].read_text().splitlines()],
-        "record": without_clock(files["record.json"].read_text()),
+        "metrics": [json.loads(line) for line in files["metrics.jsonl"].read_text().splitlines()],
+        "record": json.loads(files["record.json"].read_text()),
         "weights": {name: t.tolist() for name, t in load_file(files["model.safetensors"]).items()},
-        "progress": [without_clock(json.dumps(dataclasses.asdict(progress))) for progress in seen],
+        "progress": [what_the_screen_shows(progress) for progress in seen],
         "statement": record.statement,
     }
 
@@ -315,24 +316,54 @@ def test_what_a_run_leaves_behind_depends_on_its_records_through_the_mechanisms_
     assert_no_interference(tmp_path, monkeypatch)
 
 
-def the_size_of_the_batch(*arguments, record_ids, **keywords):
-    real = clipped_sum(*arguments, record_ids=record_ids, **keywords)
-    return ClippedSum(
-        {name: torch.full_like(grad, len(record_ids)) for name, grad in real.grads.items()}, real.sensitivity
-    )
+def the_size_of_the_batch(model, loss_fn, pieces, **keywords):
+    pieces = list(pieces)
+    real = clipped_sum_of(model, loss_fn, pieces, **keywords)
+    size = sum(piece.num_examples for piece in pieces)
+    return ClippedSum({name: torch.full_like(grad, size) for name, grad in real.grads.items()}, real.sensitivity)
 
 
-def a_buffer_of_the_data(model, loss_fn, batch, **keywords):
-    real = clipped_sum(model, loss_fn, batch, **keywords)
-    model.register_buffer("seen", torch.cat([batch[0].mean()[None], torch.zeros(1)]).nan_to_num())
+def a_buffer_of_the_data(model, loss_fn, pieces, **keywords):
+    pieces = list(pieces)
+    real = clipped_sum_of(model, loss_fn, pieces, **keywords)
+    model.register_buffer("seen", torch.stack([piece.data[0].mean() for piece in pieces]).nan_to_num()[:1])
     return ClippedSum({name: torch.zeros_like(grad) for name, grad in real.grads.items()}, real.sensitivity)
 
 
 @pytest.mark.parametrize(
     "planted",
-    [{"clipped_stub": the_size_of_the_batch}, {"clipped_stub": a_buffer_of_the_data}, {"unsafe_metrics": True}],
-    ids=["batch size", "buffer", "training accuracy"],
+    [{"clipped_stub": the_size_of_the_batch}, {"clipped_stub": clipped_sum_of}, {"unsafe_metrics": True}],
+    ids=["batch size", "gradients", "training accuracy"],
 )
 def test_interference_is_caught(planted, tmp_path, monkeypatch):
     with pytest.raises(AssertionError):
         assert_no_interference(tmp_path, monkeypatch, **planted)
+
+
+def test_a_buffer_that_takes_in_the_data_ends_the_run_and_is_not_kept(tmp_path, monkeypatch):
+    with pytest.raises(dpquant.ModelError, match="buffer seen has begun to change"):
+        assert_no_interference(tmp_path, monkeypatch, clipped_stub=a_buffer_of_the_data)
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"config.toml", "ledger.jsonl"}
+
+
+def seconds_in_the_metrics(monkeypatch):
+    honest = train_module._append_line
+
+    def planted(path, line):
+        honest(path, json.dumps({**json.loads(line), "seconds": round(time.perf_counter(), 3)}))
+
+    monkeypatch.setattr(train_module, "_append_line", planted)
+
+
+def seconds_in_the_record(monkeypatch):
+    honest = RunRecord.to_json
+    monkeypatch.setattr(
+        RunRecord, "to_json", lambda self: json.dumps({**json.loads(honest(self)), "seconds": time.perf_counter()})
+    )
+
+
+@pytest.mark.parametrize("plant", [seconds_in_the_metrics, seconds_in_the_record])
+def test_a_clock_in_what_is_released_is_caught(plant, tmp_path, monkeypatch):
+    plant(monkeypatch)
+    with pytest.raises(AssertionError):
+        assert_no_interference(tmp_path, monkeypatch)

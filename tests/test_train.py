@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
+import errno
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, load_model, save_file
 
 from dpquant import data, models
 from dpquant import train as train_module
-from dpquant.errors import DataError, ModelError, SettingError
+from dpquant.accounting import Event, epsilon
+from dpquant.errors import DataError, DivergedError, DPQuantError, ModelError, SettingError
 from dpquant.ledger import Ledger
-from dpquant.record import RunRecord
-from dpquant.settings import TrainSettings, from_toml
-from dpquant.train import accuracy, charged, plan_of, policy_of, train
+from dpquant.record import RunRecord, Timings
+from dpquant.settings import TrainSettings, from_toml, plan_of, policy_of
+from dpquant.train import Charged, accuracy, charged, train
 
 
 def settings(**given):
@@ -32,7 +36,7 @@ def run(tmp_path_factory):
 def test_a_run_directory_holds_all_that_is_promised(run):
     out, record, _ = run
     assert {p.name for p in out.iterdir()} == {
-        "config.toml", "ledger.jsonl", "metrics.jsonl", "model.safetensors", "record.json"
+        "config.toml", "ledger.jsonl", "metrics.jsonl", "model.safetensors", "record.json", "timings.json"
     }  # fmt: skip
     assert RunRecord.read(out / "record.json") == record
     assert TrainSettings.chosen(from_toml(out / "config.toml")) == settings(analysis_every=1)
@@ -109,7 +113,15 @@ def test_metrics_hold_nothing_from_private_data(run):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 2
     for line in lines:
-        assert set(line) == {"epoch", "epsilon", "accuracy_test", "layers_quantized", "seconds", "examples_per_second"}
+        assert set(line) == {"epoch", "epsilon", "accuracy_test", "layers_quantized"}
+
+
+def test_times_are_kept_apart_for_the_operator(run):
+    out, record, _ = run
+    timings = Timings.read(out / "timings.json")
+    assert 0 < timings.seconds_train + timings.seconds_analysis < timings.seconds_total
+    assert len(timings.seconds_at_epoch_ends) == record.epochs and timings.examples_per_second > 0
+    assert timings.seconds_at_epoch_ends == sorted(timings.seconds_at_epoch_ends)
 
 
 def test_unsafe_metrics_mark_the_run(tmp_path):
@@ -206,17 +218,328 @@ def test_a_directory_that_cannot_be_made_is_refused_before_any_work(monkeypatch)
 
 
 def test_a_run_without_a_ledger_has_spent_nothing(tmp_path):
-    assert charged(tmp_path / "ledger.jsonl", plan_of(settings())) == (0, 0.0)
+    assert charged(tmp_path / "ledger.jsonl", plan_of(settings())) == (0, 0.0, False)
 
 
 def test_a_ledger_tells_what_its_run_has_spent(run):
     out, record, _ = run
-    assert charged(out / "ledger.jsonl", plan_of(settings(analysis_every=1))) == (record.steps, record.epsilon)
+    plan = plan_of(settings(analysis_every=1))
+    assert charged(out / "ledger.jsonl", plan) == (record.steps, record.epsilon, False)
+
+
+def ledger_of_other_rates(path, research=False):
+    """A ledger whose lines are not what the plan of these settings says."""
+    ledger = Ledger(path, research=research)
+    ledger.charge(kind="train", sample_rate=0.3, noise_multiplier=1.7, count=3)
+    ledger.charge(kind="analysis", sample_rate=0.2, noise_multiplier=2.5)
+    return path
+
+
+def assert_reads_the_ledgers_own_lines(read, folder):
+    events = [
+        Event(kind="train", sample_rate=0.3, noise_multiplier=1.7, count=3),
+        Event(kind="analysis", sample_rate=0.2, noise_multiplier=2.5, count=1),
+    ]
+    found = read(ledger_of_other_rates(folder / "ledger.jsonl"), plan_of(settings()))
+    assert found == (3, epsilon(events, 1e-4), False)
+    assert read(ledger_of_other_rates(folder / "seeded.jsonl", research=True), plan_of(settings())).research
+
+
+def test_what_was_spent_is_read_from_the_ledgers_own_lines(tmp_path):
+    assert_reads_the_ledgers_own_lines(charged, tmp_path)
+
+
+def by_the_plan(ledger, plan):
+    return Charged(3, plan.epsilon_spent(steps=3, analyses=1), any(c.research for c in Ledger.read(ledger)))
+
+
+def without_research(ledger, plan):
+    return charged(ledger, plan)._replace(research=False)
+
+
+@pytest.mark.parametrize("planted", [by_the_plan, without_research])
+def test_spending_that_is_not_the_ledgers_would_be_seen(planted, tmp_path):
+    with pytest.raises(AssertionError):
+        assert_reads_the_ledgers_own_lines(planted, tmp_path)
+
+
+# Nothing is spent before everything was tried.
+
+SMALL = {"epochs": 2, "policy": "none", "microbatch_size": 64, "backend": "simulate"}
+
+
+def small(**given):
+    return settings(**{**SMALL, **given})
+
+
+def assert_refused_before_any_charge(out, error, words, **given):
+    """One error, no charge, and nothing written."""
+    charges = []
+    honest = Ledger.charge
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(DPQuantError) as found:
+        patch.setattr(Ledger, "charge", lambda self, **charge: (charges.append(charge), honest(self, **charge)))
+        train(small(**given), out)
+    assert charges == [], "something was charged"
+    assert isinstance(found.value, error) and words in str(found.value)
+    assert "secret" not in str(found.value), "what a record made the model say"
+    assert not out.exists()
+
+
+REFUSED = {
+    "no tensor in its state": ("test_train:with_a_word_in_its_state", ModelError, "save and load back"),
+    "half a tensor": ("test_train:with_half_a_tensor", ModelError, "save and load back"),
+    "comes back as another": ("test_train:that_saves_another", ModelError, "another"),
+    "no evaluation": ("test_train:that_cannot_evaluate", ModelError, "to 10 logits"),
+    "evaluation of another shape": ("test_train:that_evaluates_to_pairs", ModelError, "gave shape (2, 10, 2)"),
+    "evaluation fails on records": (
+        "test_train:that_fails_on_records",
+        ModelError,
+        "evaluation mode; got a ValueError",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_fail_after_an_epoch_is_tried_before_any_charge(name, tmp_path):
+    model, error, words = REFUSED[name]
+    assert_refused_before_any_charge(tmp_path / "run", error, words, model=model)
+
+
+@pytest.mark.parametrize("name", ["no tensor in its state", "evaluation fails on records"])
+def test_a_failure_after_an_epoch_would_be_seen(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "_check_saving", lambda *a: None)
+    monkeypatch.setattr(train_module, "_check_evaluation", lambda *a: None)
+    model, error, words = REFUSED[name]
+    with pytest.raises((AssertionError, AttributeError, ValueError)):
+        assert_refused_before_any_charge(tmp_path / "run", error, words, model=model)
+
+
+def no_space(*arguments):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def no_space_for_safetensors(*arguments):
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize("fault", [no_space, no_space_for_safetensors])
+def test_a_place_without_room_for_the_model_is_refused_before_any_charge(fault, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "save_model", fault)
+    assert_refused_before_any_charge(tmp_path / "run", SettingError, "No space left on device")
+
+
+def test_a_directory_that_was_there_stays_when_a_run_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "save_model", no_space)
+    with pytest.raises(SettingError, match="No space left"):
+        train(small(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def nan_at_the_end(schedule, steps):
+    return lambda step: math.nan if step == steps else 1.0
+
+
+def negative(schedule, steps):
+    return lambda step: 0.5 - step / steps
+
+
+def fails_at_the_end(schedule, steps):
+    return lambda step: 1 / (steps - step)
+
+
+@pytest.mark.parametrize("planted", [nan_at_the_end, negative, fails_at_the_end])
+def test_a_learning_rate_that_fails_at_some_step_is_refused_before_any_charge(planted, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "_lr_factor", planted)
+    assert_refused_before_any_charge(tmp_path / "run", SettingError, "lr_schedule")
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_learning_rates_begin_at_the_whole_and_end_where_they_should(schedule):
+    factor = train_module._lr_factor(schedule, 10)
+    train_module._check_lr_factor(factor, 10)
+    assert factor(0) == 1 and factor(10) == pytest.approx(1 if schedule == "constant" else 0)
+
+
+# Nothing is lost: after every epoch the last finite model is on disk.
+
+
+def assert_keeps_the_last_good_model(out, epochs):
+    """The saved model is the one whose accuracy the last line of the metrics states; nothing else is half-written."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == epochs
+    model = models.build("cnn", num_classes=10, input_shape=(1, 8, 8))
+    load_model(model, out / "model.safetensors")
+    assert accuracy(model, data.load("digits").test) == lines[-1]["accuracy_test"]
+    assert len(Timings.read(out / "timings.json").seconds_at_epoch_ends) == epochs
+    assert not list(out.glob("*.tmp")) and not (out / "record.json").exists()
+
+
+EPOCH = 6  # steps of an epoch of digits
+
+
+def in_the_second_epoch(spoil):
+    """A `_Tested.update` that spoils the model at a step of the second epoch."""
+    honest, count = train_module._Tested.update, 0
+
+    def update(self, model):
+        nonlocal count
+        honest(self, model)
+        count += 1
+        if count == EPOCH + 2:
+            spoil(model)
+
+    return update
+
+
+def run_away(model):
+    with torch.no_grad():
+        next(model.parameters()).fill_(math.inf)
+
+
+def stopped_by_the_user(model):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("spoil", "error"), [(run_away, DivergedError), (stopped_by_the_user, KeyboardInterrupt)])
+def test_a_run_that_ends_early_leaves_the_model_of_its_last_good_epoch(spoil, error, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module._Tested, "update", in_the_second_epoch(spoil))
+    with pytest.raises(error):
+        train(small(), tmp_path / "run")
+    assert_keeps_the_last_good_model(tmp_path / "run", 1)
+
+
+def saved_at_the_end_only(model, path):
+    """What was done before: nothing after an epoch."""
+
+
+def test_a_model_that_is_saved_at_the_end_only_would_be_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module._Tested, "update", in_the_second_epoch(run_away))
+    monkeypatch.setattr(train_module, "_save", saved_at_the_end_only)
+    with pytest.raises(DivergedError):
+        train(small(), tmp_path / "run")
+    with pytest.raises((AssertionError, FileNotFoundError)):
+        assert_keeps_the_last_good_model(tmp_path / "run", 1)
+
+
+def test_a_model_that_is_saved_before_it_is_checked_would_be_seen(tmp_path, monkeypatch):
+    honest, out = train_module._check_finite, tmp_path / "run"
+    monkeypatch.setattr(train_module._Tested, "update", in_the_second_epoch(run_away))
+    monkeypatch.setattr(
+        train_module,
+        "_check_finite",
+        lambda private: (train_module._save(private.model, out / "model.safetensors"), honest(private)),
+    )
+    with pytest.raises(DivergedError):
+        train(small(), out)
+    with pytest.raises(AssertionError):
+        assert_keeps_the_last_good_model(out, 1)
+
+
+def test_a_disk_that_is_full_in_mid_run_ends_it_with_one_error(tmp_path, monkeypatch):
+    honest, saves = train_module._save, []
+
+    def save(model, path):
+        saves.append(path)
+        no_space() if len(saves) == 2 else honest(model, path)
+
+    monkeypatch.setattr(train_module, "_save", save)
+    with pytest.raises(SettingError, match=r"No space left on device.*stays charged: epsilon = \d\.\d{4}\."):
+        train(small(), tmp_path / "run")
+    assert charged(tmp_path / "run" / "ledger.jsonl", plan_of(small())).steps == 2 * EPOCH
+    assert_keeps_the_last_good_model(tmp_path / "run", 1)
+
+
+SHARED = {"tied": "test_train:tied", "used twice": "test_train:used_twice", "both": "test_train:shared"}
+
+
+def assert_comes_back(load, name, path, trained):
+    """A fresh model with the saved parameters is the one that was trained."""
+    model = models.build(SHARED[name], num_classes=10, input_shape=(1, 8, 8))
+    load(model, path)
+    inputs, _ = data.load("digits").test.batch(torch.arange(20))
+    torch.testing.assert_close(model.eval()(inputs), trained.eval()(inputs))
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_a_model_that_shares_weights_is_saved_and_comes_back(name, tmp_path, monkeypatch):
+    honest, saved = train_module._save, []
+    monkeypatch.setattr(train_module, "_save", lambda model, path: (saved.append(model), honest(model, path)))
+    train(small(model=SHARED[name]), tmp_path / "run")
+    path = tmp_path / "run" / "model.safetensors"
+    assert_comes_back(load_model, name, path, saved[-1])
+    with pytest.raises(AssertionError):  # a model that nothing was loaded into would be seen
+        assert_comes_back(lambda model, path: None, name, path, saved[-1])
+
+
+def the_former_way(model, path):
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_saving_shared_weights_the_former_way_is_refused_before_any_charge(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "save_model", the_former_way)
+    assert_refused_before_any_charge(tmp_path / "run", ModelError, "save and load back", model=SHARED[name])
 
 
 def test_parameters_that_run_away_end_the_run_with_one_error(tmp_path):
-    with pytest.raises(SettingError, match="stay finite"):
+    with pytest.raises(DivergedError, match="stay finite"):
         train(settings(epochs=1, lr=1e10, weight_decay=1e30, policy="none"), tmp_path / "run")
+
+
+# Evaluation
+
+
+def frozen_in_evaluation_mode():
+    """A network whose last dropout its user keeps in evaluation mode, and whose first one not."""
+    model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Flatten(), torch.nn.Dropout(), torch.nn.Linear(64, 10))
+    model[2].eval()
+    return model.requires_grad_(True)
+
+
+def assert_gives_back_every_mode(evaluate):
+    model, test = frozen_in_evaluation_mode(), data.load("digits").test
+    modes = [module.training for module in model.modules()]
+    assert evaluate(model, test) == evaluate(model, test), "evaluation drew at random"
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_evaluation_gives_every_module_its_own_mode_back():
+    assert_gives_back_every_mode(accuracy)
+
+
+def with_one_mode_for_all(model, split):
+    training = model.training
+    found = accuracy(model, split)
+    model.train(training)
+    return found
+
+
+def in_training_mode(model, split):
+    inputs, targets = split.batch(torch.arange(len(split)))
+    return float((model(inputs).argmax(1) == targets).float().mean())
+
+
+@pytest.mark.parametrize("planted", [with_one_mode_for_all, in_training_mode])
+def test_modes_that_are_not_given_back_would_be_seen(planted):
+    with pytest.raises(AssertionError):
+        assert_gives_back_every_mode(planted)
+
+
+def test_evaluation_takes_no_more_records_at_once_than_it_is_given(monkeypatch):
+    test, sizes = data.load("digits").test, []
+    honest = type(test).batch
+    monkeypatch.setattr(type(test), "batch", lambda self, ids: (sizes.append(len(ids)), honest(self, ids))[1])
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    assert accuracy(model, test, batch_size=100) == accuracy(model, test) and max(sizes[:-1]) == 100
+    sizes.clear()
+    accuracy(model, test, records=8)
+    assert sizes == [8]
+
+
+@pytest.mark.parametrize(("memory", "microbatch", "expected"), [(None, 32, 500), (2.0, 32, 32), (2.0, 4096, 500)])
+def test_where_memory_is_limited_evaluation_takes_a_microbatch_at_once(memory, microbatch, expected):
+    private = SimpleNamespace(execution=SimpleNamespace(microbatch_size=microbatch))
+    assert train_module._evaluation_batch(settings(memory=memory), private) == expected
 
 
 def with_batch_norm(num_classes, input_shape):
@@ -234,3 +557,90 @@ def with_too_few_outputs():
 
 def for_larger_images():
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1024, 10))
+
+
+class SharedNet(torch.nn.Module):
+    """Two convolutions of one weight, one of them used twice, as asked for."""
+
+    def __init__(self, tied, twice):
+        super().__init__()
+        self.a, self.b, self.c = (torch.nn.Conv2d(n, 8, 3, padding=1) for n in (1, 8, 8))
+        self.head = torch.nn.Linear(8, 10)
+        if tied:
+            self.c.weight = self.b.weight
+        if twice:
+            self.again = self.b
+        self.last = self.b if twice else torch.nn.Identity()
+
+    def forward(self, x):
+        for layer in (self.a, self.b, self.c, self.last):
+            x = torch.relu(layer(x))
+        return self.head(x.mean((2, 3)))
+
+
+def tied():
+    return SharedNet(tied=True, twice=False)
+
+
+def used_twice():
+    return SharedNet(tied=False, twice=True)
+
+
+def shared():
+    return SharedNet(tied=True, twice=True)
+
+
+class Plain(torch.nn.Module):
+    """A network for digits, with something wrong in a subclass."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.head(x.flatten(1))
+
+
+class with_a_word_in_its_state(Plain):
+    def get_extra_state(self):
+        return "a word"
+
+    def set_extra_state(self, state):
+        pass
+
+
+class with_half_a_tensor(Plain):
+    def __init__(self):
+        super().__init__()
+        whole = torch.zeros(8)
+        self.register_buffer("low", whole[:5])
+        self.register_buffer("high", whole[3:])
+
+
+class that_saves_another(Plain):
+    def __init__(self):
+        super().__init__()
+        self.register_state_dict_post_hook(lambda module, state, prefix, _: state.update(fixed(state)))
+
+
+def fixed(state):
+    """Other values than the parameters', shapes as they are."""
+    return {"head.bias": state["head.bias"] + 1}
+
+
+class that_cannot_evaluate(Plain):
+    def forward(self, x):
+        return super().forward(x if self.training else x[0, 0, 0, 0])
+
+
+class that_evaluates_to_pairs(Plain):
+    def forward(self, x):
+        found = super().forward(x)
+        return found if self.training else torch.stack([found, found], 2)
+
+
+class that_fails_on_records(Plain):
+    def forward(self, x):
+        if not self.training and (x == -1).any():  # as the background of a digit is
+            raise ValueError(f"secret {x.flatten()[:3].tolist()}")
+        return super().forward(x)

@@ -2,7 +2,7 @@
 """`dpquant VERB`: each verb parses, calls the library and prints. Importing this file loads no torch.
 
 Options are the fields of `TrainSettings`, with their help: one place for both. Bad input is one line on standard error
-and exit code 2, and nothing else is written.
+and exit code 2, and nothing else is written. A run that diverges ends with exit code 4.
 """
 
 import dataclasses
@@ -10,7 +10,6 @@ import datetime
 import functools
 import importlib.metadata
 import inspect
-import math
 import shlex
 import sys
 import typing
@@ -23,11 +22,12 @@ from rich.console import Console
 from typer.exceptions import TyperException
 
 from dpquant.console import ProgressBar, print_assessment, print_bench, print_budget, print_comparison, print_run
-from dpquant.errors import DPQuantError, SettingError
-from dpquant.settings import BY_DATA, GENERAL, TrainSettings, from_toml
+from dpquant.errors import DivergedError, DPQuantError, SettingError
+from dpquant.settings import BY_DATA, GENERAL, TrainSettings, from_toml, plan_of
 
 WRONG_RESULT = 1
 BAD_INPUT = 2
+DIVERGED = 4
 INTERRUPTED = 130
 
 app = typer.Typer(
@@ -57,6 +57,8 @@ def run(arguments: list[str]) -> int:
         return result if isinstance(result, int) else 0
     except TyperException as error:
         return _refuse(error.format_message())
+    except DivergedError as error:
+        return _refuse(str(error), DIVERGED)
     except DPQuantError as error:
         return _refuse(str(error))
     except _Interrupted as stop:
@@ -125,33 +127,34 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 @app.command()
 @_with_settings
-def plan(given: dict[str, Any], config: Config = None, json: Json = False) -> None:
+def plan(given: dict[str, Any], config: Config = None, as_json: Json = False) -> None:
     """Print the privacy budget of a run. Reads no data.
+
+    With --json: epsilon (of all that is planned), delta, noise_multiplier, sample_rate, expected_batch_size, steps,
+    epochs, max_grad_norm and analysis_share (the part of epsilon that the analyses cost), all numbers; and analysis:
+    null, or count, sample_rate, expected_batch_size, noise_multiplier, max_norm, repeats and score (a word).
 
     Example: dpquant plan --data fashion-mnist --epsilon 3 --epochs 25
     """
-    from dpquant.train import plan_of
-
     budget = plan_of(_settings(given, config))
-    if json:
-        import json as json_module
-
-        print(json_module.dumps(dict(budget.table()), indent=2))
+    if as_json:
+        print(budget.to_json(), end="")
     else:
         print_budget(Console(), budget)
 
 
 @app.command()
 @_with_settings
-def train(given: dict[str, Any], config: Config = None, out: Path | None = None, json: Json = False) -> None:
+def train(given: dict[str, Any], config: Config = None, out: Path | None = None, as_json: Json = False) -> None:
     """Train a model privately, layers rotating through low precision. Without options: handwritten digits, offline.
 
     Example: dpquant train --data fashion-mnist --epsilon 3 --policy dpquant --fraction 0.75 --out runs/fashion
     """
-    from dpquant.train import charged, plan_of
+    from dpquant.plan import rounded_up
+    from dpquant.train import charged
     from dpquant.train import train as run_training
 
-    console = Console(quiet=json)
+    console = Console(quiet=as_json)
     settings = _settings(given, config)
     budget = plan_of(settings)
     name = settings.data.rsplit("/", 1)[-1].replace(":", "-")
@@ -161,12 +164,13 @@ def train(given: dict[str, Any], config: Config = None, out: Path | None = None,
         with ProgressBar(console, budget) as bar:
             record = run_training(settings, folder, plan=budget, command=command, watch=bar)
     except KeyboardInterrupt as interrupt:
-        steps, spent = charged(folder / "ledger.jsonl", budget)
+        spent = charged(folder / "ledger.jsonl", budget)
+        secure = "" if not spent.research else "; NOT PRIVATE: sampling or noise came from a given seed"
         raise _Interrupted(
-            f"interrupted after {steps} of {budget.steps} steps; spent so far: "
-            f"epsilon = {math.ceil(spent * 1e4) / 1e4:.4f} at delta = {budget.delta:g}"
+            f"interrupted after {spent.steps} of {budget.steps} steps; spent so far: "
+            f"epsilon = {rounded_up(spent.epsilon)} at delta = {budget.delta:g}{secure}"
         ) from interrupt
-    if json:
+    if as_json:
         print(record.to_json(), end="")
         return
     print_run(console, record, folder)
@@ -183,7 +187,7 @@ def assess(
     cost_per_hour: Annotated[float, typer.Option(help="of the machine, in any currency")] = 0.0,
     rounds: Annotated[int, typer.Option(help="timings of every layer and steps of every policy")] = 8,
     config: Config = None,
-    json: Json = False,
+    as_json: Json = False,
 ) -> None:
     """Say what quantizing would gain for a model on this machine: every layer's share, steps predicted and measured.
 
@@ -203,7 +207,7 @@ def assess(
         rounds=rounds,
         watch=lambda what: print(what, file=sys.stderr, flush=True),
     )
-    if json:
+    if as_json:
         print(assessment.to_json(), end="")
     else:
         print_assessment(Console(), assessment)
@@ -217,11 +221,12 @@ def compare(
     seeds: Annotated[int, typer.Option(help="runs of each policy")] = 3,
     config: Config = None,
     out: Path | None = None,
-    json: Json = False,
+    as_json: Json = False,
 ) -> None:
     """Train under several policies side by side, and print their accuracies with confidence intervals.
 
-    Runs that are in the directory already are not repeated. Progress goes to standard error.
+    Runs that are in the directory already are not repeated. One that was interrupted is moved aside and made anew; what
+    it had charged counts. Progress goes to standard error.
 
     Example: dpquant compare --data fashion-mnist --epsilon 3 --fraction 0.5 --seeds 3 --out runs/compare
     """
@@ -232,7 +237,7 @@ def compare(
     names = [name.strip() for name in policies.split(",") if name.strip()]
     watch = functools.partial(print, file=sys.stderr, flush=True)
     comparison = comparison_of(settings, names, seeds, folder, watch=watch)
-    if json:
+    if as_json:
         print(comparison.to_json(), end="")
     else:
         print_comparison(Console(), comparison, folder)
@@ -250,7 +255,7 @@ def bench(
     rounds: Annotated[int, typer.Option(help="timed steps of every side")] = 3,
     physical_batch_size: Annotated[int, typer.Option(help="examples that Opacus takes at once")] = 32,
     memory: Annotated[bool, typer.Option("--memory", help="Measure peak memory too, each side by itself.")] = False,
-    json: Json = False,
+    as_json: Json = False,
     out: Annotated[Path | None, typer.Option(help="Write the record here, as JSON.")] = None,
 ) -> int:
     """Time a private step on this machine beside PyTorch and Opacus, each checked first. About a minute.
@@ -279,7 +284,7 @@ def bench(
     record = measure(settings, watch=lambda what: print(what, file=sys.stderr, flush=True))
     if out is not None:
         out.write_text(record.to_json())
-    if json:
+    if as_json:
         print(record.to_json(), end="")
     else:
         print_bench(Console(), record)

@@ -1,25 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """`dpquant compare`: the same private training under several policies, seed by seed, on one budget each.
 
-Every run is one that `dpquant train` would make, in a directory of its own, and is not repeated if it is there. Means
-come with confidence intervals of Student's t over the seeds. Whoever sees all of the runs has seen them all: what they
-cost together is stated beside what each cost alone.
+Every run is one that `dpquant train` would make, in a directory of its own, and is not repeated if it is there. A run
+that was interrupted is moved aside and made anew. Means come with confidence intervals of Student's t over the seeds.
+Whoever sees all of the runs has seen them all: what they cost together is stated beside what each cost alone, and is
+composed from every ledger in the directory, those of interrupted runs included.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from scipy import stats
 
 from dpquant import accounting
+from dpquant.accounting import Event
 from dpquant.errors import SettingError
-from dpquant.record import RunRecord
-from dpquant.settings import POLICIES, TrainSettings
-from dpquant.train import plan_of, train
+from dpquant.ledger import Ledger
+from dpquant.record import RunRecord, Timings, replacing
+from dpquant.settings import POLICIES, TrainSettings, plan_of
+from dpquant.train import event_of, train
 
 CONFIDENCE = 0.95
 
@@ -33,7 +37,8 @@ class Row:
       half_width: of the mean's confidence interval; None from a single seed.
       epsilon: of one run.
       quantized_fraction_macs, four_bit_fraction_macs: as in a run's record, means over seeds.
-      seconds: of training and analyses, means over seeds.
+      seconds: of training and analyses, means over seeds; None where a run's times are not there. The operator's, not
+        for release.
     """
 
     accuracies: tuple[float, ...]
@@ -42,11 +47,12 @@ class Row:
     epsilon: float
     quantized_fraction_macs: float
     four_bit_fraction_macs: float
-    seconds: float
+    seconds: float | None
 
     @classmethod
-    def of(cls, records: Sequence[RunRecord]) -> "Row":
+    def of(cls, records: Sequence[RunRecord], timings: Sequence[Timings | None]) -> "Row":
         """What the runs of one policy give together."""
+        seconds = [found.seconds_train + found.seconds_analysis for found in timings if found is not None]
         accuracies = tuple(record.accuracy_test for record in records)
         return cls(
             accuracies=accuracies,
@@ -55,7 +61,7 @@ class Row:
             epsilon=max(record.epsilon for record in records),
             quantized_fraction_macs=statistics.mean(record.quantized_fraction_macs for record in records),
             four_bit_fraction_macs=statistics.mean(record.four_bit_fraction_macs for record in records),
-            seconds=statistics.mean(record.seconds_train + record.seconds_analysis for record in records),
+            seconds=statistics.mean(seconds) if len(seconds) == len(timings) else None,
         )
 
 
@@ -64,7 +70,7 @@ class Comparison:
     """All policies, and what all runs cost together.
 
     Attributes:
-      epsilon_together: of everything that was released, at `delta`.
+      epsilon_together: of everything that was charged in the directory, at `delta`.
     """
 
     settings: TrainSettings
@@ -73,8 +79,11 @@ class Comparison:
     delta: float
 
     def to_json(self) -> str:
-        """As JSON."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        """As JSON, without the rows' seconds, which are not for release."""
+        fields = dataclasses.asdict(self)
+        for row in fields["rows"].values():
+            del row["seconds"]
+        return json.dumps(fields, indent=2) + "\n"
 
 
 def compare(
@@ -91,12 +100,13 @@ def compare(
       settings: of all runs; their policy and seed are replaced.
       policies: names, as for `train`.
       num_seeds: >= 1.
-      out: directory; runs that are in it are read, not repeated.
+      out: directory; runs that are in it are read, not repeated. Only one comparison at a time may work in it.
       watch: told in a few words what happens now.
     Raises:
       SettingError: an unknown policy, no seeds, or a directory that holds runs of other settings.
+      LedgerError: a ledger in the directory cannot be read or does not agree with itself.
       DPQuantError: as `train`.
-    Privacy: each run charges its own ledger; `epsilon_together` composes them.
+    Privacy: each run charges its own ledger; `epsilon_together` composes all that are in `out`.
     """
     if not policies or num_seeds < 1:
         raise SettingError(
@@ -114,10 +124,15 @@ def compare(
     }
     plans = {key: plan_of(one) for key, one in runs.items()}
     records: dict[str, list[RunRecord]] = {policy: [] for policy in policies}
+    timings: dict[str, list[Timings | None]] = {policy: [] for policy in policies}
     for (policy, seed), one in runs.items():
         folder = out / f"{policy}-{seed}"
         if not (folder / "record.json").exists():
-            watch(f"{policy}, seed {seed}")
+            aside = _moved_aside(folder)
+            watch(
+                f"{policy}, seed {seed}"
+                + (f": made anew, as it was interrupted; what it charged counts, see {aside}" if aside else "")
+            )
             train(one, folder, plan=plans[policy, seed])
         elif (folder / "config.toml").read_text() != one.to_toml():
             raise SettingError(
@@ -125,18 +140,39 @@ def compare(
                 "Name another directory."
             )
         records[policy].append(RunRecord.read(folder / "record.json"))
-    events = [event for plan in plans.values() for event in plan.events()]
+        timings[policy].append(Timings.read(folder / "timings.json"))
     comparison = Comparison(
         settings=settings,
-        rows={policy: Row.of(found) for policy, found in records.items()},
-        epsilon_together=accounting.epsilon(events, settings.delta),
+        rows={policy: Row.of(found, timings[policy]) for policy, found in records.items()},
+        epsilon_together=accounting.epsilon(
+            _charged_in(out, [f"{name}-{seed}" for name, seed in runs]), settings.delta
+        ),
         delta=settings.delta,
     )
-    (out / "compare.json").write_text(comparison.to_json())
+    with replacing(out / "compare.json") as draft:
+        draft.write_text(comparison.to_json())
     draw_accuracies(
         {policy: [run.accuracy_per_epoch for run in runs] for policy, runs in records.items()}, out / "compare.png"
     )
     return comparison
+
+
+def _moved_aside(folder: Path) -> Path | None:
+    """Move a run that was interrupted out of the way, and return where it is now; None where there is no such run."""
+    if not (folder / "ledger.jsonl").exists():
+        return None
+    places = (folder.with_name(f"{folder.name}.interrupted-{number}") for number in itertools.count(1))
+    return folder.rename(next(place for place in places if not place.exists()))
+
+
+def _charged_in(out: Path, finished: Iterable[str]) -> list[Event]:
+    """What was charged in a directory of runs: by the finished ones, each of which must have a ledger, and by others.
+
+    Raises:
+      LedgerError: a ledger is missing, cannot be read or does not agree with itself.
+    """
+    ledgers = {out / name / "ledger.jsonl" for name in finished} | set(out.glob("*/ledger.jsonl"))
+    return [event_of(charge) for ledger in sorted(ledgers) for charge in Ledger.read(ledger)]
 
 
 def half_width(values: Sequence[float]) -> float | None:

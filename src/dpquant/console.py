@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the verbs of `dpquant` print: tables and a progress bar. Importing this file loads no torch."""
+"""What the verbs of `dpquant` print: tables and a progress bar.
 
-import math
+Importing this file loads neither torch nor the accountant, which `dpquant --help` does without.
+"""
+
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +22,11 @@ if TYPE_CHECKING:
 
 def print_run(console: Console, record: "RunRecord", folder: Path) -> None:
     """The end of a training run, and its privacy statement."""
+    from dpquant.plan import rounded_up
+
     result = Table(show_header=False, box=None)
     result.add_row("test accuracy", f"{record.accuracy_test:.2%}")
-    result.add_row("epsilon spent", f"{record.epsilon:.4f} (delta {record.delta:g})")
+    result.add_row("epsilon spent", f"{rounded_up(record.epsilon)} (delta {record.delta:g})")
     result.add_row(
         "ran quantized",
         f"{record.quantized_fraction_layers:.0%} of layers, {record.quantized_fraction_macs:.0%} of MACs",
@@ -110,6 +114,8 @@ def print_assessment(console: Console, found: "Assessment") -> None:
 
 def print_comparison(console: Console, comparison: "Comparison", folder: Path) -> None:
     """One row a policy, and what all runs cost together."""
+    from dpquant.plan import rounded_up
+
     table = Table(box=None, pad_edge=False)
     for number, title in enumerate(("policy", "test accuracy, %", "MACs quantized", "in 4 bits", "epsilon", "seconds")):
         table.add_column(title, justify="right" if number else "left")
@@ -120,14 +126,15 @@ def print_comparison(console: Console, comparison: "Comparison", folder: Path) -
             f"{100 * row.mean:.2f}{interval}",
             f"{row.quantized_fraction_macs:.0%}",
             f"{row.four_bit_fraction_macs:.0%}",
-            f"{math.ceil(row.epsilon * 1e4) / 1e4:.4f}",
-            f"{row.seconds:,.0f}",
+            rounded_up(row.epsilon),
+            "-" if row.seconds is None else f"{row.seconds:,.0f}",
         )
     console.print(table)
-    together = f"{math.ceil(comparison.epsilon_together * 1e4) / 1e4:.4f}"
+    together = rounded_up(comparison.epsilon_together)
     console.print(
         f"\nMeans over seeds, with 95 % confidence intervals. Epsilon is one run's, at delta = {comparison.delta:g}; "
-        f"whoever sees all runs has epsilon = {together} for them together.\nPicture and record: {folder}",
+        f"whoever sees all runs has epsilon = {together} for them together, interrupted ones included. Seconds are the "
+        f"operator's, not for release.\nPicture and record: {folder}",
         markup=False,
         highlight=False,
     )
@@ -167,9 +174,11 @@ class ProgressBar:
             self._bar.stop()
 
     def __call__(self, progress: "TrainProgress") -> None:
+        from dpquant.plan import rounded_up
+
         shown: dict[str, Any] = {
             "epoch": f"{progress.epoch + 1}/{progress.epochs}",
-            "epsilon": f"{progress.epsilon:.2f}/{self._budget.epsilon:.2f}",
+            "epsilon": f"{rounded_up(progress.epsilon, 2)}/{rounded_up(self._budget.epsilon, 2)}",
             "speed": f"{progress.examples_per_second:,.0f}",
             "layers": f"{progress.layers_quantized}/{progress.num_layers}",
             "accuracy": "-" if progress.accuracy_test is None else f"{progress.accuracy_test:.1%}",

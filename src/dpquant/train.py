@@ -2,60 +2,59 @@
 """The training run behind `dpquant train`: settings in; a trained model, a ledger and a record out.
 
 A run directory holds config.toml (all that is needed to run it again), ledger.jsonl (what was charged, ahead of each
-use of data), metrics.jsonl (one line an epoch), model.safetensors (the user's own state_dict) and record.json. It is
-made only after every check has passed. Nothing computed from private data is written except through a charged
-mechanism; `unsafe_metrics` is the exception, and marks what it touches.
+use of data), metrics.jsonl (one line an epoch), model.safetensors (the user's own parameters and buffers, written after
+every epoch, for `safetensors.torch.load_model`), record.json, and timings.json, which is the operator's. It is made
+only after every check has passed; then saving and testing are tried once, before anything is charged. Nothing computed
+from private data is written except through a charged mechanism. There are two exceptions: `unsafe_metrics`, which marks
+what it touches, and the times, which no other file holds.
 """
 
+import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import json
+import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dpquant import data, models
-from dpquant.errors import ModelError, SettingError
-from dpquant.impact import Score
-from dpquant.isolation import check_trainable
+from dpquant import accounting, data, models
+from dpquant.accounting import Event
+from dpquant.errors import DivergedError, DPQuantError, ModelError, SettingError
+from dpquant.refusals import check_trainable
 from dpquant.layers import fix
-from dpquant.ledger import Ledger
-from dpquant.plan import AnalysisPlan, PrivacyPlan
+from dpquant.ledger import Charge, Ledger
+from dpquant.plan import PrivacyPlan, rounded_up
 from dpquant.private import Epoch, PrivateTraining, make_private
-from dpquant.record import LayerRecord, RunRecord
-from dpquant.schedule import (
-    AllPolicy,
-    DPQuantPolicy,
-    NonePolicy,
-    Policy,
-    PrioritisePolicy,
-    RotatePolicy,
-    StaticPolicy,
-)
-from dpquant.settings import TrainSettings
+from dpquant.record import LayerRecord, RunRecord, Timings, replacing
+from dpquant.settings import TrainSettings, plan_of, policy_of
 from dpquant.working_memory import working_memory
 
+_CONFIG, _LEDGER, _METRICS = "config.toml", "ledger.jsonl", "metrics.jsonl"
+_MODEL, _RECORD, _TIMINGS = "model.safetensors", "record.json", "timings.json"
 _EVALUATION_BATCH = 500
-_ANALYSIS_PARTS = {"loss": 1 / 2, "gradient": 1 / 16}  # of a step's batch: a gradient costs more and says more
-_ANALYSIS_NORMS = {"loss": 0.25, "gradient": 1.0}
+_TRIED = 8  # test records on which evaluation is tried before the run
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Where a run is, in released numbers only: told after every step.
+    """Where a run is: told after every step. All but the speed are numbers that the run releases.
 
     Attributes:
       epoch: from 0; step: steps taken; epsilon: spent when the epoch began, which costs an accountant's call.
       layers_quantized: of `num_layers`, in this epoch.
-      examples_per_second: expected, not realised.
+      examples_per_second: for the operator's screen, not for release: the batch size is the expected one, but the time
+        follows the realised sizes, which are private.
       accuracy_test: after the last finished epoch, None before.
     """
 
@@ -73,72 +72,6 @@ class Progress:
 def per_example_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Cross entropy of each example, `(B,)`."""
     return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
-
-
-def policy_of(settings: TrainSettings) -> Policy:
-    """The policy that the settings name."""
-    fraction, macs = settings.fraction, settings.macs
-    match settings.policy:
-        case "none":
-            return NonePolicy()
-        case "all":
-            return AllPolicy()
-        case "static":
-            names = None if settings.layers is None else tuple(name.strip() for name in settings.layers.split(","))
-            return StaticPolicy(fraction=fraction, macs=macs, names=names, seed=settings.seed)
-        case "rotate":
-            return RotatePolicy(fraction=fraction, macs=macs)
-        case "prioritise":
-            return PrioritisePolicy(fraction=fraction, macs=macs, ema=settings.ema)
-        case _:
-            return DPQuantPolicy(fraction=fraction, macs=macs, beta=settings.beta, ema=settings.ema)
-
-
-def plan_of(settings: TrainSettings) -> PrivacyPlan:
-    """The privacy plan of a run, from public numbers: no data is read.
-
-    Raises:
-      SettingError: the number of records is neither public nor given, or a privacy setting is out of range.
-      DataError: the data set is unknown.
-    """
-    records = settings.records or data.public_size(settings.data)
-    if settings.sample_rate is None and records is None:
-        raise SettingError(
-            f"Expected records or sample_rate for data={settings.data}; got neither. The size of a private data set is "
-            "itself private, so it is not counted. Give a public number: --records, which may be approximate, or "
-            "--sample-rate."
-        )
-    score, max_norm = settings.analysis_score, settings.analysis_max_norm
-    analysis_batch = settings.analysis_batch_size or settings.batch_size * _ANALYSIS_PARTS[score]
-    rate = settings.sample_rate or settings.batch_size / (records or 1)
-    if rate > 1 or rate * analysis_batch > settings.batch_size:
-        raise SettingError(
-            f"Expected batch_size and analysis_batch_size of at most {settings.batch_size / rate:g}, the records; got "
-            f"batch_size={settings.batch_size:g}, analysis_batch_size={analysis_batch:g}. A record is drawn with "
-            "probability batch size over records. Give smaller batches."
-        )
-    epoch_steps = max(1, round(1 / rate))
-    analysis = None
-    if policy_of(settings).needs_scores:
-        analysis = AnalysisPlan(
-            count=-(-settings.epochs // settings.analysis_every),
-            sample_rate=rate * analysis_batch / settings.batch_size,
-            expected_batch_size=analysis_batch,
-            noise_multiplier=settings.analysis_noise_multiplier,
-            max_norm=_ANALYSIS_NORMS[score] if max_norm is None else max_norm,
-            repeats=settings.analysis_repeats,
-            score=cast(Score, score),
-        )
-    return PrivacyPlan(
-        epsilon=settings.epsilon,
-        noise_multiplier=settings.noise_multiplier,
-        delta=settings.delta,
-        max_grad_norm=settings.max_grad_norm,
-        sample_rate=rate,
-        expected_batch_size=settings.batch_size,
-        steps=settings.epochs * epoch_steps,
-        analysis=analysis,
-    )
 
 
 def train(
@@ -159,7 +92,9 @@ def train(
       watch: told the progress after every step.
     Returns: the record, as written.
     Raises:
-      DPQuantError: bad settings, model or data, before anything is written; or parameters that did not stay finite.
+      DPQuantError: bad settings, model or data, or a model that cannot be tested or saved, before anything is charged;
+        or a directory that can no longer be written to, which ends the run.
+      DivergedError: parameters that did not stay finite. The last finite epoch's model is in out/model.safetensors.
     Privacy: charges the plan's events to out/ledger.jsonl, each before data is used for it.
     """
     began = time.perf_counter()
@@ -171,7 +106,10 @@ def train(
     dataset = data.load(settings.data, data_dir, image_size=settings.image_size)
     model = model_of(settings, dataset)
     optimizer = optimizer_of(settings, model)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _lr_factor(settings.lr_schedule, plan.steps))
+    factor = _lr_factor(settings.lr_schedule, plan.steps)
+    _check_lr_factor(factor, plan.steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    is_new = not out.exists()
     private = make_private(
         model,
         optimizer,
@@ -183,39 +121,48 @@ def train(
         rest=settings.rest,
         backend=settings.backend,
         seed=settings.seed,
-        ledger=out / "ledger.jsonl",
+        ledger=out / _LEDGER,
         microbatch_size=settings.microbatch_size,
         memory=settings.memory,
     )
     tested = _Tested(private.model, settings.average)
-    (out / "config.toml").write_text(settings.to_toml())
+    evaluate = functools.partial(accuracy, batch_size=_evaluation_batch(settings, private))
+    try:
+        _check_evaluation(tested.model, dataset.test)
+        with _writing(out, private):
+            _check_saving(tested.model, out)
+            (out / _CONFIG).write_text(settings.to_toml())
+    except BaseException:
+        _take_back(out, is_new)
+        raise
     accuracies: list[float] = []
-    with (out / "metrics.jsonl").open("w") as metrics:
-        for epoch in private.epochs():
-            epsilon = private.epsilon_spent()
-            for batch in epoch:
-                private.step(batch)
-                schedule.step()
-                tested.update(private.model)
-                watch(_progress(private, epoch, epsilon, accuracies))
-            _check_finite(private)
-            accuracies.append(accuracy(tested.model, dataset.test))
-            line = {
-                "epoch": epoch.index,
-                "epsilon": private.epsilon_spent(),
-                "accuracy_test": accuracies[-1],
-                "layers_quantized": list(epoch.policy),
-                "seconds": round(time.perf_counter() - began, 3),
-                "examples_per_second": _examples_per_second(private),
-            }
-            if settings.unsafe_metrics:
-                line["nonprivate_accuracy_train"] = accuracy(tested.model, dataset.train)
-            metrics.write(json.dumps(line) + "\n")
-            metrics.flush()
-    state = {name: tensor.detach().contiguous() for name, tensor in tested.model.state_dict().items()}
-    save_file(state, out / "model.safetensors")
-    record = _record(settings, private, accuracies, command, time.perf_counter() - began)
-    record.write(out / "record.json")
+    ends: list[float] = []
+    for epoch in private.epochs():
+        epsilon = private.epsilon_spent()
+        for batch in epoch:
+            private.step(batch)
+            schedule.step()
+            tested.update(private.model)
+            watch(_progress(private, epoch, epsilon, accuracies))
+        _check_finite(private)
+        accuracies.append(evaluate(tested.model, dataset.test))
+        line = {
+            "epoch": epoch.index,
+            "epsilon": private.epsilon_spent(),
+            "accuracy_test": accuracies[-1],
+            "layers_quantized": list(epoch.policy),
+        }
+        if settings.unsafe_metrics:
+            line["nonprivate_accuracy_train"] = evaluate(tested.model, dataset.train)
+        ends.append(time.perf_counter() - began)
+        with _writing(out, private):
+            _save(tested.model, out / _MODEL)
+            _append_line(out / _METRICS, json.dumps(line))
+            _timings(private, began, ends).write(out / _TIMINGS)
+    record = _record(settings, private, accuracies, command)
+    with _writing(out, private):
+        _timings(private, began, ends).write(out / _TIMINGS)
+        record.write(out / _RECORD)
     return record
 
 
@@ -235,36 +182,163 @@ class _Tested:
             self._average.update_parameters(model)
 
 
-def charged(ledger: Path, plan: PrivacyPlan) -> tuple[int, float]:
-    """What a run has spent so far, read from its ledger: steps, and epsilon at the plan's delta.
+class Charged(NamedTuple):
+    """What a run has spent.
+
+    Attributes:
+      steps: training steps that were charged.
+      epsilon: of everything that was charged, at the plan's delta.
+      research: some of it came from a seed, so that epsilon is no guarantee.
+    """
+
+    steps: int
+    epsilon: float
+    research: bool
+
+
+def charged(ledger: Path, plan: PrivacyPlan) -> Charged:
+    """What a run has spent so far, by its ledger's own lines.
 
     The file is the truth even of a run that was stopped half-way: a charge is there before its data is used.
 
     Args:
       ledger: the run's file; a missing one holds no charges.
-      plan: of that run.
+      plan: of that run, for delta.
     Raises:
       LedgerError: the file does not agree with itself.
     Privacy: post-processing.
     """
-    counts = {"train": 0, "analysis": 0}
-    for charge in Ledger.read(ledger) if ledger.exists() else []:
-        counts[charge.kind] += charge.count
-    return counts["train"], plan.epsilon_spent(steps=counts["train"], analyses=counts["analysis"])
+    charges = Ledger.read(ledger) if ledger.exists() else []
+    return Charged(
+        steps=sum(charge.count for charge in charges if charge.kind == "train"),
+        epsilon=accounting.epsilon(map(event_of, charges), plan.delta),
+        research=any(charge.research for charge in charges),
+    )
+
+
+def event_of(charge: Charge) -> Event:
+    """A ledger's line as an event that an accountant composes."""
+    return Event(
+        kind=charge.kind,
+        sample_rate=charge.sample_rate,
+        noise_multiplier=charge.noise_multiplier,
+        count=charge.count,
+    )
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, split: data.Split) -> float:
-    """The share of a split's records that the model gets right, in evaluation mode; an unreadable one is wrong."""
-    training = model.training
-    model.eval()
-    right = 0
-    with working_memory():
-        for ids in torch.arange(len(split)).split(_EVALUATION_BATCH):
+def accuracy(
+    model: nn.Module, split: data.Split, *, batch_size: int = _EVALUATION_BATCH, records: int | None = None
+) -> float:
+    """The share of a split's records that the model gets right, in evaluation mode; an unreadable one is wrong.
+
+    Args:
+      model: every module's mode is given back as it was.
+      split: of a data set.
+      batch_size: records a forward pass.
+      records: count only so many, the first; None counts all.
+    """
+    all_ids, right = torch.arange(len(split))[:records], 0
+    with working_memory(), _evaluating(model):
+        for ids in all_ids.split(batch_size):
             inputs, targets = split.batch(ids)
             right += int(((model(inputs).argmax(1) == targets) & split.readable[ids]).sum())
-    model.train(training)
-    return right / len(split)
+    return right / len(all_ids)
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside. Afterwards every module is in its own mode again: a user may have frozen some of them."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _evaluation_batch(settings: TrainSettings, private: PrivateTraining) -> int:
+    """Records that evaluation takes at once: where memory is limited, no more than a backward pass does."""
+    return _EVALUATION_BATCH if settings.memory is None else min(_EVALUATION_BATCH, private.execution.microbatch_size)
+
+
+def _check_evaluation(model: nn.Module, test: data.Split) -> None:
+    """Evaluate a few test records before anything is charged. What the error says may quote one, so it is left out."""
+    try:
+        accuracy(model, test, records=_TRIED)
+    except DPQuantError:
+        raise
+    except Exception as error:  # a user's model raises what it likes
+        raise ModelError(
+            f"Expected a model that maps test records to logits in evaluation mode; got a {type(error).__name__}. "
+            "Accuracy is measured after every epoch. Make the model run in evaluation mode."
+        ) from error
+
+
+def _check_saving(model: nn.Module, out: Path) -> None:
+    """Save the model to where it will be kept and load it back, before anything is charged."""
+    draft = out / f"{_MODEL}.trial"
+    try:
+        before = {name: _bytes(tensor) for name, tensor in model.state_dict().items()}
+        save_model(model, str(draft))
+        load_model(model, draft)
+        changed = [name for name, t in model.state_dict().items() if not torch.equal(before[name], _bytes(t))]
+    except (OSError, SafetensorError):
+        raise
+    except Exception as error:  # safetensors and a user's own state_dict raise what they like
+        raise ModelError(
+            f"Expected a model that safetensors can save and load back; got a {type(error).__name__}: {error}. A model "
+            "that cannot be saved would be lost after training. Let its state_dict hold whole tensors only."
+        ) from error
+    finally:
+        draft.unlink(missing_ok=True)
+    if changed:
+        raise ModelError(
+            f"Expected a model that comes back from its file as it was saved; got another {changed[0]}. It would not "
+            "be the model that was trained. Let its state_dict hold its parameters and buffers as they are."
+        )
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """A copy of a tensor's bytes: two tensors of NaN differ as numbers."""
+    return tensor.detach().cpu().reshape(-1).clone().view(torch.uint8)
+
+
+def _save(model: nn.Module, path: Path) -> None:
+    """Save the model, whole or not at all; of parameters that are one tensor, one is in the file."""
+    with replacing(path) as draft:
+        save_model(model, str(draft))
+
+
+def _append_line(path: Path, line: str) -> None:
+    """Append a line that is on disk when this returns."""
+    with path.open("a") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _writing(out: Path, private: PrivateTraining) -> Iterator[None]:
+    """Report a run directory that cannot be written to in one error."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise SettingError(
+            f"Expected out to be a place that can be written to; got out={out}: "
+            f"{getattr(error, 'strerror', None) or error}. The run ends here. What was charged stays charged: epsilon "
+            f"= {rounded_up(private.epsilon_spent())}. Make room, or name another place."
+        ) from error
+
+
+def _take_back(out: Path, is_new: bool) -> None:
+    """Remove what a run wrote that was refused before its first charge."""
+    for name in (_CONFIG, _LEDGER):
+        (out / name).unlink(missing_ok=True)
+    if is_new:
+        with contextlib.suppress(OSError):  # what else is there stays
+            out.rmdir()
 
 
 def _check_out(out: Path) -> None:
@@ -299,20 +373,24 @@ def model_of(settings: TrainSettings, dataset: data.Dataset) -> nn.Module:
 
 
 def _check_outputs(model: nn.Module, dataset: data.Dataset) -> None:
-    """One logit for each class, or a label could have none: tried on a blank image."""
+    """One logit for each class, or a label could have none: tried on blank images, in training and in evaluation."""
     rule = f"Expected model to map images of shape {dataset.input_shape} to {dataset.num_classes} logits"
+    blank = torch.zeros(2, *dataset.input_shape)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            shape = tuple(model(torch.zeros(2, *dataset.input_shape)).shape)
+            shapes = [tuple(model(blank).shape)]
+            with _evaluating(model):
+                shapes.append(tuple(model(blank).shape))
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         raise ModelError(
             f"{rule}; got a {type(error).__name__}: {error}. Make it fit the data set's images."
         ) from error
-    if shape != (2, dataset.num_classes):
-        raise ModelError(
-            f"{rule}; two images gave shape {shape}. A label without a logit has no loss. Give the last layer "
-            f"{dataset.num_classes} outputs."
-        )
+    for shape in shapes:
+        if shape != (2, dataset.num_classes):
+            raise ModelError(
+                f"{rule}; two images gave shape {shape}. A label without a logit has no loss. Give the last layer "
+                f"{dataset.num_classes} outputs."
+            )
 
 
 def optimizer_of(settings: TrainSettings, model: nn.Module) -> torch.optim.Optimizer:
@@ -335,9 +413,26 @@ def _lr_factor(schedule: str, steps: int) -> Callable[[int], float]:
         case "linear":
             return lambda step: 1 - step / steps
         case "cosine":
-            return lambda step: (1 + float(torch.cos(torch.tensor(torch.pi * step / steps)))) / 2
+            return lambda step: (1 + math.cos(math.pi * step / steps)) / 2
         case _:
             return lambda step: 1.0
+
+
+def _check_lr_factor(factor: Callable[[int], float], steps: int) -> None:
+    """Compute every step's learning rate before the run. The one after the last step is computed too, and not used."""
+    for step in range(steps + 1):
+        try:
+            value = float(factor(step))
+        except Exception as error:
+            raise SettingError(
+                f"Expected lr_schedule to give a number for every step; got a {type(error).__name__} at step {step}. "
+                "The run would stop there. Choose another schedule."
+            ) from error
+        if not 0 <= value < math.inf:
+            raise SettingError(
+                f"Expected lr_schedule to give numbers >= 0 and finite; got {value} at step {step}. The run would be "
+                "lost there. Choose another schedule."
+            )
 
 
 def _progress(private: PrivateTraining, epoch: Epoch, epsilon: float, accuracies: list[float]) -> Progress:
@@ -364,15 +459,24 @@ def _check_finite(private: PrivateTraining) -> None:
     """Post-processing: parameters are released anyway."""
     for name, parameter in private.model.named_parameters():
         if not bool(parameter.isfinite().all()):
-            raise SettingError(
+            raise DivergedError(
                 f"Expected parameters to stay finite; got {name} that is not, after {private.steps_taken} steps. What "
-                f"was charged stays charged: epsilon = {private.epsilon_spent():.4f}. Train again with a lower lr."
+                f"was charged stays charged: epsilon = {rounded_up(private.epsilon_spent())}. Train again with a lower "
+                "lr."
             )
 
 
-def _record(
-    settings: TrainSettings, private: PrivateTraining, accuracies: list[float], command: str, seconds: float
-) -> RunRecord:
+def _timings(private: PrivateTraining, began: float, ends: list[float]) -> Timings:
+    return Timings(
+        seconds_total=time.perf_counter() - began,
+        seconds_train=private.seconds_train,
+        seconds_analysis=private.seconds_analysis,
+        seconds_at_epoch_ends=ends,
+        examples_per_second=_examples_per_second(private),
+    )
+
+
+def _record(settings: TrainSettings, private: PrivateTraining, accuracies: list[float], command: str) -> RunRecord:
     plan, policies, macs = private.plan, private.policies(), private.macs
     statement = private.statement()
     if settings.unsafe_metrics:
@@ -407,10 +511,6 @@ def _record(
         quantized_fraction_layers=_mean([len(names) / max(len(macs), 1) for names in policies]),
         quantized_fraction_macs=_share_of_macs(private, most_bits=8),
         four_bit_fraction_macs=_share_of_macs(private, most_bits=4),
-        seconds_train=private.seconds_train,
-        seconds_analysis=private.seconds_analysis,
-        seconds_total=seconds,
-        samples_per_second=_examples_per_second(private),
         layers=[
             LayerRecord(
                 name=name,
