@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dpquant.accounting import Event
     from dpquant.clip import clipped_sum
+    from dpquant.convert import fix, restore
     from dpquant.errors import (
         BudgetError,
         DataError,
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
         SettingError,
     )
     from dpquant.formats import Recipe
-    from dpquant.layers import fix, prepare, quantizable_layers, set_policy
+    from dpquant.layers import prepare, quantizable_layers, set_policy
     from dpquant.plan import AnalysisPlan, PrivacyPlan
     from dpquant.private import PrivateTraining, make_private
     from dpquant.quantizer import QTensor, quantize
@@ -53,11 +54,12 @@ _HOMES = {
     "SettingError": "errors",
     "StaticPolicy": "schedule",
     "clipped_sum": "clip",
-    "fix": "layers",
+    "fix": "convert",
     "make_private": "private",
     "prepare": "layers",
     "quantizable_layers": "layers",
     "quantize": "quantizer",
+    "restore": "convert",
     "set_policy": "layers",
 }
 
@@ -87,6 +89,7 @@ __all__ = [
     "prepare",
     "quantizable_layers",
     "quantize",
+    "restore",
     "set_policy",
 ]
 

@@ -203,6 +203,10 @@ class QuantizableLayer(nn.Module):
         twin.precision, twin.current = FULL_PRECISION, None
         return twin
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle takes: made inside of an epoch too, it runs in full precision."""
+        return {**self.__dict__, "precision": FULL_PRECISION, "current": None}
+
     @property
     def geometry(self) -> Geometry:
         """How the layer walks over its (already padded) input."""
@@ -495,20 +499,3 @@ def running(model: nn.Module, run: Pass) -> Iterator[Pass]:
             layer.current = None
         for norm in norms:
             norm.tape = None
-
-
-def fix(model: nn.Module) -> nn.Module:
-    """A copy of the model that can be trained privately: BatchNorm becomes GroupNorm (Opacus' `ModuleValidator.fix`).
-
-    Make the optimizer from the copy's parameters. Learnt BatchNorm statistics are dropped.
-
-    Raises:
-      ModelError: some module has no known replacement.
-    """
-    from opacus.validators import ModuleValidator
-    from opacus.validators.errors import UnsupportedModuleError
-
-    try:
-        return ModuleValidator.fix(model)
-    except (UnsupportedModuleError, NotImplementedError) as error:
-        raise ModelError(f"Expected model to have a private equivalent; {error}") from error

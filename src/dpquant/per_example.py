@@ -99,7 +99,8 @@ def _generally(
     if not any(per_example):
         raise ModelError(
             f"Expected a {type(module).__name__} with parameters of its own to be called with the examples on the "
-            "first axis of a tensor; got none such. Its per-example gradients are unknown. Give it the batch, or freeze it."
+            "first axis of a tensor; got none such. Its per-example gradients are unknown. Give it the batch, or "
+            "freeze it."
         )
     parameters = {name: p.detach() for name, p in module.named_parameters(recurse=False)}
     rows = [value for value, own in zip(values, per_example, strict=True) if own]

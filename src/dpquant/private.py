@@ -292,8 +292,8 @@ class PrivateTraining:
         if failed is not None:  # raised out here, so that the other one is not attached to it
             raise ModelError(
                 f"Expected a step to run as it did on made-up records; got a {failed}. Its message is withheld, "
-                "because it may hold data. What was charged stays charged. Look for what differs from a made-up step: memory, "
-                "the optimizer's state, hooks."
+                "because it may hold data. What was charged stays charged. Look for what differs from a made-up step: "
+                "memory, the optimizer's state, hooks."
             )
 
     def epsilon_spent(self) -> float:
@@ -419,8 +419,8 @@ def make_private(
     Args:
       model: the user's own; its Conv2d and Linear layers are replaced in place by quantizable twins.
       optimizer: any torch optimizer over the model's trainable parameters. It is fed the noised gradient.
-      train_set: map-style. If it has a `dpquant_batch(record_ids)`, that gives the collated data; else its items, read by
-        `__getitems__` where there is one, are collated. Records that cannot be read, or that have another structure,
+      train_set: map-style. If it has a `dpquant_batch(record_ids)`, that gives the collated data; else its items, read
+        by `__getitems__` where there is one, are collated. Records that cannot be read, or that have another structure,
         type or shape than the data set's, contribute nothing, and nobody is told.
       loss_fn: `(model, batch) -> Tensor (B,)`, one loss per example.
       plan: the privacy settings.

@@ -252,10 +252,11 @@ def _rolled(batch: Any, number: int) -> Any:
 
 
 def blind(place: str) -> Blind:
+    """The error for a coupling that was planted in vain."""
     return Blind(
         f"Expected made-up records that would show a coupling of examples in {place}; one that was planted there had "
-        "no effect. So the check could not see whether examples are kept apart. Give example= a few public or synthetic "
-        "records that differ in every value, or leave out of the batch what has no effect."
+        "no effect. So the check could not see whether examples are kept apart. Give example= a few public or "
+        "synthetic records that differ in every value, or leave out of the batch what has no effect."
     )
 
 
@@ -291,8 +292,10 @@ class _Watched(TorchDispatchMode):
 
 
 def norm_of(tensors: Iterable[Tensor]) -> float:
+    """The L2 norm of several tensors as one vector."""
     return float(sum(t.double().square().sum() for t in tensors)) ** 0.5
 
 
 def identical(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same shape and values."""
     return one.shape == other.shape and torch.equal(one, other)

@@ -86,9 +86,6 @@ class RecordDraws(TorchDispatchMode):
     The axis of examples is the first that has as many entries as there are examples, or the first axis if it is a
     multiple (heads or views of an example that follow each other). Where that is a mistake, an example's draws depend
     on its place: the isolation check and the probe of each epoch see it.
-
-    Attributes:
-      used: whether anything was drawn.
     """
 
     def __init__(self, key: int, record_ids: Tensor):
@@ -100,10 +97,6 @@ class RecordDraws(TorchDispatchMode):
         """
         super().__init__()
         self._key, self._ids, self._calls = key, record_ids.cpu(), 0
-
-    @property
-    def used(self) -> bool:
-        return self._calls > 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded not in func.tags:
@@ -129,7 +122,7 @@ class RecordDraws(TorchDispatchMode):
         return torch.cat(parts, axis)
 
     def _examples_in(self, args: Any, kwargs: Any) -> tuple[int | None, int]:
-        """The axis of examples in what is drawn, and how many entries of it belong to one; None: there is no such axis."""
+        """The axis of examples in what is drawn and how many entries of it belong to one; None: there is none."""
         count = len(self._ids)
         shape = next(filter(None, map(_shape, (*args, *kwargs.values()))), ())
         if count in shape:

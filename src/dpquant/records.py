@@ -5,8 +5,8 @@ A record that cannot be read, or that has not the structure, types and shapes th
 out: it contributes nothing, and nobody is told, because an error that depends on one record tells about it. Each record
 is judged by itself, so that what the others contribute does not change.
 
-A data set may draw random numbers when it is read (augmentation), and so may a collate function. Those draws follow from
-a secret key and the record's id, not from the global generators (`randomness.py`).
+A data set may draw random numbers when it is read (augmentation), and so may a collate function. Those draws follow
+from a secret key and the record's id, not from the global generators (`randomness.py`).
 """
 
 from collections.abc import Callable, Iterator, Sequence

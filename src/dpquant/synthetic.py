@@ -249,8 +249,8 @@ def candidates(records: Sequence[Any], collate: Collate, device: torch.device) -
     if not all(matches(_resized(form, free, None), record) for record in records):
         raise DataError(
             "Expected all records to have the same structure, types and shapes; got two that differ in more than "
-            "lengths that collate_fn takes. Records of another form would be left out as broken. Convert them in the data set's "
-            "__getitem__, or give example= records."
+            "lengths that collate_fn takes. Records of another form would be left out as broken. Convert them in the "
+            "data set's __getitem__, or give example= records."
         )
     sizes = [(length, uniform) for length in _LENGTHS] if free else []
     for length, combinations in [*sizes, (None, uniform + mixed)]:

@@ -30,13 +30,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dpquant import accounting, data, models
 from dpquant.accounting import Event
+from dpquant.convert import fix
 from dpquant.errors import DivergedError, DPQuantError, ModelError, SettingError
-from dpquant.refusals import check_trainable
-from dpquant.layers import fix
 from dpquant.ledger import Charge, Ledger
 from dpquant.plan import PrivacyPlan, rounded_up
 from dpquant.private import Epoch, PrivateTraining, make_private
 from dpquant.record import LayerRecord, RunRecord, Timings, replacing
+from dpquant.refusals import check_trainable
 from dpquant.settings import TrainSettings, plan_of, policy_of
 from dpquant.working_memory import working_memory
 
