@@ -64,12 +64,11 @@ def test_the_record_counts_what_ran_quantized(run):
 
 
 def test_shares_of_work_count_products_and_bits(tmp_path):
-    record = train(settings(epochs=1, policy="all", format="full/luq-fp4/int8", microbatch_size=32), tmp_path / "run")
+    given = {"epochs": 1, "backend": "simulate", "microbatch_size": 32}
+    record = train(settings(**given, policy="all", format="full/luq-fp4/int8"), tmp_path / "run")
     assert record.quantized_fraction_macs == pytest.approx(2 / 3)
     assert record.four_bit_fraction_macs == pytest.approx(1 / 3)
-    others = train(
-        settings(epochs=1, policy="none", rest="int8/luq-fp4/luq-fp4", microbatch_size=32), tmp_path / "others"
-    )
+    others = train(settings(**given, policy="none", rest="int8/luq-fp4/luq-fp4"), tmp_path / "others")
     assert (others.quantized_fraction_macs, others.four_bit_fraction_macs) == pytest.approx((1.0, 2 / 3))
 
 
