@@ -41,6 +41,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from dpquant.batches import take_rows
 from dpquant.bench_sides import (
     DESCRIPTIONS,
     SIDES,
@@ -52,7 +53,6 @@ from dpquant.bench_sides import (
     example_losses,
     made_up_examples,
 )
-from dpquant.clip import take_rows
 from dpquant.errors import SettingError
 from dpquant.formats import recipe
 from dpquant.hardware import Hardware, forget_peak, memory_mib

@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpquant import models
-from dpquant.clip import clipped_sum, take_rows
+from dpquant.batches import take_rows
+from dpquant.clip import clipped_sum
 from dpquant.errors import ModelError, SettingError
 from dpquant.layers import current_precisions, prepare, quantizable_layers, set_policy
 from dpquant.schedule import largest_layers

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any, Protocol, cast
 
@@ -316,7 +317,8 @@ def unfolded(x: Tensor, geometry: Geometry) -> Tensor:
     per_group, line = channels // geometry.groups, width * channels
     size = (batch, geometry.groups, rows, columns, *geometry.kernel, per_group)
     steps = (height * line, per_group, down * line, right * channels, step_down * line, step_right * channels, 1)
-    return x_BHWC.as_strided(size, steps).reshape(batch, geometry.groups, rows * columns, -1)
+    patch = math.prod(geometry.kernel) * per_group
+    return x_BHWC.as_strided(size, steps).reshape(batch, geometry.groups, rows * columns, patch)
 
 
 def patch_grams(x: Tensor, geometry: Geometry) -> Tensor:
@@ -329,7 +331,7 @@ def patch_grams(x: Tensor, geometry: Geometry) -> Tensor:
     batch, height, width = x_BHWC.shape[:3]
     rows = (height - geometry.reach[0] - 1) // down + 1
     columns = (width - geometry.reach[1] - 1) // right + 1
-    pixels_BGNC = x_BHWC.reshape(batch, height * width, geometry.groups, -1).transpose(1, 2)
+    pixels_BGNC = x_BHWC.flatten(1, 2).unflatten(2, (geometry.groups, -1)).transpose(1, 2)
     grams = (pixels_BGNC @ pixels_BGNC.transpose(2, 3)).contiguous()
     pixels = height * width
     size = (batch, geometry.groups, *geometry.kernel, rows, columns, rows, columns)
@@ -344,12 +346,19 @@ def patch_grams(x: Tensor, geometry: Geometry) -> Tensor:
     return total.flatten(4, 5).flatten(2, 3)
 
 
-@functools.cache
 def int8_is_exact(max_code: int) -> bool:
-    """Whether this machine's int8 convolution gives the exact integers for codes up to `max_code`, forward and back.
+    """Whether this machine's int8 convolution gives the exact integers for codes up to `max_code`, forward and back."""
+    return flaw_of_int8(max_code) is None
+
+
+@functools.cache
+def flaw_of_int8(max_code: int) -> str | None:
+    """What this machine's int8 convolution does instead of giving the exact integers for codes up to `max_code`.
 
     A processor without the right instructions, or told not to use them, may saturate full-range products (the pairs of
     a 16-bit accumulator), so the check uses the largest codes, not random ones. Run once a process and code range.
+
+    Returns: None if they are exact, forward and back.
     """
     try:
         generator = torch.Generator().manual_seed(0)
@@ -361,9 +370,10 @@ def int8_is_exact(max_code: int) -> bool:
         exact, fast = SimulatedProducts(weight, geometry, max_code), Int8Products(weight, geometry)
         forward = torch.equal(fast.forward(_with_zero_point(x)), exact.forward(x))
         backward = torch.equal(fast.input_gradient(_with_zero_point(grad), (9, 9)), exact.input_gradient(grad, (9, 9)))
-        return forward and backward
-    except (RuntimeError, AttributeError, NotImplementedError):
-        return False
+    except (RuntimeError, AttributeError) as error:  # no such operator in this torch, or none for this processor
+        first_line = str(error).partition("\n")[0].rstrip(".")
+        return f"does not run ({type(error).__name__}: {first_line})"
+    return None if forward and backward else f"is not exact for codes up to {max_code}"
 
 
 def _with_zero_point(x: QTensor) -> QTensor:
@@ -377,8 +387,8 @@ def obstacle_to_int8(*, max_code: int, fits_int8: bool, device: torch.device) ->
         return "the recipe's codes are not int8"
     if device.type != "cpu":
         return f"the model is on {device}"
-    if not int8_is_exact(max_code):
-        return "this processor's int8 convolution is missing or not exact"
+    if flaw := flaw_of_int8(max_code):
+        return f"this processor's int8 convolution {flaw}"
     return None
 
 
