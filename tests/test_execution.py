@@ -4,16 +4,30 @@ import torch
 from torch import nn
 
 import dpquant
+from dpquant import execution as execution_module
 from dpquant.errors import FormatError, SettingError
 from dpquant.execution import Execution, decide, spared_layers
 from dpquant.formats import FULL_PRECISION, precision
 from dpquant.layers import current_precisions
+from dpquant.tuning import ANALYSIS_MICROBATCH
 from networks import loss
 
 FOUR = dict.fromkeys("abcd", 1.0)
 
 
-def decided(policy, *, format="luq-fp4", rest="full", backend="simulate", microbatch_size=8):
+ANALYSIS = dpquant.AnalysisPlan(count=1, sample_rate=0.1, expected_batch_size=8, noise_multiplier=1.0, max_norm=1.0)
+
+
+def plan_of(analysis=None):
+    return dpquant.PrivacyPlan(
+        noise_multiplier=1.0, delta=1e-5, max_grad_norm=1.0, sample_rate=0.1, expected_batch_size=8, steps=10,
+        analysis=analysis,
+    )  # fmt: skip
+
+
+def decided(
+    policy, *, format="luq-fp4", rest="full", backend="simulate", microbatch_size=8, analysis=None, memory=None
+):
     torch.manual_seed(0)
     model = dpquant.prepare(
         nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Linear(8, 5)), format=format, backend=backend
@@ -27,9 +41,9 @@ def decided(policy, *, format="luq-fp4", rest="full", backend="simulate", microb
         chosen=precision(format),
         rest=precision(rest),
         backend=backend,
-        expected_batch_size=8,
+        plan=plan_of(analysis),
         microbatch_size=microbatch_size,
-        memory=None,
+        memory=memory,
     )
     assert current_precisions(model) == {}
     return execution
@@ -67,8 +81,8 @@ def test_it_says_what_runs_how_and_why():
     assert str(decided(dpquant.AllPolicy())) == "backend simulate: asked for; 8 examples a backward pass"
     assert str(decided(dpquant.NonePolicy())) == "8 examples a backward pass"
     slow = Execution(
-        chosen=precision("int8"), rest=FULL_PRECISION, microbatch_size=8, gains={"a": 0.5, "b": 2.0}, spared=("a",),
-        backend="int8", reason="exact on this processor",
+        chosen=precision("int8"), rest=FULL_PRECISION, microbatch_size=8, analysis_microbatch_size=8,
+        gains={"a": 0.5, "b": 2.0}, spared=("a",), backend="int8", reason="exact on this processor",
     )  # fmt: skip
     assert str(slow).endswith("never quantized, as that takes longer: a (2.0 times)")
 
@@ -77,3 +91,23 @@ def test_only_auto_measures_gains():
     assert decided(dpquant.RotatePolicy(fraction=0.5), backend="simulate").gains == {}
     auto = decided(dpquant.RotatePolicy(fraction=0.5), backend="auto")
     assert auto.gains.keys() == ({"1", "2"} if auto.backend == "int8" else set())
+
+
+def test_microbatches_of_analyses_are_measured_where_memory_is_bounded_and_there_are_any(monkeypatch):
+    asked = []
+
+    def largest(model, loss_fn, made_up, names, *, score, memory):
+        asked.append((names, score, memory))
+        return 16
+
+    monkeypatch.setattr(execution_module, "largest_analysis_size", largest)
+    by_impact = dpquant.DPQuantPolicy(fraction=0.5)
+    bounded = decided(by_impact, analysis=ANALYSIS, memory=1.5)
+    assert bounded.analysis_microbatch_size == 16 and asked == [(["1"], ANALYSIS.score, 1.5)]
+    for policy, analysis, memory in (
+        (by_impact, ANALYSIS, None),
+        (by_impact, None, 1.5),
+        (dpquant.RotatePolicy(fraction=0.5), ANALYSIS, 1.5),
+    ):
+        assert decided(policy, analysis=analysis, memory=memory).analysis_microbatch_size == ANALYSIS_MICROBATCH
+    assert len(asked) == 1

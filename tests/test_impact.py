@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
+import contextlib
+
 import pytest
 import torch
 from torch import nn
 
-from dpquant import impact, layers
+from dpquant import clip, impact, layers
 from dpquant.errors import SettingError
 from dpquant.impact import gradient_impact_vectors, impact_sum
 from dpquant.layers import Pass, current_precisions, prepare, quantizable_layers, running, set_policy
@@ -179,14 +181,56 @@ def test_everything_else_is_left_bitwise_as_it_was(score):
     assert_same_state(before, state_of(model))
 
 
-def test_a_measurement_that_draws_random_numbers_would_be_caught(monkeypatch):
-    model, batch = prepare(Dropping()), (torch.randn(4, 6), torch.tensor([0, 1, 2, 3]))
+class Drawing(Dropping):
+    """Draws random numbers in evaluation mode too, some for each example and some for all."""
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.head(x + torch.rand_like(x) + torch.rand(8))
+
+
+def drawing_model_and_batch():
+    torch.manual_seed(0)
+    return prepare(Drawing()), (torch.randn(6, 6), torch.arange(6) % 5)
+
+
+@pytest.mark.parametrize("score", ["loss", "gradient"])
+def test_a_model_that_draws_random_numbers_disturbs_no_global_stream(score):
+    model, batch = drawing_model_and_batch()
     before = state_of(model)
-    monkeypatch.setattr(impact.torch.random, "fork_rng", lambda devices: torch.no_grad())
-    monkeypatch.setattr(Dropping, "forward", lambda self, x: self.head(self.first(x) + torch.rand(8)))
-    measured(model, batch)
+    measured(model, batch, score=score)
+    assert_same_state(before, state_of(model))
+
+
+@pytest.mark.parametrize("score", ["loss", "gradient"])
+def test_a_measurement_that_moves_the_global_stream_would_be_caught(score, monkeypatch):
+    monkeypatch.setattr(impact if score == "loss" else clip, "seeded", lambda key: contextlib.nullcontext())
+    model, batch = drawing_model_and_batch()
+    before = state_of(model)
+    measured(model, batch, score=score)
     with pytest.raises(AssertionError):
         assert_same_state(before, state_of(model))
+
+
+def assert_impacts_follow_the_record(score):
+    """A record that is left out moves no other's draws, although the others stand at other places."""
+    model, batch = drawing_model_and_batch()
+    alone = [measured(model, batch, [i], score=score, microbatch_size=5) for i in range(6)]
+    for rows in (range(6), [1, 2, 3, 4, 5], [5, 0, 3]):
+        whole = measured(model, batch, rows, score=score, microbatch_size=5)
+        torch.testing.assert_close(whole, sum(alone[i] for i in rows), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("score", ["loss", "gradient"])
+def test_what_a_model_draws_follows_the_record(score):
+    assert_impacts_follow_the_record(score)
+
+
+@pytest.mark.parametrize("score", ["loss", "gradient"])
+def test_draws_that_follow_the_place_would_be_caught(score, monkeypatch):
+    monkeypatch.setattr(impact if score == "loss" else clip, "drawn_by_record", lambda compute, *_: compute())
+    with pytest.raises(AssertionError):
+        assert_impacts_follow_the_record(score)
 
 
 @pytest.mark.parametrize("settings", [{"max_norm": 0.0}, {"max_norm": float("inf")}, {"repeats": 0}, {"names": ["x"]}])

@@ -156,28 +156,73 @@ def test_without_a_budget_memory_is_not_looked_at(monkeypatch):
         tuning.fastest_microbatch_size(model, loss, batch, {}, expected_batch_size=1e6, memory=1.0)
 
 
-def test_the_memory_budget_bounds_the_microbatch(monkeypatch):
+class Memory:
+    """A process that holds some GiB already, and of which each example of the largest pass takes 10 MB more."""
+
+    def __init__(self, monkeypatch, held=1.0):
+        self.held = self.peak = held
+        monkeypatch.setattr(tuning, "forget_peak", lambda: self.held * 1024)
+        monkeypatch.setattr(tuning, "memory_mib", lambda: (0.0, self.peak * 1024))
+        monkeypatch.setattr(tuning, "_clipped_sum", lambda model, loss_fn, batch, size: self.take(size))
+        monkeypatch.setattr(tuning, "impact_sum", lambda *_, microbatch_size, **__: self.take(microbatch_size))
+        monkeypatch.setattr(tuning, "timed", lambda ways: {name: 1 / int(name) for name in ways})
+
+    def take(self, size):
+        self.peak = max(self.peak, self.held + size / 100)
+
+
+def fastest(model, batch, memory):
+    return tuning.fastest_microbatch_size(model, loss, batch, {}, expected_batch_size=1e6, memory=memory)
+
+
+def of_analysis(model, batch, memory):
+    return tuning.largest_analysis_size(model, loss, batch, ["2"], score="gradient", memory=memory)
+
+
+@pytest.mark.parametrize(("ask", "largest"), [(fastest, 256), (of_analysis, tuning.ANALYSIS_MICROBATCH)])
+def test_the_memory_budget_bounds_the_microbatch(ask, largest, monkeypatch):
+    for memory, expected in ((1.05, 4), (1.09, 8), (1.4, 32), (99.0, largest)):
+        process = Memory(monkeypatch)
+        assert ask(*model_and_batch(), memory) == expected
+        assert process.peak <= memory
+
+
+def refusal_of(ask, monkeypatch, held, **planted):
+    Memory(monkeypatch, held)
+    for name, value in planted.items():
+        monkeypatch.setattr(tuning, name, value)
+    with pytest.raises(SettingError) as refusal:
+        ask(*model_and_batch(), 1.03)
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize("ask", [fastest, of_analysis])
+def test_too_little_memory_is_refused_without_telling_what_is_in_use(ask, monkeypatch):
+    """What is in use tells how many private records are in memory."""
+    refusals = {refusal_of(ask, monkeypatch, held) for held in (1.0, 7.25)}
+    assert (
+        len(refusals) == 1 and "memory=1.03. Besides" in str(refusals) and "needs 0.04 GiB with 4 ex" in str(refusals)
+    )
+    # a refusal that tells all of the peak is seen
+    assert refusal_of(ask, monkeypatch, 7.25, forget_peak=lambda: 0.0) not in refusals
+
+
+@pytest.mark.parametrize("score", ["loss", "gradient"])
+def test_an_analysis_is_tried_as_it_will_run(score, monkeypatch):
     model, batch = model_and_batch()
-    used = [1.0]
+    dpquant.set_policy(model, ["2"])
+    tried, honest = [], tuning.impact_sum
 
-    def clipped_sum(model, loss_fn, batch, size):
-        used[0] = max(used[0], 1.0 + size / 100)
+    def watched(*arguments, **keywords):
+        tried.append((len(keywords["record_ids"]), keywords["microbatch_size"], keywords["score"]))
+        return honest(*arguments, **keywords)
 
-    monkeypatch.setattr(tuning, "_clipped_sum", clipped_sum)
-    monkeypatch.setattr(tuning, "forget_peak", lambda: 1024.0)
-    monkeypatch.setattr(tuning, "memory_mib", lambda: (0.0, used[0] * 1024))
-    monkeypatch.setattr(tuning, "timed", lambda ways: {name: 1 / int(name) for name in ways})
-
-    def size(memory):
-        used[0] = 1.0
-        chosen = tuning.fastest_microbatch_size(model, loss, batch, {}, expected_batch_size=1e6, memory=memory)
-        assert used[0] <= memory
-        return chosen
-
-    assert [size(memory) for memory in (1.05, 1.09, 1.7, 99.0)] == [4, 8, 64, 256]
-    used[0] = 1.0
-    with pytest.raises(SettingError, match=r"at least 1.04 GiB"):
-        size(1.03)
+    monkeypatch.setattr(tuning, "impact_sum", watched)
+    before = torch.random.get_rng_state()
+    assert tuning.largest_analysis_size(model, loss, batch, ["2"], score=score, memory=99.0) == 64
+    assert tried == [(size, size, score) for size in (4, 8, 16, 32, 64)]
+    assert tuple(current_precisions(model)) == ("2",) and torch.equal(torch.random.get_rng_state(), before)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
 def test_excluded_layers_are_never_chosen_and_shares_count_them():
