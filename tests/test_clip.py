@@ -12,16 +12,19 @@ from opacus import GradSampleModule
 from torch import nn
 
 from convolutions import convolutions
-from dpquant import clip, layers
+from dpquant import batches, clip, layers
+from dpquant.batches import Microbatch
 from dpquant.clip import clip_factors, clipped_sum
+from dpquant.convert import fix
 from dpquant.errors import DPQuantError, ModelError, SettingError
 from dpquant.formats import precision
 from dpquant.geometry import Geometry
-from dpquant.isolation import check_trainable
-from dpquant.layers import fix, prepare, quantizable_layers, set_policy, set_precisions
+from dpquant.layers import prepare, quantizable_layers, set_policy, set_precisions
 from dpquant.quantizer import QTensor
+from dpquant.refusals import check_trainable
 from dpquant.weight_gradients import Product
 from networks import NAMES, Residual, loss, zoo
+from processor import backends_of
 
 # Opacus refuses in-place networks, does not know all layers, and gives an embedding's padding row a gradient.
 OPACUS_NAMES = [
@@ -95,10 +98,12 @@ def test_quantized_or_not_the_sum_is_that_of_its_examples_and_each_is_at_most_c(
 
 @pytest.mark.parametrize("text", ["full/luq-fp4/luq-fp4", "luq-fp4/full/full", "luq/full/int8", "full/int8/full"])
 @pytest.mark.parametrize("name", ["strided", "residual"])
-def test_so_it_is_whatever_recipe_each_product_runs_in(name, text):
-    model, batch = prepared(name)
-    set_precisions(model, dict.fromkeys(quantizable_layers(model), precision(text)))
-    assert_bounded_and_additive(lambda rows, **kw: total(model, batch, rows, **kw), len(batch[1]))
+@pytest.mark.parametrize("backend", ["simulate", "int8"])
+def test_so_it_is_whatever_recipe_each_product_runs_in(backend, name, text):
+    if backend in backends_of(text):
+        model, batch = prepared(name, backend=backend)
+        set_precisions(model, dict.fromkeys(quantizable_layers(model), precision(text)))
+        assert_bounded_and_additive(lambda rows, **kw: total(model, batch, rows, **kw), len(batch[1]))
 
 
 def assert_bounded_and_additive(summed, count):
@@ -156,6 +161,22 @@ def test_a_record_that_is_not_finite_contributes_nothing_and_a_huge_one_at_most_
     batch[0][2, ..., 0] = value
     moved = (total(model, batch, [0, 1, 2, 3]) - rest).norm()
     assert moved <= (1e-4 if value != 1e30 else 1 + 1e-3)
+
+
+@pytest.mark.parametrize("policy", ["none", "all"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("tokens", "unpadded", "tied")])
+def test_records_of_which_none_is_finite_contribute_nothing(name, policy):
+    model, batch = prepared(name, policy)
+    batch[0].fill_(float("nan"))
+    assert total(model, batch).abs().max() == 0
+    assert total(model, batch, microbatch_size=2).abs().max() == 0
+
+
+def test_a_record_that_is_not_finite_and_counts_would_be_seen(monkeypatch):
+    model, batch = prepared("strided")
+    batch[0].fill_(float("nan"))
+    monkeypatch.setattr(clip, "clip_factors", lambda norms, bound: (torch.ones(len(norms)), norms.isnan()))
+    assert not total(model, batch).isfinite().all()
 
 
 def test_a_clip_factor_that_lets_nan_through_is_caught():
@@ -226,8 +247,8 @@ def test_all_ways_agree(policy, monkeypatch):
 @pytest.mark.parametrize("recipe", ["luq-fp4", "luq", "int4-clip", "int8"])
 def test_backends_agree(recipe):
     for name in ("strided", "residual", "positions"):
-        sums = [total(*prepared(name, "all", recipe, backend)) for backend in ("simulate", "int8")]
-        torch.testing.assert_close(sums[0], sums[1], rtol=1e-5, atol=1e-6)
+        sums = [total(*prepared(name, "all", recipe, backend)) for backend in backends_of(recipe)]
+        torch.testing.assert_close(sums[0], sums[-1], rtol=1e-5, atol=1e-6)
 
 
 def test_no_gradient_is_left_on_the_model_even_after_an_error():
@@ -301,8 +322,8 @@ def test_an_unprepared_model_and_a_strange_batch_are_refused():
     model, batch = zoo()["strided"]
     with pytest.raises(ModelError, match="prepare"):
         total(model, batch)
-    with pytest.raises(SettingError, match="tensors, tuples, lists and dicts"):
-        clip.take_rows("text", slice(0, 1))
+    with pytest.raises(SettingError, match="tensors, tuples, lists and mappings"):
+        batches.take_rows("text", slice(0, 1))
     assert issubclass(ModelError, DPQuantError)
 
 
@@ -312,6 +333,33 @@ def test_in_place_networks_are_clipped_like_their_out_of_place_twins():
     torch.testing.assert_close(
         total(prepare(copy.deepcopy(model)), batch), looped(model, batch, 1.0), rtol=1e-4, atol=1e-5
     )
+
+
+def in_place():
+    """Layers that clipping evaluates again, followed by activations that overwrite what they gave."""
+    torch.manual_seed(0)
+    sequence = [nn.Conv1d(2, 3, 3), nn.ReLU(inplace=True), nn.Conv1d(3, 3, 3), nn.ReLU(inplace=True)]
+    return nn.Sequential(*sequence, nn.Flatten(), nn.Linear(12, 5))
+
+
+def test_what_a_layer_gave_may_be_overwritten():
+    model, batch = in_place(), (torch.randn(4, 2, 8), torch.randint(0, 5, (4,)))
+    torch.testing.assert_close(
+        total(prepare(copy.deepcopy(model)), batch), looped(model, batch, 1.0), rtol=1e-4, atol=1e-5
+    )
+
+
+class ByNeighbour(nn.Linear):
+    """Computes each output from the example before."""
+
+    def forward(self, x):
+        return super().forward(x.roll(1, 0))
+
+
+def test_a_layer_that_gives_something_else_when_evaluated_alone_is_refused():
+    model = prepare(nn.Sequential(ByNeighbour(6, 6), nn.ReLU(inplace=True), nn.Linear(6, 5)))
+    with pytest.raises(ModelError, match=r"ByNeighbour .*gives another one"):
+        total(model, (torch.randn(3, 6), torch.randint(0, 5, (3,))))
 
 
 def sizes_seen(pieces, count, size):
@@ -335,12 +383,12 @@ def ragged(batch, record_ids, size):
     """The usual way: the last piece is as long as need be."""
     for start in range(0, len(record_ids), size):
         rows = slice(start, start + size)
-        yield clip.take_rows(batch, rows), record_ids[rows], len(record_ids[rows])
+        yield Microbatch(batches.take_rows(batch, rows), record_ids[rows], len(record_ids[rows]))
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 7])
 def test_every_pass_has_the_same_number_of_examples_however_many_there_are(count):
-    assert sizes_seen(clip.microbatches, count, 4) == {4}
+    assert sizes_seen(batches.microbatches, count, 4) == {4}
 
 
 def test_a_last_piece_that_is_shorter_would_be_seen():

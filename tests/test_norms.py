@@ -10,15 +10,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from dpquant import norms
 from dpquant.clip import clipped_sum
-from dpquant.errors import ModelError
-from dpquant.isolation import check_isolation, check_trainable
-from dpquant.synthetic import from_examples
+from dpquant.gradients import Formed
+from dpquant.isolation import check_isolation
 from dpquant.layers import Pass, prepare, running
 from dpquant.norms import TapedGroupNorm
 from dpquant.quantizer import native_available
+from dpquant.refusals import check_trainable
+from dpquant.synthetic import from_examples
 
 EPS = 1e-5
 native = pytest.mark.skipif(not native_available(), reason="installed without the native module")
@@ -231,10 +233,10 @@ def seeded(make: Callable[[], nn.Module]) -> nn.Module:
     return model
 
 
-def gradients(model: nn.Module, x: Tensor, clip: float = 0.5) -> dict[str, Tensor]:
+def gradients(model: nn.Module, x: Tensor, bound: float = 0.5) -> dict[str, Tensor]:
     batch = [x, torch.arange(len(x)) % 4]
     ids = torch.arange(len(x))
-    return clipped_sum(model, loss_fn, batch, max_grad_norm=clip, record_ids=ids, step=0, seed=0).grads
+    return clipped_sum(model, loss_fn, batch, max_grad_norm=bound, record_ids=ids, step=0, seed=0).grads
 
 
 MODELS = {
@@ -338,14 +340,43 @@ def test_a_module_around_a_norm_may_be_evaluated_again(monkeypatch):
         torch.testing.assert_close(ours[key], theirs, rtol=1e-4, atol=1e-6)
 
 
-class ByName(Scaled):
+class ByName(Net):
+    """The norm is called with its input's name the first time, as torch's own GroupNorm can be."""
+
     def forward(self, x):
-        return self.norm(input=x)
+        x = F.relu_(self.norm(input=self.first(x)))
+        return self.head(F.relu(self.again(self.second(x))).mean((2, 3)))
 
 
-def test_a_norm_called_by_keyword_is_refused_in_words():
-    with pytest.raises(ModelError, match="TapedGroupNorm does not"):
-        gradients(prepare(seeded(lambda: Net(ByName()))), maps(3, 3, 6, 6))
+class AroundByName(Scaled):
+    """The same inside of a module with a parameter of its own."""
+
+    def forward(self, x):
+        return self.norm(input=x * self.factor)
+
+
+def assert_not_clipped_it_is_autograd_s(make: Callable[[], nn.Module], x: Tensor) -> None:
+    model = prepare(seeded(make))
+    ours = gradients(model, x, bound=1e9)
+    loss_fn(model, [x, torch.arange(len(x)) % 4]).sum().backward()
+    for name, p in model.named_parameters():
+        assert torch.allclose(ours[name], p.grad, rtol=1e-4, atol=1e-5), name
+
+
+BY_NAME = {"alone": lambda: ByName(nn.GroupNorm(2, 8)), "inside of another": lambda: Net(AroundByName())}
+
+
+@pytest.mark.parametrize("make", BY_NAME.values(), ids=BY_NAME)
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_a_norm_called_by_keyword_is_clipped_as_any_other(make, layout):
+    assert_not_clipped_it_is_autograd_s(make, maps(3, 3, 6, 6).contiguous(memory_format=layout))
+
+
+@native
+def test_a_norm_that_is_counted_twice_would_be_seen(monkeypatch):
+    monkeypatch.setattr(norms, "Formed", lambda grad: Formed(2 * grad))
+    with pytest.raises(AssertionError, match=r"norm\."):
+        assert_not_clipped_it_is_autograd_s(BY_NAME["alone"], maps(3, 3, 6, 6))
 
 
 def test_a_wrong_number_of_channels_is_torch_s_error():
@@ -383,7 +414,7 @@ def test_vectors_and_sequences_are_clipped_by_torch_s_norm(shape):
             return self.head(x.flatten(2).mean(2) if x.ndim > 2 else x)
 
     model, x = prepare(seeded(Other)), torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    ours = gradients(model, x, clip=1e9)
+    ours = gradients(model, x, bound=1e9)
     model.zero_grad()
     loss_fn(model, [x, torch.arange(len(x)) % 4]).sum().backward()
     for name, p in model.named_parameters():
@@ -409,7 +440,7 @@ def test_a_gradient_may_have_any_layout_and_a_parameter_any_strides(monkeypatch)
     for p in model.norm.parameters():
         p.data = torch.stack([p.data, -p.data], 1)[:, 0]
     calls = count_native_calls(monkeypatch)
-    ours = gradients(model, x, clip=1e9)
+    ours = gradients(model, x, bound=1e9)
     assert calls
     loss_fn(model, [x, torch.arange(3)]).sum().backward()  # behind the mean over positions
     for name, p in model.named_parameters():
