@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from dpquant.batches import Microbatch
 from dpquant.clip import (
     PerExampleLoss,
-    RowGradient,
     contributions_by_parameter,
     gradient_of_row,
     losses_of,
@@ -155,23 +154,24 @@ def _run(model: nn.Module, loss_fn: PerExampleLoss, specimens: Specimens) -> Non
 def _check(model: nn.Module, loss_fn: PerExampleLoss, specimens: Specimens, drawing: Drawing, *, planted: bool) -> None:
     """Make all comparisons, in float64 if the model runs in it."""
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    moved, reached = set(), set()
+    moved: set[str] = set()
+    reached: set[str] = set()
     dtype = torch.float64
     for shake in range(_MOST_SHAKES):
         try:
-            rows = _compare(model, loss_fn, specimens, drawing, dtype, shake, planted)
+            probe = _compare(model, loss_fn, specimens, drawing, dtype, shake, planted)
         except DPQuantError:
             raise
         except Exception:  # a type that the model fixes by itself
             dtype = torch.float32
             try:
-                rows = _compare(model, loss_fn, specimens, drawing, dtype, shake, planted)
+                probe = _compare(model, loss_fn, specimens, drawing, dtype, shake, planted)
             except DPQuantError:
                 raise
             except Exception as error:
                 raise explained(error) from error
-        moved |= {name for row in rows for name, grad in row.grads.items() if bool(grad.any())}
-        reached |= {name for row in rows for name in row.reached}
+        moved |= probe.moved
+        reached |= probe.reached
         if moved >= trainable or not planted:
             return
     if missing := sorted(trainable - reached):
@@ -191,16 +191,16 @@ def _compare(
     dtype: torch.dtype,
     shake: int,
     planted: bool,
-) -> list[RowGradient]:
+) -> Probe:
     """The comparisons of one kind of records and one shake; the first ones that pass are planted against."""
     with shaken(model, dtype, shake):
         probe = Probe(model, loss_fn, specimens, drawing, dtype)
-        if not planted:
-            return probe.compare_company()
-        rows = probe.compare_company() + probe.compare_places()
-        if shake == 0:
+        probe.compare_company()
+        if planted:
+            probe.compare_places()
+        if planted and shake == 0:
             probe.plant()
-        return rows
+        return probe
 
 
 def _check_codes(model: nn.Module, loss_fn: PerExampleLoss, found: Findings, quantized: Precision) -> None:

@@ -62,36 +62,41 @@ def shaken(model: nn.Module, dtype: torch.dtype, seed: int) -> Iterator[None]:
 
 
 class Probe:
-    """What the model makes of a specimen in some company."""
+    """What the model makes of a specimen in some company.
+
+    Attributes:
+      moved: names of the parameters that a comparison gave a gradient other than zero.
+      reached: names of the parameters whose modules got a gradient at all.
+    """
 
     def __init__(
         self, model: nn.Module, loss_fn: PerExampleLoss, specimens: Specimens, drawing: Drawing, dtype: torch.dtype
     ):
         self._model, self._loss_fn, self._specimens, self._drawing = model, loss_fn, specimens, drawing
         self._dtype, self._tolerance = dtype, _FLOAT64_TOLERANCE if dtype == torch.float64 else TOLERANCE
+        self.moved: set[str] = set()
+        self.reached: set[str] = set()
+        self._first = self._compared((0, 1, 1), 0)
 
-    def compare_company(self) -> list[RowGradient]:
-        """Raise ModelError if a's results change when c takes b's place; else return them."""
-        first, other = self._row((0, 1, 1), 0), self._row((0, 2, 2), 0)
-        if not self._agree(first, 0, other, 0):
-            raise self._coupled(first)
-        return [first, other]
+    def compare_company(self) -> None:
+        """Raise ModelError if a's results change when c takes b's place."""
+        if not self._agree(self._first, 0, self._compared((0, 2, 2), 0), 0):
+            raise self._coupled()
 
-    def compare_places(self) -> list[RowGradient]:
+    def compare_places(self) -> None:
         """Raise ModelError if a's results change with its place, its number of neighbours, the mode or the past."""
         self._check_collation()
-        first, last = self._row((0, 1, 1), 0), self._row((2, 2, 0), 2)
-        if not self._agree(first, 0, last, 2):
-            raise self._coupled(first)
-        self._compare_with_autograd(first)
-        if not self._close(first.losses[0], self._losses((1, 0, 1))[1]):
-            raise self._coupled(first)
+        if not self._agree(self._first, 0, self._compared((2, 2, 0), 2), 2):
+            raise self._coupled()
+        if not self._close(self._first.losses[0], self._losses((1, 0, 1))[1]):
+            raise self._coupled()
+        self._compare_with_autograd()
         if not self._drawing.seen:
-            self._compare_with_one_alone(first)
+            self._compare_with_one_alone()
         self._compare_losses()
-        if not self._close(first.losses[0], self._losses((0, 1, 1))[0]):
+        if not self._close(self._first.losses[0], self._losses((0, 1, 1))[0]):
             raise ModelError(KEEPS_STATE)
-        return [first, last, self._row((2, 1, 0), 1)]
+        self._compared((2, 1, 0), 1)  # b moves parameters that a leaves alone
 
     def plant(self) -> None:
         """Raise Blind unless couplings that are planted here are seen."""
@@ -120,6 +125,13 @@ class Probe:
     def _piece(self, order: Sequence[int]) -> Microbatch:
         return piece_of(self._specimens, order, self._dtype)
 
+    def _compared(self, order: Sequence[int], row: int) -> RowGradient:
+        """The row, and notes which parameters it moves."""
+        found = self._row(order, row)
+        self.moved |= {name for name, grad in found.grads.items() if bool(grad.any())}
+        self.reached |= found.reached
+        return found
+
     def _row(self, order: Sequence[int], row: int, leaf: int | None = None) -> RowGradient:
         piece = self._piece(order)
         if leaf is not None:
@@ -146,15 +158,16 @@ class Probe:
         scale = max(abs(float(one)), SMALLEST_LOSS)
         return abs(float(one) - float(other)) <= self._tolerance * scale
 
-    def _coupled(self, first: RowGradient) -> ModelError:
+    def _coupled(self) -> ModelError:
         """The error for two results that differ; says what they differ by."""
+        first = self._first
         if not self._alike(first, 0, self._row((0, 1, 1), 0), 0):
             return ModelError(KEEPS_STATE)
         if self._drawing.seen and self._agree(self._row((0, 0, 0), 0), 0, first, 0):
             return ModelError(BY_PLACE)
         return ModelError(COUPLED)
 
-    def _compare_with_autograd(self, first: RowGradient) -> None:
+    def _compare_with_autograd(self) -> None:
         """Catches a parameter whose use is not seen, and so not clipped for: tied by hand, or used elsewhere."""
         trainable = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
         piece = self._piece((0, 1, 1))
@@ -166,9 +179,9 @@ class Probe:
         theirs = [torch.zeros_like(p) if g is None else g for p, g in zip(trainable.values(), found, strict=True)]
         # a gradient that is zero but for round-off, as of a bias before a normalization, is held to the others' size
         smallest = 1e-3 * self._tolerance * max(1.0, *(float(reference.norm()) for reference in theirs))
-        for (name, mine), reference in zip(first.grads.items(), theirs, strict=True):
+        for (name, mine), reference in zip(self._first.grads.items(), theirs, strict=True):
             if not float((mine - reference).norm()) <= max(self._tolerance * float(reference.norm()), smallest):
-                if name not in first.reached:
+                if name not in self._first.reached:
                     raise no_gradient(name)
                 raise ModelError(
                     f"Expected {name} to be used only by the module that owns it; got a gradient that its per-example "
@@ -176,13 +189,13 @@ class Probe:
                     "its parameter, or make the examples the first axis of every input."
                 )
 
-    def _compare_with_one_alone(self, first: RowGradient) -> None:
+    def _compare_with_one_alone(self) -> None:
         """Catches what depends on how many examples there are."""
         try:
             alone = self._losses((0,))
         except Exception:  # a model that squeezes its first axis: no microbatch of a run has one row unless asked for
             return
-        if not self._close(first.losses[0], alone[0]):
+        if not self._close(self._first.losses[0], alone[0]):
             raise ModelError(COUPLED)
 
     def _compare_losses(self) -> None:
