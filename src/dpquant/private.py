@@ -42,6 +42,7 @@ from dpquant.isolation import (
     keeps_apart,
     restore_buffers,
 )
+from dpquant.kernels import resolve_backend
 from dpquant.keys import SecretKey
 from dpquant.layers import prepare, set_policy, set_precisions
 from dpquant.ledger import Ledger
@@ -457,17 +458,17 @@ def make_private(
             f"Expected one of microbatch_size and memory; got microbatch_size={microbatch_size} and memory={memory:g}. "
             "The size decides how much memory is needed. Leave one out."
         )
-    chosen = precision(format)
-    model = prepare(model, format=chosen, backend=backend)
+    chosen, others = precision(format), precision(rest)
     device = next(model.parameters()).device
-
-    others = precision(rest)
+    model = prepare(model, format=chosen, backend=_common_backend(backend, chosen, others, device))
     if example is None:
         specimens = candidates(_first_records(train_set), collate_fn, device)
     else:
         specimens = iter([from_examples(example, collate_fn, device)])
     quantized = [one for one, used in ((chosen, policy.quantizes), (others, others.quantized)) if used]
     found = check_isolation(model, loss_fn, specimens, quantized=quantized)
+    records = Records(train_set, collate_fn, device, found.specimens)
+    records.check()
     execution = decide(
         model,
         loss_fn,
@@ -488,7 +489,7 @@ def make_private(
     return PrivateTraining(
         model,
         optimizer,
-        Records(train_set, collate_fn, device, found.specimens),
+        records,
         loss_fn=loss_fn,
         plan=plan,
         policy=policy,
@@ -498,6 +499,17 @@ def make_private(
         seed=seed,
         secret=secret,
     )
+
+
+def _common_backend(backend: str, chosen: Precision, others: Precision, device: torch.device) -> str:
+    """The backend asked for; where it is `auto`, one that runs the other layers' precision too."""
+    if backend == "auto" and any(
+        resolve_backend(backend, max_code=one.max_code, fits_int8=one.fits_int8, device=device) == "simulate"
+        for one in (chosen, others)
+        if one.quantized
+    ):
+        return "simulate"
+    return backend
 
 
 def _first_records(train_set: MapDataset) -> list[Any]:

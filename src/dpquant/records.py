@@ -67,6 +67,33 @@ class Records:
     def __len__(self) -> int:
         return len(self._data_set)
 
+    def check(self) -> None:
+        """Refuse a data set that collates by itself into something else than its records, collated.
+
+        Raises:
+          DataError: another number of rows, another structure, type or shape.
+        Privacy: looks at the first record's types and shapes.
+        """
+        if not isinstance(self._data_set, Collated):
+            return
+        try:
+            batch = self._checked(self._data_set.dpquant_batch(torch.zeros(3, dtype=torch.int64)), 3)
+        except DPQuantError:
+            raise
+        except Exception as error:
+            raise DataError(
+                f"Expected dpquant_batch(record_ids) of train_set to give a batch; got a {type(error).__name__}. Give "
+                "the method another name if it is for something else."
+            ) from error
+        ours, theirs = (
+            [(leaf.dtype, leaf.ndim) for leaf in _tensors(one)] for one in (self._specimens.batch((0, 0, 0)), batch)
+        )
+        if ours != theirs:
+            raise DataError(
+                "Expected dpquant_batch(record_ids) of train_set to give what collate_fn makes of its records; got "
+                "other tensors. The check on made-up records would be of another kind of batch. Make them agree."
+            )
+
     def microbatches(self, record_ids: Tensor, size: int, key: int) -> Iterator[Microbatch]:
         """Read and collate records, `size` at a time; a microbatch of fewer is filled up with copies of its last.
 

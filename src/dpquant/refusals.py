@@ -6,7 +6,6 @@ An error names the cause, not the symptom, and what to do about it.
 
 import traceback
 
-import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
@@ -61,7 +60,7 @@ def check_trainable(model: nn.Module) -> None:
 def _problem(module: nn.Module) -> tuple[str, str] | None:
     """(what is wrong, what to do), or None."""
     match module:
-        case torch._dynamo.OptimizedModule():
+        case _ if type(module).__name__ == "OptimizedModule":  # naming its class would load torch's compiler
             return "torch.compile hides the layers", "Pass the module that was compiled, model._orig_mod"
         case nn.DataParallel() | nn.parallel.DistributedDataParallel():
             return "It splits batches by itself", "Pass the module inside, model.module"

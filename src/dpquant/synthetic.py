@@ -13,7 +13,7 @@ an axis gets a length of ours, because the length of the one record that shapes 
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -50,12 +50,14 @@ class Leaf:
     finish: Callable[[Tensor], Any] = dataclasses.field(compare=False)
 
     @classmethod
-    def of(cls, value: Any) -> "Leaf":
+    def of(cls, value: Any) -> "Leaf | Unused":
         """The leaf that a value is an example of.
 
         Raises:
           DataError: nothing that a tensor could be made of.
         """
+        if isinstance(value, str | bytes | None):
+            return Unused(type(value))
         try:
             tensor = torch.as_tensor(value)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -106,6 +108,23 @@ class Leaf:
         if self.dtype == torch.bool or (self.dtype == torch.uint8 and len(self.shape) > 1):
             return ("any",)
         return _FLOATS if self.dtype.is_floating_point or self.dtype.is_complex else _INTEGERS
+
+
+@dataclasses.dataclass(frozen=True)
+class Unused:
+    """Text or None in a record: a file's name, for instance, which the collate function leaves out of the batch."""
+
+    type: type
+    shape: tuple[int, ...] = ()
+    kinds: ClassVar[tuple[str, ...]] = ("any",)
+
+    def matches(self, value: Any) -> bool:
+        """Whether a value has this type; text may be missing in a record."""
+        return value is None or self.type is type(None) or type(value) is self.type
+
+    def make(self, kind: str, index: int, generator: torch.Generator) -> Any:
+        """Empty text, or None."""
+        return None if self.type is type(None) else self.type()
 
 
 def _floats(kind: str, index: int, shape: Sequence[int], generator: torch.Generator) -> Tensor:
@@ -179,7 +198,7 @@ class Specimens:
 
 def matches(form: Any, record: Any) -> bool:
     """Whether a record has the structure, types and shapes of a form."""
-    if isinstance(form, Leaf):
+    if isinstance(form, Leaf | Unused):
         return form.matches(record)
     if isinstance(form, Mapping):
         return (
@@ -352,8 +371,10 @@ def _resized(form: Any, axes: _Axes, size: int | None) -> Any:
     """The form with another size along some axes; None: any."""
     numbers = itertools.count()
 
-    def changed(leaf: Leaf) -> Leaf:
+    def changed(leaf: Leaf | Unused) -> Leaf | Unused:
         number = next(numbers)
+        if isinstance(leaf, Unused):
+            return leaf
         shape = tuple(size if (number, axis) in axes else old for axis, old in enumerate(leaf.shape))
         return dataclasses.replace(leaf, shape=shape)
 
@@ -368,9 +389,15 @@ def _common(form: Any, other: Any) -> Any:
     """
     theirs = iter([leaf for _, leaf in leaves(other)])
 
-    def common(leaf: Leaf) -> Leaf:
+    def common(leaf: Leaf | Unused) -> Leaf | Unused:
         one = next(theirs, None)
-        if one is None or (one.dtype, one.type, len(one.shape)) != (leaf.dtype, leaf.type, len(leaf.shape)):
+        if isinstance(leaf, Unused) and isinstance(one, Unused):
+            return leaf
+        if (
+            not isinstance(one, Leaf)
+            or not isinstance(leaf, Leaf)
+            or (one.dtype, one.type, len(one.shape)) != (leaf.dtype, leaf.type, len(leaf.shape))
+        ):
             raise DataError(
                 "Expected all records of example to have the same structure and types; got two that differ. A record "
                 "of another form cannot be told from a broken one. Give records as the data set does."
