@@ -112,7 +112,9 @@ def decide(
         gains = {name: seconds.gain for name, seconds in times.items()}
     reason = ""
     if layer is not None and (policy.quantizes or rest.quantized):
-        obstacle = obstacle_to_int8(max_code=chosen.max_code, fits_int8=chosen.fits_int8, device=layer.weight.device)
+        device, used = layer.weight.device, [one for one in (chosen, rest) if one.quantized]
+        obstacles = [obstacle_to_int8(max_code=one.max_code, fits_int8=one.fits_int8, device=device) for one in used]
+        obstacle = next(filter(None, obstacles), None)
         reason = "asked for" if backend != "auto" else obstacle or "exact on this processor"
     return Execution(
         chosen=chosen,
