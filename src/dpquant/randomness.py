@@ -27,11 +27,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dpquant.errors import ModelError
 from dpquant.streams import derive_key, row_keys
 
 _SEED_BITS = 2**32 - 1  # of a seed, torch's CPU generator keeps these
+_DROPS = ("dropout_p", "dropout")  # what kernels call the share that they drop
+_DRAW_ALONG_THE_LAST_AXIS = {torch.ops.aten.multinomial, torch.ops.aten._sample_dirichlet}
 
 
 @contextlib.contextmanager
@@ -66,18 +70,38 @@ class Position:
     """Where the global generators stand, to see whether somebody has drawn from them."""
 
     def __init__(self) -> None:
-        self._torch = torch.random.get_rng_state()
+        self._torch, self._devices = torch.random.get_rng_state(), _device_states()
         self._python, self._arrays = random.getstate(), np.random.get_state(legacy=False)
 
     def torch_moved(self) -> bool:
-        """Whether torch's CPU generator has been drawn from since."""
-        return not torch.equal(self._torch, torch.random.get_rng_state())
+        """Whether one of torch's generators, on the CPU or on a CUDA device, has been drawn from since."""
+        devices = _device_states()
+        same = len(devices) == len(self._devices) and all(map(torch.equal, devices, self._devices))
+        return not same or not torch.equal(self._torch, torch.random.get_rng_state())
 
     def moved(self) -> bool:
-        """Whether any of the three has been drawn from since."""
+        """Whether any of torch's, numpy's and Python's has been drawn from since."""
         arrays = np.random.get_state(legacy=False)
         same = str(arrays) == str(self._arrays) and np.array_equal(arrays["state"]["key"], self._arrays["state"]["key"])
         return self.torch_moved() or not same or random.getstate() != self._python
+
+
+def _device_states() -> list[Tensor]:
+    return torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+
+class Watch(TorchDispatchMode):
+    """Notices whether torch draws random numbers, from a user's own generators too. It slows every operator down.
+
+    Attributes:
+      drew: whether anything was drawn.
+    """
+
+    drew = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.drew = self.drew or _draws(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
 
 
 class RecordDraws(TorchDispatchMode):
@@ -99,37 +123,126 @@ class RecordDraws(TorchDispatchMode):
         self._key, self._ids, self._calls = key, record_ids.cpu(), 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.nondeterministic_seeded not in func.tags:
-            return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if not _draws(func, args, kwargs):
+            return func(*args, **kwargs)
         key = derive_key(self._key, "draw", self._calls)
         self._calls += 1
-        kwargs = {name: value for name, value in (kwargs or {}).items() if name != "generator"}
-        axis, width = self._examples_in(args, kwargs)
-        if axis is None:
+        args = [_without_generator(value) for value in args]
+        kwargs = {name: _without_generator(value) for name, value in kwargs.items()}
+        count = len(self._ids)
+        drawn = _Drawn.of(func, args, kwargs, count)
+        if drawn is None:
             _seed(derive_key(key, "shared"))
             return func(*args, **kwargs)
-        seeds = row_keys(key, self._ids).tolist()
+        _refuse_fused(func)
         parts = []
-        for row, seed in enumerate(seeds):
+        for row, seed in enumerate(row_keys(key, self._ids).tolist()):
             _seed(seed & _SEED_BITS)
-            mine = [_part(arg, axis, row, width, len(seeds)) for arg in args]
-            named = {name: _part(arg, axis, row, width, len(seeds)) for name, arg in kwargs.items()}
+            mine = [drawn.part(value, row) for value in args]
+            named = {name: drawn.part(value, row) for name, value in kwargs.items()}
             parts.append(func(*mine, **named))
-        if func._schema.is_mutable:
-            return args[0]  # in place, on a view of its rows
+        written = _written(func, args, kwargs)
+        if written is not None:
+            return written
         if isinstance(parts[0], tuple):
-            return tuple(torch.cat(of_one, axis) for of_one in zip(*parts, strict=True))
-        return torch.cat(parts, axis)
+            return tuple(torch.cat(of_one, drawn.axis) for of_one in zip(*parts, strict=True))
+        return torch.cat(parts, drawn.axis)
 
-    def _examples_in(self, args: Any, kwargs: Any) -> tuple[int | None, int]:
-        """The axis of examples in what is drawn and how many entries of it belong to one; None: there is none."""
-        count = len(self._ids)
-        shape = next(filter(None, map(_shape, (*args, *kwargs.values()))), ())
-        if count in shape:
-            return shape.index(count), 1
-        if shape and shape[0] and shape[0] % count == 0:
-            return 0, shape[0] // count
-        return None, 0
+
+def _draws(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a call of an operator draws: attention and dropout are tagged even where they drop nothing."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    if not any(isinstance(one.type, torch.TensorType) for one in func._schema.returns):
+        return False  # a choice between kernels
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.name in (*_DROPS, "train", "training"):
+            given = args[place] if place < len(args) else kwargs.get(argument.name, argument.default_value)
+            if given is not None and not given:
+                return False
+    return True
+
+
+def _refuse_fused(func: Any) -> None:
+    """Refuse dropout that a kernel draws by itself and draws again in its backward pass."""
+    if any(argument.name in _DROPS for argument in func._schema.arguments):
+        raise ModelError(
+            f"Expected dropout whose random numbers can be given to each example; got {func.name()}, a kernel that "
+            "draws them by itself, by place. Switch its dropout off, or build the layer of modules with nn.Dropout."
+        )
+
+
+def _without_generator(value: Any) -> Any:
+    """The argument itself; None, which means the default generator, in place of a user's own."""
+    return None if isinstance(value, torch.Generator) else value
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> Any | None:
+    """The argument that an operator writes its result to and returns; None where it returns something new."""
+    returned = func._schema.returns[0].alias_info
+    if returned is None or not returned.is_write:
+        return None
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.before_set == returned.before_set:
+            return args[place] if place < len(args) else kwargs[argument.name]
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Drawn:
+    """How what an operator draws is divided into examples.
+
+    Attributes:
+      axis: of the examples.
+      width: how many entries of the axis belong to one.
+      count: the number of examples.
+      ndim: axes of what is drawn.
+    """
+
+    axis: int
+    width: int
+    count: int
+    ndim: int
+
+    @classmethod
+    def of(cls, func: Any, args: Any, kwargs: Any, count: int) -> "_Drawn | None":
+        """None: there is no axis of examples."""
+        shape = _drawn_shape(args, kwargs)
+        candidates = shape[:-1] if func.overloadpacket in _DRAW_ALONG_THE_LAST_AXIS else shape
+        if count in candidates:
+            return cls(candidates.index(count), 1, count, len(shape))
+        if candidates and candidates[0] and candidates[0] % count == 0:
+            return cls(0, candidates[0] // count, count, len(shape))
+        return None
+
+    def part(self, value: Any, row: int) -> Any:
+        """What of an argument belongs to one example. Axes are counted from the last: what is missing is broadcast."""
+        if isinstance(value, Tensor):
+            axis = self.axis - self.ndim + value.ndim
+            if axis < 0 or value.shape[axis] != self.width * self.count:
+                return value
+            return value.narrow(axis, row * self.width, self.width)
+        if _is_sizes(value) and len(value) == self.ndim:
+            return [self.width if place == self.axis else size for place, size in enumerate(value)]
+        return value
+
+
+def _drawn_shape(args: Any, kwargs: Any) -> tuple[int, ...]:
+    """The shape of what is drawn: a list of sizes, or that of all tensors together."""
+    values = [*args, *(value for name, value in kwargs.items() if name != "out")]
+    for value in values:
+        if _is_sizes(value):
+            return tuple(value)
+    shapes = [value.shape for value in values if isinstance(value, Tensor)]
+    try:
+        return tuple(torch.broadcast_shapes(*shapes))
+    except RuntimeError:  # operands of another kind, as of attention
+        return tuple(shapes[0])
+
+
+def _is_sizes(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(size, int) for size in value)
 
 
 @dataclasses.dataclass
@@ -138,9 +251,12 @@ class Drawing:
 
     Attributes:
       seen: True from the first draw on. From then on draws are made record by record, which takes time.
+      by_operator: whether the next computation is watched operator by operator, once: slow, and it sees draws from a
+        user's own generators too. Otherwise only the global generators are looked at.
     """
 
     seen: bool = False
+    by_operator: bool = False
 
 
 def drawn_by_record(compute: Callable[[], Tensor], key: int, record_ids: Tensor, drawing: Drawing) -> Tensor:
@@ -153,13 +269,17 @@ def drawn_by_record(compute: Callable[[], Tensor], key: int, record_ids: Tensor,
       drawing: what is known of the model.
     """
     if not drawing.seen:
-        position = Position()
-        computed = compute()
-        if not position.torch_moved():
+        position, watch = Position(), Watch()
+        with watch if drawing.by_operator else contextlib.nullcontext():
+            computed = compute()
+        drawing.by_operator = False
+        if not position.torch_moved() and not watch.drew:
             return computed
         drawing.seen = True
         reseed(key)
-    with RecordDraws(key, record_ids):
+    # fused attention on a CUDA device draws its dropout by place
+    plain = sdpa_kernel(SDPBackend.MATH) if torch.cuda.is_initialized() else contextlib.nullcontext()
+    with plain, RecordDraws(key, record_ids):
         return compute()
 
 
@@ -167,22 +287,3 @@ def _seed(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
-
-
-def _shape(value: Any) -> tuple[int, ...] | None:
-    """The shape of a tensor argument, or one that is given as a list of sizes."""
-    if isinstance(value, Tensor):
-        return tuple(value.shape)
-    if isinstance(value, list | tuple) and value and all(isinstance(size, int) for size in value):
-        return tuple(value)
-    return None
-
-
-def _part(value: Any, axis: int, row: int, width: int, count: int) -> Any:
-    """What of an argument belongs to one example."""
-    shape = _shape(value)
-    if shape is None or len(shape) <= axis or shape[axis] != width * count:
-        return value
-    if isinstance(value, Tensor):
-        return value.narrow(axis, row * width, width)
-    return [width if place == axis else size for place, size in enumerate(shape)]
