@@ -411,3 +411,89 @@ def test_weights_that_outweigh_activations_get_larger_microbatches():
 
     assert [clip.default_microbatch_size(model, sums, x, 1000) for model in (small, large)] == [64, 256]
     assert [clip.default_microbatch_size(large, sums, x, number) for number in (0, 64, 65, 129)] == [64, 64, 128, 256]
+
+
+# Draws of the model's own
+
+
+class Attending(nn.Module):
+    """Attention and dropout over positions, and noise that is the same for all examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.first(x)
+        x = x + F.scaled_dot_product_attention(x, x, x, dropout_p=0.3)
+        return self.head(F.dropout(x, 0.4).mean(1) + torch.rand(7).sum())
+
+
+def vectors(count):
+    return torch.randn(count, 6), torch.arange(count) % 5
+
+
+DRAWING = {
+    "dropout": lambda: (nn.Sequential(nn.Linear(6, 32), nn.Dropout(0.5), nn.Linear(32, 5)), vectors(9)),
+    "in place": lambda: (nn.Sequential(nn.Linear(6, 32), nn.Dropout(0.5, inplace=True), nn.Linear(32, 5)), vectors(9)),
+    "of channels": lambda: (
+        nn.Sequential(nn.Conv2d(1, 6, 3), nn.Dropout2d(0.5), nn.RReLU(), nn.Flatten(), nn.Linear(96, 5)),
+        (torch.randn(9, 1, 6, 6), torch.arange(9) % 5),
+    ),
+    "attention": lambda: (Attending(), (torch.randn(9, 5, 6), torch.arange(9) % 5)),
+}
+
+
+def assert_a_record_leaves_with_its_own_part_alone(name, policy="none"):
+    """Record 0 goes, and all others stand one place earlier, some of them in another microbatch."""
+    torch.manual_seed(0)
+    model, batch = DRAWING[name]()
+    model = prepare(model)
+    set_policy(model, quantizable_layers(model) if policy == "all" else ())
+    whole, rest, own = (total(model, batch, rows, microbatch_size=4) for rows in (range(9), range(1, 9), [0]))
+    assert own.norm() > 0.1
+    torch.testing.assert_close(whole - own, rest, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["none", "all"])
+@pytest.mark.parametrize("name", DRAWING)
+def test_a_record_that_leaves_moves_no_other_s_draws(name, policy):
+    assert_a_record_leaves_with_its_own_part_alone(name, policy)
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_draws_of_one_global_stream_are_caught(name, monkeypatch):
+    monkeypatch.setattr(clip, "drawn_by_record", lambda compute, *_: compute())
+    with pytest.raises(AssertionError):
+        assert_a_record_leaves_with_its_own_part_alone(name)
+
+
+def test_a_model_that_draws_leaves_the_global_streams_as_they_were():
+    model, batch = DRAWING["dropout"]()
+    model = prepare(model)
+    before = torch.random.get_rng_state()
+    total(model, batch, microbatch_size=4)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+class DrawnBackward(torch.autograd.Function):
+    """Noise that is drawn when the gradient arrives."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad + torch.rand_like(grad)
+
+
+class NoisyGradient(nn.Module):
+    def forward(self, x):
+        return DrawnBackward.apply(x)
+
+
+def test_draws_of_a_backward_pass_are_refused():
+    model = prepare(nn.Sequential(nn.Linear(6, 6), NoisyGradient(), nn.Linear(6, 5)))
+    with pytest.raises(ModelError, match="backward pass to draw no random numbers"):
+        total(model, vectors(4))
