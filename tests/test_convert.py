@@ -17,9 +17,9 @@ from dpquant.clip import clipped_sum
 from dpquant.convert import ChannelAffine, FrozenBatchNorm, fix, restore
 from dpquant.errors import ModelError, SettingError
 from dpquant.gradients import ROUND_OFF
-from dpquant.isolation import check_trainable
 from dpquant.layers import prepare, quantizable_layers, set_policy
 from dpquant.private import make_private
+from dpquant.refusals import check_trainable
 from networks import Residual, images, loss, zoo
 
 
