@@ -285,7 +285,7 @@ def gradient_of_row(
         with seeded(draws_key(key)):
             losses = passes.losses(piece)
             passes._backward(losses[row])
-        grads, others = tape.split(trainable, row)
+        grads, others = tape.split(trainable, row, len(losses))
         return RowGradient(losses.detach(), grads, others, tape.operands, frozenset(tape.contributions()))
 
 
@@ -455,12 +455,12 @@ class _GradientTape:
             raise no_gradient(next(name for name in trainable if name not in totals))
         return {name: totals[name] if name in totals else torch.zeros_like(p) for name, p in trainable.items()}
 
-    def split(self, trainable: Mapping[str, nn.Parameter], row: int) -> tuple[dict[str, Tensor], float]:
+    def split(self, trainable: Mapping[str, nn.Parameter], row: int, size: int) -> tuple[dict[str, Tensor], float]:
         """One row's gradients by parameter name, and the norm of all that the other rows got."""
         parts = self.contributions()
         if not parts:
             return {name: torch.zeros_like(p) for name, p in trainable.items()}, 0.0
-        squared_norms_B = self._squared_norms(parts, None)
+        squared_norms_B = self._squared_norms(parts, size)
         others_B = torch.cat([squared_norms_B[:row], squared_norms_B[row + 1 :]])
         one = torch.ones(1, device=squared_norms_B.device)
         grads = {}
@@ -469,13 +469,12 @@ class _GradientTape:
             grads[name] = torch.zeros_like(p) if part is None else part.finished(part.add_weighted(one, None))
         return grads, float(others_B.clamp(min=0).sum().sqrt())
 
-    def _squared_norms(self, parts: Mapping[str, Contribution], size: int | None) -> Tensor:
+    def _squared_norms(self, parts: Mapping[str, Contribution], size: int) -> Tensor:
         """Each example's squared norm over all parameters, float64 `(B,)`."""
         squared_norms: dict[str, Tensor] = {}
         for name, part in parts.items():
             with self._timing(name):
                 squared_norms[name] = part.squared_norms()
-        size = size or max(map(len, squared_norms.values()))
         for name, norms in squared_norms.items():
             if len(norms) != size:
                 raise ModelError(

@@ -53,7 +53,7 @@ from dpquant.randomness import Drawing, seeded
 from dpquant.refusals import BY_PLACE, COUPLED, PADDED, NotFinite, explained
 from dpquant.synthetic import Specimens
 
-_MOST_KINDS = 2  # kinds of synthetic values that are tried on a model that runs on them
+_MOST_KINDS = 6  # kinds of values on which a model runs, tried until a check is not blind
 _MOST_SHAKES = 5
 
 
@@ -77,7 +77,7 @@ def check_isolation(
     loss_fn: PerExampleLoss,
     candidates: Iterable[Specimens],
     *,
-    quantized: Iterable[Precision] = (),
+    quantized: Sequence[Precision] = (),
 ) -> Findings:
     """Run the model on synthetic records, refuse it if its examples are coupled, and count its multiply-accumulates.
 
@@ -98,23 +98,25 @@ def check_isolation(
     precisions = current_precisions(model)
     try:
         set_policy(model, ())
-        usable = _usable(model, loss_fn, candidates)
-        unseen: ModelError | None = None
-        found: Findings | None = None
-        for specimens in itertools.islice(usable, _MOST_KINDS):
+        unclear: list[Specimens] = []
+        found, unseen = None, None
+        for specimens in itertools.islice(_usable(model, loss_fn, candidates), _MOST_KINDS):
             drawing = Drawing()
             macs = _count_macs(model, loss_fn, specimens)
             try:
-                _check(model, loss_fn, specimens, drawing, planted=found is None)
+                _check(model, loss_fn, specimens, drawing, planted=True)
             except Blind as problem:
                 unseen = problem
+                unclear.append(specimens)
             else:
-                found = found or Findings(macs=macs, specimens=specimens, drawing=drawing)
+                found = Findings(macs=macs, specimens=specimens, drawing=drawing)
+                break
         if found is None:
-            assert unseen is not None
             raise ModelError(str(unseen))
         for one in quantized:
-            _check_codes(model, loss_fn, found, one)
+            _check_codes(model, loss_fn, found.specimens, found.drawing, one, planted=True)
+        for specimens in (*unclear, *found.specimens.variations()):
+            _check_kind(model, loss_fn, specimens, found.drawing, quantized)
         return found
     finally:
         set_precisions(model, precisions)
@@ -203,28 +205,53 @@ def _compare(
         return probe
 
 
-def _check_codes(model: nn.Module, loss_fn: PerExampleLoss, found: Findings, quantized: Precision) -> None:
-    """Compare a row's codes and scales in two companies, bit for bit: a scale over the batch shows, and padding."""
+def _check_kind(
+    model: nn.Module, loss_fn: PerExampleLoss, specimens: Specimens, drawing: Drawing, quantized: Sequence[Precision]
+) -> None:
+    """Compare a in two companies of another kind of values, if the model runs on it: by codes, or else by gradients."""
+    try:
+        _run(model, loss_fn, specimens)
+    except Exception:  # outside of the data's domain
+        return
+    for one in quantized:
+        _check_codes(model, loss_fn, specimens, drawing, one, planted=False)
+    if not quantized:
+        _check(model, loss_fn, specimens, drawing, planted=False)
+
+
+def _check_codes(
+    model: nn.Module,
+    loss_fn: PerExampleLoss,
+    specimens: Specimens,
+    drawing: Drawing,
+    quantized: Precision,
+    *,
+    planted: bool,
+) -> None:
+    """Compare a row's codes, scales and loss in two companies, bit for bit: a scale over the batch shows, and padding."""
     if not quantizable_layers(model):
         return
-    if found.specimens.padded:
+    if specimens.padded:
         raise ModelError(PADDED)
 
-    def operands(other: int) -> list[Tensor]:
-        piece = piece_of(found.specimens, (0, other, other), torch.float32)
-        return gradient_of_row(model, loss_fn, piece, 0, key=KEY, drawing=found.drawing).operands
+    def results(other: int) -> list[Tensor]:
+        piece = piece_of(specimens, (0, other, other), torch.float32)
+        row = gradient_of_row(model, loss_fn, piece, 0, key=KEY, drawing=drawing)
+        return [*row.operands, row.losses[0]]
 
     with shaken(model, torch.float32, 0):
         set_precisions(model, dict.fromkeys(quantizable_layers(model), quantized))
         first = next(module for module in model.modules() if isinstance(module, QuantizableLayer))
-        one, other = map(operands, OTHERS)
+        one, other = map(results, OTHERS)
         if [t.shape for t in one] != [t.shape for t in other]:
             raise ModelError(PADDED)
         if not all(map(identical, one, other)):
             raise ModelError(COUPLED)
+        if not planted:
+            return
         handle = first.register_forward_hook(add_mean)
         try:
-            if one and all(map(identical, *map(operands, OTHERS))):
+            if all(map(identical, *map(results, OTHERS))):
                 raise blind("the codes of quantized layers")
         finally:
             handle.remove()

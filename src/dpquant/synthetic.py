@@ -25,7 +25,8 @@ from dpquant.randomness import RecordDraws, seeded
 
 _GROWTH = 4.0  # each record is so many times the one before: a statistic over the batch then moves them all
 _FLOATS = ("normal", "unit", "positive", "signed unit", "counts", "binary", "negative")
-_INTEGERS = ("zero one", "one two", "few")
+_INTEGERS = ("zero one", "one two", "few", "many")
+_VARIED = frozenset({"normal", "positive", "zero one", "many"})  # kinds that a single leaf is varied to
 _MOST_COMBINATIONS = 200
 _LENGTHS = (16, 32, 64, 128, 8, 4, 256, 2)
 _LONGER, _SHORTER = 5, 2  # other lengths than n: n + 5 and n / 2
@@ -150,14 +151,18 @@ def _floats(kind: str, index: int, shape: Sequence[int], generator: torch.Genera
 def _integers(kind: str, index: int, shape: Sequence[int], generator: torch.Generator) -> Tensor:
     count = int(np.prod(shape))
     if count <= 1:
-        value = {"zero one": index % 2, "one two": 1 + index % 2}.get(kind, index)  # b, of number 1, differs from c
-        return torch.full(list(shape), value)
+        values = {"zero one": (0, 1, 0), "one two": (1, 2, 1), "many": (1, 7, 31)}.get(kind, (0, 1, 2))
+        return torch.full(list(shape), values[index])  # b differs from c
     match kind:
         case "zero one":  # a mask's ones, then zeros: of a half, of one and of all positions
             ones = {0: -(-shape[-1] // 2), 1: 1}.get(index, shape[-1])
             return (torch.arange(shape[-1]) < ones).long().expand(list(shape)).clone()
         case "one two":
             made = torch.randint(1, 3, shape, generator=generator)
+        case "many":  # in which a maximum or a scale over the batch follows b or c
+            made = torch.randint(0, 2 * int(_GROWTH) ** index, shape, generator=generator)
+            made.view(-1)[-1] = 2 * int(_GROWTH) ** index - 1
+            return made
         case _:
             made = torch.randint(0, 4, shape, generator=generator)
     made.view(-1)[0] = 1 + index % 2  # at least here b differs from c
@@ -175,6 +180,7 @@ class Specimens:
       form: what records have to look like, `Leaf`s in the place of values.
       padded: whether the collate function gives a row another shape in the company of longer records.
       kind: of the values, in words.
+      variations: the same with one leaf of another kind each.
     """
 
     records: tuple[Any, Any, Any]
@@ -183,6 +189,7 @@ class Specimens:
     form: Any
     padded: bool
     kind: str
+    variations: Callable[[], "Iterator[Specimens]"] = lambda: iter(())
 
     def batch(self, order: Sequence[int]) -> Any:
         """The records of these numbers, collated, one row for each.
@@ -276,19 +283,23 @@ def candidates(records: Sequence[Any], collate: Collate, device: torch.device) -
         axes = free if length is not None else frozenset()
         lengths = (0, 0, 0) if length is None else (length, length + _LONGER, max(length // _SHORTER, 1))
         forms = [_resized(form, axes, size) for size in lengths]
-        padded = None
-        for kinds in combinations:
+
+        def specimens(
+            kinds: tuple[str, ...], axes: _Axes = axes, forms: list[Any] = forms, varied: bool = False
+        ) -> Specimens:
             records = tuple(_record(sized, kinds, index) for index, sized in enumerate(forms))
-            if padded is None:
-                padded = bool(axes) and _pads(records, collate)
-            yield Specimens(
+            others = () if varied else _varied(form, kinds)
+            return Specimens(
                 records=records,
                 collate=collate,
                 device=device,
                 form=_resized(form, axes, None),
-                padded=padded,
+                padded=bool(axes) and _pads(records, collate),
                 kind=", ".join(dict.fromkeys(kinds)),
+                variations=lambda: (specimens(other, axes, forms, True) for other in others),
             )
+
+        yield from map(specimens, combinations)
 
 
 _Axes = frozenset[tuple[int, int]]  # (number of the leaf, axis)
@@ -310,6 +321,17 @@ def _combinations(form: Any) -> tuple[list[tuple[str, ...]], list[tuple[str, ...
     uniform = list(dict.fromkeys(uniform))
     product = itertools.islice(itertools.product(*choices), _MOST_COMBINATIONS)
     return uniform, [kinds for kinds in product if kinds not in uniform]
+
+
+def _varied(form: Any, kinds: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """The same kinds but for one leaf."""
+    choices = [leaf.kinds for _, leaf in leaves(form)]
+    return [
+        (*kinds[:number], other, *kinds[number + 1 :])
+        for number, choice in enumerate(choices)
+        for other in choice
+        if other in _VARIED and other != kinds[number]
+    ]
 
 
 def _free_axes(form: Any, collate: Collate) -> _Axes:
