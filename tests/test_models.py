@@ -35,6 +35,23 @@ def no_module():
 
 value = 3
 """
+EXTENDING = """
+import sys
+from pathlib import Path
+from torch import nn
+
+sys.path.append(str(Path(__file__).parent / "vendored"))
+if LISTS_ITS_OWN_FOLDER:
+    sys.path.append(str(Path(__file__).parent))
+
+class Lazy(nn.Module):
+    def forward(self, x):
+        import vendored_layers
+        return vendored_layers.double(x)
+
+def build():
+    return Lazy()
+"""
 HELPER = """
 import math
 from torch import nn
@@ -200,6 +217,37 @@ def test_a_users_own_function_is_called_with_what_it_takes(function: str) -> Non
     before = list(sys.path)
     assert own(f"my_models:{function}")(torch.randn(2, 1, 3, 4)).shape == (2, 5)
     assert sys.path == before
+
+
+@pytest.fixture
+def extending_models(tmp_path: Path, own_models: None, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module of the user's that extends the path, and whose model imports from there when it runs."""
+    (tmp_path / "vendored").mkdir()
+    (tmp_path / "vendored" / "vendored_layers.py").write_text("def double(x):\n    return 2 * x\n")
+    for name, listed in (("extending_models", False), ("listing_models", True)):
+        (tmp_path / f"{name}.py").write_text(EXTENDING.replace("LISTS_ITS_OWN_FOLDER", str(listed)))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for module in ("extending_models", "listing_models", "vendored_layers"):
+        monkeypatch.setitem(sys.modules, module, None)
+        monkeypatch.delitem(sys.modules, module)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["extending_models", "listing_models"])
+def test_what_a_users_own_module_adds_to_the_path_stays(extending_models: Path, name: str) -> None:
+    before = list(sys.path)
+    model = own(f"{name}:build")
+    listed = [str(extending_models)] if name == "listing_models" else []
+    assert sys.path == [*before, str(extending_models / "vendored"), *listed]
+    assert torch.equal(model(torch.ones(2)), torch.full((2,), 2.0))
+
+
+def test_a_path_that_is_put_back_as_it_was_is_seen(extending_models: Path) -> None:
+    before = list(sys.path)
+    model = own("extending_models:build")
+    sys.path[:] = before
+    with pytest.raises(ModuleNotFoundError, match="vendored_layers"):
+        model(torch.ones(2))
 
 
 @pytest.mark.usefixtures("own_models")

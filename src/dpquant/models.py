@@ -265,13 +265,14 @@ def _users_own(name: str, num_classes: int, input_shape: tuple[int, int, int]) -
 
 @contextlib.contextmanager
 def _working_directory_on_path() -> Iterator[None]:
-    """Imports inside find the user's files first; the path is afterwards what it was."""
-    before = list(sys.path)
-    sys.path.insert(0, os.getcwd())
+    """Imports inside find the user's files first; afterwards the path is without it, but with what they have added."""
+    added = os.getcwd()
+    sys.path.insert(0, added)
     try:
         yield
     finally:
-        sys.path[:] = before
+        # by identity: an equal entry is another's, who may import from it later
+        sys.path[:] = [entry for entry in sys.path if entry is not added]
 
 
 def _imported(name: str, module_name: str, function_name: str) -> Callable[..., object]:
