@@ -15,12 +15,15 @@ import sys
 import time
 from pathlib import Path
 
+from dpquant.errors import SettingError
+
 # Flags of /proc/cpuinfo that decide which products are fast, as the kernel spells them; x86 first, then ARM.
 _TELLING = (
     *("amx_int8", "amx_bf16", "avx512_vnni", "avx512_bf16", "avx_vnni", "avx512f", "avx2"),
     *("i8mm", "asimddp", "bf16", "sve"),
 )
 _STATUS = Path("/proc/self/status")
+_RESET = Path("/proc/self/clear_refs")  # writing 5 makes the peak what is resident; proc(5)
 _PROCESSORS = Path("/proc/stat")
 _MOMENT = 0.5  # seconds
 _BUSY_SHARE = 0.3  # of the cores
@@ -132,25 +135,42 @@ def _processor_times() -> tuple[int, int]:
     return ticks[3] + ticks[4], sum(ticks)
 
 
-def forget_peak() -> float:
-    """MiB that are resident now, from which the peak is then counted where the system lets us."""
+def reset_peak() -> tuple[float, bool]:
+    """Count the peak from what is resident now, where the system lets us.
+
+    Returns: MiB that are resident now; whether the peak is counted from there. If not, the most that ever were resident
+      before, by the imports for instance, stays the least that `memory_mib` gives as the peak.
+    Raises:
+      SettingError: the system does not tell.
+    """
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        _RESET.write_text("5")
     except OSError:
-        return memory_mib()[0]
-    return memory_mib()[0]
+        return memory_mib()[0], False
+    return memory_mib()[0], True
+
+
+def forget_peak() -> float:
+    """MiB that are resident now, from which the peak is then counted where the system lets us; see `reset_peak`."""
+    return reset_peak()[0]
 
 
 def memory_mib() -> tuple[float, float]:
     """MiB of this process that are resident now, and the most that ever were; the same where only one is known.
 
     Raises:
-      ImportError: the system tells neither.
+      SettingError: the system tells neither.
     """
     if _STATUS.exists():
         lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
-        return int(lines["VmRSS"].split()[0]) / 2**10, int(lines["VmHWM"].split()[0]) / 2**10
-    import resource
-
+        if "VmHWM" in lines:  # not every container's kernel has it
+            return int(lines["VmRSS"].split()[0]) / 2**10, int(lines["VmHWM"].split()[0]) / 2**10
+    try:
+        import resource
+    except ImportError as error:
+        raise SettingError(
+            "Expected a system that tells how much memory a process has used, as Linux and macOS do; got "
+            f"{platform.system()}. Without it no limit on memory can be kept. Leave memory out."
+        ) from error
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     return peak, peak
