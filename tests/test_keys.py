@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A key's streams are AES-128 in counter mode, one for each purpose; keys are fresh unless a seed was asked for."""
 
+import copy
 import hashlib
+import pickle
 
 import numpy as np
 import pytest
@@ -90,3 +92,50 @@ def test_short_secrets_are_refused_without_being_shown():
     with pytest.raises(SettingError, match="16 bytes; got 5") as refusal:
         SecretKey(b"short")
     assert "short" not in str(refusal.value)
+
+
+def assert_integers_are_64_bits_of_their_own(integer) -> None:
+    found = [integer(*purpose) for purpose in PURPOSES]
+    assert all(type(number) is int and 0 <= number < 2**64 for number in found) and len(set(found)) == len(PURPOSES)
+    assert all(len({number >> bit & 1 for number in map(integer, range(64))}) == 2 for bit in range(64))
+    assert found == [integer(*purpose) for purpose in PURPOSES]
+    taken = {int(SecretKey(SECRET).stream(*purpose).words(1)[0]) for purpose in PURPOSES}
+    assert not taken & set(found)  # what a stream of that purpose begins with
+
+
+def test_an_integer_is_64_bits_of_its_own_purpose():
+    assert_integers_are_64_bits_of_their_own(SecretKey(SECRET).integer)
+    assert SecretKey(SECRET).integer("x") == int(SecretKey(SECRET).stream("integer", "x").words(1)[0])
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        lambda *purpose: int(SecretKey(SECRET).stream(*purpose).words(1)[0]),
+        lambda *purpose: int(SecretKey(SECRET).stream("integer", *purpose).words(1)[0]) >> 1,
+        lambda *purpose: int(SecretKey().stream("integer", *purpose).words(1)[0]),
+        lambda *purpose: int(SecretKey(SECRET).stream("integer").words(1)[0]),
+    ],
+    ids=["of the same stream", "63 bits", "another each time", "one for all"],
+)
+def test_integers_of_fewer_bits_or_another_s_stream_would_be_seen(planted):
+    with pytest.raises(AssertionError):
+        assert_integers_are_64_bits_of_their_own(planted)
+
+
+def assert_stays_in_memory(key) -> None:
+    for leave in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(SettingError, match="stay in memory") as refusal:
+            leave(key)
+        assert SECRET.hex() not in str(refusal.value)
+
+
+def test_a_key_cannot_be_copied_or_pickled():
+    assert_stays_in_memory(SecretKey(SECRET))
+
+
+def test_a_key_that_can_be_pickled_would_be_seen(monkeypatch):
+    monkeypatch.delattr(SecretKey, "__reduce__")
+    assert SECRET in pickle.dumps(SecretKey(SECRET))
+    with pytest.raises(pytest.fail.Exception):
+        assert_stays_in_memory(SecretKey(SECRET))
