@@ -26,11 +26,19 @@ def plan_of(analysis=None):
 
 
 def decided(
-    policy, *, format="luq-fp4", rest="full", backend="simulate", microbatch_size=8, analysis=None, memory=None
+    policy,
+    *,
+    format="luq-fp4",
+    rest="full",
+    backend="simulate",
+    prepared=None,
+    microbatch_size=8,
+    analysis=None,
+    memory=None,
 ):
     torch.manual_seed(0)
     model = dpquant.prepare(
-        nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Linear(8, 5)), format=format, backend=backend
+        nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Linear(8, 5)), format=format, backend=prepared or backend
     )
     execution = decide(
         model,
@@ -85,6 +93,16 @@ def test_it_says_what_runs_how_and_why():
         gains={"a": 0.5, "b": 2.0}, spared=("a",), backend="int8", reason="exact on this processor",
     )  # fmt: skip
     assert str(slow).endswith("never quantized, as that takes longer: a (2.0 times)")
+
+
+def test_the_reason_is_that_of_every_precision_in_use(monkeypatch):
+    policy, codes = dpquant.StaticPolicy(names=("2",)), "the recipe's codes are not int8"
+    assert decided(policy, backend="auto", prepared="simulate", format="fp8").reason == codes
+    assert decided(policy, backend="auto", prepared="simulate", rest="fp8").reason == codes
+    assert decided(dpquant.NonePolicy(), backend="auto", prepared="simulate", format="fp8").reason == ""
+    honest = execution_module.obstacle_to_int8  # one that looks at the chosen layers alone would be seen
+    monkeypatch.setattr(execution_module, "obstacle_to_int8", lambda **facts: honest(**{**facts, "fits_int8": True}))
+    assert decided(policy, backend="auto", prepared="simulate", rest="fp8").reason != codes
 
 
 def test_only_auto_measures_gains():
