@@ -8,7 +8,8 @@
 // What one record draws may not depend on how far another record's length pads the batch, so each line h of a map (C, H, W) draws
 // under its own key. Maps arrive channels last: a line is contiguous, and an element's index in it, w * C + c, is its place in
 // memory. Draws are laid out line by line, a tile at a time, before its codes are made: the loop over codes then runs on where a
-// line ends, and lines of 16 elements cost little more than long ones.
+// line ends, and lines of 16 elements cost little more than long ones. For the same reason a map's root mean square is taken over
+// no line and no column behind its last that holds anything but zeros.
 //
 // Symbols: top = what the largest code stands for; t = |x| * max_code / top, at most max_code; draw = 23 random bits; z = t, or t + 1 where t < 1.
 //
@@ -47,12 +48,13 @@ constexpr uint32_t INFINITY_BITS = 0x7F800000;  // magnitudes from here on are n
 constexpr float SMALLEST_ABSMAX = 0x1p-100f;    // below it max_code / top may overflow
 constexpr float UNITS = 32768.0f;               // the largest |x|, where the root mean square is formed
 constexpr int64_t TILE = 2048;                  // elements whose draws are made at once and stay in the fastest cache
-constexpr int32_t LANES = 16;                   // draws that are made side by side: 64 bytes
+constexpr int32_t LANES = 16;                   // draws or values that are looked at side by side: 64 bytes
 constexpr int64_t LARGE = 1 << 16;              // a row from here on is worth sharing among threads
 
-// How a row is cut for its draws: into lines of so many elements, each under its own key; or one line, under the row's key.
+// How a row is cut: a map into lines of so many elements, `channels` a column, each line under its own key; any other row is one
+// line, under the row's key.
 struct Lines {
-    int64_t length;
+    int64_t length, channels;
     bool own_keys;
 };
 
@@ -142,15 +144,42 @@ FOR_EVERY_X86 uint32_t largest_magnitude(const float *x, int64_t count) {
     return largest;
 }
 
-// The sum of squares of |x| in units of 1 / inverse, rounded to integers: the same in any order.
+// The sum of squares of |x| in units of 1 / inverse, rounded to integers: the same in any order. No unit is above UNITS by more than
+// a float's last bit, so that the integer may be cut off in place of the float: gcc makes AVX2 vectors of that alone.
 FOR_EVERY_X86 int64_t sum_of_squares(const float *x, int64_t count, float inverse) {
     int64_t total = 0;
     for (int64_t k = 0; k < count; ++k) {
         const float scaled = std::bit_cast<float>(std::bit_cast<uint32_t>(x[k]) & MAGNITUDE) * inverse;
-        const auto units = static_cast<int32_t>((scaled < UNITS ? scaled : UNITS) + 0.5f);
-        total += static_cast<int64_t>(units) * units;
+        const int32_t units = std::min(static_cast<int32_t>(scaled + 0.5f), static_cast<int32_t>(UNITS));
+        total += static_cast<uint32_t>(units * units);
     }
     return total;
+}
+
+// The place after the last of x's elements begin .. end - 1 that is not zero; begin if all are.
+INLINE int64_t end_of_values(const float *x, int64_t begin, int64_t end) {
+    for (; end - begin >= LANES; end -= LANES) {
+        uint32_t seen = 0;
+        for (int32_t k = 0; k < LANES; ++k) seen |= std::bit_cast<uint32_t>(x[end - LANES + k]) & MAGNITUDE;
+        if (seen) break;
+    }
+    while (end > begin && !(std::bit_cast<uint32_t>(x[end - 1]) & MAGNITUDE)) --end;
+    return end;
+}
+
+// dpquant.quantizer._extents of a row that is not all zeros. The search goes backwards and ends where it meets a value of the last
+// column, which is at once in a row without padding.
+FOR_EVERY_X86 int64_t extent(const float *x, int64_t row_size, Lines lines) {
+    if (!lines.own_keys) return row_size;
+    const int64_t last = end_of_values(x, 0, row_size) - 1;
+    if (last >= row_size - lines.channels) return row_size;
+    const int64_t last_line = last / lines.length;
+    int64_t width = (last % lines.length / lines.channels + 1) * lines.channels;  // of the lines from `line` on
+    for (int64_t line = last_line; line > 0 && width < lines.length;) {
+        const int64_t end = end_of_values(x + --line * lines.length, width, lines.length);
+        width = (end + lines.channels - 1) / lines.channels * lines.channels;
+    }
+    return (last_line + 1) * width;
 }
 
 // What a row's top makes of it: its scale, and whether it has codes other than zero.
@@ -182,7 +211,7 @@ void quantize_rows(const float *x, const uint64_t *keys, int64_t rows, int64_t r
         if (clip && usable(top, rule.max_code, &scale[row])) {
             std::atomic<int64_t> squares{0};
             over_parts([&](const float *some, int64_t count) { squares += sum_of_squares(some, count, UNITS / top); });
-            const double mean = static_cast<double>(squares.load()) / static_cast<double>(row_size);
+            const double mean = static_cast<double>(squares.load()) / static_cast<double>(extent(values, row_size, lines));
             top = std::min(top, static_cast<float>(*clip * std::sqrt(mean) * (static_cast<double>(top) / UNITS)));
         }
         if (!usable(top, rule.max_code, &scale[row])) {
@@ -208,7 +237,7 @@ void bind_quantizer(nb::module_ &m) {
     m.def(
         "quantize_rows",
         [](Floats x, Keys row_keys, Bytes codes, Scales scale, std::optional<double> clip, std::optional<int64_t> line,
-           float max_code, bool uniform, bool stochastic, int32_t zero_point, int threads) {
+           int64_t channels, float max_code, bool uniform, bool stochastic, int32_t zero_point, int threads) {
             const auto rows = static_cast<int64_t>(row_keys.size()), size = static_cast<int64_t>(x.size());
             if (rows == 0 || size == 0 || size % rows != 0 || codes.size() != x.size() || scale.size() != row_keys.size())
                 throw std::invalid_argument("sizes of x, row_keys, codes and scale do not agree");
@@ -216,20 +245,23 @@ void bind_quantizer(nb::module_ &m) {
             const int64_t length = line.value_or(row_size);
             if (length < 1 || row_size % length != 0 || length > INT64_C(1) << 32)
                 throw std::invalid_argument("line does not divide a row, or is longer than 2^32 elements");
+            if (channels < 1 || length % channels != 0) throw std::invalid_argument("channels does not divide a line");
             if (clip && !(*clip > 0)) throw std::invalid_argument("clip is not above zero");
             if (!(max_code >= 1.0f && max_code <= 127.0f))
                 throw std::invalid_argument("max_code is not in 1 .. 127");
             nb::gil_scoped_release unlocked;
             quantize_rows(x.data(), reinterpret_cast<const uint64_t *>(row_keys.data()), rows, row_size,
-                          {length, line.has_value()}, {max_code, uniform, stochastic, zero_point}, codes.data(),
+                          {length, channels, line.has_value()}, {max_code, uniform, stochastic, zero_point}, codes.data(),
                           scale.data(), clip, threads);
         },
         nb::arg("x").noconvert(), nb::arg("row_keys").noconvert(), nb::arg("codes").noconvert(),
         nb::arg("scale").noconvert(), nb::arg("clip").none(), nb::kw_only(), nb::arg("line").none(),
-        nb::arg("max_code"), nb::arg("uniform"), nb::arg("stochastic"), nb::arg("zero_point"), nb::arg("threads"),
+        nb::arg("channels"), nb::arg("max_code"), nb::arg("uniform"), nb::arg("stochastic"), nb::arg("zero_point"),
+        nb::arg("threads"),
         "Fill codes (one byte each, in x's memory order) and scale (B) from the B rows of the dense x; clip: the root mean "
         "squares that a row's largest code stands for, if that is less than its largest magnitude; line: how many elements "
-        "of a row share a key, as dpquant.streams.line_keys makes it; None: all, and it is the row's own.");
+        "of a row share a key, as dpquant.streams.line_keys makes it; None: all, and it is the row's own; channels: how many "
+        "elements of a line make a column: with a line, the mean is over none of the lines and columns of zeros at the end.");
 }
 
 }  // namespace dpquant

@@ -3,6 +3,7 @@
 
 Formats: every value by its definition (lists of integers, or bytes decoded one by one), rounding in exact fractions.
 Draws: the keys and the hash of dpquant.streams on Python integers, and the hash's inverse.
+Means: which elements of a map they are over, place by place.
 """
 
 import bisect
@@ -58,6 +59,12 @@ def boundaries(name: str) -> list[float]:
     near = [torch.nextafter(points, torch.full_like(points, side)) for side in (-torch.inf, torch.inf)]
     values = torch.cat([points, *near])
     return values[values.abs() <= levels[-1]].unique().tolist()
+
+
+def extent(maps: list[list[list[float]]]) -> int:
+    """How many elements of a map `(C, H, W)` a mean is over: those in no line and no column of zeros at its end."""
+    places = [(h, w) for lines in maps for h, line in enumerate(lines) for w, value in enumerate(line) if value != 0]
+    return len(maps) * (1 + max(h for h, _ in places)) * (1 + max(w for _, w in places))
 
 
 def line_key(row_key: int, line: int) -> int:

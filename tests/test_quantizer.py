@@ -242,15 +242,33 @@ def test_another_key_gives_other_draws_and_the_same_key_the_same(name):
 # Padding: batches are padded to their longest record, whose length may change nothing for the others
 
 
+def records(*shape: int) -> Tensor:
+    """Maps: dense ones, one without negative values, one with a line of zeros inside, shorter ones, and all zeros."""
+    x = example_batch(*shape)
+    x[1] = x[1].abs()
+    x[2, :, shape[2] // 2] = 0
+    x[3, :, (shape[2] + 1) // 2 :] = 0
+    x[4, :, :, (shape[3] + 1) // 2 :] = 0
+    x[5] = 0
+    return x
+
+
 def assert_padding_changes_nothing(
-    quantizer: Quantizer, name: str, layout: torch.memory_format, right: int, below: int, backend: str
+    quantizer: Quantizer,
+    name: str,
+    layout: torch.memory_format,
+    right: int,
+    below: int,
+    backend: str,
+    rounding: Rounding = STOCHASTIC,
+    **options,
 ) -> None:
     """Zeros at the end of a map's lines, or more lines of zeros, leave the codes and the scale as they are."""
-    for shape in ((5, 6, 4, 3), (3, 40, 7, 1)):
-        x, keys = example_batch(*shape), keys_for(shape[0])
+    for shape in ((7, 6, 4, 3), (7, 40, 7, 1), (6, 3, 9, 16)):
+        x, keys = records(*shape), keys_for(shape[0])
         padded = torch.nn.functional.pad(x, (0, right, 0, below))
         short, long = (
-            quantizer(maps.contiguous(memory_format=layout), FORMATS[name], STOCHASTIC, keys, backend=backend)
+            quantizer(maps.contiguous(memory_format=layout), FORMATS[name], rounding, keys, backend=backend, **options)
             for maps in (x, padded)
         )
         assert torch.equal(short.scale, long.scale)
@@ -258,14 +276,14 @@ def assert_padding_changes_nothing(
         assert long.codes[:, :, shape[2] :].float().eq(0).all() and long.codes[..., shape[3] :].float().eq(0).all()
 
 
-def with_row_major_draws(x, format, rounding, keys, **kwargs):
-    """Draws by an element's row-major position in the row: padding moves it."""
+def as_flat_rows(x, format, rounding, keys, **kwargs):
+    """Draws by an element's row-major position in the row: padding moves it. And a mean over all elements."""
     q = quantize_rows(x.flatten(1), format, rounding, keys, **kwargs)
     codes = torch.empty_like(x, dtype=q.codes.dtype).copy_(q.codes.view(x.shape))
     return QTensor(codes=codes, scale=q.scale, zero_point=q.zero_point)
 
 
-PADDED = [(2, 0), (0, 5), (1, 3)]
+PADDED = [(2, 0), (0, 5), (1, 3), (40, 70)]
 
 
 @pytest.mark.parametrize(("right", "below"), PADDED)
@@ -279,7 +297,30 @@ def test_padding_changes_neither_codes_nor_scale(name, backend, layout, right, b
 @pytest.mark.parametrize(("name", "backend"), WHERE)
 def test_draws_by_row_major_position_would_be_seen(name, backend, right, below):
     with pytest.raises(AssertionError):
-        assert_padding_changes_nothing(with_row_major_draws, name, CHANNELS_LAST, right, below, backend)
+        assert_padding_changes_nothing(as_flat_rows, name, CHANNELS_LAST, right, below, backend)
+
+
+CLIPPED = [(name, backend, clip, False) for name, backend in WHERE for clip in (0.5, 2.5)]
+CLIPPED += [("int4", backend, clip, True) for backend in BACKENDS for clip in (0.5, 2.5)]
+
+
+@pytest.mark.parametrize(("right", "below"), PADDED)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("name", "backend", "clip", "one_sided"), CLIPPED)
+def test_padding_changes_neither_codes_nor_scale_of_a_clipped_format(
+    name, backend, clip, one_sided, layout, right, below
+):
+    options = {"clip": clip, "one_sided": one_sided}
+    assert_padding_changes_nothing(quantize_rows, name, layout, right, below, backend, **options)
+
+
+@pytest.mark.parametrize(("right", "below"), PADDED)
+@pytest.mark.parametrize(("name", "backend", "clip", "one_sided"), CLIPPED)
+def test_a_mean_over_the_padding_would_be_seen(name, backend, clip, one_sided, right, below):
+    there = name, CHANNELS_LAST, right, below, backend, NEAREST  # without draws that move
+    assert_padding_changes_nothing(as_flat_rows, *there, one_sided=one_sided)
+    with pytest.raises(AssertionError):
+        assert_padding_changes_nothing(as_flat_rows, *there, clip=clip, one_sided=one_sided)
 
 
 # Rows that have no scale, and edges of float32
@@ -392,6 +433,53 @@ def test_the_native_kernel_gives_the_same_bits_on_two_threads(shape):
         assert_native_equals_torch(x, format, rounding, 0, quantize_rows, clip=2.5)
 
 
+def with_zeros(x: Tensor) -> Tensor:
+    """Maps that end, and that are interrupted, in lines and columns of zeros, and such with hardly a value."""
+    x, (_, C, H, W) = x.clone(), x.shape
+    x[1, :, H // 3 :] = -0.0
+    x[2, :, :, W // 3 :] = 0
+    x[3, :, H // 2 :], x[3, :, :, W // 2 :] = 0, -0.0
+    x[4, :, 1 : H - 1], x[4, :, :, 1 : W - 1] = 0, 0
+    x[5] = 0
+    x[6:] = 0
+    x[6, 0, 0, 0], x[7, -1, -1, -1] = 1.0, -1.0
+    x[8, 0, -1, 0], x[8, -1, 0, -1] = 1.0, 1e-45  # the last line and the last column, at their first places
+    x[9, 0, 0, -1], x[9, -1, H // 2, W // 2] = 1e-45, 1.0
+    x[10, C // 2, H // 2, 0], x[10, 0, 0, W // 2] = 3.0, 1.0
+    x[11, 0, H - 1, 0], x[11, 0, H // 2, W // 2], x[11, 0, 0, 0] = 1.0, 2.0, 3.0  # widest in the middle
+    return x
+
+
+ZEROS = [(12, 3, 9, 7), (12, 1, 40, 33), (12, 16, 5, 40), (12, 64, 12, 1), (12, 5, 1, 70), (12, 700, 3, 4)]
+ZEROS += [(12, 1, 1, 1), (12, 17, 2, 2)]
+
+
+@pytest.mark.parametrize("shape", ZEROS, ids=str)
+def test_the_native_kernel_gives_the_same_bits_among_zeros(shape):
+    for x, format, rounding in itertools.product(
+        in_layouts(with_zeros(example_batch(*shape))), INTEGER_FORMATS, Rounding
+    ):
+        for clip in (0.01, 1.5, None):
+            assert_native_equals_torch(x, format, rounding, 0, quantize_rows, clip=clip)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("shape", [(1, 8, 9001, 1), (1, 3, 150, 301)], ids=str)
+def test_the_native_kernel_gives_the_same_bits_among_zeros_on_two_threads(shape):
+    x = example_batch(*shape)
+    x[:, :, shape[2] // 3 :], x[..., shape[3] // 2 + 1 :] = 0, 0
+    for maps in in_layouts(x):
+        assert_native_equals_torch(maps, INT4, NEAREST, 0, quantize_rows, clip=1.5)
+
+
+@pytest.mark.parametrize("shape", ZEROS[:6], ids=str)
+def test_a_kernel_with_another_mean_would_be_seen(shape):
+    x = with_zeros(example_batch(*shape)).contiguous(memory_format=CHANNELS_LAST)
+    assert_native_equals_torch(x, INT4, NEAREST, 0, as_flat_rows)
+    with pytest.raises(AssertionError):
+        assert_native_equals_torch(x, INT4, NEAREST, 0, as_flat_rows, clip=1.5)
+
+
 @pytest.mark.parametrize("format", INTEGER_FORMATS, ids=lambda format: format.name)
 def test_a_thread_that_counts_lines_from_where_it_starts_would_be_seen(format):
     def from_zero_in_each_half(x, *args, **kwargs):
@@ -419,7 +507,7 @@ def with_the_next_key(x, format, rounding, keys, **kwargs):
     return quantize_rows(x, format, rounding, keys + 1, **kwargs)
 
 
-@pytest.mark.parametrize("broken", [with_the_next_key, with_row_major_draws])
+@pytest.mark.parametrize("broken", [with_the_next_key, as_flat_rows])
 @pytest.mark.parametrize("format", INTEGER_FORMATS, ids=lambda format: format.name)
 def test_a_kernel_with_other_draws_would_be_seen(format, broken):
     x = example_batch(3, 5, 4, 4).contiguous(memory_format=CHANNELS_LAST)
@@ -580,6 +668,48 @@ def test_a_clip_puts_the_largest_code_at_so_many_root_mean_squares(clip, backend
     error = (q.dequantize().flatten(1).double() - rows).abs()
     assert bool((error[inside] <= (top / 14)[:, None].expand_as(rows)[inside] * (1 + 1e-5)).all())
     assert bool((q.codes.flatten(1)[~inside].abs() == 7).all())
+
+
+def assert_the_mean_is_over(count_of: Callable[[Tensor], int], x: Tensor, backend: str) -> None:
+    """A row's scale is that of a root mean square over so many elements, for the rows that are not zero."""
+    q = quantize_rows(x, INT4, NEAREST, keys_for(len(x)), clip=0.01, backend=backend)
+    for row, scale in zip(x, q.scale.tolist(), strict=True):
+        if row.any():
+            rms = math.sqrt(row.double().square().sum().item() / count_of(row))
+            assert scale == pytest.approx(0.01 * rms / 7, rel=1e-4)  # squares are of integers up to 2^15
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(12, 3, 9, 7), (12, 5, 1, 17), (12, 6, 20, 1)], ids=str)
+def test_a_maps_mean_is_over_no_line_and_no_column_of_zeros_at_its_end(shape, layout, backend):
+    x = with_zeros(example_batch(*shape)).contiguous(memory_format=layout)
+    assert_the_mean_is_over(lambda row: oracles.extent(row.tolist()), x, backend)
+    for broken in (lambda row: row.numel(), lambda row: int(row.count_nonzero())):
+        with pytest.raises(AssertionError):
+            assert_the_mean_is_over(broken, x, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_dense_maps_mean_is_over_all_elements(backend):
+    x = example_batch(6, 3, 5, 7).relu()
+    x[:, 0, -1, -1] = 1e-3
+    maps, rows = (
+        quantizer(x, INT4, NEAREST, keys_for(6), clip=2.5, backend=backend)
+        for quantizer in (quantize_rows, as_flat_rows)
+    )
+    assert torch.equal(maps.scale, rows.scale) and torch.equal(maps.codes, rows.codes)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_mean_of_rows_that_are_no_maps_is_over_all_elements(backend):
+    x = example_batch(4, 3, 8)
+    x[..., 4:] = 0
+    for rows in (x, x.flatten(1), x.view(4, 3, 2, 2, 2)):
+        assert_the_mean_is_over(lambda row: row.numel(), rows, backend)
+    role = RoleFormat(format=INT4, rounding=NEAREST, clip=0.01)
+    whole = quantize(x, Recipe(name="mine", weight=role, activation=role, gradient=role), per_example=False)
+    assert torch.equal(whole.scale, quantize_rows(x.view(1, -1), INT4, NEAREST, keys_for(1), clip=0.01).scale)
 
 
 @pytest.mark.parametrize("format", INTEGER_FORMATS, ids=lambda format: format.name)

@@ -14,6 +14,7 @@ def quantize_rows(
     clip: float | None,
     *,
     line: int | None,
+    channels: int,
     max_code: float,
     uniform: bool,
     stochastic: bool,
@@ -24,6 +25,8 @@ def quantize_rows(
 
     clip: the root mean squares that a row's largest code stands for, if that is less than its largest magnitude.
     line: how many elements of a row draw under one line's key; None: all, under the row's own.
+    channels: how many elements of a line make a column. Lines and columns of zeros at a row's end are not in the mean,
+    unless line is None.
     """
 
 def code_kernels() -> list[str]:

@@ -15,8 +15,9 @@ so E[code * scale] = x up to float32 rounding when rounding is stochastic and to
 A role may ask for a lower top, a multiple of the row's root mean square: fewer levels are spent on a few large values,
 which are cut off. The mean is over integers, |x| in units of absmax / 2^15, so that it is exact in any order. And a row
 without negative values may take the format's codes of one sign, which are twice as many.
-Zeros that pad a map at the end of H or W change none of its draws (`streams` says why they must not) and no absmax; but
-a root mean square is taken over the padded row.
+Zeros that pad a map at the end of H or W change neither its draws nor its scale: batches are padded to their longest
+record, whose length may not show in what the others contribute. So a map's root mean square is taken over its lines and
+columns up to the last ones that hold anything but zeros. Where these are all, it is over all elements.
 Nothing here clips gradients, adds noise or chooses a format.
 
 Symbols: B rows, x values, t magnitudes in code units.
@@ -146,7 +147,7 @@ def quantize(
     elif record_ids is None:
         record_ids = torch.arange(len(x), device=x.device)
     keys = streams.row_keys(streams.derive_key("quantize", key), record_ids)
-    rows = x if per_example else x.reshape(1, *x.shape)
+    rows = x if per_example else x.reshape(1, -1)  # a whole tensor is no map
     q = quantize_rows(rows, role.format, role.rounding, keys, clip=role.clip, one_sided=role.one_sided, backend=backend)
     return q if per_example else dataclasses.replace(q, codes=q.codes.view(x.shape))
 
@@ -166,7 +167,7 @@ def quantize_rows(
 
     An element's draw depends on its row key and its place in the row, not on the memory format. With four axes
     `(B, C, H, W)` the place is line h and index w * C + c in it, which stay when the batch is padded at the end of H or
-    W; else it is the row-major position.
+    W; else it is the row-major position. Nor does the scale change then: see `clip`.
 
     Args:
       x: float32 `(B, ...)`; contiguous or, with four axes, channels last. Other layouts are made contiguous. With four
@@ -174,7 +175,7 @@ def quantize_rows(
       format: which codes there are.
       rounding: stochastic or to nearest.
       row_keys: int64 `(B,)` on x's device, from `streams.row_keys`.
-      clip: see `RoleFormat`.
+      clip: see `RoleFormat`. With four axes the mean is over none of the lines and columns of zeros at a row's end.
       one_sided: see `RoleFormat`.
       zero_point: 0 for int8 codes; 128 for uint8 codes that hold code + 128, as int8 convolutions take them.
       backend: "auto", "torch" or "native"; all give the same bits.
@@ -213,13 +214,31 @@ def quantize_rows(
     return QTensor(codes=codes, scale=scale, zero_point=zero_point)
 
 
-def _clipped_top(magnitudes: Tensor, largest: Tensor, clip: float) -> Tensor:
+def _clipped_top(x: Tensor, largest: Tensor, clip: float) -> Tensor:
     """What each row's largest code stands for, `(B,)`: `clip` root mean squares, but not more than the largest |x|."""
+    magnitudes = x.reshape(len(x), -1).abs()
     known = largest.isfinite() & (largest >= SMALLEST_ABSMAX)
     units = torch.where(known[:, None], magnitudes * (torch.full_like(largest, _UNITS) / largest)[:, None], 0.0)
     squares = (units.clamp(max=_UNITS) + 0.5).long().square().sum(dim=1)
-    top = clip * (squares.double() / magnitudes.shape[1]).sqrt() * (largest.double() / _UNITS)
+    top = clip * (squares.double() / _extents(x).double()).sqrt() * (largest.double() / _UNITS)
     return torch.where(known, torch.minimum(largest, top.float()), largest)
+
+
+def _extents(x: Tensor) -> Tensor:
+    """How many elements each row's mean is over, `(B,)`.
+
+    Of a map, C times the lines and the columns up to the last ones that hold anything but zeros: padding to the longest
+    record of the batch adds lines and columns of zeros behind them, and a mean over those would change the record's own
+    scale. Any other row has no such end, and counts in full.
+    """
+    if x.ndim != 4:
+        return torch.full((len(x),), x[0].numel(), device=x.device)
+    held_BHW = (x != 0).any(dim=1)
+    lines, columns = (
+        (held * torch.arange(1, held.shape[1] + 1, device=x.device)).amax(dim=1)
+        for held in (held_BHW.any(dim=2), held_BHW.any(dim=1))
+    )
+    return x.shape[1] * lines * columns
 
 
 def _fill_torch(
@@ -234,7 +253,7 @@ def _fill_torch(
     """Fill `codes` and return the scales: the meaning of quantization, on any device."""
     rows = x.reshape(len(x), -1)
     largest = rows.abs().amax(dim=1)
-    top = largest if clip is None else _clipped_top(rows.abs(), largest, clip)
+    top = largest if clip is None else _clipped_top(x, largest, clip)
     max_code = torch.full_like(top, format.max_code)  # tensor / tensor divides exactly, on every device
     usable = top.isfinite() & (top >= SMALLEST_ABSMAX)
     scale = torch.where(usable, top / max_code, torch.where(top.isfinite(), 0.0, math.nan))
@@ -295,6 +314,7 @@ def _fill_native(
         scale.numpy(),
         clip,
         line=_line_size(x),
+        channels=x.shape[1] if x.ndim == 4 else 1,
         max_code=format.max_code,
         uniform=format.exponent_bits == 0,
         stochastic=rounding is Rounding.STOCHASTIC,
