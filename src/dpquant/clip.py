@@ -250,14 +250,12 @@ class RowGradient:
     Attributes:
       losses: `(B,)`, of all rows.
       grads: {parameter name: gradient of the row's loss, not clipped}.
-      others: the norm of all gradients that the tape attributes to other rows; 0 where examples are kept apart.
       operands: of quantized layers: the row's codes and scales, in the order of the calls.
       reached: names of the parameters whose modules got a gradient.
     """
 
     losses: Tensor
     grads: dict[str, Tensor]
-    others: float
     operands: list[Tensor]
     reached: frozenset[str]
 
@@ -265,7 +263,7 @@ class RowGradient:
 def gradient_of_row(
     model: nn.Module, loss_fn: PerExampleLoss, piece: Microbatch, row: int, *, key: int, drawing: Drawing | None = None
 ) -> RowGradient:
-    """Differentiate the loss of one row of a microbatch.
+    """Differentiate all losses of a microbatch at once, as a step does, and take one row's part.
 
     Args:
       model: as of `clipped_sum`.
@@ -284,9 +282,8 @@ def gradient_of_row(
         passes = _Passes(model, loss_fn, run, tape, drawing or Drawing())
         with seeded(draws_key(key)):
             losses = passes.losses(piece)
-            passes._backward(losses[row])
-        grads, others = tape.split(trainable, row, len(losses))
-        return RowGradient(losses.detach(), grads, others, tape.operands, frozenset(tape.contributions()))
+            passes._backward(losses.sum())
+        return RowGradient(losses.detach(), tape.of_row(trainable, row), tape.operands, frozenset(tape.contributions()))
 
 
 def losses_of(
@@ -455,19 +452,14 @@ class _GradientTape:
             raise no_gradient(next(name for name in trainable if name not in totals))
         return {name: totals[name] if name in totals else torch.zeros_like(p) for name, p in trainable.items()}
 
-    def split(self, trainable: Mapping[str, nn.Parameter], row: int, size: int) -> tuple[dict[str, Tensor], float]:
-        """One row's gradients by parameter name, and the norm of all that the other rows got."""
-        parts = self.contributions()
-        if not parts:
-            return {name: torch.zeros_like(p) for name, p in trainable.items()}, 0.0
-        squared_norms_B = self._squared_norms(parts, size)
-        others_B = torch.cat([squared_norms_B[:row], squared_norms_B[row + 1 :]])
-        one = torch.ones(1, device=squared_norms_B.device)
-        grads = {}
+    def of_row(self, trainable: Mapping[str, nn.Parameter], row: int) -> dict[str, Tensor]:
+        """One row's gradients by parameter name."""
+        parts, grads = self.contributions(), {}
         for name, p in trainable.items():
             part = parts[name].take(torch.tensor([row])) if name in parts else None
+            one = torch.ones(1, device=p.device)
             grads[name] = torch.zeros_like(p) if part is None else part.finished(part.add_weighted(one, None))
-        return grads, float(others_B.clamp(min=0).sum().sqrt())
+        return grads
 
     def _squared_norms(self, parts: Mapping[str, Contribution], size: int) -> Tensor:
         """Each example's squared norm over all parameters, float64 `(B,)`."""
@@ -475,17 +467,26 @@ class _GradientTape:
         for name, part in parts.items():
             with self._timing(name):
                 squared_norms[name] = part.squared_norms()
-        for name, norms in squared_norms.items():
-            if len(norms) != size:
-                raise ModelError(
-                    "Expected the first axis of every module's input to be the example; got one of another length for "
-                    f"{name}. Its gradients would be clipped by rows that are no examples: positions, nodes, or "
-                    "several views of a record. Put the examples first, and views of one record on a second axis."
-                )
+        check_examples_first(squared_norms, size)
         return torch.stack(list(squared_norms.values())).sum(0)
 
     def _timing(self, parameter: str) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self._clock is None else self._clock.timing(parameter.rpartition(".")[0])
+
+
+def check_examples_first(squared_norms: Mapping[str, Tensor], size: int) -> None:
+    """Refuse per-example gradients of some parameter that are not of `size` examples.
+
+    Raises:
+      ModelError: a module's input had another first axis than the examples.
+    """
+    for name, norms in squared_norms.items():
+        if len(norms) != size:
+            raise ModelError(
+                "Expected the first axis of every module's input to be the example; got one of another length for "
+                f"{name}. Its gradients would be clipped by rows that are no examples: positions, nodes, or "
+                "several views of a record. Put the examples first, and views of one record on a second axis."
+            )
 
 
 def _one_contribution(found: list[Contribution]) -> Contribution:

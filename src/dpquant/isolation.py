@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from dpquant.batches import Microbatch
 from dpquant.clip import (
     PerExampleLoss,
+    check_examples_first,
     contributions_by_parameter,
     gradient_of_row,
     losses_of,
@@ -146,10 +147,10 @@ def _run(model: nn.Module, loss_fn: PerExampleLoss, specimens: Specimens) -> Non
     """One pass over the three records. Raises whatever the user's code raises, and NotFinite."""
     piece = Microbatch(specimens.batch((0, 1, 2)), torch.arange(3), 3)
     parts = contributions_by_parameter(model, loss_fn, piece, key=KEY)
+    squared_norms = {name: part.squared_norms() for name, part in parts.items()}
+    check_examples_first(squared_norms, len(piece.record_ids))
     losses = losses_of(model, loss_fn, piece, key=KEY)
-    if not all(
-        bool(values.isfinite().all()) for values in (losses, *(part.squared_norms() for part in parts.values()))
-    ):
+    if not all(bool(values.isfinite().all()) for values in (losses, *squared_norms.values())):
         raise NotFinite
 
 
@@ -228,7 +229,7 @@ def _check_codes(
     *,
     planted: bool,
 ) -> None:
-    """Compare a row's codes, scales and loss in two companies, bit for bit: a scale over the batch shows, and padding."""
+    """Compare a row's codes, scales and loss in two companies, bit for bit: a batch scale shows, and padding."""
     if not quantizable_layers(model):
         return
     if specimens.padded:

@@ -79,15 +79,18 @@ class Probe:
         self._first = self._compared((0, 1, 1), 0)
 
     def compare_company(self) -> None:
-        """Raise ModelError if a's results change when c takes b's place."""
-        if not self._agree(self._first, 0, self._compared((0, 2, 2), 0), 0):
-            raise self._coupled()
+        """Raise ModelError if the results of one change in other company and at another place.
+
+        Each of the three is followed: what the largest of a batch decides leaves the largest alone.
+        """
+        for one, other, another in ((0, 1, 2), (1, 2, 0), (2, 0, 1)):
+            first = self._compared((one, other, other), 0)
+            if not self._alike(first, 0, self._compared((another, another, one), 2), 2):
+                raise self._coupled()
 
     def compare_places(self) -> None:
         """Raise ModelError if a's results change with its place, its number of neighbours, the mode or the past."""
         self._check_collation()
-        if not self._agree(self._first, 0, self._compared((2, 2, 0), 2), 2):
-            raise self._coupled()
         if not self._close(self._first.losses[0], self._losses((1, 0, 1))[1]):
             raise self._coupled()
         self._compare_with_autograd()
@@ -96,7 +99,6 @@ class Probe:
         self._compare_losses()
         if not self._close(self._first.losses[0], self._losses((0, 1, 1))[0]):
             raise ModelError(KEEPS_STATE)
-        self._compared((2, 1, 0), 1)  # b moves parameters that a leaves alone
 
     def plant(self) -> None:
         """Raise Blind unless couplings that are planted here are seen."""
@@ -144,12 +146,8 @@ class Probe:
             piece = dataclasses.replace(piece, data=_rolled(piece.data, leaf))
         return losses_of(self._model, self._loss_fn, piece, key=KEY, drawing=self._drawing)
 
-    def _agree(self, one: RowGradient, row: int, other: RowGradient, other_row: int) -> bool:
-        """Whether both are the same example's, and neither gives another example any gradient."""
-        bound = self._tolerance * norm_of(one.grads.values())
-        return one.others <= bound and other.others <= bound and self._alike(one, row, other, other_row)
-
     def _alike(self, one: RowGradient, row: int, other: RowGradient, other_row: int) -> bool:
+        """Whether both are the same example's."""
         gap = norm_of(one.grads[name] - other.grads[name] for name in one.grads)
         bound = self._tolerance * norm_of(one.grads.values())
         return gap <= bound and self._close(one.losses[row], other.losses[other_row])
@@ -160,10 +158,10 @@ class Probe:
 
     def _coupled(self) -> ModelError:
         """The error for two results that differ; says what they differ by."""
-        first = self._first
+        first = self._row((0, 1, 1), 0)
         if not self._alike(first, 0, self._row((0, 1, 1), 0), 0):
             return ModelError(KEEPS_STATE)
-        if self._drawing.seen and self._agree(self._row((0, 0, 0), 0), 0, first, 0):
+        if self._drawing.seen and self._alike(self._row((0, 0, 0), 0), 0, first, 0):
             return ModelError(BY_PLACE)
         return ModelError(COUPLED)
 
@@ -199,14 +197,13 @@ class Probe:
             raise ModelError(COUPLED)
 
     def _compare_losses(self) -> None:
-        """Catches losses that see other examples in the mode that the gradients were not taken in."""
+        """Catches what couples examples in the mode that the model is not in."""
         modes = {module: module.training for module in self._model.modules()}
         try:
             self._model.train(not self._model.training)
-            first = self._losses((0, 1, 1))
-            for order, row in (((0, 2, 2), 0), ((1, 2, 0), 2)):
-                if not self._close(first[0], self._losses(order)[row]):
-                    raise ModelError(COUPLED)
+            self.compare_company()
+            if not self._close(self._losses((0, 1, 1))[0], self._losses((1, 2, 0))[2]):
+                raise ModelError(COUPLED)
         finally:
             for module, training in modes.items():
                 module.training = training
@@ -224,7 +221,7 @@ class Probe:
             if not self._close(one[0], other[0]):
                 return True
             one, other = (self._row((0, number, number), 0, leaf) for number in OTHERS)
-            return not self._agree(one, 0, other, 0)
+            return not self._alike(one, 0, other, 0)
 
     def _uses(self, piece: Microbatch, number: int) -> bool:
         """Whether a leaf of the batch enters any computation."""
