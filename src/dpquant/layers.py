@@ -203,10 +203,6 @@ class QuantizableLayer(nn.Module):
         twin.precision, twin.current = FULL_PRECISION, None
         return twin
 
-    def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle takes: made inside of an epoch too, it runs in full precision."""
-        return {**self.__dict__, "precision": FULL_PRECISION, "current": None}
-
     @property
     def geometry(self) -> Geometry:
         """How the layer walks over its (already padded) input."""
