@@ -196,8 +196,8 @@ def largest_analysis_size(
 def _too_little(memory: float, needed: float, what: str) -> SettingError:
     """Says what made-up records need, and not what is in use: that tells how many private ones are in memory."""
     return SettingError(
-        f"Expected memory enough for this model; got memory={memory:g}. Besides what the process holds already it needs "
-        f"{needed:.2f} GiB with {what}. Allow more, or take a smaller model."
+        f"Expected memory enough for this model; got memory={memory:g}. Besides what the process holds already it "
+        f"needs {needed:.2f} GiB with {what}. Allow more, or take a smaller model."
     )
 
 
