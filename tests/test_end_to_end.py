@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A whole run with recorded mechanisms: every call is held against the plan, and what comes of it too.
 
-Each planted fault is one that left all other tests green: noise or draws that repeat, a private number in the place of a
-public one, a claim that leaves something out, an analysis that touches the run.
+Each planted fault is one that left all other tests green: noise or draws that repeat, a private number in the place of
+a public one, a claim that leaves something out, an analysis that touches the run.
 """
 
 import random

@@ -557,7 +557,9 @@ def _listener(tape: _GradientTape) -> Callable[[nn.Module, tuple[Any, ...], dict
     """A forward hook that, once the output's gradient is known, records the module's per-example gradients."""
 
     def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if not tape.listening or (isinstance(module, TapedGroupNorm) and args and module.records(args[0])):
+        x = args[0] if args else kwargs.get("input")
+        records_itself = isinstance(module, TapedGroupNorm) and isinstance(x, Tensor) and module.records(x)
+        if not tape.listening or records_itself:
             return output
         if not isinstance(output, Tensor) or output.ndim == 0:
             raise ModelError(
@@ -571,7 +573,9 @@ def _listener(tape: _GradientTape) -> Callable[[nn.Module, tuple[Any, ...], dict
                 "parameters of its own beside other layers. Their per-example gradients are unknown. Put them into a "
                 "small module of their own, which is called with the batch, or freeze them."
             )
-        plain = output.detach()
+        plain = (
+            output.detach() if has_formula(module) else output.detach().clone()
+        )  # to be compared: may be overwritten
         if not output.requires_grad:
             output = output + tape.anchor
 

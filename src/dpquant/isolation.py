@@ -102,7 +102,7 @@ def check_isolation(
         unclear: list[Specimens] = []
         found, unseen = None, None
         for specimens in itertools.islice(_usable(model, loss_fn, candidates), _MOST_KINDS):
-            drawing = Drawing()
+            drawing = Drawing(by_operator=True)
             macs = _count_macs(model, loss_fn, specimens)
             try:
                 _check(model, loss_fn, specimens, drawing, planted=True)

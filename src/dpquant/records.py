@@ -9,6 +9,7 @@ A data set may draw random numbers when it is read (augmentation), and so may a 
 from a secret key and the record's id, not from the global generators (`randomness.py`).
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from dpquant.batches import Microbatch, check_rows, take_rows, to_device, with_leaves
 from dpquant.errors import DataError, DPQuantError
-from dpquant.randomness import Drawing, Position, drawn_by_record, reseed, seeded
+from dpquant.randomness import Drawing, Position, RecordDraws, Watch, drawn_by_record, reseed, seeded
 from dpquant.streams import derive_key
 from dpquant.synthetic import Specimens, matches
 
@@ -61,8 +62,8 @@ class Records:
           specimens: synthetic records, which tell what a record looks like.
         """
         self._data_set, self._collate, self._device, self._specimens = data_set, collate, device, specimens
-        self._reads_at_random = False
-        self._collates_at_random = Drawing()
+        self._reads_at_random, self._watched = False, False
+        self._collates_at_random = Drawing(by_operator=True)
 
     def __len__(self) -> int:
         return len(self._data_set)
@@ -110,7 +111,9 @@ class Records:
                 yield piece
 
     def microbatch(self, record_ids: Tensor, size: int, key: int) -> Microbatch | None:
-        """One microbatch of at most `size` records; None if all of them are broken."""
+        """One microbatch of at most `size` records; None if there are none, or all of them are broken."""
+        if len(record_ids) == 0:
+            return None
         if isinstance(self._data_set, Collated):
             ids = _filled(record_ids, size)
             return Microbatch(self._checked(self._data_set.dpquant_batch(ids), size), ids, len(record_ids))
@@ -138,15 +141,18 @@ class Records:
         key = derive_key(key, "read")
         with seeded(key):
             if not self._reads_at_random:
-                position = Position()
-                records = self._several(indices)
-                if not position.moved():
+                position, watch = Position(), Watch()
+                with contextlib.nullcontext() if self._watched else watch:  # once: it sees generators of one's own
+                    records = self._several(indices)
+                self._watched = True
+                if not position.moved() and not watch.drew:
                     return records
                 self._reads_at_random = True
             records = []
             for index in indices:
                 reseed(derive_key(key, index))
-                records.append(self._one(index))
+                with RecordDraws(derive_key(key, index), torch.zeros(1, dtype=torch.int64)):
+                    records.append(self._one(index))
             return records
 
     def _several(self, indices: Sequence[int]) -> list[Any]:
