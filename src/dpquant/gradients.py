@@ -59,18 +59,20 @@ class Formed:
 
     def squared_norms(self) -> Tensor:
         # Rows in float32, then their squares in float64: nearly as exact as float64 throughout, without its copy.
-        rows = self.gradients.reshape(len(self.gradients), -1, self.gradients.shape[-1])
+        width = self.gradients.shape[-1] if self.gradients.ndim > 1 else 1  # a parameter may be one number
+        rows = self.gradients.reshape(len(self.gradients), -1, width)
         return torch.linalg.vector_norm(rows, dim=2).double().square().sum(1)
 
     def per_example(self) -> Tensor:
         return self.gradients
 
     def inner_products(self, other: Contribution) -> Tensor:
-        return (self.per_example() * other.per_example()).flatten(1).sum(1)
+        return (self.per_example() * other.per_example()).reshape(len(self.gradients), -1).sum(1)
 
     def add_weighted(self, weights_B: Tensor, total: Tensor | None) -> Tensor:
         total = self.gradients.new_zeros(self.gradients.shape[1:]) if total is None else total
-        total.view(-1).addmv_(self.gradients.flatten(1).t(), weights_B.to(total.dtype))
+        rows = self.gradients.reshape(len(self.gradients), total.numel())
+        total.view(-1).addmv_(rows.t(), weights_B.to(total.dtype))
         return total
 
     def finished(self, total: Tensor) -> Tensor:

@@ -38,7 +38,6 @@ from dpquant.formats import Precision
 from dpquant.layers import QuantizableLayer, current_precisions, quantizable_layers, set_policy, set_precisions
 from dpquant.probe import (
     KEY,
-    OTHERS,
     SMALLEST_LOSS,
     TOLERANCE,
     Blind,
@@ -198,6 +197,8 @@ def _compare(
     """The comparisons of one kind of records and one shake; the first ones that pass are planted against."""
     with shaken(model, dtype, shake):
         probe = Probe(model, loss_fn, specimens, drawing, dtype)
+        if planted:
+            probe.check_collation()
         probe.compare_company()
         if planted:
             probe.compare_places()
@@ -235,24 +236,26 @@ def _check_codes(
     if specimens.padded:
         raise ModelError(PADDED)
 
-    def results(other: int) -> list[Tensor]:
-        piece = piece_of(specimens, (0, other, other), torch.float32)
+    def results(one: int, other: int) -> list[Tensor]:
+        piece = piece_of(specimens, (one, other, other), torch.float32)
         row = gradient_of_row(model, loss_fn, piece, 0, key=KEY, drawing=drawing)
         return [*row.operands, row.losses[0]]
 
     with shaken(model, torch.float32, 0):
         set_precisions(model, dict.fromkeys(quantizable_layers(model), quantized))
-        first = next(module for module in model.modules() if isinstance(module, QuantizableLayer))
-        one, other = map(results, OTHERS)
-        if [t.shape for t in one] != [t.shape for t in other]:
-            raise ModelError(PADDED)
-        if not all(map(identical, one, other)):
-            raise ModelError(COUPLED)
+        # what the record with the largest values decides leaves that one alone: others are followed too
+        for one, other, another in ((0, 1, 2), (1, 2, 0), (2, 0, 1))[: 3 if planted else 2]:
+            here, there = results(one, other), results(one, another)
+            if [t.shape for t in here] != [t.shape for t in there]:
+                raise ModelError(PADDED)
+            if not all(map(identical, here, there)):
+                raise ModelError(COUPLED)
         if not planted:
             return
+        first = next(module for module in model.modules() if isinstance(module, QuantizableLayer))
         handle = first.register_forward_hook(add_mean)
         try:
-            if all(map(identical, *map(results, OTHERS))):
+            if all(map(identical, results(0, 1), results(0, 2))):
                 raise blind("the codes of quantized layers")
         finally:
             handle.remove()

@@ -90,7 +90,6 @@ class Probe:
 
     def compare_places(self) -> None:
         """Raise ModelError if a's results change with its place, its number of neighbours, the mode or the past."""
-        self._check_collation()
         if not self._close(self._first.losses[0], self._losses((1, 0, 1))[1]):
             raise self._coupled()
         self._compare_with_autograd()
@@ -107,14 +106,14 @@ class Probe:
             if self._uses(piece, number) and not self._sees(leaf=number):
                 raise blind(f"batch{path}")
         modules = self._modules()
-        for module in dict.fromkeys([modules[0], modules[len(modules) // 2], modules[-1]]):
+        for module in dict.fromkeys([*modules[:1], *modules[len(modules) // 2 :][:1], *modules[-1:]]):
             if not self._sees(module=module):
                 name = next(name for name, one in self._model.named_modules() if one is module)
                 raise blind(f"the output of {name or 'the model'}")
         if not self._sees(loss=True):
             raise blind("the loss")
 
-    def _check_collation(self) -> None:
+    def check_collation(self) -> None:
         """A record's row of the batch may not change with the other records, unless it is padded."""
         if self._specimens.padded:
             return
@@ -231,21 +230,25 @@ class Probe:
         return watched.used
 
     def _modules(self) -> list[nn.Module]:
-        """The modules with trainable parameters of their own that return a tensor of examples, as they are called."""
+        """The modules with trainable parameters of their own that return a tensor of examples, as they are called.
+
+        Not those whose output is the same for all records, such as learnt positions: no mean of it couples anything.
+        """
         called: dict[nn.Module, None] = {}
 
         def note(module: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.is_floating_point() and output.ndim and len(output) == 3:
+            of_examples = isinstance(output, Tensor) and output.is_floating_point() and output.ndim and len(output) == 3
+            if of_examples and not (torch.equal(output[0], output[1]) and torch.equal(output[0], output[2])):
                 called[module] = None
 
         own = [m for m in self._model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
         handles = [module.register_forward_hook(note) for module in own]
         try:
-            self._losses((0, 1, 1))
+            self._losses((0, 1, 2))
         finally:
             for handle in handles:
                 handle.remove()
-        return list(called) or own
+        return list(called)
 
 
 def add_mean(module: Any, inputs: Any, output: Any) -> Any:
