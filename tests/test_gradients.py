@@ -357,5 +357,5 @@ def test_examples_without_a_finite_gradient_add_zero(
 def test_a_sum_of_nothing_that_is_nothing_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weight_gradients._Waiting, "value", lambda self: self._total)
     monkeypatch.setattr(Product, "fastest", lambda self: self)
-    with pytest.raises(TypeError, match="NoneType"):
+    with pytest.raises(AttributeError, match="NoneType"):
         assert_examples_without_a_finite_gradient_add_zero("none")

@@ -99,12 +99,16 @@ def take_rows(batch: Any, rows: slice | Tensor) -> Any:
     def taken(leaf: Any) -> Tensor:
         if isinstance(leaf, Tensor):
             return leaf[rows]
-        raise SettingError(
-            f"Expected a batch of tensors, tuples, lists and mappings; got a {type(leaf).__name__}. A microbatch takes "
-            "the same rows of every tensor. Give the data set a collate function that returns tensors."
-        )
+        raise _no_tensor(leaf)
 
     return with_leaves(batch, taken)
+
+
+def _no_tensor(leaf: Any) -> SettingError:
+    return SettingError(
+        f"Expected a batch of tensors, tuples, lists and mappings; got a {type(leaf).__name__}. A microbatch takes "
+        "the same rows of every tensor. Give the data set a collate function that returns tensors."
+    )
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -127,7 +131,9 @@ def check_rows(batch: Any, count: int) -> None:
     found = list(leaves(batch))
     if not found:
         raise SettingError("Expected a batch of tensors; got an empty one. There is nothing to train on.")
-    take_rows(batch, slice(0, 0))
+    for _, leaf in found:
+        if not isinstance(leaf, Tensor):
+            raise _no_tensor(leaf)
     for _, leaf in found:
         if leaf.ndim == 0 or len(leaf) != count:
             raise DataError(

@@ -10,6 +10,7 @@ Symbols: B examples, T positions, D features.
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -115,7 +116,8 @@ def _generally(
         return (y.squeeze(0) * grad).sum(), y.squeeze(0)
 
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's word that an operator is vectorised slowly
             differentiated = torch.func.vmap(torch.func.grad(of_one, has_aux=True), (None, 0, 0), randomness="error")
             gradients, again = differentiated(parameters, rows, grad)
     except (RuntimeError, NotImplementedError):  # an operator or control flow that cannot be vectorised

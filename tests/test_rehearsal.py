@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A step is tried before the first charge: what cannot work is refused, and what is tried on stays as it was."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import default_collate
+
+import dpquant
+from dpquant import rehearsal
+from dpquant.errors import ModelError, SettingError
+from dpquant.isolation import check_isolation
+from dpquant.rehearsal import rehearse
+from dpquant.synthetic import candidates
+from networks import loss
+
+RECORD = torch.zeros(6), torch.tensor(0)
+
+
+def network():
+    torch.manual_seed(0)
+    return dpquant.prepare(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), backend="simulate")
+
+
+def found_of(model, loss_fn=loss):
+    return check_isolation(model, loss_fn, candidates([RECORD], default_collate, torch.device("cpu")))
+
+
+def plan_of(analysis=True):
+    measured = dpquant.AnalysisPlan(count=1, sample_rate=0.3, expected_batch_size=6, noise_multiplier=3.0, max_norm=0.5)
+    return dpquant.PrivacyPlan(
+        noise_multiplier=1.0, delta=1e-5, max_grad_norm=1.0, sample_rate=0.5, expected_batch_size=10, steps=4,
+        analysis=measured if analysis else None,
+    )  # fmt: skip
+
+
+def tried(optimizer, model, found=None, *, loss_fn=loss, size=4, analysed=("0", "2")):
+    optimizer = optimizer(model.parameters()) if callable(optimizer) else optimizer
+    rehearse(
+        model, loss_fn, optimizer, plan_of(), found or found_of(model), microbatch_size=size, analysed=list(analysed)
+    )
+    return optimizer
+
+
+def with_momentum(parameters):
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+def state_of(model, optimizer):
+    state = copy.deepcopy(optimizer.state_dict())
+    return [p.detach().clone() for p in model.parameters()], [p.grad for p in model.parameters()], state
+
+
+def assert_nothing_moves(optimizer):
+    """Parameters, gradients, the optimizer's state and the global generators are what they were."""
+    model = network()
+    optimizer, found = optimizer(model.parameters()), found_of(model)
+    for p in model.parameters():  # a state that a step would change
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    before, drawn = state_of(model, optimizer), torch.random.get_rng_state()
+    tried(optimizer, model, found)
+    after = state_of(model, optimizer)
+    assert all(map(torch.equal, before[0], after[0])) and before[1] == after[1] == [None] * 4
+    assert repr(before[2]) == repr(after[2]) and torch.equal(drawn, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("optimizer", [with_momentum, torch.optim.Adam, torch.optim.Adafactor])
+def test_neither_the_model_nor_the_optimizer_moves(optimizer):
+    assert_nothing_moves(optimizer)
+
+
+def test_a_step_of_the_optimizer_itself_is_caught(monkeypatch):
+    monkeypatch.setattr(rehearsal.copy, "deepcopy", lambda optimizer: optimizer)
+    with pytest.raises(AssertionError):
+        assert_nothing_moves(with_momentum)
+
+
+def test_an_optimizer_under_a_scheduler_does_not_move():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    before = [p.detach().clone() for p in model.parameters()]
+    tried(optimizer, model)
+    assert all(map(torch.equal, before, model.parameters())) and schedule.get_last_lr() == [0.1]
+
+
+class NeedsClosure(torch.optim.SGD):
+    def step(self, closure):
+        return closure()
+
+
+class Raises(torch.optim.SGD):
+    def step(self, closure=None):
+        raise KeyError("momentum")
+
+
+class OnItsSecondStep(torch.optim.SGD):
+    """Raises where there is state, so not on the first step of a fresh one."""
+
+    def step(self, closure=None):
+        super().step()
+        if any("momentum_buffer" in one for one in self.state.values()):
+            raise RuntimeError("a state of another shape")
+
+
+class Uncopied(torch.optim.SGD):
+    def __deepcopy__(self, memo):
+        raise TypeError("a handle")
+
+
+OPTIMIZERS = {
+    "a closure": (NeedsClosure, "closure"),
+    "an error": (Raises, "KeyError from Raises"),
+    "an error with momentum": (lambda ps: OnItsSecondStep(ps, lr=0.1, momentum=0.9), "of another shape"),
+    "one that cannot be copied": (Uncopied, "can be copied.*TypeError"),
+    "one for sparse gradients": (torch.optim.SparseAdam, "dense gradient.*SparseAdam"),
+}
+
+
+@pytest.mark.parametrize(("optimizer", "words"), OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_an_optimizer_that_cannot_step_is_refused(optimizer, words):
+    with pytest.raises(SettingError, match=words):
+        tried(optimizer, network())
+
+
+def raising_at(size):
+    def loss_fn(model, batch):
+        if len(batch[1]) == size:
+            raise ValueError("a table of another size")
+        return loss(model, batch)
+
+    return loss_fn
+
+
+def test_a_microbatch_size_that_the_model_does_not_take_is_refused():
+    model, loss_fn = network(), raising_at(5)
+    found = found_of(model, loss_fn)
+    tried(with_momentum, model, found, loss_fn=loss_fn, size=4)
+    with pytest.raises(ModelError):
+        tried(with_momentum, model, found, loss_fn=loss_fn, size=5)
+
+
+def assert_the_analysis_is_tried(monkeypatch, analysed):
+    def broken(*arguments, **keywords):
+        raise RuntimeError("two sets of operands are too many")
+
+    model = network()
+    monkeypatch.setattr(rehearsal, "impact_sum_of", broken)
+    with pytest.raises(ModelError, match="two sets"):
+        tried(with_momentum, model, analysed=analysed)
+
+
+def test_the_analysis_is_tried_where_there_will_be_one(monkeypatch):
+    assert_the_analysis_is_tried(monkeypatch, ["0", "2"])
+
+
+def test_an_analysis_that_is_not_tried_is_caught(monkeypatch):
+    with pytest.raises(BaseException, match="DID NOT RAISE"):
+        assert_the_analysis_is_tried(monkeypatch, [])
+
+
+def assert_refused_before_a_charge(tmp_path):
+    model = network()
+    with pytest.raises(SettingError, match="closure"):
+        dpquant.make_private(
+            model, NeedsClosure(model.parameters()), [RECORD] * 8, loss_fn=loss, plan=plan_of(False),
+            policy=dpquant.NonePolicy(), ledger=tmp_path / "ledger.jsonl", microbatch_size=4,
+        )  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_rehearsed_before_anything_is_charged(tmp_path, monkeypatch):
+    assert_refused_before_a_charge(tmp_path)
+    monkeypatch.setattr("dpquant.private.rehearse", lambda *arguments, **keywords: None)
+    with pytest.raises(BaseException, match="DID NOT RAISE"):
+        assert_refused_before_a_charge(tmp_path)
