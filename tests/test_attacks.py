@@ -342,45 +342,84 @@ RIGHT = {
     "views on a second axis (opacus 455)": lambda: (Views(), (floats(4, 6), labels())),
     "a graph in a buffer (opacus 588)": lambda: (Graph(), (floats(5, 2), labels())),
     "VAE, logits (tf privacy 91)": lambda: (
-        Variational(), (floats().sigmoid(),), elbo(bce(F.binary_cross_entropy_with_logits))),
-    "VAE, probabilities": lambda: (
-        Variational(nn.Sigmoid), (floats().sigmoid(),), elbo(bce(F.binary_cross_entropy))),
+        Variational(),
+        (floats().sigmoid(),),
+        elbo(bce(F.binary_cross_entropy_with_logits)),
+    ),
+    "VAE, probabilities": lambda: (Variational(nn.Sigmoid), (floats().sigmoid(),), elbo(bce(F.binary_cross_entropy))),
     "VAE, log_prob of bits": lambda: (
-        Variational(), ((floats() > 0).float(),), elbo(lambda out, x: -torch.distributions.Bernoulli(logits=out).log_prob(x))),
+        Variational(),
+        ((floats() > 0).float(),),
+        elbo(lambda out, x: -torch.distributions.Bernoulli(logits=out).log_prob(x)),
+    ),
     "VAE, log_prob of counts": lambda: (
-        Variational(nn.Softplus), (torch.poisson(floats().exp()),),
-        elbo(lambda out, x: -torch.distributions.Poisson(out + 1e-3).log_prob(x))),
+        Variational(nn.Softplus),
+        (torch.poisson(floats().exp()),),
+        elbo(lambda out, x: -torch.distributions.Poisson(out + 1e-3).log_prob(x)),
+    ),
     "labels from 1 (happy-transformer 248)": lambda: (
-        mlp(), (floats(), labels() + 1), lambda m, b: F.cross_entropy(m(b[0]), b[1] - 1, reduction="none")),
+        mlp(),
+        (floats(), labels() + 1),
+        lambda m, b: F.cross_entropy(m(b[0]), b[1] - 1, reduction="none"),
+    ),
     "logarithms of amounts": lambda: (
-        mlp(), (floats().exp(), labels()), lambda m, b: F.cross_entropy(m(b[0].log()), b[1], reduction="none")),
+        mlp(),
+        (floats().exp(), labels()),
+        lambda m, b: F.cross_entropy(m(b[0].log()), b[1], reduction="none"),
+    ),
     "lengths from 1, a frozen LSTM (opacus 103)": lambda: (
-        Packed(False), (ids(), torch.randint(1, 6, (RECORDS,)), labels())),
+        Packed(False),
+        (ids(), torch.randint(1, 6, (RECORDS,)), labels()),
+    ),
     "a sparse table (opacus 350)": lambda: (
-        nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Flatten(), nn.Linear(20, 3)), (ids(), labels())),
+        nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Flatten(), nn.Linear(20, 3)),
+        (ids(), labels()),
+    ),
     "EmbeddingBag on rows": lambda: (nn.Sequential(nn.EmbeddingBag(9, 4), nn.Linear(4, 3)), (ids(), labels())),
     "low-rank factors of its own (loralib)": lambda: (
-        nn.Sequential(LowRank(6, 5), nn.Tanh(), LowRank(5, 3)), (floats(), labels())),
+        nn.Sequential(LowRank(6, 5), nn.Tanh(), LowRank(5, 3)),
+        (floats(), labels()),
+    ),
     "label attention by calls (fast-dp 36)": lambda: (LabelAttention(True), (floats(4, 6), labels())),
     "a discriminator called twice (opacus 361)": lambda: (mlp(outputs=1), (floats(), floats()), discriminator_loss),
     "a mask by keyword (TorchJD 443)": lambda: (Masked(True), (floats(5, 6), padding(), labels())),
     "a mask by position": lambda: (Masked(False), (floats(5, 6), padding(), labels())),
-    "a U-Net's layers and Dice (nnUNet 2776)": lambda: (Volumes(), (floats(1, 5, 5, 5), (floats(1, 5, 5, 5) > 0).long()), dice),
-    "pixels that are ignored": lambda: (nn.Conv2d(1, 3, 3, padding=1), (floats(1, 4, 4), labels().repeat(4, 4, 1).permute(2, 0, 1)), ignoring),
+    "a U-Net's layers and Dice (nnUNet 2776)": lambda: (
+        Volumes(),
+        (floats(1, 5, 5, 5), (floats(1, 5, 5, 5) > 0).long()),
+        dice,
+    ),
+    "pixels that are ignored": lambda: (
+        nn.Conv2d(1, 3, 3, padding=1),
+        (floats(1, 4, 4), labels().repeat(4, 4, 1).permute(2, 0, 1)),
+        ignoring,
+    ),
     "tables cached at first use (rotary 11)": lambda: (Rotary(True), (ids(), labels())),
     "tables cached in an attribute": lambda: (Rotary(False), (ids(), labels())),
     "norms with another forward (timm)": lambda: (
-        nn.Sequential(nn.Conv2d(1, 4, 3), NormAct(2, 4), nn.Conv2d(4, 4, 1), ChannelsLast(4), nn.Flatten(),
-                      nn.Linear(64, 3)), (floats(1, 6, 6), labels())),
-    "a table with another forward": lambda: (nn.Sequential(Doubled(9, 4), nn.Flatten(), nn.Linear(20, 3)), (ids(), labels())),
+        nn.Sequential(
+            nn.Conv2d(1, 4, 3), NormAct(2, 4), nn.Conv2d(4, 4, 1), ChannelsLast(4), nn.Flatten(), nn.Linear(64, 3)
+        ),
+        (floats(1, 6, 6), labels()),
+    ),
+    "a table with another forward": lambda: (
+        nn.Sequential(Doubled(9, 4), nn.Flatten(), nn.Linear(20, 3)),
+        (ids(), labels()),
+    ),
     "channels last": lambda: (Permuted(), (floats(6, 6, 3), labels())),
     "not contiguous": lambda: (mlp(), (torch.randn(6, RECORDS).T, labels())),
     "label smoothing and class weights": lambda: (mlp(), (floats(), labels()), smoothed),
-    "float64 targets": lambda: (mlp(outputs=1), (floats(), floats().double()[:, 0]), one_output(lambda y, t: (y - t.float()) ** 2)),
+    "float64 targets": lambda: (
+        mlp(outputs=1),
+        (floats(), floats().double()[:, 0]),
+        one_output(lambda y, t: (y - t.float()) ** 2),
+    ),
     "bool labels": lambda: (
-        mlp(outputs=1), (floats(), floats()[:, 0] > 0),
-        one_output(lambda y, t: F.binary_cross_entropy_with_logits(y, t.to(y.dtype), reduction="none"))),
-}  # fmt: skip
+        mlp(outputs=1),
+        (floats(), floats()[:, 0] > 0),
+        one_output(lambda y, t: F.binary_cross_entropy_with_logits(y, t.to(y.dtype), reduction="none")),
+    ),
+}
 
 
 @pytest.mark.parametrize("make", RIGHT.values(), ids=RIGHT)
@@ -545,26 +584,54 @@ def batch_of(kind="vectors"):
 REFUSED_MODELS = {
     "positions broadcast (opacus 841)": ("first axis", lambda: Positions(False), "texts"),
     "LSTM (opacus 103)": ("lstm .LSTM.*no per-example gradient", lambda: Packed(True), "texts"),
-    "spectral_norm (opacus 646)": ("spectral_norm", lambda: nn.Sequential(nn.utils.spectral_norm(nn.Linear(6, 3))), "vectors"),
-    "spectral_norm, parametrized": ("parametrization", lambda: parametrizations.spectral_norm(nn.Linear(6, 3)), "vectors"),
-    "weight_norm": ("weight_norm", lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 3))), "vectors"),
-    "spectral_norm, frozen": ("evaluation", lambda: nn.Sequential(nn.utils.spectral_norm(nn.Linear(6, 6)).requires_grad_(False), nn.Linear(6, 3)), "vectors"),
+    "spectral_norm (opacus 646)": (
+        "spectral_norm",
+        lambda: nn.Sequential(nn.utils.spectral_norm(nn.Linear(6, 3))),
+        "vectors",
+    ),
+    "spectral_norm, parametrized": (
+        "parametrization",
+        lambda: parametrizations.spectral_norm(nn.Linear(6, 3)),
+        "vectors",
+    ),
+    "weight_norm": (
+        "weight_norm",
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 3))),
+        "vectors",
+    ),
+    "spectral_norm, frozen": (
+        "evaluation",
+        lambda: nn.Sequential(nn.utils.spectral_norm(nn.Linear(6, 6)).requires_grad_(False), nn.Linear(6, 3)),
+        "vectors",
+    ),
     "label attention by weight (fast-dp 36)": ("labels.weight", lambda: LabelAttention(False), "sequences"),
     "nodes on the first axis (opacus 588)": ("examples first", NodesFirst, "graphs"),
     "positions on the first axis": ("examples first", Transposed, "sequences"),
     "offsets (opacus 350)": ("EmbeddingBag", Offsets, "texts"),
     "a batch norm in evaluation": ('batch_norm="freeze"', frozen_batch_norm, "images"),
-    "a batch norm": ("dpquant.fix", lambda: nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)), "vectors"),
+    "a batch norm": (
+        "dpquant.fix",
+        lambda: nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)),
+        "vectors",
+    ),
     "compiled": ("_orig_mod", lambda: compiled(mlp()), "vectors"),
     "DataParallel": ("model.module", lambda: nn.DataParallel(mlp()), "vectors"),
     "checkpointing (peft 2826)": ("checkpointing", lambda: Checkpointed(False), "vectors"),
     "checkpointing, reentrant": ("checkpointing", lambda: Checkpointed(True), "vectors"),
-    "an assertion in forward": ("AssertionError: a shape that no record has", lambda: Raising(AssertionError), "vectors"),
+    "an assertion in forward": (
+        "AssertionError: a shape that no record has",
+        lambda: Raising(AssertionError),
+        "vectors",
+    ),
     "a key that is missing in forward": ("KeyError", lambda: Raising(KeyError), "vectors"),
     "bytes standardised (CTAB-GAN 2)": ("that example alone", Standardised, "bytes"),
     "a parameter without a gradient": ("unused.bias got none", NoGradient, "vectors"),
-    "a table whose rows count": ("scale_grad_by_freq", lambda: nn.Sequential(nn.Embedding(9, 4, scale_grad_by_freq=True), nn.Flatten(), nn.Linear(20, 3)), "texts"),
-}  # fmt: skip
+    "a table whose rows count": (
+        "scale_grad_by_freq",
+        lambda: nn.Sequential(nn.Embedding(9, 4, scale_grad_by_freq=True), nn.Flatten(), nn.Linear(20, 3)),
+        "texts",
+    ),
+}
 
 
 @pytest.mark.parametrize(("words", "make", "kind"), REFUSED_MODELS.values(), ids=REFUSED_MODELS)
@@ -622,27 +689,50 @@ def of(optimizer, **settings):
 
 REFUSED = {
     "in-batch negatives on ids (CTAB-GAN 2)": (
-        "that example alone", InBatch, lambda: (ids(), ids()), {"loss_fn": in_batch_negatives}),
+        "that example alone",
+        InBatch,
+        lambda: (ids(), ids()),
+        {"loss_fn": in_batch_negatives},
+    ),
     "a mean behind NaN": ("that example alone", MaskedMean, lambda: (ids(), 1 - padding().long(), labels()), {}),
     "a gradient penalty (opacus 361)": ("not to differentiate", mlp, batch_of, {"loss_fn": with_gradient_penalty}),
     "a loss of the batch": ("one loss per example", mlp, batch_of, {"loss_fn": lambda m, b: loss(m, b).mean()}),
-    "records that are dropped (pytorch 57429)": ("one row for each record", mlp, batch_of, {"collate_fn": drops_records}),
-    "views along the batch (opacus 455)": ("second\naxis|second axis", mlp, batch_of, {"collate_fn": views_along_the_batch}),
+    "records that are dropped (pytorch 57429)": (
+        "one row for each record",
+        mlp,
+        batch_of,
+        {"collate_fn": drops_records},
+    ),
+    "views along the batch (opacus 455)": (
+        "second\naxis|second axis",
+        mlp,
+        batch_of,
+        {"collate_fn": views_along_the_batch},
+    ),
     "an adjacency matrix in the batch": (
-        "buffer of the model", mlp, batch_of,
-        {"collate_fn": with_something_of_no_record(torch.rand(5, 5)), "loss_fn": with_weights}),
+        "buffer of the model",
+        mlp,
+        batch_of,
+        {"collate_fn": with_something_of_no_record(torch.rand(5, 5)), "loss_fn": with_weights},
+    ),
     "a number in the batch": (
-        "buffer of the model", mlp, batch_of,
-        {"collate_fn": with_something_of_no_record(torch.tensor(2.0)), "loss_fn": with_weights}),
+        "buffer of the model",
+        mlp,
+        batch_of,
+        {"collate_fn": with_something_of_no_record(torch.tensor(2.0)), "loss_fn": with_weights},
+    ),
     "a file name in the batch": ("a str", mlp, named_files, {"loss_fn": lambda m, b: loss(m, b[:2])}),
     "LBFGS (sam 8)": ("LBFGS", mlp, batch_of, {"optimizer": of(torch.optim.LBFGS)}),
     "an optimizer that needs a closure": ("closure", mlp, batch_of, {"optimizer": of(NeedsClosure, lr=0.1)}),
     "an optimizer that raises": ("KeyError", mlp, batch_of, {"optimizer": of(Raises, lr=0.1)}),
     "SparseAdam (opacus 350)": (
-        "SparseAdam", lambda: nn.Sequential(nn.Embedding(9, 3, sparse=True), nn.Flatten(), nn.Linear(15, 3)),
-        lambda: (ids(), labels()), {"optimizer": of(torch.optim.SparseAdam)}),
+        "SparseAdam",
+        lambda: nn.Sequential(nn.Embedding(9, 3, sparse=True), nn.Flatten(), nn.Linear(15, 3)),
+        lambda: (ids(), labels()),
+        {"optimizer": of(torch.optim.SparseAdam)},
+    ),
     "Lookahead": ("own parameters", mlp, batch_of, {"optimizer": lambda m: Lookahead(of(torch.optim.SGD, lr=1.0)(m))}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("words", "make", "data", "settings"), REFUSED.values(), ids=REFUSED)
@@ -855,7 +945,7 @@ class FollowsLater(nn.Module):
 
 def test_a_buffer_that_begins_to_follow_the_data_stops_the_run_and_is_restored():
     run = start(FollowsLater(150), records_of((floats(), labels())), steps=200)
-    with pytest.raises(ModelError, match="kept has begun to change.*DOES NOT HOLD"):
+    with pytest.raises(ModelError, match=r"kept has begun to change.*DOES NOT HOLD"):
         finish(run)
     assert bool((run.model.kept == 0).all()) and "DOES NOT HOLD" in run.statement()
     with pytest.raises(ModelError, match="DOES NOT HOLD"):
@@ -1054,7 +1144,8 @@ class Text(nn.Module):
 def step(length):
     batch = torch.randint(0, 500, (32, length)), torch.randint(0, 3, (32,))
     loss = lambda m, b: F.cross_entropy(m(b[0]), b[1], reduction="none")
-    dpquant.clipped_sum(dpquant.prepare(Text()), loss, batch, max_grad_norm=1.0, record_ids=torch.arange(32), step=0, seed=0, microbatch_size=32)
+    settings = {"max_grad_norm": 1.0, "record_ids": torch.arange(32), "step": 0, "seed": 0, "microbatch_size": 32}
+    dpquant.clipped_sum(dpquant.prepare(Text()), loss, batch, **settings)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 before = step(64)
 print(step(2048) - before)
