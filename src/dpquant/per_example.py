@@ -103,14 +103,14 @@ def _generally(
             "first axis of a tensor; got none such. Its per-example gradients are unknown. Give it the batch, or "
             "freeze it."
         )
-    parameters = {name: p.detach() for name, p in module.named_parameters(recurse=False)}
+    parameters = {f"module.{name}": p.detach() for name, p in module.named_parameters(recurse=False)}
     rows = [value for value, own in zip(values, per_example, strict=True) if own]
 
     def of_one(parameters: dict[str, Tensor], rows: list[Tensor], grad: Tensor) -> tuple[Tensor, Tensor]:
         mine = iter(rows)
         filled = [next(mine).unsqueeze(0) if own else value for value, own in zip(values, per_example, strict=True)]
         given, named = pytree.tree_unflatten(filled, tree)
-        y = torch.func.functional_call(module, parameters, given, named)
+        y = torch.func.functional_call(_Bare(module), parameters, given, named)
         if not isinstance(y, Tensor) or y.shape != (1, *output.shape[1:]):
             raise _unlike(module)
         return (y.squeeze(0) * grad).sum(), y.squeeze(0)
@@ -124,7 +124,18 @@ def _generally(
         gradients, again = _one_by_one(module, of_one, parameters, rows, grad)
     if not _same(again.detach(), output.detach()):
         raise _unlike(module)
-    return {name: Formed(gradient.detach()) for name, gradient in gradients.items()}
+    return {name.removeprefix("module."): Formed(gradient.detach()) for name, gradient in gradients.items()}
+
+
+class _Bare(nn.Module):
+    """A module without its hooks: they have changed the arguments already, and come after the output."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.forward(*args, **kwargs)
 
 
 def _one_by_one(

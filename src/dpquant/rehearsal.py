@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dpquant.batches import Microbatch
-from dpquant.clip import PerExampleLoss, clipped_sum_of
+from dpquant.clip import PerExampleLoss, clipped_sum_of, losses_of
 from dpquant.errors import DPQuantError, ModelError, SettingError
 from dpquant.impact import impact_sum_of
 from dpquant.isolation import Findings
@@ -48,6 +48,7 @@ def rehearse(
     order = [number % 3 for number in range(microbatch_size)]
     piece = Microbatch(found.specimens.batch(order), torch.tensor(order), microbatch_size)
     try:
+        losses_of(model, loss_fn, piece, key=0, drawing=found.drawing)  # raises, where a step leaves out what raises
         clipped = clipped_sum_of(
             model, loss_fn, [piece], max_grad_norm=plan.max_grad_norm, key=0, drawing=found.drawing, strict=False
         )

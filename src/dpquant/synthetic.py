@@ -81,12 +81,15 @@ class Leaf:
         """Whether a value has this type and shape."""
         if type(value) is not self.type:
             return False
-        if isinstance(value, bool | int | float):
-            return True
-        if isinstance(value, list):
-            shape, same = (len(value),), not value or torch.as_tensor(value[:1]).dtype == self.dtype
+        if isinstance(value, Tensor):
+            same = value.dtype == self.dtype and value.layout == torch.strided
         else:
-            shape, same = tuple(value.shape), not isinstance(value, Tensor) or value.dtype == self.dtype
+            try:
+                value = torch.as_tensor(value)
+            except (TypeError, ValueError, RuntimeError, OverflowError):  # text among numbers, or a number too large
+                return False
+            same = value.dtype == self.dtype
+        shape = tuple(value.shape)
         fits = len(shape) == len(self.shape) and all(a in (None, b) for a, b in zip(self.shape, shape, strict=True))
         return same and fits
 
@@ -214,7 +217,7 @@ def matches(form: Any, record: Any) -> bool:
             and all(matches(one, record[key]) for key, one in form.items())
         )
     return (
-        isinstance(record, tuple | list)
+        type(record) is type(form)
         and len(record) == len(form)
         and all(matches(one, value) for one, value in zip(form, record, strict=True))
     )
@@ -245,6 +248,8 @@ def from_examples(examples: Any, collate: Collate, device: torch.device) -> Spec
     form = with_leaves(records[0], Leaf.of)
     for other in records[1:]:
         form = _common(form, with_leaves(other, Leaf.of))
+    if not all(matches(form, record) for record in records):
+        raise _differ()
     return Specimens(
         records=records,
         collate=collate,
@@ -420,12 +425,16 @@ def _common(form: Any, other: Any) -> Any:
             or not isinstance(leaf, Leaf)
             or (one.dtype, one.type, len(one.shape)) != (leaf.dtype, leaf.type, len(leaf.shape))
         ):
-            raise DataError(
-                "Expected all records of example to have the same structure and types; got two that differ. A record "
-                "of another form cannot be told from a broken one. Give records as the data set does."
-            )
+            raise _differ()
         return dataclasses.replace(
             leaf, shape=tuple(a if a == b else None for a, b in zip(leaf.shape, one.shape, strict=True))
         )
 
     return with_leaves(form, common)
+
+
+def _differ() -> DataError:
+    return DataError(
+        "Expected all records of example to have the same structure and types; got two that differ. A record of "
+        "another form cannot be told from a broken one. Give records as the data set does."
+    )
