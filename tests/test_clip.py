@@ -219,8 +219,10 @@ def test_inner_products_are_those_of_the_gradients_themselves(convolution, quant
     ]
     one, other = (Product.of(*pair, geometry, torch.Size(shape), significant_bits=3) for pair in operands)
     expected = (one.per_example() * other.per_example()).flatten(1).sum(1)
+    lengths = one.per_example().flatten(1).norm(dim=1) * other.per_example().flatten(1).norm(dim=1)
     for ours, theirs in ((one, other), (one, other.by_patches()), (one.by_patches(), other)):
-        torch.testing.assert_close(ours.inner_products(theirs), expected, rtol=1e-4, atol=1e-3)
+        gap = (ours.inner_products(theirs) - expected).abs()  # of what may cancel, round-off is a part of the lengths
+        assert (gap <= 1e-5 * lengths).all()
     assert (one.inner_products(one) >= 0).all()
 
 
