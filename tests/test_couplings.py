@@ -249,7 +249,7 @@ def coupled_by_values(draw):
     return case.coupled(strength=draw(STRENGTHS), modes=draw(MODES), **coupling), f"{place}: {how}"
 
 
-@trials(40)
+@trials(120)
 @given(coupled_by_values())
 def test_a_coupling_of_inputs_activations_or_losses_is_refused(drawn):
     assert_refused(drawn[0])
@@ -304,7 +304,7 @@ def by_hook_or_function(how, hook):
     return in_activation(lambda h: hooked(h, how) if hook else Backward.apply(h, how))
 
 
-@trials(14)
+@trials(30)
 @given(cases(), st.sampled_from(list(OF_GRADIENTS)), st.booleans(), STRENGTHS, MODES)
 def test_a_coupling_of_gradients_alone_is_refused(case, how, hook, strength, modes):
     assert_refused(case.coupled(strength=strength, modes=modes, **by_hook_or_function(how, hook)))
@@ -329,7 +329,7 @@ def one_scale_for_all(phase):
         yield
 
 
-@trials(6)
+@trials(16)
 @given(cases(), st.sampled_from(["forward", "backward"]))
 def test_a_scale_over_the_batch_in_the_quantizer_is_refused(case, phase):
     with one_scale_for_all(phase):
@@ -365,7 +365,7 @@ class Memory:
         return h
 
 
-@trials(10)
+@trials(20)
 @given(
     cases(),
     st.sampled_from(["the last mean", "the number of calls", "the mean, later", "a buffer", "a count in a buffer"]),
@@ -390,7 +390,7 @@ AT_RANDOM = {
 }
 
 
-@trials(12)
+@trials(24)
 @given(cases(), st.sampled_from(list(AT_RANDOM)))
 def test_random_numbers_that_follow_places_or_mix_examples_are_refused(case, how):
     assert_refused(case.coupled(**in_activation(AT_RANDOM[how])))
@@ -428,7 +428,7 @@ COLLATES = {
 }
 
 
-@trials(12)
+@trials(24)
 @given(cases(), st.sampled_from(list(COLLATES)))
 def test_a_collate_function_that_mixes_or_moves_records_is_refused(case, how):
     assert_refused(dataclasses.replace(case, collate=COLLATES[how]))
