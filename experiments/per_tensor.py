@@ -47,6 +47,7 @@ def main(arguments: list[str]) -> int:
     with (
         mock.patch.object(layers, "quantize_rows", with_one_scale),
         mock.patch.object(isolation, "_check_codes"),
+        mock.patch.object(isolation, "_check_quantized_losses"),
         mock.patch.object(private, "check_at_size"),
         mock.patch.object(private, "keeps_apart", return_value=True),
     ):

@@ -740,6 +740,12 @@ REFUSED = {
         {"collate_fn": with_something_of_no_record(torch.tensor(2.0)), "loss_fn": with_weights},
     ),
     "a file name in the batch": ("a str", mlp, named_files, {"loss_fn": lambda m, b: loss(m, b[:2])}),
+    "a loss that does not take every size": (
+        "any number of examples, as on 8",
+        mlp,
+        batch_of,
+        {"loss_fn": lambda m, b: loss(m, b) + torch.zeros(3)[: len(b[1])]},
+    ),
     "LBFGS (sam 8)": ("LBFGS", mlp, batch_of, {"optimizer": of(torch.optim.LBFGS)}),
     "an optimizer that needs a closure": ("closure", mlp, batch_of, {"optimizer": of(NeedsClosure, lr=0.1)}),
     "an optimizer that raises": ("KeyError", mlp, batch_of, {"optimizer": of(Raises, lr=0.1)}),
@@ -837,6 +843,8 @@ def test_examples_of_a_domain_of_their_own_are_given():
     assert_refused("give example=", mlp(), data, loss_of_dates)
     examples = [(torch.randn(6), torch.tensor(2000 + i)) for i in range(3)]
     assert finish(start(mlp(), data, loss_of_dates, example=examples)).steps_taken == 2
+    numpys = [(x.numpy(), int(y)) for x, y in examples]
+    assert_refused("example to hold records as the data set does", mlp(), data, loss_of_dates, example=numpys)
 
 
 def texts(longest=9):
@@ -1218,6 +1226,13 @@ def test_a_step_without_gradients_around_it_is_the_same_step(without_gradients):
         return weights_of(run)
 
     assert torch.equal(trained(without_gradients), trained(torch.enable_grad))
+
+
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+def test_a_run_can_be_made_where_gradients_are_off(without_gradients):
+    model, data = mlp(), records_of(batch_of())
+    with without_gradients():
+        assert finish(start(model, data)).steps_taken == 2
 
 
 LONG_RECORDS = """

@@ -168,6 +168,18 @@ def test_a_length_that_shows_is_caught(monkeypatch):
         assert_the_length_is_not_shown(3)
 
 
+def first_alone(records):
+    return default_collate(records[:1] * len(records))
+
+
+def test_where_every_axis_is_free_records_stay_small(monkeypatch):
+    record = (torch.zeros(2, 3, 3),)
+    largest = max(made[0].numel() for specimens in all_of([record], first_alone) for made in specimens.records)
+    assert 2**15 < largest <= synthetic._MOST_VALUES
+    monkeypatch.setattr(synthetic, "_MOST_VALUES", 2**14)
+    assert max(made[0].numel() for specimens in all_of([record], first_alone) for made in specimens.records) <= 2**14
+
+
 # Collate functions.
 
 

@@ -149,7 +149,7 @@ def test_a_small_batch_does_not_get_a_large_microbatch(monkeypatch):
 def test_without_a_budget_memory_is_not_looked_at(monkeypatch):
     model, batch = model_and_batch()
     monkeypatch.setattr(tuning, "timed", lambda ways: {name: 1.0 for name in ways})
-    for name in ("forget_peak", "memory_mib"):
+    for name in ("reset_peak", "memory_mib"):
         monkeypatch.setattr(tuning, name, lambda: pytest.fail("not every system can tell"))
     assert tuning.fastest_microbatch_size(model, loss, batch, {}, expected_batch_size=1e6, memory=None) == 32
     with pytest.raises(pytest.fail.Exception):
@@ -159,9 +159,10 @@ def test_without_a_budget_memory_is_not_looked_at(monkeypatch):
 class Memory:
     """A process that holds some GiB already, and of which each example of the largest pass takes 10 MB more."""
 
-    def __init__(self, monkeypatch, held=1.0):
+    def __init__(self, monkeypatch, held=1.0, resets=True):
         self.held = self.peak = held
-        monkeypatch.setattr(tuning, "forget_peak", lambda: self.held * 1024)
+        resident = self.held if resets else self.held / 2
+        monkeypatch.setattr(tuning, "reset_peak", lambda: (resident * 1024, resets))
         monkeypatch.setattr(tuning, "memory_mib", lambda: (0.0, self.peak * 1024))
         monkeypatch.setattr(tuning, "_clipped_sum", lambda model, loss_fn, batch, size: self.take(size))
         monkeypatch.setattr(tuning, "impact_sum", lambda *_, microbatch_size, **__: self.take(microbatch_size))
@@ -187,8 +188,8 @@ def test_the_memory_budget_bounds_the_microbatch(ask, largest, monkeypatch):
         assert process.peak <= memory
 
 
-def refusal_of(ask, monkeypatch, held, **planted):
-    Memory(monkeypatch, held)
+def refusal_of(ask, monkeypatch, held, resets=True, **planted):
+    Memory(monkeypatch, held, resets)
     for name, value in planted.items():
         monkeypatch.setattr(tuning, name, value)
     with pytest.raises(SettingError) as refusal:
@@ -204,7 +205,15 @@ def test_too_little_memory_is_refused_without_telling_what_is_in_use(ask, monkey
         len(refusals) == 1 and "memory=1.03. Besides" in str(refusals) and "needs 0.04 GiB with 4 ex" in str(refusals)
     )
     # a refusal that tells all of the peak is seen
-    assert refusal_of(ask, monkeypatch, 7.25, forget_peak=lambda: 0.0) not in refusals
+    assert refusal_of(ask, monkeypatch, 7.25, reset_peak=lambda: (0.0, True)) not in refusals
+
+
+@pytest.mark.parametrize("ask", [fastest, of_analysis])
+def test_where_a_peak_is_not_counted_anew_it_counts_from_the_last_one_which_is_said(ask, monkeypatch):
+    refusal = refusal_of(ask, monkeypatch, 1.0, resets=False)
+    assert "goes on counting, it needs 0.04 GiB" in refusal
+    # counted from what is resident, the last peak would be taken for the model's need
+    assert "needs 0.04" not in refusal_of(ask, monkeypatch, 1.0, resets=False, reset_peak=lambda: (512.0, True))
 
 
 @pytest.mark.parametrize("score", ["loss", "gradient"])

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from dpquant.errors import (
         BudgetError,
         DataError,
+        DivergedError,
         DPQuantError,
         FormatError,
         LedgerError,
@@ -40,6 +41,7 @@ _HOMES = {
     "DPQuantError": "errors",
     "DPQuantPolicy": "schedule",
     "DataError": "errors",
+    "DivergedError": "errors",
     "Event": "accounting",
     "FormatError": "errors",
     "LedgerError": "errors",
@@ -70,6 +72,7 @@ __all__ = [
     "DPQuantError",
     "DPQuantPolicy",
     "DataError",
+    "DivergedError",
     "Event",
     "FormatError",
     "LedgerError",

@@ -130,7 +130,8 @@ def clipped_sum_of(
     max_grad_norm: float,
     key: int,
     drawing: Drawing | None = None,
-    strict: bool = True,
+    leaves_out: bool = False,
+    complete: bool = True,
     clock: Clock | None = None,
 ) -> ClippedSum:
     """`clipped_sum` of microbatches that exist already, or are read when their turn comes.
@@ -143,9 +144,10 @@ def clipped_sum_of(
       pieces: microbatches of one size.
       key: of the step's draws, from `step_key`.
       drawing: what is known of the model; None: nothing.
-      strict: an exception of the model or the loss is passed on, and a parameter that no microbatch reached is an
-        error. Otherwise a record on which they raise contributes nothing, silently, since an error would tell about it,
-        and such a parameter's sum is zero.
+      leaves_out: a record on which model or loss raise contributes nothing, silently, since an error would tell about
+        it. Otherwise what they raise is passed on.
+      complete: a parameter that no microbatch reached is an error. Otherwise its sum is zero, as in a step in which its
+        layer is dropped at random.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with (
@@ -156,10 +158,10 @@ def clipped_sum_of(
         found = False
         for piece in pieces:
             found = True
-            kept = passes.over(piece) if strict else passes.over_sound_rows(piece)
+            kept = passes.over_sound_rows(piece) if leaves_out else passes.over_all_rows(piece)
             if kept is not None:
                 tape.add_clipped(max_grad_norm, len(kept.record_ids), kept.num_examples)
-        return ClippedSum(grads=tape.totals(trainable, strict and found), sensitivity=float(max_grad_norm))
+        return ClippedSum(grads=tape.totals(trainable, complete and found), sensitivity=float(max_grad_norm))
 
 
 class _Passes:
@@ -169,11 +171,16 @@ class _Passes:
         self._model, self._loss_fn, self._run, self._tape, self._drawing = model, loss_fn, run, tape, drawing
         self._key = draws_key(run.key)
 
-    def over(self, piece: Microbatch) -> Microbatch:
-        """Differentiate the sum of the losses that count."""
+    def over(self, piece: Microbatch) -> Tensor:
+        """Differentiate the sum of the losses that count; returns all of them."""
         with seeded(self._key):
-            losses = self.losses(piece)
+            losses = drawn_by_record(lambda: self._forward(piece), self._key, piece.record_ids, self._drawing)
             self._backward(losses[: piece.num_examples].sum())
+        return losses
+
+    def over_all_rows(self, piece: Microbatch) -> Microbatch:
+        """The same, for `over_sound_rows`' result."""
+        self.over(piece)
         return piece
 
     def over_sound_rows(self, piece: Microbatch) -> Microbatch | None:
@@ -181,29 +188,19 @@ class _Passes:
 
         Whether a row is left out is decided by the row alone, in a microbatch of its copies.
         """
-        try:
-            return self.over(piece)
-        except Exception as error:
-            if not caused_by_records(error):
-                raise
+        if self._runs_on(piece):
+            return piece
         sound = [row for row in range(piece.num_examples) if self._runs_on(copies(piece, row))]
         if not sound:
             return None
         rows = torch.tensor(sound + sound[-1:] * (len(piece.record_ids) - len(sound)))
         rest = Microbatch(take_rows(piece.data, rows), piece.record_ids[rows], len(sound))
-        try:
-            return self.over(rest)
-        except Exception as error:
-            if not caused_by_records(error):
-                raise
+        if self._runs_on(rest):
+            return rest
         raise ModelError(
             "Expected model and loss_fn to run on records together that they run on alone; they do not. Examples that "
             "interact bound no one's influence. Remove operations across the first axis."
         )
-
-    def losses(self, piece: Microbatch) -> Tensor:
-        """The losses `(B,)`, inside of `seeded`; the tape is rewound before."""
-        return drawn_by_record(lambda: self._forward(piece), self._key, piece.record_ids, self._drawing)
 
     def _forward(self, piece: Microbatch) -> Tensor:
         self._run.begin(piece.record_ids)
@@ -244,52 +241,64 @@ def caused_by_records(error: Exception) -> bool:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class RowGradient:
-    """What one row of a microbatch gives.
+class RowGradients:
+    """What the rows of a microbatch give.
 
     Attributes:
-      losses: `(B,)`, of all rows.
-      grads: {parameter name: gradient of the row's loss, not clipped}.
-      operands: of quantized layers: the row's codes and scales, in the order of the calls.
-      reached: names of the parameters whose modules got a gradient.
+      losses: `(B,)`.
+      parts: {parameter name: gradients of the rows' losses, not clipped}, without parameters that got none.
+      operands: of quantized layers: the rows' codes and scales, in the order of the calls.
     """
 
     losses: Tensor
-    grads: dict[str, Tensor]
-    operands: list[Tensor]
-    reached: frozenset[str]
+    parts: dict[str, Contribution]
+    operands: list[QTensor]
+
+    def row(self, row: int) -> "RowGradients":
+        """The same of one row."""
+        rows = torch.tensor([row])
+        parts = {name: part.take(rows) for name, part in self.parts.items()}
+        return RowGradients(self.losses[[row]], parts, [operand.take(rows) for operand in self.operands])
+
+    def norm(self) -> float:
+        """The L2 norm of all gradients as one vector, rounded up."""
+        return float(sum(float(part.squared_norms().sum()) for part in self.parts.values())) ** 0.5
+
+    def distance(self, other: "RowGradients") -> float:
+        """The L2 norm of the difference of all gradients; a parameter that got none has zero."""
+        squares = 0.0
+        for name in self.parts.keys() | other.parts.keys():
+            pair = [rows.parts[name] for rows in (self, other) if name in rows.parts]
+            squares += float((pair[0].squared_distances(pair[1]) if pair[1:] else pair[0].squared_norms()).sum())
+        return squares**0.5
 
 
-def gradient_of_row(
-    model: nn.Module, loss_fn: PerExampleLoss, piece: Microbatch, row: int, *, key: int, drawing: Drawing | None = None
-) -> RowGradient:
-    """Differentiate all losses of a microbatch at once, as a step does, and take one row's part.
+def gradients_of_rows(
+    model: nn.Module, loss_fn: PerExampleLoss, piece: Microbatch, *, key: int, drawing: Drawing | None = None
+) -> RowGradients:
+    """Differentiate all losses of a microbatch at once, as a step does, and keep what it leaves.
 
     Args:
       model: as of `clipped_sum`.
       loss_fn: as of `clipped_sum`.
-      piece: the microbatch.
-      row: which.
-      key: of the step's draws.
+      piece: the microbatch, all of whose rows count.
+      key: of the step's draws, 64 bits.
       drawing: what is known of the model; None: nothing.
+    Raises:
+      SettingError, ModelError: as of `clipped_sum`.
     Privacy: per example; reads private data if the piece holds any, and nothing bounds it.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with (
-        _taping(model, trainable, forming=False, operands_of=row) as tape,
-        running(model, Pass(key=key, tape=tape)) as run,
-    ):
-        passes = _Passes(model, loss_fn, run, tape, drawing or Drawing())
-        with seeded(draws_key(key)):
-            losses = passes.losses(piece)
-            passes._backward(losses.sum())
-        return RowGradient(losses.detach(), tape.of_row(trainable, row), tape.operands, frozenset(tape.contributions()))
+    taping = _taping(model, trainable, forming=False, keeping=True)
+    with taping as tape, running(model, Pass(key=key, tape=tape)) as run:
+        losses = _Passes(model, loss_fn, run, tape, drawing or Drawing()).over(piece)
+        return RowGradients(losses.detach(), tape.contributions(), tape.operands)
 
 
 def losses_of(
     model: nn.Module, loss_fn: PerExampleLoss, piece: Microbatch, *, key: int, drawing: Drawing | None = None
 ) -> Tensor:
-    """The losses of a microbatch `(B,)`, with the draws that its gradients are taken with; arguments as of them."""
+    """The losses of a microbatch `(B,)`, with the draws of `gradients_of_rows`, whose arguments these are."""
     draws = draws_key(key)
 
     def forward() -> Tensor:
@@ -369,8 +378,8 @@ class _GradientTape:
     """Collects contributions during a backward pass and turns them into the clipped sum.
 
     forming: weight gradients may be formed at once, where that makes norm and sum faster; else operands are kept.
+    keeping: codes and scales are kept, to be compared with those in another microbatch.
     clock: measures what norms and sums take, under the name of the module that owns the parameter; None: nothing does.
-    operands_of: a row whose codes are kept, to be compared with those in another microbatch; None: of none.
     """
 
     def __init__(
@@ -378,16 +387,16 @@ class _GradientTape:
         names: dict[Tensor, str],
         device: torch.device,
         *,
-        forming: bool = True,
-        clock: Clock | None = None,
-        operands_of: int | None = None,
+        forming: bool,
+        keeping: bool,
+        clock: Clock | None,
     ):
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self._names = names  # of the trainable parameters
-        self._forming, self._clock, self._operands_of = forming, clock, operands_of
+        self._forming, self._keeping, self._clock = forming, keeping, clock
         self._contributions: dict[str, list[Contribution]] = {}
         self._totals: dict[tuple[Any, ...], tuple[Contribution, Any]] = {}
-        self.operands: list[Tensor] = []
+        self.operands: list[QTensor] = []
         self.listening = True
 
     def rewind(self) -> None:
@@ -400,10 +409,8 @@ class _GradientTape:
         return any(p in self._names for p in module.parameters(recurse=False))
 
     def record(self, layer: QuantizableLayer, x: Tensor | QTensor, g: Tensor | QTensor, grad: Tensor) -> None:
-        if self._operands_of is not None:
-            for operand in (x, g):
-                if isinstance(operand, QTensor):
-                    self.operands += [operand.codes[self._operands_of], operand.scale[self._operands_of]]
+        if self._keeping:
+            self.operands += [operand for operand in (x, g) if isinstance(operand, QTensor)]
         if layer.weight in self._names:  # spares a frozen layer the operands' copies
             recipe = layer.precision.wgrad
             bits = None if recipe is None else recipe.gradient.format.significant_bits
@@ -439,27 +446,15 @@ class _GradientTape:
         """{parameter name: the microbatch's gradients}, without parameters that got none."""
         return {name: _one_contribution(found) for name, found in self._contributions.items() if found}
 
-    def totals(self, trainable: Mapping[str, nn.Parameter], strict: bool) -> dict[str, Tensor]:
-        """{parameter name: the sum over all microbatches}; strict: a parameter without any gradient is an error.
-
-        Otherwise it is zero. A layer that is dropped at random gets none in some steps.
-        """
+    def totals(self, trainable: Mapping[str, nn.Parameter], complete: bool) -> dict[str, Tensor]:
+        """{parameter name: the sum over all microbatches}; where there is none, zero or, if complete, an error."""
         totals: dict[str, Tensor] = {}
         for (name, *_), (part, total) in self._totals.items():
             finished = part.finished(total)
             totals[name] = finished if name not in totals else totals[name] + finished
-        if strict and totals.keys() < trainable.keys():
+        if complete and totals.keys() < trainable.keys():
             raise no_gradient(next(name for name in trainable if name not in totals))
         return {name: totals[name] if name in totals else torch.zeros_like(p) for name, p in trainable.items()}
-
-    def of_row(self, trainable: Mapping[str, nn.Parameter], row: int) -> dict[str, Tensor]:
-        """One row's gradients by parameter name."""
-        parts, grads = self.contributions(), {}
-        for name, p in trainable.items():
-            part = parts[name].take(torch.tensor([row])) if name in parts else None
-            one = torch.ones(1, device=p.device)
-            grads[name] = torch.zeros_like(p) if part is None else part.finished(part.add_weighted(one, None))
-        return grads
 
     def _squared_norms(self, parts: Mapping[str, Contribution], size: int) -> Tensor:
         """Each example's squared norm over all parameters, float64 `(B,)`."""
@@ -529,13 +524,13 @@ def _taping(
     trainable: dict[str, nn.Parameter],
     *,
     forming: bool = True,
+    keeping: bool = False,
     clock: Clock | None = None,
-    operands_of: int | None = None,
 ) -> Iterator[_GradientTape]:
     """Detach all parameters and listen to the modules that own any, until the block ends."""
     device = next((p.device for p in trainable.values()), torch.device("cpu"))
     names: dict[Tensor, str] = {p: name for name, p in trainable.items()}
-    tape = _GradientTape(names, device, forming=forming, clock=clock, operands_of=operands_of)
+    tape = _GradientTape(names, device, forming=forming, keeping=keeping, clock=clock)
     # ours comes first, so that it sees what the module gave before other hooks change it
     handles = [
         module.register_forward_hook(_listener(tape), prepend=True, with_kwargs=True)

@@ -132,7 +132,8 @@ class RoleFormat:
 
     Attributes:
       clip: what the largest code stands for, in root mean squares of the row, if its largest magnitude is not less;
-        what lies beyond is cut off, which is biased. None: the largest magnitude.
+        what lies beyond is cut off, which is biased. The mean runs over the lines and columns up to the last that is
+        not zero, so that padding changes nothing. None: the largest magnitude.
       per_channel: a weight's scale for each output channel, or for each input channel where it meets output gradients;
         else one for the whole weight.
       one_sided: a row without negative values, as after ReLU, takes `format.one_sided`: twice as many levels.

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 ROUND_OFF = 2.0**-17
-"""More than float32 sums of 16,384 equal terms lose (5.4e-6 was measured): norms are rounded up by it, factors down."""
+"""Norms are rounded up by it, factors down: more than float32 matrix products lose that add up 16,384 equal terms
+(5.4e-6 was measured). Terms that are added one after the other can lose more."""
 
 _FLOAT64_AT_ONCE = 2**17  # numbers: a copy of so many stays in a cache
 
@@ -38,6 +39,10 @@ class Contribution(Protocol):
         """<G_i, G'_i> with other gradients of the same parameter and examples, `(B,)`."""
         ...
 
+    def squared_distances(self, other: "Contribution") -> Tensor:
+        """||G_i - G'_i||^2 from other gradients of the same parameter and as many examples, float64 `(B,)`."""
+        ...
+
     def add_weighted(self, weights_B: Tensor, total: Any) -> Any:
         """Add sum_i w_i G_i to a total, in place, in a form of its own that `finished` undoes; None begins one."""
         ...
@@ -49,6 +54,11 @@ class Contribution(Protocol):
     def take(self, rows: Tensor) -> "Contribution":
         """The same for some of the examples."""
         ...
+
+
+def distances(one: Contribution, other: Contribution) -> Tensor:
+    """`Contribution.squared_distances` of any two, by forming both."""
+    return Formed(one.per_example() - other.per_example()).squared_norms()
 
 
 @dataclasses.dataclass
@@ -68,6 +78,9 @@ class Formed:
 
     def inner_products(self, other: Contribution) -> Tensor:
         return (self.per_example() * other.per_example()).reshape(len(self.gradients), -1).sum(1)
+
+    def squared_distances(self, other: Contribution) -> Tensor:
+        return distances(self, other)
 
     def add_weighted(self, weights_B: Tensor, total: Tensor | None) -> Tensor:
         total = self.gradients.new_zeros(self.gradients.shape[1:]) if total is None else total
@@ -119,15 +132,14 @@ class Lookup:
     def inner_products(self, other: Contribution) -> Tensor:
         if not isinstance(other, Lookup):
             return (self.per_example() * other.per_example()).flatten(1).sum(1)
-        # Rows that only one of both looks up are kept: a product of zero and infinity shall be seen.
-        keys, places = torch.cat([self._sums[0], other._sums[0]]).unique(return_inverse=True)
-        ours, theirs = (
-            sums.new_zeros(len(keys), sums.shape[1]).index_copy_(0, its_places, sums)
-            for its_places, sums in zip(
-                places.split([len(self._sums[0]), len(other._sums[0])]), (self._sums[1], other._sums[1]), strict=True
-            )
-        )
+        keys, ours, theirs = self._aligned(other)
         return self._by_example(keys, ours.mul_(theirs).sum(1))
+
+    def squared_distances(self, other: Contribution) -> Tensor:
+        if not isinstance(other, Lookup):
+            return distances(self, other)
+        keys, ours, theirs = self._aligned(other)
+        return self._by_example(keys, ours.sub_(theirs).double().square().sum(1))
 
     def add_weighted(self, weights_B: Tensor, total: Tensor | None) -> Tensor:
         total = self._g.new_zeros(self._num_rows, self._g.shape[2]) if total is None else total
@@ -140,6 +152,20 @@ class Lookup:
 
     def take(self, rows: Tensor) -> "Lookup":
         return Lookup(self._ids[rows], self._g[rows], self._num_rows)
+
+    def _aligned(self, other: "Lookup") -> tuple[Tensor, Tensor, Tensor]:
+        """The pairs that one of both looks up at least, and what each adds there.
+
+        Those of one are kept: a product of zero and infinity shall be seen.
+        """
+        keys, places = torch.cat([self._sums[0], other._sums[0]]).unique(return_inverse=True)
+        ours, theirs = (
+            sums.new_zeros(len(keys), sums.shape[1]).index_copy_(0, its_places, sums)
+            for its_places, sums in zip(
+                places.split([len(self._sums[0]), len(other._sums[0])]), (self._sums[1], other._sums[1]), strict=True
+            )
+        )
+        return keys, ours, theirs
 
     @functools.cached_property
     def _sums(self) -> tuple[Tensor, Tensor]:

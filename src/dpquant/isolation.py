@@ -18,6 +18,7 @@ the model cannot run in it.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -28,8 +29,7 @@ from dpquant.batches import Microbatch
 from dpquant.clip import (
     PerExampleLoss,
     check_examples_first,
-    contributions_by_parameter,
-    gradient_of_row,
+    gradients_of_rows,
     losses_of,
     no_gradient,
 )
@@ -37,7 +37,9 @@ from dpquant.errors import DataError, DPQuantError, ModelError
 from dpquant.formats import Precision
 from dpquant.layers import QuantizableLayer, current_precisions, quantizable_layers, set_policy, set_precisions
 from dpquant.probe import (
+    FIXED,
     KEY,
+    PLACES_FIXED,
     SMALLEST_LOSS,
     TOLERANCE,
     Blind,
@@ -45,7 +47,6 @@ from dpquant.probe import (
     add_mean,
     blind,
     identical,
-    norm_of,
     piece_of,
     shaken,
 )
@@ -55,6 +56,14 @@ from dpquant.synthetic import Specimens
 
 _MOST_KINDS = 6  # kinds of values on which a model runs, tried until a check is not blind
 _MOST_SHAKES = 5
+_BUFFERS = "Expected a forward pass to leave the model's buffers alone"
+_FOLLOWS = (
+    "A buffer that follows the data is released with the model, without noise. Remove it, or freeze it in evaluation."
+)
+_COUNTS = (
+    "It changes at every pass, whatever the data, so that it tells how many passes were made, which follows how many "
+    "records were drawn. Put its module in evaluation mode (spectral_norm stops there), or remove it."
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,10 +122,17 @@ def check_isolation(
                 break
         if found is None:
             raise ModelError(str(unseen))
-        for one in quantized:
-            _check_codes(model, loss_fn, found.specimens, found.drawing, one, planted=True)
-        for specimens in (*unclear, *found.specimens.variations()):
-            _check_kind(model, loss_fn, specimens, found.drawing, quantized)
+        others = [*unclear, *found.specimens.variations()]
+        if quantized and quantizable_layers(model):
+            with shaken(model, torch.float32, 0):
+                for one in quantized:
+                    set_precisions(model, dict.fromkeys(quantizable_layers(model), one))
+                    _check_codes(model, loss_fn, found.specimens, found.drawing)
+                    for specimens in others:
+                        _check_quantized_losses(model, loss_fn, specimens, found.drawing)
+        else:
+            for specimens in others:
+                _check_kind(model, loss_fn, specimens, found.drawing)
         return found
     finally:
         set_precisions(model, precisions)
@@ -144,12 +160,10 @@ def _usable(model: nn.Module, loss_fn: PerExampleLoss, candidates: Iterable[Spec
 
 def _run(model: nn.Module, loss_fn: PerExampleLoss, specimens: Specimens) -> None:
     """One pass over the three records. Raises whatever the user's code raises, and NotFinite."""
-    piece = Microbatch(specimens.batch((0, 1, 2)), torch.arange(3), 3)
-    parts = contributions_by_parameter(model, loss_fn, piece, key=KEY)
-    squared_norms = {name: part.squared_norms() for name, part in parts.items()}
-    check_examples_first(squared_norms, len(piece.record_ids))
-    losses = losses_of(model, loss_fn, piece, key=KEY)
-    if not all(bool(values.isfinite().all()) for values in (losses, *squared_norms.values())):
+    found = gradients_of_rows(model, loss_fn, piece_of(specimens, (0, 1, 2), torch.float32), key=KEY)
+    squared_norms = {name: part.squared_norms() for name, part in found.parts.items()}
+    check_examples_first(squared_norms, 3)
+    if not all(bool(values.isfinite().all()) for values in (found.losses, *squared_norms.values())):
         raise NotFinite
 
 
@@ -196,90 +210,107 @@ def _compare(
 ) -> Probe:
     """The comparisons of one kind of records and one shake; the first ones that pass are planted against."""
     with shaken(model, dtype, shake):
+        before = buffers_of(model)
         probe = Probe(model, loss_fn, specimens, drawing, dtype)
         if planted:
             probe.check_collation()
         probe.compare_company()
-        if planted:
-            probe.compare_places()
         if planted and shake == 0:
+            probe.compare_further()
             probe.plant()
+        if changed := changed_buffer(model, before):
+            raise ModelError(f"{_BUFFERS}; got a change of {changed}. {_FOLLOWS}")
         return probe
 
 
-def _check_kind(
-    model: nn.Module, loss_fn: PerExampleLoss, specimens: Specimens, drawing: Drawing, quantized: Sequence[Precision]
-) -> None:
-    """Compare a in two companies of another kind of values, if the model runs on it: by codes, or else by gradients."""
+def _check_kind(model: nn.Module, loss_fn: PerExampleLoss, specimens: Specimens, drawing: Drawing) -> None:
+    """Compare the results of another kind of values in full precision, if the model runs on it."""
     try:
         _run(model, loss_fn, specimens)
     except Exception:  # outside of the data's domain
         return
-    for one in quantized:
-        _check_codes(model, loss_fn, specimens, drawing, one, planted=False)
-    if not quantized:
-        _check(model, loss_fn, specimens, drawing, planted=False)
+    _check(model, loss_fn, specimens, drawing, planted=False)
 
 
-def _check_codes(
+def _check_codes(model: nn.Module, loss_fn: PerExampleLoss, specimens: Specimens, drawing: Drawing) -> None:
+    """Compare rows' codes, scales and losses in several companies, bit for bit: a batch scale shows, and padding."""
+    if specimens.padded:
+        raise ModelError(PADDED)
+
+    def results(order: Sequence[int]) -> list[Tensor]:
+        found = gradients_of_rows(model, loss_fn, piece_of(specimens, order, torch.float32), key=KEY, drawing=drawing)
+        return [found.losses, *(part for operand in found.operands for part in (operand.codes, operand.scale))]
+
+    def of_row(found: list[Tensor], row: int) -> list[Tensor]:
+        return [values[row] for values in found]
+
+    found = [results(order) for order in FIXED]
+    for (company, row), (other, _) in PLACES_FIXED:
+        here, there = of_row(found[company], row), of_row(found[other], row)
+        if [values.shape for values in here] != [values.shape for values in there]:
+            raise ModelError(PADDED)
+        if not all(map(identical, here, there)):
+            raise ModelError(COUPLED)
+    first = next(module for module in model.modules() if isinstance(module, QuantizableLayer))
+    handle = first.register_forward_hook(add_mean)
+    try:
+        one, other = _losses_in(FIXED[::2], model, loss_fn, specimens, drawing)
+        if identical(one[0], other[0]) and all(map(identical, *(of_row(results(order), 0) for order in FIXED[::2]))):
+            raise blind("the codes of quantized layers")
+    finally:
+        handle.remove()
+
+
+def _check_quantized_losses(model: nn.Module, loss_fn: PerExampleLoss, specimens: Specimens, drawing: Drawing) -> None:
+    """Compare the losses of another kind of values bit for bit, if the model runs on it."""
+    try:
+        found = _losses_in(FIXED, model, loss_fn, specimens, drawing)
+    except Exception:  # outside of the data's domain
+        return
+    if not all(bool(losses.isfinite().all()) for losses in found):
+        return
+    if specimens.padded:
+        raise ModelError(PADDED)
+    for (company, row), (other, _) in PLACES_FIXED:
+        if not identical(found[company][row], found[other][row]):
+            raise ModelError(COUPLED)
+
+
+def _losses_in(
+    companies: Iterable[Sequence[int]],
     model: nn.Module,
     loss_fn: PerExampleLoss,
     specimens: Specimens,
     drawing: Drawing,
-    quantized: Precision,
-    *,
-    planted: bool,
-) -> None:
-    """Compare a row's codes, scales and loss in two companies, bit for bit: a batch scale shows, and padding."""
-    if not quantizable_layers(model):
-        return
-    if specimens.padded:
-        raise ModelError(PADDED)
-
-    def results(one: int, other: int) -> list[Tensor]:
-        piece = piece_of(specimens, (one, other, other), torch.float32)
-        row = gradient_of_row(model, loss_fn, piece, 0, key=KEY, drawing=drawing)
-        return [*row.operands, row.losses[0]]
-
-    with shaken(model, torch.float32, 0):
-        set_precisions(model, dict.fromkeys(quantizable_layers(model), quantized))
-        # what the record with the largest values decides leaves that one alone: others are followed too
-        for one, other, another in ((0, 1, 2), (1, 2, 0), (2, 0, 1))[: 3 if planted else 2]:
-            here, there = results(one, other), results(one, another)
-            if [t.shape for t in here] != [t.shape for t in there]:
-                raise ModelError(PADDED)
-            if not all(map(identical, here, there)):
-                raise ModelError(COUPLED)
-        if not planted:
-            return
-        first = next(module for module in model.modules() if isinstance(module, QuantizableLayer))
-        handle = first.register_forward_hook(add_mean)
-        try:
-            if all(map(identical, results(0, 1), results(0, 2))):
-                raise blind("the codes of quantized layers")
-        finally:
-            handle.remove()
+) -> list[Tensor]:
+    pieces = (piece_of(specimens, order, torch.float32) for order in companies)
+    return [losses_of(model, loss_fn, piece, key=KEY, drawing=drawing) for piece in pieces]
 
 
 def check_at_size(model: nn.Module, loss_fn: PerExampleLoss, found: Findings, size: int) -> None:
-    """The same company and places in a microbatch of the run's own size, by losses, as the model runs now.
+    """Other company and another place in a microbatch of the run's own size, by losses, as the model runs now.
 
     Raises:
-      ModelError: a's loss depends on the others, or on its place.
+      ModelError: a's loss depends on the others or on its place, or the model does not run on so many examples.
     Privacy: reads no data.
     """
 
     def loss(other: int, place: int) -> float:
         order = [0 if row == place else other for row in range(size)]
-        piece = Microbatch(found.specimens.batch(order), torch.tensor(order), size)
-        return float(losses_of(model, loss_fn, piece, key=KEY, drawing=found.drawing)[place])
+        try:
+            piece = Microbatch(found.specimens.batch(order), torch.tensor(order), size)
+            return float(losses_of(model, loss_fn, piece, key=KEY, drawing=found.drawing)[place])
+        except DPQuantError:
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"Expected model and loss_fn to run on any number of examples, as on {size}, which a backward pass "
+                f"takes here; got a {type(error).__name__}: {error}. Mend them, or give a microbatch_size that fits."
+            ) from error
 
-    first = loss(1, 0)
-    scale = TOLERANCE * max(abs(first), SMALLEST_LOSS)
-    if not abs(loss(2, 0) - first) <= scale:
-        raise ModelError(BY_PLACE if found.drawing.seen else COUPLED)
     quantized = any(layer.quantized for layer in quantizable_layers(model).values())
-    if not quantized and not abs(loss(1, size - 1) - first) <= scale:  # a last bit can become another code
+    first, other = loss(1, 0), loss(2, 0 if quantized else size - 1)  # elsewhere, a last bit can become another code
+    if not abs(other - first) <= TOLERANCE * max(abs(first), SMALLEST_LOSS):
         raise ModelError(BY_PLACE if found.drawing.seen else COUPLED)
 
 
@@ -296,16 +327,21 @@ def keeps_apart(
 
     Privacy: for a model that keeps examples apart the answer is always yes, so that it says nothing about the records.
     """
-    one, other = (gradient_of_row(model, loss_fn, batch, 0, key=key, drawing=drawing) for batch in (piece, elsewhere))
-    losses = one.losses[0], other.losses[0]
-    if not all(bool(loss.isfinite()) for loss in losses):
-        return all(not bool(loss.isfinite()) for loss in losses)
-    norm = norm_of(one.grads.values())
-    gap = norm_of(one.grads[name] - other.grads[name] for name in one.grads)
-    if not (gap <= TOLERANCE * norm or not norm < float("inf")):
+    one, other = (
+        gradients_of_rows(model, loss_fn, batch, key=key, drawing=drawing).row(0) for batch in (piece, elsewhere)
+    )
+    losses = float(one.losses[0]), float(other.losses[0])
+    if not all(map(math.isfinite, losses)):
+        return not any(map(math.isfinite, losses))
+    norm = one.norm()
+    if not (one.distance(other) <= TOLERANCE * norm or not norm < math.inf):
         return False
-    same_codes = len(one.operands) == len(other.operands) and all(map(identical, one.operands, other.operands))
-    return same_codes and abs(float(losses[0] - losses[1])) <= TOLERANCE * max(abs(float(losses[0])), SMALLEST_LOSS)
+    if len(one.operands) != len(other.operands) or not all(
+        identical(mine.codes, theirs.codes) and identical(mine.scale, theirs.scale)
+        for mine, theirs in zip(one.operands, other.operands, strict=True)
+    ):
+        return False
+    return abs(losses[0] - losses[1]) <= TOLERANCE * max(abs(losses[0]), SMALLEST_LOSS)
 
 
 def _count_macs(model: nn.Module, loss_fn: PerExampleLoss, specimens: Specimens) -> dict[str, float]:
@@ -337,17 +373,7 @@ def _count_macs(model: nn.Module, loss_fn: PerExampleLoss, specimens: Specimens)
         restore_buffers(model, before)
         forward((2, 2, 2))
         follows = changed_buffer(model, one) is not None
-        raise ModelError(
-            f"Expected a forward pass to leave the model's buffers alone; got a change of {changed}. "
-            + (
-                "A buffer that follows the data is released with the model, without noise. Remove it, or freeze it in "
-                "evaluation."
-                if follows
-                else "It changes at every pass, whatever the data, so that it tells how many passes were made, which "
-                "follows how many records were drawn. Put its module in evaluation mode (spectral_norm stops there), "
-                "or remove it."
-            )
-        )
+        raise ModelError(f"{_BUFFERS}; got a change of {changed}. {_FOLLOWS if follows else _COUNTS}")
     return macs
 
 

@@ -54,8 +54,15 @@ def code_values(operand: Tensor | QTensor) -> Tensor:
     return values.sub_(operand.zero_point) if operand.zero_point else values
 
 
+def _is_slow(operand: Tensor, geometry: Geometry) -> bool:
+    """Whether a matrix product takes less time than torch's convolution, which unfolds float64 operands."""
+    return geometry.pointwise and operand.dtype == torch.float64
+
+
 def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """The convolution itself: `(B, C, H, W)`, `(O, C / G, *kernel)` -> `(B, O, H', W')`, in the operands' dtype."""
+    if _is_slow(x, geometry):
+        return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
     x, g = in_one_column(x, geometry, zero=0)
     return F.conv2d(x, weight, bias, g.stride, g.padding, g.dilation, g.groups)
 
@@ -219,6 +226,8 @@ def input_gradient(grad: Tensor, weight: Tensor, geometry: Geometry, size: tuple
       size: (H, W) of the input.
     Returns: `(B, C, H, W)`.
     """
+    if _is_slow(grad, geometry):
+        return (grad.permute(0, 2, 3, 1) @ weight.flatten(1)).permute(0, 3, 1, 2)
     shape = (grad.shape[0], weight.shape[1] * geometry.groups, *size)
     x = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)  # for its layout
     return _convolution_backward(grad, x, weight, geometry, geometry.groups, [True, False, False])[0]

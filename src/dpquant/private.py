@@ -232,7 +232,8 @@ class PrivateTraining:
             max_grad_norm=self.plan.max_grad_norm,
             key=key,
             drawing=self._drawing,
-            strict=False,
+            leaves_out=True,
+            complete=False,
         )
         std = self.plan.train_noise_std(clipped.sensitivity)
         for name, parameter in self.model.named_parameters():
@@ -396,6 +397,8 @@ class PrivateTraining:
         self.scores = ema(self.scores, dict(zip(names, noisy_means.tolist(), strict=True)), self.policy.ema)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def make_private(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -546,7 +549,7 @@ def _try_all(
                     plan,
                     found,
                     microbatch_size=execution.microbatch_size,
-                    analysed=list(found.macs) if policy.needs_scores else [],
+                    analysed=next(iter(found.macs), None) if policy.needs_scores else None,
                 )
         finally:
             set_policy(model, ())

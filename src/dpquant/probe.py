@@ -7,7 +7,7 @@ Comparisons are of a record's loss and gradient. None passes on NaN: each is wri
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpquant.batches import Microbatch, leaves, with_leaves
-from dpquant.clip import PerExampleLoss, RowGradient, draws_key, gradient_of_row, losses_of, no_gradient
+from dpquant.clip import PerExampleLoss, RowGradients, draws_key, gradients_of_rows, losses_of, no_gradient
 from dpquant.errors import DataError, ModelError
 from dpquant.randomness import Drawing, drawn_by_record, seeded
 from dpquant.refusals import BY_PLACE, COUPLED, KEEPS_STATE, MIXED
@@ -25,7 +25,15 @@ from dpquant.synthetic import Specimens
 KEY = 0  # of the synthetic records' draws: nothing private follows from them
 TOLERANCE, _FLOAT64_TOLERANCE = 1e-3, 1e-6  # of a loss or a gradient; rounding is a hundred times smaller
 SMALLEST_LOSS = 1e-3  # losses below it are compared as if they were as large
-OTHERS = 1, 2  # the numbers of b and c; a is 0
+
+# Three companies in which each of a, b and c (0, 1, 2) meets others, once alone of its kind and once as a pair: so that
+# what follows the largest, the smallest or the middle one shows, whichever that is. Then each one's two places in them,
+# as (company, row); they differ or, for what has to be equal bit for bit, are the same.
+MOVED = ((0, 1, 1), (1, 2, 2), (0, 0, 2))
+PLACES_MOVED = (((0, 0), (2, 1)), ((0, 2), (1, 0)), ((1, 1), (2, 2)))
+FIXED = ((0, 1, 1), (2, 1, 2), (0, 0, 2))
+PLACES_FIXED = (((0, 0), (2, 0)), ((0, 1), (1, 1)), ((1, 2), (2, 2)))
+_PAIRS = ((0, 1), (0, 2))  # companies of a that a planted coupling has to tell apart
 
 
 class Blind(ModelError):
@@ -53,7 +61,7 @@ def shaken(model: nn.Module, dtype: torch.dtype, seed: int) -> Iterator[None]:
         if tensor in parameters:
             noise = (0.2 * torch.rand(data.shape, generator=generator) - 0.1).to(data.device)
             data = data + torch.where(data == 0, noise, noise * data)
-        tensor.data = data.to(dtype)
+        tensor.data = data.to(dtype, copy=tensor not in parameters)
     try:
         yield
     finally:
@@ -76,36 +84,27 @@ class Probe:
         self._dtype, self._tolerance = dtype, _FLOAT64_TOLERANCE if dtype == torch.float64 else TOLERANCE
         self.moved: set[str] = set()
         self.reached: set[str] = set()
-        self._first = self._compared((0, 1, 1), 0)
+        self._first = self._rows(MOVED[0])
 
     def compare_company(self) -> None:
-        """Raise ModelError if the results of one change in other company and at another place.
+        """Raise ModelError if the results of one change in other company and at another place."""
+        self._compare_in_companies([self._first, *map(self._rows, MOVED[1:])])
 
-        Each of the three is followed: what the largest of a batch decides leaves the largest alone.
-        """
-        for one, other, another in ((0, 1, 2), (1, 2, 0), (2, 0, 1)):
-            first = self._compared((one, other, other), 0)
-            if not self._alike(first, 0, self._compared((another, another, one), 2), 2):
-                raise self._coupled()
-
-    def compare_places(self) -> None:
-        """Raise ModelError if a's results change with its place, its number of neighbours, the mode or the past."""
-        if not self._close(self._first.losses[0], self._losses((1, 0, 1))[1]):
-            raise self._coupled()
+    def compare_further(self) -> None:
+        """Raise ModelError if results change with the number of neighbours, in the other mode, or with the past."""
         self._compare_with_autograd()
         if not self._drawing.seen:
             self._compare_with_one_alone()
-        self._compare_losses()
-        if not self._close(self._first.losses[0], self._losses((0, 1, 1))[0]):
+        self._compare_in_the_other_mode()
+        if not self._close(self._first.losses[0], self._losses(MOVED[0])[0]):
             raise ModelError(KEEPS_STATE)
 
     def plant(self) -> None:
         """Raise Blind unless couplings that are planted here are seen."""
-        piece = self._piece((0, 1, 1))
-        for number, path in enumerate(path for path, _ in leaves(piece.data)):
-            if self._uses(piece, number) and not self._sees(leaf=number):
+        used, modules = self._used()
+        for number, path in used.items():
+            if not self._sees(leaf=number):
                 raise blind(f"batch{path}")
-        modules = self._modules()
         for module in dict.fromkeys([*modules[:1], *modules[len(modules) // 2 :][:1], *modules[-1:]]):
             if not self._sees(module=module):
                 name = next(name for name, one in self._model.named_modules() if one is module)
@@ -126,18 +125,22 @@ class Probe:
     def _piece(self, order: Sequence[int]) -> Microbatch:
         return piece_of(self._specimens, order, self._dtype)
 
-    def _compared(self, order: Sequence[int], row: int) -> RowGradient:
-        """The row, and notes which parameters it moves."""
-        found = self._row(order, row)
-        self.moved |= {name for name, grad in found.grads.items() if bool(grad.any())}
-        self.reached |= found.reached
-        return found
+    def _compare_in_companies(self, found: Sequence[RowGradients]) -> None:
+        """Raise ModelError if the results of one differ in the companies; and note which parameters move."""
+        for rows in found:
+            self.reached |= rows.parts.keys()
+            new = (item for item in rows.parts.items() if item[0] not in self.moved)
+            self.moved |= {name for name, part in new if bool(part.inner_products(part).any())}
+        for one, other in PLACES_MOVED:
+            mine, theirs = (found[company].row(row) for company, row in (one, other))
+            if not self._alike(mine, theirs):
+                raise self._coupled()
 
-    def _row(self, order: Sequence[int], row: int, leaf: int | None = None) -> RowGradient:
+    def _rows(self, order: Sequence[int], leaf: int | None = None) -> RowGradients:
         piece = self._piece(order)
         if leaf is not None:
             piece = dataclasses.replace(piece, data=_rolled(piece.data, leaf))
-        return gradient_of_row(self._model, self._loss_fn, piece, row, key=KEY, drawing=self._drawing)
+        return gradients_of_rows(self._model, self._loss_fn, piece, key=KEY, drawing=self._drawing)
 
     def _losses(self, order: Sequence[int], leaf: int | None = None) -> Tensor:
         piece = self._piece(order)
@@ -145,11 +148,9 @@ class Probe:
             piece = dataclasses.replace(piece, data=_rolled(piece.data, leaf))
         return losses_of(self._model, self._loss_fn, piece, key=KEY, drawing=self._drawing)
 
-    def _alike(self, one: RowGradient, row: int, other: RowGradient, other_row: int) -> bool:
-        """Whether both are the same example's."""
-        gap = norm_of(one.grads[name] - other.grads[name] for name in one.grads)
-        bound = self._tolerance * norm_of(one.grads.values())
-        return gap <= bound and self._close(one.losses[row], other.losses[other_row])
+    def _alike(self, one: RowGradients, other: RowGradients) -> bool:
+        """Whether both are the same example's, each of one row."""
+        return one.distance(other) <= self._tolerance * one.norm() and self._close(one.losses[0], other.losses[0])
 
     def _close(self, one: Tensor, other: Tensor) -> bool:
         scale = max(abs(float(one)), SMALLEST_LOSS)
@@ -157,28 +158,33 @@ class Probe:
 
     def _coupled(self) -> ModelError:
         """The error for two results that differ; says what they differ by."""
-        first = self._row((0, 1, 1), 0)
-        if not self._alike(first, 0, self._row((0, 1, 1), 0), 0):
+        first, again = (self._rows(MOVED[0]).row(0) for _ in range(2))
+        if not self._alike(first, again):
             return ModelError(KEEPS_STATE)
-        if self._drawing.seen and self._alike(self._row((0, 0, 0), 0), 0, first, 0):
+        if self._drawing.seen and self._alike(self._rows((0, 0, 0)).row(0), first):
             return ModelError(BY_PLACE)
         return ModelError(COUPLED)
 
     def _compare_with_autograd(self) -> None:
         """Catches a parameter whose use is not seen, and so not clipped for: tied by hand, or used elsewhere."""
         trainable = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
-        piece = self._piece((0, 1, 1))
+        piece = self._piece(MOVED[0])
         with seeded(derived := draws_key(KEY)):
             losses = drawn_by_record(
                 lambda: self._loss_fn(self._model, piece.data), derived, piece.record_ids, self._drawing
             )
             found = torch.autograd.grad(losses[0], list(trainable.values()), allow_unused=True)
-        theirs = [torch.zeros_like(p) if g is None else g for p, g in zip(trainable.values(), found, strict=True)]
+        theirs = [
+            torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(trainable.values(), found, strict=True)
+        ]
+        norms = [float(reference.norm()) for reference in theirs]
+        mine = self._first.row(0).parts
         # a gradient that is zero but for round-off, as of a bias before a normalization, is held to the others' size
-        smallest = 1e-3 * self._tolerance * max(1.0, *(float(reference.norm()) for reference in theirs))
-        for (name, mine), reference in zip(self._first.grads.items(), theirs, strict=True):
-            if not float((mine - reference).norm()) <= max(self._tolerance * float(reference.norm()), smallest):
-                if name not in self._first.reached:
+        smallest = 1e-3 * self._tolerance * max(1.0, *norms)
+        for name, reference, norm in zip(trainable, theirs, norms, strict=True):
+            gap = reference if name not in mine else reference - mine[name].per_example()[0]
+            if not float(gap.norm()) <= max(self._tolerance * norm, smallest):
+                if name not in mine:
                     raise no_gradient(name)
                 raise ModelError(
                     f"Expected {name} to be used only by the module that owns it; got a gradient that its per-example "
@@ -195,14 +201,12 @@ class Probe:
         if not self._close(self._first.losses[0], alone[0]):
             raise ModelError(COUPLED)
 
-    def _compare_losses(self) -> None:
+    def _compare_in_the_other_mode(self) -> None:
         """Catches what couples examples in the mode that the model is not in."""
         modes = {module: module.training for module in self._model.modules()}
         try:
             self._model.train(not self._model.training)
-            self.compare_company()
-            if not self._close(self._losses((0, 1, 1))[0], self._losses((1, 2, 0))[2]):
-                raise ModelError(COUPLED)
+            self._compare_in_companies([*map(self._rows, MOVED)])
         finally:
             for module, training in modes.items():
                 module.training = training
@@ -216,23 +220,18 @@ class Probe:
             if loss:
                 planted.callback(setattr, self, "_loss_fn", honest)
                 self._loss_fn = lambda model, batch: add_mean(None, None, honest(model, batch))
-            one, other = (self._losses((0, number, number), leaf) for number in OTHERS)
+            one, other = (self._losses(pair, leaf) for pair in _PAIRS)
             if not self._close(one[0], other[0]):
                 return True
-            one, other = (self._row((0, number, number), 0, leaf) for number in OTHERS)
-            return not self._alike(one, 0, other, 0)
+            one, other = (self._rows(pair, leaf).row(0) for pair in _PAIRS)
+            return not self._alike(one, other)
 
-    def _uses(self, piece: Microbatch, number: int) -> bool:
-        """Whether a leaf of the batch enters any computation."""
-        watched = _Watched([leaf for _, leaf in leaves(piece.data)][number])
-        with seeded(KEY), torch.no_grad(), watched:
-            self._loss_fn(self._model, piece.data)
-        return watched.used
+    def _used(self) -> tuple[dict[int, str], list[nn.Module]]:
+        """Where couplings can be planted: in leaves of the batch, by number and path, and in the outputs of modules.
 
-    def _modules(self) -> list[nn.Module]:
-        """The modules with trainable parameters of their own that return a tensor of examples, as they are called.
-
-        Not those whose output is the same for all records, such as learnt positions: no mean of it couples anything.
+        The leaves are those that enter any computation. The modules have trainable parameters of their own and return
+        a tensor of examples, as they are called. Not those whose output is the same for all records, such as learnt
+        positions: no mean of it couples anything.
         """
         called: dict[nn.Module, None] = {}
 
@@ -243,12 +242,15 @@ class Probe:
 
         own = [m for m in self._model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
         handles = [module.register_forward_hook(note) for module in own]
+        piece = self._piece((0, 1, 2))
+        paths, tensors = zip(*leaves(piece.data), strict=True)
         try:
-            self._losses((0, 1, 2))
+            with seeded(KEY), torch.no_grad(), _Watched(tensors) as watched:
+                self._loss_fn(self._model, piece.data)
         finally:
             for handle in handles:
                 handle.remove()
-        return list(called)
+        return {number: paths[number] for number in sorted(watched.used)}, list(called)
 
 
 def add_mean(module: Any, inputs: Any, output: Any) -> Any:
@@ -283,30 +285,36 @@ _CARRIES = {
 
 
 class _Watched(TorchDispatchMode):
-    """Notices whether a tensor, or what other shapes and types of it there are, enters a computation."""
+    """Notices which of some tensors, or what other shapes and types of them there are, enter a computation.
 
-    def __init__(self, tensor: Tensor):
+    Attributes:
+      used: their numbers.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]):
         super().__init__()
-        self._memory = {tensor.untyped_storage().data_ptr()}
-        self._kept = [tensor]  # memory that was freed could come again
-        self.used = False
+        self._numbers: dict[int, set[int]] = {}  # by the memory that they are in
+        for number, tensor in enumerate(tensors):
+            self._numbers.setdefault(_memory(tensor), set()).add(number)
+        self._kept = list(tensors)  # memory that was freed could come again
+        self.used: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = pytree.tree_leaves((args, kwargs))
-        if any(isinstance(t, Tensor) and t.untyped_storage().data_ptr() in self._memory for t in given):
-            if func.overloadpacket in _CARRIES:
-                made = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
-                self._memory |= {t.untyped_storage().data_ptr() for t in made}
-                self._kept += made
-            else:
-                self.used = True
+        given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        numbers = set().union(*(self._numbers.get(_memory(t), ()) for t in given))
+        if numbers and func.overloadpacket in _CARRIES:
+            made = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+            for tensor in made:
+                self._numbers.setdefault(_memory(tensor), set()).update(numbers)
+            self._kept += made
+        else:
+            self.used |= numbers
         return result
 
 
-def norm_of(tensors: Iterable[Tensor]) -> float:
-    """The L2 norm of several tensors as one vector."""
-    return float(sum(t.double().square().sum() for t in tensors)) ** 0.5
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def identical(one: Tensor, other: Tensor) -> bool:

@@ -69,13 +69,20 @@ class Records:
         return len(self._data_set)
 
     def check(self) -> None:
-        """Refuse a data set that collates by itself into something else than its records, collated.
+        """Refuse a data set whose records the synthetic ones do not look like, collated by itself or not.
 
         Raises:
           DataError: another number of rows, another structure, type or shape.
-        Privacy: looks at the first record's types and shapes.
+        Privacy: looks at the first records' types and shapes.
         """
         if not isinstance(self._data_set, Collated):
+            first = self._read(range(min(len(self), 3)), key=0)
+            if not any(matches(self._specimens.form, record) for record in first):
+                raise DataError(
+                    "Expected example to hold records as the data set does; got others: in structure, types (tensors, "
+                    "arrays or numbers) or shapes. Every record of the data set would be left out as broken. Make the "
+                    "examples by what makes the data set's records."
+                )
             return
         try:
             batch = self._checked(self._data_set.dpquant_batch(torch.zeros(3, dtype=torch.int64)), 3)

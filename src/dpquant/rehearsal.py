@@ -6,14 +6,13 @@ state moves. Nothing here sees a private record.
 """
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dpquant.batches import Microbatch
-from dpquant.clip import PerExampleLoss, clipped_sum_of, losses_of
+from dpquant.clip import PerExampleLoss, clipped_sum_of
 from dpquant.errors import DPQuantError, ModelError, SettingError
 from dpquant.impact import impact_sum_of
 from dpquant.isolation import Findings
@@ -29,7 +28,7 @@ def rehearse(
     found: Findings,
     *,
     microbatch_size: int,
-    analysed: Sequence[str],
+    analysed: str | None,
 ) -> None:
     """Try the clipped sum, the noise, the optimizer and the analysis as a run will do them.
 
@@ -40,7 +39,7 @@ def rehearse(
       plan: the run's.
       found: of the isolation check.
       microbatch_size: of the run.
-      analysed: names of layers whose impact is measured; two are enough to try it. Empty: there is no analysis.
+      analysed: name of a layer whose impact is measured; all are measured in the same way. None: there is no analysis.
     Raises:
       ModelError, SettingError: something that the run needs does not work.
     Privacy: reads no data and charges nothing; the noise that is drawn here is used for nothing else.
@@ -48,16 +47,15 @@ def rehearse(
     order = [number % 3 for number in range(microbatch_size)]
     piece = Microbatch(found.specimens.batch(order), torch.tensor(order), microbatch_size)
     try:
-        losses_of(model, loss_fn, piece, key=0, drawing=found.drawing)  # raises, where a step leaves out what raises
-        clipped = clipped_sum_of(
-            model, loss_fn, [piece], max_grad_norm=plan.max_grad_norm, key=0, drawing=found.drawing, strict=False
+        clipped = clipped_sum_of(  # raises, where a step leaves out the records that do
+            model, loss_fn, [piece], max_grad_norm=plan.max_grad_norm, key=0, drawing=found.drawing, complete=False
         )
-        if plan.analysis is not None and analysed:
+        if plan.analysis is not None and analysed is not None:
             impact_sum_of(
                 model,
                 loss_fn,
                 [piece],
-                names=list(dict.fromkeys([analysed[0], analysed[-1]])),
+                names=[analysed],
                 max_norm=plan.analysis.max_norm,
                 step=0,
                 seed=0,

@@ -12,6 +12,7 @@ an axis gets a length of ours, because the length of the one record that shapes 
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -26,10 +27,11 @@ from dpquant.randomness import RecordDraws, seeded
 _GROWTH = 4.0  # each record is so many times the one before: a statistic over the batch then moves them all
 _FLOATS = ("normal", "unit", "positive", "signed unit", "counts", "binary", "negative")
 _INTEGERS = ("zero one", "one two", "few", "many")
-_VARIED = frozenset({"normal", "positive", "zero one", "many"})  # kinds that a single leaf is varied to
+_VARIED = frozenset({"normal", "positive", "zero one", "few", "many"})  # kinds that a single leaf is varied to
 _MOST_COMBINATIONS = 200
 _LENGTHS = (16, 32, 64, 128, 8, 4, 256, 2)
 _LONGER, _SHORTER = 5, 2  # other lengths than n: n + 5 and n / 2
+_MOST_VALUES = 2**19  # in a leaf whose lengths are ours: a collate function may take any size along every axis
 
 Collate = Callable[[list], Any]
 
@@ -288,6 +290,8 @@ def candidates(records: Sequence[Any], collate: Collate, device: torch.device) -
         axes = free if length is not None else frozenset()
         lengths = (0, 0, 0) if length is None else (length, length + _LONGER, max(length // _SHORTER, 1))
         forms = [_resized(form, axes, size) for size in lengths]
+        if axes and any(math.prod(leaf.shape) > _MOST_VALUES for _, leaf in leaves(forms[1])):
+            continue
 
         def specimens(
             kinds: tuple[str, ...], axes: _Axes = axes, forms: list[Any] = forms, varied: bool = False

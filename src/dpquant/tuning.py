@@ -20,7 +20,7 @@ from dpquant.clock import Clock
 from dpquant.cost import LayerTimes
 from dpquant.errors import SettingError
 from dpquant.formats import Precision
-from dpquant.hardware import forget_peak, memory_mib
+from dpquant.hardware import memory_mib, reset_peak
 from dpquant.impact import impact_sum
 from dpquant.layers import current_precisions, quantizable_layers, set_policy, set_precisions
 from dpquant.plan import Score
@@ -128,7 +128,7 @@ def fastest_microbatch_size(
       SettingError: not even the smallest microbatch fits.
     """
     before = current_precisions(model)
-    start = 0.0 if memory is None else forget_peak() / _MIB
+    start = 0.0 if memory is None else _start()
 
     def run(size: int, num_examples: int, precisions: Mapping[str, Precision]) -> None:
         set_precisions(model, precisions)
@@ -176,7 +176,7 @@ def largest_analysis_size(
     Raises:
       SettingError: not even the smallest number fits.
     """
-    start = forget_peak() / _MIB
+    start = _start()
     size, used = _SMALLEST, 0.0
     while True:
         rows = torch.arange(size) % num_rows(batch)
@@ -193,11 +193,20 @@ def largest_analysis_size(
         size *= 2
 
 
+def _start() -> float:
+    """GiB from which a peak is counted: what is in use now or, where the system does not count anew, ever was."""
+    resident, reset = reset_peak()
+    return (resident if reset else memory_mib()[1]) / _MIB
+
+
 def _too_little(memory: float, needed: float, what: str) -> SettingError:
     """Says what made-up records need, and not what is in use: that tells how many private ones are in memory."""
+    held = "what the process holds already"
+    if not reset_peak()[1]:
+        held = "the most that the process has held before, which this system goes on counting,"
     return SettingError(
-        f"Expected memory enough for this model; got memory={memory:g}. Besides what the process holds already it "
-        f"needs {needed:.2f} GiB with {what}. Allow more, or take a smaller model."
+        f"Expected memory enough for this model; got memory={memory:g}. Besides {held} it needs {needed:.2f} GiB with "
+        f"{what}. Allow more, or take a smaller model."
     )
 
 

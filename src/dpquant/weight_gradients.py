@@ -38,7 +38,7 @@ from torch import Tensor
 
 from dpquant.choice import fastest
 from dpquant.geometry import Geometry
-from dpquant.gradients import ROUND_OFF, Contribution, Formed
+from dpquant.gradients import ROUND_OFF, Contribution, Formed, distances
 from dpquant.kernels import (
     add_patch_products,
     bfloat16_factors,
@@ -229,6 +229,23 @@ class Product:
         for scale_B in (self.scale_B, other.scale_B):
             products_B = products_B if scale_B is None else products_B * scale_B
         return products_B
+
+    def squared_distances(self, other: Contribution) -> Tensor:
+        """With another product: by what all positions of both share, or by forming the difference, in float64."""
+        if not isinstance(other, Product):
+            return distances(self, other)
+        x, g = [], []
+        for product, sign in ((self, 1.0), (other, -1.0)):
+            x.append(unfolded(product.values[0].double(), product.geometry))
+            scale = sign if product.scale_B is None else sign * product.scale_B.double()[:, None, None, None]
+            g.append(positions(product.values[1].double() * scale, product.geometry))
+        x_BGTD, g_BGTO = torch.cat(x, 2), torch.cat(g, 2)
+        num_positions, inputs, outputs = x_BGTD.shape[2], x_BGTD.shape[3], g_BGTO.shape[3]
+        if num_positions * (inputs + outputs) < 2 * inputs * outputs:
+            squares = (x_BGTD @ x_BGTD.transpose(2, 3)) * (g_BGTO @ g_BGTO.transpose(2, 3))
+        else:
+            squares = (g_BGTO.transpose(2, 3) @ x_BGTD).square()
+        return squares.sum((1, 2, 3)).clamp(min=0)  # round-off
 
     def add_weighted(self, weights_B: Tensor, total: Any) -> Any:
         factors_B = scaled_weights(weights_B, self.scale_B)
