@@ -16,6 +16,7 @@ of 64x64 in half of the ResNets that were tried. So comparisons are made in floa
 the model cannot run in it.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -47,6 +48,7 @@ from dpquant.probe import (
     add_mean,
     blind,
     identical,
+    other_mode,
     piece_of,
     shaken,
 )
@@ -215,6 +217,8 @@ def _compare(
         if planted:
             probe.check_collation()
         probe.compare_company()
+        if shake == 0:
+            probe.compare_in_the_other_mode()
         if planted and shake == 0:
             probe.compare_further()
             probe.plant()
@@ -262,18 +266,20 @@ def _check_codes(model: nn.Module, loss_fn: PerExampleLoss, specimens: Specimens
 
 
 def _check_quantized_losses(model: nn.Module, loss_fn: PerExampleLoss, specimens: Specimens, drawing: Drawing) -> None:
-    """Compare the losses of another kind of values bit for bit, if the model runs on it."""
-    try:
-        found = _losses_in(FIXED, model, loss_fn, specimens, drawing)
-    except Exception:  # outside of the data's domain
-        return
-    if not all(bool(losses.isfinite().all()) for losses in found):
-        return
-    if specimens.padded:
-        raise ModelError(PADDED)
-    for (company, row), (other, _) in PLACES_FIXED:
-        if not identical(found[company][row], found[other][row]):
-            raise ModelError(COUPLED)
+    """Compare the losses of another kind of values bit for bit, in both modes, if the model runs on it."""
+    for mode in (contextlib.nullcontext(), other_mode(model)):
+        try:
+            with mode:
+                found = _losses_in(FIXED, model, loss_fn, specimens, drawing)
+        except Exception:  # outside of the data's domain
+            return
+        if not all(bool(losses.isfinite().all()) for losses in found):
+            return
+        if specimens.padded:
+            raise ModelError(PADDED)
+        for (company, row), (other, _) in PLACES_FIXED:
+            if not identical(found[company][row], found[other][row]):
+                raise ModelError(COUPLED)
 
 
 def _losses_in(

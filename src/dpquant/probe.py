@@ -69,6 +69,18 @@ def shaken(model: nn.Module, dtype: torch.dtype, seed: int) -> Iterator[None]:
             tensor.data = data
 
 
+@contextlib.contextmanager
+def other_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation in place of training, or training in place of evaluation, until the block ends."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.train(not model.training)
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 class Probe:
     """What the model makes of a specimen in some company.
 
@@ -90,12 +102,16 @@ class Probe:
         """Raise ModelError if the results of one change in other company and at another place."""
         self._compare_in_companies([self._first, *map(self._rows, MOVED[1:])])
 
+    def compare_in_the_other_mode(self) -> None:
+        """The same in the mode, training or evaluation, that the model is not in."""
+        with other_mode(self._model):
+            self._compare_in_companies([*map(self._rows, MOVED)])
+
     def compare_further(self) -> None:
-        """Raise ModelError if results change with the number of neighbours, in the other mode, or with the past."""
+        """Raise ModelError if results change with the number of neighbours or the past, or are not autograd's."""
         self._compare_with_autograd()
         if not self._drawing.seen:
             self._compare_with_one_alone()
-        self._compare_in_the_other_mode()
         if not self._close(self._first.losses[0], self._losses(MOVED[0])[0]):
             raise ModelError(KEEPS_STATE)
 
@@ -200,16 +216,6 @@ class Probe:
             return
         if not self._close(self._first.losses[0], alone[0]):
             raise ModelError(COUPLED)
-
-    def _compare_in_the_other_mode(self) -> None:
-        """Catches what couples examples in the mode that the model is not in."""
-        modes = {module: module.training for module in self._model.modules()}
-        try:
-            self._model.train(not self._model.training)
-            self._compare_in_companies([*map(self._rows, MOVED)])
-        finally:
-            for module, training in modes.items():
-                module.training = training
 
     def _sees(self, *, leaf: int | None = None, module: nn.Module | None = None, loss: bool = False) -> bool:
         """Whether a coupling in one place makes a's results depend on b and c."""
