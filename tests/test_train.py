@@ -36,10 +36,23 @@ def run(tmp_path_factory):
 def test_a_run_directory_holds_all_that_is_promised(run):
     out, record, _ = run
     assert {p.name for p in out.iterdir()} == {
-        "config.toml", "ledger.jsonl", "metrics.jsonl", "model.safetensors", "record.json", "timings.json"
+        "choices.json", "config.toml", "ledger.jsonl", "metrics.jsonl", "model.safetensors", "record.json", "timings.json"
     }  # fmt: skip
     assert RunRecord.read(out / "record.json") == record
     assert TrainSettings.chosen(from_toml(out / "config.toml")) == settings(analysis_every=1)
+
+
+def test_a_run_that_is_given_anothers_choices_decides_alike(run, tmp_path):
+    given = run[0] / "choices.json"
+    train(settings(analysis_every=1, choices=str(given)), tmp_path / "again")
+    first, again = (json.loads(path.read_text())["choices"] for path in (given, tmp_path / "again" / "choices.json"))
+    assert again and again.items() <= first.items()
+
+
+def test_choices_that_cannot_be_read_are_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(DataError, match="choices"):
+        train(settings(choices=str(tmp_path / "none.json")), tmp_path / "run")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_ledger_and_the_record_agree_with_the_plan(run):

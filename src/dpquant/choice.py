@@ -1,39 +1,167 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chooses the fastest of several ways to compute the same thing, by trying each once on this machine.
+"""Decisions that are measured on this machine, kept so that a run can be repeated and the next one begins sooner.
 
-A choice is made once a process for every question (an operation and the shapes that it meets) and then kept, so that a
-run computes the same sums at every step. Ways are tried on made-up operands: nothing here sees data.
+A decision answers a question: which of several ways to one sum is the fastest for some shapes, how many examples a
+backward pass takes, which layers gain from being quantized. It is made once and then kept, so that a run computes the
+same sums at every step. All of it is measured on synthetic operands: nothing here sees data.
+
+`Choices` are the decisions of a run. They are saved with it, and another run that is given them decides alike: with the
+same settings and the same mechanism_seed it computes the same bits. Decisions are also kept for this machine, in memory
+and in the user's cache directory, from where later runs take them. That file can be deleted at any time.
 """
 
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
 
+import platformdirs
+
+from dpquant.errors import DataError
+from dpquant.hardware import processor
+
+CACHE = "DPQUANT_CACHE"
+"""Environment variable: the directory of the machine's file, or `off`."""
+
+_FORMAT = 1  # of both files; one of another format is not read
 _ROUNDS = 3
 _HOPELESS = 3  # times slower than the best so far: not run again
 
-_choices: dict[Hashable, dict[str, float]] = {}
+
+class Choices:
+    """The decisions of one run.
+
+    Attributes:
+      made: {question: answer} of everything that was decided so far, as JSON has it.
+    """
+
+    def __init__(self, given: Mapping[str, Any] | None = None):
+        """Begin with nothing decided; `given` are another run's decisions, which are taken where they are asked for."""
+        self._given = dict(given or {})
+        self.made: dict[str, Any] = {}
+
+    def decide(
+        self, question: Hashable, measure: Callable[[], Any], *, valid: Callable[[Any], bool], lasting: bool = True
+    ) -> Any:
+        """Return the answer to a question: of this run, of the run that was given, of this machine, or measured now.
+
+        Args:
+          question: identifies the decision, shapes included; its `repr` is what is kept.
+          measure: decides it now. Its result can be written as JSON.
+          valid: whether an answer from elsewhere makes sense here.
+          lasting: the answer holds for later runs on this machine too.
+        """
+        key = repr(question)
+        if key not in self.made:
+            known = [self._given, _machine().answers] if lasting else [self._given]
+            found = [answers[key] for answers in known if key in answers and valid(answers[key])]
+            self.made[key] = found[0] if found else measure()
+            if lasting and not found:
+                _machine().learn(key, self.made[key])
+        return self.made[key]
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Decide by these choices until the block ends."""
+        global _active
+        before, _active = _active, self
+        try:
+            yield
+        finally:
+            _active = before
+            _machine().save()
+
+    def to_json(self) -> str:
+        """The decisions as JSON, one a line, that `read` takes."""
+        return json.dumps({"format": _FORMAT, "choices": self.made}, indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Choices of another run, from its file.
+
+        Raises:
+          DataError: there is no such file, or it holds something else.
+        """
+        try:
+            return cls(_answers(path.read_text()))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise DataError(
+                f"Expected choices to be a file that a run has left; got {path}: {type(error).__name__}: {error}. Give "
+                "the choices.json of a run directory, or leave choices out to measure anew."
+            ) from error
+
+
+class _Machine:
+    """What has been decided on this machine, in a file if there is one."""
+
+    def __init__(self, path: Path | None):
+        self._path, self._new = path, False
+        self.answers: dict[str, Any] = self._read()
+
+    def learn(self, key: str, answer: Any) -> None:
+        """One more answer."""
+        self.answers[key], self._new = answer, True
+
+    def save(self) -> None:
+        """Write what is new beside what other processes have written. Where that fails, nothing is kept."""
+        if not self._new or self._path is None:
+            return
+        self._new = False
+        draft = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            draft.write_text(json.dumps({"format": _FORMAT, "choices": {**self._read(), **self.answers}}, indent=1))
+            draft.replace(self._path)
+
+    def _read(self) -> dict[str, Any]:
+        if self._path is not None:
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                return _answers(self._path.read_text())
+        return {}
+
+
+_active: Choices | None = None
+_alone = Choices()  # of what is computed outside of any run
+_machines: dict[str, _Machine] = {}  # by where the cache is
+
+
+def decided(
+    question: Hashable, measure: Callable[[], Any], *, valid: Callable[[Any], bool], lasting: bool = True
+) -> Any:
+    """`Choices.decide` by the choices that are active."""
+    return (_active or _alone).decide(question, measure, valid=valid, lasting=lasting)
 
 
 def fastest(question: Hashable, ways: Mapping[str, Callable[[], object]]) -> str:
-    """The name of the way that took the least time.
+    """Return the name of the way that takes the least time.
 
     Args:
-      question: what is asked, shapes included.
+      question: identifies the decision, shapes included.
       ways: {name: does the work once}; at least one.
     """
-    if question not in _choices:
-        _choices[question] = timed(ways) if len(ways) > 1 else dict.fromkeys(ways, 0.0)
-    return min(ways, key=_choices[question].__getitem__)
+    if len(ways) == 1:
+        return next(iter(ways))
+
+    def measure() -> str:
+        seconds = timed(ways)
+        return min(ways, key=seconds.__getitem__)
+
+    return decided(question, measure, valid=lambda answer: answer in ways)
 
 
 def timed(ways: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """{name: seconds that the way took, at best}.
+    """Return {name: seconds that the way took, at best}.
 
-    All are run in turn, several times: what disturbs a machine for a while shall not decide.
+    Ways are timed in rotation, so that a temporary slowdown of the machine affects all of them.
     """
     seconds: dict[str, float] = {}
     for name, work in ways.items():
-        work()  # fills caches, asks the questions that it has itself
+        work()  # fills caches, and makes the decisions that it depends on
         seconds[name] = _seconds(work)
     for _ in range(_ROUNDS - 1):
         hopeful = [name for name in ways if seconds[name] <= _HOPELESS * min(seconds.values())]
@@ -42,12 +170,29 @@ def timed(ways: Mapping[str, Callable[[], object]]) -> dict[str, float]:
     return seconds
 
 
-def choices() -> dict[Hashable, dict[str, float]]:
-    """{question: {way: seconds}} of everything that was chosen in this process."""
-    return dict(_choices)
-
-
 def _seconds(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
+
+
+def _answers(text: str) -> dict[str, Any]:
+    written = json.loads(text)
+    if written["format"] != _FORMAT:
+        raise ValueError(f"format {written['format']}")
+    return dict(written["choices"])
+
+
+def _machine() -> _Machine:
+    """Of the cache directory that the environment names now."""
+    place = os.environ.get(CACHE, "")
+    if place not in _machines:
+        _machines[place] = _Machine(None if place == "off" else _file(place))
+    return _machines[place]
+
+
+def _file(place: str) -> Path:
+    """Of this processor and these versions: another decides otherwise."""
+    facts = repr((processor(), importlib.metadata.version("dpquant"), importlib.metadata.version("torch")))
+    folder = Path(place) if place else platformdirs.user_cache_path("dpquant")
+    return folder / f"choices-{_FORMAT}-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.json"

@@ -5,11 +5,16 @@ Decided once, before any record is read, from made-up examples and times. None o
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
+from dpquant.batches import leaves
+from dpquant.choice import decided
 from dpquant.clip import PerExampleLoss
 from dpquant.formats import Precision
 from dpquant.kernels import obstacle_to_int8
@@ -89,27 +94,39 @@ def decide(
       SettingError: the policy names layers that do not exist, or the memory does not suffice.
       FormatError: the model's backend cannot run a precision.
     """
+    asked = _question(model, made_up, chosen, rest, plan)
     first = policy.choose(macs, None, epoch=0, key=0)
     precisions = {name: chosen if name in first else rest for name in macs}
     set_precisions(model, precisions)  # refuses what the backend cannot run
     set_policy(model, ())
-    if microbatch_size is None:
-        microbatch_size = fastest_microbatch_size(
-            model, loss_fn, made_up, precisions, expected_batch_size=plan.expected_batch_size, memory=memory
+    size = microbatch_size
+    if size is None:
+        size = decided(
+            ("examples a backward pass", asked, _digest(*first), memory),
+            lambda: fastest_microbatch_size(
+                model, loss_fn, made_up, precisions, expected_batch_size=plan.expected_batch_size, memory=memory
+            ),
+            valid=_is_size,
+            lasting=memory is None,  # what a process has in use differs
         )
     analysis_microbatch_size = ANALYSIS_MICROBATCH
     if memory is not None and policy.needs_scores and plan.analysis is not None:
-        analysis_microbatch_size = largest_analysis_size(
-            model, loss_fn, made_up, list(macs)[:1], score=plan.analysis.score, memory=memory
+        names, score = list(macs)[:1], plan.analysis.score
+        analysis_microbatch_size = decided(
+            ("examples a pass of an analysis", asked, score, memory),
+            lambda: largest_analysis_size(model, loss_fn, made_up, names, score=score, memory=memory),
+            valid=_is_size,
+            lasting=False,
         )
     layer = next(iter(quantizable_layers(model).values()), None)
     runs_on = "simulate" if layer is None else layer.backend
     gains: dict[str, float] = {}
     if policy.quantizes and backend == "auto" and runs_on == "int8":
-        times = layer_times(
-            model, loss_fn, made_up, microbatch_size=microbatch_size, expected_batch_size=plan.expected_batch_size
+        gains = decided(
+            ("gains of layers", asked, size),
+            partial(_gains, model, loss_fn, made_up, size, plan.expected_batch_size),
+            valid=lambda gains: isinstance(gains, dict) and gains.keys() <= macs.keys(),
         )
-        gains = {name: seconds.gain for name, seconds in times.items()}
     reason = ""
     if layer is not None and (policy.quantizes or rest.quantized):
         device, used = layer.weight.device, [one for one in (chosen, rest) if one.quantized]
@@ -119,13 +136,43 @@ def decide(
     return Execution(
         chosen=chosen,
         rest=rest,
-        microbatch_size=microbatch_size,
+        microbatch_size=size,
         analysis_microbatch_size=analysis_microbatch_size,
         gains=gains,
         spared=() if rest.quantized else spared_layers(policy, macs, gains),
         backend=runs_on,
         reason=reason,
     )
+
+
+def _gains(
+    model: nn.Module, loss_fn: PerExampleLoss, made_up: Any, microbatch_size: int, expected_batch_size: float
+) -> dict[str, float]:
+    """{layer: time in full precision over time quantized}."""
+    times = layer_times(
+        model, loss_fn, made_up, microbatch_size=microbatch_size, expected_batch_size=expected_batch_size
+    )
+    return {name: seconds.gain for name, seconds in times.items()}
+
+
+def _question(model: nn.Module, made_up: Any, chosen: Precision, rest: Precision, plan: PrivacyPlan) -> str:
+    """What times depend on, as far as it can be seen: modules, shapes, formats, batch, device, threads."""
+    layers = quantizable_layers(model).values()
+    return _digest(
+        *(f"{name}: {type(module).__name__}" for name, module in model.named_modules()),
+        *(f"{name}: {tuple(p.shape)} {p.requires_grad}" for name, p in model.named_parameters()),
+        *(f"{layer.geometry} {layer.backend} {layer.weight.device}" for layer in layers),
+        *(f"{leaf.dtype} {tuple(leaf.shape[1:])}" for _, leaf in leaves(made_up)),
+        *(chosen.name, rest.name, plan.expected_batch_size, torch.get_num_threads()),
+    )
+
+
+def _is_size(answer: Any) -> bool:
+    return isinstance(answer, int) and answer > 0
+
+
+def _digest(*facts: object) -> str:
+    return hashlib.sha256("\n".join(map(str, facts)).encode()).hexdigest()[:16]
 
 
 def spared_layers(policy: Policy, macs: dict[str, float], gains: Mapping[str, float]) -> tuple[str, ...]:

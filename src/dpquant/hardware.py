@@ -54,11 +54,11 @@ class Hardware:
     @classmethod
     def here(cls) -> "Hardware":
         """This machine, now."""
-        facts = _cpu_facts()
+        cpu, instructions, cores = processor()
         return cls(
-            cpu=_cpu_name(facts),
-            cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-            instructions=instructions_in(facts.get("flags", facts.get("Features", ""))),
+            cpu=cpu,
+            cores=cores,
+            instructions=instructions,
             memory_gib=_memory_gib(),
             load=_load(),
             system=f"{platform.system()} {platform.machine()}",
@@ -84,6 +84,16 @@ class Hardware:
             f"{self.cpu}, {self.cores} cores{memory}, {instructions}; {self.system}, Python {self.python}, "
             f"torch {self.torch}"
         )
+
+
+def processor() -> tuple[str, tuple[str, ...], int]:
+    """Name, telling instruction sets and the number of cores that this process may use."""
+    facts = _cpu_facts()
+    return _cpu_name(facts), instructions_in(facts.get("flags", facts.get("Features", ""))), _cores()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def instructions_in(flags: str) -> tuple[str, ...]:

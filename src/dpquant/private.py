@@ -28,6 +28,7 @@ from torch.utils.data import IterableDataset, default_collate
 from dpquant import accounting
 from dpquant.accounting import Event
 from dpquant.batches import take_rows
+from dpquant.choice import Choices
 from dpquant.clip import PerExampleLoss, clipped_sum_of, step_key
 from dpquant.errors import BudgetError, DataError, DPQuantError, ModelError, SettingError
 from dpquant.execution import Execution, decide
@@ -116,6 +117,7 @@ class PrivateTraining:
       optimizer, plan, policy: as given.
       backend: `simulate` or `int8`.
       execution: precisions, microbatch, which layers are spared, and why.
+      choices: what was decided by measuring on this machine, so far; given to another run, it decides alike.
       macs: {layer: multiply-accumulates of its forward product, for one example}.
       scores: {layer: smoothed private impact}, empty before the first analysis.
       steps_taken, analyses_made: what has been charged.
@@ -134,12 +136,13 @@ class PrivateTraining:
         policy: Policy,
         found: Findings,
         execution: Execution,
+        choices: Choices,
         ledger: Ledger,
         seed: int,
         secret: SecretKey,
     ):
         self.model, self.optimizer, self.plan, self.policy, self.macs = model, optimizer, plan, policy, found.macs
-        self.execution = execution
+        self.execution, self.choices = execution, choices
         self.scores: dict[str, float] = {}
         self.steps_taken = self.analyses_made = 0
         self.seconds_train = self.seconds_analysis = 0.0
@@ -285,7 +288,7 @@ class PrivateTraining:
         """Do what reads private records. An exception of foreign code is replaced by one that holds no data."""
         failed = None
         try:
-            with working_memory(), torch.inference_mode(False), torch.enable_grad():
+            with working_memory(), self.choices.active(), torch.inference_mode(False), torch.enable_grad():
                 work()
         except DPQuantError:
             raise
@@ -417,6 +420,7 @@ def make_private(
     memory: float | None = None,
     mechanism_seed: int | None = None,
     example: Any = None,
+    choices: Choices | None = None,
 ) -> PrivateTraining:
     """Check everything, prepare the model, and return a run that `plan` accounts for.
 
@@ -442,6 +446,8 @@ def make_private(
       mechanism_seed: makes everything that is secret repeatable for research. The run is then NOT PRIVATE and says so.
       example: a list or data set of a few public or synthetic records, at least two, that differ in every value. The
         model is tried on them instead of on made-up ones, whose values may be outside of the data's domain.
+      choices: of an earlier run, from its choices.json: what was measured there is not measured again. With the same
+        settings and the same mechanism_seed the run computes the same bits. None takes what this machine remembers.
     Raises:
       ModelError, SettingError, DataError, FormatError, LedgerError: before any record's values are used. A step on
         synthetic records has then been tried, the optimizer's part in it included.
@@ -472,20 +478,22 @@ def make_private(
     found = check_isolation(model, loss_fn, specimens, quantized=quantized)
     records = Records(train_set, collate_fn, device, found.specimens)
     records.check()
-    execution = decide(
-        model,
-        loss_fn,
-        found.specimens.batch((0, 1, 2)),
-        policy=policy,
-        macs=found.macs,
-        chosen=chosen,
-        rest=others,
-        backend=backend,
-        plan=plan,
-        microbatch_size=microbatch_size,
-        memory=memory,
-    )
-    _try_all(model, loss_fn, optimizer, plan, policy, found, execution)
+    choices = choices or Choices()
+    with choices.active():
+        execution = decide(
+            model,
+            loss_fn,
+            found.specimens.batch((0, 1, 2)),
+            policy=policy,
+            macs=found.macs,
+            chosen=chosen,
+            rest=others,
+            backend=backend,
+            plan=plan,
+            microbatch_size=microbatch_size,
+            memory=memory,
+        )
+        _try_all(model, loss_fn, optimizer, plan, policy, found, execution)
     secret = SecretKey() if mechanism_seed is None else SecretKey.from_seed(mechanism_seed)
     if ledger is not None:
         ledger.parent.mkdir(parents=True, exist_ok=True)
@@ -498,6 +506,7 @@ def make_private(
         policy=policy,
         found=found,
         execution=execution,
+        choices=choices,
         ledger=Ledger(ledger, research=not secret.secure),
         seed=seed,
         secret=secret,

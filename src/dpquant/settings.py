@@ -121,6 +121,7 @@ class TrainSettings:
     threads: int | None = _setting("threads to compute with [all cores]")
     microbatch_size: int | None = _setting("examples a backward pass [the fastest, measured]")
     memory: float | None = _setting("GiB that the process may use at most, by which microbatch-size is chosen")
+    choices: str | None = _setting("file of what an earlier run has measured on its machine: its choices.json")
     unsafe_metrics: bool = _setting("also measure training accuracy, which is NOT private", False)
 
     @classmethod

@@ -3,10 +3,11 @@
 
 A run directory holds config.toml (all that is needed to run it again), ledger.jsonl (what was charged, ahead of each
 use of data), metrics.jsonl (one line an epoch), model.safetensors (the user's own parameters and buffers, written after
-every epoch, for `safetensors.torch.load_model`), record.json, and timings.json, which is the operator's. It is made
-only after every check has passed; then saving and testing are tried once, before anything is charged. Nothing computed
-from private data is written except through a charged mechanism. There are two exceptions: `unsafe_metrics`, which marks
-what it touches, and the times, which no other file holds.
+every epoch, for `safetensors.torch.load_model`), record.json, choices.json (what was measured on this machine; given to
+another run by `--choices`, that run decides alike), and timings.json, which is the operator's. It is made only after
+every check has passed; then saving and testing are tried once, before anything is charged. Nothing computed from
+private data is written except through a charged mechanism. There are two exceptions: `unsafe_metrics`, which marks what
+it touches, and the times, which no other file holds.
 """
 
 import contextlib
@@ -30,6 +31,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dpquant import accounting, data, models
 from dpquant.accounting import Event
+from dpquant.choice import Choices
 from dpquant.convert import fix
 from dpquant.errors import DivergedError, DPQuantError, ModelError, SettingError
 from dpquant.ledger import Charge, Ledger
@@ -41,7 +43,7 @@ from dpquant.settings import TrainSettings, plan_of, policy_of
 from dpquant.working_memory import working_memory
 
 _CONFIG, _LEDGER, _METRICS = "config.toml", "ledger.jsonl", "metrics.jsonl"
-_MODEL, _RECORD, _TIMINGS = "model.safetensors", "record.json", "timings.json"
+_MODEL, _RECORD, _TIMINGS, _CHOICES = "model.safetensors", "record.json", "timings.json", "choices.json"
 _EVALUATION_BATCH = 500
 _TRIED = 8  # test records on which evaluation is tried before the run
 
@@ -124,6 +126,7 @@ def train(
         ledger=out / _LEDGER,
         microbatch_size=settings.microbatch_size,
         memory=settings.memory,
+        choices=None if settings.choices is None else Choices.read(Path(settings.choices)),
     )
     tested = _Tested(private.model, settings.average)
     evaluate = functools.partial(accuracy, batch_size=_evaluation_batch(settings, private))
@@ -132,6 +135,7 @@ def train(
         with _writing(out, private):
             _check_saving(tested.model, out)
             (out / _CONFIG).write_text(settings.to_toml())
+            _write_choices(private, out)
     except BaseException:
         _take_back(out, is_new)
         raise
@@ -159,6 +163,7 @@ def train(
             _save(tested.model, out / _MODEL)
             _append_line(out / _METRICS, json.dumps(line))
             _timings(private, began, ends).write(out / _TIMINGS)
+            _write_choices(private, out)
     record = _record(settings, private, accuracies, command)
     with _writing(out, private):
         _timings(private, began, ends).write(out / _TIMINGS)
@@ -311,6 +316,11 @@ def _save(model: nn.Module, path: Path) -> None:
         save_model(model, str(draft))
 
 
+def _write_choices(private: PrivateTraining, out: Path) -> None:
+    with replacing(out / _CHOICES) as draft:
+        draft.write_text(private.choices.to_json())
+
+
 def _append_line(path: Path, line: str) -> None:
     """Append a line that is on disk when this returns."""
     with path.open("a") as file:
@@ -334,7 +344,7 @@ def _writing(out: Path, private: PrivateTraining) -> Iterator[None]:
 
 def _take_back(out: Path, is_new: bool) -> None:
     """Remove what a run wrote that was refused before its first charge."""
-    for name in (_CONFIG, _LEDGER):
+    for name in (_CONFIG, _LEDGER, _CHOICES):
         (out / name).unlink(missing_ok=True)
     if is_new:
         with contextlib.suppress(OSError):  # what else is there stays
