@@ -27,8 +27,8 @@ from benchmarks.results import folder_here
 from dpquant.bench import Spread
 from dpquant.clip import clipped_sum_of
 from dpquant.formats import precision
-from dpquant.hardware import Hardware
 from dpquant.isolation import check_at_size, check_isolation, keeps_apart
+from dpquant.machine import Hardware
 from dpquant.records import Records
 from dpquant.rehearsal import rehearse
 from dpquant.synthetic import candidates

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from benchmarks.results import folder_here
-from dpquant.hardware import Hardware
+from dpquant.machine import Hardware
 
 POLICIES = {"none": ["--policy", "none"], "dpquant": ["--policy", "dpquant", "--macs", "0.9"]}
 KEPT = (

@@ -27,8 +27,8 @@ from dpquant.bench_sides import (
     made_up_examples,
 )
 from dpquant.geometry import Geometry
-from dpquant.hardware import Hardware
 from dpquant.kernels import INT8_ZERO_POINT, Int8Products
+from dpquant.machine import Hardware
 from dpquant.quantizer import QTensor
 from dpquant.tuning import layer_times
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from dpquant import noise as noise_module
 from dpquant.bench import Spread
 from dpquant.bench_sides import NETWORKS, build_network, default_image_size
-from dpquant.hardware import Hardware
+from dpquant.machine import Hardware
 from dpquant.noise import NoiseSource
 
 STD = 0.37

@@ -17,9 +17,9 @@ import torch
 from benchmarks.results import folder_here
 from dpquant.bench import Spread
 from dpquant.formats import RoleFormat, recipe
-from dpquant.hardware import Hardware
+from dpquant.machine import Hardware
 from dpquant.quantizer import QTensor, quantize_rows
-from dpquant.streams import row_keys
+from dpquant.rounding import row_keys
 from dpquant.working_memory import working_memory
 
 SHAPE = (128, 64, 16, 16)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dpquant.bench import BenchSettings
-from dpquant.hardware import Hardware
+from dpquant.machine import Hardware
 
 COLOURS = {
     "plain": "#555555",

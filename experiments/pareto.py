@@ -14,7 +14,7 @@ import json
 import statistics
 
 from dpquant.assess import Assessment, assess
-from dpquant.hardware import Hardware
+from dpquant.machine import Hardware
 from experiments.runner import RESULTS, Site, new_figure, settings_of
 from experiments.settings import GTSRB
 

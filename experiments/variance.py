@@ -14,7 +14,7 @@ from dpquant import data
 from dpquant.formats import E3M0, Rounding
 from dpquant.models import build
 from dpquant.quantizer import quantize_rows
-from dpquant.streams import row_keys
+from dpquant.rounding import row_keys
 from experiments.runner import RESULTS, Site, new_figure
 
 EXAMPLES, DRAWS = 256, 200

@@ -2,7 +2,7 @@
 """Independent second answers, slow and plain. Nothing here may import dpquant.
 
 Formats: every value by its definition (lists of integers, or bytes decoded one by one), rounding in exact fractions.
-Draws: the keys and the hash of dpquant.streams on Python integers, and the hash's inverse.
+Draws: the keys and the hash of dpquant.rounding on Python integers, and the hash's inverse.
 Means: which elements of a map they are over, place by place.
 """
 

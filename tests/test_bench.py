@@ -9,12 +9,12 @@ import sys
 import pytest
 import torch
 
-from dpquant import bench, bench_sides, hardware
+from dpquant import bench, bench_sides, machine
 from dpquant.bench import BenchRecord, BenchSettings, Oracle, SideResult, Spread, gradient_of, measure, summed
 from dpquant.bench_sides import NETWORKS, SIDES, build_network, made_up_examples
 from dpquant.cli import run
 from dpquant.errors import FormatError, ModelError, SettingError
-from dpquant.hardware import Hardware, instructions_in
+from dpquant.machine import Hardware, instructions_in
 
 # Opacus warns of its hooks at every step; `measure` silences that, the parts of it that are tested here do not.
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook", "ignore:Secure RNG turned off")
@@ -192,18 +192,18 @@ def test_a_busy_machine_is_noticed(load, busy):
     assert dataclasses.replace(Hardware.here(), cores=2, load=load).busy is busy
 
 
-@pytest.mark.skipif(not hardware._PROCESSORS.exists(), reason="the system does not tell")
+@pytest.mark.skipif(not machine._PROCESSORS.exists(), reason="the system does not tell")
 def test_the_load_is_what_happens_while_this_process_waits(monkeypatch, tmp_path):
-    monkeypatch.setattr(hardware, "_PROCESSORS", tmp_path / "stat")
+    monkeypatch.setattr(machine, "_PROCESSORS", tmp_path / "stat")
     monkeypatch.setattr("os.cpu_count", lambda: 4)
 
     def tick(seconds):
-        hardware._PROCESSORS.write_text("cpu  150 0 25 60 15 0 0 0 0 0\ncpu0 1 1 1 1\n")
+        machine._PROCESSORS.write_text("cpu  150 0 25 60 15 0 0 0 0 0\ncpu0 1 1 1 1\n")
 
     for then, load in [("cpu  100 0 25 20 5 0 0 0 0 0", 2.0), ("cpu  150 0 25 10 5 0 0 0 0 0", 0.0)]:
-        hardware._PROCESSORS.write_text(then + "\ncpu0 1 1 1 1\n")
+        machine._PROCESSORS.write_text(then + "\ncpu0 1 1 1 1\n")
         monkeypatch.setattr("time.sleep", tick)
-        assert hardware._load() == load
+        assert machine._load() == load
 
 
 # The networks

@@ -18,7 +18,7 @@ from dpquant.errors import SettingError
 from dpquant.formats import E3M0, Rounding
 from dpquant.quantizer import quantize_rows
 from dpquant.record import RunRecord
-from dpquant.streams import row_keys
+from dpquant.rounding import row_keys
 
 TABLE = Table(name="mine", title="Mine", common="--epochs 2", rows={"a": "--lr 1", "b": "--lr 2"}, seeds=(0, 1))
 FIELDS = {field.name for field in dataclasses.fields(RunRecord)}

@@ -221,4 +221,4 @@ def test_formats_load_without_torch():
 
 def test_a_module_that_loads_torch_would_be_seen():
     with pytest.raises(AssertionError):
-        assert_loads_no_torch("dpquant.streams")
+        assert_loads_no_torch("dpquant.rounding")

@@ -9,7 +9,7 @@ from dpquant import clip, impact, layers
 from dpquant.errors import SettingError
 from dpquant.impact import gradient_impact_vectors, impact_sum
 from dpquant.layers import Pass, current_precisions, prepare, quantizable_layers, running, set_policy
-from dpquant.streams import derive_key
+from dpquant.rounding import derive_key
 from networks import loss, zoo
 
 NAMES = ("strided", "residual", "grouped", "reused", "tokens")

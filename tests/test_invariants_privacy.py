@@ -28,9 +28,9 @@ from dpquant.kernels import int8_is_exact
 from dpquant.noise import NoiseSource
 from dpquant.quantizer import quantize_rows
 from dpquant.record import RunRecord
+from dpquant.rounding import row_keys
 from dpquant.sampling import PoissonSampler
 from dpquant.settings import TrainSettings
-from dpquant.streams import row_keys
 from networks import loss, zoo
 
 Z = 4.9  # a standard normal lies farther out with probability 1e-6

@@ -15,8 +15,8 @@ from convolutions import codes, convolutions, reference, shifted
 from dpquant import detours, kernels
 from dpquant.errors import FormatError
 from dpquant.geometry import Geometry
-from dpquant.hardware import Hardware
 from dpquant.kernels import Int8Products, SimulatedProducts
+from dpquant.machine import Hardware
 from dpquant.quantizer import QTensor
 from processor import LARGEST_CODES, backends_of, int8_runs
 

@@ -22,7 +22,7 @@ from dpquant.layers import (
     set_precisions,
 )
 from dpquant.quantizer import QTensor, quantize_rows
-from dpquant.streams import derive_key, row_keys
+from dpquant.rounding import derive_key, row_keys
 from networks import Reused, images, loss, zoo
 from processor import REFUSAL, backends_of
 

@@ -18,7 +18,7 @@ import oracles
 from dpquant.errors import FormatError, SettingError
 from dpquant.formats import E3M0, FORMATS, FP8_E4M3, INT4, INT8, NumberFormat, Recipe, RoleFormat, Rounding
 from dpquant.quantizer import QTensor, native_available, quantize, quantize_rows
-from dpquant.streams import row_keys
+from dpquant.rounding import row_keys
 
 STOCHASTIC, NEAREST = Rounding.STOCHASTIC, Rounding.NEAREST
 INTEGER_FORMATS = [E3M0, INT4, INT8]

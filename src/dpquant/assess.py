@@ -34,8 +34,8 @@ from dpquant.cost import (
 )
 from dpquant.errors import SettingError
 from dpquant.execution import spared_layers
-from dpquant.hardware import Hardware
 from dpquant.impact import impact_sum
+from dpquant.machine import Hardware
 from dpquant.plan import AnalysisPlan, PrivacyPlan
 from dpquant.private import PrivateTraining, make_private
 from dpquant.record import RunRecord

@@ -55,7 +55,7 @@ from dpquant.bench_sides import (
 )
 from dpquant.errors import SettingError
 from dpquant.formats import recipe
-from dpquant.hardware import Hardware, forget_peak, memory_mib
+from dpquant.machine import Hardware, forget_peak, memory_mib
 
 Watch = Callable[[str], None]
 

@@ -23,7 +23,7 @@ from typing import Any, Self
 import platformdirs
 
 from dpquant.errors import DataError
-from dpquant.hardware import processor
+from dpquant.machine import processor
 
 CACHE = "DPQUANT_CACHE"
 """Environment variable: the directory of the machine's file, or `off`."""

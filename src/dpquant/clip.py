@@ -31,7 +31,7 @@ from dpquant.norms import TapedGroupNorm
 from dpquant.per_example import contributions_of, has_formula
 from dpquant.quantizer import QTensor
 from dpquant.randomness import Drawing, Position, drawn_by_record, seeded
-from dpquant.streams import derive_key
+from dpquant.rounding import derive_key
 from dpquant.weight_gradients import Product
 from dpquant.working_memory import working_memory
 

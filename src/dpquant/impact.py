@@ -49,7 +49,7 @@ from dpquant.layers import (
 )
 from dpquant.plan import Score
 from dpquant.randomness import Drawing, drawn_by_record, seeded
-from dpquant.streams import derive_key
+from dpquant.rounding import derive_key
 
 
 @dataclasses.dataclass(frozen=True)

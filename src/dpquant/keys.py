@@ -5,7 +5,7 @@
 
 The sampler and the noise draw from here and from nowhere else. There is no state to store or to repeat by accident: a
 stream is a function of the secret and of what it is for. Rounding, dropout and augmentation use fast hashes
-(`dpquant.streams`), under a key from here, because what they draw for a record follows its place in the data set.
+(`dpquant.rounding`), under a key from here, because what they draw for a record follows its place in the data set.
 Scheduling is public.
 
 AES is the `cryptography` package's, that is OpenSSL's: under a nanosecond for 8 bytes where the processor has
@@ -82,7 +82,7 @@ class SecretKey:
         return key
 
     def integer(self, *purpose: str | int) -> int:
-        """64 bits for one purpose, as a number: a key for draws that are hashes (`dpquant.streams`)."""
+        """64 bits for one purpose, as a number: a key for draws that are hashes (`dpquant.rounding`)."""
         return int(self.stream("integer", *purpose).words(1)[0])
 
     def __reduce__(self) -> NoReturn:

@@ -49,7 +49,7 @@ from dpquant.kernels import (
 )
 from dpquant.norms import TapedGroupNorm
 from dpquant.quantizer import QTensor, quantize_rows
-from dpquant.streams import derive_key, row_keys
+from dpquant.rounding import derive_key, row_keys
 
 
 class Tape(Protocol):

@@ -52,9 +52,9 @@ from dpquant.plan import PrivacyPlan
 from dpquant.records import MapDataset, Records
 from dpquant.refusals import check_trainable
 from dpquant.rehearsal import rehearse
+from dpquant.rounding import derive_key
 from dpquant.sampling import PoissonSampler
 from dpquant.schedule import Policy, ema
-from dpquant.streams import derive_key
 from dpquant.synthetic import candidates, from_examples
 from dpquant.working_memory import working_memory
 

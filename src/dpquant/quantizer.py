@@ -32,7 +32,6 @@ import warnings
 import torch
 from torch import Tensor
 
-from dpquant import streams
 from dpquant.errors import FormatError, SettingError
 from dpquant.formats import (
     E3M0,
@@ -47,6 +46,8 @@ from dpquant.formats import (
     Rounding,
     number_format,
 )
+from dpquant.rounding import DRAW_BITS, MAX_ELEMENTS, derive_key, element_bits, line_keys
+from dpquant.rounding import row_keys as keys_of_rows
 
 try:
     from dpquant import _native
@@ -57,8 +58,8 @@ BACKENDS = ("auto", "torch", "native")
 SMALLEST_ABSMAX = 2.0**-100  # rows below it become zero: max_code / absmax could overflow
 
 _UNITS = 2.0**15  # the largest |x| of a row, where its root mean square is formed
-_HALF = 2 ** (streams.DRAW_BITS - 1)
-_ONE = 2**streams.DRAW_BITS
+_HALF = 2 ** (DRAW_BITS - 1)
+_ONE = 2**DRAW_BITS
 _NATIVE_FORMATS = (E3M0, INT4, INT4.one_sided, INT8)
 _FLOAT_CODES = {FP8_E4M3: torch.float8_e4m3fn, FP8_E5M2: torch.float8_e5m2}
 
@@ -146,7 +147,7 @@ def quantize(
         record_ids = torch.zeros(1, dtype=torch.int64, device=x.device)
     elif record_ids is None:
         record_ids = torch.arange(len(x), device=x.device)
-    keys = streams.row_keys(streams.derive_key("quantize", key), record_ids)
+    keys = keys_of_rows(derive_key("quantize", key), record_ids)
     rows = x if per_example else x.reshape(1, -1)  # a whole tensor is no map
     q = quantize_rows(rows, role.format, role.rounding, keys, clip=role.clip, one_sided=role.one_sided, backend=backend)
     return q if per_example else dataclasses.replace(q, codes=q.codes.view(x.shape))
@@ -174,7 +175,7 @@ def quantize_rows(
         axes the native kernel works channels last and copies what is not.
       format: which codes there are.
       rounding: stochastic or to nearest.
-      row_keys: int64 `(B,)` on x's device, from `streams.row_keys`.
+      row_keys: int64 `(B,)` on x's device, from `rounding.row_keys`.
       clip: see `RoleFormat`. With four axes the mean is over none of the lines and columns of zeros at a row's end.
       one_sided: see `RoleFormat`.
       zero_point: 0 for int8 codes; 128 for uint8 codes that hold code + 128, as int8 convolutions take them.
@@ -273,10 +274,10 @@ def _draws(x: Tensor, row_keys: Tensor) -> Tensor:
     """The draw of each element of x, `(B, n)`, in row-major order."""
     line_size = _line_size(x)
     if line_size is None:
-        return streams.element_bits(row_keys, torch.arange(x[0].numel(), device=x.device))
+        return element_bits(row_keys, torch.arange(x[0].numel(), device=x.device))
     B, C, H, W = x.shape
-    keys = streams.line_keys(row_keys, H).flatten()
-    draws = streams.element_bits(keys, torch.arange(line_size, device=x.device))
+    keys = line_keys(row_keys, H).flatten()
+    draws = element_bits(keys, torch.arange(line_size, device=x.device))
     return draws.view(B, H, W, C).permute(0, 3, 1, 2).reshape(B, -1)
 
 
@@ -404,7 +405,7 @@ def _check(x: Tensor, row_keys: Tensor, zero_point: int, backend: str) -> None:
             f"{row_keys.ndim} axes, on {row_keys.device}. A row without its own key shares another's draws. "
             "Make them by row_keys(key, record_ids)."
         )
-    if (_line_size(x) or math.prod(x.shape[1:])) > streams.MAX_ELEMENTS:
+    if (_line_size(x) or math.prod(x.shape[1:])) > MAX_ELEMENTS:
         raise SettingError(
             "Expected x to have at most 2^32 elements in a row or, with four axes (B, C, H, W), in a line of W * C; "
             f"got shape (B, {', '.join(map(str, x.shape[1:]))}). Beyond it draws would repeat. Quantize it in parts."

@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpquant.errors import ModelError
-from dpquant.streams import derive_key, row_keys
+from dpquant.rounding import derive_key, row_keys
 
 _SEED_BITS = 2**32 - 1  # of a seed, torch's CPU generator keeps these
 _DROPS = ("dropout_p", "dropout")  # what kernels call the share that they drop

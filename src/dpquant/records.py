@@ -19,7 +19,7 @@ from torch import Tensor
 from dpquant.batches import Microbatch, check_rows, take_rows, to_device, with_leaves
 from dpquant.errors import DataError, DPQuantError
 from dpquant.randomness import Drawing, Position, RecordDraws, Watch, drawn_by_record, reseed, seeded
-from dpquant.streams import derive_key
+from dpquant.rounding import derive_key
 from dpquant.synthetic import Specimens, matches
 
 

@@ -20,9 +20,9 @@ from dpquant.clock import Clock
 from dpquant.cost import LayerTimes
 from dpquant.errors import SettingError
 from dpquant.formats import Precision
-from dpquant.hardware import memory_mib, reset_peak
 from dpquant.impact import impact_sum
 from dpquant.layers import current_precisions, quantizable_layers, set_policy, set_precisions
+from dpquant.machine import memory_mib, reset_peak
 from dpquant.plan import Score
 from dpquant.working_memory import give_back
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import oracles
 from dpquant.errors import SettingError
-from dpquant.streams import derive_key, element_bits, line_keys, row_keys
+from dpquant.rounding import derive_key, element_bits, line_keys, row_keys
 
 ALPHA = 1e-6
 KEYS = [0, -1, 2**63 - 1, -(2**63), 0x0123456789ABCDEF, -0x0123456789ABCDEF]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dpquant import hardware
+from dpquant import machine
 from dpquant.errors import SettingError
-from dpquant.hardware import forget_peak, memory_mib, reset_peak
+from dpquant.machine import forget_peak, memory_mib, reset_peak
 
 LARGE = 2**26  # bytes
 
@@ -38,7 +38,7 @@ def test_a_peak_that_was_reset_is_forgotten() -> None:
 
 
 def test_a_peak_that_cannot_be_reset_stays_and_that_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(hardware, "_RESET", tmp_path)  # a folder cannot be written
+    monkeypatch.setattr(machine, "_RESET", tmp_path)  # a folder cannot be written
     peak_of_the_past()
     before = memory_mib()[1]
     resident, reset = reset_peak()
@@ -48,7 +48,7 @@ def test_a_peak_that_cannot_be_reset_stays_and_that_is_told(monkeypatch: pytest.
 def test_a_kernel_without_a_high_water_mark_is_asked_otherwise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("resource")
     (tmp_path / "status").write_text("Name:\tpython\nVmRSS:\t    2048 kB\n")
-    monkeypatch.setattr(hardware, "_STATUS", tmp_path / "status")
+    monkeypatch.setattr(machine, "_STATUS", tmp_path / "status")
     resident, peak = memory_mib()
     assert resident == peak > 2
     (tmp_path / "status").write_text("VmRSS:\t    2048 kB\nVmHWM:\t    4096 kB\n")
@@ -56,9 +56,9 @@ def test_a_kernel_without_a_high_water_mark_is_asked_otherwise(monkeypatch: pyte
 
 
 def test_a_system_that_does_not_tell_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(hardware, "_STATUS", tmp_path / "none")
+    monkeypatch.setattr(machine, "_STATUS", tmp_path / "none")
     monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
-    monkeypatch.setattr(hardware.platform, "system", lambda: "Windows")
+    monkeypatch.setattr(machine.platform, "system", lambda: "Windows")
     for ask in (memory_mib, reset_peak, forget_peak):
         with pytest.raises(SettingError, match=r"tells how much memory.*got Windows.*Leave memory out"):
             ask()
