@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from benchmarks.results import folder_here
 from dpquant import prepare
+from dpquant.backends.geometry import Geometry
+from dpquant.backends.kernels import INT8_ZERO_POINT, Int8Products
+from dpquant.backends.quantize import QTensor
 from dpquant.bench_sides import (
     NETWORKS,
     build_network,
@@ -26,10 +29,7 @@ from dpquant.bench_sides import (
     example_losses,
     made_up_examples,
 )
-from dpquant.geometry import Geometry
-from dpquant.kernels import INT8_ZERO_POINT, Int8Products
 from dpquant.machine import Hardware
-from dpquant.quantizer import QTensor
 from dpquant.tuning import layer_times
 
 CHANNELS, SIDES, KERNELS = (3, 16, 32, 64, 128, 256, 512), (1, 2, 4, 8, 16, 32), (1, 3)

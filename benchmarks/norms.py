@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpquant.backends.malloc import working_memory
 from dpquant.gradients import Formed, contributions_of
 from dpquant.norms import TapedGroupNorm
-from dpquant.working_memory import working_memory
 
 SHAPES = [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)]
 BATCH_SIZES = (16, 64)

@@ -15,12 +15,12 @@ import time
 import torch
 
 from benchmarks.results import folder_here
+from dpquant.backends.malloc import working_memory
+from dpquant.backends.quantize import QTensor, quantize_rows
 from dpquant.bench import Spread
 from dpquant.formats import RoleFormat, recipe
 from dpquant.machine import Hardware
-from dpquant.quantizer import QTensor, quantize_rows
 from dpquant.rounding import row_keys
-from dpquant.working_memory import working_memory
 
 SHAPE = (128, 64, 16, 16)
 ROLES = ("e3m0~", "int8", "int4", "int4@4", "int4@4+")

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from dpquant import cli, isolation, layers, private
+from dpquant.backends.quantize import QTensor, quantize_rows
 from dpquant.formats import NumberFormat, Rounding
-from dpquant.quantizer import QTensor, quantize_rows
 
 NOT_PRIVATE = "NOT PRIVATE, whatever was printed before: scales were taken over the batch."
 

@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from dpquant.choice import CACHE
+from dpquant.backends.choose import CACHE
 
 torch.set_num_threads(1)
 os.environ[CACHE] = "off"

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 
-from dpquant.geometry import Geometry
-from dpquant.quantizer import QTensor
+from dpquant.backends.geometry import Geometry
+from dpquant.backends.quantize import QTensor
 
 
 def codes(shape, max_code, seed=0):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import dpquant
-from dpquant import kernels
+from dpquant.backends import kernels
 from dpquant.errors import FormatError
 from dpquant.formats import precision
 

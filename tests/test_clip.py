@@ -13,14 +13,14 @@ from torch import nn
 
 from convolutions import convolutions
 from dpquant import batches, clip, layers
+from dpquant.backends.geometry import Geometry
+from dpquant.backends.quantize import QTensor
 from dpquant.batches import Microbatch
 from dpquant.clip import clip_factors, clipped_sum
 from dpquant.convert import fix
 from dpquant.errors import DPQuantError, ModelError, SettingError
 from dpquant.formats import precision
-from dpquant.geometry import Geometry
 from dpquant.layers import prepare, quantizable_layers, set_policy, set_precisions
-from dpquant.quantizer import QTensor
 from dpquant.refusals import check_trainable
 from dpquant.weight_gradients import Product
 from networks import NAMES, Residual, loss, zoo

@@ -13,10 +13,10 @@ from experiments.per_tensor import with_one_scale
 from experiments.runner import Run, Site, Table, do_table, settings_of
 
 from dpquant import cli
+from dpquant.backends.quantize import quantize_rows
 from dpquant.cost import LayerCost
 from dpquant.errors import SettingError
 from dpquant.formats import E3M0, Rounding
-from dpquant.quantizer import quantize_rows
 from dpquant.record import RunRecord
 from dpquant.rounding import row_keys
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import dpquant
 from dpquant import weight_gradients
-from dpquant.geometry import Geometry
+from dpquant.backends.geometry import Geometry
 from dpquant.gradients import ROUND_OFF, Formed, Lookup
 from dpquant.layers import quantizable_layers, set_policy
 from dpquant.weight_gradients import Product

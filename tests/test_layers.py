@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dpquant import layers
+from dpquant.backends.quantize import QTensor, quantize_rows
 from dpquant.errors import FormatError, ModelError, SettingError
 from dpquant.formats import precision
 from dpquant.layers import (
@@ -21,7 +22,6 @@ from dpquant.layers import (
     set_policy,
     set_precisions,
 )
-from dpquant.quantizer import QTensor, quantize_rows
 from dpquant.rounding import derive_key, row_keys
 from networks import Reused, images, loss, zoo
 from processor import REFUSAL, backends_of

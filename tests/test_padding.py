@@ -15,9 +15,9 @@ from torch import Tensor
 
 import dpquant
 from dpquant import layers
+from dpquant.backends.kernels import obstacle_to_int8
+from dpquant.backends.quantize import QTensor, quantize_rows
 from dpquant.formats import RECIPES
-from dpquant.kernels import obstacle_to_int8
-from dpquant.quantizer import QTensor, quantize_rows
 
 C = 0.05
 TOLERANCE = 1e-3 * C  # a longer product's sums may differ in their last bits

@@ -6,9 +6,9 @@ import tomllib
 
 import pytest
 
+from dpquant.backends.kernels import BACKENDS
 from dpquant.errors import SettingError
 from dpquant.formats import RECIPES
-from dpquant.kernels import BACKENDS
 from dpquant.settings import BACKENDS as SETTING_BACKENDS
 from dpquant.settings import BY_DATA, GENERAL, TrainSettings, from_toml
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dpquant.accounting import Event
+    from dpquant.backends.quantize import QTensor, quantize
     from dpquant.clip import clipped_sum
     from dpquant.convert import fix, restore
     from dpquant.errors import (
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from dpquant.layers import prepare, quantizable_layers, set_policy
     from dpquant.plan import AnalysisPlan, PrivacyPlan
     from dpquant.private import PrivateTraining, make_private
-    from dpquant.quantizer import QTensor, quantize
     from dpquant.schedule import (
         AllPolicy,
         DPQuantPolicy,
@@ -50,7 +50,7 @@ _HOMES = {
     "PrioritisePolicy": "schedule",
     "PrivacyPlan": "plan",
     "PrivateTraining": "private",
-    "QTensor": "quantizer",
+    "QTensor": "backends.quantize",
     "Recipe": "formats",
     "RotatePolicy": "schedule",
     "SettingError": "errors",
@@ -60,7 +60,7 @@ _HOMES = {
     "make_private": "private",
     "prepare": "layers",
     "quantizable_layers": "layers",
-    "quantize": "quantizer",
+    "quantize": "backends.quantize",
     "restore": "convert",
     "set_policy": "layers",
 }

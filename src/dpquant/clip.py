@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpquant.backends.malloc import working_memory
+from dpquant.backends.quantize import QTensor
 from dpquant.batches import Microbatch, check_rows, microbatches, take_rows
 from dpquant.clock import Clock
 from dpquant.errors import DPQuantError, ModelError, SettingError
@@ -29,11 +31,9 @@ from dpquant.gradients import ROUND_OFF, Contribution, Formed, Lookup
 from dpquant.layers import Pass, QuantizableLayer, quantizable_layers, running
 from dpquant.norms import TapedGroupNorm
 from dpquant.per_example import contributions_of, has_formula
-from dpquant.quantizer import QTensor
 from dpquant.randomness import Drawing, Position, drawn_by_record, seeded
 from dpquant.rounding import derive_key
 from dpquant.weight_gradients import Product
-from dpquant.working_memory import working_memory
 
 PerExampleLoss = Callable[[nn.Module, Any], Tensor]
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from dpquant.backends.choose import decided
+from dpquant.backends.kernels import obstacle_to_int8
 from dpquant.batches import leaves
-from dpquant.choice import decided
 from dpquant.clip import PerExampleLoss
 from dpquant.formats import Precision
-from dpquant.kernels import obstacle_to_int8
 from dpquant.layers import quantizable_layers, set_policy, set_precisions
 from dpquant.plan import PrivacyPlan
 from dpquant.schedule import Policy

@@ -30,12 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpquant.clock import Clock
-from dpquant.errors import ModelError, SettingError
-from dpquant.formats import FULL_PRECISION, Precision, Recipe, RoleFormat, precision
-from dpquant.geometry import Geometry
-from dpquant.gradients import Formed
-from dpquant.kernels import (
+from dpquant.backends.geometry import Geometry
+from dpquant.backends.kernels import (
     INT8_ZERO_POINT,
     Int8Products,
     Products,
@@ -47,8 +43,12 @@ from dpquant.kernels import (
     sides_swapped,
     weight_gradient,
 )
+from dpquant.backends.quantize import QTensor, quantize_rows
+from dpquant.clock import Clock
+from dpquant.errors import ModelError, SettingError
+from dpquant.formats import FULL_PRECISION, Precision, Recipe, RoleFormat, precision
+from dpquant.gradients import Formed
 from dpquant.norms import TapedGroupNorm
-from dpquant.quantizer import QTensor, quantize_rows
 from dpquant.rounding import derive_key, row_keys
 
 

@@ -27,8 +27,10 @@ from torch.utils.data import IterableDataset, default_collate
 
 from dpquant import accounting
 from dpquant.accounting import Event
+from dpquant.backends.choose import Choices
+from dpquant.backends.kernels import resolve_backend
+from dpquant.backends.malloc import working_memory
 from dpquant.batches import take_rows
-from dpquant.choice import Choices
 from dpquant.clip import PerExampleLoss, clipped_sum_of, step_key
 from dpquant.errors import BudgetError, DataError, DPQuantError, ModelError, SettingError
 from dpquant.execution import Execution, decide
@@ -43,7 +45,6 @@ from dpquant.isolation import (
     keeps_apart,
     restore_buffers,
 )
-from dpquant.kernels import resolve_backend
 from dpquant.keys import SecretKey
 from dpquant.layers import prepare, set_policy, set_precisions
 from dpquant.ledger import Ledger
@@ -56,7 +57,6 @@ from dpquant.rounding import derive_key
 from dpquant.sampling import PoissonSampler
 from dpquant.schedule import Policy, ema
 from dpquant.synthetic import candidates, from_examples
-from dpquant.working_memory import working_memory
 
 _PROBED = 8  # records of an epoch that are compared in two companies
 

@@ -31,7 +31,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dpquant import accounting, data, models
 from dpquant.accounting import Event
-from dpquant.choice import Choices
+from dpquant.backends.choose import Choices
+from dpquant.backends.malloc import working_memory
 from dpquant.convert import fix
 from dpquant.errors import DivergedError, DPQuantError, ModelError, SettingError
 from dpquant.ledger import Charge, Ledger
@@ -40,7 +41,6 @@ from dpquant.private import Epoch, PrivateTraining, make_private
 from dpquant.record import LayerRecord, RunRecord, Timings, replacing
 from dpquant.refusals import check_trainable
 from dpquant.settings import TrainSettings, plan_of, policy_of
-from dpquant.working_memory import working_memory
 
 _CONFIG, _LEDGER, _METRICS = "config.toml", "ledger.jsonl", "metrics.jsonl"
 _MODEL, _RECORD, _TIMINGS, _CHOICES = "model.safetensors", "record.json", "timings.json", "choices.json"

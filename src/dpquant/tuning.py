@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from dpquant.backends.choose import timed
+from dpquant.backends.malloc import give_back
 from dpquant.batches import num_rows, take_rows
-from dpquant.choice import timed
 from dpquant.clip import PerExampleLoss, clipped_sum
 from dpquant.clock import Clock
 from dpquant.cost import LayerTimes
@@ -24,7 +25,6 @@ from dpquant.impact import impact_sum
 from dpquant.layers import current_precisions, quantizable_layers, set_policy, set_precisions
 from dpquant.machine import memory_mib, reset_peak
 from dpquant.plan import Score
-from dpquant.working_memory import give_back
 
 _SMALLEST, _FIRST, _LARGEST = 4, 32, 256  # microbatches: the smallest, the first that is tried, the largest
 _WORTHWHILE = 1.03  # speed-up for which a microbatch is doubled

@@ -15,10 +15,10 @@ There are these ways to the squared norms and to the sum of c_i G_i:
                 norm, once to be added; it is never kept
     code norms  norms as in `recompute`; the sum as in `grams`
 
-Which one is taken is measured, once for every shape, on made-up operands (`choice.py`). Norm and sum belong to the same
-operands and, where the layer is quantized, to the same codes: there the factor c_i s_i is rounded down to a bfloat16,
-on every backend and in every way, so that a factor times a code is a sum of one or two bfloat16 numbers and the matrix
-product can run on them, exactly.
+Which one is taken is measured, once for every shape, on made-up operands (`backends/choose.py`). Norm and sum belong to
+the same operands and, where the layer is quantized, to the same codes: there the factor c_i s_i is rounded down to a
+bfloat16, on every backend and in every way, so that a factor times a code is a sum of one or two bfloat16 numbers and
+the matrix product can run on them, exactly.
 
 Symbols: B examples, T positions, D patch size, O output channels, G groups, C channels.
 Source: book-keeping, Bu et al., arXiv 2210.00038; Gram norms, Goodfellow, arXiv 1510.01799.
@@ -36,10 +36,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpquant.choice import fastest
-from dpquant.geometry import Geometry
-from dpquant.gradients import ROUND_OFF, Contribution, Formed, distances
-from dpquant.kernels import (
+from dpquant.backends.choose import fastest
+from dpquant.backends.geometry import Geometry
+from dpquant.backends.kernels import (
     add_patch_products,
     bfloat16_factors,
     code_values,
@@ -51,7 +50,7 @@ from dpquant.kernels import (
     unfolded,
     weight_gradient,
 )
-from dpquant.native_products import (
+from dpquant.backends.native_products import (
     add_code_products,
     add_code_sums,
     code_norms,
@@ -63,7 +62,8 @@ from dpquant.native_products import (
     has_direct_products,
     has_gram_norms,
 )
-from dpquant.quantizer import QTensor
+from dpquant.backends.quantize import QTensor
+from dpquant.gradients import ROUND_OFF, Contribution, Formed, distances
 
 _CLEAR = 3  # times the multiplications: a way that needs so many more is not tried
 _UNFOLDED = 2**23  # bytes, at once

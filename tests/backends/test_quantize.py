@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 import oracles
+from dpquant.backends.quantize import QTensor, native_available, quantize, quantize_rows
 from dpquant.errors import FormatError, SettingError
 from dpquant.formats import E3M0, FORMATS, FP8_E4M3, INT4, INT8, NumberFormat, Recipe, RoleFormat, Rounding
-from dpquant.quantizer import QTensor, native_available, quantize, quantize_rows
 from dpquant.rounding import row_keys
 
 STOCHASTIC, NEAREST = Rounding.STOCHASTIC, Rounding.NEAREST
@@ -27,7 +27,7 @@ WHERE = [(name, "torch") for name in FORMATS] + [(fmt.name, "native") for fmt in
 CHANNELS_LAST = torch.channels_last
 LAYOUTS = [torch.contiguous_format, CHANNELS_LAST]
 Quantizer = Callable[..., QTensor]
-quantize_module = importlib.import_module("dpquant.quantizer")
+quantize_module = importlib.import_module("dpquant.backends.quantize")
 
 
 def keys_for(num_rows: int) -> Tensor:

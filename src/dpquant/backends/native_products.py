@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpquant.geometry import Geometry
-from dpquant.kernels import INT8_ZERO_POINT, patch_products, positions, unfolded
-from dpquant.quantizer import QTensor
+from dpquant.backends.geometry import Geometry
+from dpquant.backends.kernels import INT8_ZERO_POINT, patch_products, positions, unfolded
+from dpquant.backends.quantize import QTensor
 
 try:
     from dpquant import _native

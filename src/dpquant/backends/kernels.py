@@ -24,10 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpquant.detours import around_corners, in_one_column, visited
+from dpquant.backends.geometry import Geometry
+from dpquant.backends.quantize import QTensor
+from dpquant.backends.workarounds import around_corners, in_one_column, visited
 from dpquant.errors import FormatError
-from dpquant.geometry import Geometry
-from dpquant.quantizer import QTensor
 
 BACKENDS = ("auto", "simulate", "int8")
 INT8_ZERO_POINT = 128

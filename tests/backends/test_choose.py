@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import dpquant
-from dpquant import choice, weight_gradients
-from dpquant.choice import Choices, decided, fastest
-from dpquant.geometry import Geometry
+from dpquant import weight_gradients
+from dpquant.backends import choose
+from dpquant.backends.choose import Choices, decided, fastest
+from dpquant.backends.geometry import Geometry
 from dpquant.weight_gradients import Product
 
 
@@ -44,22 +45,22 @@ def test_a_disturbance_does_not_decide(monkeypatch):
 
 
 def test_that_one_run_decides_would_be_seen(monkeypatch):
-    monkeypatch.setattr(choice, "_ROUNDS", 1)
+    monkeypatch.setattr(choose, "_ROUNDS", 1)
     assert chosen_on_a_machine_that_is_slow_at_first(monkeypatch) == "worse"
 
 
 def chosen_on_a_machine_that_is_slow_at_first(monkeypatch):
     """It is half as fast for a while, which is when the better way has its first runs."""
     now = [0.0]
-    monkeypatch.setattr(choice, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(choose, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
     runs: list[str] = []
 
     def work(name, seconds):
         runs.append(name)
         now[0] += 2 * seconds if len(runs) <= 4 and name == "better" else seconds
 
-    seconds = choice.timed({"worse": lambda: work("worse", 1.5), "better": lambda: work("better", 1.0)})
-    assert runs[4:] == ["worse", "better"] * (choice._ROUNDS - 1)
+    seconds = choose.timed({"worse": lambda: work("worse", 1.5), "better": lambda: work("better", 1.0)})
+    assert runs[4:] == ["worse", "better"] * (choose._ROUNDS - 1)
     return min(seconds, key=seconds.__getitem__)
 
 
@@ -97,9 +98,9 @@ def operands_of_timed_work(monkeypatch, finite):
         return {name: float(place) for place, name in enumerate(ways)}
 
     with monkeypatch.context() as patch:
-        patch.setattr(choice, "_alone", Choices())
-        patch.setattr(choice, "_machines", {})
-        patch.setattr(choice, "timed", each_once)
+        patch.setattr(choose, "_alone", Choices())
+        patch.setattr(choose, "_machines", {})
+        patch.setattr(choose, "timed", each_once)
         for name in ("weight_gradient", "add_patch_products"):
             patch.setattr(weight_gradients, name, met_by(getattr(weight_gradients, name)))
         x, g = torch.randn(5, 4, 6, 6), torch.randn(5, 3, 6, 6)
@@ -175,8 +176,8 @@ def test_an_answer_that_makes_no_sense_here_is_measured_anew():
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv(choice.CACHE, str(tmp_path / "cache"))
-    return lambda: monkeypatch.setattr(choice, "_machines", {})  # as in another process
+    monkeypatch.setenv(choose.CACHE, str(tmp_path / "cache"))
+    return lambda: monkeypatch.setattr(choose, "_machines", {})  # as in another process
 
 
 def test_the_next_process_takes_what_this_one_has_measured(cache, tmp_path):
@@ -192,11 +193,11 @@ def test_the_next_process_takes_what_this_one_has_measured(cache, tmp_path):
 def test_two_processes_keep_what_each_has_measured(cache):
     answered(Choices(), ("kept", 2), 1)
     cache()
-    choice._machine()  # read before the other one writes
-    other = choice._machines
+    choose._machine()  # read before the other one writes
+    other = choose._machines
     cache()
     answered(Choices(), ("kept", 3), 1)
-    choice._machines.update(other)
+    choose._machines.update(other)
     answered(Choices(), ("kept", 4), 1)
     cache()
     assert [answered(Choices(), ("kept", number), 2) for number in (2, 3, 4)] == [1, 1, 1]
@@ -213,7 +214,7 @@ def test_a_file_that_is_no_cache_is_read_past(cache, tmp_path, text):
 
 def test_a_place_that_cannot_be_written_to_does_not_matter(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(choice.CACHE, str(tmp_path / "file" / "below"))
+    monkeypatch.setenv(choose.CACHE, str(tmp_path / "file" / "below"))
     assert answered(Choices(), ("kept", 7), 1) == 1
 
 
@@ -257,19 +258,19 @@ def run(choices=None):
 def assert_a_run_repeats(monkeypatch):
     """On a machine that takes other ways as often as it may."""
     first, parameters = run()
-    monkeypatch.setattr(choice, "_machines", {})
-    monkeypatch.setattr(choice, "timed", lambda ways: {name: -float(place) for place, name in enumerate(ways)})
+    monkeypatch.setattr(choose, "_machines", {})
+    monkeypatch.setattr(choose, "timed", lambda ways: {name: -float(place) for place, name in enumerate(ways)})
     again, same = run(Choices(json.loads(first.to_json())["choices"]))
     assert again.made.items() <= first.made.items() and torch.equal(parameters, same)
 
 
 def test_the_same_settings_seed_and_choices_give_the_same_bits(monkeypatch):
-    monkeypatch.setattr(choice, "timed", lambda ways: {name: float(place) for place, name in enumerate(ways)})
+    monkeypatch.setattr(choose, "timed", lambda ways: {name: float(place) for place, name in enumerate(ways)})
     assert_a_run_repeats(monkeypatch)
 
 
 def test_choices_that_are_not_taken_would_be_seen(monkeypatch):
-    monkeypatch.setattr(choice, "timed", lambda ways: {name: float(place) for place, name in enumerate(ways)})
+    monkeypatch.setattr(choose, "timed", lambda ways: {name: float(place) for place, name in enumerate(ways)})
     honest = Choices.__init__
     monkeypatch.setattr(Choices, "__init__", lambda self, given=None: honest(self))
     with pytest.raises(AssertionError):

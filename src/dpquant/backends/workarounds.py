@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpquant.geometry import Geometry
+from dpquant.backends.geometry import Geometry
 
 
 def around_corners(codes: Tensor, g: Geometry, *, zero: int) -> tuple[Tensor, Geometry]:

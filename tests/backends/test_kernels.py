@@ -12,12 +12,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from convolutions import codes, convolutions, reference, shifted
-from dpquant import detours, kernels
+from dpquant.backends import kernels, workarounds
+from dpquant.backends.geometry import Geometry
+from dpquant.backends.kernels import Int8Products, SimulatedProducts
+from dpquant.backends.quantize import QTensor
 from dpquant.errors import FormatError
-from dpquant.geometry import Geometry
-from dpquant.kernels import Int8Products, SimulatedProducts
 from dpquant.machine import Hardware
-from dpquant.quantizer import QTensor
 from processor import LARGEST_CODES, backends_of, int8_runs
 
 
@@ -123,7 +123,7 @@ def test_a_convolution_in_float32_agrees_with_float64(convolution):
 
 
 def test_padding_that_is_not_zero_would_be_seen(monkeypatch):
-    monkeypatch.setattr(detours, "_padded", lambda x, g, zero: F.pad(x, (1, 1, 1, 1), value=1))
+    monkeypatch.setattr(workarounds, "_padded", lambda x, g, zero: F.pad(x, (1, 1, 1, 1), value=1))
     with pytest.raises(AssertionError):
         assert_convolved_as_in_float64(ONE_COLUMN)
 
@@ -289,7 +289,7 @@ def test_grams_of_patches_are_sums_of_grams_of_pixels(convolution):
 @pytest.mark.parametrize("instructions", ["AVX2", "AVX512_CORE", "AVX512_CORE_VNNI"])
 def test_int8_is_exact_or_refused_where_instructions_are_fewer(instructions):
     """Without VNNI, pairs of full-range products saturate; the codes of LUQ-FP4 never do."""
-    program = "from dpquant.kernels import int8_is_exact as exact; print(exact(64), exact(127))"
+    program = "from dpquant.backends.kernels import int8_is_exact as exact; print(exact(64), exact(127))"
     told = {**os.environ, "ONEDNN_MAX_CPU_ISA": instructions}
     told_of = subprocess.run(
         [sys.executable, "-c", program], env=told, capture_output=True, text=True, check=True

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convolutions import codes, convolutions, reference, shifted
-from dpquant import kernels
-from dpquant import native_products as products
-from dpquant.geometry import Geometry
+from dpquant.backends import kernels
+from dpquant.backends import native_products as products
+from dpquant.backends.geometry import Geometry
 
 
 @pytest.mark.skipif(not products.has_direct_products(torch.zeros(1)), reason="no native kernel on this machine")

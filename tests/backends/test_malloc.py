@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpquant import working_memory as module
-from dpquant.working_memory import working_memory
+from dpquant.backends import malloc as module
+from dpquant.backends.malloc import working_memory
 
 resource = pytest.importorskip("resource")
 pytestmark = pytest.mark.skipif(
