@@ -17,11 +17,11 @@ from randomgen import AESCounter
 from scipy import stats
 from torch import Tensor
 
-from dpquant import noise as noise_module
 from dpquant.bench import Spread
 from dpquant.bench_sides import NETWORKS, build_network, default_image_size
 from dpquant.machine import Hardware
-from dpquant.noise import NoiseSource
+from dpquant.privacy import noise as noise_module
+from dpquant.privacy.noise import NoiseSource
 
 STD = 0.37
 ALPHA = 1e-6  # of refusing a source that is right

@@ -25,8 +25,9 @@ from torch.utils.data import Dataset, default_collate
 from torchvision.ops import StochasticDepth
 
 import dpquant
-from dpquant import keys, records
+from dpquant import records
 from dpquant.errors import DPQuantError, ModelError
+from dpquant.privacy import secret
 
 BOUND = 0.05
 RECORDS = 24
@@ -1152,7 +1153,7 @@ def secrets(monkeypatch):
     """Another secret for every run, and the same ones each time that the tests run."""
     numbers = itertools.count()
     draw = lambda size: hashlib.blake2b(str(next(numbers)).encode(), digest_size=size).digest()  # noqa: E731
-    monkeypatch.setattr(keys.os, "urandom", draw)
+    monkeypatch.setattr(secret.os, "urandom", draw)
 
 
 @pytest.mark.parametrize("by", ["torch", "numpy", "python"])

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from dpquant.accounting import Event, epsilon
 from dpquant.cli import run
-from dpquant.ledger import Ledger
+from dpquant.privacy.accounting import Event, epsilon
+from dpquant.privacy.ledger import Ledger
 
 BAD = {
     "epochs of zero": ["train", "--epochs", "0"],

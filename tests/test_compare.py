@@ -5,11 +5,11 @@ import json
 import pytest
 
 from dpquant import compare as module
-from dpquant.accounting import Event, epsilon
 from dpquant.cli import run
 from dpquant.compare import compare, half_width
 from dpquant.errors import LedgerError, SettingError
-from dpquant.ledger import Ledger
+from dpquant.privacy.accounting import Event, epsilon
+from dpquant.privacy.ledger import Ledger
 from dpquant.settings import TrainSettings, plan_of
 from dpquant.train import train
 

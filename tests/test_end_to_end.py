@@ -16,10 +16,10 @@ import dpquant
 from dpquant import private as private_module
 from dpquant.clip import ClippedSum
 from dpquant.isolation import keeps_apart
-from dpquant.ledger import Ledger
-from dpquant.noise import NoiseSource
+from dpquant.privacy.ledger import Ledger
+from dpquant.privacy.noise import NoiseSource
+from dpquant.privacy.sampling import PoissonSampler
 from dpquant.private import PrivateTraining, make_private
-from dpquant.sampling import PoissonSampler
 from networks import loss
 
 RECORDS, PUBLIC_RECORDS, BATCH, STEPS, ANALYSES = 90, 100, 20, 12, 2

@@ -26,10 +26,10 @@ from dpquant.backends.quantize import quantize_rows
 from dpquant.clip import ClippedSum, clipped_sum, clipped_sum_of
 from dpquant.formats import recipe
 from dpquant.impact import ImpactSum, impact_sum, impact_sum_of
-from dpquant.noise import NoiseSource
+from dpquant.privacy.noise import NoiseSource
+from dpquant.privacy.sampling import PoissonSampler
 from dpquant.record import RunRecord
 from dpquant.rounding import row_keys
-from dpquant.sampling import PoissonSampler
 from dpquant.settings import TrainSettings
 from networks import loss, zoo
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, load_model, save_file
 
 from dpquant import data, models
 from dpquant import train as train_module
-from dpquant.accounting import Event, epsilon
 from dpquant.errors import DataError, DivergedError, DPQuantError, ModelError, SettingError
-from dpquant.ledger import Ledger
+from dpquant.privacy.accounting import Event, epsilon
+from dpquant.privacy.ledger import Ledger
 from dpquant.record import RunRecord, Timings
 from dpquant.settings import TrainSettings, from_toml, plan_of, policy_of
 from dpquant.train import Charged, accuracy, charged, train

@@ -5,7 +5,6 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dpquant.accounting import Event
     from dpquant.backends.quantize import QTensor, quantize
     from dpquant.clip import clipped_sum
     from dpquant.convert import fix, restore
@@ -21,7 +20,8 @@ if TYPE_CHECKING:
     )
     from dpquant.formats import Recipe
     from dpquant.layers import prepare, quantizable_layers, set_policy
-    from dpquant.plan import AnalysisPlan, PrivacyPlan
+    from dpquant.privacy.accounting import Event
+    from dpquant.privacy.plan import AnalysisPlan, PrivacyPlan
     from dpquant.private import PrivateTraining, make_private
     from dpquant.schedule import (
         AllPolicy,
@@ -36,19 +36,19 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AllPolicy": "schedule",
-    "AnalysisPlan": "plan",
+    "AnalysisPlan": "privacy.plan",
     "BudgetError": "errors",
     "DPQuantError": "errors",
     "DPQuantPolicy": "schedule",
     "DataError": "errors",
     "DivergedError": "errors",
-    "Event": "accounting",
+    "Event": "privacy.accounting",
     "FormatError": "errors",
     "LedgerError": "errors",
     "ModelError": "errors",
     "NonePolicy": "schedule",
     "PrioritisePolicy": "schedule",
-    "PrivacyPlan": "plan",
+    "PrivacyPlan": "privacy.plan",
     "PrivateTraining": "private",
     "QTensor": "backends.quantize",
     "Recipe": "formats",

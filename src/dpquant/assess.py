@@ -36,7 +36,7 @@ from dpquant.errors import SettingError
 from dpquant.execution import spared_layers
 from dpquant.impact import impact_sum
 from dpquant.machine import Hardware
-from dpquant.plan import AnalysisPlan, PrivacyPlan
+from dpquant.privacy.plan import AnalysisPlan, PrivacyPlan
 from dpquant.private import PrivateTraining, make_private
 from dpquant.record import RunRecord
 from dpquant.schedule import Policy, Turn, largest_layers, noise_left

@@ -150,7 +150,7 @@ def train(given: dict[str, Any], config: Config = None, out: Path | None = None,
 
     Example: dpquant train --data fashion-mnist --epsilon 3 --policy dpquant --fraction 0.75 --out runs/fashion
     """
-    from dpquant.plan import rounded_up
+    from dpquant.privacy.plan import rounded_up
     from dpquant.train import charged
     from dpquant.train import train as run_training
 

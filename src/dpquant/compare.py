@@ -17,10 +17,10 @@ from pathlib import Path
 
 from scipy import stats
 
-from dpquant import accounting
-from dpquant.accounting import Event
 from dpquant.errors import SettingError
-from dpquant.ledger import Ledger
+from dpquant.privacy import accounting
+from dpquant.privacy.accounting import Event
+from dpquant.privacy.ledger import Ledger
 from dpquant.record import RunRecord, Timings, replacing
 from dpquant.settings import POLICIES, TrainSettings, plan_of
 from dpquant.train import event_of, train

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from dpquant.assess import Assessment
     from dpquant.bench import BenchRecord
     from dpquant.compare import Comparison
-    from dpquant.plan import PrivacyPlan
+    from dpquant.privacy.plan import PrivacyPlan
     from dpquant.record import RunRecord
     from dpquant.train import Progress as TrainProgress
 
 
 def print_run(console: Console, record: "RunRecord", folder: Path) -> None:
     """The end of a training run, and its privacy statement."""
-    from dpquant.plan import rounded_up
+    from dpquant.privacy.plan import rounded_up
 
     result = Table(show_header=False, box=None)
     result.add_row("test accuracy", f"{record.accuracy_test:.2%}")
@@ -114,7 +114,7 @@ def print_assessment(console: Console, found: "Assessment") -> None:
 
 def print_comparison(console: Console, comparison: "Comparison", folder: Path) -> None:
     """One row a policy, and what all runs cost together."""
-    from dpquant.plan import rounded_up
+    from dpquant.privacy.plan import rounded_up
 
     table = Table(box=None, pad_edge=False)
     for number, title in enumerate(("policy", "test accuracy, %", "MACs quantized", "in 4 bits", "epsilon", "seconds")):
@@ -174,7 +174,7 @@ class ProgressBar:
             self._bar.stop()
 
     def __call__(self, progress: "TrainProgress") -> None:
-        from dpquant.plan import rounded_up
+        from dpquant.privacy.plan import rounded_up
 
         shown: dict[str, Any] = {
             "epoch": f"{progress.epoch + 1}/{progress.epochs}",

@@ -19,7 +19,7 @@ from dpquant.batches import leaves
 from dpquant.clip import PerExampleLoss
 from dpquant.formats import Precision
 from dpquant.layers import quantizable_layers, set_policy, set_precisions
-from dpquant.plan import PrivacyPlan
+from dpquant.privacy.plan import PrivacyPlan
 from dpquant.schedule import Policy
 from dpquant.tuning import ANALYSIS_MICROBATCH, fastest_microbatch_size, largest_analysis_size, layer_times
 

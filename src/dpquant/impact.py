@@ -47,7 +47,7 @@ from dpquant.layers import (
     set_policy,
     set_precisions,
 )
-from dpquant.plan import Score
+from dpquant.privacy.plan import Score
 from dpquant.randomness import Drawing, drawn_by_record, seeded
 from dpquant.rounding import derive_key
 

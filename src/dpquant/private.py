@@ -25,8 +25,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, default_collate
 
-from dpquant import accounting
-from dpquant.accounting import Event
 from dpquant.backends.choose import Choices
 from dpquant.backends.kernels import resolve_backend
 from dpquant.backends.malloc import working_memory
@@ -45,16 +43,18 @@ from dpquant.isolation import (
     keeps_apart,
     restore_buffers,
 )
-from dpquant.keys import SecretKey
 from dpquant.layers import prepare, set_policy, set_precisions
-from dpquant.ledger import Ledger
-from dpquant.noise import NoiseSource
-from dpquant.plan import PrivacyPlan
+from dpquant.privacy import accounting
+from dpquant.privacy.accounting import Event
+from dpquant.privacy.ledger import Ledger
+from dpquant.privacy.noise import NoiseSource
+from dpquant.privacy.plan import PrivacyPlan
+from dpquant.privacy.sampling import PoissonSampler
+from dpquant.privacy.secret import SecretKey
 from dpquant.records import MapDataset, Records
 from dpquant.refusals import check_trainable
 from dpquant.rehearsal import rehearse
 from dpquant.rounding import derive_key
-from dpquant.sampling import PoissonSampler
 from dpquant.schedule import Policy, ema
 from dpquant.synthetic import candidates, from_examples
 

@@ -16,8 +16,8 @@ from dpquant.clip import PerExampleLoss, clipped_sum_of
 from dpquant.errors import DPQuantError, ModelError, SettingError
 from dpquant.impact import impact_sum_of
 from dpquant.isolation import Findings
-from dpquant.noise import NoiseSource
-from dpquant.plan import PrivacyPlan
+from dpquant.privacy.noise import NoiseSource
+from dpquant.privacy.plan import PrivacyPlan
 
 
 def rehearse(

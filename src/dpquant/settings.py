@@ -18,7 +18,7 @@ from dpquant.errors import FormatError, SettingError
 from dpquant.formats import precision
 
 if TYPE_CHECKING:
-    from dpquant.plan import PrivacyPlan, Score
+    from dpquant.privacy.plan import PrivacyPlan, Score
     from dpquant.schedule import Policy
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
@@ -235,7 +235,7 @@ def plan_of(settings: TrainSettings) -> "PrivacyPlan":
       SettingError: the number of records is neither public nor given, or a privacy setting is out of range.
       DataError: the data set is unknown.
     """
-    from dpquant.plan import AnalysisPlan, PrivacyPlan  # loads the accountant, which --help does without
+    from dpquant.privacy.plan import AnalysisPlan, PrivacyPlan  # loads the accountant, which --help does without
 
     if (records := settings.records) is None:
         from dpquant.data import public_size  # loads torch, which a plan with a given number of records does without

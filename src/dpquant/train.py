@@ -29,14 +29,15 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dpquant import accounting, data, models
-from dpquant.accounting import Event
+from dpquant import data, models
 from dpquant.backends.choose import Choices
 from dpquant.backends.malloc import working_memory
 from dpquant.convert import fix
 from dpquant.errors import DivergedError, DPQuantError, ModelError, SettingError
-from dpquant.ledger import Charge, Ledger
-from dpquant.plan import PrivacyPlan, rounded_up
+from dpquant.privacy import accounting
+from dpquant.privacy.accounting import Event
+from dpquant.privacy.ledger import Charge, Ledger
+from dpquant.privacy.plan import PrivacyPlan, rounded_up
 from dpquant.private import Epoch, PrivateTraining, make_private
 from dpquant.record import LayerRecord, RunRecord, Timings, replacing
 from dpquant.refusals import check_trainable

@@ -24,7 +24,7 @@ from dpquant.formats import Precision
 from dpquant.impact import impact_sum
 from dpquant.layers import current_precisions, quantizable_layers, set_policy, set_precisions
 from dpquant.machine import memory_mib, reset_peak
-from dpquant.plan import Score
+from dpquant.privacy.plan import Score
 
 _SMALLEST, _FIRST, _LARGEST = 4, 32, 256  # microbatches: the smallest, the first that is tried, the largest
 _WORTHWHILE = 1.03  # speed-up for which a microbatch is doubled

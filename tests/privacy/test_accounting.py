@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from prv_accountant import PoissonSubsampledGaussianMechanism, PRVAccountant
 from scipy import optimize, stats
 
-from dpquant.accounting import GRID, Event, calibrate, epsilon, version
 from dpquant.errors import SettingError
+from dpquant.privacy.accounting import GRID, Event, calibrate, epsilon, version
 
 DELTA = 1e-5
 CELLS = [

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dpquant.errors import SettingError
-from dpquant.keys import SecretKey
+from dpquant.privacy.secret import SecretKey
 
 
 class PoissonSampler:

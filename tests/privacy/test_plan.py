@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from dpquant.accounting import Event, epsilon
 from dpquant.errors import SettingError
-from dpquant.plan import AnalysisPlan, PrivacyPlan, rounded_up
+from dpquant.privacy.accounting import Event, epsilon
+from dpquant.privacy.plan import AnalysisPlan, PrivacyPlan, rounded_up
 
 ANALYSIS = {"count": 3, "sample_rate": 0.05, "expected_batch_size": 100, "noise_multiplier": 2.0, "max_norm": 1.0}
 SETTINGS = {

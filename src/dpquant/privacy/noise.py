@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from dpquant.errors import SettingError
-from dpquant.keys import SecretKey
+from dpquant.privacy.secret import SecretKey
 
 try:
     from dpquant import _native

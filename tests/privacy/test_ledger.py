@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dpquant.errors import LedgerError, SettingError
-from dpquant.ledger import NO_HASH, Charge, Ledger, merged
+from dpquant.privacy.ledger import NO_HASH, Charge, Ledger, merged
 
 TRAIN = {"kind": "train", "sample_rate": 0.05, "noise_multiplier": 1.1}
 ANALYSIS = {"kind": "analysis", "sample_rate": 0.01, "noise_multiplier": 2.0}

@@ -9,8 +9,8 @@ import torch
 from scipy import stats
 
 from dpquant.errors import SettingError
-from dpquant.keys import SecretKey
-from dpquant.sampling import PoissonSampler
+from dpquant.privacy.sampling import PoissonSampler
+from dpquant.privacy.secret import SecretKey
 
 ALPHA = 1e-6
 N, T, Q = 1000, 3000, 0.02

@@ -10,10 +10,10 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from dpquant import noise as noise_module
 from dpquant.errors import SettingError
-from dpquant.keys import SecretKey
-from dpquant.noise import NoiseSource, cell_midpoints, log_of, normals, sine_and_cosine
+from dpquant.privacy import noise as noise_module
+from dpquant.privacy.noise import NoiseSource, cell_midpoints, log_of, normals, sine_and_cosine
+from dpquant.privacy.secret import SecretKey
 
 ALPHA = 1e-6
 NUM_DRAWS = 2_000_000

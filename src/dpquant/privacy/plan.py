@@ -22,9 +22,9 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
-from dpquant import accounting
-from dpquant.accounting import Event
 from dpquant.errors import SettingError
+from dpquant.privacy import accounting
+from dpquant.privacy.accounting import Event
 
 Score = Literal["loss", "gradient"]  # what a layer's impact is measured by
 

@@ -10,7 +10,7 @@ import pytest
 from randomgen import AESCounter
 
 from dpquant.errors import SettingError
-from dpquant.keys import RandomStream, SecretKey
+from dpquant.privacy.secret import RandomStream, SecretKey
 
 SECRET = bytes(range(16))
 PURPOSES = [("a", 11), ("a1", 1), ("a", "11"), ("a", 1, 1), (11, "a"), ("a",), ("", "a"), (), ('a", 11',), ("ä",)]
