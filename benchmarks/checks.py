@@ -25,7 +25,7 @@ from torch.utils.data import TensorDataset, default_collate
 import dpquant
 from benchmarks.results import folder_here
 from dpquant.bench import Spread
-from dpquant.clip import clipped_sum_of
+from dpquant.engine.clip import clipped_sum_of
 from dpquant.formats import precision
 from dpquant.isolation import check_at_size, check_isolation, keeps_apart
 from dpquant.machine import Hardware

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpquant.backends.malloc import working_memory
-from dpquant.gradients import Formed, contributions_of
-from dpquant.norms import TapedGroupNorm
+from dpquant.engine.contributions import Formed, contributions_of
+from dpquant.engine.group_norm import TapedGroupNorm
 
 SHAPES = [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)]
 BATCH_SIZES = (16, 64)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dpquant import data
 from dpquant.bench import gradient_of
-from dpquant.layers import prepare, quantizable_layers, set_policy
+from dpquant.engine.layers import prepare, quantizable_layers, set_policy
 from dpquant.private import make_private
 from dpquant.settings import TrainSettings, plan_of, policy_of
 from dpquant.train import accuracy, model_of, optimizer_of, per_example_loss

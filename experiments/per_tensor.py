@@ -15,8 +15,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from dpquant import cli, isolation, layers, private
+from dpquant import cli, isolation, private
 from dpquant.backends.quantize import QTensor, quantize_rows
+from dpquant.engine import layers
 from dpquant.formats import NumberFormat, Rounding
 
 NOT_PRIVATE = "NOT PRIVATE, whatever was printed before: scales were taken over the batch."

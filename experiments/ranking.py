@@ -22,10 +22,10 @@ from scipy import stats
 from torch import Tensor, nn
 
 from dpquant import data
-from dpquant.clip import clipped_sum
+from dpquant.engine.clip import clipped_sum
+from dpquant.engine.layers import prepare, quantizable_layers, set_policy
 from dpquant.errors import SettingError
 from dpquant.impact import gradient_impact_vectors, impact_vectors
-from dpquant.layers import prepare, quantizable_layers, set_policy
 from dpquant.settings import TrainSettings, from_toml, plan_of
 from dpquant.train import model_of, per_example_loss
 from experiments import fashion_mnist

@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import default_collate
 
-from dpquant import isolation, layers, probe
-from dpquant.batches import leaves, with_leaves
-from dpquant.clip import RowGradients
+from dpquant import isolation, probe
+from dpquant.engine import layers
+from dpquant.engine.batches import leaves, with_leaves
+from dpquant.engine.clip import RowGradients
 from dpquant.errors import DataError, ModelError
 from dpquant.formats import precision
 from dpquant.isolation import Findings, check_isolation

@@ -14,7 +14,7 @@ from torch import nn
 
 import dpquant
 from dpquant import private as private_module
-from dpquant.clip import ClippedSum
+from dpquant.engine.clip import ClippedSum
 from dpquant.isolation import keeps_apart
 from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.noise import NoiseSource

@@ -5,10 +5,10 @@ from torch import nn
 
 import dpquant
 from dpquant import execution as execution_module
+from dpquant.engine.layers import current_precisions
 from dpquant.errors import FormatError, SettingError
 from dpquant.execution import Execution, decide, spared_layers
 from dpquant.formats import FULL_PRECISION, precision
-from dpquant.layers import current_precisions
 from dpquant.tuning import ANALYSIS_MICROBATCH
 from networks import loss
 

@@ -164,7 +164,7 @@ def test_a_run_with_scales_per_tensor_promises_nothing(tmp_path, capsys):
 
 
 def test_scales_per_tensor_are_refused_where_the_checks_are_left_in(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("dpquant.layers.quantize_rows", with_one_scale)
+    monkeypatch.setattr("dpquant.engine.layers.quantize_rows", with_one_scale)
     assert cli.run(["train", "--policy", "all", "--epochs", "1", "--threads", "1", "--out", str(tmp_path / "run")]) == 2
     assert "that example alone" in capsys.readouterr().err and not (tmp_path / "run").exists()
 

@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from dpquant import clip, impact, layers
+from dpquant import impact
+from dpquant.engine import clip, layers
+from dpquant.engine.layers import Pass, current_precisions, prepare, quantizable_layers, running, set_policy
 from dpquant.errors import SettingError
 from dpquant.impact import gradient_impact_vectors, impact_sum
-from dpquant.layers import Pass, current_precisions, prepare, quantizable_layers, running, set_policy
 from dpquant.rounding import derive_key
 from networks import loss, zoo
 

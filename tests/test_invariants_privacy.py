@@ -23,7 +23,7 @@ from dpquant import private as private_module
 from dpquant import train as train_module
 from dpquant.backends.kernels import int8_is_exact
 from dpquant.backends.quantize import quantize_rows
-from dpquant.clip import ClippedSum, clipped_sum, clipped_sum_of
+from dpquant.engine.clip import ClippedSum, clipped_sum, clipped_sum_of
 from dpquant.formats import recipe
 from dpquant.impact import ImpactSum, impact_sum, impact_sum_of
 from dpquant.privacy.noise import NoiseSource

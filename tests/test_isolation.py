@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import default_collate
 
+from dpquant.engine.layers import prepare
 from dpquant.errors import ModelError
 from dpquant.isolation import check_isolation
-from dpquant.layers import prepare
 from dpquant.synthetic import candidates
 from networks import loss, zoo
 

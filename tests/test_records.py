@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, default_collate
 
 from dpquant import records as records_module
-from dpquant.batches import leaves
+from dpquant.engine.batches import leaves
 from dpquant.errors import DataError, SettingError
 from dpquant.records import Collated, Records
 from dpquant.synthetic import candidates

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import default_collate
 
 from dpquant import synthetic
-from dpquant.batches import leaves
+from dpquant.engine.batches import leaves
 from dpquant.errors import DataError, SettingError
 from dpquant.synthetic import Leaf, candidates, from_examples, matches
 

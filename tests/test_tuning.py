@@ -4,10 +4,11 @@ import torch
 from torch import nn
 
 import dpquant
-from dpquant import clock, layers, norms, tuning, weight_gradients
+from dpquant import tuning
 from dpquant.cost import LayerTimes
+from dpquant.engine import clock, group_norm, layers, weight_gradients
+from dpquant.engine.layers import current_precisions
 from dpquant.errors import SettingError
-from dpquant.layers import current_precisions
 from networks import loss
 
 
@@ -61,7 +62,7 @@ class StoppedTime:
         (layers.Pass, "dense_weight", 1, 0),
         (weight_gradients.Product, "squared_norms", 1, 1),
         (weight_gradients.Product, "add_weighted", 1, 1),
-        (norms.TapedGroupNorm, "forward", 0, 0),
+        (group_norm.TapedGroupNorm, "forward", 0, 0),
     ],
 )
 def test_a_layer_answers_for_all_of_its_own_work_and_for_no_other(monkeypatch, owner, name, full, quantized):

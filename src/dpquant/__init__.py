@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dpquant.backends.quantize import QTensor, quantize
-    from dpquant.clip import clipped_sum
-    from dpquant.convert import fix, restore
+    from dpquant.engine.clip import clipped_sum
+    from dpquant.engine.convert import fix, restore
+    from dpquant.engine.layers import prepare, quantizable_layers, set_policy
     from dpquant.errors import (
         BudgetError,
         DataError,
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
         SettingError,
     )
     from dpquant.formats import Recipe
-    from dpquant.layers import prepare, quantizable_layers, set_policy
     from dpquant.privacy.accounting import Event
     from dpquant.privacy.plan import AnalysisPlan, PrivacyPlan
     from dpquant.private import PrivateTraining, make_private
@@ -55,14 +55,14 @@ _HOMES = {
     "RotatePolicy": "schedule",
     "SettingError": "errors",
     "StaticPolicy": "schedule",
-    "clipped_sum": "clip",
-    "fix": "convert",
+    "clipped_sum": "engine.clip",
+    "fix": "engine.convert",
     "make_private": "private",
-    "prepare": "layers",
-    "quantizable_layers": "layers",
+    "prepare": "engine.layers",
+    "quantizable_layers": "engine.layers",
     "quantize": "backends.quantize",
-    "restore": "convert",
-    "set_policy": "layers",
+    "restore": "engine.convert",
+    "set_policy": "engine.layers",
 }
 
 __all__ = [

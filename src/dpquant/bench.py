@@ -41,7 +41,6 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from dpquant.batches import take_rows
 from dpquant.bench_sides import (
     DESCRIPTIONS,
     SIDES,
@@ -53,6 +52,7 @@ from dpquant.bench_sides import (
     example_losses,
     made_up_examples,
 )
+from dpquant.engine.batches import take_rows
 from dpquant.errors import SettingError
 from dpquant.formats import recipe
 from dpquant.machine import Hardware, forget_peak, memory_mib

@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpquant import models
-from dpquant.batches import take_rows
-from dpquant.clip import clipped_sum
+from dpquant.engine.batches import take_rows
+from dpquant.engine.clip import clipped_sum
+from dpquant.engine.layers import current_precisions, prepare, quantizable_layers, set_policy
 from dpquant.errors import ModelError, SettingError
-from dpquant.layers import current_precisions, prepare, quantizable_layers, set_policy
 from dpquant.schedule import largest_layers
 from dpquant.tuning import fastest_microbatch_size
 

@@ -15,10 +15,10 @@ from torch import nn
 
 from dpquant.backends.choose import decided
 from dpquant.backends.kernels import obstacle_to_int8
-from dpquant.batches import leaves
-from dpquant.clip import PerExampleLoss
+from dpquant.engine.batches import leaves
+from dpquant.engine.clip import PerExampleLoss
+from dpquant.engine.layers import quantizable_layers, set_policy, set_precisions
 from dpquant.formats import Precision
-from dpquant.layers import quantizable_layers, set_policy, set_precisions
 from dpquant.privacy.plan import PrivacyPlan
 from dpquant.schedule import Policy
 from dpquant.tuning import ANALYSIS_MICROBATCH, fastest_microbatch_size, largest_analysis_size, layer_times

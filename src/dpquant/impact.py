@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpquant.batches import Microbatch, check_rows, microbatches
-from dpquant.clip import (
+from dpquant.engine.batches import Microbatch, check_rows, microbatches
+from dpquant.engine.clip import (
     PerExampleLoss,
     caused_by_records,
     clip_factors,
@@ -36,9 +36,8 @@ from dpquant.clip import (
     copies,
     per_example_losses,
 )
-from dpquant.errors import SettingError
-from dpquant.gradients import Contribution
-from dpquant.layers import (
+from dpquant.engine.contributions import Contribution
+from dpquant.engine.layers import (
     Pass,
     Replay,
     current_precisions,
@@ -47,8 +46,9 @@ from dpquant.layers import (
     set_policy,
     set_precisions,
 )
+from dpquant.engine.randomness import Drawing, drawn_by_record, seeded
+from dpquant.errors import SettingError
 from dpquant.privacy.plan import Score
-from dpquant.randomness import Drawing, drawn_by_record, seeded
 from dpquant.rounding import derive_key
 
 

@@ -26,17 +26,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpquant.batches import Microbatch
-from dpquant.clip import (
+from dpquant.engine.batches import Microbatch
+from dpquant.engine.clip import (
     PerExampleLoss,
     check_examples_first,
     gradients_of_rows,
     losses_of,
     no_gradient,
 )
+from dpquant.engine.layers import QuantizableLayer, current_precisions, quantizable_layers, set_policy, set_precisions
+from dpquant.engine.randomness import Drawing, seeded
 from dpquant.errors import DataError, DPQuantError, ModelError
 from dpquant.formats import Precision
-from dpquant.layers import QuantizableLayer, current_precisions, quantizable_layers, set_policy, set_precisions
 from dpquant.probe import (
     FIXED,
     KEY,
@@ -52,7 +53,6 @@ from dpquant.probe import (
     piece_of,
     shaken,
 )
-from dpquant.randomness import Drawing, seeded
 from dpquant.refusals import BY_PLACE, COUPLED, PADDED, NotFinite, explained
 from dpquant.synthetic import Specimens
 

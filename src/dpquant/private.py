@@ -28,8 +28,9 @@ from torch.utils.data import IterableDataset, default_collate
 from dpquant.backends.choose import Choices
 from dpquant.backends.kernels import resolve_backend
 from dpquant.backends.malloc import working_memory
-from dpquant.batches import take_rows
-from dpquant.clip import PerExampleLoss, clipped_sum_of, step_key
+from dpquant.engine.batches import take_rows
+from dpquant.engine.clip import PerExampleLoss, clipped_sum_of, step_key
+from dpquant.engine.layers import prepare, set_policy, set_precisions
 from dpquant.errors import BudgetError, DataError, DPQuantError, ModelError, SettingError
 from dpquant.execution import Execution, decide
 from dpquant.formats import Precision, Recipe, precision
@@ -43,7 +44,6 @@ from dpquant.isolation import (
     keeps_apart,
     restore_buffers,
 )
-from dpquant.layers import prepare, set_policy, set_precisions
 from dpquant.privacy import accounting
 from dpquant.privacy.accounting import Event
 from dpquant.privacy.ledger import Ledger

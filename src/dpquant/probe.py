@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpquant.batches import Microbatch, leaves, with_leaves
-from dpquant.clip import PerExampleLoss, RowGradients, draws_key, gradients_of_rows, losses_of, no_gradient
+from dpquant.engine.batches import Microbatch, leaves, with_leaves
+from dpquant.engine.clip import PerExampleLoss, RowGradients, draws_key, gradients_of_rows, losses_of, no_gradient
+from dpquant.engine.randomness import Drawing, drawn_by_record, seeded
 from dpquant.errors import DataError, ModelError
-from dpquant.randomness import Drawing, drawn_by_record, seeded
 from dpquant.refusals import BY_PLACE, COUPLED, KEEPS_STATE, MIXED
 from dpquant.synthetic import Specimens
 

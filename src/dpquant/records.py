@@ -6,7 +6,7 @@ out: it contributes nothing, and nobody is told, because an error that depends o
 is judged by itself, so that what the others contribute does not change.
 
 A data set may draw random numbers when it is read (augmentation), and so may a collate function. Those draws follow
-from a secret key and the record's id, not from the global generators (`randomness.py`).
+from a secret key and the record's id, not from the global generators (`engine/randomness.py`).
 """
 
 import contextlib
@@ -16,9 +16,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from dpquant.batches import Microbatch, check_rows, take_rows, to_device, with_leaves
+from dpquant.engine.batches import Microbatch, check_rows, take_rows, to_device, with_leaves
+from dpquant.engine.randomness import Drawing, Position, RecordDraws, Watch, drawn_by_record, reseed, seeded
 from dpquant.errors import DataError, DPQuantError
-from dpquant.randomness import Drawing, Position, RecordDraws, Watch, drawn_by_record, reseed, seeded
 from dpquant.rounding import derive_key
 from dpquant.synthetic import Specimens, matches
 

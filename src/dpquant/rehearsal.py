@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpquant.batches import Microbatch
-from dpquant.clip import PerExampleLoss, clipped_sum_of
+from dpquant.engine.batches import Microbatch
+from dpquant.engine.clip import PerExampleLoss, clipped_sum_of
 from dpquant.errors import DPQuantError, ModelError, SettingError
 from dpquant.impact import impact_sum_of
 from dpquant.isolation import Findings

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpquant.batches import check_rows, leaves, to_device, with_leaves
+from dpquant.engine.batches import check_rows, leaves, to_device, with_leaves
+from dpquant.engine.randomness import RecordDraws, seeded
 from dpquant.errors import DataError, SettingError
-from dpquant.randomness import RecordDraws, seeded
 
 _GROWTH = 4.0  # each record is so many times the one before: a statistic over the batch then moves them all
 _FLOATS = ("normal", "unit", "positive", "signed unit", "counts", "binary", "negative")

@@ -32,7 +32,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from dpquant import data, models
 from dpquant.backends.choose import Choices
 from dpquant.backends.malloc import working_memory
-from dpquant.convert import fix
+from dpquant.engine.convert import fix
 from dpquant.errors import DivergedError, DPQuantError, ModelError, SettingError
 from dpquant.privacy import accounting
 from dpquant.privacy.accounting import Event

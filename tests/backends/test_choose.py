@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import dpquant
-from dpquant import weight_gradients
 from dpquant.backends import choose
 from dpquant.backends.choose import Choices, decided, fastest
 from dpquant.backends.geometry import Geometry
-from dpquant.weight_gradients import Product
+from dpquant.engine import weight_gradients
+from dpquant.engine.weight_gradients import Product
 
 
 def ways(calls, **seconds):

@@ -5,8 +5,8 @@ import types
 import pytest
 import torch
 
-from dpquant import batches
-from dpquant.batches import (
+from dpquant.engine import batches
+from dpquant.engine.batches import (
     check_rows,
     filled_up,
     is_numbers,

@@ -6,7 +6,7 @@
 
 torch's own operator sums them over the batch. `prepare` puts this twin in a GroupNorm's place: the same parameters, the
 same state_dict, the same function. Native code runs it on channels-last maps in main memory; everything else goes
-through torch's operator and the listener in `clip.py`.
+through torch's operator and the listener in `engine/clip.py`.
 
 Symbols: B examples, T positions, C channels, G groups. Source: Wu and He, arXiv 1803.08494.
 """
@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from dpquant.gradients import Formed
+from dpquant.engine.contributions import Formed
 
 try:
     from dpquant import _native

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dpquant import randomness
+from dpquant.engine import randomness
+from dpquant.engine.randomness import Drawing, Position, RecordDraws, Watch, drawn_by_record, reseed, seeded
 from dpquant.errors import ModelError
-from dpquant.randomness import Drawing, Position, RecordDraws, Watch, drawn_by_record, reseed, seeded
 
 IDS = [5, 3, 9, 7]
 ELSEWHERE = [[7, 11, 5, 3], [3, 3, 3, 3], [40, 41, 42, 5, 44, 45, 9]]  # other places, company, copies, another size

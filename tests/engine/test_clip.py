@@ -12,17 +12,17 @@ from opacus import GradSampleModule
 from torch import nn
 
 from convolutions import convolutions
-from dpquant import batches, clip, layers
 from dpquant.backends.geometry import Geometry
 from dpquant.backends.quantize import QTensor
-from dpquant.batches import Microbatch
-from dpquant.clip import clip_factors, clipped_sum
-from dpquant.convert import fix
+from dpquant.engine import batches, clip, layers
+from dpquant.engine.batches import Microbatch
+from dpquant.engine.clip import clip_factors, clipped_sum
+from dpquant.engine.convert import fix
+from dpquant.engine.layers import prepare, quantizable_layers, set_policy, set_precisions
+from dpquant.engine.weight_gradients import Product
 from dpquant.errors import DPQuantError, ModelError, SettingError
 from dpquant.formats import precision
-from dpquant.layers import prepare, quantizable_layers, set_policy, set_precisions
 from dpquant.refusals import check_trainable
-from dpquant.weight_gradients import Product
 from networks import NAMES, Residual, loss, zoo
 from processor import backends_of
 

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import dpquant
-from dpquant import per_example
+from dpquant.engine import per_example
+from dpquant.engine.group_norm import TapedGroupNorm
+from dpquant.engine.per_example import contributions_of, has_formula
 from dpquant.errors import ModelError
-from dpquant.norms import TapedGroupNorm
-from dpquant.per_example import contributions_of, has_formula
 
 COUNT = 4
 

@@ -44,11 +44,11 @@ from dpquant.backends.kernels import (
     weight_gradient,
 )
 from dpquant.backends.quantize import QTensor, quantize_rows
-from dpquant.clock import Clock
+from dpquant.engine.clock import Clock
+from dpquant.engine.contributions import Formed
+from dpquant.engine.group_norm import TapedGroupNorm
 from dpquant.errors import ModelError, SettingError
 from dpquant.formats import FULL_PRECISION, Precision, Recipe, RoleFormat, precision
-from dpquant.gradients import Formed
-from dpquant.norms import TapedGroupNorm
 from dpquant.rounding import derive_key, row_keys
 
 

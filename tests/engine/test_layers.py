@@ -7,11 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dpquant import layers
 from dpquant.backends.quantize import QTensor, quantize_rows
-from dpquant.errors import FormatError, ModelError, SettingError
-from dpquant.formats import precision
-from dpquant.layers import (
+from dpquant.engine import layers
+from dpquant.engine.layers import (
     Pass,
     QuantConv2d,
     QuantLinear,
@@ -22,6 +20,8 @@ from dpquant.layers import (
     set_policy,
     set_precisions,
 )
+from dpquant.errors import FormatError, ModelError, SettingError
+from dpquant.formats import precision
 from dpquant.rounding import derive_key, row_keys
 from networks import Reused, images, loss, zoo
 from processor import REFUSAL, backends_of

@@ -2,8 +2,8 @@
 """The per-example gradients of one parameter, from one call of the module that owns it, evaluated as late as possible.
 
 A contribution can say every example's squared norm, and add the examples' gradients, weighted, to a total. What it
-holds in between is its own affair: the gradients, or operands that give them (`weight_gradients.py`). Norm and sum are
-of the same gradients, so that what was clipped is what is summed. Nothing here knows of clipping.
+holds in between is its own affair: the gradients, or operands that give them (`engine/weight_gradients.py`). Norm and
+sum are of the same gradients, so that what was clipped is what is summed. Nothing here knows of clipping.
 
 Symbols: B examples, T positions, D features, S pairs of an example and a table row that it looks up.
 Source: book-keeping, Bu et al., arXiv 2210.00038.

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from dpquant import norms
 from dpquant.backends.quantize import native_available
-from dpquant.clip import clipped_sum
-from dpquant.gradients import Formed
+from dpquant.engine import group_norm as norms
+from dpquant.engine.clip import clipped_sum
+from dpquant.engine.contributions import Formed
+from dpquant.engine.group_norm import TapedGroupNorm
+from dpquant.engine.layers import Pass, prepare, running
 from dpquant.isolation import check_isolation
-from dpquant.layers import Pass, prepare, running
-from dpquant.norms import TapedGroupNorm
 from dpquant.refusals import check_trainable
 from dpquant.synthetic import from_examples
 

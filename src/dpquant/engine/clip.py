@@ -3,7 +3,8 @@
 
 The norm that is clipped must be the norm of what is summed. A second backward pass would redraw the stochastic
 rounding, so there is none: layers leave their operands on a tape, every example's squared norm is taken from those,
-then the clipped sum from the same operands (book-keeping; Bu et al., arXiv 2210.00038; `gradients.py` has the algebra).
+then the clipped sum from the same operands (book-keeping; Bu et al., arXiv 2210.00038; `engine/contributions.py` has
+the algebra).
 
 Trainable parameters are detached while the passes run: no gradient that is not clipped ever exists on the model.
 A parameter without a per-example gradient is an error. An example whose gradient is not finite contributes exactly
@@ -24,16 +25,16 @@ from torch import Tensor, nn
 
 from dpquant.backends.malloc import working_memory
 from dpquant.backends.quantize import QTensor
-from dpquant.batches import Microbatch, check_rows, microbatches, take_rows
-from dpquant.clock import Clock
+from dpquant.engine.batches import Microbatch, check_rows, microbatches, take_rows
+from dpquant.engine.clock import Clock
+from dpquant.engine.contributions import ROUND_OFF, Contribution, Formed, Lookup
+from dpquant.engine.group_norm import TapedGroupNorm
+from dpquant.engine.layers import Pass, QuantizableLayer, quantizable_layers, running
+from dpquant.engine.per_example import contributions_of, has_formula
+from dpquant.engine.randomness import Drawing, Position, drawn_by_record, seeded
+from dpquant.engine.weight_gradients import Product
 from dpquant.errors import DPQuantError, ModelError, SettingError
-from dpquant.gradients import ROUND_OFF, Contribution, Formed, Lookup
-from dpquant.layers import Pass, QuantizableLayer, quantizable_layers, running
-from dpquant.norms import TapedGroupNorm
-from dpquant.per_example import contributions_of, has_formula
-from dpquant.randomness import Drawing, Position, drawn_by_record, seeded
 from dpquant.rounding import derive_key
-from dpquant.weight_gradients import Product
 
 PerExampleLoss = Callable[[nn.Module, Any], Tensor]
 
@@ -75,9 +76,9 @@ def clipped_sum(
     Example i's contribution depends on the model, on its own record and on its own draws (rounding, dropout), which are
     fixed by (seed, step, record id): on nothing else. So the sum over any two batches that differ in one record, the
     others keeping their ids, differs by at most `max_grad_norm`. Where ids are positions and a record is removed, the
-    others' ids move: then the same bound needs draws that nobody knows, that is a secret seed (`randomness.py`). Every
-    microbatch has the same size, filled up where need be, so that an example's own contribution does not depend on how
-    many others there are. Another size changes memory and time, and the last bits of every sum; where layers run
+    others' ids move: then the same bound needs draws that nobody knows, that is a secret seed (`engine/randomness.py`).
+    Every microbatch has the same size, filled up where need be, so that an example's own contribution does not depend
+    on how many others there are. Another size changes memory and time, and the last bits of every sum; where layers run
     quantized after others that do not, a last bit can become another code.
 
     Args:

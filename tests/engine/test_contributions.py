@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dpquant
-from dpquant import weight_gradients
 from dpquant.backends.geometry import Geometry
-from dpquant.gradients import ROUND_OFF, Formed, Lookup
-from dpquant.layers import quantizable_layers, set_policy
-from dpquant.weight_gradients import Product
+from dpquant.engine import weight_gradients
+from dpquant.engine.contributions import ROUND_OFF, Formed, Lookup
+from dpquant.engine.layers import quantizable_layers, set_policy
+from dpquant.engine.weight_gradients import Product
 from networks import loss
 
 ROWS, FEATURES = 7, 3
@@ -74,7 +74,7 @@ def test_examples_worked_on_in_turn_are_as_examples_worked_on_at_once(monkeypatc
     at_once = Lookup(ids, g, ROWS)
     norms, gradients = at_once.squared_norms(), at_once.per_example()
     for numbers in (1, 2 * g[0].numel(), 4 * g[0].numel()):
-        monkeypatch.setattr("dpquant.gradients._FLOAT64_AT_ONCE", numbers)
+        monkeypatch.setattr("dpquant.engine.contributions._FLOAT64_AT_ONCE", numbers)
         in_turn = Lookup(ids, g, ROWS)
         assert torch.equal(in_turn.squared_norms(), norms) and torch.equal(in_turn.per_example(), gradients)
 
@@ -186,7 +186,7 @@ def test_a_norm_is_never_less_than_that_of_what_is_summed(case: str) -> None:
 
 def test_norms_that_are_not_rounded_up_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     ids, g = rounded_down()
-    monkeypatch.setattr("dpquant.gradients.ROUND_OFF", 0.0)
+    monkeypatch.setattr("dpquant.engine.contributions.ROUND_OFF", 0.0)
     with pytest.raises(AssertionError):
         assert_norms_are_never_less(Lookup(ids, g, ROWS), ids, g)
 
@@ -244,7 +244,7 @@ def test_opposite_infinities_and_sums_beyond_float32_are_not_finite() -> None:
 PEAK = """
 from pathlib import Path
 import torch
-from dpquant.gradients import Lookup
+from dpquant.engine.contributions import Lookup
 
 torch.set_num_threads(1)
 

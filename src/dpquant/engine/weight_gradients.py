@@ -63,7 +63,7 @@ from dpquant.backends.native_products import (
     has_gram_norms,
 )
 from dpquant.backends.quantize import QTensor
-from dpquant.gradients import ROUND_OFF, Contribution, Formed, distances
+from dpquant.engine.contributions import ROUND_OFF, Contribution, Formed, distances
 
 _CLEAR = 3  # times the multiplications: a way that needs so many more is not tried
 _UNFOLDED = 2**23  # bytes, at once

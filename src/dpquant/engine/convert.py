@@ -27,9 +27,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
+from dpquant.engine.group_norm import TapedGroupNorm
+from dpquant.engine.layers import QuantConv2d, QuantLinear
 from dpquant.errors import ModelError, SettingError
-from dpquant.layers import QuantConv2d, QuantLinear
-from dpquant.norms import TapedGroupNorm
 
 _MAX_GROUPS = 32
 _VECTOR_GROUP = 16  # channels a group where a channel may be one value; `models.py` chooses so for maps of 1x1

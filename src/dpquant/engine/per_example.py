@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from dpquant.engine.contributions import Contribution, Formed, Lookup
+from dpquant.engine.group_norm import TapedGroupNorm
 from dpquant.errors import ModelError
-from dpquant.gradients import Contribution, Formed, Lookup
-from dpquant.norms import TapedGroupNorm
 
 _TOLERANCE = 1e-3  # of an example's largest output; float32 rounding is a hundred times smaller
 

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Per-example gradients of a model. Knows no budget."""
