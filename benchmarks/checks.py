@@ -25,13 +25,13 @@ from torch.utils.data import TensorDataset, default_collate
 import dpquant
 from benchmarks.results import folder_here
 from dpquant.bench import Spread
+from dpquant.checks.isolation import check_at_size, check_isolation, keeps_apart
+from dpquant.checks.synthetic import candidates
 from dpquant.engine.clip import clipped_sum_of
 from dpquant.formats import precision
-from dpquant.isolation import check_at_size, check_isolation, keeps_apart
 from dpquant.machine import Hardware
 from dpquant.records import Records
 from dpquant.rehearsal import rehearse
-from dpquant.synthetic import candidates
 
 EPOCH = 59 * 1024  # records
 MICROBATCH, PROBED = 64, 8

@@ -15,8 +15,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from dpquant import cli, isolation, private
+from dpquant import cli, private
 from dpquant.backends.quantize import QTensor, quantize_rows
+from dpquant.checks import isolation
 from dpquant.engine import layers
 from dpquant.formats import NumberFormat, Rounding
 

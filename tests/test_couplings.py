@@ -21,14 +21,14 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import default_collate
 
-from dpquant import isolation, probe
+from dpquant.checks import isolation, probe
+from dpquant.checks.isolation import Findings, check_isolation
+from dpquant.checks.synthetic import Specimens, candidates
 from dpquant.engine import layers
 from dpquant.engine.batches import leaves, with_leaves
 from dpquant.engine.clip import RowGradients
 from dpquant.errors import DataError, ModelError
 from dpquant.formats import precision
-from dpquant.isolation import Findings, check_isolation
-from dpquant.synthetic import Specimens, candidates
 
 CLASSES, WORDS, WIDTH = 5, 12, 6
 LUQ = precision("luq-fp4")

@@ -14,8 +14,8 @@ from torch import nn
 
 import dpquant
 from dpquant import private as private_module
+from dpquant.checks.isolation import keeps_apart
 from dpquant.engine.clip import ClippedSum
-from dpquant.isolation import keeps_apart
 from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.noise import NoiseSource
 from dpquant.privacy.sampling import PoissonSampler

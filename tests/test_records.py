@@ -10,10 +10,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, default_collate
 
 from dpquant import records as records_module
+from dpquant.checks.synthetic import candidates
 from dpquant.engine.batches import leaves
 from dpquant.errors import DataError, SettingError
 from dpquant.records import Collated, Records
-from dpquant.synthetic import candidates
 
 CPU = torch.device("cpu")
 COUNT = 12

@@ -10,10 +10,10 @@ from torch.utils.data import default_collate
 
 import dpquant
 from dpquant import rehearsal
+from dpquant.checks.isolation import check_isolation
+from dpquant.checks.synthetic import candidates
 from dpquant.errors import ModelError, SettingError
-from dpquant.isolation import check_isolation
 from dpquant.rehearsal import rehearse
-from dpquant.synthetic import candidates
 from networks import loss
 
 RECORD = torch.zeros(6), torch.tensor(0)

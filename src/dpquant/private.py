@@ -28,14 +28,7 @@ from torch.utils.data import IterableDataset, default_collate
 from dpquant.backends.choose import Choices
 from dpquant.backends.kernels import resolve_backend
 from dpquant.backends.malloc import working_memory
-from dpquant.engine.batches import take_rows
-from dpquant.engine.clip import PerExampleLoss, clipped_sum_of, step_key
-from dpquant.engine.layers import prepare, set_policy, set_precisions
-from dpquant.errors import BudgetError, DataError, DPQuantError, ModelError, SettingError
-from dpquant.execution import Execution, decide
-from dpquant.formats import Precision, Recipe, precision
-from dpquant.impact import impact_sum_of
-from dpquant.isolation import (
+from dpquant.checks.isolation import (
     Findings,
     buffers_of,
     changed_buffer,
@@ -44,6 +37,15 @@ from dpquant.isolation import (
     keeps_apart,
     restore_buffers,
 )
+from dpquant.checks.refusals import check_trainable
+from dpquant.checks.synthetic import candidates, from_examples
+from dpquant.engine.batches import take_rows
+from dpquant.engine.clip import PerExampleLoss, clipped_sum_of, step_key
+from dpquant.engine.layers import prepare, set_policy, set_precisions
+from dpquant.errors import BudgetError, DataError, DPQuantError, ModelError, SettingError
+from dpquant.execution import Execution, decide
+from dpquant.formats import Precision, Recipe, precision
+from dpquant.impact import impact_sum_of
 from dpquant.privacy import accounting
 from dpquant.privacy.accounting import Event
 from dpquant.privacy.ledger import Ledger
@@ -52,11 +54,9 @@ from dpquant.privacy.plan import PrivacyPlan
 from dpquant.privacy.sampling import PoissonSampler
 from dpquant.privacy.secret import SecretKey
 from dpquant.records import MapDataset, Records
-from dpquant.refusals import check_trainable
 from dpquant.rehearsal import rehearse
 from dpquant.rounding import derive_key
 from dpquant.schedule import Policy, ema
-from dpquant.synthetic import candidates, from_examples
 
 _PROBED = 8  # records of an epoch that are compared in two companies
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpquant.checks.isolation import Findings
 from dpquant.engine.batches import Microbatch
 from dpquant.engine.clip import PerExampleLoss, clipped_sum_of
 from dpquant.errors import DPQuantError, ModelError, SettingError
 from dpquant.impact import impact_sum_of
-from dpquant.isolation import Findings
 from dpquant.privacy.noise import NoiseSource
 from dpquant.privacy.plan import PrivacyPlan
 

@@ -32,6 +32,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from dpquant import data, models
 from dpquant.backends.choose import Choices
 from dpquant.backends.malloc import working_memory
+from dpquant.checks.refusals import check_trainable
 from dpquant.engine.convert import fix
 from dpquant.errors import DivergedError, DPQuantError, ModelError, SettingError
 from dpquant.privacy import accounting
@@ -40,7 +41,6 @@ from dpquant.privacy.ledger import Charge, Ledger
 from dpquant.privacy.plan import PrivacyPlan, rounded_up
 from dpquant.private import Epoch, PrivateTraining, make_private
 from dpquant.record import LayerRecord, RunRecord, Timings, replacing
-from dpquant.refusals import check_trainable
 from dpquant.settings import TrainSettings, plan_of, policy_of
 
 _CONFIG, _LEDGER, _METRICS = "config.toml", "ledger.jsonl", "metrics.jsonl"

@@ -14,6 +14,7 @@ from torch import nn
 from convolutions import convolutions
 from dpquant.backends.geometry import Geometry
 from dpquant.backends.quantize import QTensor
+from dpquant.checks.refusals import check_trainable
 from dpquant.engine import batches, clip, layers
 from dpquant.engine.batches import Microbatch
 from dpquant.engine.clip import clip_factors, clipped_sum
@@ -22,7 +23,6 @@ from dpquant.engine.layers import prepare, quantizable_layers, set_policy, set_p
 from dpquant.engine.weight_gradients import Product
 from dpquant.errors import DPQuantError, ModelError, SettingError
 from dpquant.formats import precision
-from dpquant.refusals import check_trainable
 from networks import NAMES, Residual, loss, zoo
 from processor import backends_of
 

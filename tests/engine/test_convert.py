@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import dpquant
+from dpquant.checks.refusals import check_trainable
 from dpquant.engine import convert
 from dpquant.engine.clip import clipped_sum
 from dpquant.engine.contributions import ROUND_OFF
@@ -19,7 +20,6 @@ from dpquant.engine.convert import ChannelAffine, FrozenBatchNorm, fix, restore
 from dpquant.engine.layers import prepare, quantizable_layers, set_policy
 from dpquant.errors import ModelError, SettingError
 from dpquant.private import make_private
-from dpquant.refusals import check_trainable
 from networks import Residual, images, loss, zoo
 
 

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from dpquant.backends.quantize import native_available
+from dpquant.checks.isolation import check_isolation
+from dpquant.checks.refusals import check_trainable
+from dpquant.checks.synthetic import from_examples
 from dpquant.engine import group_norm as norms
 from dpquant.engine.clip import clipped_sum
 from dpquant.engine.contributions import Formed
 from dpquant.engine.group_norm import TapedGroupNorm
 from dpquant.engine.layers import Pass, prepare, running
-from dpquant.isolation import check_isolation
-from dpquant.refusals import check_trainable
-from dpquant.synthetic import from_examples
 
 EPS = 1e-5
 native = pytest.mark.skipif(not native_available(), reason="installed without the native module")

@@ -5,10 +5,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import default_collate
 
+from dpquant.checks.isolation import check_isolation
+from dpquant.checks.synthetic import candidates
 from dpquant.engine.layers import prepare
 from dpquant.errors import ModelError
-from dpquant.isolation import check_isolation
-from dpquant.synthetic import candidates
 from networks import loss, zoo
 
 VECTOR = (torch.zeros(4), torch.tensor(0))

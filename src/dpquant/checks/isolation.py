@@ -3,8 +3,9 @@
 
 `refusals.check_trainable` refuses by type. Such a list can be evaded (a batch statistic in a forward method, a
 parameter used behind its module's back), so `check_isolation` runs the model on synthetic records a, b, c
-(`synthetic.py`, `probe.py`): what it makes of a, that is a's loss, a's gradient and, quantized, a's codes, may not
-change when b takes c's place, nor when a takes another place, and the gradient must be what autograd computes.
+(`checks/synthetic.py`, `checks/probe.py`): what it makes of a, that is a's loss, a's gradient and, quantized, a's
+codes, may not change when b takes c's place, nor when a takes another place, and the gradient must be what autograd
+computes.
 
 A check that cannot see is worse than none. No comparison passes on NaN. Parameters are shaken a little, so that what
 begins at zero (a gate, an adapter) lets gradients through, and every trainable parameter has to be moved. And couplings
@@ -26,19 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpquant.engine.batches import Microbatch
-from dpquant.engine.clip import (
-    PerExampleLoss,
-    check_examples_first,
-    gradients_of_rows,
-    losses_of,
-    no_gradient,
-)
-from dpquant.engine.layers import QuantizableLayer, current_precisions, quantizable_layers, set_policy, set_precisions
-from dpquant.engine.randomness import Drawing, seeded
-from dpquant.errors import DataError, DPQuantError, ModelError
-from dpquant.formats import Precision
-from dpquant.probe import (
+from dpquant.checks.probe import (
     FIXED,
     KEY,
     PLACES_FIXED,
@@ -53,8 +42,20 @@ from dpquant.probe import (
     piece_of,
     shaken,
 )
-from dpquant.refusals import BY_PLACE, COUPLED, PADDED, NotFinite, explained
-from dpquant.synthetic import Specimens
+from dpquant.checks.refusals import BY_PLACE, COUPLED, PADDED, NotFinite, explained
+from dpquant.checks.synthetic import Specimens
+from dpquant.engine.batches import Microbatch
+from dpquant.engine.clip import (
+    PerExampleLoss,
+    check_examples_first,
+    gradients_of_rows,
+    losses_of,
+    no_gradient,
+)
+from dpquant.engine.layers import QuantizableLayer, current_precisions, quantizable_layers, set_policy, set_precisions
+from dpquant.engine.randomness import Drawing, seeded
+from dpquant.errors import DataError, DPQuantError, ModelError
+from dpquant.formats import Precision
 
 _MOST_KINDS = 6  # kinds of values on which a model runs, tried until a check is not blind
 _MOST_SHAKES = 5

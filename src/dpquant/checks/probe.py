@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dpquant.checks.refusals import BY_PLACE, COUPLED, KEEPS_STATE, MIXED
+from dpquant.checks.synthetic import Specimens
 from dpquant.engine.batches import Microbatch, leaves, with_leaves
 from dpquant.engine.clip import PerExampleLoss, RowGradients, draws_key, gradients_of_rows, losses_of, no_gradient
 from dpquant.engine.randomness import Drawing, drawn_by_record, seeded
 from dpquant.errors import DataError, ModelError
-from dpquant.refusals import BY_PLACE, COUPLED, KEEPS_STATE, MIXED
-from dpquant.synthetic import Specimens
 
 KEY = 0  # of the synthetic records' draws: nothing private follows from them
 TOLERANCE, _FLOAT64_TOLERANCE = 1e-3, 1e-6  # of a loss or a gradient; rounding is a hundred times smaller

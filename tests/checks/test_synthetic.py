@@ -10,10 +10,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import default_collate
 
-from dpquant import synthetic
+from dpquant.checks import synthetic
+from dpquant.checks.synthetic import Leaf, candidates, from_examples, matches
 from dpquant.engine.batches import leaves
 from dpquant.errors import DataError, SettingError
-from dpquant.synthetic import Leaf, candidates, from_examples, matches
 
 CPU = torch.device("cpu")
 Pair = collections.namedtuple("Pair", "x y")
