@@ -30,8 +30,8 @@ from dpquant.checks.synthetic import candidates
 from dpquant.engine.clip import clipped_sum_of
 from dpquant.formats import precision
 from dpquant.machine import Hardware
-from dpquant.records import Records
-from dpquant.rehearsal import rehearse
+from dpquant.training.records import Records
+from dpquant.training.rehearsal import rehearse
 
 EPOCH = 59 * 1024  # records
 MICROBATCH, PROBED = 64, 8

@@ -30,7 +30,7 @@ from dpquant.bench_sides import (
     made_up_examples,
 )
 from dpquant.machine import Hardware
-from dpquant.tuning import layer_times
+from dpquant.training.tuning import layer_times
 
 CHANNELS, SIDES, KERNELS = (3, 16, 32, 64, 128, 256, 512), (1, 2, 4, 8, 16, 32), (1, 3)
 MICROBATCH, BATCH, ROUNDS = 64, 256, 3

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from dpquant import data
 from dpquant.bench import gradient_of
 from dpquant.engine.layers import prepare, quantizable_layers, set_policy
-from dpquant.private import make_private
 from dpquant.settings import TrainSettings, plan_of, policy_of
 from dpquant.train import accuracy, model_of, optimizer_of, per_example_loss
+from dpquant.training.private import make_private
 from experiments.ranking import clipped_gradient
 from experiments.runner import RESULTS, Site, new_figure, settings_of
 from experiments.settings import EPSILON, GTSRB, SGD, SHORT

@@ -15,11 +15,12 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from dpquant import cli, private
+from dpquant import cli
 from dpquant.backends.quantize import QTensor, quantize_rows
 from dpquant.checks import isolation
 from dpquant.engine import layers
 from dpquant.formats import NumberFormat, Rounding
+from dpquant.training import private
 
 NOT_PRIVATE = "NOT PRIVATE, whatever was printed before: scales were taken over the batch."
 

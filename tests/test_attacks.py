@@ -25,9 +25,9 @@ from torch.utils.data import Dataset, default_collate
 from torchvision.ops import StochasticDepth
 
 import dpquant
-from dpquant import records
 from dpquant.errors import DPQuantError, ModelError
 from dpquant.privacy import secret
+from dpquant.training import records
 
 BOUND = 0.05
 RECORDS = 24

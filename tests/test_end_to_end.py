@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 import dpquant
-from dpquant import private as private_module
 from dpquant.checks.isolation import keeps_apart
 from dpquant.engine.clip import ClippedSum
 from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.noise import NoiseSource
 from dpquant.privacy.sampling import PoissonSampler
-from dpquant.private import PrivateTraining, make_private
+from dpquant.training import private as private_module
+from dpquant.training.private import PrivateTraining, make_private
 from networks import loss
 
 RECORDS, PUBLIC_RECORDS, BATCH, STEPS, ANALYSES = 90, 100, 20, 12, 2
@@ -363,9 +363,9 @@ def test_an_impact_that_is_not_finite_counts_nothing():
     images, labels = torch.randn(4, 1, 6, 6), torch.zeros(4).long()
     images[2] = float("nan")
     arguments = {"names": ["0", "5"], "max_norm": 1.0, "step": 0, "seed": 3, "score": "gradient"}
-    whole = dpquant.impact.impact_sum(model, loss, (images, labels), record_ids=torch.arange(4), **arguments)
+    whole = dpquant.training.impact.impact_sum(model, loss, (images, labels), record_ids=torch.arange(4), **arguments)
     kept = torch.tensor([0, 1, 3])
-    rest = dpquant.impact.impact_sum(model, loss, (images[kept], labels[kept]), record_ids=kept, **arguments)
+    rest = dpquant.training.impact.impact_sum(model, loss, (images[kept], labels[kept]), record_ids=kept, **arguments)
     assert whole.impacts.isfinite().all() and rest.impacts.abs().sum() > 0
     torch.testing.assert_close(whole.impacts, rest.impacts)
 

@@ -14,11 +14,11 @@ from experiments.runner import Run, Site, Table, do_table, settings_of
 
 from dpquant import cli
 from dpquant.backends.quantize import quantize_rows
-from dpquant.cost import LayerCost
 from dpquant.errors import SettingError
 from dpquant.formats import E3M0, Rounding
 from dpquant.record import RunRecord
 from dpquant.rounding import row_keys
+from dpquant.training.cost import LayerCost
 
 TABLE = Table(name="mine", title="Mine", common="--epochs 2", rows={"a": "--lr 1", "b": "--lr 2"}, seeds=(0, 1))
 FIELDS = {field.name for field in dataclasses.fields(RunRecord)}

@@ -28,5 +28,5 @@ def test_importing_the_package_loads_no_torch():
 
 
 def test_public_names_survive_the_import_of_every_module():
-    code = "import dpquant.private, dpquant; assert callable(dpquant.quantize), dpquant.quantize"
+    code = "import dpquant.training.private, dpquant; assert callable(dpquant.quantize), dpquant.quantize"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

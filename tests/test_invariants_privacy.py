@@ -19,18 +19,18 @@ from torch.utils.data import TensorDataset
 
 import dpquant
 from dpquant import data
-from dpquant import private as private_module
 from dpquant import train as train_module
 from dpquant.backends.kernels import int8_is_exact
 from dpquant.backends.quantize import quantize_rows
 from dpquant.engine.clip import ClippedSum, clipped_sum, clipped_sum_of
 from dpquant.formats import recipe
-from dpquant.impact import ImpactSum, impact_sum, impact_sum_of
 from dpquant.privacy.noise import NoiseSource
 from dpquant.privacy.sampling import PoissonSampler
 from dpquant.record import RunRecord
 from dpquant.rounding import row_keys
 from dpquant.settings import TrainSettings
+from dpquant.training import private as private_module
+from dpquant.training.impact import ImpactSum, impact_sum, impact_sum_of
 from networks import loss, zoo
 
 Z = 4.9  # a standard normal lies farther out with probability 1e-6

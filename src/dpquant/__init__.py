@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from dpquant.formats import Recipe
     from dpquant.privacy.accounting import Event
     from dpquant.privacy.plan import AnalysisPlan, PrivacyPlan
-    from dpquant.private import PrivateTraining, make_private
-    from dpquant.schedule import (
+    from dpquant.training.policies import (
         AllPolicy,
         DPQuantPolicy,
         NonePolicy,
@@ -31,33 +30,34 @@ if TYPE_CHECKING:
         RotatePolicy,
         StaticPolicy,
     )
+    from dpquant.training.private import PrivateTraining, make_private
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AllPolicy": "schedule",
+    "AllPolicy": "training.policies",
     "AnalysisPlan": "privacy.plan",
     "BudgetError": "errors",
     "DPQuantError": "errors",
-    "DPQuantPolicy": "schedule",
+    "DPQuantPolicy": "training.policies",
     "DataError": "errors",
     "DivergedError": "errors",
     "Event": "privacy.accounting",
     "FormatError": "errors",
     "LedgerError": "errors",
     "ModelError": "errors",
-    "NonePolicy": "schedule",
-    "PrioritisePolicy": "schedule",
+    "NonePolicy": "training.policies",
+    "PrioritisePolicy": "training.policies",
     "PrivacyPlan": "privacy.plan",
-    "PrivateTraining": "private",
+    "PrivateTraining": "training.private",
     "QTensor": "backends.quantize",
     "Recipe": "formats",
-    "RotatePolicy": "schedule",
+    "RotatePolicy": "training.policies",
     "SettingError": "errors",
-    "StaticPolicy": "schedule",
+    "StaticPolicy": "training.policies",
     "clipped_sum": "engine.clip",
     "fix": "engine.convert",
-    "make_private": "private",
+    "make_private": "training.private",
     "prepare": "engine.layers",
     "quantizable_layers": "engine.layers",
     "quantize": "backends.quantize",

@@ -19,7 +19,13 @@ import torch
 from torch import Tensor
 
 from dpquant import data
-from dpquant.cost import (
+from dpquant.errors import SettingError
+from dpquant.machine import Hardware
+from dpquant.privacy.plan import AnalysisPlan, PrivacyPlan
+from dpquant.record import RunRecord
+from dpquant.settings import TrainSettings, plan_of, policy_of
+from dpquant.train import model_of, optimizer_of, per_example_loss
+from dpquant.training.cost import (
     FP4_OVER_FP16,
     PAPER_SHARE,
     PAPER_SPEEDUPS,
@@ -32,17 +38,11 @@ from dpquant.cost import (
     savings,
     warnings,
 )
-from dpquant.errors import SettingError
-from dpquant.execution import spared_layers
-from dpquant.impact import impact_sum
-from dpquant.machine import Hardware
-from dpquant.privacy.plan import AnalysisPlan, PrivacyPlan
-from dpquant.private import PrivateTraining, make_private
-from dpquant.record import RunRecord
-from dpquant.schedule import Policy, Turn, largest_layers, noise_left
-from dpquant.settings import TrainSettings, plan_of, policy_of
-from dpquant.train import model_of, optimizer_of, per_example_loss
-from dpquant.tuning import layer_times_once, usual_times
+from dpquant.training.execution import spared_layers
+from dpquant.training.impact import impact_sum
+from dpquant.training.policies import Policy, Turn, largest_layers, noise_left
+from dpquant.training.private import PrivateTraining, make_private
+from dpquant.training.tuning import layer_times_once, usual_times
 
 HARDWARE = ("here", "fp4")
 SHARES = (0.5, 0.9, 1.0)  # of the multiply-accumulates, largest layers first, that the measured policies quantize

@@ -32,8 +32,8 @@ from dpquant.engine.batches import take_rows
 from dpquant.engine.clip import clipped_sum
 from dpquant.engine.layers import current_precisions, prepare, quantizable_layers, set_policy
 from dpquant.errors import ModelError, SettingError
-from dpquant.schedule import largest_layers
-from dpquant.tuning import fastest_microbatch_size
+from dpquant.training.policies import largest_layers
+from dpquant.training.tuning import fastest_microbatch_size
 
 Batch = tuple[Tensor, Tensor, Tensor]  # inputs, labels, record ids
 Step = Callable[[], None]

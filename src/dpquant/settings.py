@@ -19,7 +19,7 @@ from dpquant.formats import precision
 
 if TYPE_CHECKING:
     from dpquant.privacy.plan import PrivacyPlan, Score
-    from dpquant.schedule import Policy
+    from dpquant.training.policies import Policy
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 LR_SCHEDULES = ("constant", "linear", "cosine")
@@ -209,23 +209,23 @@ def from_toml(path: Path) -> dict[str, Any]:
 
 def policy_of(settings: TrainSettings) -> "Policy":
     """The policy that the settings name."""
-    from dpquant import schedule  # loads numpy, which --help does without
+    from dpquant.training import policies
 
     fraction, macs = settings.fraction, settings.macs
     match settings.policy:
         case "none":
-            return schedule.NonePolicy()
+            return policies.NonePolicy()
         case "all":
-            return schedule.AllPolicy()
+            return policies.AllPolicy()
         case "static":
             names = None if settings.layers is None else tuple(name.strip() for name in settings.layers.split(","))
-            return schedule.StaticPolicy(fraction=fraction, macs=macs, names=names, seed=settings.seed)
+            return policies.StaticPolicy(fraction=fraction, macs=macs, names=names, seed=settings.seed)
         case "rotate":
-            return schedule.RotatePolicy(fraction=fraction, macs=macs)
+            return policies.RotatePolicy(fraction=fraction, macs=macs)
         case "prioritise":
-            return schedule.PrioritisePolicy(fraction=fraction, macs=macs, ema=settings.ema)
+            return policies.PrioritisePolicy(fraction=fraction, macs=macs, ema=settings.ema)
         case _:
-            return schedule.DPQuantPolicy(fraction=fraction, macs=macs, beta=settings.beta, ema=settings.ema)
+            return policies.DPQuantPolicy(fraction=fraction, macs=macs, beta=settings.beta, ema=settings.ema)
 
 
 def plan_of(settings: TrainSettings) -> "PrivacyPlan":

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from dpquant import schedule
 from dpquant.errors import SettingError
-from dpquant.schedule import (
+from dpquant.training import policies
+from dpquant.training.policies import (
     AllPolicy,
     DPQuantPolicy,
     NonePolicy,
@@ -289,13 +289,13 @@ def assert_imports_nothing_that_sees_data(source: str) -> None:
 
 
 def test_the_schedule_can_see_neither_data_nor_a_model():
-    assert_imports_nothing_that_sees_data(inspect.getsource(schedule))
+    assert_imports_nothing_that_sees_data(inspect.getsource(policies))
 
 
 @pytest.mark.parametrize("planted", ["import torch", "from dpquant.data import load"])
 def test_an_import_that_sees_data_would_be_seen(planted):
     with pytest.raises(AssertionError):
-        assert_imports_nothing_that_sees_data(f"{inspect.getsource(schedule)}\n{planted}")
+        assert_imports_nothing_that_sees_data(f"{inspect.getsource(policies)}\n{planted}")
 
 
 def test_the_largest_layers_cover_the_share():

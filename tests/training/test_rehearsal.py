@@ -9,11 +9,11 @@ from torch import nn
 from torch.utils.data import default_collate
 
 import dpquant
-from dpquant import rehearsal
 from dpquant.checks.isolation import check_isolation
 from dpquant.checks.synthetic import candidates
 from dpquant.errors import ModelError, SettingError
-from dpquant.rehearsal import rehearse
+from dpquant.training import rehearsal
+from dpquant.training.rehearsal import rehearse
 from networks import loss
 
 RECORD = torch.zeros(6), torch.tensor(0)
@@ -173,6 +173,6 @@ def assert_refused_before_a_charge(tmp_path):
 
 def test_a_run_is_rehearsed_before_anything_is_charged(tmp_path, monkeypatch):
     assert_refused_before_a_charge(tmp_path)
-    monkeypatch.setattr("dpquant.private.rehearse", lambda *arguments, **keywords: None)
+    monkeypatch.setattr("dpquant.training.private.rehearse", lambda *arguments, **keywords: None)
     with pytest.raises(BaseException, match="DID NOT RAISE"):
         assert_refused_before_a_charge(tmp_path)

@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from dpquant import impact
 from dpquant.engine import clip, layers
 from dpquant.engine.layers import Pass, current_precisions, prepare, quantizable_layers, running, set_policy
 from dpquant.errors import SettingError
-from dpquant.impact import gradient_impact_vectors, impact_sum
 from dpquant.rounding import derive_key
+from dpquant.training import impact
+from dpquant.training.impact import gradient_impact_vectors, impact_sum
 from networks import loss, zoo
 
 NAMES = ("strided", "residual", "grouped", "reused", "tokens")

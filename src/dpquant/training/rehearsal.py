@@ -15,9 +15,9 @@ from dpquant.checks.isolation import Findings
 from dpquant.engine.batches import Microbatch
 from dpquant.engine.clip import PerExampleLoss, clipped_sum_of
 from dpquant.errors import DPQuantError, ModelError, SettingError
-from dpquant.impact import impact_sum_of
 from dpquant.privacy.noise import NoiseSource
 from dpquant.privacy.plan import PrivacyPlan
+from dpquant.training.impact import impact_sum_of
 
 
 def rehearse(

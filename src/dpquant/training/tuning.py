@@ -15,16 +15,16 @@ from torch import nn
 
 from dpquant.backends.choose import timed
 from dpquant.backends.malloc import give_back
-from dpquant.cost import LayerTimes
 from dpquant.engine.batches import num_rows, take_rows
 from dpquant.engine.clip import PerExampleLoss, clipped_sum
 from dpquant.engine.clock import Clock
 from dpquant.engine.layers import current_precisions, quantizable_layers, set_policy, set_precisions
 from dpquant.errors import SettingError
 from dpquant.formats import Precision
-from dpquant.impact import impact_sum
 from dpquant.machine import memory_mib, reset_peak
 from dpquant.privacy.plan import Score
+from dpquant.training.cost import LayerTimes
+from dpquant.training.impact import impact_sum
 
 _SMALLEST, _FIRST, _LARGEST = 4, 32, 256  # microbatches: the smallest, the first that is tried, the largest
 _WORTHWHILE = 1.03  # speed-up for which a microbatch is doubled

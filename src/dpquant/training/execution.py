@@ -20,8 +20,8 @@ from dpquant.engine.clip import PerExampleLoss
 from dpquant.engine.layers import quantizable_layers, set_policy, set_precisions
 from dpquant.formats import Precision
 from dpquant.privacy.plan import PrivacyPlan
-from dpquant.schedule import Policy
-from dpquant.tuning import ANALYSIS_MICROBATCH, fastest_microbatch_size, largest_analysis_size, layer_times
+from dpquant.training.policies import Policy
+from dpquant.training.tuning import ANALYSIS_MICROBATCH, fastest_microbatch_size, largest_analysis_size, layer_times
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

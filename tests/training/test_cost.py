@@ -3,7 +3,7 @@ import dataclasses
 
 import pytest
 
-from dpquant.cost import (
+from dpquant.training.cost import (
     PAPER_SHARE,
     PAPER_SPEEDUPS,
     CostModel,

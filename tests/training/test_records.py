@@ -9,11 +9,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, default_collate
 
-from dpquant import records as records_module
 from dpquant.checks.synthetic import candidates
 from dpquant.engine.batches import leaves
 from dpquant.errors import DataError, SettingError
-from dpquant.records import Collated, Records
+from dpquant.training import records as records_module
+from dpquant.training.records import Collated, Records
 
 CPU = torch.device("cpu")
 COUNT = 12

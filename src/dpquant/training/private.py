@@ -43,9 +43,7 @@ from dpquant.engine.batches import take_rows
 from dpquant.engine.clip import PerExampleLoss, clipped_sum_of, step_key
 from dpquant.engine.layers import prepare, set_policy, set_precisions
 from dpquant.errors import BudgetError, DataError, DPQuantError, ModelError, SettingError
-from dpquant.execution import Execution, decide
 from dpquant.formats import Precision, Recipe, precision
-from dpquant.impact import impact_sum_of
 from dpquant.privacy import accounting
 from dpquant.privacy.accounting import Event
 from dpquant.privacy.ledger import Ledger
@@ -53,10 +51,12 @@ from dpquant.privacy.noise import NoiseSource
 from dpquant.privacy.plan import PrivacyPlan
 from dpquant.privacy.sampling import PoissonSampler
 from dpquant.privacy.secret import SecretKey
-from dpquant.records import MapDataset, Records
-from dpquant.rehearsal import rehearse
 from dpquant.rounding import derive_key
-from dpquant.schedule import Policy, ema
+from dpquant.training.execution import Execution, decide
+from dpquant.training.impact import impact_sum_of
+from dpquant.training.policies import Policy, ema
+from dpquant.training.records import MapDataset, Records
+from dpquant.training.rehearsal import rehearse
 
 _PROBED = 8  # records of an epoch that are compared in two companies
 

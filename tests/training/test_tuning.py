@@ -4,11 +4,11 @@ import torch
 from torch import nn
 
 import dpquant
-from dpquant import tuning
-from dpquant.cost import LayerTimes
 from dpquant.engine import clock, group_norm, layers, weight_gradients
 from dpquant.engine.layers import current_precisions
 from dpquant.errors import SettingError
+from dpquant.training import tuning
+from dpquant.training.cost import LayerTimes
 from networks import loss
 
 

@@ -4,12 +4,12 @@ import torch
 from torch import nn
 
 import dpquant
-from dpquant import execution as execution_module
 from dpquant.engine.layers import current_precisions
 from dpquant.errors import FormatError, SettingError
-from dpquant.execution import Execution, decide, spared_layers
 from dpquant.formats import FULL_PRECISION, precision
-from dpquant.tuning import ANALYSIS_MICROBATCH
+from dpquant.training import execution as execution_module
+from dpquant.training.execution import Execution, decide, spared_layers
+from dpquant.training.tuning import ANALYSIS_MICROBATCH
 from networks import loss
 
 FOUR = dict.fromkeys("abcd", 1.0)
