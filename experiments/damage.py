@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dpquant import data
 from dpquant.bench import gradient_of
+from dpquant.data import dataset as data
 from dpquant.engine.layers import prepare, quantizable_layers, set_policy
 from dpquant.settings import TrainSettings, plan_of, policy_of
 from dpquant.train import accuracy, model_of, optimizer_of, per_example_loss

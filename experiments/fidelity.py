@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dpquant import data
+from dpquant.data import dataset as data
 from dpquant.engine.layers import Pass, quantizable_layers, running, set_policy
 from experiments.ranking import NETWORKS, clipped_gradient, network, settings_and_data, trained
 from experiments.runner import RESULTS, Run, Site, new_figure

@@ -21,7 +21,7 @@ from safetensors.torch import load_model
 from scipy import stats
 from torch import Tensor, nn
 
-from dpquant import data
+from dpquant.data import dataset as data
 from dpquant.engine.clip import clipped_sum
 from dpquant.engine.layers import prepare, quantizable_layers, set_policy
 from dpquant.errors import SettingError

@@ -10,10 +10,10 @@ import json
 import torch
 import torch.nn.functional as F
 
-from dpquant import data
 from dpquant.backends.quantize import quantize_rows
+from dpquant.data import dataset as data
+from dpquant.data.models import build
 from dpquant.formats import E3M0, Rounding
-from dpquant.models import build
 from dpquant.rounding import row_keys
 from experiments.runner import RESULTS, Site, new_figure
 

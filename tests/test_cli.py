@@ -57,7 +57,7 @@ def test_good_input_would_be_seen_as_not_refused(capsys, tmp_path, monkeypatch):
 
 
 def test_plan_prints_the_budget_and_reads_no_data(capsys, monkeypatch):
-    monkeypatch.setattr("dpquant.data.load", lambda *a, **k: pytest.fail("data was read"))
+    monkeypatch.setattr("dpquant.data.dataset.load", lambda *a, **k: pytest.fail("data was read"))
     assert run(["plan", "--data", "image-folder:photos", "--records", "9000", "--epsilon", "3"]) == 0
     printed = capsys.readouterr().out
     assert "noise multiplier" in printed and "analysis share" in printed and "3.0000" in printed

@@ -18,10 +18,10 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import dpquant
-from dpquant import data
 from dpquant import train as train_module
 from dpquant.backends.kernels import int8_is_exact
 from dpquant.backends.quantize import quantize_rows
+from dpquant.data import dataset as data
 from dpquant.engine.clip import ClippedSum, clipped_sum, clipped_sum_of
 from dpquant.formats import recipe
 from dpquant.privacy.noise import NoiseSource

@@ -10,8 +10,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file
 
-from dpquant import data, models
 from dpquant import train as train_module
+from dpquant.data import dataset as data
+from dpquant.data import models
 from dpquant.errors import DataError, DivergedError, DPQuantError, ModelError, SettingError
 from dpquant.privacy.accounting import Event, epsilon
 from dpquant.privacy.ledger import Ledger
@@ -225,7 +226,7 @@ def test_a_directory_in_use_is_refused(run):
 
 
 def test_a_directory_that_cannot_be_made_is_refused_before_any_work(monkeypatch):
-    monkeypatch.setattr("dpquant.data.load", lambda *a, **k: pytest.fail("data was read"))
+    monkeypatch.setattr("dpquant.data.dataset.load", lambda *a, **k: pytest.fail("data was read"))
     with pytest.raises(SettingError, match="cannot be written to"):
         train(settings(), Path(__file__) / "run")
 

@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dpquant import data
+from dpquant.data import dataset as data
 from dpquant.errors import SettingError
 from dpquant.machine import Hardware
 from dpquant.privacy.plan import AnalysisPlan, PrivacyPlan

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpquant import models
+from dpquant.data import models
 from dpquant.engine.batches import take_rows
 from dpquant.engine.clip import clipped_sum
 from dpquant.engine.layers import current_precisions, prepare, quantizable_layers, set_policy

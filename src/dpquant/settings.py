@@ -238,7 +238,9 @@ def plan_of(settings: TrainSettings) -> "PrivacyPlan":
     from dpquant.privacy.plan import AnalysisPlan, PrivacyPlan  # loads the accountant, which --help does without
 
     if (records := settings.records) is None:
-        from dpquant.data import public_size  # loads torch, which a plan with a given number of records does without
+        from dpquant.data.dataset import (
+            public_size,  # loads torch, which a plan with a given number of records does without
+        )
 
         records = public_size(settings.data)
     if settings.sample_rate is None and records is None:

@@ -29,10 +29,11 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dpquant import data, models
 from dpquant.backends.choose import Choices
 from dpquant.backends.malloc import working_memory
 from dpquant.checks.refusals import check_trainable
+from dpquant.data import dataset as data
+from dpquant.data import models
 from dpquant.engine.convert import fix
 from dpquant.errors import DivergedError, DPQuantError, ModelError, SettingError
 from dpquant.privacy import accounting

@@ -292,7 +292,7 @@ def test_the_schedule_can_see_neither_data_nor_a_model():
     assert_imports_nothing_that_sees_data(inspect.getsource(policies))
 
 
-@pytest.mark.parametrize("planted", ["import torch", "from dpquant.data import load"])
+@pytest.mark.parametrize("planted", ["import torch", "from dpquant.data.dataset import load"])
 def test_an_import_that_sees_data_would_be_seen(planted):
     with pytest.raises(AssertionError):
         assert_imports_nothing_that_sees_data(f"{inspect.getsource(policies)}\n{planted}")

@@ -32,7 +32,7 @@ from dpquant.engine.layers import QuantConv2d, QuantLinear
 from dpquant.errors import ModelError, SettingError
 
 _MAX_GROUPS = 32
-_VECTOR_GROUP = 16  # channels a group where a channel may be one value; `models.py` chooses so for maps of 1x1
+_VECTOR_GROUP = 16  # channels a group where a channel may be one value; `data/models.py` chooses so for maps of 1x1
 _TOO_FEW = 2  # channels of which a normalization of vectors leaves nothing but signs
 _CHOICES = ("group", "freeze")
 _PLAIN = {QuantConv2d: nn.Conv2d, QuantLinear: nn.Linear, TapedGroupNorm: nn.GroupNorm}

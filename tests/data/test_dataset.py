@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dpquant import data
-from dpquant.data import Dataset, Split, load, public_size, read_idx
+from dpquant.data import dataset as data
+from dpquant.data.dataset import Dataset, Split, load, public_size, read_idx
 from dpquant.errors import DataError, SettingError
 
 SPLITS = ("train", "t10k")

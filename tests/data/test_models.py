@@ -10,8 +10,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+from dpquant.data.models import NAMES, build
 from dpquant.errors import ModelError, SettingError
-from dpquant.models import NAMES, build
 
 SHAPES = [(1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 20, 48), (1, 64, 64), (4, 1, 1)]
 OWN = """
@@ -197,7 +197,7 @@ def test_a_narrow_networks_gradient_is_more_than_round_off(
     name: str, width: float, group: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert round_off(name, width) < 1e-3
-    monkeypatch.setattr(f"dpquant.models.{group}", 1)
+    monkeypatch.setattr(f"dpquant.data.models.{group}", 1)
     assert round_off(name, width) > 1e-2  # groups of one or two values would be seen
 
 
