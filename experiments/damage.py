@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from dpquant.bench import gradient_of
 from dpquant.data import dataset as data
 from dpquant.engine.layers import prepare, quantizable_layers, set_policy
-from dpquant.settings import TrainSettings, plan_of, policy_of
-from dpquant.train import accuracy, model_of, optimizer_of, per_example_loss
+from dpquant.runs.settings import TrainSettings, plan_of, policy_of
+from dpquant.runs.train import accuracy, model_of, optimizer_of, per_example_loss
 from dpquant.training.private import make_private
 from experiments.ranking import clipped_gradient
 from experiments.runner import RESULTS, Site, new_figure, settings_of

@@ -22,8 +22,8 @@ from pathlib import Path
 from types import NoneType
 
 from dpquant.compare import draw_accuracies, half_width
-from dpquant.record import RunRecord, Timings
-from dpquant.settings import TrainSettings
+from dpquant.runs.record import RunRecord, Timings
+from dpquant.runs.settings import TrainSettings
 
 RESULTS = Path(__file__).parent / "results"
 FOLDERS = ("GTSRB", "CIFAR10")  # placeholders in options for the folders of data sets

@@ -7,8 +7,8 @@ from dpquant import assess as module
 from dpquant.assess import assess
 from dpquant.cli import run
 from dpquant.errors import SettingError
-from dpquant.settings import TrainSettings
-from dpquant.train import train
+from dpquant.runs.settings import TrainSettings
+from dpquant.runs.train import train
 from dpquant.training.policies import RotatePolicy
 
 SMALL = {"batch_size": 64.0, "backend": "simulate", "microbatch_size": 32}

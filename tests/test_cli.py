@@ -105,7 +105,7 @@ def test_an_interrupt_leaves_one_line_and_exit_code_130(capsys, tmp_path, monkey
     def interrupted(*arguments, **settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dpquant.train.train", interrupted)
+    monkeypatch.setattr("dpquant.runs.train.train", interrupted)
     assert run(["train", "--out", str(tmp_path / "run")]) == 130
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -157,7 +157,7 @@ def test_an_interrupted_run_whose_charges_came_from_a_seed_says_so(capsys, tmp_p
         Ledger(folder / "ledger.jsonl", research=True).charge(kind="train", sample_rate=0.1, noise_multiplier=1.0)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dpquant.train.train", interrupted)
+    monkeypatch.setattr("dpquant.runs.train.train", interrupted)
     assert run(["train", "--out", str(tmp_path / "run")]) == 130
     assert "NOT PRIVATE" in capsys.readouterr().err
 

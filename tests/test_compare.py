@@ -10,8 +10,8 @@ from dpquant.compare import compare, half_width
 from dpquant.errors import LedgerError, SettingError
 from dpquant.privacy.accounting import Event, epsilon
 from dpquant.privacy.ledger import Ledger
-from dpquant.settings import TrainSettings, plan_of
-from dpquant.train import train
+from dpquant.runs.settings import TrainSettings, plan_of
+from dpquant.runs.train import train
 
 SMALL = {"epochs": 1, "microbatch_size": 32, "backend": "simulate"}
 

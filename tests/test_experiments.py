@@ -16,8 +16,8 @@ from dpquant import cli
 from dpquant.backends.quantize import quantize_rows
 from dpquant.errors import SettingError
 from dpquant.formats import E3M0, Rounding
-from dpquant.record import RunRecord
 from dpquant.rounding import row_keys
+from dpquant.runs.record import RunRecord
 from dpquant.training.cost import LayerCost
 
 TABLE = Table(name="mine", title="Mine", common="--epochs 2", rows={"a": "--lr 1", "b": "--lr 2"}, seeds=(0, 1))

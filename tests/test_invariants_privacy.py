@@ -18,7 +18,6 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import dpquant
-from dpquant import train as train_module
 from dpquant.backends.kernels import int8_is_exact
 from dpquant.backends.quantize import quantize_rows
 from dpquant.data import dataset as data
@@ -26,9 +25,10 @@ from dpquant.engine.clip import ClippedSum, clipped_sum, clipped_sum_of
 from dpquant.formats import recipe
 from dpquant.privacy.noise import NoiseSource
 from dpquant.privacy.sampling import PoissonSampler
-from dpquant.record import RunRecord
 from dpquant.rounding import row_keys
-from dpquant.settings import TrainSettings
+from dpquant.runs import train as train_module
+from dpquant.runs.record import RunRecord
+from dpquant.runs.settings import TrainSettings
 from dpquant.training import private as private_module
 from dpquant.training.impact import ImpactSum, impact_sum, impact_sum_of
 from networks import loss, zoo

@@ -23,7 +23,7 @@ from typer.exceptions import TyperException
 
 from dpquant.console import ProgressBar, print_assessment, print_bench, print_budget, print_comparison, print_run
 from dpquant.errors import DivergedError, DPQuantError, SettingError
-from dpquant.settings import BY_DATA, GENERAL, TrainSettings, from_toml, plan_of
+from dpquant.runs.settings import BY_DATA, GENERAL, TrainSettings, from_toml, plan_of
 
 WRONG_RESULT = 1
 BAD_INPUT = 2
@@ -151,8 +151,8 @@ def train(given: dict[str, Any], config: Config = None, out: Path | None = None,
     Example: dpquant train --data fashion-mnist --epsilon 3 --policy dpquant --fraction 0.75 --out runs/fashion
     """
     from dpquant.privacy.plan import rounded_up
-    from dpquant.train import charged
-    from dpquant.train import train as run_training
+    from dpquant.runs.train import charged
+    from dpquant.runs.train import train as run_training
 
     console = Console(quiet=as_json)
     settings = _settings(given, config)

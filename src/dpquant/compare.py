@@ -21,9 +21,9 @@ from dpquant.errors import SettingError
 from dpquant.privacy import accounting
 from dpquant.privacy.accounting import Event
 from dpquant.privacy.ledger import Ledger
-from dpquant.record import RunRecord, Timings, replacing
-from dpquant.settings import POLICIES, TrainSettings, plan_of
-from dpquant.train import event_of, train
+from dpquant.runs.record import RunRecord, Timings, replacing
+from dpquant.runs.settings import POLICIES, TrainSettings, plan_of
+from dpquant.runs.train import event_of, train
 
 CONFIDENCE = 0.95
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from dpquant.bench import BenchRecord
     from dpquant.compare import Comparison
     from dpquant.privacy.plan import PrivacyPlan
-    from dpquant.record import RunRecord
-    from dpquant.train import Progress as TrainProgress
+    from dpquant.runs.record import RunRecord
+    from dpquant.runs.train import Progress as TrainProgress
 
 
 def print_run(console: Console, record: "RunRecord", folder: Path) -> None:

@@ -40,8 +40,8 @@ from dpquant.privacy import accounting
 from dpquant.privacy.accounting import Event
 from dpquant.privacy.ledger import Charge, Ledger
 from dpquant.privacy.plan import PrivacyPlan, rounded_up
-from dpquant.record import LayerRecord, RunRecord, Timings, replacing
-from dpquant.settings import TrainSettings, plan_of, policy_of
+from dpquant.runs.record import LayerRecord, RunRecord, Timings, replacing
+from dpquant.runs.settings import TrainSettings, plan_of, policy_of
 from dpquant.training.private import Epoch, PrivateTraining, make_private
 
 _CONFIG, _LEDGER, _METRICS = "config.toml", "ledger.jsonl", "metrics.jsonl"

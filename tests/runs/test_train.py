@@ -10,15 +10,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file
 
-from dpquant import train as train_module
 from dpquant.data import dataset as data
 from dpquant.data import models
 from dpquant.errors import DataError, DivergedError, DPQuantError, ModelError, SettingError
 from dpquant.privacy.accounting import Event, epsilon
 from dpquant.privacy.ledger import Ledger
-from dpquant.record import RunRecord, Timings
-from dpquant.settings import TrainSettings, from_toml, plan_of, policy_of
-from dpquant.train import Charged, accuracy, charged, train
+from dpquant.runs import train as train_module
+from dpquant.runs.record import RunRecord, Timings
+from dpquant.runs.settings import TrainSettings, from_toml, plan_of, policy_of
+from dpquant.runs.train import Charged, accuracy, charged, train
 
 
 def settings(**given):

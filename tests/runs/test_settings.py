@@ -9,8 +9,8 @@ import pytest
 from dpquant.backends.kernels import BACKENDS
 from dpquant.errors import SettingError
 from dpquant.formats import RECIPES
-from dpquant.settings import BACKENDS as SETTING_BACKENDS
-from dpquant.settings import BY_DATA, GENERAL, TrainSettings, from_toml
+from dpquant.runs.settings import BACKENDS as SETTING_BACKENDS
+from dpquant.runs.settings import BY_DATA, GENERAL, TrainSettings, from_toml
 
 
 def test_defaults_are_valid_for_every_data_set():
@@ -99,7 +99,9 @@ def test_planning_from_public_numbers_loads_no_torch():
     assert not loads("torch", PLANNED)
 
 
-@pytest.mark.parametrize("code", ["import torch", "import dpquant.train", PLANNED.replace("'--records', '9000'", "")])
+@pytest.mark.parametrize(
+    "code", ["import torch", "import dpquant.runs.train", PLANNED.replace("'--records', '9000'", "")]
+)
 def test_loading_torch_would_be_seen(code):
     assert loads("torch", code)
 

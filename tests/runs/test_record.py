@@ -6,7 +6,7 @@ import json
 import pytest
 
 from dpquant.errors import DataError
-from dpquant.record import LayerRecord, RunRecord, Timings, replacing
+from dpquant.runs.record import LayerRecord, RunRecord, Timings, replacing
 
 RECORD = RunRecord(
     **{
