@@ -24,7 +24,7 @@ from torch.utils.data import TensorDataset, default_collate
 
 import dpquant
 from benchmarks.results import folder_here
-from dpquant.bench import Spread
+from dpquant.app.bench import Spread
 from dpquant.checks.isolation import check_at_size, check_isolation, keeps_apart
 from dpquant.checks.synthetic import candidates
 from dpquant.engine.clip import clipped_sum_of

@@ -11,8 +11,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.results import COLOURS, caption, folder_here, measure_all, median
-from dpquant.bench import BenchSettings
-from dpquant.bench_sides import DESCRIPTIONS, NETWORKS, SIDES
+from dpquant.app.bench import BenchSettings
+from dpquant.app.contenders import DESCRIPTIONS, NETWORKS, SIDES
 
 BATCH_SIZE, IMAGE_SIZE = 64, 32  # of the measurements in which the other grows
 

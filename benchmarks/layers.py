@@ -18,10 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks.results import folder_here
 from dpquant import prepare
-from dpquant.backends.geometry import Geometry
-from dpquant.backends.kernels import INT8_ZERO_POINT, Int8Products
-from dpquant.backends.quantize import QTensor
-from dpquant.bench_sides import (
+from dpquant.app.contenders import (
     NETWORKS,
     build_network,
     count_macs,
@@ -29,6 +26,9 @@ from dpquant.bench_sides import (
     example_losses,
     made_up_examples,
 )
+from dpquant.backends.geometry import Geometry
+from dpquant.backends.kernels import INT8_ZERO_POINT, Int8Products
+from dpquant.backends.quantize import QTensor
 from dpquant.machine import Hardware
 from dpquant.training.tuning import layer_times
 

@@ -17,8 +17,8 @@ from randomgen import AESCounter
 from scipy import stats
 from torch import Tensor
 
-from dpquant.bench import Spread
-from dpquant.bench_sides import NETWORKS, build_network, default_image_size
+from dpquant.app.bench import Spread
+from dpquant.app.contenders import NETWORKS, build_network, default_image_size
 from dpquant.machine import Hardware
 from dpquant.privacy import noise as noise_module
 from dpquant.privacy.noise import NoiseSource

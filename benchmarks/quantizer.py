@@ -15,9 +15,9 @@ import time
 import torch
 
 from benchmarks.results import folder_here
+from dpquant.app.bench import Spread
 from dpquant.backends.malloc import working_memory
 from dpquant.backends.quantize import QTensor, quantize_rows
-from dpquant.bench import Spread
 from dpquant.formats import RoleFormat, recipe
 from dpquant.machine import Hardware
 from dpquant.rounding import row_keys

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from dpquant.bench import BenchSettings
+from dpquant.app.bench import BenchSettings
 from dpquant.machine import Hardware
 
 COLOURS = {

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dpquant.bench import gradient_of
+from dpquant.app.bench import gradient_of
 from dpquant.data import dataset as data
 from dpquant.engine.layers import prepare, quantizable_layers, set_policy
 from dpquant.runs.settings import TrainSettings, plan_of, policy_of

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import statistics
 
-from dpquant.assess import Assessment, assess
+from dpquant.app.assess import Assessment, assess
 from dpquant.machine import Hardware
 from experiments.runner import RESULTS, Site, new_figure, settings_of
 from experiments.settings import GTSRB

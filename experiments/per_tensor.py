@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from dpquant import cli
+from dpquant.app import cli
 from dpquant.backends.quantize import QTensor, quantize_rows
 from dpquant.checks import isolation
 from dpquant.engine import layers

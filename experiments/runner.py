@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 
-from dpquant.compare import draw_accuracies, half_width
+from dpquant.app.compare import draw_accuracies, half_width
 from dpquant.runs.record import RunRecord, Timings
 from dpquant.runs.settings import TrainSettings
 

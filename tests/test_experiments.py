@@ -12,7 +12,7 @@ from experiments.__main__ import SCRIPTS, TABLES
 from experiments.per_tensor import with_one_scale
 from experiments.runner import Run, Site, Table, do_table, settings_of
 
-from dpquant import cli
+from dpquant.app import cli
 from dpquant.backends.quantize import quantize_rows
 from dpquant.errors import SettingError
 from dpquant.formats import E3M0, Rounding

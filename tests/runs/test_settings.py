@@ -89,10 +89,10 @@ def loads(module, code):
 
 @pytest.mark.parametrize("module", ["torch", "dp_accounting"])
 def test_the_command_line_loads_neither_torch_nor_the_accountant(module):
-    assert not loads(module, "import dpquant.cli")
+    assert not loads(module, "import dpquant.app.cli")
 
 
-PLANNED = "import dpquant.cli; assert dpquant.cli.run(['plan', '--records', '9000']) == 0"
+PLANNED = "import dpquant.app.cli; assert dpquant.app.cli.run(['plan', '--records', '9000']) == 0"
 
 
 def test_planning_from_public_numbers_loads_no_torch():

@@ -41,7 +41,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from dpquant.bench_sides import (
+from dpquant.app.contenders import (
     DESCRIPTIONS,
     SIDES,
     Batch,
@@ -406,7 +406,7 @@ def peak_mib(settings: BenchSettings, side: str) -> float | None:
     `getrusage` starts from the parent's peak there. It does on no other system, so `getrusage` serves those.
     """
     argument = json.dumps({"settings": dataclasses.asdict(settings), "side": side, "threads": torch.get_num_threads()})
-    program = "import sys; from dpquant.bench import print_peak; print_peak(sys.argv[1])"
+    program = "import sys; from dpquant.app.bench import print_peak; print_peak(sys.argv[1])"
     result = subprocess.run([sys.executable, "-c", program, argument], capture_output=True, text=True, check=False)
     return float(result.stdout) if result.returncode == 0 else None
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from dpquant.cli import run
+from dpquant.app.cli import run
 from dpquant.privacy.accounting import Event, epsilon
 from dpquant.privacy.ledger import Ledger
 
@@ -133,7 +133,7 @@ def stopped(tmp_path_factory):
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors):
-        patch.setattr("dpquant.cli.ProgressBar.__call__", interrupt)
+        patch.setattr("dpquant.app.cli.ProgressBar.__call__", interrupt)
         code = run(["train", "--out", str(out)])
     return code, errors.getvalue(), out / "ledger.jsonl"
 

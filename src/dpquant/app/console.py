@@ -12,9 +12,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from dpquant.assess import Assessment
-    from dpquant.bench import BenchRecord
-    from dpquant.compare import Comparison
+    from dpquant.app.assess import Assessment
+    from dpquant.app.bench import BenchRecord
+    from dpquant.app.compare import Comparison
     from dpquant.privacy.plan import PrivacyPlan
     from dpquant.runs.record import RunRecord
     from dpquant.runs.train import Progress as TrainProgress

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from dpquant import compare as module
-from dpquant.cli import run
-from dpquant.compare import compare, half_width
+from dpquant.app import compare as module
+from dpquant.app.cli import run
+from dpquant.app.compare import compare, half_width
 from dpquant.errors import LedgerError, SettingError
 from dpquant.privacy.accounting import Event, epsilon
 from dpquant.privacy.ledger import Ledger

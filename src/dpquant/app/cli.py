@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 from typer.exceptions import TyperException
 
-from dpquant.console import ProgressBar, print_assessment, print_bench, print_budget, print_comparison, print_run
+from dpquant.app.console import ProgressBar, print_assessment, print_bench, print_budget, print_comparison, print_run
 from dpquant.errors import DivergedError, DPQuantError, SettingError
 from dpquant.runs.settings import BY_DATA, GENERAL, TrainSettings, from_toml, plan_of
 
@@ -195,7 +195,7 @@ def assess(
 
     Example: dpquant assess resnet18 --data gtsrb --policy dpquant --macs 0.9 --runs-per-month 100 --cost-per-hour 0.4
     """
-    from dpquant.assess import assess as assessment_of
+    from dpquant.app.assess import assess as assessment_of
 
     named = {} if model is None else {"model": model}
     assessment = assessment_of(
@@ -230,7 +230,7 @@ def compare(
 
     Example: dpquant compare --data fashion-mnist --epsilon 3 --fraction 0.5 --seeds 3 --out runs/compare
     """
-    from dpquant.compare import compare as comparison_of
+    from dpquant.app.compare import compare as comparison_of
 
     settings = _settings(given, config)
     folder = out or Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-compare"
@@ -264,7 +264,7 @@ def bench(
 
     Example: dpquant bench --model cnn --batch-size 256 --memory
     """
-    from dpquant.bench import BenchSettings, measure
+    from dpquant.app.bench import BenchSettings, measure
 
     settings = BenchSettings(
         model=model,

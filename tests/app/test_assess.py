@@ -3,9 +3,9 @@ import json
 
 import pytest
 
-from dpquant import assess as module
-from dpquant.assess import assess
-from dpquant.cli import run
+from dpquant.app import assess as module
+from dpquant.app.assess import assess
+from dpquant.app.cli import run
 from dpquant.errors import SettingError
 from dpquant.runs.settings import TrainSettings
 from dpquant.runs.train import train

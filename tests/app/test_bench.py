@@ -9,10 +9,11 @@ import sys
 import pytest
 import torch
 
-from dpquant import bench, bench_sides, machine
-from dpquant.bench import BenchRecord, BenchSettings, Oracle, SideResult, Spread, gradient_of, measure, summed
-from dpquant.bench_sides import NETWORKS, SIDES, build_network, made_up_examples
-from dpquant.cli import run
+from dpquant import machine
+from dpquant.app import bench, contenders
+from dpquant.app.bench import BenchRecord, BenchSettings, Oracle, SideResult, Spread, gradient_of, measure, summed
+from dpquant.app.cli import run
+from dpquant.app.contenders import NETWORKS, SIDES, build_network, made_up_examples
 from dpquant.errors import FormatError, ModelError, SettingError
 from dpquant.machine import Hardware, instructions_in
 
@@ -216,7 +217,7 @@ def test_opacus_gets_the_same_network(name):
     inputs, _, _ = made_up_examples(name, image_size, 2)
     with torch.no_grad():
         expected = network(inputs)
-        torch.testing.assert_close(bench_sides.out_of_place(network)(inputs), expected)
+        torch.testing.assert_close(contenders.out_of_place(network)(inputs), expected)
 
 
 # The verb
