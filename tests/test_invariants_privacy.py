@@ -285,6 +285,7 @@ def left_behind(out, monkeypatch, *, records, clipped_stub=None, **changes):
         "files": sorted(files),
         "config": files["config.toml"].read_bytes(),
         "ledger": files["ledger.jsonl"].read_bytes(),
+        "choices": json.loads(files["choices.json"].read_text()),
         "metrics": [json.loads(line) for line in files["metrics.jsonl"].read_text().splitlines()],
         "record": json.loads(files["record.json"].read_text()),
         "weights": {name: t.tolist() for name, t in load_file(files["model.safetensors"]).items()},
@@ -343,7 +344,7 @@ def test_interference_is_caught(planted, tmp_path, monkeypatch):
 def test_a_buffer_that_takes_in_the_data_ends_the_run_and_is_not_kept(tmp_path, monkeypatch):
     with pytest.raises(dpquant.ModelError, match="buffer seen has begun to change"):
         assert_no_interference(tmp_path, monkeypatch, clipped_stub=a_buffer_of_the_data)
-    assert {path.name for path in (tmp_path / "a").iterdir()} == {"config.toml", "ledger.jsonl"}
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"choices.json", "config.toml", "ledger.jsonl"}
 
 
 def seconds_in_the_metrics(monkeypatch):

@@ -26,7 +26,7 @@ def in_a_fresh_process():
 
     The functions are this file's, `t`. One process imports it, and forks for each question.
     """
-    program = "import test_working_memory as t; t.answer_questions()"
+    program = "import test_malloc as t; t.answer_questions()"
     command = [sys.executable, "-c", program]
     with subprocess.Popen(
         command, cwd=Path(__file__).parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -203,9 +203,9 @@ def test_a_static_policys_layers_can_be_named():
     [
         ({"data": "image-folder:/nowhere", "records": 5_000}, DataError),
         ({"model": "no_such_module:build"}, ModelError),
-        ({"model": "test_train:with_batch_norm"}, ModelError),
-        ({"model": "test_train:with_too_few_outputs"}, ModelError),
-        ({"model": "test_train:for_larger_images"}, ModelError),
+        ({"model": "runs.test_train:with_batch_norm"}, ModelError),
+        ({"model": "runs.test_train:with_too_few_outputs"}, ModelError),
+        ({"model": "runs.test_train:for_larger_images"}, ModelError),
     ],
 )
 def test_bad_input_writes_nothing(tmp_path, given, error):
@@ -215,7 +215,7 @@ def test_bad_input_writes_nothing(tmp_path, given, error):
 
 
 def test_fix_makes_a_model_with_batch_norm_trainable(tmp_path):
-    record = train(settings(epochs=1, model="test_train:with_batch_norm", fix=True), tmp_path / "run")
+    record = train(settings(epochs=1, model="runs.test_train:with_batch_norm", fix=True), tmp_path / "run")
     assert math.isfinite(record.accuracy_test)
 
 
@@ -300,13 +300,13 @@ def assert_refused_before_any_charge(out, error, words, **given):
 
 
 REFUSED = {
-    "no tensor in its state": ("test_train:with_a_word_in_its_state", ModelError, "save and load back"),
-    "half a tensor": ("test_train:with_half_a_tensor", ModelError, "save and load back"),
-    "comes back as another": ("test_train:that_saves_another", ModelError, "another"),
-    "no evaluation": ("test_train:that_cannot_evaluate", ModelError, "to 10 logits"),
-    "evaluation of another shape": ("test_train:that_evaluates_to_pairs", ModelError, "gave shape (2, 10, 2)"),
+    "no tensor in its state": ("runs.test_train:with_a_word_in_its_state", ModelError, "save and load back"),
+    "half a tensor": ("runs.test_train:with_half_a_tensor", ModelError, "save and load back"),
+    "comes back as another": ("runs.test_train:that_saves_another", ModelError, "another"),
+    "no evaluation": ("runs.test_train:that_cannot_evaluate", ModelError, "to 10 logits"),
+    "evaluation of another shape": ("runs.test_train:that_evaluates_to_pairs", ModelError, "gave shape (2, 10, 2)"),
     "evaluation fails on records": (
-        "test_train:that_fails_on_records",
+        "runs.test_train:that_fails_on_records",
         ModelError,
         "evaluation mode; got a ValueError",
     ),
@@ -463,7 +463,7 @@ def test_a_disk_that_is_full_in_mid_run_ends_it_with_one_error(tmp_path, monkeyp
     assert_keeps_the_last_good_model(tmp_path / "run", 1)
 
 
-SHARED = {"tied": "test_train:tied", "used twice": "test_train:used_twice", "both": "test_train:shared"}
+SHARED = {"tied": "runs.test_train:tied", "used twice": "runs.test_train:used_twice", "both": "runs.test_train:shared"}
 
 
 def assert_comes_back(load, name, path, trained):
