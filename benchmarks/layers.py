@@ -21,7 +21,6 @@ from dpquant import prepare
 from dpquant.app.contenders import (
     NETWORKS,
     build_network,
-    count_macs,
     default_image_size,
     example_losses,
     made_up_examples,
@@ -29,6 +28,7 @@ from dpquant.app.contenders import (
 from dpquant.backends.geometry import Geometry
 from dpquant.backends.kernels import INT8_ZERO_POINT, Int8Products
 from dpquant.backends.quantize import QTensor
+from dpquant.engine.layers import count_macs
 from dpquant.machine import Hardware
 from dpquant.training.tuning import layer_times
 
@@ -62,7 +62,7 @@ def network(name: str, format: str, peak: float) -> list[dict]:
     side = default_image_size(name)
     model = prepare(build_network(name, side), format=format)
     batch = made_up_examples(name, side, 2)
-    macs = count_macs(model, batch)
+    macs = count_macs(model, lambda: model(batch[0][:1]))
     times = layer_times(
         model, example_losses, batch, microbatch_size=MICROBATCH, expected_batch_size=BATCH, rounds=ROUNDS
     )

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dpquant.data import dataset as data
-from dpquant.engine.layers import Pass, quantizable_layers, running, set_policy
+from dpquant.engine.context import Pass
+from dpquant.engine.layers import quantizable_layers, running, set_policy
 from experiments.ranking import NETWORKS, clipped_gradient, network, settings_and_data, trained
 from experiments.runner import RESULTS, Run, Site, new_figure
 

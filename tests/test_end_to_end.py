@@ -165,7 +165,7 @@ def assert_the_plan_was_kept(run, transcript, steps):
     order = [name for name, *_ in transcript.calls if name in ("charge", "sum", "impacts")]
     assert len(charges) == STEPS + ANALYSES
     assert order[::2] == ["charge"] * len(charges) and "charge" not in order[1::2]  # each before its records are read
-    assert all(charge.research for charge in run._ledger.charges())
+    assert all(charge.research for charge in run.events())
     assert run.epsilon_spent() == pytest.approx(plan.epsilon_spent()) and not run.secure
     assert f"{ANALYSES} analyses" in run.statement() and "NOT PRIVATE" in run.statement()
     assert all(np.isfinite(list(run.scores.values())))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         SettingError,
     )
     from dpquant.formats import Recipe
-    from dpquant.privacy.accounting import Event
+    from dpquant.privacy.events import Event
     from dpquant.privacy.plan import AnalysisPlan, PrivacyPlan
     from dpquant.training.policies import (
         AllPolicy,
@@ -42,7 +42,7 @@ _HOMES = {
     "DPQuantPolicy": "training.policies",
     "DataError": "errors",
     "DivergedError": "errors",
-    "Event": "privacy.accounting",
+    "Event": "privacy.events",
     "FormatError": "errors",
     "LedgerError": "errors",
     "ModelError": "errors",

@@ -7,7 +7,8 @@ import re
 import pytest
 
 from dpquant.app.cli import run
-from dpquant.privacy.accounting import Event, epsilon
+from dpquant.privacy.accounting import epsilon
+from dpquant.privacy.events import Event
 from dpquant.privacy.ledger import Ledger
 
 BAD = {

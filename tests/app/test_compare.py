@@ -8,7 +8,8 @@ from dpquant.app import compare as module
 from dpquant.app.cli import run
 from dpquant.app.compare import compare, half_width
 from dpquant.errors import LedgerError, SettingError
-from dpquant.privacy.accounting import Event, epsilon
+from dpquant.privacy.accounting import epsilon
+from dpquant.privacy.events import Event
 from dpquant.privacy.ledger import Ledger
 from dpquant.runs.settings import TrainSettings, plan_of
 from dpquant.runs.train import train
@@ -145,7 +146,7 @@ def test_what_an_interrupted_run_charged_counts(taken_up):
 
 
 def finished_runs_only(out, finished):
-    return [module.event_of(c) for name in finished for c in Ledger.read(out / name / "ledger.jsonl")]
+    return [c for name in finished for c in Ledger.read(out / name / "ledger.jsonl")]
 
 
 def what_is_planned(out, finished):

@@ -8,6 +8,7 @@ from torch import nn
 
 import dpquant
 from dpquant.engine import per_example
+from dpquant.engine.context import twin_of
 from dpquant.engine.group_norm import TapedGroupNorm
 from dpquant.engine.per_example import contributions_of, has_formula
 from dpquant.errors import ModelError
@@ -71,7 +72,7 @@ def filled(module):
 FORMULAS = {
     "group norm of maps": lambda: (nn.GroupNorm(2, 4), floats(4, 3, 3)),
     "group norm of vectors": lambda: (nn.GroupNorm(2, 4), floats(4)),
-    "taped group norm": lambda: (TapedGroupNorm.twin_of(nn.GroupNorm(2, 4)), floats(4, 3)),
+    "taped group norm": lambda: (twin_of(TapedGroupNorm, nn.GroupNorm(2, 4), tape=None), floats(4, 3)),
     "layer norm of vectors": lambda: (nn.LayerNorm(4), floats(4)),
     "layer norm of sequences": lambda: (nn.LayerNorm(4), floats(5, 4)),
     "layer norm of maps": lambda: (nn.LayerNorm([2, 3]), floats(5, 2, 3)),

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from dpquant.errors import LedgerError, SettingError
-from dpquant.privacy.ledger import NO_HASH, Charge, Ledger, merged
+from dpquant.privacy.events import Event, merged
+from dpquant.privacy.ledger import NO_HASH, Ledger
 
 TRAIN = {"kind": "train", "sample_rate": 0.05, "noise_multiplier": 1.1}
 ANALYSIS = {"kind": "analysis", "sample_rate": 0.01, "noise_multiplier": 2.0}
@@ -25,8 +26,8 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_what_was_charged_is_what_is_read(path):
-    charges = [Charge(**ANALYSIS), Charge(**TRAIN), Charge(**TRAIN)]
-    assert Ledger.read(path) == [*charges, Charge(**{**TRAIN, "noise_multiplier": 0.1 + 0.2}), Charge(**TRAIN)]
+    charges = [Event(**ANALYSIS), Event(**TRAIN), Event(**TRAIN)]
+    assert Ledger.read(path) == [*charges, Event(**{**TRAIN, "noise_multiplier": 0.1 + 0.2}), Event(**TRAIN)]
 
 
 def test_lines_are_numbered_and_each_names_the_hash_of_the_one_before(path):
@@ -45,14 +46,14 @@ def test_memory_and_file_hold_the_same(tmp_path):
     for ledger in ledgers:
         for charge in (TRAIN, ANALYSIS, TRAIN):
             ledger.charge(**charge)
-    assert ledgers[0].charges() == ledgers[1].charges() == merged(Ledger.read(tmp_path / "ledger"))
+    assert ledgers[0].events() == ledgers[1].events() == merged(Ledger.read(tmp_path / "ledger"))
     assert ledgers[0].head == ledgers[1].head == json.loads((tmp_path / "ledger").read_text().splitlines()[-1])["hash"]
 
 
 def test_research_marks_every_line(tmp_path):
     ledger = Ledger(tmp_path / "ledger", research=True)
     ledger.charge(**TRAIN)
-    assert Ledger.read(tmp_path / "ledger") == ledger.charges() == [Charge(**TRAIN, research=True)]
+    assert Ledger.read(tmp_path / "ledger") == ledger.events() == [Event(**TRAIN, research=True)]
 
 
 def assert_every_flipped_bit_is_noticed(read, path: Path) -> None:
@@ -123,11 +124,11 @@ def test_the_charge_is_written_and_synced_before_it_counts(tmp_path, monkeypatch
     events = []
     ledger = Ledger(tmp_path / "ledger")
     write, sync = os.write, os.fsync
-    monkeypatch.setattr(os, "write", lambda *a: events.append(("write", len(ledger.charges()))) or write(*a))
-    monkeypatch.setattr(os, "fsync", lambda *a: events.append(("fsync", len(ledger.charges()))) or sync(*a))
+    monkeypatch.setattr(os, "write", lambda *a: events.append(("write", len(ledger.events()))) or write(*a))
+    monkeypatch.setattr(os, "fsync", lambda *a: events.append(("fsync", len(ledger.events()))) or sync(*a))
     ledger.charge(**TRAIN)
     assert events == [("write", 0), ("fsync", 0)]
-    assert len(ledger.charges()) == 1
+    assert len(ledger.events()) == 1
 
 
 def test_the_file_and_its_folder_are_synced_at_creation(tmp_path, monkeypatch):
@@ -151,7 +152,7 @@ def test_a_charge_that_cannot_be_written_is_an_error_and_counts_nothing(tmp_path
     monkeypatch.setattr(os, call, failing(28, "No space left on device"))
     with pytest.raises(LedgerError, match="No space left"):
         ledger.charge(**TRAIN)
-    assert ledger.charges() == [Charge(**TRAIN)]
+    assert ledger.events() == [Event(**TRAIN)]
 
 
 def test_after_half_a_line_nothing_more_is_written(tmp_path, monkeypatch):
@@ -164,7 +165,7 @@ def test_after_half_a_line_nothing_more_is_written(tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(LedgerError, match="another length"):
         ledger.charge(**TRAIN)
-    assert Ledger.read(tmp_path / "ledger") == [Charge(**TRAIN)]
+    assert Ledger.read(tmp_path / "ledger") == [Event(**TRAIN)]
 
 
 def like_windows(monkeypatch, *, name="nt", binary=1 << 30):
@@ -193,7 +194,7 @@ def assert_charges_are_kept(path: Path) -> None:
     ledger = Ledger(path)
     for _ in range(3):
         ledger.charge(**TRAIN)
-    assert Ledger.read(path) == [Charge(**TRAIN)] * 3
+    assert Ledger.read(path) == [Event(**TRAIN)] * 3
 
 
 def test_charges_are_kept_on_windows(tmp_path, monkeypatch):
@@ -259,14 +260,14 @@ def test_places_that_cannot_be_used_are_refused_at_once(tmp_path):
 )
 def test_charges_that_cannot_be_accounted_for_are_refused(tmp_path, change):
     ledger = Ledger(tmp_path / "ledger")
-    with pytest.raises(SettingError, match="Expected a charge"):
+    with pytest.raises(SettingError, match=r"Expected (kind|sample_rate|noise_multiplier|count)"):
         ledger.charge(**{**TRAIN, **change})
     assert (tmp_path / "ledger").read_bytes() == b""
 
 
 def test_charges_are_values():
-    assert dataclasses.replace(Charge(**TRAIN), count=3) == Charge(**TRAIN, count=3)
-    assert merged([Charge(**TRAIN, count=3), Charge(**TRAIN), Charge(**TRAIN, research=True)]) == [
-        Charge(**TRAIN, count=4),
-        Charge(**TRAIN, research=True),
+    assert dataclasses.replace(Event(**TRAIN), count=3) == Event(**TRAIN, count=3)
+    assert merged([Event(**TRAIN, count=3), Event(**TRAIN), Event(**TRAIN, research=True)]) == [
+        Event(**TRAIN, count=4),
+        Event(**TRAIN, research=True),
     ]

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from dpquant.errors import SettingError
-from dpquant.privacy.accounting import Event, epsilon
+from dpquant.privacy.accounting import epsilon
+from dpquant.privacy.events import Event
 from dpquant.privacy.plan import AnalysisPlan, PrivacyPlan, rounded_up
 
 ANALYSIS = {"count": 3, "sample_rate": 0.05, "expected_batch_size": 100, "noise_multiplier": 2.0, "max_norm": 1.0}

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, load_model, save_file
 from dpquant.data import dataset as data
 from dpquant.data import models
 from dpquant.errors import DataError, DivergedError, DPQuantError, ModelError, SettingError
-from dpquant.privacy.accounting import Event, epsilon
+from dpquant.privacy.accounting import epsilon
+from dpquant.privacy.events import Event
 from dpquant.privacy.ledger import Ledger
 from dpquant.runs import train as train_module
 from dpquant.runs.record import RunRecord, Timings

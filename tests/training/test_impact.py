@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from dpquant.engine import clip, layers
-from dpquant.engine.layers import Pass, current_precisions, prepare, quantizable_layers, running, set_policy
+from dpquant.engine.context import Pass
+from dpquant.engine.layers import current_precisions, prepare, quantizable_layers, running, set_policy
 from dpquant.errors import SettingError
 from dpquant.rounding import derive_key
 from dpquant.training import impact

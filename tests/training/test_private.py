@@ -105,7 +105,7 @@ def test_the_ledger_tells_what_happened(monkeypatch):
 def test_a_forgotten_analysis_event_is_caught(monkeypatch):
     watched = Watched(monkeypatch)
     run = finish(start())
-    run._ledger._charges = [c for c in run._ledger._charges if c.kind == "train"]
+    run._ledger._events = [c for c in run._ledger._events if c.kind == "train"]
     with pytest.raises(AssertionError):
         assert_ledger_tells_what_happened(watched, run, 8)
 

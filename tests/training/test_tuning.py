@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import dpquant
-from dpquant.engine import clock, group_norm, layers, weight_gradients
+from dpquant.engine import clock, context, group_norm, layers, weight_gradients
 from dpquant.engine.layers import current_precisions
 from dpquant.errors import SettingError
 from dpquant.training import tuning
@@ -59,7 +59,7 @@ class StoppedTime:
     ("owner", "name", "full", "quantized"),
     [
         (layers.QuantizableLayer, "quantize", 0, 2),  # activations and gradients
-        (layers.Pass, "dense_weight", 1, 0),
+        (context.Pass, "dense_weight", 1, 0),
         (weight_gradients.Product, "squared_norms", 1, 1),
         (weight_gradients.Product, "add_weighted", 1, 1),
         (group_norm.TapedGroupNorm, "forward", 0, 0),

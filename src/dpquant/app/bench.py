@@ -53,6 +53,7 @@ from dpquant.app.contenders import (
     made_up_examples,
 )
 from dpquant.engine.batches import take_rows
+from dpquant.engine.randomness import seeded
 from dpquant.errors import SettingError
 from dpquant.formats import recipe
 from dpquant.machine import Hardware, forget_peak, memory_mib
@@ -238,9 +239,8 @@ def measure(
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        with warnings.catch_warnings(), seeded(0):
             warnings.simplefilter("ignore")  # Opacus warns of its hooks and of its random numbers, at every step
-            torch.manual_seed(0)
             results, steps = _checked(settings, sides, watch)
             times = _timed(steps, settings.rounds, watch)
             threads = torch.get_num_threads()

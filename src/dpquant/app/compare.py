@@ -19,11 +19,11 @@ from scipy import stats
 
 from dpquant.errors import SettingError
 from dpquant.privacy import accounting
-from dpquant.privacy.accounting import Event
+from dpquant.privacy.events import Event
 from dpquant.privacy.ledger import Ledger
 from dpquant.runs.record import RunRecord, Timings, replacing
 from dpquant.runs.settings import POLICIES, TrainSettings, plan_of
-from dpquant.runs.train import event_of, train
+from dpquant.runs.train import train
 
 CONFIDENCE = 0.95
 
@@ -172,7 +172,7 @@ def _charged_in(out: Path, finished: Iterable[str]) -> list[Event]:
       LedgerError: a ledger is missing, cannot be read or does not agree with itself.
     """
     ledgers = {out / name / "ledger.jsonl" for name in finished} | set(out.glob("*/ledger.jsonl"))
-    return [event_of(charge) for ledger in sorted(ledgers) for charge in Ledger.read(ledger)]
+    return [event for ledger in sorted(ledgers) for event in Ledger.read(ledger)]
 
 
 def half_width(values: Sequence[float]) -> float | None:

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from dpquant.data import models
 from dpquant.engine.batches import take_rows
 from dpquant.engine.clip import clipped_sum
-from dpquant.engine.layers import current_precisions, prepare, quantizable_layers, set_policy
+from dpquant.engine.layers import count_macs, current_precisions, prepare, set_policy
+from dpquant.engine.randomness import seeded
 from dpquant.errors import ModelError, SettingError
 from dpquant.training.policies import largest_layers
 from dpquant.training.tuning import fastest_microbatch_size
@@ -138,7 +139,8 @@ def opacus_ghost(model: nn.Module, batch: Batch, settings: StepSettings) -> Step
 def ours(model: nn.Module, batch: Batch, settings: StepSettings, *, share: float) -> Step:
     """DP-SGD by dpquant with layers quantized, largest first, until `share` of the multiply-accumulates is covered."""
     model = prepare(model, format=settings.format, backend="auto")
-    set_policy(model, largest_layers(count_macs(model, take_rows(batch, slice(1))), share))
+    macs = count_macs(model, lambda: model(take_rows(batch, slice(1))[0]))
+    set_policy(model, largest_layers(macs, share))
     optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr)
     parameters = dict(model.named_parameters())
     numbers = itertools.count()
@@ -184,25 +186,6 @@ DESCRIPTIONS = {
     "most": "ours, 90 %",
     "all": "ours, all",
 }
-
-
-def count_macs(model: nn.Module, example: Batch) -> dict[str, float]:
-    """{quantizable layer: multiply-accumulates of its forward product, for one example}."""
-    macs: dict[str, float] = {}
-
-    def listener(name: str) -> Callable[..., None]:
-        def listen(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            weight = module.get_parameter("weight")
-            macs[name] = macs.get(name, 0.0) + output[0].numel() * weight[0].numel()
-
-        return listen
-
-    handles = [layer.register_forward_hook(listener(name)) for name, layer in quantizable_layers(model).items()]
-    with torch.no_grad():
-        model(example[0])
-    for handle in handles:
-        handle.remove()
-    return macs
 
 
 def _pieces(batch: Batch, settings: StepSettings) -> Iterator[tuple[Batch, bool]]:
@@ -303,8 +286,7 @@ def build_network(name: str, image_size: int) -> nn.Module:
             f"Expected image_size >= {network.smallest} for model={name}; got image_size={image_size}. The network "
             "halves the sides until nothing is left. Pass a larger one."
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         if name == "transformer":
             return _Transformer(network.channels, NUM_CLASSES)
         return models.build(name, num_classes=NUM_CLASSES, input_shape=(network.channels, image_size, image_size))

@@ -19,11 +19,7 @@ from torch import Tensor
 from dpquant.backends.geometry import Geometry
 from dpquant.backends.kernels import INT8_ZERO_POINT, patch_products, positions, unfolded
 from dpquant.backends.quantize import QTensor
-
-try:
-    from dpquant import _native
-except ImportError:  # installed without a compiler
-    _native = None
+from dpquant.native import kernels as _native
 
 _MOST_POSITIONS = 2**16  # int32 holds so many products of a signed and an unsigned byte
 _MOST_TERMS = 2**17  # and so many of two signed bytes

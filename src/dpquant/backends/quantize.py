@@ -46,13 +46,9 @@ from dpquant.formats import (
     Rounding,
     number_format,
 )
+from dpquant.native import kernels as _native
 from dpquant.rounding import DRAW_BITS, MAX_ELEMENTS, derive_key, element_bits, line_keys
 from dpquant.rounding import row_keys as keys_of_rows
-
-try:
-    from dpquant import _native
-except ImportError:  # installed without a compiler
-    _native = None
 
 BACKENDS = ("auto", "torch", "native")
 SMALLEST_ABSMAX = 2.0**-100  # rows below it become zero: max_code / absmax could overflow

@@ -21,8 +21,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +51,14 @@ from dpquant.engine.clip import (
     losses_of,
     no_gradient,
 )
-from dpquant.engine.layers import QuantizableLayer, current_precisions, quantizable_layers, set_policy, set_precisions
+from dpquant.engine.layers import (
+    QuantizableLayer,
+    count_macs,
+    current_precisions,
+    quantizable_layers,
+    set_policy,
+    set_precisions,
+)
 from dpquant.engine.randomness import Drawing, seeded
 from dpquant.errors import DataError, DPQuantError, ModelError
 from dpquant.formats import Precision
@@ -353,26 +359,13 @@ def keeps_apart(
 
 def _count_macs(model: nn.Module, loss_fn: PerExampleLoss, specimens: Specimens) -> dict[str, float]:
     """One forward pass, counting; and the check that it leaves the buffers alone."""
-    layers = quantizable_layers(model)
-    macs = dict.fromkeys(layers, 0.0)
-
-    def counter(name: str) -> Callable[..., None]:
-        def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            macs[name] += output[0].numel() * layers[name].weight[0].numel()
-
-        return count
 
     def forward(order: Sequence[int]) -> None:
         with torch.no_grad(), seeded(KEY):
             loss_fn(model, specimens.batch(order))
 
-    handles = [layer.register_forward_hook(counter(name)) for name, layer in layers.items()]
     before = buffers_of(model)
-    try:
-        forward((0, 0, 0))
-    finally:
-        for handle in handles:
-            handle.remove()
+    macs = count_macs(model, lambda: forward((0, 0, 0)))
     if changed := changed_buffer(model, before):
         restore_buffers(model, before)
         forward((1, 1, 1))

@@ -27,9 +27,10 @@ from dpquant.backends.malloc import working_memory
 from dpquant.backends.quantize import QTensor
 from dpquant.engine.batches import Microbatch, check_rows, microbatches, take_rows
 from dpquant.engine.clock import Clock
+from dpquant.engine.context import Pass
 from dpquant.engine.contributions import ROUND_OFF, Contribution, Formed, Lookup
 from dpquant.engine.group_norm import TapedGroupNorm
-from dpquant.engine.layers import Pass, QuantizableLayer, quantizable_layers, running
+from dpquant.engine.layers import QuantizableLayer, quantizable_layers, running
 from dpquant.engine.per_example import contributions_of, has_formula
 from dpquant.engine.randomness import Drawing, Position, drawn_by_record, seeded
 from dpquant.engine.weight_gradients import Product
@@ -351,7 +352,7 @@ def default_microbatch_size(model: nn.Module, loss_fn: PerExampleLoss, batch: An
             if not list(module.children())
         ]
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with torch.no_grad(), seeded(0):
                 loss_fn(model, take_rows(batch, slice(0, 1)))
         finally:
             for handle in handles:

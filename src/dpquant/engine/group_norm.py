@@ -11,28 +11,14 @@ through torch's operator and the listener in `engine/clip.py`.
 Symbols: B examples, T positions, C channels, G groups. Source: Wu and He, arXiv 1803.08494.
 """
 
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from dpquant.engine.context import Tape
 from dpquant.engine.contributions import Formed
-
-try:
-    from dpquant import _native
-except ImportError:  # installed without a compiler
-    _native = None
-
-
-class Tape(Protocol):
-    """Where a layer leaves its parameters' per-example gradients."""
-
-    anchor: Tensor  # a scalar that requires a gradient, so that backward reaches layers whose parameters are detached
-    listening: bool  # False while a module around the norm is evaluated again for its own gradients
-
-    def add(self, parameter: Tensor, contribution: Formed) -> None:
-        """One call's per-example gradients of a parameter."""
-        ...
+from dpquant.native import kernels as _native
 
 
 class TapedGroupNorm(nn.GroupNorm):
@@ -45,14 +31,6 @@ class TapedGroupNorm(nn.GroupNorm):
     """
 
     tape: Tape | None
-
-    @classmethod
-    def twin_of(cls, module: nn.GroupNorm) -> "TapedGroupNorm":
-        """A layer with the module's own parameters, hooks and settings."""
-        twin = cls.__new__(cls)
-        twin.__dict__.update(module.__dict__)
-        twin.tape = None
-        return twin
 
     def records(self, x: Tensor) -> bool:
         """Whether the layer puts x's gradients on the tape by itself."""

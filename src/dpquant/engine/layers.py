@@ -20,11 +20,9 @@ an ordinary layer with straight-through gradients.
 Symbols: B examples, x activations, g output gradients, W weight, T output positions, s scale.
 """
 
-import collections
 import contextlib
-import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, Protocol, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -44,134 +42,11 @@ from dpquant.backends.kernels import (
     weight_gradient,
 )
 from dpquant.backends.quantize import QTensor, quantize_rows
-from dpquant.engine.clock import Clock
-from dpquant.engine.contributions import Formed
+from dpquant.engine.context import Pass, twin_of
 from dpquant.engine.group_norm import TapedGroupNorm
 from dpquant.errors import ModelError, SettingError
 from dpquant.formats import FULL_PRECISION, Precision, Recipe, RoleFormat, precision
 from dpquant.rounding import derive_key, row_keys
-
-
-class Tape(Protocol):
-    """Where layers leave, during a backward pass, what each example's gradient is made of."""
-
-    anchor: Tensor  # a scalar that requires a gradient, so that backward reaches layers whose parameters are detached
-    listening: bool  # False while a module is evaluated again, apart from the model
-
-    def add(self, parameter: Tensor, contribution: Formed) -> None:
-        """One call's per-example gradients of a parameter."""
-        ...
-
-    def record(self, layer: "QuantizableLayer", x: Tensor | QTensor, g: Tensor | QTensor, grad: Tensor) -> None:
-        """One call's operands: the weight gradient is scale_i sum_t g_it x_it^T, the bias gradient sum_t grad_it."""
-        ...
-
-
-class Replay:
-    """Outputs of the quantizable layers of a forward pass, in the order of their calls, to be used again.
-
-    A forward pass that differs from the remembered one only from some layer on need not compute what comes before it.
-    """
-
-    def __init__(self):
-        self._outputs: list[Tensor] = []
-        self._first_call: dict[nn.Module, int] = {}
-        self._position = 0
-        self._until = 0
-        self._remembering = False
-
-    def remember(self) -> None:
-        """The next forward pass is stored."""
-        self._outputs, self._first_call = [], {}
-        self._position, self._until, self._remembering = 0, 0, True
-
-    def rewind(self, layer: nn.Module) -> None:
-        """The next forward pass takes stored outputs for all calls before the first call of `layer`."""
-        self._position, self._remembering = 0, False
-        self._until = self._first_call.get(layer, len(self._outputs))
-
-    def stored(self) -> Tensor | None:
-        """The output of the coming call, if it is to be taken from the store; a copy, because callers work in place."""
-        self._position += 1
-        known = not self._remembering and self._position <= self._until
-        return self._outputs[self._position - 1].clone() if known else None
-
-    def store(self, layer: nn.Module, output: Tensor) -> None:
-        """Keep the output of the call just made, while remembering."""
-        if self._remembering:
-            self._first_call.setdefault(layer, len(self._outputs))
-            self._outputs.append(output.clone())
-
-
-@dataclasses.dataclass(kw_only=True, eq=False)
-class Pass:
-    """One logical step over a model: which records are in hand, which random stream rounds, who takes the gradients.
-
-    Attributes:
-      key: 64 bits that, with layer, role, call and record id, fix every rounding draw of the step.
-      record_ids: int64 `(B,)`, of the microbatch in hand; None = 0..B-1.
-      tape: takes the operands of per-example gradients; None = ordinary autograd.
-      replay: outputs to be remembered or used again; None = compute everything.
-      clock: measures what each layer's products take; None = nothing is measured.
-      phase: under a tape, whether the losses are being computed (`forward`) or differentiated (`backward`).
-    """
-
-    key: int
-    record_ids: Tensor | None = None
-    tape: Tape | None = None
-    replay: Replay | None = None
-    clock: Clock | None = None
-    phase: Literal["forward", "backward"] | None = None
-    _weights: dict[tuple[nn.Module, RoleFormat, str], QTensor] = dataclasses.field(default_factory=dict)
-    _dense_weights: dict[tuple[nn.Module, Geometry], Tensor] = dataclasses.field(default_factory=dict)
-    _products: dict[tuple[nn.Module, Recipe, str, Geometry], Products] = dataclasses.field(default_factory=dict)
-    _calls: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-
-    def begin(self, record_ids: Tensor) -> None:
-        """Take the next microbatch; the packed weights stay."""
-        self.record_ids = record_ids
-        self._calls.clear()
-        if self.clock is not None:
-            self.clock.begin()
-
-    def next_call(self, layer: nn.Module) -> int:
-        """How many times `layer` has been called on this microbatch before: a reused layer draws anew at each call."""
-        self._calls[layer] += 1
-        return self._calls[layer] - 1
-
-    def draw_keys(self, layer: "QuantizableLayer", role: str, call: int, batch_size: int) -> Tensor:
-        """One key per example for the rounding draws of a role in a layer: int64 `(B,)`."""
-        ids = self.record_ids if self.record_ids is not None else torch.arange(batch_size)
-        return row_keys(derive_key(self.key, layer.name, role, call), ids)
-
-    def dense_weight(self, layer: "QuantizableLayer", weight: Tensor, size: tuple[int, int]) -> Tensor:
-        """The layer's weight `(O, C / G, *taps)` for inputs of `size`, in their layout; made once."""
-        geometry, taps = layer.geometry.trimmed(size)
-        if (layer, geometry) not in self._dense_weights:
-            self._dense_weights[layer, geometry] = weight[:, :, *taps].contiguous(memory_format=torch.channels_last)
-        return self._dense_weights[layer, geometry]
-
-    def quantized_weight(
-        self, layer: "QuantizableLayer", recipe: Recipe, size: tuple[int, int], *, side: str
-    ) -> tuple[Products, Tensor]:
-        """The layer's products on its quantized weight for inputs of `size`, and the weight's scales.
-
-        Args:
-          layer: whose weight.
-          recipe: of the product.
-          size: (H, W) of the layer's input.
-          side: whose channels the product keeps, and may have a scale each: `output` (forward) or `input` (dgrad).
-        Returns: the products; scales `(1,)`, or one a channel.
-        """
-        kept = side if recipe.weight.per_channel else ""
-        if (layer, recipe.weight, kept) not in self._weights:
-            self._weights[layer, recipe.weight, kept] = layer.quantize_weight(self, recipe.weight, kept)
-        weight = self._weights[layer, recipe.weight, kept]
-        geometry, taps = layer.geometry.trimmed(size)
-        if (layer, recipe, kept, geometry) not in self._products:
-            met = dataclasses.replace(weight, codes=weight.codes[:, :, *taps].contiguous())
-            self._products[layer, recipe, kept, geometry] = layer.products(met, geometry, recipe)
-        return self._products[layer, recipe, kept, geometry], weight.scale
 
 
 class QuantizableLayer(nn.Module):
@@ -194,14 +69,6 @@ class QuantizableLayer(nn.Module):
     def quantized(self) -> bool:
         """Whether some of the layer's products run quantized now."""
         return self.precision.quantized
-
-    @classmethod
-    def twin_of(cls, module: nn.Module) -> "QuantizableLayer":
-        """A layer with the module's own parameters, hooks and settings."""
-        twin = cls.__new__(cls)
-        twin.__dict__.update(module.__dict__)
-        twin.precision, twin.current = FULL_PRECISION, None
-        return twin
 
     @property
     def geometry(self) -> Geometry:
@@ -391,7 +258,11 @@ def _scaled(values: Tensor, scale_B: Tensor, scale_C: Tensor) -> Tensor:
     return values.mul_((scale_B[:, None] * scale_C)[:, :, None, None])
 
 
-_TWINS: dict[type[nn.Module], Any] = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear, nn.GroupNorm: TapedGroupNorm}
+_TWINS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
+    nn.Conv2d: lambda module: twin_of(QuantConv2d, module, precision=FULL_PRECISION, current=None),
+    nn.Linear: lambda module: twin_of(QuantLinear, module, precision=FULL_PRECISION, current=None),
+    nn.GroupNorm: lambda module: twin_of(TapedGroupNorm, module, tape=None),
+}
 
 
 def prepare(model: nn.Module, *, format: str | Recipe | Precision = "luq-fp4", backend: str = "auto") -> nn.Module:
@@ -426,7 +297,7 @@ def prepare(model: nn.Module, *, format: str | Recipe | Precision = "luq-fp4", b
     twins: dict[nn.Module, nn.Module] = {}
     for module in list(model.modules()):
         if type(module) in _TWINS:
-            twins[module] = _TWINS[type(module)].twin_of(module)
+            twins[module] = _TWINS[type(module)](module)
     for parent in list(model.modules()):
         for child_name, child in parent._modules.items():
             if child in twins:
@@ -477,6 +348,31 @@ def set_precisions(model: nn.Module, precisions: Mapping[str, Precision]) -> Non
 def current_precisions(model: nn.Module) -> dict[str, Precision]:
     """{name: precision} of the layers that run quantized now."""
     return {name: layer.precision for name, layer in quantizable_layers(model).items() if layer.quantized}
+
+
+def count_macs(model: nn.Module, forward: Callable[[], object]) -> dict[str, float]:
+    """Return {quantizable layer: multiply-accumulates of its forward product, for one example}.
+
+    Args:
+      model: a prepared model.
+      forward: runs it once, on a batch.
+    """
+    layers = quantizable_layers(model)
+    macs = dict.fromkeys(layers, 0.0)
+
+    def counter(name: str) -> Callable[..., None]:
+        def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            macs[name] += output[0].numel() * layers[name].weight[0].numel()
+
+        return count
+
+    handles = [layer.register_forward_hook(counter(name)) for name, layer in layers.items()]
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return macs
 
 
 @contextlib.contextmanager

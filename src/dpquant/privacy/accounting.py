@@ -16,7 +16,6 @@ Mironov et al., arXiv 1908.10530; Doroshenko et al., arXiv 2207.04380 (connect t
 """
 
 import contextlib
-import dataclasses
 import functools
 import importlib.metadata
 import logging
@@ -29,6 +28,7 @@ import dp_accounting
 import numpy as np
 
 from dpquant.errors import SettingError
+from dpquant.privacy.events import Event
 
 GRID = 1e-3
 SMALLEST_DELTA = (
@@ -41,39 +41,6 @@ _ACCOUNTANTS = {
     "pld": functools.partial(dp_accounting.pld.PLDAccountant, value_discretization_interval=GRID),
     "rdp": dp_accounting.rdp.RdpAccountant,
 }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Event:
-    """`count` releases of one mechanism: Poisson sampling, clipped sum, Gaussian noise.
-
-    Attributes:
-      kind: what was released: noised gradients (`train`) or noised loss impacts (`analysis`).
-      sample_rate: each record's probability to take part in a release, in (0, 1].
-      noise_multiplier: the noise's standard deviation over the sum's L2 sensitivity, >= 0.
-      count: how many releases, >= 0.
-    Raises:
-      SettingError: a value out of range.
-    """
-
-    kind: Literal["train", "analysis"]
-    sample_rate: float
-    noise_multiplier: float
-    count: int
-
-    def __post_init__(self) -> None:
-        rules = {
-            "kind": (self.kind in ("train", "analysis"), "to be train or analysis"),
-            "sample_rate": (0 < self.sample_rate <= 1, "in (0, 1]"),
-            "noise_multiplier": (0 <= self.noise_multiplier < math.inf, ">= 0 and finite"),
-            "count": (isinstance(self.count, int) and self.count >= 0, "to be an int >= 0"),
-        }
-        for name, (holds, rule) in rules.items():
-            if not holds:
-                raise SettingError(
-                    f"Expected {name} {rule}; got {name}={getattr(self, name)!r}. "
-                    "An event describes what was released. Take it from the plan or the ledger."
-                )
 
 
 def epsilon(events: Iterable[Event], delta: float, accountant: Literal["pld", "rdp"] = "pld") -> float:

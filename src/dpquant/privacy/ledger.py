@@ -18,44 +18,13 @@ The ledger keeps what it is told and computes no epsilon.
 import dataclasses
 import hashlib
 import json
-import math
 import os
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
 
 from dpquant.errors import LedgerError, SettingError
+from dpquant.privacy.events import Event, Kind, merged
 
 NO_HASH = "0" * 64  # what the first line names as the one before it
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Charge:
-    """`count` releases of one mechanism.
-
-    Attributes:
-      kind: `train` or `analysis`.
-      sample_rate: each record's probability to take part, in (0, 1].
-      noise_multiplier: noise over sensitivity, >= 0.
-      count: >= 1.
-      research: the randomness came from a seed, so the release is not private whatever its noise.
-    Raises:
-      SettingError: a value out of range.
-    """
-
-    kind: Literal["train", "analysis"]
-    sample_rate: float
-    noise_multiplier: float
-    count: int = 1
-    research: bool = False
-
-    def __post_init__(self) -> None:
-        known = self.kind in ("train", "analysis")
-        if not (known and 0 < self.sample_rate <= 1 and 0 <= self.noise_multiplier < math.inf and self.count >= 1):
-            raise SettingError(
-                "Expected a charge with kind train or analysis, sample_rate in (0, 1], noise_multiplier >= 0 and count "
-                f">= 1; got {self}. It could not be accounted for. Charge what the plan says."
-            )
 
 
 class Ledger:
@@ -77,14 +46,14 @@ class Ledger:
           LedgerError: the file cannot be written, or already holds charges.
         """
         self.path, self.research, self.head = path, research, NO_HASH
-        self._charges: list[Charge] = []
+        self._events: list[Event] = []
         self._num_lines = self._num_bytes = 0
         if path is not None:
             self._create(path)
 
     @classmethod
-    def read(cls, path: Path) -> list[Charge]:
-        """The charges in a file, one a line, verified. The file is left as it is.
+    def read(cls, path: Path) -> list[Event]:
+        """The events in a file, one a line, verified. The file is left as it is.
 
         Raises:
           LedgerError: the file cannot be read, or a line is not what was written there.
@@ -98,23 +67,23 @@ class Ledger:
             ) from error
         if b"}" in tail:  # a line ends with its only brace, so this one is whole and must be right; else it is torn
             lines.append(tail)
-        charges, previous = [], NO_HASH
+        events, previous = [], NO_HASH
         for seq, line in enumerate(lines):
             try:
                 entry = json.loads(line)
-                charge = Charge(**{field.name: entry[field.name] for field in dataclasses.fields(Charge)})
+                event = Event(**{field.name: entry[field.name] for field in dataclasses.fields(Event)})
             except (ValueError, KeyError, TypeError) as error:
                 raise _corrupt(path, seq) from error
-            written, previous = _line(seq, charge, previous)
+            written, previous = _line(seq, event, previous)
             if line != written:
                 raise _corrupt(path, seq)
-            charges.append(charge)
-        return charges
+            events.append(event)
+        return events
 
     def charge(
         self,
         *,
-        kind: Literal["train", "analysis"],
+        kind: Kind,
         sample_rate: float,
         noise_multiplier: float,
         count: int = 1,
@@ -131,23 +100,25 @@ class Ledger:
           LedgerError: the line could not be brought to disk: do not touch the data.
         Privacy: charges `count` events.
         """
-        charge = Charge(
+        event = Event(
             kind=kind,
             sample_rate=float(sample_rate),
             noise_multiplier=float(noise_multiplier),
             count=int(count),
             research=self.research,
         )
-        line, head = _line(self._num_lines, charge, self.head)
+        if event.count < 1:
+            raise SettingError(f"Expected count >= 1; got count={count}. Charge what is about to be released.")
+        line, head = _line(self._num_lines, event, self.head)
         if self.path is not None:
             self._append(self.path, line + b"\n")
         self.head = head
         self._num_lines += 1
-        self._charges = merged([*self._charges, charge])
+        self._events = merged([*self._events, event])
 
-    def charges(self) -> list[Charge]:
-        """Everything charged so far, equal releases counted together. Privacy: post-processing."""
-        return list(self._charges)
+    def events(self) -> list[Event]:
+        """Return everything charged so far, equal releases counted together. Privacy: post-processing."""
+        return list(self._events)
 
     def _create(self, path: Path) -> None:
         try:
@@ -198,18 +169,9 @@ class Ledger:
         )
 
 
-def merged(charges: Iterable[Charge]) -> list[Charge]:
-    """Equal releases counted together, in the order of their first charge."""
-    counts: dict[Charge, int] = {}
-    for charge in charges:
-        release = dataclasses.replace(charge, count=1)
-        counts[release] = counts.get(release, 0) + charge.count
-    return [dataclasses.replace(release, count=count) for release, count in counts.items()]
-
-
-def _line(seq: int, charge: Charge, previous: str) -> tuple[bytes, str]:
+def _line(seq: int, event: Event, previous: str) -> tuple[bytes, str]:
     """A line without its end, and its hash. Floats are written so that they read back as they were."""
-    entry = {"seq": seq, **dataclasses.asdict(charge), "previous": previous}
+    entry = {"seq": seq, **dataclasses.asdict(event), "previous": previous}
     digest = hashlib.sha256(json.dumps(entry).encode()).hexdigest()
     return json.dumps({**entry, "hash": digest}).encode(), digest
 

@@ -38,12 +38,8 @@ import torch
 from torch import Tensor
 
 from dpquant.errors import SettingError
+from dpquant.native import kernels as _native
 from dpquant.privacy.secret import SecretKey
-
-try:
-    from dpquant import _native
-except ImportError:  # installed without a compiler
-    _native = None
 
 SMALLEST_STD, LARGEST_STD = 2.0**-100, 2.0**100  # between them float32 neither flushes noise to zero nor overflows
 

@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from dpquant.errors import SettingError
 from dpquant.privacy import accounting
-from dpquant.privacy.accounting import Event
+from dpquant.privacy.events import Event
 
 Score = Literal["loss", "gradient"]  # what a layer's impact is measured by
 

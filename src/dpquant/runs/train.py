@@ -35,10 +35,10 @@ from dpquant.checks.refusals import check_trainable
 from dpquant.data import dataset as data
 from dpquant.data import models
 from dpquant.engine.convert import fix
+from dpquant.engine.randomness import seeded
 from dpquant.errors import DivergedError, DPQuantError, ModelError, SettingError
 from dpquant.privacy import accounting
-from dpquant.privacy.accounting import Event
-from dpquant.privacy.ledger import Charge, Ledger
+from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.plan import PrivacyPlan, rounded_up
 from dpquant.runs.record import LayerRecord, RunRecord, Timings, replacing
 from dpquant.runs.settings import TrainSettings, plan_of, policy_of
@@ -215,21 +215,11 @@ def charged(ledger: Path, plan: PrivacyPlan) -> Charged:
       LedgerError: the file does not agree with itself.
     Privacy: post-processing.
     """
-    charges = Ledger.read(ledger) if ledger.exists() else []
+    events = Ledger.read(ledger) if ledger.exists() else []
     return Charged(
-        steps=sum(charge.count for charge in charges if charge.kind == "train"),
-        epsilon=accounting.epsilon(map(event_of, charges), plan.delta),
-        research=any(charge.research for charge in charges),
-    )
-
-
-def event_of(charge: Charge) -> Event:
-    """A ledger's line as an event that an accountant composes."""
-    return Event(
-        kind=charge.kind,
-        sample_rate=charge.sample_rate,
-        noise_multiplier=charge.noise_multiplier,
-        count=charge.count,
+        steps=sum(event.count for event in events if event.kind == "train"),
+        epsilon=accounting.epsilon(events, plan.delta),
+        research=any(event.research for event in events),
     )
 
 
@@ -389,7 +379,7 @@ def _check_outputs(model: nn.Module, dataset: data.Dataset) -> None:
     rule = f"Expected model to map images of shape {dataset.input_shape} to {dataset.num_classes} logits"
     blank = torch.zeros(2, *dataset.input_shape)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), seeded(0):
             shapes = [tuple(model(blank).shape)]
             with _evaluating(model):
                 shapes.append(tuple(model(blank).shape))

@@ -36,10 +36,9 @@ from dpquant.engine.clip import (
     copies,
     per_example_losses,
 )
+from dpquant.engine.context import Pass, Replay
 from dpquant.engine.contributions import Contribution
 from dpquant.engine.layers import (
-    Pass,
-    Replay,
     current_precisions,
     quantizable_layers,
     running,

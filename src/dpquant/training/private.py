@@ -45,7 +45,7 @@ from dpquant.engine.layers import prepare, set_policy, set_precisions
 from dpquant.errors import BudgetError, DataError, DPQuantError, ModelError, SettingError
 from dpquant.formats import Precision, Recipe, precision
 from dpquant.privacy import accounting
-from dpquant.privacy.accounting import Event
+from dpquant.privacy.events import Event
 from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.noise import NoiseSource
 from dpquant.privacy.plan import PrivacyPlan
@@ -306,11 +306,8 @@ class PrivateTraining:
         return accounting.epsilon(self.events(), self.plan.delta)
 
     def events(self) -> list[Event]:
-        """What was charged so far, as events that an accountant composes."""
-        return [
-            Event(kind=c.kind, sample_rate=c.sample_rate, noise_multiplier=c.noise_multiplier, count=c.count)
-            for c in self._ledger.charges()
-        ]
+        """Return what was charged so far, as an accountant composes it."""
+        return self._ledger.events()
 
     def policies(self) -> list[tuple[str, ...]]:
         """For each epoch begun, the names of the layers that ran quantized."""

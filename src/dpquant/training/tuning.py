@@ -19,6 +19,7 @@ from dpquant.engine.batches import num_rows, take_rows
 from dpquant.engine.clip import PerExampleLoss, clipped_sum
 from dpquant.engine.clock import Clock
 from dpquant.engine.layers import current_precisions, quantizable_layers, set_policy, set_precisions
+from dpquant.engine.randomness import seeded
 from dpquant.errors import SettingError
 from dpquant.formats import Precision
 from dpquant.machine import memory_mib, reset_peak
@@ -212,7 +213,7 @@ def _too_little(memory: float, needed: float, what: str) -> SettingError:
 
 def _clipped_sum(model: nn.Module, loss_fn: PerExampleLoss, batch: Any, size: int, clock: Clock | None = None) -> None:
     ids = torch.arange(num_rows(batch))
-    with torch.random.fork_rng(devices=[]):
+    with seeded(0):
         clipped_sum(
             model, loss_fn, batch, max_grad_norm=1.0, record_ids=ids, step=0, seed=0, microbatch_size=size, clock=clock
         )

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is charged: releases of a sampled Gaussian mechanism. The plan plans them, the ledger keeps them, and the
+accountant composes them.
+
+Neighbouring data sets differ by one record that is added or removed.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+from dpquant.errors import SettingError
+
+Kind = Literal["train", "analysis"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Event:
+    """`count` releases of one mechanism: Poisson sampling, clipped sum, Gaussian noise.
+
+    Attributes:
+      kind: what was released: noised gradients (`train`) or noised impacts (`analysis`).
+      sample_rate: each record's probability to take part in a release, in (0, 1].
+      noise_multiplier: the noise's standard deviation over the sum's L2 sensitivity, >= 0.
+      count: how many releases, >= 0.
+      research: the randomness came from a given seed, so that the release is not private whatever its noise.
+    Raises:
+      SettingError: a value out of range.
+    """
+
+    kind: Kind
+    sample_rate: float
+    noise_multiplier: float
+    count: int = 1
+    research: bool = False
+
+    def __post_init__(self) -> None:
+        rules = {
+            "kind": (self.kind in ("train", "analysis"), "to be train or analysis"),
+            "sample_rate": (0 < self.sample_rate <= 1, "in (0, 1]"),
+            "noise_multiplier": (0 <= self.noise_multiplier < math.inf, ">= 0 and finite"),
+            "count": (isinstance(self.count, int) and self.count >= 0, "to be an int >= 0"),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise SettingError(
+                    f"Expected {name} {rule}; got {name}={getattr(self, name)!r}. "
+                    "An event describes what was released. Take it from the plan or the ledger."
+                )
+
+
+def merged(events: Iterable[Event]) -> list[Event]:
+    """Count equal releases together, in the order of their first event."""
+    counts: dict[Event, int] = {}
+    for event in events:
+        release = dataclasses.replace(event, count=1)
+        counts[release] = counts.get(release, 0) + event.count
+    return [dataclasses.replace(release, count=count) for release, count in counts.items()]
