@@ -26,7 +26,7 @@ from dpquant.checks.isolation import Findings, check_isolation
 from dpquant.checks.synthetic import Specimens, candidates
 from dpquant.engine import layers
 from dpquant.engine.batches import leaves, with_leaves
-from dpquant.engine.clip import RowGradients
+from dpquant.engine.passes import RowGradients
 from dpquant.errors import DataError, ModelError
 from dpquant.formats import precision
 

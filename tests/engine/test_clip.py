@@ -15,7 +15,7 @@ from convolutions import convolutions
 from dpquant.backends.geometry import Geometry
 from dpquant.backends.quantize import QTensor
 from dpquant.checks.refusals import check_trainable
-from dpquant.engine import batches, clip, layers
+from dpquant.engine import batches, clip, layers, passes
 from dpquant.engine.batches import Microbatch
 from dpquant.engine.clip import clip_factors, clipped_sum
 from dpquant.engine.convert import fix
@@ -465,7 +465,7 @@ def test_a_record_that_leaves_moves_no_other_s_draws(name, policy):
 
 @pytest.mark.parametrize("name", DRAWING)
 def test_draws_of_one_global_stream_are_caught(name, monkeypatch):
-    monkeypatch.setattr(clip, "drawn_by_record", lambda compute, *_: compute())
+    monkeypatch.setattr(passes, "drawn_by_record", lambda compute, *_: compute())
     with pytest.raises(AssertionError):
         assert_a_record_leaves_with_its_own_part_alone(name)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from dpquant.engine import clip, layers
+from dpquant.engine import layers, passes
 from dpquant.engine.context import Pass
 from dpquant.engine.layers import current_precisions, prepare, quantizable_layers, running, set_policy
 from dpquant.errors import SettingError
@@ -206,7 +206,7 @@ def test_a_model_that_draws_random_numbers_disturbs_no_global_stream(score):
 
 @pytest.mark.parametrize("score", ["loss", "gradient"])
 def test_a_measurement_that_moves_the_global_stream_would_be_caught(score, monkeypatch):
-    monkeypatch.setattr(impact if score == "loss" else clip, "seeded", lambda key: contextlib.nullcontext())
+    monkeypatch.setattr(impact if score == "loss" else passes, "seeded", lambda key: contextlib.nullcontext())
     model, batch = drawing_model_and_batch()
     before = state_of(model)
     measured(model, batch, score=score)
@@ -230,7 +230,7 @@ def test_what_a_model_draws_follows_the_record(score):
 
 @pytest.mark.parametrize("score", ["loss", "gradient"])
 def test_draws_that_follow_the_place_would_be_caught(score, monkeypatch):
-    monkeypatch.setattr(impact if score == "loss" else clip, "drawn_by_record", lambda compute, *_: compute())
+    monkeypatch.setattr(impact if score == "loss" else passes, "drawn_by_record", lambda compute, *_: compute())
     with pytest.raises(AssertionError):
         assert_impacts_follow_the_record(score)
 

@@ -44,13 +44,6 @@ from dpquant.checks.probe import (
 from dpquant.checks.refusals import BY_PLACE, COUPLED, PADDED, NotFinite, explained
 from dpquant.checks.synthetic import Specimens
 from dpquant.engine.batches import Microbatch
-from dpquant.engine.clip import (
-    PerExampleLoss,
-    check_examples_first,
-    gradients_of_rows,
-    losses_of,
-    no_gradient,
-)
 from dpquant.engine.layers import (
     QuantizableLayer,
     count_macs,
@@ -59,7 +52,9 @@ from dpquant.engine.layers import (
     set_policy,
     set_precisions,
 )
+from dpquant.engine.passes import PerExampleLoss, gradients_of_rows, losses_of
 from dpquant.engine.randomness import Drawing, seeded
+from dpquant.engine.tape import check_examples_first, no_gradient
 from dpquant.errors import DataError, DPQuantError, ModelError
 from dpquant.formats import Precision
 

@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dpquant.checks.refusals import BY_PLACE, COUPLED, KEEPS_STATE, MIXED
 from dpquant.checks.synthetic import Specimens
 from dpquant.engine.batches import Microbatch, leaves, with_leaves
-from dpquant.engine.clip import PerExampleLoss, RowGradients, draws_key, gradients_of_rows, losses_of, no_gradient
+from dpquant.engine.passes import PerExampleLoss, RowGradients, draws_key, gradients_of_rows, losses_of
 from dpquant.engine.randomness import Drawing, drawn_by_record, seeded
+from dpquant.engine.tape import no_gradient
 from dpquant.errors import DataError, ModelError
 
 KEY = 0  # of the synthetic records' draws: nothing private follows from them

@@ -6,38 +6,32 @@ rounding, so there is none: layers leave their operands on a tape, every example
 then the clipped sum from the same operands (book-keeping; Bu et al., arXiv 2210.00038; `engine/contributions.py` has
 the algebra).
 
-Trainable parameters are detached while the passes run: no gradient that is not clipped ever exists on the model.
-A parameter without a per-example gradient is an error. An example whose gradient is not finite contributes exactly
-zero.
+Trainable parameters are detached while the passes run (`engine/tape.py`): no gradient that is not clipped ever exists
+on the model. An example whose gradient is not finite contributes exactly zero.
 
 Symbols: B examples, O output channels, C clip norm, G_i the whole gradient of example i, c_i its clip factor.
 """
 
-import contextlib
 import dataclasses
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dpquant.backends.malloc import working_memory
-from dpquant.backends.quantize import QTensor
 from dpquant.engine.batches import Microbatch, check_rows, microbatches, take_rows
 from dpquant.engine.clock import Clock
 from dpquant.engine.context import Pass
-from dpquant.engine.contributions import ROUND_OFF, Contribution, Formed, Lookup
-from dpquant.engine.group_norm import TapedGroupNorm
-from dpquant.engine.layers import QuantizableLayer, quantizable_layers, running
-from dpquant.engine.per_example import contributions_of, has_formula
-from dpquant.engine.randomness import Drawing, Position, drawn_by_record, seeded
-from dpquant.engine.weight_gradients import Product
-from dpquant.errors import DPQuantError, ModelError, SettingError
+from dpquant.engine.contributions import ROUND_OFF
+from dpquant.engine.layers import quantizable_layers, running
+from dpquant.engine.passes import Passes, PerExampleLoss
+from dpquant.engine.randomness import Drawing, seeded
+from dpquant.engine.tape import GradientTape, taping
+from dpquant.errors import ModelError, SettingError
 from dpquant.rounding import derive_key
-
-PerExampleLoss = Callable[[nn.Module, Any], Tensor]
 
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny  # below it, rounding to float32 could double a factor
 
@@ -153,189 +147,31 @@ def clipped_sum_of(
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with (
-        _taping(model, trainable, clock=clock) as tape,
+        taping(model, trainable, clock=clock) as tape,
         running(model, Pass(key=key, tape=tape, clock=clock)) as run,
     ):
-        passes = _Passes(model, loss_fn, run, tape, drawing or Drawing())
+        passes = Passes(model, loss_fn, run, tape, drawing or Drawing())
         found = False
         for piece in pieces:
             found = True
             kept = passes.over_sound_rows(piece) if leaves_out else passes.over_all_rows(piece)
             if kept is not None:
-                tape.add_clipped(max_grad_norm, len(kept.record_ids), kept.num_examples)
+                _add_clipped(tape, max_grad_norm, len(kept.record_ids), kept.num_examples)
         return ClippedSum(grads=tape.totals(trainable, complete and found), sensitivity=float(max_grad_norm))
 
 
-class _Passes:
-    """Forward and backward passes that leave a microbatch's per-example gradients on a tape."""
-
-    def __init__(self, model: nn.Module, loss_fn: PerExampleLoss, run: Pass, tape: "_GradientTape", drawing: Drawing):
-        self._model, self._loss_fn, self._run, self._tape, self._drawing = model, loss_fn, run, tape, drawing
-        self._key = draws_key(run.key)
-
-    def over(self, piece: Microbatch) -> Tensor:
-        """Differentiate the sum of the losses that count; returns all of them."""
-        with seeded(self._key):
-            losses = drawn_by_record(lambda: self._forward(piece), self._key, piece.record_ids, self._drawing)
-            self._backward(losses[: piece.num_examples].sum())
-        return losses
-
-    def over_all_rows(self, piece: Microbatch) -> Microbatch:
-        """The same, for `over_sound_rows`' result."""
-        self.over(piece)
-        return piece
-
-    def over_sound_rows(self, piece: Microbatch) -> Microbatch | None:
-        """The same without the rows on which it raises; None if it raises on all.
-
-        Whether a row is left out is decided by the row alone, in a microbatch of its copies.
-        """
-        if self._runs_on(piece):
-            return piece
-        sound = [row for row in range(piece.num_examples) if self._runs_on(copies(piece, row))]
-        if not sound:
-            return None
-        rows = torch.tensor(sound + sound[-1:] * (len(piece.record_ids) - len(sound)))
-        rest = Microbatch(take_rows(piece.data, rows), piece.record_ids[rows], len(sound))
-        if self._runs_on(rest):
-            return rest
-        raise ModelError(
-            "Expected model and loss_fn to run on records together that they run on alone; they do not. Examples that "
-            "interact bound no one's influence. Remove operations across the first axis."
-        )
-
-    def _forward(self, piece: Microbatch) -> Tensor:
-        self._run.begin(piece.record_ids)
-        self._tape.rewind()
-        self._run.phase = "forward"
-        return per_example_losses(self._loss_fn, self._model, piece.data, len(piece.record_ids))
-
-    def _backward(self, total: Tensor) -> None:
-        position = Position()
-        self._run.phase = "backward"
-        (total + 0 * self._tape.anchor).backward()
-        if position.torch_moved():
-            raise ModelError(
-                "Expected the backward pass to draw no random numbers; it does. They would follow a record's place in "
-                "the batch, not the record. Draw in the forward pass."
-            )
-
-    def _runs_on(self, piece: Microbatch) -> bool:
-        try:
-            self.over(piece)
-        except Exception as error:
-            if not caused_by_records(error):
-                raise
-            return False
-        return True
-
-
-def copies(piece: Microbatch, row: int) -> Microbatch:
-    """A microbatch of the same size with one row of a microbatch in every place."""
-    rows = torch.full((len(piece.record_ids),), row)
-    return Microbatch(take_rows(piece.data, rows), piece.record_ids[rows], 1)
-
-
-def caused_by_records(error: Exception) -> bool:
-    """Whether model and loss raised because of what they were given, not for want of memory or by our refusal."""
-    out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-    return not isinstance(error, DPQuantError) and not out_of_memory
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class RowGradients:
-    """What the rows of a microbatch give.
-
-    Attributes:
-      losses: `(B,)`.
-      parts: {parameter name: gradients of the rows' losses, not clipped}, without parameters that got none.
-      operands: of quantized layers: the rows' codes and scales, in the order of the calls.
-    """
-
-    losses: Tensor
-    parts: dict[str, Contribution]
-    operands: list[QTensor]
-
-    def row(self, row: int) -> "RowGradients":
-        """The same of one row."""
-        rows = torch.tensor([row])
-        parts = {name: part.take(rows) for name, part in self.parts.items()}
-        return RowGradients(self.losses[[row]], parts, [operand.take(rows) for operand in self.operands])
-
-    def norm(self) -> float:
-        """The L2 norm of all gradients as one vector, rounded up."""
-        return float(sum(float(part.squared_norms().sum()) for part in self.parts.values())) ** 0.5
-
-    def distance(self, other: "RowGradients") -> float:
-        """The L2 norm of the difference of all gradients; a parameter that got none has zero."""
-        squares = 0.0
-        for name in self.parts.keys() | other.parts.keys():
-            pair = [rows.parts[name] for rows in (self, other) if name in rows.parts]
-            squares += float((pair[0].squared_distances(pair[1]) if pair[1:] else pair[0].squared_norms()).sum())
-        return squares**0.5
-
-
-def gradients_of_rows(
-    model: nn.Module, loss_fn: PerExampleLoss, piece: Microbatch, *, key: int, drawing: Drawing | None = None
-) -> RowGradients:
-    """Differentiate all losses of a microbatch at once, as a step does, and keep what it leaves.
-
-    Args:
-      model: as of `clipped_sum`.
-      loss_fn: as of `clipped_sum`.
-      piece: the microbatch, all of whose rows count.
-      key: of the step's draws, 64 bits.
-      drawing: what is known of the model; None: nothing.
-    Raises:
-      SettingError, ModelError: as of `clipped_sum`.
-    Privacy: per example; reads private data if the piece holds any, and nothing bounds it.
-    """
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    taping = _taping(model, trainable, forming=False, keeping=True)
-    with taping as tape, running(model, Pass(key=key, tape=tape)) as run:
-        losses = _Passes(model, loss_fn, run, tape, drawing or Drawing()).over(piece)
-        return RowGradients(losses.detach(), tape.contributions(), tape.operands)
-
-
-def losses_of(
-    model: nn.Module, loss_fn: PerExampleLoss, piece: Microbatch, *, key: int, drawing: Drawing | None = None
-) -> Tensor:
-    """The losses of a microbatch `(B,)`, with the draws of `gradients_of_rows`, whose arguments these are."""
-    draws = draws_key(key)
-
-    def forward() -> Tensor:
-        with running(model, Pass(key=key, record_ids=piece.record_ids)):
-            return per_example_losses(loss_fn, model, piece.data, len(piece.record_ids))
-
-    with torch.no_grad(), seeded(draws):
-        return drawn_by_record(forward, draws, piece.record_ids, drawing or Drawing())
-
-
-def draws_key(key: int) -> int:
-    """Of what the model draws by itself in a step."""
-    return derive_key(key, "draws")
-
-
-def contributions_by_parameter(
-    model: nn.Module, loss_fn: PerExampleLoss, piece: Microbatch, *, key: int, drawing: Drawing | None = None
-) -> dict[str, Contribution]:
-    """Each example's own gradient in the precision that the model runs in, not clipped, as what it is made of.
-
-    Args:
-      model: as of `clipped_sum`.
-      loss_fn: as of `clipped_sum`.
-      piece: one microbatch, all of whose rows count.
-      key: of the draws, 64 bits.
-      drawing: what is known of the model; None: nothing.
-    Returns: {parameter name: its gradients}, without parameters that no module used.
-    Raises:
-      SettingError, ModelError: as of `clipped_sum`.
-    Privacy: per example; reads private data, and nothing bounds it.
-    """
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with _taping(model, trainable, forming=False) as tape, running(model, Pass(key=key, tape=tape)) as run:
-        _Passes(model, loss_fn, run, tape, drawing or Drawing()).over(piece)
-        return tape.contributions()
+def _add_clipped(tape: GradientTape, max_grad_norm: float, size: int, num_examples: int) -> None:
+    """Add sum_i c_i G_i of the microbatch of `size` on the tape to its totals; its first `num_examples` count."""
+    parts = tape.contributions()
+    if not parts:
+        return
+    factors_B, finite_B = clip_factors(tape.squared_norms(parts, size), max_grad_norm)
+    factors_B[num_examples:] = 0
+    if not finite_B.all():
+        rows = finite_B.nonzero().flatten()
+        parts = {name: part.take(rows) for name, part in parts.items()}
+        factors_B = factors_B[rows]
+    tape.add_up(parts, factors_B)
 
 
 def default_microbatch_size(model: nn.Module, loss_fn: PerExampleLoss, batch: Any, num_examples: int) -> int:
@@ -364,147 +200,6 @@ def default_microbatch_size(model: nn.Module, loss_fn: PerExampleLoss, batch: An
     return min([_microbatch_sizes[model], *filled])
 
 
-def per_example_losses(loss_fn: PerExampleLoss, model: nn.Module, batch: Any, num_examples: int) -> Tensor:
-    """The losses `(B,)`, checked to be one number per example."""
-    losses = loss_fn(model, batch)
-    if not isinstance(losses, Tensor) or losses.shape != (num_examples,):
-        got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
-        raise SettingError(
-            f"Expected loss_fn to return one loss per example, a tensor with one axis; got {got}. "
-            "Each example's gradient is clipped on its own. Use reduction='none'."
-        )
-    return losses
-
-
-class _GradientTape:
-    """Collects contributions during a backward pass and turns them into the clipped sum.
-
-    forming: weight gradients may be formed at once, where that makes norm and sum faster; else operands are kept.
-    keeping: codes and scales are kept, to be compared with those in another microbatch.
-    clock: measures what norms and sums take, under the name of the module that owns the parameter; None: nothing does.
-    """
-
-    def __init__(
-        self,
-        names: dict[Tensor, str],
-        device: torch.device,
-        *,
-        forming: bool,
-        keeping: bool,
-        clock: Clock | None,
-    ):
-        self.anchor = torch.zeros((), device=device, requires_grad=True)
-        self._names = names  # of the trainable parameters
-        self._forming, self._keeping, self._clock = forming, keeping, clock
-        self._contributions: dict[str, list[Contribution]] = {}
-        self._totals: dict[tuple[Any, ...], tuple[Contribution, Any]] = {}
-        self.operands: list[QTensor] = []
-        self.listening = True
-
-    def rewind(self) -> None:
-        """Forget the last microbatch."""
-        self._contributions = {name: [] for name in self._names.values()}
-        self.operands = []
-
-    def owns(self, module: nn.Module) -> bool:
-        """Whether some trainable parameter is the module's own."""
-        return any(p in self._names for p in module.parameters(recurse=False))
-
-    def record(self, layer: QuantizableLayer, x: Tensor | QTensor, g: Tensor | QTensor, grad: Tensor) -> None:
-        if self._keeping:
-            self.operands += [operand for operand in (x, g) if isinstance(operand, QTensor)]
-        if layer.weight in self._names:  # spares a frozen layer the operands' copies
-            recipe = layer.precision.wgrad
-            bits = None if recipe is None else recipe.gradient.format.significant_bits
-            product = Product.of(x, g, layer.geometry, layer.weight.shape, significant_bits=bits)
-            self.add(layer.weight, product.fastest() if self._forming else product)
-        if layer.bias is not None:
-            self.add(layer.bias, Formed(grad.flatten(2).sum(2)))
-
-    def add(self, parameter: Tensor, contribution: Contribution) -> None:
-        """One more contribution to a parameter's per-example gradients; a frozen parameter needs none."""
-        if parameter in self._names:
-            self._contributions[self._names[parameter]].append(contribution)
-
-    def add_clipped(self, max_grad_norm: float, size: int, num_examples: int) -> None:
-        """Add sum_i c_i G_i of the microbatch of `size` on the tape to the totals; its first `num_examples` count."""
-        parts = self.contributions()
-        if not parts:
-            return
-        squared_norms_B = self._squared_norms(parts, size)
-        factors_B, finite_B = clip_factors(squared_norms_B, max_grad_norm)
-        factors_B[num_examples:] = 0
-        if not finite_B.all():
-            rows = finite_B.nonzero().flatten()
-            parts = {name: part.take(rows) for name, part in parts.items()}
-            factors_B = factors_B[rows]
-        for name, part in parts.items():
-            with self._timing(name):
-                form = (name, type(part), getattr(part, "geometry", None))  # what shares one running total
-                _, total = self._totals.get(form, (part, None))
-                self._totals[form] = part, part.add_weighted(factors_B, total)
-
-    def contributions(self) -> dict[str, Contribution]:
-        """{parameter name: the microbatch's gradients}, without parameters that got none."""
-        return {name: _one_contribution(found) for name, found in self._contributions.items() if found}
-
-    def totals(self, trainable: Mapping[str, nn.Parameter], complete: bool) -> dict[str, Tensor]:
-        """{parameter name: the sum over all microbatches}; where there is none, zero or, if complete, an error."""
-        totals: dict[str, Tensor] = {}
-        for (name, *_), (part, total) in self._totals.items():
-            finished = part.finished(total)
-            totals[name] = finished if name not in totals else totals[name] + finished
-        if complete and totals.keys() < trainable.keys():
-            raise no_gradient(next(name for name in trainable if name not in totals))
-        return {name: totals[name] if name in totals else torch.zeros_like(p) for name, p in trainable.items()}
-
-    def _squared_norms(self, parts: Mapping[str, Contribution], size: int) -> Tensor:
-        """Each example's squared norm over all parameters, float64 `(B,)`."""
-        squared_norms: dict[str, Tensor] = {}
-        for name, part in parts.items():
-            with self._timing(name):
-                squared_norms[name] = part.squared_norms()
-        check_examples_first(squared_norms, size)
-        return torch.stack(list(squared_norms.values())).sum(0)
-
-    def _timing(self, parameter: str) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self._clock is None else self._clock.timing(parameter.rpartition(".")[0])
-
-
-def check_examples_first(squared_norms: Mapping[str, Tensor], size: int) -> None:
-    """Refuse per-example gradients of some parameter that are not of `size` examples.
-
-    Raises:
-      ModelError: a module's input had another first axis than the examples.
-    """
-    for name, norms in squared_norms.items():
-        if len(norms) != size:
-            raise ModelError(
-                "Expected the first axis of every module's input to be the example; got one of another length for "
-                f"{name}. Its gradients would be clipped by rows that are no examples: positions, nodes, or "
-                "several views of a record. Put the examples first, and views of one record on a second axis."
-            )
-
-
-def _one_contribution(found: list[Contribution]) -> Contribution:
-    """A parameter used once keeps its operands, as do lookups; else one that is shared or reused is formed."""
-    if len(found) == 1:
-        return found[0]
-    lookups = [one for one in found if isinstance(one, Lookup)]
-    if len(lookups) == len(found):
-        return Lookup.merged(lookups)
-    return Formed(torch.stack([one.per_example() for one in found]).sum(0))
-
-
-def no_gradient(name: str) -> ModelError:
-    """The error for a parameter that no module call reached."""
-    return ModelError(
-        f"Expected every trainable parameter to get a per-example gradient; {name} got none. Its module was "
-        "not called, or its output does not reach the loss, or the parameter is used outside its module. "
-        "Freeze it with requires_grad_(False), or use it through the module that owns it."
-    )
-
-
 def clip_factors(squared_norms_B: Tensor, max_grad_norm: float) -> tuple[Tensor, Tensor]:
     """c_i = min(1, C / ||G_i||), rounded down to float32, and which examples are finite.
 
@@ -518,73 +213,3 @@ def clip_factors(squared_norms_B: Tensor, max_grad_norm: float) -> tuple[Tensor,
     factors_B = torch.where(norms_B > max_grad_norm, max_grad_norm / norms_B, 1.0) * (1 - ROUND_OFF)
     factors_B = torch.where(finite_B & (factors_B >= _SMALLEST_NORMAL), factors_B, 0.0)
     return factors_B.float(), finite_B
-
-
-@contextlib.contextmanager
-def _taping(
-    model: nn.Module,
-    trainable: dict[str, nn.Parameter],
-    *,
-    forming: bool = True,
-    keeping: bool = False,
-    clock: Clock | None = None,
-) -> Iterator[_GradientTape]:
-    """Detach all parameters and listen to the modules that own any, until the block ends."""
-    device = next((p.device for p in trainable.values()), torch.device("cpu"))
-    names: dict[Tensor, str] = {p: name for name, p in trainable.items()}
-    tape = _GradientTape(names, device, forming=forming, keeping=keeping, clock=clock)
-    # ours comes first, so that it sees what the module gave before other hooks change it
-    handles = [
-        module.register_forward_hook(_listener(tape), prepend=True, with_kwargs=True)
-        for module in model.modules()
-        if not isinstance(module, QuantizableLayer) and tape.owns(module)
-    ]
-    for parameter in trainable.values():
-        parameter.requires_grad_(False)
-    try:
-        yield tape
-    finally:
-        for parameter in trainable.values():
-            parameter.requires_grad_(True)
-        for handle in handles:
-            handle.remove()
-
-
-def _listener(tape: _GradientTape) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]:
-    """A forward hook that, once the output's gradient is known, records the module's per-example gradients."""
-
-    def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        x = args[0] if args else kwargs.get("input")
-        records_itself = isinstance(module, TapedGroupNorm) and isinstance(x, Tensor) and module.records(x)
-        if not tape.listening or records_itself:
-            return output
-        if not isinstance(output, Tensor) or output.ndim == 0:
-            raise ModelError(
-                f"Expected a module with parameters of its own to return one tensor, the examples first; a "
-                f"{type(module).__name__} returns a {type(output).__name__}. Its per-example gradients are unknown. "
-                "Freeze it, or put its parameters into modules of their own."
-            )
-        if not has_formula(module) and any(isinstance(inner, QuantizableLayer) for inner in module.modules()):
-            raise ModelError(
-                f"Expected parameters to be used by a module that holds nothing else; a {type(module).__name__} has "
-                "parameters of its own beside other layers. Their per-example gradients are unknown. Put them into a "
-                "small module of their own, which is called with the batch, or freeze them."
-            )
-        plain = (
-            output.detach() if has_formula(module) else output.detach().clone()
-        )  # to be compared: may be overwritten
-        if not output.requires_grad:
-            output = output + tape.anchor
-
-        def record(grad: Tensor) -> None:
-            tape.listening = False  # the module may be evaluated again
-            own = dict(module.named_parameters(recurse=False))
-            for name, contribution in contributions_of(module, args, kwargs, plain, grad).items():
-                if name in own:  # a norm may have no bias
-                    tape.add(own[name], contribution)
-            tape.listening = True
-
-        output.register_hook(record)
-        return output
-
-    return listen

@@ -16,8 +16,8 @@ from torch import nn
 from dpquant.backends.choose import decided
 from dpquant.backends.kernels import obstacle_to_int8
 from dpquant.engine.batches import leaves
-from dpquant.engine.clip import PerExampleLoss
 from dpquant.engine.layers import quantizable_layers, set_policy, set_precisions
+from dpquant.engine.passes import PerExampleLoss
 from dpquant.formats import Precision
 from dpquant.privacy.plan import PrivacyPlan
 from dpquant.training.policies import Policy

@@ -28,14 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from dpquant.engine.batches import Microbatch, check_rows, microbatches
-from dpquant.engine.clip import (
-    PerExampleLoss,
-    caused_by_records,
-    clip_factors,
-    contributions_by_parameter,
-    copies,
-    per_example_losses,
-)
+from dpquant.engine.clip import clip_factors
 from dpquant.engine.context import Pass, Replay
 from dpquant.engine.contributions import Contribution
 from dpquant.engine.layers import (
@@ -45,6 +38,7 @@ from dpquant.engine.layers import (
     set_policy,
     set_precisions,
 )
+from dpquant.engine.passes import PerExampleLoss, caused_by_records, copies, gradients_of_rows, per_example_losses
 from dpquant.engine.randomness import Drawing, drawn_by_record, seeded
 from dpquant.errors import SettingError
 from dpquant.privacy.plan import Score
@@ -234,7 +228,7 @@ def gradient_impact_vectors(
     def gradients(repeat: int, policy: Sequence[str]) -> dict[str, Contribution]:
         set_policy(model, policy)
         key = derive_key(seed, "analysis", step, repeat)
-        return contributions_by_parameter(model, loss_fn, piece, key=key, drawing=drawing)
+        return gradients_of_rows(model, loss_fn, piece, key=key, drawing=drawing).parts
 
     def inner_products(a: dict[str, Contribution], b: dict[str, Contribution]) -> Tensor:
         shared = [a[name].inner_products(b[name]).double() for name in a if name in b]

@@ -40,8 +40,9 @@ from dpquant.checks.isolation import (
 from dpquant.checks.refusals import check_trainable
 from dpquant.checks.synthetic import candidates, from_examples
 from dpquant.engine.batches import take_rows
-from dpquant.engine.clip import PerExampleLoss, clipped_sum_of, step_key
+from dpquant.engine.clip import clipped_sum_of, step_key
 from dpquant.engine.layers import prepare, set_policy, set_precisions
+from dpquant.engine.passes import PerExampleLoss
 from dpquant.errors import BudgetError, DataError, DPQuantError, ModelError, SettingError
 from dpquant.formats import Precision, Recipe, precision
 from dpquant.privacy import accounting

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from dpquant.checks.isolation import Findings
 from dpquant.engine.batches import Microbatch
-from dpquant.engine.clip import PerExampleLoss, clipped_sum_of
+from dpquant.engine.clip import clipped_sum_of
+from dpquant.engine.passes import PerExampleLoss
 from dpquant.errors import DPQuantError, ModelError, SettingError
 from dpquant.privacy.noise import NoiseSource
 from dpquant.privacy.plan import PrivacyPlan

@@ -16,9 +16,10 @@ from torch import nn
 from dpquant.backends.choose import timed
 from dpquant.backends.malloc import give_back
 from dpquant.engine.batches import num_rows, take_rows
-from dpquant.engine.clip import PerExampleLoss, clipped_sum
+from dpquant.engine.clip import clipped_sum
 from dpquant.engine.clock import Clock
 from dpquant.engine.layers import current_precisions, quantizable_layers, set_policy, set_precisions
+from dpquant.engine.passes import PerExampleLoss
 from dpquant.engine.randomness import seeded
 from dpquant.errors import SettingError
 from dpquant.formats import Precision

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forward and backward passes over microbatches that leave every example's gradients on a tape.
+
+There is one pass each: a second one would redraw the stochastic rounding.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpquant.backends.quantize import QTensor
+from dpquant.engine.batches import Microbatch, take_rows
+from dpquant.engine.context import Pass
+from dpquant.engine.contributions import Contribution
+from dpquant.engine.layers import running
+from dpquant.engine.randomness import Drawing, Position, drawn_by_record, seeded
+from dpquant.engine.tape import GradientTape, taping
+from dpquant.errors import DPQuantError, ModelError, SettingError
+from dpquant.rounding import derive_key
+
+PerExampleLoss = Callable[[nn.Module, Any], Tensor]
+
+
+class Passes:
+    """Forward and backward passes that leave a microbatch's per-example gradients on a tape."""
+
+    def __init__(self, model: nn.Module, loss_fn: PerExampleLoss, run: Pass, tape: GradientTape, drawing: Drawing):
+        self._model, self._loss_fn, self._run, self._tape, self._drawing = model, loss_fn, run, tape, drawing
+        self._key = draws_key(run.key)
+
+    def over(self, piece: Microbatch) -> Tensor:
+        """Differentiate the sum of the losses that count; returns all of them."""
+        with seeded(self._key):
+            losses = drawn_by_record(lambda: self._forward(piece), self._key, piece.record_ids, self._drawing)
+            self._backward(losses[: piece.num_examples].sum())
+        return losses
+
+    def over_all_rows(self, piece: Microbatch) -> Microbatch:
+        """The same, for `over_sound_rows`' result."""
+        self.over(piece)
+        return piece
+
+    def over_sound_rows(self, piece: Microbatch) -> Microbatch | None:
+        """The same without the rows on which it raises; None if it raises on all.
+
+        Whether a row is left out is decided by the row alone, in a microbatch of its copies.
+        """
+        if self._runs_on(piece):
+            return piece
+        sound = [row for row in range(piece.num_examples) if self._runs_on(copies(piece, row))]
+        if not sound:
+            return None
+        rows = torch.tensor(sound + sound[-1:] * (len(piece.record_ids) - len(sound)))
+        rest = Microbatch(take_rows(piece.data, rows), piece.record_ids[rows], len(sound))
+        if self._runs_on(rest):
+            return rest
+        raise ModelError(
+            "Expected model and loss_fn to run on records together that they run on alone; they do not. Examples that "
+            "interact bound no one's influence. Remove operations across the first axis."
+        )
+
+    def _forward(self, piece: Microbatch) -> Tensor:
+        self._run.begin(piece.record_ids)
+        self._tape.rewind()
+        self._run.phase = "forward"
+        return per_example_losses(self._loss_fn, self._model, piece.data, len(piece.record_ids))
+
+    def _backward(self, total: Tensor) -> None:
+        position = Position()
+        self._run.phase = "backward"
+        (total + 0 * self._tape.anchor).backward()
+        if position.torch_moved():
+            raise ModelError(
+                "Expected the backward pass to draw no random numbers; it does. They would follow a record's place in "
+                "the batch, not the record. Draw in the forward pass."
+            )
+
+    def _runs_on(self, piece: Microbatch) -> bool:
+        try:
+            self.over(piece)
+        except Exception as error:
+            if not caused_by_records(error):
+                raise
+            return False
+        return True
+
+
+def copies(piece: Microbatch, row: int) -> Microbatch:
+    """A microbatch of the same size with one row of a microbatch in every place."""
+    rows = torch.full((len(piece.record_ids),), row)
+    return Microbatch(take_rows(piece.data, rows), piece.record_ids[rows], 1)
+
+
+def caused_by_records(error: Exception) -> bool:
+    """Whether model and loss raised because of what they were given, not for want of memory or by our refusal."""
+    out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return not isinstance(error, DPQuantError) and not out_of_memory
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RowGradients:
+    """What the rows of a microbatch give.
+
+    Attributes:
+      losses: `(B,)`.
+      parts: {parameter name: gradients of the rows' losses, not clipped}, without parameters that got none.
+      operands: of quantized layers: the rows' codes and scales, in the order of the calls.
+    """
+
+    losses: Tensor
+    parts: dict[str, Contribution]
+    operands: list[QTensor]
+
+    def row(self, row: int) -> "RowGradients":
+        """The same of one row."""
+        rows = torch.tensor([row])
+        parts = {name: part.take(rows) for name, part in self.parts.items()}
+        return RowGradients(self.losses[[row]], parts, [operand.take(rows) for operand in self.operands])
+
+    def norm(self) -> float:
+        """The L2 norm of all gradients as one vector, rounded up."""
+        return float(sum(float(part.squared_norms().sum()) for part in self.parts.values())) ** 0.5
+
+    def distance(self, other: "RowGradients") -> float:
+        """The L2 norm of the difference of all gradients; a parameter that got none has zero."""
+        squares = 0.0
+        for name in self.parts.keys() | other.parts.keys():
+            pair = [rows.parts[name] for rows in (self, other) if name in rows.parts]
+            squares += float((pair[0].squared_distances(pair[1]) if pair[1:] else pair[0].squared_norms()).sum())
+        return squares**0.5
+
+
+def gradients_of_rows(
+    model: nn.Module, loss_fn: PerExampleLoss, piece: Microbatch, *, key: int, drawing: Drawing | None = None
+) -> RowGradients:
+    """Differentiate all losses of a microbatch at once, as a step does, and keep what it leaves.
+
+    Args:
+      model: as of `clipped_sum`.
+      loss_fn: as of `clipped_sum`.
+      piece: the microbatch, all of whose rows count.
+      key: of the step's draws, 64 bits.
+      drawing: what is known of the model; None: nothing.
+    Raises:
+      SettingError, ModelError: as of `clipped_sum`.
+    Privacy: per example; reads private data if the piece holds any, and nothing bounds it.
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    tapes = taping(model, trainable, forming=False, keeping=True)
+    with tapes as tape, running(model, Pass(key=key, tape=tape)) as run:
+        losses = Passes(model, loss_fn, run, tape, drawing or Drawing()).over(piece)
+        return RowGradients(losses.detach(), tape.contributions(), tape.operands)
+
+
+def losses_of(
+    model: nn.Module, loss_fn: PerExampleLoss, piece: Microbatch, *, key: int, drawing: Drawing | None = None
+) -> Tensor:
+    """The losses of a microbatch `(B,)`, with the draws of `gradients_of_rows`, whose arguments these are."""
+    draws = draws_key(key)
+
+    def forward() -> Tensor:
+        with running(model, Pass(key=key, record_ids=piece.record_ids)):
+            return per_example_losses(loss_fn, model, piece.data, len(piece.record_ids))
+
+    with torch.no_grad(), seeded(draws):
+        return drawn_by_record(forward, draws, piece.record_ids, drawing or Drawing())
+
+
+def draws_key(key: int) -> int:
+    """Of what the model draws by itself in a step."""
+    return derive_key(key, "draws")
+
+
+def per_example_losses(loss_fn: PerExampleLoss, model: nn.Module, batch: Any, num_examples: int) -> Tensor:
+    """The losses `(B,)`, checked to be one number per example."""
+    losses = loss_fn(model, batch)
+    if not isinstance(losses, Tensor) or losses.shape != (num_examples,):
+        got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
+        raise SettingError(
+            f"Expected loss_fn to return one loss per example, a tensor with one axis; got {got}. "
+            "Each example's gradient is clipped on its own. Use reduction='none'."
+        )
+    return losses
