@@ -21,7 +21,7 @@ from dpquant.data import dataset as data
 from dpquant.engine.layers import prepare, quantizable_layers, set_policy
 from dpquant.runs.settings import TrainSettings, plan_of, policy_of
 from dpquant.runs.train import accuracy, model_of, optimizer_of, per_example_loss
-from dpquant.training.private import make_private
+from dpquant.training.start import make_private
 from experiments.ranking import clipped_gradient
 from experiments.runner import RESULTS, Site, new_figure, settings_of
 from experiments.settings import EPSILON, GTSRB, SGD, SHORT

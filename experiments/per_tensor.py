@@ -20,7 +20,7 @@ from dpquant.backends.quantize import QTensor, quantize_rows
 from dpquant.checks import isolation
 from dpquant.engine import layers
 from dpquant.formats import NumberFormat, Rounding
-from dpquant.training import private
+from dpquant.training import private, start
 
 NOT_PRIVATE = "NOT PRIVATE, whatever was printed before: scales were taken over the batch."
 
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
         mock.patch.object(layers, "quantize_rows", with_one_scale),
         mock.patch.object(isolation, "_check_codes"),
         mock.patch.object(isolation, "_check_quantized_losses"),
-        mock.patch.object(private, "check_at_size"),
+        mock.patch.object(start, "check_at_size"),
         mock.patch.object(private, "keeps_apart", return_value=True),
     ):
         code = cli.run(arguments)

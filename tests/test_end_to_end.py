@@ -19,7 +19,9 @@ from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.noise import NoiseSource
 from dpquant.privacy.sampling import PoissonSampler
 from dpquant.training import private as private_module
-from dpquant.training.private import PrivateTraining, make_private
+from dpquant.training import start as start_module
+from dpquant.training.private import PrivateTraining
+from dpquant.training.start import make_private
 from networks import loss
 
 RECORDS, PUBLIC_RECORDS, BATCH, STEPS, ANALYSES = 90, 100, 20, 12, 2
@@ -256,8 +258,8 @@ def leftovers_are_added_to(monkeypatch):
 
 
 def a_ledger_not_marked_as_research(monkeypatch):
-    honest = private_module.Ledger
-    monkeypatch.setattr(private_module, "Ledger", lambda path, research: honest(path, research=False))
+    honest = start_module.Ledger
+    monkeypatch.setattr(start_module, "Ledger", lambda path, research: honest(path, research=False))
 
 
 def a_statement_without_the_analyses(monkeypatch):

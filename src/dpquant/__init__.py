@@ -30,7 +30,8 @@ if TYPE_CHECKING:
         RotatePolicy,
         StaticPolicy,
     )
-    from dpquant.training.private import PrivateTraining, make_private
+    from dpquant.training.private import PrivateTraining
+    from dpquant.training.start import make_private
 
 __version__ = "0.1.0"
 
@@ -57,7 +58,7 @@ _HOMES = {
     "StaticPolicy": "training.policies",
     "clipped_sum": "engine.clip",
     "fix": "engine.convert",
-    "make_private": "training.private",
+    "make_private": "training.start",
     "prepare": "engine.layers",
     "quantizable_layers": "engine.layers",
     "quantize": "backends.quantize",

@@ -19,7 +19,7 @@ from dpquant.engine.contributions import ROUND_OFF
 from dpquant.engine.convert import ChannelAffine, FrozenBatchNorm, fix, restore
 from dpquant.engine.layers import prepare, quantizable_layers, set_policy
 from dpquant.errors import ModelError, SettingError
-from dpquant.training.private import make_private
+from dpquant.training.start import make_private
 from networks import Residual, images, loss, zoo
 
 

@@ -12,7 +12,7 @@ from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.noise import NoiseSource
 from dpquant.privacy.sampling import PoissonSampler
 from dpquant.training import private as private_module
-from dpquant.training.private import make_private
+from dpquant.training.start import make_private
 from networks import loss
 
 RECORDS, BATCH, STEPS = 200, 20, 25  # 10 steps an epoch: two whole epochs and half of a third

@@ -173,6 +173,6 @@ def assert_refused_before_a_charge(tmp_path):
 
 def test_a_run_is_rehearsed_before_anything_is_charged(tmp_path, monkeypatch):
     assert_refused_before_a_charge(tmp_path)
-    monkeypatch.setattr("dpquant.training.private.rehearse", lambda *arguments, **keywords: None)
+    monkeypatch.setattr("dpquant.training.start.rehearse", lambda *arguments, **keywords: None)
     with pytest.raises(BaseException, match="DID NOT RAISE"):
         assert_refused_before_a_charge(tmp_path)

@@ -41,7 +41,8 @@ from dpquant.training.cost import (
 from dpquant.training.execution import spared_layers
 from dpquant.training.impact import impact_sum
 from dpquant.training.policies import Policy, Turn, largest_layers, noise_left
-from dpquant.training.private import PrivateTraining, make_private
+from dpquant.training.private import PrivateTraining
+from dpquant.training.start import make_private
 from dpquant.training.tuning import layer_times_once, usual_times
 
 HARDWARE = ("here", "fp4")

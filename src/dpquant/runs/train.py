@@ -42,7 +42,8 @@ from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.plan import PrivacyPlan, rounded_up
 from dpquant.runs.record import LayerRecord, RunRecord, Timings, replacing
 from dpquant.runs.settings import TrainSettings, plan_of, policy_of
-from dpquant.training.private import Epoch, PrivateTraining, make_private
+from dpquant.training.private import Epoch, PrivateTraining
+from dpquant.training.start import make_private
 
 _CONFIG, _LEDGER, _METRICS = "config.toml", "ledger.jsonl", "metrics.jsonl"
 _MODEL, _RECORD, _TIMINGS, _CHOICES = "model.safetensors", "record.json", "timings.json", "choices.json"
