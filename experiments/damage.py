@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from dpquant.app.bench import gradient_of
 from dpquant.data import dataset as data
 from dpquant.engine.layers import prepare, quantizable_layers, set_policy
+from dpquant.runs.evaluation import accuracy, per_example_loss
+from dpquant.runs.objects import model_of, optimizer_of
 from dpquant.runs.settings import TrainSettings, plan_of, policy_of
-from dpquant.runs.train import accuracy, model_of, optimizer_of, per_example_loss
 from dpquant.training.start import make_private
 from experiments.ranking import clipped_gradient
 from experiments.runner import RESULTS, Site, new_figure, settings_of

@@ -25,8 +25,9 @@ from dpquant.data import dataset as data
 from dpquant.engine.clip import clipped_sum
 from dpquant.engine.layers import prepare, quantizable_layers, set_policy
 from dpquant.errors import SettingError
+from dpquant.runs.evaluation import per_example_loss
+from dpquant.runs.objects import model_of
 from dpquant.runs.settings import TrainSettings, from_toml, plan_of
-from dpquant.runs.train import model_of, per_example_loss
 from dpquant.training.impact import gradient_impact_vectors, impact_vectors
 from experiments import fashion_mnist
 from experiments.runner import RESULTS, Run, Site, new_figure

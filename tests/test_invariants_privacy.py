@@ -351,12 +351,12 @@ def test_a_buffer_that_takes_in_the_data_ends_the_run_and_is_not_kept(tmp_path, 
 
 
 def seconds_in_the_metrics(monkeypatch):
-    honest = train_module._append_line
+    honest = train_module.append_line
 
     def planted(path, line):
         honest(path, json.dumps({**json.loads(line), "seconds": round(time.perf_counter(), 3)}))
 
-    monkeypatch.setattr(train_module, "_append_line", planted)
+    monkeypatch.setattr(train_module, "append_line", planted)
 
 
 def seconds_in_the_record(monkeypatch):

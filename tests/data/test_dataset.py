@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dpquant.data import dataset as data
+from dpquant.data import folders
 from dpquant.data.dataset import Dataset, Split, load, public_size, read_idx
 from dpquant.errors import DataError, SettingError
 
@@ -475,7 +476,7 @@ def test_a_plain_conversion_to_rgb_would_be_noticed(what: str, monkeypatch: pyte
         resized = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(resized).astype(np.uint16) * 257).permute(2, 0, 1)
 
-    monkeypatch.setattr(data, "_square", converted)
+    monkeypatch.setattr(folders, "square", converted)
     with pytest.raises(AssertionError):
         assert_pixels_are_those_of_the_file(what, tmp_path)
 

@@ -16,10 +16,13 @@ from dpquant.errors import DataError, DivergedError, DPQuantError, ModelError, S
 from dpquant.privacy.accounting import epsilon
 from dpquant.privacy.events import Event
 from dpquant.privacy.ledger import Ledger
+from dpquant.runs import directory, objects
 from dpquant.runs import train as train_module
+from dpquant.runs.directory import Charged, charged
+from dpquant.runs.evaluation import accuracy
 from dpquant.runs.record import RunRecord, Timings
 from dpquant.runs.settings import TrainSettings, from_toml, plan_of, policy_of
-from dpquant.runs.train import Charged, accuracy, charged, train
+from dpquant.runs.train import train
 
 
 def settings(**given):
@@ -322,8 +325,8 @@ def test_what_would_fail_after_an_epoch_is_tried_before_any_charge(name, tmp_pat
 
 @pytest.mark.parametrize("name", ["no tensor in its state", "evaluation fails on records"])
 def test_a_failure_after_an_epoch_would_be_seen(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_module, "_check_saving", lambda *a: None)
-    monkeypatch.setattr(train_module, "_check_evaluation", lambda *a: None)
+    monkeypatch.setattr(train_module, "check_saving", lambda *a: None)
+    monkeypatch.setattr(train_module, "check_evaluation", lambda *a: None)
     model, error, words = REFUSED[name]
     with pytest.raises((AssertionError, AttributeError, ValueError)):
         assert_refused_before_any_charge(tmp_path / "run", error, words, model=model)
@@ -339,12 +342,12 @@ def no_space_for_safetensors(*arguments):
 
 @pytest.mark.parametrize("fault", [no_space, no_space_for_safetensors])
 def test_a_place_without_room_for_the_model_is_refused_before_any_charge(fault, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_module, "save_model", fault)
+    monkeypatch.setattr(directory, "save_model", fault)
     assert_refused_before_any_charge(tmp_path / "run", SettingError, "No space left on device")
 
 
 def test_a_directory_that_was_there_stays_when_a_run_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_module, "save_model", no_space)
+    monkeypatch.setattr(directory, "save_model", no_space)
     with pytest.raises(SettingError, match="No space left"):
         train(small(), tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -364,14 +367,14 @@ def fails_at_the_end(schedule, steps):
 
 @pytest.mark.parametrize("planted", [nan_at_the_end, negative, fails_at_the_end])
 def test_a_learning_rate_that_fails_at_some_step_is_refused_before_any_charge(planted, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_module, "_lr_factor", planted)
+    monkeypatch.setattr(train_module, "lr_factor", planted)
     assert_refused_before_any_charge(tmp_path / "run", SettingError, "lr_schedule")
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_learning_rates_begin_at_the_whole_and_end_where_they_should(schedule):
-    factor = train_module._lr_factor(schedule, 10)
-    train_module._check_lr_factor(factor, 10)
+    factor = objects.lr_factor(schedule, 10)
+    objects.check_lr_factor(factor, 10)
     assert factor(0) == 1 and factor(10) == pytest.approx(1 if schedule == "constant" else 0)
 
 
@@ -429,7 +432,7 @@ def saved_at_the_end_only(model, path):
 
 def test_a_model_that_is_saved_at_the_end_only_would_be_seen(tmp_path, monkeypatch):
     monkeypatch.setattr(train_module._Tested, "update", in_the_second_epoch(run_away))
-    monkeypatch.setattr(train_module, "_save", saved_at_the_end_only)
+    monkeypatch.setattr(train_module, "save_parameters", saved_at_the_end_only)
     with pytest.raises(DivergedError):
         train(small(), tmp_path / "run")
     with pytest.raises((AssertionError, FileNotFoundError)):
@@ -442,7 +445,7 @@ def test_a_model_that_is_saved_before_it_is_checked_would_be_seen(tmp_path, monk
     monkeypatch.setattr(
         train_module,
         "_check_finite",
-        lambda private: (train_module._save(private.model, out / "model.safetensors"), honest(private)),
+        lambda private: (directory.save_parameters(private.model, out / "model.safetensors"), honest(private)),
     )
     with pytest.raises(DivergedError):
         train(small(), out)
@@ -451,13 +454,13 @@ def test_a_model_that_is_saved_before_it_is_checked_would_be_seen(tmp_path, monk
 
 
 def test_a_disk_that_is_full_in_mid_run_ends_it_with_one_error(tmp_path, monkeypatch):
-    honest, saves = train_module._save, []
+    honest, saves = directory.save_parameters, []
 
     def save(model, path):
         saves.append(path)
         no_space() if len(saves) == 2 else honest(model, path)
 
-    monkeypatch.setattr(train_module, "_save", save)
+    monkeypatch.setattr(train_module, "save_parameters", save)
     with pytest.raises(SettingError, match=r"No space left on device.*stays charged: epsilon = \d\.\d{4}\."):
         train(small(), tmp_path / "run")
     assert charged(tmp_path / "run" / "ledger.jsonl", plan_of(small())).steps == 2 * EPOCH
@@ -477,8 +480,8 @@ def assert_comes_back(load, name, path, trained):
 
 @pytest.mark.parametrize("name", SHARED)
 def test_a_model_that_shares_weights_is_saved_and_comes_back(name, tmp_path, monkeypatch):
-    honest, saved = train_module._save, []
-    monkeypatch.setattr(train_module, "_save", lambda model, path: (saved.append(model), honest(model, path)))
+    honest, saved = directory.save_parameters, []
+    monkeypatch.setattr(train_module, "save_parameters", lambda model, path: (saved.append(model), honest(model, path)))
     train(small(model=SHARED[name]), tmp_path / "run")
     path = tmp_path / "run" / "model.safetensors"
     assert_comes_back(load_model, name, path, saved[-1])
@@ -492,7 +495,7 @@ def the_former_way(model, path):
 
 @pytest.mark.parametrize("name", SHARED)
 def test_saving_shared_weights_the_former_way_is_refused_before_any_charge(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_module, "save_model", the_former_way)
+    monkeypatch.setattr(directory, "save_model", the_former_way)
     assert_refused_before_any_charge(tmp_path / "run", ModelError, "save and load back", model=SHARED[name])
 
 

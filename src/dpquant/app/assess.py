@@ -22,9 +22,10 @@ from dpquant.data import dataset as data
 from dpquant.errors import SettingError
 from dpquant.machine import Hardware
 from dpquant.privacy.plan import AnalysisPlan, PrivacyPlan
+from dpquant.runs.evaluation import per_example_loss
+from dpquant.runs.objects import model_of, optimizer_of
 from dpquant.runs.record import RunRecord
 from dpquant.runs.settings import TrainSettings, plan_of, policy_of
-from dpquant.runs.train import model_of, optimizer_of, per_example_loss
 from dpquant.training.cost import (
     FP4_OVER_FP16,
     PAPER_SHARE,

@@ -151,7 +151,7 @@ def train(given: dict[str, Any], config: Config = None, out: Path | None = None,
     Example: dpquant train --data fashion-mnist --epsilon 3 --policy dpquant --fraction 0.75 --out runs/fashion
     """
     from dpquant.privacy.plan import rounded_up
-    from dpquant.runs.train import charged
+    from dpquant.runs.directory import charged
     from dpquant.runs.train import train as run_training
 
     console = Console(quiet=as_json)

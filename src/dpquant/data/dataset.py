@@ -27,11 +27,9 @@ import math
 import socket
 import string
 import tarfile
-import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -41,17 +39,16 @@ import torch
 import torch.nn.functional as F
 import torch.utils.data
 from PIL import Image
-from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 from torch import Tensor
 
+from dpquant.data.folders import image_folder, square
+from dpquant.data.split import FULL_SCALE, FULL_SCALE_16, PLAIN_NORMALISATION, Loaded, Split
 from dpquant.errors import DataError, SettingError
 
 # (mean, standard deviation) that pixels in 0..1 are normalised by: published constants, or a plain half.
 NORMALISATION = MappingProxyType({"mnist": (0.1307, 0.3081), "fashion-mnist": (0.2860, 0.3530)})
-PLAIN_NORMALISATION = (0.5, 0.5)
 FOLDER_PREFIX = "image-folder:"
 FOLDER_IMAGE_SIZE = 32
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 DEBIAN_DATASETS = Path("/usr/share/datasets")
 
 # The number of training records of each known data set, as published.
@@ -67,68 +64,8 @@ PUBLIC_SIZES = MappingProxyType(
     }
 )
 
-_FULL_SCALE = 255
-_FULL_SCALE_16 = 65_535  # of images from files: always, as what is stored may not depend on what a record holds
-_BYTE_IN_16_BITS = 257  # exactly: 65,535 is 257 times 255
-_WHITE_IS_65535 = frozenset({"PNG", "PPM"})  # formats whose mode I, of 32 bits, holds samples of 16
-_MODES_WITH_ALPHA = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
-_DECODE_RUN = 256
 _DOWNLOAD_TIMEOUT_S = 10.0
 _DOWNLOAD_FAILURES = (OSError, RuntimeError, EOFError, http.client.HTTPException, tarfile.TarError, zipfile.BadZipFile)
-
-
-class Split(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
-    """The training or the test records of a data set: map-style, in memory, normalised when read.
-
-    An item is (image, target): float32 [C, H, W] and int64 scalar. `batch` gives many at once, bitwise what stacking
-    the items gives.
-
-    Args:
-      pixels: Shape (N, C, H, W), uint8 or uint16.
-      targets: Shape (N,), int64, in [0, num_classes).
-      readable: Shape (N,), bool; a False record reads as NaN. None: all are readable.
-      full_scale: The pixel value that stands for white.
-    Attributes: mean and std, by which pixels are normalised; `load` sets them.
-    Privacy: per example, reads no other record.
-    """
-
-    def __init__(
-        self, pixels: Tensor, targets: Tensor, *, readable: Tensor | None = None, full_scale: int = _FULL_SCALE
-    ) -> None:
-        self.pixels = pixels
-        self.targets = targets
-        self.readable = torch.ones(len(targets), dtype=torch.bool) if readable is None else readable
-        self.full_scale = full_scale
-        self.mean, self.std = PLAIN_NORMALISATION
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        inputs, targets = self.batch(torch.tensor([index]))
-        return inputs[0], targets[0]
-
-    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
-        """The items of many records: what torch's DataLoader calls to fetch a batch."""
-        inputs, targets = self.batch(torch.tensor(indices, dtype=torch.int64))
-        return list(zip(inputs.unbind(), targets.unbind(), strict=True))
-
-    def dpquant_batch(self, record_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """`batch`, as `make_private` asks a data set for one: by a name that means nothing else to anyone else."""
-        return self.batch(record_ids)
-
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of the given records, collated; an empty batch keeps its shape.
-
-        Args:
-          indices: Shape (B,), int64, record ids.
-        Returns: Inputs [B, C, H, W] float32 and targets [B] int64.
-        Privacy: per example.
-        """
-        # To float32 first: torch has few operators on uint16, and on uint8 one that gives float32 takes longer.
-        inputs = self.pixels[indices].float().mul_(1.0 / (self.full_scale * self.std)).sub_(self.mean / self.std)
-        inputs[~self.readable[indices]] = math.nan
-        return inputs, self.targets[indices]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -213,7 +150,7 @@ def load(name: str, data_dir: Path | None = None, *, image_size: int | None = No
             train, test, class_names = _idx(name, data_dir, download)
         case _:
             folder = Path(name.removeprefix(FOLDER_PREFIX)).expanduser()
-            train, test, class_names = _image_folder(folder, image_size or FOLDER_IMAGE_SIZE)
+            train, test, class_names = image_folder(folder, image_size or FOLDER_IMAGE_SIZE)
     if image_size is not None:
         train, test = _resized(train, image_size), _resized(test, image_size)
     for split in (train, test):
@@ -243,7 +180,7 @@ def _resized(split: Split, size: int) -> Split:
 
 
 def _checked(
-    pixels: Tensor, targets: Tensor, class_names: Sequence[str], where: str, full_scale: int = _FULL_SCALE
+    pixels: Tensor, targets: Tensor, class_names: Sequence[str], where: str, full_scale: int = FULL_SCALE
 ) -> Split:
     """A split of published records, refused where it is empty or contradicts itself."""
     if len(pixels) == 0 or len(pixels) != len(targets):
@@ -259,11 +196,10 @@ def _checked(
     return Split(pixels, targets, full_scale=full_scale)
 
 
-_Loaded = tuple[Split, Split, tuple[str, ...]]
 _DIGITS = tuple(string.digits)
 
 
-def _digits() -> _Loaded:
+def _digits() -> Loaded:
     """1,797 digits of 8x8 pixels in 0..16; in each class, in scikit-learn's order, every fifth is for test."""
     from sklearn.datasets import load_digits  # slow to import, and only this data set needs it
 
@@ -313,7 +249,7 @@ _IDX = MappingProxyType(
 )
 
 
-def _idx(name: str, data_dir: Path | None, download: bool) -> _Loaded:
+def _idx(name: str, data_dir: Path | None, download: bool) -> Loaded:
     """A data set of four IDX files, from the first place that has them."""
     source = _IDX[name]
     home = data_dir or _cache()
@@ -400,7 +336,7 @@ def _patient_for(seconds: float) -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def _cifar10(root: Path, download: bool) -> _Loaded:
+def _cifar10(root: Path, download: bool) -> Loaded:
     """CIFAR-10 as torchvision reads it."""
     sets = [_torchvision("cifar10", "CIFAR10", download, root=str(root), train=train) for train in (True, False)]
     names = tuple(sets[0].classes)
@@ -411,116 +347,16 @@ def _cifar10(root: Path, download: bool) -> _Loaded:
     return train, test, names
 
 
-def _gtsrb(root: Path, size: int, download: bool) -> _Loaded:
+def _gtsrb(root: Path, size: int, download: bool) -> Loaded:
     """The German traffic signs as torchvision reads them, resized."""
     names = tuple(f"{label:05d}" for label in range(43))
     splits = []
     for name in ("train", "test"):
-        transform = functools.partial(_square, size=size)
+        transform = functools.partial(square, size=size)
         signs = _torchvision("gtsrb", "GTSRB", download, root=str(root), split=name, transform=transform)
         pixels = torch.empty((len(signs), 3, size, size), dtype=torch.uint16)
         targets = torch.empty(len(signs), dtype=torch.int64)
         for index in range(len(signs)):
             pixels[index], targets[index] = signs[index]
-        splits.append(_checked(pixels, targets, names, "gtsrb", _FULL_SCALE_16))
+        splits.append(_checked(pixels, targets, names, "gtsrb", FULL_SCALE_16))
     return splits[0], splits[1], names
-
-
-def _image_folder(folder: Path, size: int) -> _Loaded:
-    """The user's own images: one record for each image file below train/CLASS and test/CLASS."""
-    train_names, test_names = _class_names(folder / "train"), _class_names(folder / "test")
-    if not train_names or train_names != test_names:
-        raise DataError(
-            f"Expected {folder} to hold train/ and test/, each with the same folders, one for each class; it does not. "
-            "A class is numbered by its folder's place. Add the missing folders: all but one may be empty."
-        )
-    train, test = (_folder_split(folder / split, train_names, size) for split in ("train", "test"))
-    return train, test, train_names
-
-
-def _class_names(folder: Path) -> tuple[str, ...]:
-    """The names of the folders in here, sorted; none where there is no such folder."""
-    if not folder.is_dir():
-        return ()
-    return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
-
-
-def _folder_split(folder: Path, class_names: Sequence[str], size: int) -> Split:
-    """Every image file of every class, decoded once; those that cannot be decoded are marked, not reported."""
-    files: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(class_names):
-        images = sorted(path for path in (folder / name).rglob("*") if _is_image(path))
-        files += images
-        labels += [label] * len(images)
-    pixels, readable = _decode(files, size)
-    if not bool(readable.any()):
-        raise DataError(
-            f"Expected {folder} to hold at least one readable image; it holds none. There is nothing to train or test "
-            f"on. Add images: files count as such by their suffix, {', '.join(sorted(IMAGE_SUFFIXES))}."
-        )
-    return Split(pixels, torch.tensor(labels, dtype=torch.int64), readable=readable, full_scale=_FULL_SCALE_16)
-
-
-def _is_image(path: Path) -> bool:
-    """Whether a file's name says that it is an image; hidden files, such as another system's droppings, are none."""
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
-
-
-def _decode(files: Sequence[Path], size: int) -> tuple[Tensor, Tensor]:
-    """Every file as uint16 [N, 3, size, size], and which of them could be decoded; the others stay black.
-
-    Two threads, in runs of files: on two cores photographs of 500x400 decode 1.7 times as fast as in one thread, at
-    1,400 a second; thumbnails of 32x32, where the interpreter's lock is most of the work, 0.6 times, at 6,500.
-    """
-    pixels = torch.zeros((len(files), 3, size, size), dtype=torch.uint16)
-    readable = torch.zeros(len(files), dtype=torch.bool)
-
-    def decode_run(start: int) -> None:
-        for index in range(start, min(start + _DECODE_RUN, len(files))):
-            try:
-                with Image.open(files[index]) as image:
-                    pixels[index] = _square(image, size)
-            except Exception:  # decoders raise what they like, and no record may stop the run or be told apart by it
-                continue
-            readable[index] = True
-
-    with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=2) as pool:
-        warnings.simplefilter("ignore")  # Pillow's warnings describe the record
-        list(pool.map(decode_run, range(0, len(files), _DECODE_RUN)))
-    return pixels, readable
-
-
-def _square(image: Image.Image, size: int) -> Tensor:
-    """An image as RGB, uint16 [3, size, size], bilinear; Pillow's filter is antialiased when it shrinks.
-
-    Raises: ValueError: the image does not say which number is white.
-    """
-    square = (size, size)
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _WHITE_IS_65535):
-        grey = Image.fromarray(_grey(image)).resize(square, Image.Resampling.BILINEAR)
-        return torch.from_numpy(np.rint(np.array(grey)).astype(np.uint16)).expand(3, *square)
-    if image.mode in ("I", "F"):
-        raise ValueError("no full scale")
-    resized = _on_white(image).resize(square, Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(resized).astype(np.uint16) * _BYTE_IN_16_BITS).permute(2, 0, 1)
-
-
-def _grey(image: Image.Image) -> np.ndarray:
-    """An image with one channel of up to 16 bits as float32, 65,535 for white."""
-    values = np.array(image).astype(np.float32)
-    if isinstance(image, TiffImageFile):  # of which Pillow passes the numbers on as they are
-        values *= _FULL_SCALE_16 / (2 ** image.tag_v2[BITSPERSAMPLE][0] - 1)
-        return values if image.tag_v2[PHOTOMETRIC_INTERPRETATION] else _FULL_SCALE_16 - values
-    if (see_through := image.info.get("transparency")) is not None:
-        values[values == see_through] = _FULL_SCALE_16
-    return values
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    """An image of 8 bits as RGB; where it is transparent, white shows through."""
-    if image.mode not in _MODES_WITH_ALPHA and "transparency" not in image.info:
-        return image.convert("RGB")
-    layer, canvas = image.convert("RGBA"), Image.new("RGB", image.size, "white")
-    canvas.paste(layer, mask=layer)
-    return canvas

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training or the test records of a data set of images, in memory."""
+
+import math
+
+import torch
+import torch.utils.data
+from torch import Tensor
+
+PLAIN_NORMALISATION = (0.5, 0.5)  # mean and standard deviation of pixels in 0..1, in which no record has a say
+FULL_SCALE = 255
+FULL_SCALE_16 = 65_535  # of images from files: always, as what is stored may not depend on what a record holds
+
+
+class Split(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
+    """The training or the test records of a data set: map-style, in memory, normalised when read.
+
+    An item is (image, target): float32 [C, H, W] and int64 scalar. `batch` gives many at once, bitwise what stacking
+    the items gives.
+
+    Args:
+      pixels: Shape (N, C, H, W), uint8 or uint16.
+      targets: Shape (N,), int64, in [0, num_classes).
+      readable: Shape (N,), bool; a False record reads as NaN. None: all are readable.
+      full_scale: The pixel value that stands for white.
+    Attributes: mean and std, by which pixels are normalised; `load` sets them.
+    Privacy: per example, reads no other record.
+    """
+
+    def __init__(
+        self, pixels: Tensor, targets: Tensor, *, readable: Tensor | None = None, full_scale: int = FULL_SCALE
+    ) -> None:
+        self.pixels = pixels
+        self.targets = targets
+        self.readable = torch.ones(len(targets), dtype=torch.bool) if readable is None else readable
+        self.full_scale = full_scale
+        self.mean, self.std = PLAIN_NORMALISATION
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        inputs, targets = self.batch(torch.tensor([index]))
+        return inputs[0], targets[0]
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
+        """The items of many records: what torch's DataLoader calls to fetch a batch."""
+        inputs, targets = self.batch(torch.tensor(indices, dtype=torch.int64))
+        return list(zip(inputs.unbind(), targets.unbind(), strict=True))
+
+    def dpquant_batch(self, record_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """`batch`, as `make_private` asks a data set for one: by a name that means nothing else to anyone else."""
+        return self.batch(record_ids)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of the given records, collated; an empty batch keeps its shape.
+
+        Args:
+          indices: Shape (B,), int64, record ids.
+        Returns: Inputs [B, C, H, W] float32 and targets [B] int64.
+        Privacy: per example.
+        """
+        # To float32 first: torch has few operators on uint16, and on uint8 one that gives float32 takes longer.
+        inputs = self.pixels[indices].float().mul_(1.0 / (self.full_scale * self.std)).sub_(self.mean / self.std)
+        inputs[~self.readable[indices]] = math.nan
+        return inputs, self.targets[indices]
+
+
+Loaded = tuple[Split, Split, tuple[str, ...]]  # training records, test records, class names

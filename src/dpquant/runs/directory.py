@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of a run directory: their names, and how each is written, whole or not at all."""
+
+import contextlib
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+
+from dpquant.backends.choose import Choices
+from dpquant.errors import ModelError, SettingError
+from dpquant.privacy import accounting
+from dpquant.privacy.ledger import Ledger
+from dpquant.privacy.plan import PrivacyPlan
+from dpquant.runs.record import replacing
+
+CONFIG, LEDGER, METRICS = "config.toml", "ledger.jsonl", "metrics.jsonl"
+MODEL, RECORD, TIMINGS, CHOICES = "model.safetensors", "record.json", "timings.json", "choices.json"
+
+
+class Charged(NamedTuple):
+    """What a run has spent.
+
+    Attributes:
+      steps: training steps that were charged.
+      epsilon: of everything that was charged, at the plan's delta.
+      research: some of it came from a seed, so that epsilon is no guarantee.
+    """
+
+    steps: int
+    epsilon: float
+    research: bool
+
+
+def charged(ledger: Path, plan: PrivacyPlan) -> Charged:
+    """What a run has spent so far, by its ledger's own lines.
+
+    The file is the truth even of a run that was stopped half-way: a charge is there before its data is used.
+
+    Args:
+      ledger: the run's file; a missing one holds no charges.
+      plan: of that run, for delta.
+    Raises:
+      LedgerError: the file does not agree with itself.
+    Privacy: post-processing.
+    """
+    events = Ledger.read(ledger) if ledger.exists() else []
+    return Charged(
+        steps=sum(event.count for event in events if event.kind == "train"),
+        epsilon=accounting.epsilon(events, plan.delta),
+        research=any(event.research for event in events),
+    )
+
+
+def take_back(out: Path, is_new: bool) -> None:
+    """Remove what a run wrote that was refused before its first charge."""
+    for name in (CONFIG, LEDGER, CHOICES):
+        (out / name).unlink(missing_ok=True)
+    if is_new:
+        with contextlib.suppress(OSError):  # what else is there stays
+            out.rmdir()
+
+
+def check_out(out: Path) -> None:
+    """The run directory is new or empty, and can be made: later, when everything else has been checked."""
+    if os.path.exists(out) and (not out.is_dir() or any(out.iterdir())):
+        raise SettingError(f"Expected out to be a new or empty directory; got out={out}. Name another one.")
+    # os.path.exists is also False where a folder above may not be looked into, when Path.exists would raise
+    nearest = next(folder for folder in (out.absolute(), *out.absolute().parents) if os.path.exists(folder))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise SettingError(
+            f"Expected out to be a place where a directory can be made; got out={out}. {nearest} cannot be written to. "
+            "Name another one."
+        )
+
+
+def check_saving(model: nn.Module, out: Path) -> None:
+    """Save the model to where it will be kept and load it back, before anything is charged."""
+    draft = out / f"{MODEL}.trial"
+    try:
+        before = {name: _bytes(tensor) for name, tensor in model.state_dict().items()}
+        save_model(model, str(draft))
+        load_model(model, draft)
+        changed = [name for name, t in model.state_dict().items() if not torch.equal(before[name], _bytes(t))]
+    except (OSError, SafetensorError):
+        raise
+    except Exception as error:  # safetensors and a user's own state_dict raise what they like
+        raise ModelError(
+            f"Expected a model that safetensors can save and load back; got a {type(error).__name__}: {error}. A model "
+            "that cannot be saved would be lost after training. Let its state_dict hold whole tensors only."
+        ) from error
+    finally:
+        draft.unlink(missing_ok=True)
+    if changed:
+        raise ModelError(
+            f"Expected a model that comes back from its file as it was saved; got another {changed[0]}. It would not "
+            "be the model that was trained. Let its state_dict hold its parameters and buffers as they are."
+        )
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """A copy of a tensor's bytes: two tensors of NaN differ as numbers."""
+    return tensor.detach().cpu().reshape(-1).clone().view(torch.uint8)
+
+
+def save_parameters(model: nn.Module, path: Path) -> None:
+    """Save the model, whole or not at all; of parameters that are one tensor, one is in the file."""
+    with replacing(path) as draft:
+        save_model(model, str(draft))
+
+
+def write_choices(choices: Choices, out: Path) -> None:
+    """Write what was measured on this machine so far."""
+    with replacing(out / CHOICES) as draft:
+        draft.write_text(choices.to_json())
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line that is on disk when this returns."""
+    with path.open("a") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())

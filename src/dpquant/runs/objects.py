@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the settings name, made: model, optimizer, learning rate. Each is tried before a run begins."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from dpquant.checks.refusals import check_trainable
+from dpquant.data import dataset as data
+from dpquant.data import models
+from dpquant.engine.convert import fix
+from dpquant.engine.randomness import seeded
+from dpquant.errors import ModelError, SettingError
+from dpquant.runs.evaluation import evaluating
+from dpquant.runs.settings import TrainSettings
+
+
+def model_of(settings: TrainSettings, dataset: data.Dataset) -> nn.Module:
+    """The settings' model for a data set, its parameters drawn from the settings' seed.
+
+    Raises:
+      ModelError: it is unknown, cannot be trained privately, or has not one output for each class.
+      SettingError: a width that it does not have.
+    """
+    torch.manual_seed(settings.seed)
+    model = models.build(
+        settings.model, num_classes=dataset.num_classes, input_shape=dataset.input_shape, width=settings.width
+    )
+    if settings.fix:
+        model = fix(model)
+    check_trainable(model)
+    _check_outputs(model, dataset)
+    return model
+
+
+def _check_outputs(model: nn.Module, dataset: data.Dataset) -> None:
+    """One logit for each class, or a label could have none: tried on blank images, in training and in evaluation."""
+    rule = f"Expected model to map images of shape {dataset.input_shape} to {dataset.num_classes} logits"
+    blank = torch.zeros(2, *dataset.input_shape)
+    try:
+        with torch.no_grad(), seeded(0):
+            shapes = [tuple(model(blank).shape)]
+            with evaluating(model):
+                shapes.append(tuple(model(blank).shape))
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        raise ModelError(
+            f"{rule}; got a {type(error).__name__}: {error}. Make it fit the data set's images."
+        ) from error
+    for shape in shapes:
+        if shape != (2, dataset.num_classes):
+            raise ModelError(
+                f"{rule}; two images gave shape {shape}. A label without a logit has no loss. Give the last layer "
+                f"{dataset.num_classes} outputs."
+            )
+
+
+def optimizer_of(settings: TrainSettings, model: nn.Module) -> torch.optim.Optimizer:
+    """The settings' optimizer of the model's trainable parameters."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    match settings.optimizer:
+        case "sgd":
+            return torch.optim.SGD(
+                parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+            )
+        case "adam":
+            return torch.optim.Adam(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+        case _:
+            return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+
+
+def lr_factor(schedule: str, steps: int) -> Callable[[int], float]:
+    """The learning rate after so many steps, as a part of the first."""
+    match schedule:
+        case "linear":
+            return lambda step: 1 - step / steps
+        case "cosine":
+            return lambda step: (1 + math.cos(math.pi * step / steps)) / 2
+        case _:
+            return lambda step: 1.0
+
+
+def check_lr_factor(factor: Callable[[int], float], steps: int) -> None:
+    """Compute every step's learning rate before the run. The one after the last step is computed too, and not used."""
+    for step in range(steps + 1):
+        try:
+            value = float(factor(step))
+        except Exception as error:
+            raise SettingError(
+                f"Expected lr_schedule to give a number for every step; got a {type(error).__name__} at step {step}. "
+                "The run would stop there. Choose another schedule."
+            ) from error
+        if not 0 <= value < math.inf:
+            raise SettingError(
+                f"Expected lr_schedule to give numbers >= 0 and finite; got {value} at step {step}. The run would be "
+                "lost there. Choose another schedule."
+            )
