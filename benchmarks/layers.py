@@ -25,9 +25,9 @@ from dpquant.app.contenders import (
     example_losses,
     made_up_examples,
 )
+from dpquant.backends.cpu_int8 import INT8_ZERO_POINT, Int8Products
 from dpquant.backends.geometry import Geometry
-from dpquant.backends.kernels import INT8_ZERO_POINT, Int8Products
-from dpquant.backends.quantize import QTensor
+from dpquant.backends.qtensor import QTensor
 from dpquant.engine.layers import count_macs
 from dpquant.machine import Hardware
 from dpquant.training.tuning import layer_times

@@ -17,7 +17,8 @@ import torch
 from benchmarks.results import folder_here
 from dpquant.app.bench import Spread
 from dpquant.backends.malloc import working_memory
-from dpquant.backends.quantize import QTensor, quantize_rows
+from dpquant.backends.qtensor import QTensor
+from dpquant.backends.quantize import quantize_rows
 from dpquant.formats import RoleFormat, recipe
 from dpquant.machine import Hardware
 from dpquant.rounding import row_keys

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from dpquant.app import cli
-from dpquant.backends.quantize import QTensor, quantize_rows
+from dpquant.backends.qtensor import QTensor
+from dpquant.backends.quantize import quantize_rows
 from dpquant.checks import isolation
 from dpquant.engine import layers
 from dpquant.formats import NumberFormat, Rounding

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 
 from dpquant.backends.geometry import Geometry
-from dpquant.backends.quantize import QTensor
+from dpquant.backends.qtensor import QTensor
 
 
 def codes(shape, max_code, seed=0):
@@ -38,5 +38,5 @@ def convolutions(draw):
     return geometry, (groups * draw(st.integers(1, 3)), draw(st.integers(1, 4)), *kernel), size
 
 
-def reference(x, weight, g):
+def exactly(x, weight, g):
     return F.conv2d(x.double(), weight.double(), None, g.stride, g.padding, g.dilation, g.groups)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import dpquant
-from dpquant.backends import kernels
+from dpquant.backends import cpu_int8
 from dpquant.errors import FormatError
 from dpquant.formats import precision
 
@@ -21,12 +21,12 @@ REFUSAL = "int8 convolution (is not exact|does not run)"
 def int8_runs(max_code: int) -> bool:
     """Whether int8 runs codes up to `max_code` here."""
     facts = {"max_code": max_code, "fits_int8": True, "device": torch.device("cpu")}
-    if kernels.int8_is_exact(max_code):
-        assert kernels.resolve_backend("auto", **facts) == kernels.resolve_backend("int8", **facts) == "int8"
+    if cpu_int8.int8_is_exact(max_code):
+        assert cpu_int8.resolve_backend("auto", **facts) == cpu_int8.resolve_backend("int8", **facts) == "int8"
         return True
-    assert kernels.resolve_backend("auto", **facts) == "simulate"
+    assert cpu_int8.resolve_backend("auto", **facts) == "simulate"
     with pytest.raises(FormatError, match=REFUSAL):
-        kernels.resolve_backend("int8", **facts)
+        cpu_int8.resolve_backend("int8", **facts)
     return False
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import TensorDataset
 
 import dpquant
 from dpquant.backends import choose
-from dpquant.backends.kernels import int8_is_exact
+from dpquant.backends.cpu_int8 import int8_is_exact
 from dpquant.backends.quantize import quantize_rows
 from dpquant.data import dataset as data
 from dpquant.engine.clip import ClippedSum, clipped_sum, clipped_sum_of

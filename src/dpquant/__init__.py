@@ -5,7 +5,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dpquant.backends.quantize import QTensor, quantize
+    from dpquant.backends.qtensor import QTensor
+    from dpquant.backends.quantize import quantize
     from dpquant.engine.clip import clipped_sum
     from dpquant.engine.convert import fix, restore
     from dpquant.engine.layers import prepare, quantizable_layers, set_policy
@@ -51,7 +52,7 @@ _HOMES = {
     "PrioritisePolicy": "training.policies",
     "PrivacyPlan": "privacy.plan",
     "PrivateTraining": "training.private",
-    "QTensor": "backends.quantize",
+    "QTensor": "backends.qtensor",
     "Recipe": "formats",
     "RotatePolicy": "training.policies",
     "SettingError": "errors",

@@ -14,7 +14,7 @@ import dpquant
 from dpquant.backends import choose
 from dpquant.backends.choose import Choices, decided, fastest
 from dpquant.backends.geometry import Geometry
-from dpquant.engine import weight_gradients
+from dpquant.engine import summed, weight_gradients
 from dpquant.engine.weight_gradients import Product
 
 
@@ -102,7 +102,7 @@ def operands_of_timed_work(monkeypatch, finite):
         patch.setattr(choose, "_machines", {})
         patch.setattr(choose, "timed", each_once)
         for name in ("weight_gradient", "add_patch_products"):
-            patch.setattr(weight_gradients, name, met_by(getattr(weight_gradients, name)))
+            patch.setattr(summed, name, met_by(getattr(summed, name)))
         x, g = torch.randn(5, 4, 6, 6), torch.randn(5, 3, 6, 6)
         product = Product.of(
             x, g, Geometry(kernel=(3, 3), padding=(1, 1)), torch.Size((3, 4, 3, 3)), significant_bits=None
@@ -122,7 +122,7 @@ def test_timed_work_sees_no_data(monkeypatch):
 
 
 def test_ways_timed_on_what_is_to_be_added_would_be_seen(monkeypatch):
-    class OnData(weight_gradients._Waiting):
+    class OnData(summed.WaitingSum):
         def _work_off(self):
             self.real = torch.cat(self._g), torch.cat(self._x)
             super()._work_off()
@@ -130,7 +130,7 @@ def test_ways_timed_on_what_is_to_be_added_would_be_seen(monkeypatch):
         def _try(self, way):
             way(*self.real, None)
 
-    monkeypatch.setattr(weight_gradients, "_Waiting", OnData)
+    monkeypatch.setattr(weight_gradients, "WaitingSum", OnData)
     with pytest.raises(AssertionError):
         assert_timed_work_sees_no_data(monkeypatch)
 

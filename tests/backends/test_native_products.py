@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convolutions import codes, convolutions, reference, shifted
-from dpquant.backends import kernels
+from convolutions import codes, convolutions, exactly, shifted
 from dpquant.backends import native_products as products
+from dpquant.backends import reference
 from dpquant.backends.geometry import Geometry
 
 
@@ -20,13 +20,13 @@ def test_direct_products_are_those_of_patches(convolution):
     generator = torch.Generator().manual_seed(0)
     cl = torch.channels_last
     x = torch.randn(3, shape[1] * geometry.groups, *size, generator=generator).contiguous(memory_format=cl)
-    y = reference(x, torch.zeros(shape), geometry)
+    y = exactly(x, torch.zeros(shape), geometry)
     grad = torch.randn(y.shape, generator=generator).contiguous(memory_format=cl)
-    expected = kernels.patch_products(kernels.positions(grad, geometry), kernels.unfolded(x, geometry))
+    expected = reference.patch_products(reference.positions(grad, geometry), reference.unfolded(x, geometry))
     torch.testing.assert_close(products.direct_products(grad, x, geometry), expected, rtol=1e-4, atol=1e-4)
     if grad.count_nonzero() and expected.abs().max() > 1e-2:  # a kernel that forgets one position would be seen
         grad[0, :, 0, 0] = 0
-        changed = kernels.patch_products(kernels.positions(grad, geometry), kernels.unfolded(x, geometry))
+        changed = reference.patch_products(reference.positions(grad, geometry), reference.unfolded(x, geometry))
         if (changed - expected).abs().max() > 1e-2:
             with pytest.raises(AssertionError):
                 torch.testing.assert_close(products.direct_products(grad, x, geometry), expected, rtol=1e-4, atol=1e-4)
@@ -39,11 +39,13 @@ def test_products_of_codes_are_exact_integers_on_every_kernel(convolution, extre
     geometry, shape, size = convolution
     geometry = dataclasses.replace(geometry, groups=1)
     x = codes((3, shape[1], *size), 127)
-    y = reference(x, torch.zeros(shape), geometry)
+    y = exactly(x, torch.zeros(shape), geometry)
     grad = codes(y.shape, 127, 1)
     if extreme:  # the largest codes: where a kernel would saturate
         x, grad = (torch.where(values > 0, 127, -127).to(torch.int8) for values in (x, grad))
-    exact = kernels.patch_products(kernels.positions(grad.double(), geometry), kernels.unfolded(x.double(), geometry))
+    exact = reference.patch_products(
+        reference.positions(grad.double(), geometry), reference.unfolded(x.double(), geometry)
+    )
     operands = shifted(grad).codes, shifted(x).codes
     weights = torch.tensor([0.5, -2.0, 0.0])
     for kernel in products._native.code_kernels():
@@ -60,8 +62,8 @@ def test_products_of_codes_are_exact_integers_on_every_kernel(convolution, extre
         if grad[0, :, 0, 0].any() and exact[0].any():  # the check sees one code that is forgotten
             operands[0][0, :, 0, 0] = 128
             again = products.code_products(*operands, geometry, kernel=kernel)
-            expected_again = kernels.patch_products(
-                kernels.positions(operands[0].double() - 128, geometry), kernels.unfolded(x.double(), geometry)
+            expected_again = reference.patch_products(
+                reference.positions(operands[0].double() - 128, geometry), reference.unfolded(x.double(), geometry)
             )
             assert torch.equal(again, expected_again.float())
             assert torch.equal(
@@ -78,14 +80,16 @@ def test_weighted_sums_of_codes_are_those_of_products(convolution, batch, pieces
     geometry, shape, size = convolution
     geometry = dataclasses.replace(geometry, groups=1)
     x = codes((batch, shape[1], *size), 127)
-    y = reference(x, torch.zeros(shape), geometry)
+    y = exactly(x, torch.zeros(shape), geometry)
     grad = codes(y.shape, 127, 1)
     if pieces == 1:  # what one bfloat16 number can hold: a weight times a power of two
         grad = grad.sign() * 64
     operands = shifted(grad).codes, shifted(x).codes
     weights = torch.rand(batch, generator=torch.Generator().manual_seed(0)).bfloat16().float()
     weights[-1] = 0
-    exact = kernels.patch_products(kernels.positions(grad.double(), geometry), kernels.unfolded(x.double(), geometry))
+    exact = reference.patch_products(
+        reference.positions(grad.double(), geometry), reference.unfolded(x.double(), geometry)
+    )
     expected = 2 * torch.einsum("b,bod->od", weights.double(), exact)
     scale = torch.einsum("b,bod->od", weights.double(), exact.abs()).max().item() + 1
     for kernel in products._native.code_sum_kernels():
@@ -110,12 +114,12 @@ def test_folding_columns_into_channels_changes_no_product(convolution):
     geometry = dataclasses.replace(geometry, groups=1)
     x = shifted(codes((2, shape[1], *size), 127)).codes
     assert len(products.folded(x[:0], geometry)[0]) == 0
-    grad = codes(reference(x, torch.zeros(shape), geometry).shape, 127, 1).double()
+    grad = codes(exactly(x, torch.zeros(shape), geometry).shape, 127, 1).double()
     folded_x, walk = products.folded(x, geometry)
     assert walk.kernel[1] in (1, geometry.kernel[1])
     assert folded_x.is_contiguous(memory_format=torch.channels_last)
     a, b = (
-        kernels.patch_products(kernels.positions(grad, g), kernels.unfolded(t.double() - 128, g))
+        reference.patch_products(reference.positions(grad, g), reference.unfolded(t.double() - 128, g))
         for t, g in ((x, geometry), (folded_x, walk))
     )
     assert torch.equal(a, b)

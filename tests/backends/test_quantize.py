@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 import oracles
-from dpquant.backends.quantize import QTensor, native_available, quantize, quantize_rows
+from dpquant.backends.qtensor import QTensor
+from dpquant.backends.quantize import native_available, quantize, quantize_rows
 from dpquant.errors import FormatError, SettingError
 from dpquant.formats import E3M0, FORMATS, FP8_E4M3, INT4, INT8, NumberFormat, Recipe, RoleFormat, Rounding
 from dpquant.rounding import row_keys

@@ -10,8 +10,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import default_collate
 
-from dpquant.checks import synthetic
-from dpquant.checks.synthetic import Leaf, candidates, from_examples, matches
+from dpquant.checks import forms, synthetic
+from dpquant.checks.forms import Leaf, matches
+from dpquant.checks.synthetic import candidates, from_examples
 from dpquant.engine.batches import leaves
 from dpquant.errors import DataError, SettingError
 
@@ -58,7 +59,7 @@ def test_records_of_every_kind_differ_in_every_leaf(name):
 
 @pytest.mark.parametrize("maker", ["_integers", "_floats"])
 def test_equal_records_are_caught(maker, monkeypatch):
-    monkeypatch.setattr(synthetic, maker, lambda kind, index, shape, generator: torch.zeros(list(shape)))
+    monkeypatch.setattr(forms, maker, lambda kind, index, shape, generator: torch.zeros(list(shape)))
     with pytest.raises(AssertionError):
         assert_b_and_c_differ_everywhere(first_of(RECORDS["floats"]))
 
@@ -159,7 +160,7 @@ def assert_the_length_is_not_shown(count):
 
 
 def test_the_first_records_length_does_not_show_where_a_model_runs_on_others():
-    assert_the_length_is_not_shown(len(synthetic._LENGTHS) * len(synthetic._INTEGERS))
+    assert_the_length_is_not_shown(len(synthetic._LENGTHS) * len(synthetic.INTEGERS))
 
 
 def test_a_length_that_shows_is_caught(monkeypatch):

@@ -13,7 +13,7 @@ from torch import nn
 
 from convolutions import convolutions
 from dpquant.backends.geometry import Geometry
-from dpquant.backends.quantize import QTensor
+from dpquant.backends.qtensor import QTensor
 from dpquant.checks.refusals import check_trainable
 from dpquant.engine import batches, clip, layers, passes
 from dpquant.engine.batches import Microbatch

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import dpquant
 from dpquant.backends.geometry import Geometry
-from dpquant.engine import weight_gradients
+from dpquant.engine import summed, weight_gradients
 from dpquant.engine.contributions import ROUND_OFF, Formed, Lookup
 from dpquant.engine.layers import quantizable_layers, set_policy
 from dpquant.engine.weight_gradients import Product
@@ -316,7 +316,7 @@ def product(batch: int, side: int = 5) -> Product:
 @pytest.mark.parametrize("way", ["convolution", "patches"])
 def test_what_waited_is_what_is_added(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(weight_gradients, "_ENOUGH_POSITIONS", 150)  # six examples: some are worked off before the end
+    monkeypatch.setattr(summed, "_ENOUGH_POSITIONS", 150)  # six examples: some are worked off before the end
     monkeypatch.setattr(weight_gradients, "fastest", lambda question, ways: way)
     total, expected = None, torch.zeros(6, 2, 3, 3)
     for batch in (4, 3, 0, 2):
@@ -356,7 +356,7 @@ def test_examples_without_a_finite_gradient_add_zero(
 
 
 def test_a_sum_of_nothing_that_is_nothing_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_gradients._Waiting, "value", lambda self: self._total)
+    monkeypatch.setattr(summed.WaitingSum, "value", lambda self: self._total)
     monkeypatch.setattr(Product, "fastest", lambda self: self)
     with pytest.raises(AttributeError, match="NoneType"):
         assert_examples_without_a_finite_gradient_add_zero("none")

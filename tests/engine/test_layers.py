@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dpquant.backends.quantize import QTensor, quantize_rows
+from dpquant.backends.qtensor import QTensor
+from dpquant.backends.quantize import quantize_rows
 from dpquant.engine import layers
 from dpquant.engine.layers import (
     Pass,

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dpquant
-from dpquant.backends.kernels import obstacle_to_int8
-from dpquant.backends.quantize import QTensor, quantize_rows
+from dpquant.backends.cpu_int8 import obstacle_to_int8
+from dpquant.backends.qtensor import QTensor
+from dpquant.backends.quantize import quantize_rows
 from dpquant.engine import layers
 from dpquant.formats import RECIPES
 

@@ -6,7 +6,7 @@ import tomllib
 
 import pytest
 
-from dpquant.backends.kernels import BACKENDS
+from dpquant.backends.cpu_int8 import BACKENDS
 from dpquant.errors import SettingError
 from dpquant.formats import RECIPES
 from dpquant.runs.settings import BACKENDS as SETTING_BACKENDS

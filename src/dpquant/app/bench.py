@@ -45,17 +45,15 @@ from dpquant.app.contenders import (
     DESCRIPTIONS,
     SIDES,
     Batch,
+    BenchSettings,
     MakeSide,
     StepSettings,
     build_network,
-    default_image_size,
     example_losses,
     made_up_examples,
 )
 from dpquant.engine.batches import take_rows
 from dpquant.engine.randomness import seeded
-from dpquant.errors import SettingError
-from dpquant.formats import recipe
 from dpquant.machine import Hardware, forget_peak, memory_mib
 
 Watch = Callable[[str], None]
@@ -83,53 +81,6 @@ _SMALLEST_COSINE = 0.1
 _LARGE_RECORD = 100.0
 _FEW = 3  # examples of which each is also taken alone
 _LARGE_STEP = 2.0**20  # so that parameters of size 1 do not round away what is read off them
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BenchSettings:
-    """What is measured.
-
-    Attributes:
-      model: one of `bench_sides.NETWORKS`.
-      batch_size: of the logical batch, which every side turns into one step.
-      image_size: side of the images; None = the network's own.
-      format: recipe of the quantized sides.
-      threads: None = as torch is set.
-      rounds: timed ones.
-      physical_batch_size: examples that Opacus takes at once. Ours chooses for itself.
-      memory: measure peak memory too.
-    """
-
-    model: str = "resnet18-cifar"
-    batch_size: int = 32
-    image_size: int | None = None
-    format: str = "luq-fp4"
-    threads: int | None = None
-    rounds: int = 3
-    physical_batch_size: int = 32
-    memory: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "rounds", "threads", "physical_batch_size"):
-            value = getattr(self, name)
-            if value is not None and not 1 <= value <= 4096:
-                raise SettingError(
-                    f"Expected {name} in 1 .. 4096; got {name}={value}. It counts what is run. Pass a number in range."
-                )
-        recipe(self.format)
-        if self.image_size is None:
-            object.__setattr__(self, "image_size", default_image_size(self.model))
-
-    @property
-    def side_length(self) -> int:
-        """The images' side, with the network's own put in for None."""
-        assert self.image_size is not None
-        return self.image_size
-
-    @property
-    def of_step(self) -> StepSettings:
-        """What every side's step is told."""
-        return StepSettings(format=self.format, physical_batch_size=self.physical_batch_size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

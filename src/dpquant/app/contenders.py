@@ -33,6 +33,7 @@ from dpquant.engine.clip import clipped_sum
 from dpquant.engine.layers import count_macs, current_precisions, prepare, set_policy
 from dpquant.engine.randomness import seeded
 from dpquant.errors import ModelError, SettingError
+from dpquant.formats import recipe
 from dpquant.training.policies import largest_layers
 from dpquant.training.tuning import fastest_microbatch_size
 
@@ -57,6 +58,53 @@ class StepSettings:
     max_grad_norm: float = 1.0
     noise_multiplier: float = 1.0
     lr: float = 1e-3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchSettings:
+    """What is measured.
+
+    Attributes:
+      model: one of `NETWORKS`.
+      batch_size: of the logical batch, which every side turns into one step.
+      image_size: side of the images; None = the network's own.
+      format: recipe of the quantized sides.
+      threads: None = as torch is set.
+      rounds: timed ones.
+      physical_batch_size: examples that Opacus takes at once. Ours chooses for itself.
+      memory: measure peak memory too.
+    """
+
+    model: str = "resnet18-cifar"
+    batch_size: int = 32
+    image_size: int | None = None
+    format: str = "luq-fp4"
+    threads: int | None = None
+    rounds: int = 3
+    physical_batch_size: int = 32
+    memory: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "rounds", "threads", "physical_batch_size"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= 4096:
+                raise SettingError(
+                    f"Expected {name} in 1 .. 4096; got {name}={value}. It counts what is run. Pass a number in range."
+                )
+        recipe(self.format)
+        if self.image_size is None:
+            object.__setattr__(self, "image_size", default_image_size(self.model))
+
+    @property
+    def side_length(self) -> int:
+        """The images' side, with the network's own put in for None."""
+        assert self.image_size is not None
+        return self.image_size
+
+    @property
+    def of_step(self) -> StepSettings:
+        """What every side's step is told."""
+        return StepSettings(format=self.format, physical_batch_size=self.physical_batch_size)
 
 
 MakeSide = Callable[[nn.Module, Batch, StepSettings], Step]

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpquant.backends.cpu_int8 import INT8_ZERO_POINT
 from dpquant.backends.geometry import Geometry
-from dpquant.backends.kernels import INT8_ZERO_POINT, patch_products, positions, unfolded
-from dpquant.backends.quantize import QTensor
+from dpquant.backends.qtensor import QTensor
+from dpquant.backends.reference import patch_products, positions, unfolded
 from dpquant.native import kernels as _native
 
 _MOST_POSITIONS = 2**16  # int32 holds so many products of a signed and an unsigned byte

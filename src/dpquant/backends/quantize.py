@@ -32,6 +32,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from dpquant.backends.qtensor import QTensor
 from dpquant.errors import FormatError, SettingError
 from dpquant.formats import (
     E3M0,
@@ -58,33 +59,6 @@ _HALF = 2 ** (DRAW_BITS - 1)
 _ONE = 2**DRAW_BITS
 _NATIVE_FORMATS = (E3M0, INT4, INT4.one_sided, INT8)
 _FLOAT_CODES = {FP8_E4M3: torch.float8_e4m3fn, FP8_E5M2: torch.float8_e5m2}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class QTensor:
-    """Codes with one scale per row: the value of an element is (code - zero_point) * scale.
-
-    Attributes:
-      codes: int8; uint8 with a zero point; or float8. The shape and memory format of what was quantized.
-      scale: float32 `(B,)`, or `(1,)` when the whole tensor is one row. 0: the row is zero. NaN: it was not finite.
-      zero_point: what was added to the codes.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    zero_point: int = 0
-
-    def take(self, rows: Tensor) -> "QTensor":
-        """Some of the rows."""
-        return dataclasses.replace(self, codes=self.codes[rows], scale=self.scale[rows])
-
-    def dequantize(self) -> Tensor:
-        """The values that the codes stand for: float32, shape of codes.
-
-        Privacy: per example, reads no other row.
-        """
-        scale = self.scale.view(-1, *(1,) * (self.codes.ndim - 1)) if self.codes.ndim else self.scale[0]
-        return (self.codes.float() - self.zero_point) * scale
 
 
 def native_available() -> bool:

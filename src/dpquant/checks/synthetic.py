@@ -13,20 +13,16 @@ an axis gets a length of ours, because the length of the one record that shapes 
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
+from dpquant.checks.forms import FLOATS, INTEGERS, Leaf, Unused, matches
 from dpquant.engine.batches import check_rows, leaves, to_device, with_leaves
 from dpquant.engine.randomness import RecordDraws, seeded
 from dpquant.errors import DataError, SettingError
 
-_GROWTH = 4.0  # each record is so many times the one before: a statistic over the batch then moves them all
-_FLOATS = ("normal", "unit", "positive", "signed unit", "counts", "binary", "negative")
-_INTEGERS = ("zero one", "one two", "few", "many")
 _VARIED = frozenset({"normal", "positive", "zero one", "few", "many"})  # kinds that a single leaf is varied to
 _MOST_COMBINATIONS = 200
 _LENGTHS = (16, 32, 64, 128, 8, 4, 256, 2)
@@ -34,144 +30,6 @@ _LONGER, _SHORTER = 5, 2  # other lengths than n: n + 5 and n / 2
 _MOST_VALUES = 2**19  # in a leaf whose lengths are ours: a collate function may take any size along every axis
 
 Collate = Callable[[list], Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """What is public of one value in a record.
-
-    Attributes:
-      dtype: torch's; of Python's numbers, what they become.
-      shape: None where records differ.
-      type: of the value itself.
-      finish: makes such a value of a tensor.
-    """
-
-    dtype: torch.dtype
-    shape: tuple[int | None, ...]
-    type: type
-    finish: Callable[[Tensor], Any] = dataclasses.field(compare=False)
-
-    @classmethod
-    def of(cls, value: Any) -> "Leaf | Unused":
-        """The leaf that a value is an example of.
-
-        Raises:
-          DataError: nothing that a tensor could be made of.
-        """
-        if isinstance(value, str | bytes | None):
-            return Unused(type(value))
-        try:
-            tensor = torch.as_tensor(value)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise DataError(
-                f"Expected records of tensors, numbers, tuples, lists and mappings; got a {type(value).__name__}. "
-                "Convert it in the data set's __getitem__."
-            ) from error
-        finish: Callable[[Tensor], Any]
-        if isinstance(value, Tensor):
-            finish = lambda made: made  # noqa: E731
-        elif isinstance(value, np.ndarray | np.generic):
-            finish = lambda made: made.numpy().astype(value.dtype)[()]  # noqa: E731
-        elif isinstance(value, bool | int | float | list):
-            finish = lambda made: made.tolist()  # noqa: E731
-        else:
-            finish = lambda made: made  # noqa: E731
-        return cls(tensor.dtype, tuple(tensor.shape), type(value), finish)
-
-    def matches(self, value: Any) -> bool:
-        """Whether a value has this type and shape."""
-        if type(value) is not self.type:
-            return False
-        if isinstance(value, Tensor):
-            same = value.dtype == self.dtype and value.layout == torch.strided
-        else:
-            try:
-                value = torch.as_tensor(value)
-            except (TypeError, ValueError, RuntimeError, OverflowError):  # text among numbers, or a number too large
-                return False
-            same = value.dtype == self.dtype
-        shape = tuple(value.shape)
-        fits = len(shape) == len(self.shape) and all(a in (None, b) for a, b in zip(self.shape, shape, strict=True))
-        return same and fits
-
-    def make(self, kind: str, index: int, generator: torch.Generator) -> Any:
-        """A value of some kind for the record of this number."""
-        shape = [1 if size is None else size for size in self.shape]
-        if self.dtype == torch.bool:
-            made = _integers("zero one", index, shape, generator).bool()
-        elif self.dtype == torch.uint8 and len(shape) > 1:
-            made = torch.randint(0, 256, shape, generator=generator)
-        elif self.dtype.is_floating_point or self.dtype.is_complex:
-            made = _floats(kind, index, shape, generator)
-        else:
-            made = _integers(kind, index, shape, generator)
-        return self.finish(made.to(self.dtype))
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The kinds of values that make a difference."""
-        if self.dtype == torch.bool or (self.dtype == torch.uint8 and len(self.shape) > 1):
-            return ("any",)
-        return _FLOATS if self.dtype.is_floating_point or self.dtype.is_complex else _INTEGERS
-
-
-@dataclasses.dataclass(frozen=True)
-class Unused:
-    """Text or None in a record: a file's name, for instance, which the collate function leaves out of the batch."""
-
-    type: type
-    shape: tuple[int, ...] = ()
-    kinds: ClassVar[tuple[str, ...]] = ("any",)
-
-    def matches(self, value: Any) -> bool:
-        """Whether a value has this type; text may be missing in a record."""
-        return value is None or self.type is type(None) or type(value) is self.type
-
-    def make(self, kind: str, index: int, generator: torch.Generator) -> Any:
-        """Empty text, or None."""
-        return None if self.type is type(None) else self.type()
-
-
-def _floats(kind: str, index: int, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    normal, unit = torch.randn(shape, generator=generator), torch.rand(shape, generator=generator)
-    size = _GROWTH**index
-    match kind:
-        case "normal":
-            return size * normal
-        case "unit":
-            return 0.05 + 0.9 * unit
-        case "signed unit":
-            return 1.8 * unit - 0.9
-        case "positive":
-            return size * (0.5 + unit)
-        case "negative":
-            return -size * (0.5 + unit)
-        case "counts":
-            return torch.floor(4 * unit) + 1 + index
-        case _:
-            return _integers("zero one", index, shape, generator).float()
-
-
-def _integers(kind: str, index: int, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    count = int(np.prod(shape))
-    if count <= 1:
-        values = {"zero one": (0, 1, 0), "one two": (1, 2, 1), "many": (1, 7, 31)}.get(kind, (0, 1, 2))
-        return torch.full(list(shape), values[index])  # b differs from c
-    match kind:
-        case "zero one":  # a mask's ones, then zeros: of a half, of one and of all positions
-            ones = {0: -(-shape[-1] // 2), 1: 1}.get(index, shape[-1])
-            return (torch.arange(shape[-1]) < ones).long().expand(list(shape)).clone()
-        case "one two":
-            made = torch.randint(1, 3, shape, generator=generator)
-        case "many":  # in which a maximum or a scale over the batch follows b or c
-            made = torch.randint(0, 2 * int(_GROWTH) ** index, shape, generator=generator)
-            made.view(-1)[-1] = 2 * int(_GROWTH) ** index - 1
-            return made
-        case _:
-            made = torch.randint(0, 4, shape, generator=generator)
-    made.view(-1)[0] = 1 + index % 2  # at least here b differs from c
-    return made
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -206,23 +64,6 @@ class Specimens:
             batch = self.collate([self.records[number] for number in order])
         check_rows(batch, len(order))
         return to_device(batch, self.device)
-
-
-def matches(form: Any, record: Any) -> bool:
-    """Whether a record has the structure, types and shapes of a form."""
-    if isinstance(form, Leaf | Unused):
-        return form.matches(record)
-    if isinstance(form, Mapping):
-        return (
-            isinstance(record, Mapping)
-            and record.keys() == form.keys()
-            and all(matches(one, record[key]) for key, one in form.items())
-        )
-    return (
-        type(record) is type(form)
-        and len(record) == len(form)
-        and all(matches(one, value) for one, value in zip(form, record, strict=True))
-    )
 
 
 def from_examples(examples: Any, collate: Collate, device: torch.device) -> Specimens:
@@ -324,8 +165,8 @@ def _combinations(form: Any) -> tuple[list[tuple[str, ...]], list[tuple[str, ...
     """Kinds for every leaf: the same for all leaves of a type; and others, as many as can be tried."""
     choices = [leaf.kinds for _, leaf in leaves(form)]
     uniform = []
-    for floats, integers in itertools.product(_FLOATS, _INTEGERS):
-        by_choice = {_FLOATS: floats, _INTEGERS: integers}
+    for floats, integers in itertools.product(FLOATS, INTEGERS):
+        by_choice = {FLOATS: floats, INTEGERS: integers}
         uniform.append(tuple(by_choice.get(choice, choice[0]) for choice in choices))
     uniform = list(dict.fromkeys(uniform))
     product = itertools.islice(itertools.product(*choices), _MOST_COMBINATIONS)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dpquant.backends.geometry import Geometry
-from dpquant.backends.kernels import Products
-from dpquant.backends.quantize import QTensor
+from dpquant.backends.qtensor import QTensor
+from dpquant.backends.reference import Products
 from dpquant.engine.clock import Clock
 from dpquant.engine.contributions import Formed
 from dpquant.formats import Recipe, RoleFormat

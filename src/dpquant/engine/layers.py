@@ -28,20 +28,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpquant.backends.cpu_int8 import INT8_ZERO_POINT, Int8Products, resolve_backend
 from dpquant.backends.geometry import Geometry
-from dpquant.backends.kernels import (
-    INT8_ZERO_POINT,
-    Int8Products,
+from dpquant.backends.qtensor import QTensor
+from dpquant.backends.quantize import quantize_rows
+from dpquant.backends.reference import (
     Products,
     SimulatedProducts,
     code_values,
     convolved,
     input_gradient,
-    resolve_backend,
     sides_swapped,
     weight_gradient,
 )
-from dpquant.backends.quantize import QTensor, quantize_rows
 from dpquant.engine.context import Pass, twin_of
 from dpquant.engine.group_norm import TapedGroupNorm
 from dpquant.errors import ModelError, SettingError

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpquant.backends.quantize import QTensor
+from dpquant.backends.qtensor import QTensor
 from dpquant.engine.batches import Microbatch, take_rows
 from dpquant.engine.context import Pass
 from dpquant.engine.contributions import Contribution

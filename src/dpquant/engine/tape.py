@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpquant.backends.quantize import QTensor
+from dpquant.backends.qtensor import QTensor
 from dpquant.engine.clock import Clock
 from dpquant.engine.contributions import Contribution, Formed, Lookup
 from dpquant.engine.group_norm import TapedGroupNorm

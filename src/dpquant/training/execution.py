@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from dpquant.backends.choose import decided
-from dpquant.backends.kernels import obstacle_to_int8
+from dpquant.backends.cpu_int8 import obstacle_to_int8
 from dpquant.engine.batches import leaves
 from dpquant.engine.layers import quantizable_layers, set_policy, set_precisions
 from dpquant.engine.passes import PerExampleLoss

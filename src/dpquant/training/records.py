@@ -16,7 +16,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from dpquant.checks.synthetic import Specimens, matches
+from dpquant.checks.forms import matches
+from dpquant.checks.synthetic import Specimens
 from dpquant.engine.batches import Microbatch, check_rows, take_rows, to_device, with_leaves
 from dpquant.engine.randomness import Drawing, Position, RecordDraws, Watch, drawn_by_record, reseed, seeded
 from dpquant.errors import DataError, DPQuantError

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import IterableDataset, default_collate
 
 from dpquant.backends.choose import Choices
-from dpquant.backends.kernels import resolve_backend
+from dpquant.backends.cpu_int8 import resolve_backend
 from dpquant.checks.isolation import (
     Findings,
     check_at_size,
