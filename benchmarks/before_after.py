@@ -153,14 +153,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--old", type=Path, required=True, help="a checkout of the older version")
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--only", default="", help="a network's name; its figures are printed and not kept")
     args = parser.parse_args()
     hardware, rows = Hardware.here(), {}
     print(f"{hardware}{' (busy)' if hardware.busy else ''}", flush=True)
     old = load(args.old)
     for name, network, data in networks():
+        if args.only not in ("", name):
+            continue
         for policy in ("NonePolicy", "AllPolicy"):
             rows[f"{name}, {policy}"] = row = compared(old, network, data, policy, args.steps)
             print(f"{name}, {policy}: equal; old / new {Spread(**row['old_over_new'])}", flush=True)
+    if args.only:
+        return
     path = folder_here() / "before_after.json"
     path.write_text(
         json.dumps({"hardware": dataclasses.asdict(hardware), "busy": hardware.busy, "rows": rows}, indent=1)

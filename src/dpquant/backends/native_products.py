@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weight gradients on the native kernels: of values per example, of number codes per example and summed over a batch.
 
-What they compute is `kernels.patch_products`: G_i = sum_t g_it x_it^T, in patch order (kernel row, kernel column,
+What they compute is `reference.patch_products`: G_i = sum_t g_it x_it^T, in patch order (kernel row, kernel column,
 channel). All operands are channels last and on a CPU; codes are uint8 with zero point 128. Sums of codes are exact
 integers, as long as the functions that ask (`has_...`) say yes; nothing here knows of scales, layers or privacy.
 
