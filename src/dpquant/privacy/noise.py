@@ -31,7 +31,6 @@ Normals: Box and Muller 1958, "A note on the generation of random normal deviate
 
 import math
 from collections.abc import Sequence
-from typing import Self
 
 import numpy as np
 import torch
@@ -39,7 +38,7 @@ from torch import Tensor
 
 from dpquant.errors import SettingError
 from dpquant.native import kernels as _native
-from dpquant.privacy.secret import SecretKey
+from dpquant.privacy.secret import Keyed
 
 SMALLEST_STD, LARGEST_STD = 2.0**-100, 2.0**100  # between them float32 neither flushes noise to zero nor overflows
 
@@ -49,22 +48,8 @@ _SIN = [(-1) ** k / math.factorial(2 * k + 1) for k in range(8)]  # sin(x) / x i
 _COS = [(-1) ** k / math.factorial(2 * k) for k in range(9)]  # cos(x) in powers of x^2
 
 
-class NoiseSource:
+class NoiseSource(Keyed):
     """Gaussian noise, as a function of a secret key and of what it is for."""
-
-    def __init__(self, key: SecretKey | None = None):
-        """A source with its own key; None makes a fresh one."""
-        self._key = SecretKey() if key is None else key
-
-    @classmethod
-    def from_seed(cls, seed: int) -> Self:
-        """A source whose noise can be repeated, for research. NOT PRIVATE."""
-        return cls(SecretKey.from_seed(seed))
-
-    @property
-    def secure(self) -> bool:
-        """False if the noise follows from a seed that a person chose."""
-        return self._key.secure
 
     def gaussian(self, shape: Sequence[int], std: float, *, stream: str, step: int, attempt: int, name: str) -> Tensor:
         """Independent N(0, std^2) entries.

@@ -15,32 +15,17 @@ Symbols: q inclusion probability. Source: Abadi et al., arXiv 1607.00133, sectio
 """
 
 import math
-from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dpquant.errors import SettingError
-from dpquant.privacy.secret import SecretKey
+from dpquant.privacy.secret import Keyed
 
 
-class PoissonSampler:
+class PoissonSampler(Keyed):
     """Independent inclusions, as a function of a secret key and of what the draw is for."""
-
-    def __init__(self, key: SecretKey | None = None):
-        """A sampler with its own key; None makes a fresh one."""
-        self._key = SecretKey() if key is None else key
-
-    @classmethod
-    def from_seed(cls, seed: int) -> Self:
-        """A sampler whose draws can be repeated, for research. NOT PRIVATE."""
-        return cls(SecretKey.from_seed(seed))
-
-    @property
-    def secure(self) -> bool:
-        """False if the draws follow from a seed that a person chose."""
-        return self._key.secure
 
     def draw(self, num_records: int, sample_rate: float, *, stream: str, step: int, attempt: int) -> Tensor:
         """The records of one Poisson batch.

@@ -102,3 +102,21 @@ class SecretKey:
         return RandomStream(
             hashlib.blake2b(message, key=self._secret, digest_size=16, person=b"dpquant.stream").digest()
         )
+
+
+class Keyed:
+    """What is random as a function of a secret key: noise, and who takes part in a step."""
+
+    def __init__(self, key: SecretKey | None = None):
+        """Take a key; None makes a fresh one."""
+        self._key = SecretKey() if key is None else key
+
+    @classmethod
+    def from_seed(cls, seed: int) -> Self:
+        """Return one whose draws can be repeated, for research. NOT PRIVATE."""
+        return cls(SecretKey.from_seed(seed))
+
+    @property
+    def secure(self) -> bool:
+        """False if the draws follow from a seed that a person chose."""
+        return self._key.secure
