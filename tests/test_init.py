@@ -30,3 +30,10 @@ def test_importing_the_package_loads_no_torch():
 def test_public_names_survive_the_import_of_every_module():
     code = "import dpquant.training.private, dpquant; assert callable(dpquant.quantize), dpquant.quantize"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "code", ["from dpquant.cli import main", "from dpquant import data; data.load('digits').train"]
+)
+def test_doors_that_scripts_of_others_use_do_not_move(code):
+    subprocess.run([sys.executable, "-c", code], check=True)
