@@ -22,6 +22,7 @@ from dpquant.data import dataset as data
 from dpquant.errors import SettingError
 from dpquant.machine import Hardware
 from dpquant.privacy.plan import AnalysisPlan, PrivacyPlan
+from dpquant.runs.directory import RECORD
 from dpquant.runs.evaluation import per_example_loss
 from dpquant.runs.objects import model_of, optimizer_of
 from dpquant.runs.record import RunRecord
@@ -146,7 +147,7 @@ def assess(
     for name, value in {"runs_per_month": runs_per_month, "cost_per_hour": cost_per_hour}.items():
         if not 0 <= value < float("inf"):
             raise SettingError(f"Expected {name} >= 0 and finite; got {name}={value}. It multiplies what is saved.")
-    record = None if run is None else RunRecord.read(run / "record.json")
+    record = None if run is None else RunRecord.read(run / RECORD)
     plan = plan_of(settings)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)

@@ -151,7 +151,7 @@ def train(given: dict[str, Any], config: Config = None, out: Path | None = None,
     Example: dpquant train --data fashion-mnist --epsilon 3 --policy dpquant --fraction 0.75 --out runs/fashion
     """
     from dpquant.privacy.plan import rounded_up
-    from dpquant.runs.directory import charged
+    from dpquant.runs.directory import LEDGER, charged
     from dpquant.runs.train import train as run_training
 
     console = Console(quiet=as_json)
@@ -164,7 +164,7 @@ def train(given: dict[str, Any], config: Config = None, out: Path | None = None,
         with ProgressBar(console, budget) as bar:
             record = run_training(settings, folder, plan=budget, command=command, watch=bar)
     except KeyboardInterrupt as interrupt:
-        spent = charged(folder / "ledger.jsonl", budget)
+        spent = charged(folder / LEDGER, budget)
         secure = "" if not spent.research else "; NOT PRIVATE: sampling or noise came from a given seed"
         raise _Interrupted(
             f"interrupted after {spent.steps} of {budget.steps} steps; spent so far: "

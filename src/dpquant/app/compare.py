@@ -21,7 +21,8 @@ from dpquant.errors import SettingError
 from dpquant.privacy import accounting
 from dpquant.privacy.events import Event
 from dpquant.privacy.ledger import Ledger
-from dpquant.runs.record import RunRecord, Timings, replacing
+from dpquant.runs.directory import CONFIG, LEDGER, RECORD, TIMINGS
+from dpquant.runs.record import RunRecord, Timings, write_whole
 from dpquant.runs.settings import POLICIES, TrainSettings, plan_of
 from dpquant.runs.train import train
 
@@ -127,20 +128,20 @@ def compare(
     timings: dict[str, list[Timings | None]] = {policy: [] for policy in policies}
     for (policy, seed), one in runs.items():
         folder = out / f"{policy}-{seed}"
-        if not (folder / "record.json").exists():
+        if not (folder / RECORD).exists():
             aside = _moved_aside(folder)
             watch(
                 f"{policy}, seed {seed}"
                 + (f": made anew, as it was interrupted; what it charged counts, see {aside}" if aside else "")
             )
             train(one, folder, plan=plans[policy, seed])
-        elif (folder / "config.toml").read_text() != one.to_toml():
+        elif (folder / CONFIG).read_text() != one.to_toml():
             raise SettingError(
                 f"Expected out to hold runs of the same settings; got {folder} of others. They cannot be compared. "
                 "Name another directory."
             )
-        records[policy].append(RunRecord.read(folder / "record.json"))
-        timings[policy].append(Timings.read(folder / "timings.json"))
+        records[policy].append(RunRecord.read(folder / RECORD))
+        timings[policy].append(Timings.read(folder / TIMINGS))
     comparison = Comparison(
         settings=settings,
         rows={policy: Row.of(found, timings[policy]) for policy, found in records.items()},
@@ -149,8 +150,7 @@ def compare(
         ),
         delta=settings.delta,
     )
-    with replacing(out / "compare.json") as draft:
-        draft.write_text(comparison.to_json())
+    write_whole(out / "compare.json", comparison.to_json())
     draw_accuracies(
         {policy: [run.accuracy_per_epoch for run in runs] for policy, runs in records.items()}, out / "compare.png"
     )
@@ -159,7 +159,7 @@ def compare(
 
 def _moved_aside(folder: Path) -> Path | None:
     """Move a run that was interrupted out of the way, and return where it is now; None where there is no such run."""
-    if not (folder / "ledger.jsonl").exists():
+    if not (folder / LEDGER).exists():
         return None
     places = (folder.with_name(f"{folder.name}.interrupted-{number}") for number in itertools.count(1))
     return folder.rename(next(place for place in places if not place.exists()))
@@ -171,7 +171,7 @@ def _charged_in(out: Path, finished: Iterable[str]) -> list[Event]:
     Raises:
       LedgerError: a ledger is missing, cannot be read or does not agree with itself.
     """
-    ledgers = {out / name / "ledger.jsonl" for name in finished} | set(out.glob("*/ledger.jsonl"))
+    ledgers = {out / name / LEDGER for name in finished} | set(out.glob(f"*/{LEDGER}"))
     return [event for ledger in sorted(ledgers) for event in Ledger.read(ledger)]
 
 

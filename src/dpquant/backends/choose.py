@@ -11,6 +11,7 @@ and in the user's cache directory, from where later runs take them. That file ca
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -56,7 +57,7 @@ class Choices:
           valid: whether an answer from elsewhere makes sense here.
           lasting: the answer holds for later runs on this machine too.
         """
-        key = repr(question)
+        key = _key(question)
         if key not in self.made:
             known = [self._given, _machine().answers] if lasting else [self._given]
             found = [answers[key] for answers in known if key in answers and valid(answers[key])]
@@ -174,6 +175,12 @@ def _seconds(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
+
+
+@functools.cache
+def _key(question: Hashable) -> str:
+    """As it is kept. A step asks the same questions for every microbatch and layer, and `repr` takes its time."""
+    return repr(question)
 
 
 def _answers(text: str) -> dict[str, Any]:

@@ -48,16 +48,7 @@ class Leaf:
                 f"Expected records of tensors, numbers, tuples, lists and mappings; got a {type(value).__name__}. "
                 "Convert it in the data set's __getitem__."
             ) from error
-        finish: Callable[[Tensor], Any]
-        if isinstance(value, Tensor):
-            finish = lambda made: made  # noqa: E731
-        elif isinstance(value, np.ndarray | np.generic):
-            finish = lambda made: made.numpy().astype(value.dtype)[()]  # noqa: E731
-        elif isinstance(value, bool | int | float | list):
-            finish = lambda made: made.tolist()  # noqa: E731
-        else:
-            finish = lambda made: made  # noqa: E731
-        return cls(tensor.dtype, tuple(tensor.shape), type(value), finish)
+        return cls(tensor.dtype, tuple(tensor.shape), type(value), _finish(value))
 
     def matches(self, value: Any) -> bool:
         """Whether a value has this type and shape."""
@@ -94,6 +85,15 @@ class Leaf:
         if self.dtype == torch.bool or (self.dtype == torch.uint8 and len(self.shape) > 1):
             return ("any",)
         return FLOATS if self.dtype.is_floating_point or self.dtype.is_complex else INTEGERS
+
+
+def _finish(value: Any) -> Callable[[Tensor], Any]:
+    """Return what makes a value of the given one's type of a tensor."""
+    if isinstance(value, np.ndarray | np.generic):
+        return lambda made: made.numpy().astype(value.dtype)[()]
+    if isinstance(value, bool | int | float | list):
+        return lambda made: made.tolist()
+    return lambda made: made
 
 
 @dataclasses.dataclass(frozen=True)

@@ -354,7 +354,7 @@ def count_macs(model: nn.Module, forward: Callable[[], object]) -> dict[str, flo
 
     Args:
       model: a prepared model.
-      forward: runs it once, on a batch.
+      forward: runs it once, on a batch; no graph is kept.
     """
     layers = quantizable_layers(model)
     macs = dict.fromkeys(layers, 0.0)
@@ -367,7 +367,8 @@ def count_macs(model: nn.Module, forward: Callable[[], object]) -> dict[str, flo
 
     handles = [layer.register_forward_hook(counter(name)) for name, layer in layers.items()]
     try:
-        forward()
+        with torch.no_grad():
+            forward()
     finally:
         for handle in handles:
             handle.remove()

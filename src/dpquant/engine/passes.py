@@ -122,7 +122,7 @@ class RowGradients:
 
     def norm(self) -> float:
         """The L2 norm of all gradients as one vector, rounded up."""
-        return float(sum(float(part.squared_norms().sum()) for part in self.parts.values())) ** 0.5
+        return sum(float(part.squared_norms().sum()) for part in self.parts.values()) ** 0.5
 
     def distance(self, other: "RowGradients") -> float:
         """The L2 norm of the difference of all gradients; a parameter that got none has zero."""

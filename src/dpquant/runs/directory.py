@@ -16,7 +16,7 @@ from dpquant.errors import ModelError, SettingError
 from dpquant.privacy import accounting
 from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.plan import PrivacyPlan
-from dpquant.runs.record import replacing
+from dpquant.runs.record import replacing, write_whole
 
 CONFIG, LEDGER, METRICS = "config.toml", "ledger.jsonl", "metrics.jsonl"
 MODEL, RECORD, TIMINGS, CHOICES = "model.safetensors", "record.json", "timings.json", "choices.json"
@@ -115,8 +115,7 @@ def save_parameters(model: nn.Module, path: Path) -> None:
 
 def write_choices(choices: Choices, out: Path) -> None:
     """Write what was measured on this machine so far."""
-    with replacing(out / CHOICES) as draft:
-        draft.write_text(choices.to_json())
+    write_whole(out / CHOICES, choices.to_json())
 
 
 def append_line(path: Path, line: str) -> None:

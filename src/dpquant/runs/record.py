@@ -114,8 +114,7 @@ class RunRecord:
 
     def write(self, path: Path) -> None:
         """Write the record, whole or not at all."""
-        with replacing(path) as draft:
-            draft.write_text(self.to_json())
+        write_whole(path, self.to_json())
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -151,8 +150,7 @@ class Timings:
 
     def write(self, path: Path) -> None:
         """Write the times as JSON, whole or not at all."""
-        with replacing(path) as draft:
-            draft.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        write_whole(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Self | None:
@@ -170,6 +168,12 @@ class Timings:
                 f"Expected readable timings; got {path}: {type(error).__name__}: {error}. Nothing but a run writes "
                 "them. Remove the file to go on without."
             ) from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with replacing(path) as draft:
+        draft.write_text(text)
 
 
 @contextlib.contextmanager

@@ -101,6 +101,7 @@ def train(
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     plan = plan or plan_of(settings)
+    choices = None if settings.choices is None else Choices.read(Path(settings.choices))
     data_dir = Path(settings.data_dir) if settings.data_dir is not None else None
     dataset = data.load(settings.data, data_dir, image_size=settings.image_size)
     model = model_of(settings, dataset)
@@ -123,7 +124,7 @@ def train(
         ledger=out / LEDGER,
         microbatch_size=settings.microbatch_size,
         memory=settings.memory,
-        choices=None if settings.choices is None else Choices.read(Path(settings.choices)),
+        choices=choices,
     )
     tested = _Tested(private.model, settings.average)
     evaluate = functools.partial(accuracy, batch_size=_evaluation_batch(settings, private))
