@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file
 
+from dpquant.backends import choose
 from dpquant.data import dataset as data
 from dpquant.data import models
 from dpquant.errors import DataError, DivergedError, DPQuantError, ModelError, SettingError
@@ -48,11 +49,30 @@ def test_a_run_directory_holds_all_that_is_promised(run):
     assert TrainSettings.chosen(from_toml(out / "config.toml")) == settings(analysis_every=1)
 
 
-def test_a_run_that_is_given_anothers_choices_decides_alike(run, tmp_path):
-    given = run[0] / "choices.json"
-    train(settings(analysis_every=1, choices=str(given)), tmp_path / "again")
-    first, again = (json.loads(path.read_text())["choices"] for path in (given, tmp_path / "again" / "choices.json"))
+def choices_of_two_runs(tmp_path, monkeypatch, given):
+    """What a run decides, and what another one does on a machine that remembers nothing and times the other way round.
+
+    All layers are quantized, so that both runs ask the same: which ones a policy favours is drawn anew in each run.
+    """
+    made = []
+    for name, sign in (("first", 1), ("again", -1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(choose, "_machines", {})
+            patch.setattr(choose, "timed", lambda ways, sign=sign: {way: sign * i for i, way in enumerate(ways)})
+            earlier = {"choices": str(tmp_path / "first" / "choices.json")} if name == "again" and given else {}
+            train(settings(policy="all", epochs=1, backend="simulate", **earlier), tmp_path / name)
+        made.append(json.loads((tmp_path / name / "choices.json").read_text())["choices"])
+    return made
+
+
+def test_a_run_that_is_given_anothers_choices_decides_alike(tmp_path, monkeypatch):
+    first, again = choices_of_two_runs(tmp_path, monkeypatch, given=True)
     assert again and again.items() <= first.items()
+
+
+def test_a_run_that_is_not_given_them_would_decide_otherwise(tmp_path, monkeypatch):
+    first, again = choices_of_two_runs(tmp_path, monkeypatch, given=False)
+    assert not again.items() <= first.items()
 
 
 def test_choices_that_cannot_be_read_are_refused_before_anything_is_written(tmp_path):
