@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The products of a convolution of number codes on a CPU's int8 instructions, and whether they are exact here.
+"""The backend for int8 instructions of a CPU, and whether its products are exact here.
 
-This is the only file that calls `torch.ops.onednn`. It gives the integers that `reference.SimulatedProducts` gives.
+This is the only file that calls `torch.ops.onednn`. It gives the integers that `reference.ReferenceWeight` gives. For
+weight gradients it has, besides the reference's methods, the native kernels of `native_products.py`:
+
+    code norms   materialise G_i on int8 instructions for the norm only; the sum as in `code grams`
+    recompute    materialise G_i once for the norm and once more to be added; it is never kept
+    code grams   as `grams`, with the norm on int8 instructions; the sum on bfloat16 tiles, where there are such
 
 Symbols: B examples, C input channels, O output channels, G groups, H x W input size.
 
@@ -13,36 +18,41 @@ accumulator comes out as a float32 and differs from the exact integer only by th
 import dataclasses
 import functools
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from dpquant.backends import native_products as native
+from dpquant.backends.algebra import in_weight_order, swap_in_out
+from dpquant.backends.gemm_sum import GemmSum
 from dpquant.backends.geometry import Geometry
-from dpquant.backends.qtensor import QTensor
-from dpquant.backends.reference import SimulatedProducts, sides_swapped
+from dpquant.backends.interface import Method, Norms, Operands, PackedWeight
+from dpquant.backends.native_products import INT8_ZERO_POINT
+from dpquant.backends.qtensor import QTensor, scaled
+from dpquant.backends.quantize import quantize_rows
+from dpquant.backends.reference import Reference, ReferenceWeight, costs
 from dpquant.backends.workarounds import around_corners
-from dpquant.errors import FormatError
-
-BACKENDS = ("auto", "simulate", "int8")
-INT8_ZERO_POINT = 128
+from dpquant.formats import Precision, RoleFormat
 
 
-class Int8Products:
-    """The same codes on int8 instructions; the weight is packed for each product on first use."""
+class Int8Weight:
+    """A weight that is multiplied on int8 instructions; it is packed for each product on first use."""
 
     def __init__(self, weight: QTensor, geometry: Geometry):
-        self._weight = _Int8Weight(weight.codes)
+        self._weight, self._scale = _PackedCodes(weight.codes), weight.scale
         self._geometry = geometry
-        self._taps: dict[tuple[_Phase, _Phase], _Int8Weight] = {}
+        self._taps: dict[tuple[_Phase, _Phase], _PackedCodes] = {}
 
-    def forward(self, x: QTensor) -> Tensor:
-        return self._weight.convolved(x.codes, self._geometry)
+    def forward(self, x: QTensor, bias: Tensor | None) -> Tensor:
+        y = scaled(self._weight.convolved(x.codes, self._geometry), x.scale, self._scale)
+        return y if bias is None else y.add_(bias[:, None, None])
 
     def input_gradient(self, grad: QTensor, size: tuple[int, int]) -> Tensor:
-        """Convolutions of the gradient with the transposed kernel, or with those of its taps that meet."""
-        if self._geometry.stride != (1, 1) and self._geometry.dilation == (1, 1):
-            return self._by_phases(grad.codes, size)
-        return self._by_stuffing(grad, size)
+        """Convolve the gradient with the transposed kernel, or with those of its taps that meet."""
+        by_phases = self._geometry.stride != (1, 1) and self._geometry.dilation == (1, 1)
+        x = self._by_phases(grad.codes, size) if by_phases else self._by_stuffing(grad, size)
+        return scaled(x, grad.scale, self._scale)
 
     def _by_phases(self, codes: Tensor, size: tuple[int, int]) -> Tensor:
         """Input positions of one phase (row and column modulo the stride) meet the same taps: one convolution each."""
@@ -54,7 +64,7 @@ class Int8Products:
             full.zero_()  # some positions meet no tap
         for rows, columns in phases:
             if (rows, columns) not in self._taps:
-                self._taps[rows, columns] = _Int8Weight(self._swapped[:, :, rows.taps][..., columns.taps].contiguous())
+                self._taps[rows, columns] = _PackedCodes(self._swapped[:, :, rows.taps][..., columns.taps].contiguous())
             # what does not lie inside of the gradient on one side is padded on both: the other side's is cut off
             pad = rows.padding(codes.shape[2]), columns.padding(codes.shape[3])
             geometry = Geometry(kernel=(len(rows.taps), len(columns.taps)), padding=pad, groups=self._geometry.groups)
@@ -77,11 +87,11 @@ class Int8Products:
 
     @functools.cached_property
     def _swapped(self) -> Tensor:
-        return sides_swapped(self._weight.codes, self._geometry.groups)
+        return swap_in_out(self._weight.codes, self._geometry.groups)
 
     @functools.cached_property
-    def _transposed(self) -> "_Int8Weight":
-        return _Int8Weight(self._swapped.flip(2, 3).contiguous())
+    def _transposed(self) -> "_PackedCodes":
+        return _PackedCodes(self._swapped.flip(2, 3).contiguous())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +121,7 @@ def _phases(kernel: int, stride: int, padding: int, size: int) -> list[_Phase]:
     return found
 
 
-class _Int8Weight:
+class _PackedCodes:
     """Weight codes `(O, C / G, *kernel)`, packed as oneDNN wants them for each geometry that they meet."""
 
     def __init__(self, codes: Tensor):
@@ -145,11 +155,6 @@ def _zero_stuffed(codes: Tensor, stride: tuple[int, int], size: tuple[int, int])
     return plane
 
 
-def int8_is_exact(max_code: int) -> bool:
-    """Whether this machine's int8 convolution gives the exact integers for codes up to `max_code`, forward and back."""
-    return flaw_of_int8(max_code) is None
-
-
 @functools.cache
 def flaw_of_int8(max_code: int) -> str | None:
     """What this machine's int8 convolution does instead of giving the exact integers for codes up to `max_code`.
@@ -166,8 +171,8 @@ def flaw_of_int8(max_code: int) -> str | None:
         x = QTensor(codes=(signs * max_code).to(torch.int8), scale=torch.ones(2))
         weight = QTensor(codes=torch.full((32, 64, 3, 3), max_code, dtype=torch.int8), scale=torch.ones(1))
         grad = QTensor(codes=x.codes[:, :32, :5, :5].contiguous(), scale=x.scale)
-        exact, fast = SimulatedProducts(weight, geometry, max_code), Int8Products(weight, geometry)
-        forward = torch.equal(fast.forward(_with_zero_point(x)), exact.forward(x))
+        exact, fast = ReferenceWeight(weight, geometry, max_code), Int8Weight(weight, geometry)
+        forward = torch.equal(fast.forward(_with_zero_point(x), None), exact.forward(x, None))
         backward = torch.equal(fast.input_gradient(_with_zero_point(grad), (9, 9)), exact.input_gradient(grad, (9, 9)))
     except (RuntimeError, AttributeError) as error:  # no such operator in this torch, or none for this processor
         first_line = str(error).partition("\n")[0].rstrip(".")
@@ -180,36 +185,75 @@ def _with_zero_point(x: QTensor) -> QTensor:
     return QTensor(codes=codes, scale=x.scale, zero_point=INT8_ZERO_POINT)
 
 
-def obstacle_to_int8(*, max_code: int, fits_int8: bool, device: torch.device) -> str | None:
-    """Why backend `int8` cannot run a recipe here; None if it can. Arguments as of `resolve_backend`."""
-    if not fits_int8:
-        return "the recipe's codes are not int8"
-    if device.type != "cpu":
-        return f"the model is on {device}"
-    if flaw := flaw_of_int8(max_code):
-        return f"this processor's int8 convolution {flaw}"
-    return None
+class CpuInt8(Reference):
+    """A CPU's int8 instructions; see `interface.Backend`."""
+
+    name = "int8"
+
+    def refusal(self, precision: Precision, device: torch.device) -> str | None:
+        if not precision.fits_int8:
+            return "the recipe's codes are not int8"
+        if device.type != "cpu":
+            return f"the model is on {device}"
+        if flaw := flaw_of_int8(precision.max_code):
+            return f"this processor's int8 convolution {flaw}"
+        return None
+
+    def quantize(self, x: Tensor, role: RoleFormat, row_keys: Tensor) -> QTensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        return quantize_rows(x, role, row_keys, zero_point=INT8_ZERO_POINT)
+
+    def pack(self, weight: QTensor, geometry: Geometry, *, max_code: int) -> PackedWeight:
+        return Int8Weight(weight, geometry)
+
+    def methods(self, operands: Operands) -> Sequence[Method]:
+        *formed, grams = super().methods(operands)
+        if operands.quantized is None:
+            return [*formed, grams]
+        x, g = operands.quantized
+        sum = CodeSum if native.has_code_sums(x, operands.geometry) else GemmSum
+        grams = dataclasses.replace(grams, sum=sum)
+        if native.has_code_products(x, operands.num_positions, operands.geometry):
+            formed.append(Method(name="code norms", norms=norms_by_codes, sum=sum))
+            formed.append(Method(name="recompute", norms=norms_by_codes, sum=RecomputedSum))
+        if native.has_gram_norms(x, g, operands.geometry):
+            grams = Method(name="code grams", norms=norms_by_code_grams, sum=sum, cost=costs(operands)[1])
+        return [*formed, grams]
 
 
-def resolve_backend(backend: str, *, max_code: int, fits_int8: bool, device: torch.device) -> str:
-    """`simulate` or `int8`: what `backend` means for this recipe on this machine.
+def norms_by_codes(operands: Operands) -> Norms:
+    """Form each gradient on int8 instructions, exactly, and keep its norm only."""
+    return Norms(squares_B=native.code_norms(*operands.codes))
 
-    Args:
-      backend: one of `BACKENDS`.
-      max_code: the largest |code| of the recipe.
-      fits_int8: whether all of the recipe's codes are int8.
-      device: where the model lives.
-    Raises:
-      FormatError: the backend is unknown, or `int8` was asked for and cannot give exact results here.
-    """
-    if backend not in BACKENDS:
-        raise FormatError(f"Expected backend to be one of {', '.join(BACKENDS)}; got backend={backend!r}.")
-    if backend == "simulate":
-        return "simulate"
-    obstacle = obstacle_to_int8(max_code=max_code, fits_int8=fits_int8, device=device)
-    if backend == "int8" and obstacle is not None:
-        raise FormatError(
-            f"Expected a recipe, device and processor that run int8 exactly; got backend='int8', but {obstacle}. "
-            "A wrong product would silently change the training. Use backend='simulate' or backend='auto'."
-        )
-    return "simulate" if obstacle else "int8"
+
+def norms_by_code_grams(operands: Operands) -> Norms:
+    """Contract Gram matrices of codes on int8 instructions, exactly."""
+    return Norms(squares_B=native.gram_norms(*operands.codes))
+
+
+class CodeSum:
+    """An accumulator of codes on bfloat16 tiles, by the native kernel."""
+
+    def __init__(self, operands: Operands):
+        self._geometry, self._bf16_terms = operands.geometry, operands.bf16_terms
+        self._total = torch.zeros(operands.shapes[1][1], operands.patch_size)
+
+    def add(self, operands: Operands, weights_B: Tensor) -> None:
+        native.add_code_sums(*operands.codes, weights_B, self._total, pieces=self._bf16_terms)
+
+    def value(self) -> Tensor:
+        return in_weight_order(self._total, self._geometry)
+
+
+class RecomputedSum:
+    """An accumulator that forms each gradient again on int8 instructions to add it, by the native kernel."""
+
+    def __init__(self, operands: Operands):
+        self._geometry = operands.geometry
+        self._totals = torch.zeros(torch.get_num_threads(), operands.shapes[1][1], operands.patch_size)
+
+    def add(self, operands: Operands, weights_B: Tensor) -> None:
+        native.add_code_products(*operands.codes, weights_B, self._totals)
+
+    def value(self) -> Tensor:
+        return in_weight_order(self._totals.sum(0), self._geometry)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a convolution walks over its input, and the part of its kernel that ever meets any."""
+"""Kernel, stride, padding, dilation and groups of a 2-D convolution, and the part of the kernel that meets input."""
 
 import dataclasses
 import functools
@@ -7,7 +7,7 @@ import functools
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """How a 2-D convolution walks over its input. All pairs are (height, width)."""
+    """Kernel, stride, padding, dilation and groups of a 2-D convolution. All pairs are (height, width)."""
 
     kernel: tuple[int, int] = (1, 1)
     stride: tuple[int, int] = (1, 1)
@@ -17,13 +17,15 @@ class Geometry:
 
     @property
     def reach(self) -> tuple[int, int]:
-        """How far a window's last input lies behind its first."""
+        """The receptive field minus one: dilation * (kernel - 1)."""
         return self.dilation[0] * (self.kernel[0] - 1), self.dilation[1] * (self.kernel[1] - 1)
 
-    def trimmed(self, size: tuple[int, int]) -> tuple["Geometry", tuple[slice, slice]]:
-        """An equal convolution of inputs of `size` without the outer taps that only ever meet padding, and which stay.
+    def cropped(self, size: tuple[int, int]) -> tuple["Geometry", tuple[slice, slice]]:
+        """Crop the kernel taps that only read padding for inputs of `size`.
 
         A 3x3 kernel on a 1x1 image is a 1x1 kernel: nine times less of everything.
+
+        Returns: the smaller geometry, and the rows and columns of the kernel that stay.
         """
         rows, columns = (
             _met(*axis) for axis in zip(size, self.kernel, self.stride, self.padding, self.dilation, strict=True)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weight gradients on the native kernels: of values per example, of number codes per example and summed over a batch.
 
-What they compute is `reference.patch_products`: G_i = sum_t g_it x_it^T, in patch order (kernel row, kernel column,
+What they compute is `algebra.patch_products`: G_i = sum_t g_it x_it^T, in patch order (kernel row, kernel column,
 channel). All operands are channels last and on a CPU; codes are uint8 with zero point 128. Sums of codes are exact
 integers, as long as the functions that ask (`has_...`) say yes; nothing here knows of scales, layers or privacy.
 
@@ -13,18 +13,17 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dpquant.backends.cpu_int8 import INT8_ZERO_POINT
+from dpquant.backends.algebra import im2col, patch_products, positions
 from dpquant.backends.geometry import Geometry
 from dpquant.backends.qtensor import QTensor
-from dpquant.backends.reference import patch_products, positions, unfolded
 from dpquant.native import kernels as _native
+
+INT8_ZERO_POINT = 128
 
 _MOST_POSITIONS = 2**16  # int32 holds so many products of a signed and an unsigned byte
 _MOST_TERMS = 2**17  # and so many of two signed bytes
-_LANES = 16  # channels that a kernel takes at once
 
 
 def direct_products(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
@@ -77,17 +76,17 @@ def _run_code_products(
 
 
 def add_code_products(
-    grad: Tensor, x: Tensor, geometry: Geometry, weights_B: Tensor, totals: Tensor | None, *, kernel: str | None = None
-) -> Tensor:
-    """Such products, weighted and summed over examples, added to totals `(parts, O, D)` in place; None begins them."""
+    grad: Tensor, x: Tensor, geometry: Geometry, weights_B: Tensor, totals: Tensor, *, kernel: str | None = None
+) -> None:
+    """Add these products, weighted and summed over examples, to totals `(threads, O, D)` in place.
+
+    Each thread adds to its own total. The other arguments are those of `code_norms`; weights_B is float32.
+    """
     assert _native is not None
-    if totals is None:
-        totals = torch.zeros(torch.get_num_threads(), grad.shape[1], math.prod(geometry.kernel) * x.shape[1])
     _native.add_code_products(
         _memory(x), _memory(grad), weights_B.contiguous().numpy(), totals.numpy(),
         kernel=kernel or _native.code_kernels()[0], **_walk(grad, x, geometry),
     )  # fmt: skip
-    return totals
 
 
 def gram_norms(grad: Tensor, x: Tensor, geometry: Geometry, *, kernel: str | None = None) -> Tensor:
@@ -106,31 +105,29 @@ def add_code_sums(
     x: Tensor,
     geometry: Geometry,
     weights_B: Tensor,
-    total: Tensor | None,
+    total: Tensor,
     *,
     pieces: int,
     kernel: str | None = None,
-) -> Tensor:
-    """Such products, weighted and summed over examples, added to a total `(O, D)` in place; see `has_code_sums`.
+) -> None:
+    """Add these products, weighted and summed over examples, to a total `(O, D)` in place; see `has_code_sums`.
+
+    Sums are float32 sums of exact products.
 
     Args:
       grad: as of `code_norms`.
-      x: likewise.
-      geometry: likewise.
+      x: as of `code_norms`.
+      geometry: as of `code_norms`.
       weights_B: bfloat16 numbers, as float32.
-      total: float32; None begins one.
+      total: float32.
       pieces: how many bfloat16 numbers add up to a weight times a code of grad, 1 or 2.
       kernel: `amx` or `avx512`; None: the fastest that this processor has.
-    Returns: sums in float32 of exact products.
     """
     assert _native is not None
-    if total is None:
-        total = torch.zeros(grad.shape[1], math.prod(geometry.kernel) * x.shape[1])
     _native.add_code_sums(
         _memory(x), _memory(grad), weights_B.contiguous().numpy(), total.numpy(), pieces=pieces,
         kernel=kernel or _native.code_sum_kernels()[0], **_walk(grad, x, geometry),
     )  # fmt: skip
-    return total
 
 
 def has_code_products(x: QTensor, num_positions: int, geometry: Geometry) -> bool:
@@ -154,35 +151,6 @@ def _takes(x: QTensor, geometry: Geometry) -> bool:
     return x.zero_point == INT8_ZERO_POINT and x.codes.device.type == "cpu" and geometry.groups == 1
 
 
-def folded(x: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
-    """Equal operands whose kernel columns have become channels, where there are so few that the kernels would idle.
-
-    The order inside a patch stays the same. x: codes, as of `code_norms`.
-    """
-    channels, width = x.shape[1], geometry.kernel[1]
-    lanes = math.ceil(channels / _LANES) * width
-    if 2 * math.ceil(channels * width / _LANES) > lanes:
-        return x, geometry
-    left, right, step = geometry.padding[1], geometry.stride[1], geometry.dilation[1]
-    x_BHWC = F.pad(x.permute(0, 2, 3, 1), (0, 0, left, left), value=INT8_ZERO_POINT).contiguous()
-    batch, height, padded = x_BHWC.shape[:3]
-    columns = (padded - geometry.reach[1] - 1) // right + 1
-    line = padded * channels
-    seen = x_BHWC.as_strided(
-        (batch, height, columns, width, channels), (height * line, line, right * channels, step * channels, 1)
-    )
-    walk = Geometry(
-        kernel=(geometry.kernel[0], 1),
-        stride=(geometry.stride[0], 1),
-        padding=(geometry.padding[0], 0),
-        dilation=(geometry.dilation[0], 1),
-    )
-    together = seen.reshape(
-        batch, height, columns, width * channels
-    ).contiguous()  # reshape may give an overlapping view
-    return together.permute(0, 3, 1, 2), walk
-
-
 @functools.cache
 def _code_products_are_exact() -> bool:
     """Whether the kernels that would be taken give the exact integers, for the largest codes and an odd shape."""
@@ -200,7 +168,8 @@ def _code_sums_are_exact() -> bool:
         return False
     grad, x, geometry, exact = _largest_codes()
     weights_B = torch.tensor([1.0, 0.5])
-    sums = add_code_sums(grad, x, geometry, weights_B, None, pieces=2)
+    sums = torch.zeros(exact.shape[1:])
+    add_code_sums(grad, x, geometry, weights_B, sums, pieces=2)
     return torch.equal(sums.double(), (exact * weights_B[:, None, None]).sum(0))
 
 
@@ -214,7 +183,7 @@ def _largest_codes() -> tuple[Tensor, Tensor, Geometry, Tensor]:
     )
     x, grad = (codes.contiguous(memory_format=torch.channels_last) for codes in (x, grad))
     values = [codes.double() - INT8_ZERO_POINT for codes in (x, grad)]
-    return grad, x, geometry, patch_products(positions(values[1], geometry), unfolded(values[0], geometry))
+    return grad, x, geometry, patch_products(positions(values[1], geometry), im2col(values[0], geometry))
 
 
 def _memory(maps: Tensor) -> Any:

@@ -31,3 +31,26 @@ class QTensor:
         """
         scale = self.scale.view(-1, *(1,) * (self.codes.ndim - 1)) if self.codes.ndim else self.scale[0]
         return (self.codes.float() - self.zero_point) * scale
+
+
+Operand = Tensor | QTensor
+"""What a product takes: values, or codes with their scales."""
+
+
+def code_values(operand: Operand) -> Tensor:
+    """Return codes as float32 `(B, ...)` without their zero point; a plain tensor is returned as it is."""
+    if isinstance(operand, Tensor):
+        return operand
+    values = operand.codes.float()
+    return values.sub_(operand.zero_point) if operand.zero_point else values
+
+
+def scaled(values: Tensor, scale_B: Tensor, scale_C: Tensor) -> Tensor:
+    """Multiply each example's accumulators by its own scale and each channel's, in place.
+
+    Args:
+      values: float32 `(B, C, H, W)`.
+      scale_B: of the examples.
+      scale_C: of the channels, `(C,)` or `(1,)`.
+    """
+    return values.mul_((scale_B[:, None] * scale_C)[:, :, None, None])

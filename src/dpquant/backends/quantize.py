@@ -51,7 +51,7 @@ from dpquant.native import kernels as _native
 from dpquant.rounding import DRAW_BITS, MAX_ELEMENTS, derive_key, element_bits, line_keys
 from dpquant.rounding import row_keys as keys_of_rows
 
-BACKENDS = ("auto", "torch", "native")
+KERNELS = ("auto", "torch", "native")
 SMALLEST_ABSMAX = 2.0**-100  # rows below it become zero: max_code / absmax could overflow
 
 _UNITS = 2.0**15  # the largest |x| of a row, where its root mean square is formed
@@ -74,7 +74,7 @@ def quantize(
     record_ids: Tensor | None = None,
     per_example: bool = True,
     rounding: Rounding | None = None,
-    backend: str = "auto",
+    kernel: str = "auto",
 ) -> QTensor:
     """The codes of x in a format, with one scale per example or one for all.
 
@@ -88,12 +88,12 @@ def quantize(
       record_ids: int64 `(B,)`; None = 0..B-1. Not used without `per_example`.
       per_example: one scale for each row of x. False is for tensors that are public, such as weights.
       rounding: None = the recipe's; stochastic if `format` is no recipe.
-      backend: "auto", "torch" or "native"; all give the same bits.
+      kernel: "auto", "torch" or "native"; all give the same bits.
 
     Returns: a QTensor of x's shape. A zero row has scale 0; a row that is not finite has codes 0 and scale NaN.
 
     Raises:
-      FormatError: the format is unknown, or cannot run on the backend.
+      FormatError: the format is unknown, or cannot run on the kernel.
       SettingError: x is not float32 or has no rows, or an argument has the wrong shape or type.
 
     Privacy: per example, reads no other row; with `per_example=False` every row reads all of x.
@@ -119,22 +119,19 @@ def quantize(
         record_ids = torch.arange(len(x), device=x.device)
     keys = keys_of_rows(derive_key("quantize", key), record_ids)
     rows = x if per_example else x.reshape(1, -1)  # a whole tensor is no map
-    q = quantize_rows(rows, role.format, role.rounding, keys, clip=role.clip, one_sided=role.one_sided, backend=backend)
+    q = quantize_rows(rows, role, keys, kernel=kernel)
     return q if per_example else dataclasses.replace(q, codes=q.codes.view(x.shape))
 
 
 def quantize_rows(
     x: Tensor,
-    format: NumberFormat,
-    rounding: Rounding,
+    role: RoleFormat,
     row_keys: Tensor,
     *,
-    clip: float | None = None,
-    one_sided: bool = False,
     zero_point: int = 0,
-    backend: str = "auto",
+    kernel: str = "auto",
 ) -> QTensor:
-    """The codes of each row of x with the row's own scale.
+    """Quantize each row of x with the row's own scale.
 
     An element's draw depends on its row key and its place in the row, not on the memory format. With four axes
     `(B, C, H, W)` the place is line h and index w * C + c in it, which stay when the batch is padded at the end of H or
@@ -143,46 +140,42 @@ def quantize_rows(
     Args:
       x: float32 `(B, ...)`; contiguous or, with four axes, channels last. Other layouts are made contiguous. With four
         axes the native kernel works channels last and copies what is not.
-      format: which codes there are.
-      rounding: stochastic or to nearest.
+      role: which codes there are, how values are rounded to them, and where the scale comes from. With four axes, the
+        mean of a clip is over none of the lines and columns of zeros at a row's end.
       row_keys: int64 `(B,)` on x's device, from `rounding.row_keys`.
-      clip: see `RoleFormat`. With four axes the mean is over none of the lines and columns of zeros at a row's end.
-      one_sided: see `RoleFormat`.
       zero_point: 0 for int8 codes; 128 for uint8 codes that hold code + 128, as int8 convolutions take them.
-      backend: "auto", "torch" or "native"; all give the same bits.
+      kernel: "auto", "torch" or "native"; all give the same bits.
 
     Returns: a QTensor of x's shape and memory format. A row whose absmax is below 2^-100 has codes 0 and scale 0; a row
       that is not finite has codes 0 and scale NaN, so that this example, and no other, becomes NaN downstream.
 
     Raises:
-      FormatError: the format has no code type here, or cannot run on the backend.
+      FormatError: the format has no code type here, or cannot run on the kernel.
       SettingError: x is not float32, the keys do not match its rows, or an argument is out of range.
 
     Privacy: per example, reads no other row.
 
     Source: LUQ, arXiv:2112.10769, equations 10 and 12.
     """
-    _check(x, row_keys, zero_point, backend)
-    dtype = _code_dtype(format, zero_point)
+    _check(x, row_keys, zero_point, kernel)
+    dtype = _code_dtype(role.format, zero_point)
     x = _dense(x.detach())
     codes = torch.empty_like(x, dtype=dtype)  # keeps the memory format
     if x.numel() == 0:
         return QTensor(codes=codes, scale=x.new_zeros(len(x)), zero_point=zero_point)
-    if one_sided:
+    if role.one_sided:
+        signed = dataclasses.replace(role, one_sided=False)
+        unsigned = dataclasses.replace(signed, format=role.format.one_sided)
         positive_B = x.amin(dim=tuple(range(1, x.ndim))) >= 0
-        if bool(positive_B.all()):
-            format = format.one_sided
-        elif bool(positive_B.any()):
+        if bool(positive_B.any()) and not bool(positive_B.all()):
             scale = x.new_empty(len(x))
-            for rows, chosen in ((positive_B, format.one_sided), (~positive_B, format)):
-                q = quantize_rows(
-                    x[rows], chosen, rounding, row_keys[rows], clip=clip, zero_point=zero_point, backend=backend
-                )
+            for rows, one in ((positive_B, unsigned), (~positive_B, signed)):
+                q = quantize_rows(x[rows], one, row_keys[rows], zero_point=zero_point, kernel=kernel)
                 codes[rows], scale[rows] = q.codes, q.scale
             return QTensor(codes=codes, scale=scale, zero_point=zero_point)
-    fill = _fill_native if _runs_native(format, x.device, backend) else _fill_torch
-    scale = fill(codes, x, format, rounding, row_keys, zero_point, clip)
-    return QTensor(codes=codes, scale=scale, zero_point=zero_point)
+        role = unsigned if bool(positive_B.all()) else signed
+    fill = _fill_native if _runs_native(role.format, x.device, kernel) else _fill_torch
+    return QTensor(codes=codes, scale=fill(codes, x, role, row_keys, zero_point), zero_point=zero_point)
 
 
 def _clipped_top(x: Tensor, largest: Tensor, clip: float) -> Tensor:
@@ -212,29 +205,21 @@ def _extents(x: Tensor) -> Tensor:
     return x.shape[1] * lines * columns
 
 
-def _fill_torch(
-    codes: Tensor,
-    x: Tensor,
-    format: NumberFormat,
-    rounding: Rounding,
-    row_keys: Tensor,
-    zero_point: int,
-    clip: float | None,
-) -> Tensor:
+def _fill_torch(codes: Tensor, x: Tensor, role: RoleFormat, row_keys: Tensor, zero_point: int) -> Tensor:
     """Fill `codes` and return the scales: the meaning of quantization, on any device."""
     rows = x.reshape(len(x), -1)
     largest = rows.abs().amax(dim=1)
-    top = largest if clip is None else _clipped_top(x, largest, clip)
-    max_code = torch.full_like(top, format.max_code)  # tensor / tensor divides exactly, on every device
+    top = largest if role.clip is None else _clipped_top(x, largest, role.clip)
+    max_code = torch.full_like(top, role.format.max_code)  # tensor / tensor divides exactly, on every device
     usable = top.isfinite() & (top >= SMALLEST_ABSMAX)
     scale = torch.where(usable, top / max_code, torch.where(top.isfinite(), 0.0, math.nan))
 
-    t = torch.where(usable[:, None], rows.abs() * (max_code / top)[:, None], 0.0).clamp(max=format.max_code)
-    quantum = _quantum(t, format)
+    t = torch.where(usable[:, None], rows.abs() * (max_code / top)[:, None], 0.0).clamp(max=role.format.max_code)
+    quantum = _quantum(t, role.format)
     floor = (t / quantum).floor()
     fraction = ((t / quantum - floor) * _ONE).round().long()  # round: ties to even
-    draw = _draws(x, row_keys) if rounding is Rounding.STOCHASTIC else torch.full_like(fraction, _HALF)
-    magnitude = ((floor + (fraction + draw >= _ONE)) * quantum).clamp(max=format.max_code)
+    draw = _draws(x, row_keys) if role.rounding is Rounding.STOCHASTIC else torch.full_like(fraction, _HALF)
+    magnitude = ((floor + (fraction + draw >= _ONE)) * quantum).clamp(max=role.format.max_code)
     signed = torch.where(rows < 0, -magnitude, magnitude) + zero_point
     codes.copy_(signed.view(x.shape))
     return scale
@@ -262,15 +247,7 @@ def _quantum(t: Tensor, format: NumberFormat) -> Tensor:
     return ((exponent - format.mantissa_bits + 127) << 23).view(torch.float32)
 
 
-def _fill_native(
-    codes: Tensor,
-    x: Tensor,
-    format: NumberFormat,
-    rounding: Rounding,
-    row_keys: Tensor,
-    zero_point: int,
-    clip: float | None,
-) -> Tensor:
+def _fill_native(codes: Tensor, x: Tensor, role: RoleFormat, row_keys: Tensor, zero_point: int) -> Tensor:
     """Fill `codes` and return the scales: the same bits in one pass."""
     scale = x.new_empty(len(x))
     filled = codes
@@ -283,12 +260,12 @@ def _fill_native(
         row_keys.contiguous().numpy(),
         filled.view(torch.uint8).numpy(),
         scale.numpy(),
-        clip,
+        role.clip,
         line=_line_size(x),
         channels=x.shape[1] if x.ndim == 4 else 1,
-        max_code=format.max_code,
-        uniform=format.exponent_bits == 0,
-        stochastic=rounding is Rounding.STOCHASTIC,
+        max_code=role.format.max_code,
+        uniform=role.format.exponent_bits == 0,
+        stochastic=role.rounding is Rounding.STOCHASTIC,
         zero_point=zero_point,
         threads=torch.get_num_threads(),
     )
@@ -304,22 +281,22 @@ def _dense(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def _runs_native(format: NumberFormat, device: torch.device, backend: str) -> bool:
+def _runs_native(format: NumberFormat, device: torch.device, kernel: str) -> bool:
     """Whether the kernel runs this. It knows powers of two and uniform integers, on the CPU."""
     able = device.type == "cpu" and format in _NATIVE_FORMATS
-    if backend == "torch" or (backend == "auto" and not able):
+    if kernel == "torch" or (kernel == "auto" and not able):
         return False
     if not able:
         raise FormatError(
-            f"Expected backend 'native' with an integer format on the CPU; got format={format.name!r} on {device}. "
-            "The kernel fills one-byte integers in main memory. Choose backend='auto'."
+            f"Expected kernel 'native' with an integer format on the CPU; got format={format.name!r} on {device}. "
+            "The kernel fills one-byte integers in main memory. Choose kernel='auto'."
         )
     if native_available():
         return True
-    if backend == "native":
+    if kernel == "native":
         raise FormatError(
-            "Expected backend 'native' to be installed; got backend='native'. The package was built without a C++ "
-            "compiler. Install a compiler and reinstall dpquant, or choose backend='auto'."
+            "Expected kernel 'native' to be installed; got kernel='native'. The package was built without a C++ "
+            "compiler. Install a compiler and reinstall dpquant, or choose kernel='auto'."
         )
     _warn_of_missing_kernel()
     return False
@@ -362,7 +339,7 @@ def _code_dtype(format: NumberFormat, zero_point: int) -> torch.dtype:
     return _FLOAT_CODES[format]
 
 
-def _check(x: Tensor, row_keys: Tensor, zero_point: int, backend: str) -> None:
+def _check(x: Tensor, row_keys: Tensor, zero_point: int, kernel: str) -> None:
     """Raise SettingError unless the arguments of quantize_rows agree."""
     if x.dtype != torch.float32 or x.ndim == 0:
         raise SettingError(
@@ -385,9 +362,9 @@ def _check(x: Tensor, row_keys: Tensor, zero_point: int, backend: str) -> None:
             f"Expected zero_point to be 0 or 128; got zero_point={zero_point}. Codes are stored as int8 or, shifted by "
             "128, as uint8. Give one of the two."
         )
-    if backend not in BACKENDS:
+    if kernel not in KERNELS:
         raise SettingError(
-            f"Expected backend to be one of {', '.join(BACKENDS)}; got backend={backend!r}. Only these exist. "
+            f"Expected kernel to be one of {', '.join(KERNELS)}; got kernel={kernel!r}. Only these exist. "
             "Choose one of them."
         )
 

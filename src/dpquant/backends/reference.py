@@ -1,80 +1,68 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The products of a convolution in plain torch, on any device: forward, input gradient, per-example weight gradient.
+"""The reference backend: the meaning of a quantized layer, in plain torch on any device.
 
-This is the meaning. On number codes it multiplies them as floating-point numbers, exactly; `cpu_int8.py` gives the same
-integers on int8 instructions. Nothing here knows of scales, layers or privacy. A linear layer is a 1x1 convolution over
-its positions.
+Codes are multiplied as floating-point numbers, exactly; every other backend gives the same integers faster. Weight
+gradients are normed and summed by
 
-Symbols: B examples, C input channels, O output channels, G groups, H x W input size, K kernel size, T output positions.
+    patches   materialise G_i for all examples at once, by a batched product over im2col
+    groups    materialise G_i by one convolution whose groups are the examples
+    direct    materialise G_i straight from the maps, by the native kernel
+    grams     <x_i x_i^T, g_i g_i^T> is the squared norm; the sum is one matrix product over all positions of all
+              examples. Nothing of the weight's size exists per example: best where there are few positions
+
+Symbols: B examples, T positions, D patch size, O output channels, G groups, C channels.
+Source: book-keeping, Bu et al., arXiv 2210.00038; Gram norms, Goodfellow, arXiv 1510.01799.
 """
 
 import contextlib
-import itertools
-import math
-from collections.abc import Iterator
-from typing import Any, Protocol, cast
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from dpquant.backends import native_products as native
+from dpquant.backends.algebra import (
+    ROUND_OFF,
+    bfloat16_factors,
+    convolved,
+    grouped_products,
+    im2col,
+    input_gradient,
+    patch_grams,
+    patch_products,
+    positions,
+    row_norms,
+)
+from dpquant.backends.gemm_sum import GemmSum, slices
 from dpquant.backends.geometry import Geometry
-from dpquant.backends.qtensor import QTensor
-from dpquant.backends.workarounds import in_one_column, visited
+from dpquant.backends.interface import Method, Norms, Operands, PackedWeight
+from dpquant.backends.qtensor import QTensor, code_values, scaled
+from dpquant.backends.quantize import quantize_rows
+from dpquant.formats import Precision, RoleFormat
 
 _FLOAT32_EXACT = 2**24  # every integer up to here is a float32
 
 
-class Products(Protocol):
-    """The two products of one layer's quantized weight, packed once and used for a whole logical batch."""
-
-    def forward(self, x: QTensor) -> Tensor:
-        """Accumulators of conv(codes of x, codes of W): float32 `(B, O, H', W')`, unscaled."""
-        ...
-
-    def input_gradient(self, grad: QTensor, size: tuple[int, int]) -> Tensor:
-        """Accumulators of the transposed convolution of grad's codes: float32 `(B, C, H, W)` with `size` = (H, W)."""
-        ...
-
-
-def code_values(operand: Tensor | QTensor) -> Tensor:
-    """The operand's codes as float32 (`(B, ...)`, zero point removed); a plain tensor is returned as it is."""
-    if isinstance(operand, Tensor):
-        return operand
-    values = operand.codes.float()
-    return values.sub_(operand.zero_point) if operand.zero_point else values
-
-
-def _is_slow(operand: Tensor, geometry: Geometry) -> bool:
-    """Whether a matrix product takes less time than torch's convolution, which unfolds float64 operands."""
-    return geometry.pointwise and operand.dtype == torch.float64
-
-
-def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """The convolution itself: `(B, C, H, W)`, `(O, C / G, *kernel)` -> `(B, O, H', W')`, in the operands' dtype."""
-    if _is_slow(x, geometry):
-        return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-    x, g = in_one_column(x, geometry, zero=0)
-    return F.conv2d(x, weight, bias, g.stride, g.padding, g.dilation, g.groups)
-
-
-class SimulatedProducts:
-    """Codes multiplied as floating-point numbers: exact for integer codes, on every device."""
+class ReferenceWeight:
+    """A weight whose codes are multiplied as floating-point numbers: exact for integer codes, on every device."""
 
     def __init__(self, weight: QTensor, geometry: Geometry, max_code: int):
-        self._weight = code_values(weight)
+        self._codes, self._scale = code_values(weight), weight.scale
         self._geometry = geometry
-        self._max_code = max_code  # the largest |code| of weight, activation or gradient; bounds every partial sum
+        self._max_code = max_code  # bounds every partial sum
 
-    def forward(self, x: QTensor) -> Tensor:
-        dtype = _exact_dtype(x, self._weight[0].numel(), self._max_code)
-        return convolved(code_values(x).to(dtype), self._weight.to(dtype), None, self._geometry).float()
+    def forward(self, x: QTensor, bias: Tensor | None) -> Tensor:
+        dtype = _exact_dtype(x, self._codes[0].numel(), self._max_code)
+        y = convolved(code_values(x).to(dtype), self._codes.to(dtype), None, self._geometry).float()
+        y = scaled(y, x.scale, self._scale)
+        return y if bias is None else y.add_(bias[:, None, None])
 
     def input_gradient(self, grad: QTensor, size: tuple[int, int]) -> Tensor:
-        out_channels_per_group = self._weight.shape[0] // self._geometry.groups
-        terms = out_channels_per_group * self._weight[0, 0].numel()
+        out_channels_per_group = self._codes.shape[0] // self._geometry.groups
+        terms = out_channels_per_group * self._codes[0, 0].numel()
         dtype = _exact_dtype(grad, terms, self._max_code)
-        return input_gradient(code_values(grad).to(dtype), self._weight.to(dtype), self._geometry, size).float()
+        x = input_gradient(code_values(grad).to(dtype), self._codes.to(dtype), self._geometry, size).float()
+        return scaled(x, grad.scale, self._scale)
 
 
 def _exact_dtype(operand: QTensor, num_terms: int, max_code: int) -> torch.dtype:
@@ -84,145 +72,85 @@ def _exact_dtype(operand: QTensor, num_terms: int, max_code: int) -> torch.dtype
     return torch.float64
 
 
-def sides_swapped(weight: Tensor, groups: int) -> Tensor:
-    """A weight with input and output channels exchanged: `(O, C / G, *kernel)` as `(C, O / G, *kernel)`, and back."""
-    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+class Reference:
+    """Plain torch on any device; see `interface.Backend`."""
+
+    name = "simulate"
+
+    def refusal(self, precision: Precision, device: torch.device) -> str | None:
+        return None
+
+    def quantize(self, x: Tensor, role: RoleFormat, row_keys: Tensor) -> QTensor:
+        return quantize_rows(x.contiguous(memory_format=torch.channels_last), role, row_keys)
+
+    def pack(self, weight: QTensor, geometry: Geometry, *, max_code: int) -> PackedWeight:
+        return ReferenceWeight(weight, geometry, max_code)
+
+    def methods(self, operands: Operands) -> Sequence[Method]:
+        formed, grams = costs(operands)
+        methods = [
+            Method(name="patches", norms=materialise_by_patches, sum=GemmSum, cost=formed),
+            Method(name="groups", norms=materialise_by_groups, sum=GemmSum, cost=formed),
+            Method(name="grams", norms=norms_by_grams, sum=GemmSum, cost=grams),
+        ]
+        if native.has_direct_products(_memory(operands)):
+            methods.insert(2, Method(name="direct", norms=materialise_directly, sum=GemmSum, cost=formed))
+        return methods
 
 
-def input_gradient(grad: Tensor, weight: Tensor, geometry: Geometry, size: tuple[int, int]) -> Tensor:
-    """The gradient of a convolution with respect to its input, in the dtype of its operands.
-
-    Args:
-      grad: `(B, O, H', W')`.
-      weight: `(O, C / G, *kernel)`.
-      geometry: of the convolution.
-      size: (H, W) of the input.
-    Returns: `(B, C, H, W)`.
-    """
-    if _is_slow(grad, geometry):
-        return (grad.permute(0, 2, 3, 1) @ weight.flatten(1)).permute(0, 3, 1, 2)
-    shape = (grad.shape[0], weight.shape[1] * geometry.groups, *size)
-    x = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)  # for its layout
-    return _convolution_backward(grad, x, weight, geometry, geometry.groups, [True, False, False])[0]
+def costs(operands: Operands) -> tuple[int, int]:
+    """Return the multiply-accumulates of a materialised gradient and of its Gram matrices, over the positions T."""
+    outputs, patch = operands.shapes[1][1], operands.patch_size
+    return outputs * patch, operands.num_positions * (outputs + patch)
 
 
-def weight_gradient(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
-    """The weight gradient summed over the batch: grad `(B, O, H', W')`, x `(B, C, H, W)` -> `(O, C / G, *kernel)`."""
-    x, geometry = visited(x, geometry)
-    if geometry.pointwise:
-        total = grad.transpose(0, 1).flatten(1) @ x.transpose(0, 1).flatten(1).t()
-        return total[:, :, None, None]
-    shape = (grad.shape[1], x.shape[1] // geometry.groups, *geometry.kernel)
-    weight = grad.new_empty(1).expand(shape)
-    return _convolution_backward(grad, x, weight, geometry, geometry.groups, [False, True, False])[1]
+def _memory(operands: Operands) -> Tensor:
+    return operands.x.codes if isinstance(operands.x, QTensor) else operands.x
 
 
-def patch_products(grad_BGTO: Tensor, patches_BGTD: Tensor) -> Tensor:
-    """Each example's own weight gradient, sum_t grad_t patch_t^T, never summed over examples.
-
-    Args:
-      grad_BGTO: output gradients by group and position, float32: values or integer codes; from `positions`.
-      patches_BGTD: what each position sees, from `unfolded`; likewise.
-    Returns: `(B, O, D)` with D in patch order, float32; exact for codes whose sums stay within 2^24.
-    """
-    return (grad_BGTO.transpose(2, 3) @ patches_BGTD).flatten(1, 2)
+def materialise_by_patches(operands: Operands) -> Norms:
+    """Form the gradients by a batched product over im2col, in patch order."""
+    x, g = operands.values
+    return _formed(patch_products(positions(g, operands.geometry), im2col(x, operands.geometry)), in_patch_order=True)
 
 
-def grouped_products(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
-    """The same by one convolution whose groups are the examples: `(B, O, C / G, *kernel)`, in weight order."""
-    x, geometry = visited(x, geometry)
-    batch, channels = len(x), x.shape[1] // geometry.groups
-    shape = (batch * grad.shape[1], channels, *geometry.kernel)
-    # the examples become channels of one image, which is contiguous only with channels before positions
-    grads, xs = (t.contiguous().flatten(0, 1).unsqueeze(0) for t in (grad, x))
-    weight = grad.new_empty(1).expand(shape)
-    mask = [False, True, False]
-    products = _convolution_backward(grads, xs, weight, geometry, batch * geometry.groups, mask)[1]
-    return products.unflatten(0, (batch, -1))
+def materialise_by_groups(operands: Operands) -> Norms:
+    """Form the gradients by a grouped convolution, in weight order."""
+    x, g = operands.values
+    return _formed(grouped_products(g, x, operands.geometry), in_patch_order=False)
 
 
-def add_patch_products(grad: Tensor, x: Tensor, geometry: Geometry, total: Tensor | None) -> Tensor:
-    """The weight gradient summed over the batch and added to a total `(G, O / G, D)`, in patch order, in place."""
-    grad_GON = positions(grad, geometry).permute(1, 3, 0, 2).flatten(2)
-    patches_GND = unfolded(x, geometry).transpose(0, 1).flatten(1, 2)
-    if total is None:
-        return grad_GON @ patches_GND
-    if geometry.groups == 1:  # a batched product of one is not as fast
-        total[0].addmm_(grad_GON[0], patches_GND[0])
-        return total
-    return total.baddbmm_(grad_GON, patches_GND)
+def materialise_directly(operands: Operands) -> Norms:
+    """Form the gradients without im2col, by the native kernel, in patch order."""
+    x, g = operands.values
+    return _formed(native.direct_products(g, x, operands.geometry), in_patch_order=True)
 
 
-def positions(grad: Tensor, geometry: Geometry) -> Tensor:
-    """Output gradients by group and position: `(B, O, H', W')` -> `(B, G, T, O / G)`."""
-    return grad.flatten(2).unflatten(1, (geometry.groups, -1)).transpose(2, 3)
+def _formed(gradients: Tensor, *, in_patch_order: bool) -> Norms:
+    return Norms(squares_B=row_norms(gradients), gradients=gradients, in_patch_order=in_patch_order)
 
 
-@contextlib.contextmanager
-def bfloat16_factors() -> Iterator[None]:
-    """Until the block ends, float32 matrix products may round their factors to bfloat16; they still sum in float32.
-
-    For factors that are bfloat16 numbers already this changes nothing but the time. A processor that knows no bfloat16
-    goes on in float32.
-    """
-    setting = cast(Any, torch.backends.mkldnn).matmul  # made at run time
-    before = setting.fp32_precision
-    setting.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before
+def norms_by_grams(operands: Operands) -> Norms:
+    """Contract Gram matrices, <x_i x_i^T, g_i g_i^T>, in float64, with a margin for the Grams' own round-off."""
+    pieces = slices(operands.geometry, *operands.values)
+    return Norms(squares_B=torch.cat([_squares_by_grams(x, g, operands) for x, g in pieces]))
 
 
-def in_weight_order(products: Tensor, geometry: Geometry) -> Tensor:
-    """`(..., O, D)` with D in patch order (kernel row, kernel column, channel) -> `(..., O, C / G, *kernel)`."""
-    return products.unflatten(-1, (*geometry.kernel, -1)).movedim(-1, -3)
+def _squares_by_grams(x: Tensor, g: Tensor, operands: Operands) -> Tensor:
+    geometry = operands.geometry
+    g_BGTO = positions(g, geometry)
+    if g_BGTO.shape[2] == 1:
+        squares = [t.double().square().sum((2, 3)) for t in (im2col(x, geometry), g_BGTO)]
+        return (squares[0] * squares[1]).sum(1)
+    with bfloat16_factors() if operands.bf16_terms else contextlib.nullcontext():
+        grams = [_patch_grams(x, geometry).double(), (g_BGTO @ g_BGTO.transpose(2, 3)).double()]
+    lengths = [gram.diagonal(dim1=2, dim2=3).sqrt() for gram in grams]
+    margin_B = (lengths[0] * lengths[1]).sum((1, 2)).square()
+    return (grams[0] * grams[1]).sum((1, 2, 3)) + ROUND_OFF * margin_B
 
 
-def _convolution_backward(grad, x, weight, geometry: Geometry, groups: int, mask: list[bool]):
-    g = geometry
-    return torch.ops.aten.convolution_backward(
-        grad, x, weight, None, g.stride, g.padding, g.dilation, False, [0, 0], groups, mask
-    )
-
-
-def unfolded(x: Tensor, geometry: Geometry) -> Tensor:
-    """The input patches that meet each output position: `(B, C, H, W)` -> `(B, G, T, C / G * kernel size)`.
-
-    The order inside a patch is (kernel row, kernel column, channel): see `in_weight_order`.
-    """
-    (top, left), (down, right), (step_down, step_right) = geometry.padding, geometry.stride, geometry.dilation
-    x_BHWC = F.pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top)).contiguous()
-    batch, height, width, channels = x_BHWC.shape
-    rows = (height - geometry.reach[0] - 1) // down + 1
-    columns = (width - geometry.reach[1] - 1) // right + 1
-    per_group, line = channels // geometry.groups, width * channels
-    size = (batch, geometry.groups, rows, columns, *geometry.kernel, per_group)
-    steps = (height * line, per_group, down * line, right * channels, step_down * line, step_right * channels, 1)
-    patch = math.prod(geometry.kernel) * per_group
-    return x_BHWC.as_strided(size, steps).reshape(batch, geometry.groups, rows * columns, patch)
-
-
-def patch_grams(x: Tensor, geometry: Geometry) -> Tensor:
-    """What every two patches share, patches @ patches^T of `unfolded`: `(B, G, T, T)`.
-
-    A sum over taps of what two pixels share, so that pixels meet once and nothing is unfolded.
-    """
-    (top, left), (down, right), (step_down, step_right) = geometry.padding, geometry.stride, geometry.dilation
-    x_BHWC = F.pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top))
-    batch, height, width = x_BHWC.shape[:3]
-    rows = (height - geometry.reach[0] - 1) // down + 1
-    columns = (width - geometry.reach[1] - 1) // right + 1
-    pixels_BGNC = x_BHWC.flatten(1, 2).unflatten(2, (geometry.groups, -1)).transpose(1, 2)
-    grams = (pixels_BGNC @ pixels_BGNC.transpose(2, 3)).contiguous()
-    pixels = height * width
-    size = (batch, geometry.groups, *geometry.kernel, rows, columns, rows, columns)
-    line = down * width, right  # from one position to the next
-    tap = step_down * width * (pixels + 1), step_right * (pixels + 1)
-    steps = (geometry.groups * pixels**2, pixels**2, *tap, line[0] * pixels, line[1] * pixels, *line)
-    by_tap = grams.as_strided(size, steps)
-    total = by_tap[:, :, 0, 0].clone()
-    for i, j in itertools.product(*map(range, geometry.kernel)):
-        if (i, j) != (0, 0):
-            total += by_tap[:, :, i, j]
-    return total.flatten(4, 5).flatten(2, 3)
+def _patch_grams(x: Tensor, geometry: Geometry) -> Tensor:
+    if geometry.stride == (1, 1) and geometry.kernel != (1, 1):
+        return patch_grams(x, geometry)
+    patches = im2col(x, geometry)  # not much larger than x itself
+    return patches @ patches.transpose(2, 3)

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpquant.backends.algebra import ROUND_OFF
 from dpquant.backends.malloc import working_memory
 from dpquant.engine.batches import Microbatch, check_rows, microbatches, take_rows
 from dpquant.engine.clock import Clock
 from dpquant.engine.context import Pass
-from dpquant.engine.contributions import ROUND_OFF
 from dpquant.engine.layers import quantizable_layers, running
 from dpquant.engine.passes import Passes, PerExampleLoss
 from dpquant.engine.randomness import Drawing, seeded

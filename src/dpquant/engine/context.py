@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from dpquant.backends.geometry import Geometry
+from dpquant.backends.interface import PackedWeight
 from dpquant.backends.qtensor import QTensor
-from dpquant.backends.reference import Products
 from dpquant.engine.clock import Clock
-from dpquant.engine.contributions import Formed
+from dpquant.engine.contributions import Materialised
 from dpquant.formats import Recipe, RoleFormat
 from dpquant.rounding import derive_key, row_keys
 
@@ -40,7 +40,7 @@ class Tape(Protocol):
     anchor: Tensor  # a scalar that requires a gradient, so that backward reaches layers whose parameters are detached
     listening: bool  # False while a module is evaluated again, apart from the model
 
-    def add(self, parameter: Tensor, contribution: Formed) -> None:
+    def add(self, parameter: Tensor, contribution: Materialised) -> None:
         """One call's per-example gradients of a parameter."""
         ...
 
@@ -106,7 +106,7 @@ class Pass:
     phase: Literal["forward", "backward"] | None = None
     _weights: dict[tuple[nn.Module, RoleFormat, str], QTensor] = dataclasses.field(default_factory=dict)
     _dense_weights: dict[tuple[nn.Module, Geometry], Tensor] = dataclasses.field(default_factory=dict)
-    _products: dict[tuple[nn.Module, Recipe, str, Geometry], Products] = dataclasses.field(default_factory=dict)
+    _packed: dict[tuple[nn.Module, Recipe, str, Geometry], PackedWeight] = dataclasses.field(default_factory=dict)
     _calls: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
     def begin(self, record_ids: Tensor) -> None:
@@ -128,29 +128,32 @@ class Pass:
 
     def dense_weight(self, layer: "QuantizableLayer", weight: Tensor, size: tuple[int, int]) -> Tensor:
         """The layer's weight `(O, C / G, *taps)` for inputs of `size`, in their layout; made once."""
-        geometry, taps = layer.geometry.trimmed(size)
+        geometry, taps = layer.geometry.cropped(size)
         if (layer, geometry) not in self._dense_weights:
             self._dense_weights[layer, geometry] = weight[:, :, *taps].contiguous(memory_format=torch.channels_last)
         return self._dense_weights[layer, geometry]
 
-    def quantized_weight(
+    def packed_weight(
         self, layer: "QuantizableLayer", recipe: Recipe, size: tuple[int, int], *, side: str
-    ) -> tuple[Products, Tensor]:
-        """The layer's products on its quantized weight for inputs of `size`, and the weight's scales.
+    ) -> PackedWeight:
+        """Return the layer's quantized weight, packed for inputs of `size`; made once.
 
         Args:
           layer: whose weight.
           recipe: of the product.
           size: (H, W) of the layer's input.
           side: whose channels the product keeps, and may have a scale each: `output` (forward) or `input` (dgrad).
-        Returns: the products; scales `(1,)`, or one a channel.
         """
         kept = side if recipe.weight.per_channel else ""
-        if (layer, recipe.weight, kept) not in self._weights:
-            self._weights[layer, recipe.weight, kept] = layer.quantize_weight(self, recipe.weight, kept)
-        weight = self._weights[layer, recipe.weight, kept]
-        geometry, taps = layer.geometry.trimmed(size)
-        if (layer, recipe, kept, geometry) not in self._products:
-            met = dataclasses.replace(weight, codes=weight.codes[:, :, *taps].contiguous())
-            self._products[layer, recipe, kept, geometry] = layer.products(met, geometry, recipe)
-        return self._products[layer, recipe, kept, geometry], weight.scale
+        geometry, taps = layer.geometry.cropped(size)
+        if (layer, recipe, kept, geometry) not in self._packed:
+            weight = self._quantized_weight(layer, recipe.weight, kept)
+            cropped = dataclasses.replace(weight, codes=weight.codes[:, :, *taps].contiguous())
+            packed = layer.backend.pack(cropped, geometry, max_code=recipe.max_code)
+            self._packed[layer, recipe, kept, geometry] = packed
+        return self._packed[layer, recipe, kept, geometry]
+
+    def _quantized_weight(self, layer: "QuantizableLayer", role: RoleFormat, kept: str) -> QTensor:
+        if (layer, role, kept) not in self._weights:
+            self._weights[layer, role, kept] = layer.quantize_weight(self, role, kept)
+        return self._weights[layer, role, kept]

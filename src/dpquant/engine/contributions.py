@@ -11,15 +11,13 @@ Source: book-keeping, Bu et al., arXiv 2210.00038.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Hashable, Sequence
+from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-ROUND_OFF = 2.0**-17
-"""Norms are rounded up by it, factors down: more than float32 matrix products lose that add up 16,384 equal terms
-(5.4e-6 was measured). Terms that are added one after the other can lose more."""
+from dpquant.backends.algebra import ROUND_OFF, row_norms
 
 _FLOAT64_AT_ONCE = 2**17  # numbers: a copy of so many stays in a cache
 
@@ -28,7 +26,7 @@ class Contribution(Protocol):
     """The per-example gradients of one parameter from one call of a layer, evaluated as late as possible."""
 
     def squared_norms(self) -> Tensor:
-        """||G_i||^2, float64 `(B,)`, never less than the true value of what `add_weighted` adds up."""
+        """||G_i||^2, float64 `(B,)`, never less than the true value of what the sum adds up."""
         ...
 
     def per_example(self) -> Tensor:
@@ -43,12 +41,13 @@ class Contribution(Protocol):
         """||G_i - G'_i||^2 from other gradients of the same parameter and as many examples, float64 `(B,)`."""
         ...
 
-    def add_weighted(self, weights_B: Tensor, total: Any) -> Any:
-        """Add sum_i w_i G_i to a total, in place, in a form of its own that `finished` undoes; None begins one."""
+    @property
+    def kind(self) -> Hashable:
+        """What contributions to the same parameter must share to be added to one sum."""
         ...
 
-    def finished(self, total: Any) -> Tensor:
-        """The total as a float32 tensor of the parameter's shape."""
+    def begin_sum(self) -> "WeightedSum[Self]":
+        """An empty sum of gradients of this kind."""
         ...
 
     def take(self, rows: Tensor) -> "Contribution":
@@ -56,22 +55,38 @@ class Contribution(Protocol):
         ...
 
 
+Part = TypeVar("Part", contravariant=True)
+
+
+class WeightedSum(Protocol[Part]):
+    """A weighted sum of one parameter's per-example gradients, over any number of microbatches."""
+
+    def add(self, part: Part, weights_B: Tensor) -> None:
+        """Add sum_i w_i G_i, float32 weights `(B,)`."""
+        ...
+
+    def value(self) -> Tensor:
+        """The sum so far, float32, of the parameter's shape."""
+        ...
+
+
 def distances(one: Contribution, other: Contribution) -> Tensor:
     """`Contribution.squared_distances` of any two, by forming both."""
-    return Formed(one.per_example() - other.per_example()).squared_norms()
+    return Materialised(one.per_example() - other.per_example()).squared_norms()
 
 
 @dataclasses.dataclass
-class Formed:
-    """Gradients that exist already, `(B, *parameter shape)`."""
+class Materialised:
+    """Materialised gradients, `(B, *parameter shape)`."""
 
     gradients: Tensor
 
+    @property
+    def kind(self) -> Hashable:
+        return type(self)
+
     def squared_norms(self) -> Tensor:
-        # Rows in float32, then their squares in float64: nearly as exact as float64 throughout, without its copy.
-        width = self.gradients.shape[-1] if self.gradients.ndim > 1 else 1  # a parameter may be one number
-        rows = self.gradients.reshape(len(self.gradients), -1, width)
-        return torch.linalg.vector_norm(rows, dim=2).double().square().sum(1)
+        return row_norms(self.gradients)
 
     def per_example(self) -> Tensor:
         return self.gradients
@@ -82,17 +97,43 @@ class Formed:
     def squared_distances(self, other: Contribution) -> Tensor:
         return distances(self, other)
 
-    def add_weighted(self, weights_B: Tensor, total: Tensor | None) -> Tensor:
-        total = self.gradients.new_zeros(self.gradients.shape[1:]) if total is None else total
-        rows = self.gradients.reshape(len(self.gradients), total.numel())
-        total.view(-1).addmv_(rows.t(), weights_B.to(total.dtype))
-        return total
+    def begin_sum(self) -> "DenseSum":
+        return DenseSum(self.gradients)
 
-    def finished(self, total: Tensor) -> Tensor:
-        return total
+    def factors(self, weights_B: Tensor) -> Tensor:
+        """What the gradients are multiplied by where their examples have these weights, `(B,)`."""
+        return weights_B
 
-    def take(self, rows: Tensor) -> "Formed":
+    def take(self, rows: Tensor) -> "Materialised":
         return dataclasses.replace(self, gradients=self.gradients[rows])
+
+
+class DenseSum:
+    """The weighted sum of materialised gradients, by matrix-vector products."""
+
+    def __init__(self, gradients: Tensor, finish: Callable[[Tensor], Tensor] = lambda total: total):
+        """Begin a sum of gradients of this shape; `finish` gives the total the parameter's shape."""
+        self._total, self._finish = gradients.new_zeros(gradients.shape[1:]), finish
+
+    def add(self, part: Materialised, weights_B: Tensor) -> None:
+        rows = part.gradients.reshape(len(part.gradients), self._total.numel())
+        self._total.view(-1).addmv_(rows.t(), part.factors(weights_B).to(self._total.dtype))
+
+    def value(self) -> Tensor:
+        return self._finish(self._total)
+
+
+class TableSum:
+    """The weighted sum of lookups, in a table of the embedding's shape."""
+
+    def __init__(self, total: Tensor):
+        self._total = total
+
+    def add(self, part: "Lookup", weights_B: Tensor) -> None:
+        self._total.index_add_(0, *part.weighted_rows(weights_B))
+
+    def value(self) -> Tensor:
+        return self._total
 
 
 class Lookup:
@@ -141,14 +182,18 @@ class Lookup:
         keys, ours, theirs = self._aligned(other)
         return self._by_example(keys, ours.sub_(theirs).double().square().sum(1))
 
-    def add_weighted(self, weights_B: Tensor, total: Tensor | None) -> Tensor:
-        total = self._g.new_zeros(self._num_rows, self._g.shape[2]) if total is None else total
-        keys_S, sums_SD = self._sums
-        weights_S = weights_B.to(total.dtype)[keys_S // self._num_rows]
-        return total.index_add_(0, keys_S % self._num_rows, sums_SD * weights_S[:, None])
+    @property
+    def kind(self) -> Hashable:
+        return type(self)
 
-    def finished(self, total: Tensor) -> Tensor:
-        return total
+    def begin_sum(self) -> "TableSum":
+        return TableSum(self._g.new_zeros(self._num_rows, self._g.shape[2]))
+
+    def weighted_rows(self, weights_B: Tensor) -> tuple[Tensor, Tensor]:
+        """The row of the table that each pair of an example and a row adds to, `(S,)`, and what, `(S, D)`."""
+        keys_S, sums_SD = self._sums
+        weights_S = weights_B.to(sums_SD.dtype)[keys_S // self._num_rows]
+        return keys_S % self._num_rows, sums_SD * weights_S[:, None]
 
     def take(self, rows: Tensor) -> "Lookup":
         return Lookup(self._ids[rows], self._g[rows], self._num_rows)

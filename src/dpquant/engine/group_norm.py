@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dpquant.engine.context import Tape
-from dpquant.engine.contributions import Formed
+from dpquant.engine.contributions import Materialised
 from dpquant.native import kernels as _native
 
 
@@ -76,8 +76,8 @@ class _GroupNorm(torch.autograd.Function):
             grad_bias.numpy(), **_sizes(x, ctx.layer),
         )  # fmt: skip
         if weight is not None:
-            ctx.tape.add(ctx.layer.weight, Formed(grad_weight))
-            ctx.tape.add(ctx.layer.bias, Formed(grad_bias))
+            ctx.tape.add(ctx.layer.weight, Materialised(grad_weight))
+            ctx.tape.add(ctx.layer.bias, Materialised(grad_bias))
         return grad_x, None, None, None, None, None
 
 

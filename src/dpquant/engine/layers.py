@@ -28,19 +28,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpquant.backends.cpu_int8 import INT8_ZERO_POINT, Int8Products, resolve_backend
+from dpquant.backends.algebra import convolved, input_gradient, swap_in_out, weight_gradient
 from dpquant.backends.geometry import Geometry
-from dpquant.backends.qtensor import QTensor
+from dpquant.backends.interface import Backend
+from dpquant.backends.qtensor import QTensor, code_values, scaled
 from dpquant.backends.quantize import quantize_rows
-from dpquant.backends.reference import (
-    Products,
-    SimulatedProducts,
-    code_values,
-    convolved,
-    input_gradient,
-    sides_swapped,
-    weight_gradient,
-)
+from dpquant.backends.registry import resolve
 from dpquant.engine.context import Pass, twin_of
 from dpquant.engine.group_norm import TapedGroupNorm
 from dpquant.errors import ModelError, SettingError
@@ -59,7 +52,7 @@ class QuantizableLayer(nn.Module):
     weight: Tensor
     bias: Any
     name: str
-    backend: str
+    backend: Backend
     chosen: Precision
     precision: Precision
     current: Pass | None
@@ -80,35 +73,12 @@ class QuantizableLayer(nn.Module):
         W is public: its scales may see all of it.
         """
         weight = self.weight.detach().reshape(self.weight.shape[0], -1, *self.geometry.kernel)
-        weight = sides_swapped(weight, self.geometry.groups) if kept == "input" else weight
+        weight = swap_in_out(weight, self.geometry.groups) if kept == "input" else weight
         rows = weight.flatten(1) if kept else weight.reshape(1, -1)
         keys = row_keys(derive_key(run.key, self.name, "weight"), torch.arange(len(rows)))
-        q = quantize_rows(
-            rows, role.format, role.rounding, keys.to(weight.device), clip=role.clip, one_sided=role.one_sided
-        )
+        q = quantize_rows(rows, role, keys.to(weight.device))
         codes = q.codes.view(weight.shape)
-        return QTensor(codes=sides_swapped(codes, self.geometry.groups) if kept == "input" else codes, scale=q.scale)
-
-    def products(self, weight: QTensor, geometry: Geometry, recipe: Recipe) -> Products:
-        """The backend's products with a quantized weight."""
-        if self.backend == "int8":
-            return Int8Products(weight, geometry)
-        return SimulatedProducts(weight, geometry, recipe.max_code)
-
-    def quantize(self, x: Tensor, role: RoleFormat, keys: Tensor) -> QTensor:
-        """Codes and one scale per example of x `(B, C, H, W)`, in the layout that the backend takes."""
-        keys = keys.to(x.device)
-        x = x.contiguous(memory_format=torch.channels_last)
-        zero_point = INT8_ZERO_POINT if self.backend == "int8" else 0
-        return quantize_rows(
-            x,
-            role.format,
-            role.rounding,
-            keys,
-            clip=role.clip,
-            one_sided=role.one_sided,
-            zero_point=zero_point,
-        )
+        return QTensor(codes=swap_in_out(codes, self.geometry.groups) if kept == "input" else codes, scale=q.scale)
 
     def convolve(self, x: Tensor) -> Tensor:
         """The layer on an image batch `(B, C, H, W)`, inside the current pass or, without one, as an ordinary layer."""
@@ -185,7 +155,7 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx, x, weight, bias, anchor, layer: QuantizableLayer, run: Pass):
         ctx.layer, ctx.run, ctx.call, ctx.precision = layer, run, run.next_call(layer), layer.precision
         ctx.size = x.shape[2:]
-        ctx.geometry = geometry = layer.geometry.trimmed(ctx.size)[0]
+        ctx.geometry = geometry = layer.geometry.cropped(ctx.size)[0]
         recipe, dgrad, wgrad = ctx.precision.recipes
         codes, ctx.x = _codes(ctx, "activation", x, recipe, wgrad)
         if recipe is None or dgrad is None:
@@ -193,9 +163,7 @@ class _Convolution(torch.autograd.Function):
         ctx.save_for_backward(x if wgrad is None else None, weight if dgrad is None else None)
         if recipe is None:
             return convolved(x, weight, bias, geometry)
-        products, weight_scale = run.quantized_weight(layer, recipe, ctx.size, side="output")
-        y = _scaled(products.forward(codes), codes.scale, weight_scale)
-        return y if bias is None else y.add_(bias[:, None, None])
+        return run.packed_weight(layer, recipe, ctx.size, side="output").forward(codes, bias)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
@@ -212,15 +180,15 @@ class _Convolution(torch.autograd.Function):
         if ctx.needs_input_grad[0] and codes is None:
             grad_x = input_gradient(grad, weight, ctx.geometry, ctx.size)
         elif ctx.needs_input_grad[0]:
-            products, weight_scale = run.quantized_weight(layer, recipe, ctx.size, side="input")
-            grad_x = _scaled(products.input_gradient(codes, ctx.size), codes.scale, weight_scale)
+            weight = run.packed_weight(layer, recipe, ctx.size, side="input")
+            grad_x = weight.input_gradient(codes, ctx.size)
         if run.tape is not None:
             run.tape.record(layer, x, g, grad)
             return grad_x, None, None, None, None, None
         if ctx.needs_input_grad[1]:
             g_values = code_values(g)
             if isinstance(g, QTensor) and isinstance(x, QTensor):
-                g_values = _scaled(g_values, g.scale * x.scale, torch.ones(1, device=g_values.device))
+                g_values = scaled(g_values, g.scale * x.scale, torch.ones(1, device=g_values.device))
             grad_weight = weight_gradient(g_values, code_values(x), layer.geometry)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum((0, 2, 3))
@@ -248,13 +216,9 @@ def _codes(ctx, role: str, x: Tensor, *recipes: Recipe | None) -> list[Any]:
     formats: list[RoleFormat | None] = [recipe and getattr(recipe, role) for recipe in recipes]
     for wanted in filter(None, formats):
         if wanted not in made:
-            made[wanted] = ctx.layer.quantize(x, wanted, ctx.run.draw_keys(ctx.layer, role, ctx.call, len(x)))
+            keys = ctx.run.draw_keys(ctx.layer, role, ctx.call, len(x)).to(x.device)
+            made[wanted] = ctx.layer.backend.quantize(x, wanted, keys)
     return [wanted and made[wanted] for wanted in formats]
-
-
-def _scaled(values: Tensor, scale_B: Tensor, scale_C: Tensor) -> Tensor:
-    """Each example's values `(B, C, H, W)` times its own scale and each channel's, `(C,)` or `(1,)`, in place."""
-    return values.mul_((scale_B[:, None] * scale_C)[:, :, None, None])
 
 
 _TWINS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
@@ -264,7 +228,9 @@ _TWINS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
 }
 
 
-def prepare(model: nn.Module, *, format: str | Recipe | Precision = "luq-fp4", backend: str = "auto") -> nn.Module:
+def prepare(
+    model: nn.Module, *, format: str | Recipe | Precision = "luq-fp4", backend: str | Backend = "auto"
+) -> nn.Module:
     """The model with a quantizable twin in place of every Conv2d and Linear, all in full precision until `set_policy`.
 
     The model is changed in place and returned (a model that is itself a Conv2d or Linear comes back as its twin).
@@ -275,7 +241,7 @@ def prepare(model: nn.Module, *, format: str | Recipe | Precision = "luq-fp4", b
       model: any module with float32 parameters.
       format: of chosen layers: a recipe's name (`luq-fp4`, `luq`, `int8`, `fp8`), a `Recipe`, or a `Precision` of the
         three products; the text of all of them is explained in `dpquant.formats`.
-      backend: `auto`, `simulate` (any device) or `int8` (a CPU whose int8 convolution is exact).
+      backend: `auto`, `simulate` (any device), `int8` (a CPU whose int8 convolution is exact), or a `Backend`.
     Returns: the prepared model.
     Raises:
       FormatError: recipe or backend unknown, or the recipe cannot run on the backend.
@@ -292,7 +258,7 @@ def prepare(model: nn.Module, *, format: str | Recipe | Precision = "luq-fp4", b
                 f"Expected model's parameters to be float32; got {name} of {parameter.dtype}. Clipping and noise are "
                 "calibrated in float32. Call model.float() first."
             )
-    resolved = resolve_backend(backend, max_code=chosen.max_code, fits_int8=chosen.fits_int8, device=devices.pop())
+    resolved = resolve(backend, [chosen], devices.pop())
     twins: dict[nn.Module, nn.Module] = {}
     for module in list(model.modules()):
         if type(module) in _TWINS:
@@ -338,8 +304,7 @@ def set_precisions(model: nn.Module, precisions: Mapping[str, Precision]) -> Non
             f"Known layers: {', '.join(layers) or 'none (call dpquant.prepare(model) first)'}."
         )
     for name, one in precisions.items():
-        device = layers[name].weight.device
-        resolve_backend(layers[name].backend, max_code=one.max_code, fits_int8=one.fits_int8, device=device)
+        resolve(layers[name].backend, [one], layers[name].weight.device)
     for name, layer in layers.items():
         layer.precision = precisions.get(name, FULL_PRECISION)
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dpquant.engine.contributions import Contribution, Formed, Lookup
+from dpquant.engine.contributions import Contribution, Lookup, Materialised
 from dpquant.engine.group_norm import TapedGroupNorm
 from dpquant.errors import ModelError
 
@@ -31,8 +31,10 @@ Rule = Callable[[Any, Tensor, Tensor], dict[str, Contribution]]
 def _of_group_norm(module: nn.GroupNorm, x: Tensor, grad: Tensor) -> dict[str, Contribution]:
     normalised = F.group_norm(x, module.num_groups, None, None, module.eps)
     return {
-        "weight": Formed((grad * normalised).flatten(2).sum(2)) if x.ndim > 2 else Formed(grad * normalised),
-        "bias": Formed(grad.flatten(2).sum(2)) if x.ndim > 2 else Formed(grad),
+        "weight": Materialised((grad * normalised).flatten(2).sum(2))
+        if x.ndim > 2
+        else Materialised(grad * normalised),
+        "bias": Materialised(grad.flatten(2).sum(2)) if x.ndim > 2 else Materialised(grad),
     }
 
 
@@ -40,7 +42,7 @@ def _of_layer_norm(module: nn.LayerNorm, x: Tensor, grad: Tensor) -> dict[str, C
     normalised = F.layer_norm(x, module.normalized_shape, None, None, module.eps)
     axes = tuple(range(1, x.ndim - len(module.normalized_shape)))
     total = (lambda t: t.sum(axes)) if axes else (lambda t: t)
-    return {"weight": Formed(total(grad * normalised)), "bias": Formed(total(grad))}
+    return {"weight": Materialised(total(grad * normalised)), "bias": Materialised(total(grad))}
 
 
 def _of_embedding(module: nn.Embedding, x: Tensor, grad: Tensor) -> dict[str, Contribution]:
@@ -124,7 +126,7 @@ def _generally(
         gradients, again = _one_by_one(module, of_one, parameters, rows, grad)
     if not _same(again.detach(), output.detach()):
         raise _unlike(module)
-    return {name.removeprefix("module."): Formed(gradient.detach()) for name, gradient in gradients.items()}
+    return {name.removeprefix("module."): Materialised(gradient.detach()) for name, gradient in gradients.items()}
 
 
 class _Bare(nn.Module):

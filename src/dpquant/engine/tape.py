@@ -8,7 +8,7 @@ Symbols: B examples, G_i the gradient of example i.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from dpquant.backends.qtensor import QTensor
 from dpquant.engine.clock import Clock
-from dpquant.engine.contributions import Contribution, Formed, Lookup
+from dpquant.engine.contributions import Contribution, Lookup, Materialised, WeightedSum
 from dpquant.engine.group_norm import TapedGroupNorm
 from dpquant.engine.layers import QuantizableLayer
 from dpquant.engine.per_example import contributions_of, has_formula
-from dpquant.engine.weight_gradients import Product
+from dpquant.engine.weight_gradients import LazyWeightGradient
 from dpquant.errors import ModelError
 
 
@@ -45,7 +45,7 @@ class GradientTape:
         self._names = names  # of the trainable parameters
         self._forming, self._keeping, self._clock = forming, keeping, clock
         self._contributions: dict[str, list[Contribution]] = {}
-        self._totals: dict[tuple[Any, ...], tuple[Contribution, Any]] = {}
+        self._sums: dict[tuple[str, Hashable], WeightedSum[Any]] = {}
         self.operands: list[QTensor] = []
         self.listening = True
 
@@ -63,11 +63,13 @@ class GradientTape:
             self.operands += [operand for operand in (x, g) if isinstance(operand, QTensor)]
         if layer.weight in self._names:  # spares a frozen layer the operands' copies
             recipe = layer.precision.wgrad
-            bits = None if recipe is None else recipe.gradient.format.significant_bits
-            product = Product.of(x, g, layer.geometry, layer.weight.shape, significant_bits=bits)
-            self.add(layer.weight, product.fastest() if self._forming else product)
+            bits = 0 if recipe is None else recipe.gradient.format.significant_bits
+            gradient = LazyWeightGradient.of(
+                x, g, layer.geometry, layer.weight.shape, backend=layer.backend, significant_bits=bits
+            )
+            self.add(layer.weight, gradient.evaluated() if self._forming else gradient)
         if layer.bias is not None:
-            self.add(layer.bias, Formed(grad.flatten(2).sum(2)))
+            self.add(layer.bias, Materialised(grad.flatten(2).sum(2)))
 
     def add(self, parameter: Tensor, contribution: Contribution) -> None:
         """One more contribution to a parameter's per-example gradients; a frozen parameter needs none."""
@@ -78,9 +80,9 @@ class GradientTape:
         """Add sum_i w_i G_i to the totals."""
         for name, part in parts.items():
             with self._timing(name):
-                form = (name, type(part), getattr(part, "geometry", None))  # what shares one running total
-                _, total = self._totals.get(form, (part, None))
-                self._totals[form] = part, part.add_weighted(weights_B, total)
+                if (name, part.kind) not in self._sums:
+                    self._sums[name, part.kind] = part.begin_sum()
+                self._sums[name, part.kind].add(part, weights_B)
 
     def contributions(self) -> dict[str, Contribution]:
         """{parameter name: the microbatch's gradients}, without parameters that got none."""
@@ -89,9 +91,8 @@ class GradientTape:
     def totals(self, trainable: Mapping[str, nn.Parameter], complete: bool) -> dict[str, Tensor]:
         """{parameter name: the sum over all microbatches}; where there is none, zero or, if complete, an error."""
         totals: dict[str, Tensor] = {}
-        for (name, *_), (part, total) in self._totals.items():
-            finished = part.finished(total)
-            totals[name] = finished if name not in totals else totals[name] + finished
+        for (name, _), one in self._sums.items():
+            totals[name] = one.value() if name not in totals else totals[name] + one.value()
         if complete and totals.keys() < trainable.keys():
             raise no_gradient(next(name for name in trainable if name not in totals))
         return {name: totals[name] if name in totals else torch.zeros_like(p) for name, p in trainable.items()}
@@ -131,7 +132,7 @@ def _one_contribution(found: list[Contribution]) -> Contribution:
     lookups = [one for one in found if isinstance(one, Lookup)]
     if len(lookups) == len(found):
         return Lookup.merged(lookups)
-    return Formed(torch.stack([one.per_example() for one in found]).sum(0))
+    return Materialised(torch.stack([one.per_example() for one in found]).sum(0))
 
 
 def no_gradient(name: str) -> ModelError:

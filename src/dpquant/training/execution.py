@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from dpquant.backends.choose import decided
-from dpquant.backends.cpu_int8 import obstacle_to_int8
+from dpquant.backends.interface import Backend
+from dpquant.backends.registry import reason_for
 from dpquant.engine.batches import leaves
 from dpquant.engine.layers import quantizable_layers, set_policy, set_precisions
 from dpquant.engine.passes import PerExampleLoss
@@ -71,7 +72,7 @@ def decide(
     macs: dict[str, float],
     chosen: Precision,
     rest: Precision,
-    backend: str,
+    backend: str | Backend,
     plan: PrivacyPlan,
     microbatch_size: int | None,
     memory: float | None,
@@ -119,7 +120,7 @@ def decide(
             lasting=False,
         )
     layer = next(iter(quantizable_layers(model).values()), None)
-    runs_on = "simulate" if layer is None else layer.backend
+    runs_on = "simulate" if layer is None else layer.backend.name
     gains: dict[str, float] = {}
     if policy.quantizes and backend == "auto" and runs_on == "int8":
         gains = decided(
@@ -129,10 +130,8 @@ def decide(
         )
     reason = ""
     if layer is not None and (policy.quantizes or rest.quantized):
-        device, used = layer.weight.device, [one for one in (chosen, rest) if one.quantized]
-        obstacles = [obstacle_to_int8(max_code=one.max_code, fits_int8=one.fits_int8, device=device) for one in used]
-        obstacle = next(filter(None, obstacles), None)
-        reason = "asked for" if backend != "auto" else obstacle or "exact on this processor"
+        used = [one for one in (chosen, rest) if one.quantized]
+        reason = "asked for" if backend != "auto" else reason_for(layer.backend, used, layer.weight.device)
     return Execution(
         chosen=chosen,
         rest=rest,
@@ -161,7 +160,7 @@ def _question(model: nn.Module, made_up: Any, chosen: Precision, rest: Precision
     return _digest(
         *(f"{name}: {type(module).__name__}" for name, module in model.named_modules()),
         *(f"{name}: {tuple(p.shape)} {p.requires_grad}" for name, p in model.named_parameters()),
-        *(f"{layer.geometry} {layer.backend} {layer.weight.device}" for layer in layers),
+        *(f"{layer.geometry} {layer.backend.name} {layer.weight.device}" for layer in layers),
         *(f"{leaf.dtype} {tuple(leaf.shape[1:])}" for _, leaf in leaves(made_up)),
         *(chosen.name, rest.name, plan.expected_batch_size, torch.get_num_threads()),
     )

@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.data import IterableDataset, default_collate
 
 from dpquant.backends.choose import Choices
-from dpquant.backends.cpu_int8 import resolve_backend
+from dpquant.backends.interface import Backend
+from dpquant.backends.registry import resolve
 from dpquant.checks.isolation import (
     Findings,
     check_at_size,
@@ -47,7 +48,7 @@ def make_private(
     policy: Policy,
     format: str | Recipe | Precision = "luq-fp4",
     rest: str | Recipe | Precision = "full",
-    backend: str = "auto",
+    backend: str | Backend = "auto",
     seed: int = 0,
     ledger: Path | None = None,
     collate_fn: Callable[[list], Any] = default_collate,
@@ -104,7 +105,8 @@ def make_private(
         )
     chosen, others = precision(format), precision(rest)
     device = next(model.parameters()).device
-    model = prepare(model, format=chosen, backend=_common_backend(backend, chosen, others, device))
+    used = [chosen, others] if others.quantized else [chosen]
+    model = prepare(model, format=chosen, backend=resolve(backend, used, device))
     if example is None:
         specimens = candidates(_first_records(train_set), collate_fn, device)
     else:
@@ -146,17 +148,6 @@ def make_private(
         seed=seed,
         secret=secret,
     )
-
-
-def _common_backend(backend: str, chosen: Precision, others: Precision, device: torch.device) -> str:
-    """The backend asked for; where it is `auto`, one that runs the other layers' precision too."""
-    if backend == "auto" and any(
-        resolve_backend(backend, max_code=one.max_code, fits_int8=one.fits_int8, device=device) == "simulate"
-        for one in (chosen, others)
-        if one.quantized
-    ):
-        return "simulate"
-    return backend
 
 
 def _first_records(train_set: MapDataset) -> list[Any]:

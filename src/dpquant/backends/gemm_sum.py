@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weighted sum of weight gradients from operands, worked off when there are positions enough for a fast product."""
+"""The weighted sum of weight gradients from operands, by matrix products over the positions of many examples."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -8,62 +8,60 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from dpquant.backends.algebra import add_patch_products, bfloat16_factors, in_weight_order, weight_gradient
 from dpquant.backends.choose import fastest
 from dpquant.backends.geometry import Geometry
-from dpquant.backends.reference import add_patch_products, bfloat16_factors, in_weight_order, weight_gradient
+from dpquant.backends.interface import Operands
 
-_UNFOLDED = 2**23  # bytes, at once
+_AT_ONCE = 2**23  # bytes of im2col
 _ENOUGH_POSITIONS = 2048  # from here on a matrix product over positions takes no less time for each
 
 
-class WaitingSum:
-    """A total whose products wait until they have positions enough for one fast matrix product.
+class GemmSum:
+    """An accumulator that buffers operands until one large matrix product is efficient."""
 
-    Args:
-      x, g: operands such as will be added, whose values are not read.
-      geometry: how the taps walk over x.
-      pieces: how many bfloat16 numbers add up to an element of g; 0: it need not be a sum of such.
-    """
-
-    def __init__(self, x: Tensor, g: Tensor, geometry: Geometry, pieces: int):
+    def __init__(self, operands: Operands):
+        """Begin an empty sum for operands of these shapes, whose values are not read."""
+        x, g = operands.values
         self._shapes, self._like = (x.shape[1:], g.shape[1:]), {"dtype": x.dtype, "device": x.device}
-        self._geometry, self._pieces = geometry, pieces
+        self._geometry, self._bf16_terms = operands.geometry, operands.bf16_terms
         self._x: list[Tensor] = []
         self._g: list[Tensor] = []
         self._total: Tensor | None = None
         self._in_patch_order = False
 
-    def add(self, x: Tensor, g: Tensor) -> None:
-        """One more batch of operands, the factors in g; there may be no positions in it."""
+    def add(self, operands: Operands, weights_B: Tensor) -> None:
+        """Buffer one more microbatch; it may have no examples."""
+        x, g = operands.values
         if g.numel() == 0:
             return
         self._x.append(x)
-        self._g.append(g)
+        self._g.append(g * weights_B[:, None, None, None])
         if sum(t[:, 0].numel() for t in self._g) >= _ENOUGH_POSITIONS:
-            self._work_off()
+            self._flush()
 
     def value(self) -> Tensor:
-        """The sum of all so far, in the weight's order."""
+        """Return the sum of all so far, in weight order."""
         if self._x:
-            self._work_off()
+            self._flush()
         if self._total is None:
             (channels, *_), (outputs, *_) = self._shapes
             return torch.zeros(outputs, channels // self._geometry.groups, *self._geometry.kernel, **self._like)
         return in_weight_order(self._total.flatten(0, 1), self._geometry) if self._in_patch_order else self._total
 
-    def _work_off(self) -> None:
+    def _flush(self) -> None:
         x, g = torch.cat(self._x), torch.cat(self._g)
         self._x, self._g = [], []
-        ways = {"convolution": self._add_convolution, "patches": self._add_patches, "bfloat16": self._add_pieces}
-        if not self._pieces:
+        ways = {"convolution": self._add_convolution, "patches": self._add_patches, "bfloat16": self._add_terms}
+        if not self._bf16_terms:
             del ways["bfloat16"]
-        question = ("summed weight gradient", self._geometry, (*self._shapes, self._pieces), torch.get_num_threads())
-        name = fastest(question, {name: partial(self._try, way) for name, way in ways.items()})
+        key = ("summed weight gradient", self._geometry, (*self._shapes, self._bf16_terms), torch.get_num_threads())
+        name = fastest(key, {name: partial(self._try, way) for name, way in ways.items()})
         self._in_patch_order = name != "convolution"
         self._total = ways[name](g, x, self._total)
 
     def _try(self, way: Callable[[Tensor, Tensor, Tensor | None], Tensor | None]) -> None:
-        """A way on made-up operands: neither the values that wait here nor their number shall have a say."""
+        """Run a way on synthetic operands: neither the values that wait here nor their number may decide."""
         num_examples = math.ceil(_ENOUGH_POSITIONS / math.prod(self._shapes[1][1:]))
         x, g = (
             torch.ones(num_examples, *shape, **self._like).contiguous(memory_format=torch.channels_last)
@@ -80,10 +78,10 @@ class WaitingSum:
             total = add_patch_products(some_g, some_x, self._geometry, total)
         return total
 
-    def _add_pieces(self, g: Tensor, x: Tensor, total: Tensor | None) -> Tensor | None:
-        """The same, with g as a sum of bfloat16 numbers."""
+    def _add_terms(self, g: Tensor, x: Tensor, total: Tensor | None) -> Tensor | None:
+        """Add g as a sum of bfloat16 numbers."""
         with bfloat16_factors():
-            if self._pieces == 2:
+            if self._bf16_terms == 2:
                 high = g.bfloat16().float()
                 total = self._add_patches(high, x, total)
                 g = g - high
@@ -91,7 +89,7 @@ class WaitingSum:
 
 
 def slices(geometry: Geometry, x: Tensor, g: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The operands, a few examples at a time: unfolded inputs are large, and best used while they are in a cache."""
+    """Yield the operands a few examples at a time: the result of im2col is large, and best used while it is cached."""
     patch_bytes = 4 * x.shape[1] * math.prod(geometry.kernel) * math.prod(g.shape[2:])
-    step = max(_UNFOLDED // patch_bytes, 1)
+    step = max(_AT_ONCE // patch_bytes, 1)
     return zip(x.split(step), g.split(step), strict=True)

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The products of a convolution in plain torch, on any device: forward, input gradient, per-example weight gradient.
+
+Dense algebra on floating-point tensors; nothing here knows codes, scales, layers or privacy. A linear layer is a 1x1
+convolution over its positions.
+
+Symbols: B examples, C input channels, O output channels, G groups, H x W input size, T output positions, D patch size.
+"""
+
+import contextlib
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpquant.backends.geometry import Geometry
+from dpquant.backends.workarounds import in_one_column, subsampled
+
+ROUND_OFF = 2.0**-17
+"""Norms are rounded up by it, factors down: more than float32 matrix products lose that add up 16,384 equal terms
+(5.4e-6 was measured). Terms that are added one after the other can lose more."""
+
+
+def _is_slow(operand: Tensor, geometry: Geometry) -> bool:
+    """Whether torch's convolution is slower than a matrix product, as it is where it runs im2col in float64."""
+    return geometry.pointwise and operand.dtype == torch.float64
+
+
+def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """Convolve `(B, C, H, W)` with `(O, C / G, *kernel)` to `(B, O, H', W')`, in the operands' dtype."""
+    if _is_slow(x, geometry):
+        return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    x, g = in_one_column(x, geometry, zero=0)
+    return F.conv2d(x, weight, bias, g.stride, g.padding, g.dilation, g.groups)
+
+
+def swap_in_out(weight: Tensor, groups: int) -> Tensor:
+    """Exchange a weight's input and output channels: `(O, C / G, *kernel)` -> `(C, O / G, *kernel)`, and back."""
+    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def input_gradient(grad: Tensor, weight: Tensor, geometry: Geometry, size: tuple[int, int]) -> Tensor:
+    """The gradient of a convolution with respect to its input, in the dtype of its operands.
+
+    Args:
+      grad: `(B, O, H', W')`.
+      weight: `(O, C / G, *kernel)`.
+      geometry: of the convolution.
+      size: (H, W) of the input.
+    Returns: `(B, C, H, W)`.
+    """
+    if _is_slow(grad, geometry):
+        return (grad.permute(0, 2, 3, 1) @ weight.flatten(1)).permute(0, 3, 1, 2)
+    shape = (grad.shape[0], weight.shape[1] * geometry.groups, *size)
+    x = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)  # for its layout
+    return _convolution_backward(grad, x, weight, geometry, geometry.groups, [True, False, False])[0]
+
+
+def weight_gradient(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
+    """The weight gradient summed over the batch: grad `(B, O, H', W')`, x `(B, C, H, W)` -> `(O, C / G, *kernel)`."""
+    x, geometry = subsampled(x, geometry)
+    if geometry.pointwise:
+        total = grad.transpose(0, 1).flatten(1) @ x.transpose(0, 1).flatten(1).t()
+        return total[:, :, None, None]
+    shape = (grad.shape[1], x.shape[1] // geometry.groups, *geometry.kernel)
+    weight = grad.new_empty(1).expand(shape)
+    return _convolution_backward(grad, x, weight, geometry, geometry.groups, [False, True, False])[1]
+
+
+def patch_products(grad_BGTO: Tensor, patches_BGTD: Tensor) -> Tensor:
+    """Form each example's own weight gradient, sum_t grad_t patch_t^T, never summed over examples.
+
+    Args:
+      grad_BGTO: output gradients by group and position, float32: values or integer codes; from `positions`.
+      patches_BGTD: the receptive field of each position, float32, from `im2col`.
+    Returns: `(B, O, D)` with D in patch order, float32; exact for codes whose sums stay within 2^24.
+    """
+    return (grad_BGTO.transpose(2, 3) @ patches_BGTD).flatten(1, 2)
+
+
+def grouped_products(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
+    """Form the products of `patch_products` by one convolution whose groups are the examples.
+
+    Returns: `(B, O, C / G, *kernel)`, in weight order.
+    """
+    x, geometry = subsampled(x, geometry)
+    batch, channels = len(x), x.shape[1] // geometry.groups
+    shape = (batch * grad.shape[1], channels, *geometry.kernel)
+    # the examples become channels of one image, which is contiguous only with channels before positions
+    grads, xs = (t.contiguous().flatten(0, 1).unsqueeze(0) for t in (grad, x))
+    weight = grad.new_empty(1).expand(shape)
+    mask = [False, True, False]
+    products = _convolution_backward(grads, xs, weight, geometry, batch * geometry.groups, mask)[1]
+    return products.unflatten(0, (batch, -1))
+
+
+def add_patch_products(grad: Tensor, x: Tensor, geometry: Geometry, total: Tensor | None) -> Tensor:
+    """Add the weight gradient, summed over the batch, to a total `(G, O / G, D)` in patch order, in place."""
+    grad_GON = positions(grad, geometry).permute(1, 3, 0, 2).flatten(2)
+    patches_GND = im2col(x, geometry).transpose(0, 1).flatten(1, 2)
+    if total is None:
+        return grad_GON @ patches_GND
+    if geometry.groups == 1:  # a batched product of one is not as fast
+        total[0].addmm_(grad_GON[0], patches_GND[0])
+        return total
+    return total.baddbmm_(grad_GON, patches_GND)
+
+
+def positions(grad: Tensor, geometry: Geometry) -> Tensor:
+    """Output gradients by group and position: `(B, O, H', W')` -> `(B, G, T, O / G)`."""
+    return grad.flatten(2).unflatten(1, (geometry.groups, -1)).transpose(2, 3)
+
+
+@contextlib.contextmanager
+def bfloat16_factors() -> Iterator[None]:
+    """Allow bfloat16 inputs with float32 accumulation in float32 matrix products until the block ends. Process-wide.
+
+    For inputs that are bfloat16 numbers already this changes nothing but the time. A processor without bfloat16
+    instructions goes on in float32.
+    """
+    setting = cast(Any, torch.backends.mkldnn).matmul  # made at run time
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
+def in_weight_order(products: Tensor, geometry: Geometry) -> Tensor:
+    """`(..., O, D)` with D in patch order (kernel row, kernel column, channel) -> `(..., O, C / G, *kernel)`."""
+    return products.unflatten(-1, (*geometry.kernel, -1)).movedim(-1, -3)
+
+
+def _convolution_backward(grad, x, weight, geometry: Geometry, groups: int, mask: list[bool]):
+    g = geometry
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, g.stride, g.padding, g.dilation, False, [0, 0], groups, mask
+    )
+
+
+def im2col(x: Tensor, geometry: Geometry) -> Tensor:
+    """Copy out the receptive field of each output position: `(B, C, H, W)` -> `(B, G, T, C / G * kernel size)`.
+
+    The order inside a patch is (kernel row, kernel column, channel): see `in_weight_order`.
+    """
+    (top, left), (down, right), (step_down, step_right) = geometry.padding, geometry.stride, geometry.dilation
+    x_BHWC = F.pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top)).contiguous()
+    batch, height, width, channels = x_BHWC.shape
+    rows = (height - geometry.reach[0] - 1) // down + 1
+    columns = (width - geometry.reach[1] - 1) // right + 1
+    per_group, line = channels // geometry.groups, width * channels
+    size = (batch, geometry.groups, rows, columns, *geometry.kernel, per_group)
+    steps = (height * line, per_group, down * line, right * channels, step_down * line, step_right * channels, 1)
+    patch = math.prod(geometry.kernel) * per_group
+    return x_BHWC.as_strided(size, steps).reshape(batch, geometry.groups, rows * columns, patch)
+
+
+def patch_grams(x: Tensor, geometry: Geometry) -> Tensor:
+    """Form the Gram matrix of the patches, patches @ patches^T of `im2col`: `(B, G, T, T)`.
+
+    It is a sum over taps of the Gram matrix of pixels, so that pixels are multiplied once and no im2col is needed.
+    """
+    (top, left), (down, right), (step_down, step_right) = geometry.padding, geometry.stride, geometry.dilation
+    x_BHWC = F.pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top))
+    batch, height, width = x_BHWC.shape[:3]
+    rows = (height - geometry.reach[0] - 1) // down + 1
+    columns = (width - geometry.reach[1] - 1) // right + 1
+    pixels_BGNC = x_BHWC.flatten(1, 2).unflatten(2, (geometry.groups, -1)).transpose(1, 2)
+    grams = (pixels_BGNC @ pixels_BGNC.transpose(2, 3)).contiguous()
+    pixels = height * width
+    size = (batch, geometry.groups, *geometry.kernel, rows, columns, rows, columns)
+    line = down * width, right  # from one position to the next
+    tap = step_down * width * (pixels + 1), step_right * (pixels + 1)
+    steps = (geometry.groups * pixels**2, pixels**2, *tap, line[0] * pixels, line[1] * pixels, *line)
+    by_tap = grams.as_strided(size, steps)
+    total = by_tap[:, :, 0, 0].clone()
+    for i, j in itertools.product(*map(range, geometry.kernel)):
+        if (i, j) != (0, 0):
+            total += by_tap[:, :, i, j]
+    return total.flatten(4, 5).flatten(2, 3)
+
+
+def row_norms(gradients: Tensor) -> Tensor:
+    """Return ||G_i||^2, float64 `(B,)`, of materialised gradients `(B, ...)`.
+
+    Rows are summed in float32, their squares in float64: nearly as exact as float64 throughout, without its copy.
+    """
+    width = gradients.shape[-1] if gradients.ndim > 1 else 1  # a parameter may be one number
+    rows = gradients.reshape(len(gradients), -1, width)
+    return torch.linalg.vector_norm(rows, dim=2).double().square().sum(1)
