@@ -28,6 +28,7 @@ from dpquant.app.bench import Spread
 from dpquant.checks.isolation import check_at_size, check_isolation, keeps_apart
 from dpquant.checks.synthetic import candidates
 from dpquant.engine.clip import clipped_sum_of
+from dpquant.engine.passes import Objective
 from dpquant.formats import precision
 from dpquant.machine import Hardware
 from dpquant.training.records import Records
@@ -103,7 +104,7 @@ def measured(model: nn.Module, data: TensorDataset, rounds: int) -> dict:
 
     def check(loss_fn: Callable):
         records = [data[index] for index in range(3)]
-        return check_isolation(model, loss_fn, candidates(records, default_collate, CPU), quantized=[luq])
+        return check_isolation(Objective(model, loss_fn), candidates(records, default_collate, CPU), quantized=[luq])
 
     try:
         check(coupled)
@@ -117,13 +118,9 @@ def measured(model: nn.Module, data: TensorDataset, rounds: int) -> dict:
         noise_multiplier=1.0, delta=1e-5, max_grad_norm=1.0, sample_rate=0.02, expected_batch_size=1024, steps=100
     )
     optimizer = torch.optim.Adam(model.parameters())
-    sized = [seconds(lambda: check_at_size(model, loss, found, MICROBATCH)) for _ in range(rounds)]
+    sized = [seconds(lambda: check_at_size(found, MICROBATCH)) for _ in range(rounds)]
     rehearsed = [
-        seconds(
-            lambda: rehearse(
-                model, loss, optimizer, plan, found, microbatch_size=MICROBATCH, analysed=next(iter(found.macs))
-            )
-        )
+        seconds(lambda: rehearse(optimizer, plan, found, microbatch_size=MICROBATCH, analysed=next(iter(found.macs))))
         for _ in range(rounds)
     ]
     source = Records(data, default_collate, CPU, found.specimens)
@@ -131,11 +128,11 @@ def measured(model: nn.Module, data: TensorDataset, rounds: int) -> dict:
 
     def probe() -> None:
         companies = source.company(ids, PROBED, 0)
-        assert companies is not None and keeps_apart(model, loss, *companies, key=0, drawing=found.drawing)
+        assert companies is not None and keeps_apart(found.objective, *companies, key=0)
 
     def microbatch() -> None:
         pieces = source.microbatches(ids, MICROBATCH, 0)
-        clipped_sum_of(model, loss, pieces, max_grad_norm=1.0, key=0, drawing=found.drawing, leaves_out=True)
+        clipped_sum_of(found.objective, pieces, max_grad_norm=1.0, key=0, leaves_out=True)
 
     probe(), microbatch()
     shares = []

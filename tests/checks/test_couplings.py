@@ -26,7 +26,7 @@ from dpquant.checks.isolation import Findings, check_isolation
 from dpquant.checks.synthetic import Specimens, candidates
 from dpquant.engine import layers
 from dpquant.engine.batches import leaves, with_leaves
-from dpquant.engine.passes import RowGradients
+from dpquant.engine.passes import Objective, RowGradients
 from dpquant.errors import DataError, ModelError
 from dpquant.formats import precision
 
@@ -139,7 +139,7 @@ class Case:
     def check(self, *quantized) -> Findings:
         model = layers.prepare(self.model, backend="simulate")
         records = candidates([self.record], self.collate, torch.device("cpu"))
-        return check_isolation(model, self.loss, records, quantized=quantized)
+        return check_isolation(Objective(model, self.loss), records, quantized=quantized)
 
 
 def case_of(name="vectors", shape="a tuple", extra="", dropout=0.0, training=True, seed=0):

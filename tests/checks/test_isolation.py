@@ -8,6 +8,7 @@ from torch.utils.data import default_collate
 from dpquant.checks.isolation import check_isolation
 from dpquant.checks.synthetic import candidates
 from dpquant.engine.layers import prepare
+from dpquant.engine.passes import Objective
 from dpquant.errors import ModelError
 from networks import loss, zoo
 
@@ -76,7 +77,9 @@ def test_positions_before_examples_are_refused():
 def checked(model, record=IMAGE, loss_fn=loss, collate=default_collate, **settings):
     """The multiply-accumulates of a model that passes."""
     torch.manual_seed(1)
-    found = check_isolation(prepare(model), loss_fn, candidates([record], collate, torch.device("cpu")), **settings)
+    found = check_isolation(
+        Objective(prepare(model), loss_fn), candidates([record], collate, torch.device("cpu")), **settings
+    )
     return found.macs
 
 

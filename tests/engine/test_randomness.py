@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from dpquant.engine import randomness
-from dpquant.engine.randomness import Drawing, Position, RecordDraws, Watch, drawn_by_record, reseed, seeded
+from dpquant.engine.randomness import Drawing, Position, RecordDraws, Watch, reseed, seeded
 from dpquant.errors import ModelError
 
 IDS = [5, 3, 9, 7]
@@ -430,14 +430,14 @@ def test_draws_are_noticed_once_and_made_by_record_from_then_on(by_operator, gen
     expected, _ = drawn(lambda ids: noisy(), IDS)
     for expected_calls in (2, 3):
         with seeded(1):
-            assert torch.equal(drawn_by_record(compute, 1, torch.tensor(IDS), drawing), expected)
+            assert torch.equal(drawing.by_record(compute, 1, torch.tensor(IDS)), expected)
         assert drawing.seen and not drawing.by_operator and len(calls) == expected_calls
 
 
 def test_without_looking_at_operators_a_user_s_generator_would_not_be_noticed():
     drawing, generator = Drawing(), own()
     with seeded(1):
-        found = drawn_by_record(lambda: noisy(generator), 1, torch.tensor(IDS), drawing)
+        found = drawing.by_record(lambda: noisy(generator), 1, torch.tensor(IDS))
     assert not drawing.seen and torch.equal(found, noisy(own()))
 
 
@@ -446,7 +446,7 @@ def test_what_draws_nothing_is_computed_once():
     for by_operator in (True, False):
         drawing = Drawing(by_operator=by_operator)
         with seeded(1):
-            drawn_by_record(lambda: calls.append(None) or VALUES + 1, 1, torch.tensor(IDS), drawing)
+            drawing.by_record(lambda: calls.append(None) or VALUES + 1, 1, torch.tensor(IDS))
         assert not drawing.seen and not drawing.by_operator
     assert len(calls) == 2
 
@@ -455,5 +455,5 @@ def test_numbers_that_were_drawn_before_it_was_noticed_do_not_count():
     """The first and the second computation start from the same place of Python's and numpy's streams."""
     drawing, seen = Drawing(), []
     with seeded(1):
-        drawn_by_record(lambda: seen.append(draw_from_all()[:2]) or noisy(), 1, torch.tensor(IDS), drawing)
+        drawing.by_record(lambda: seen.append(draw_from_all()[:2]) or noisy(), 1, torch.tensor(IDS))
     assert len(seen) == 2 and seen[0] == seen[1]

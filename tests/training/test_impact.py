@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-import contextlib
-
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpquant.engine import layers, passes
+from dpquant.engine.batches import Microbatch, microbatches
 from dpquant.engine.context import Pass
 from dpquant.engine.layers import current_precisions, prepare, quantizable_layers, running, set_policy
+from dpquant.engine.passes import Objective
+from dpquant.engine.randomness import Drawing
 from dpquant.errors import SettingError
 from dpquant.rounding import derive_key
-from dpquant.training import impact
-from dpquant.training.impact import gradient_impact_vectors, impact_sum
+from dpquant.training.impact import analysis_keys, gradient_impact_vectors, impact_sum, impact_vectors
 from networks import loss, zoo
 
 NAMES = ("strided", "residual", "grouped", "reused", "tokens")
@@ -22,12 +22,14 @@ def prepared(name):
     return prepare(model), batch
 
 
-def measured(model, batch, rows=None, max_norm=0.05, **settings):
+def measured(model, batch, rows=None, *, max_norm=0.05, repeats=1, microbatch_size=64, drawing=None, **settings):
     rows = torch.arange(len(batch[1])) if rows is None else torch.as_tensor(rows, dtype=torch.int64)
     part = tuple(t[rows] for t in batch)
     names = list(quantizable_layers(model))
-    arguments = {"names": names, "max_norm": max_norm, "record_ids": rows, "step": 2, "seed": 1, **settings}
-    out = impact_sum(model, loss, part, **arguments)
+    pieces = microbatches(part, rows, microbatch_size)
+    keys = analysis_keys(1, 2, repeats)
+    arguments = {"names": names, "max_norm": max_norm, "keys": keys, **settings}
+    out = impact_sum(Objective(model, loss, drawing or Drawing()), pieces, **arguments)
     assert out.sensitivity == max_norm
     return out.impacts
 
@@ -59,13 +61,22 @@ def test_the_sum_is_that_of_full_forward_passes(name, max_norm, repeats):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_what_comes_before_the_quantized_layer_is_not_computed_again(monkeypatch):
-    model, batch = prepared("residual")
-    calls = []
-    honest = layers._Convolution.apply
-    monkeypatch.setattr(layers._Convolution, "apply", lambda *a: calls.append(1) or honest(*a))
-    measured(model, batch)
-    assert len(calls) == 3 + (3 + 2 + 1)  # the full-precision pass, then each policy from its layer on
+class Convolutions(TorchDispatchMode):
+    """Counts the convolutions that are computed."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket is torch.ops.aten.convolution
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_comes_before_the_quantized_layer_is_not_computed_again():
+    model, batch = zoo()["residual"]
+    model = prepare(model, backend="simulate")
+    with Convolutions() as computed:
+        measured(model, batch)
+    assert computed.count == 3 + (3 + 2 + 1)  # the full-precision pass, then each policy from its layer on
 
 
 def gradients_one_by_one(model, batch, repeat, policy):
@@ -88,7 +99,8 @@ def gradients_one_by_one(model, batch, repeat, policy):
 def test_the_gradients_score_is_one_minus_the_cosine_of_gradients_taken_one_by_one(name, repeats):
     model, batch = prepared(name)
     names, ids = list(quantizable_layers(model)), torch.arange(len(batch[1]))
-    found = gradient_impact_vectors(model, loss, batch, names, ids, step=2, seed=1, repeats=repeats)
+    piece = Microbatch(batch, ids, len(ids))
+    found = gradient_impact_vectors(Objective(model, loss), piece, names, analysis_keys(1, 2, repeats))
     full = gradients_one_by_one(model, batch, 0, ())
     quantized = [[gradients_one_by_one(model, batch, r, (n,)) for r in range(repeats)] for n in names]
     cosines = [sum(nn.functional.cosine_similarity(full, one) for one in draws) / repeats for draws in quantized]
@@ -100,8 +112,9 @@ def test_the_gradients_score_sees_a_backward_product_that_the_loss_cannot():
     model, batch = zoo()["residual"]
     model = prepare(model, format="full/full/luq-fp4")
     names, ids = list(quantizable_layers(model)), torch.arange(len(batch[1]))
-    assert impact.impact_vectors(model, loss, batch, names, ids, step=0, seed=0).abs().max() == 0
-    assert gradient_impact_vectors(model, loss, batch, names, ids, step=0, seed=0).min() > 0
+    arguments = Objective(model, loss), Microbatch(batch, ids, len(ids)), names, analysis_keys(0, 0)
+    assert impact_vectors(*arguments).abs().max() == 0
+    assert gradient_impact_vectors(*arguments).min() > 0
 
 
 def assert_bounded(summed, count, max_norm):
@@ -176,14 +189,12 @@ def test_everything_else_is_left_bitwise_as_it_was(score):
     measured(model, batch, score=score)
     assert_same_state(before, state_of(model))
     with pytest.raises(SettingError):
-        impact_sum(
-            model, lambda m, b: loss(m, b).mean(), batch, names=["head"], max_norm=1.0, record_ids=torch.arange(4),
-            step=0, seed=0,
-        )  # fmt: skip
+        objective = Objective(model, lambda m, b: loss(m, b).mean())
+        impact_sum(objective, [Microbatch(batch, torch.arange(4), 4)], names=["head"], max_norm=1.0, keys=[0])
     assert_same_state(before, state_of(model))
 
 
-class Drawing(Dropping):
+class Noisy(Dropping):
     """Draws random numbers in evaluation mode too, some for each example and some for all."""
 
     def forward(self, x):
@@ -191,35 +202,42 @@ class Drawing(Dropping):
         return self.head(x + torch.rand_like(x) + torch.rand(8))
 
 
-def drawing_model_and_batch():
+def noisy_model_and_batch():
     torch.manual_seed(0)
-    return prepare(Drawing()), (torch.randn(6, 6), torch.arange(6) % 5)
+    return prepare(Noisy()), (torch.randn(6, 6), torch.arange(6) % 5)
 
 
 @pytest.mark.parametrize("score", ["loss", "gradient"])
 def test_a_model_that_draws_random_numbers_disturbs_no_global_stream(score):
-    model, batch = drawing_model_and_batch()
+    model, batch = noisy_model_and_batch()
     before = state_of(model)
     measured(model, batch, score=score)
     assert_same_state(before, state_of(model))
 
 
 @pytest.mark.parametrize("score", ["loss", "gradient"])
-def test_a_measurement_that_moves_the_global_stream_would_be_caught(score, monkeypatch):
-    monkeypatch.setattr(impact if score == "loss" else passes, "seeded", lambda key: contextlib.nullcontext())
-    model, batch = drawing_model_and_batch()
+def test_a_measurement_that_moves_the_global_stream_would_be_caught(score):
+    model, batch = noisy_model_and_batch()
     before = state_of(model)
     measured(model, batch, score=score)
+    torch.rand(1)  # as a measurement that leaves the stream moved
     with pytest.raises(AssertionError):
         assert_same_state(before, state_of(model))
 
 
-def assert_impacts_follow_the_record(score):
+class ByPlace(Drawing):
+    """Leaves draws to the global stream, which gives them by place."""
+
+    def by_record(self, compute, key, record_ids):
+        return compute()
+
+
+def assert_impacts_follow_the_record(score, drawing=Drawing):
     """A record that is left out moves no other's draws, although the others stand at other places."""
-    model, batch = drawing_model_and_batch()
-    alone = [measured(model, batch, [i], score=score, microbatch_size=5) for i in range(6)]
+    model, batch = noisy_model_and_batch()
+    alone = [measured(model, batch, [i], score=score, microbatch_size=5, drawing=drawing()) for i in range(6)]
     for rows in (range(6), [1, 2, 3, 4, 5], [5, 0, 3]):
-        whole = measured(model, batch, rows, score=score, microbatch_size=5)
+        whole = measured(model, batch, rows, score=score, microbatch_size=5, drawing=drawing())
         torch.testing.assert_close(whole, sum(alone[i] for i in rows), rtol=1e-4, atol=1e-6)
 
 
@@ -229,10 +247,9 @@ def test_what_a_model_draws_follows_the_record(score):
 
 
 @pytest.mark.parametrize("score", ["loss", "gradient"])
-def test_draws_that_follow_the_place_would_be_caught(score, monkeypatch):
-    monkeypatch.setattr(impact if score == "loss" else passes, "drawn_by_record", lambda compute, *_: compute())
+def test_draws_that_follow_the_place_would_be_caught(score):
     with pytest.raises(AssertionError):
-        assert_impacts_follow_the_record(score)
+        assert_impacts_follow_the_record(score, ByPlace)
 
 
 @pytest.mark.parametrize("settings", [{"max_norm": 0.0}, {"max_norm": float("inf")}, {"repeats": 0}, {"names": ["x"]}])

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from dpquant.data import dataset as data
+from dpquant.engine.batches import Microbatch
+from dpquant.engine.passes import Objective
 from dpquant.errors import SettingError
 from dpquant.machine import Hardware
 from dpquant.privacy.plan import AnalysisPlan, PrivacyPlan
@@ -41,7 +43,7 @@ from dpquant.training.cost import (
     warnings,
 )
 from dpquant.training.execution import spared_layers
-from dpquant.training.impact import impact_sum
+from dpquant.training.impact import analysis_keys, impact_sum
 from dpquant.training.policies import Policy, Turn, largest_layers, noise_left
 from dpquant.training.private import PrivateTraining
 from dpquant.training.start import make_private
@@ -309,14 +311,11 @@ def _analysis_seconds(private: PrivateTraining, made_up: _MadeUp, analysis: Anal
     """Seconds of an analysis, from a few examples."""
     began = time.perf_counter()
     impact_sum(
-        private.model,
-        per_example_loss,
-        made_up.first(_ANALYSED),
+        Objective(private.model, per_example_loss),
+        [Microbatch(made_up.first(_ANALYSED), torch.arange(_ANALYSED), _ANALYSED)],
         names=list(private.macs),
         max_norm=1.0,
-        record_ids=torch.arange(_ANALYSED),
-        step=0,
-        seed=0,
+        keys=analysis_keys(0, 0),
         score=analysis.score,
     )
     return (time.perf_counter() - began) / _ANALYSED * analysis.expected_batch_size

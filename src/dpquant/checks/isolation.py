@@ -52,7 +52,7 @@ from dpquant.engine.layers import (
     set_policy,
     set_precisions,
 )
-from dpquant.engine.passes import PerExampleLoss, gradients_of_rows, losses_of
+from dpquant.engine.passes import Objective, gradients_of_rows, losses_of
 from dpquant.engine.randomness import Drawing, seeded
 from dpquant.engine.tape import check_examples_first, no_gradient
 from dpquant.errors import DataError, DPQuantError, ModelError
@@ -75,29 +75,24 @@ class Findings:
     """What the check found out about a model that passed it.
 
     Attributes:
+      objective: the model and its loss, and whether they draw random numbers.
       macs: {quantizable layer: multiply-accumulates of its forward product, for one example}.
       specimens: the synthetic records that it ran on.
-      drawing: whether the model draws random numbers.
     """
 
+    objective: Objective
     macs: dict[str, float]
     specimens: Specimens
-    drawing: Drawing
 
 
 def check_isolation(
-    model: nn.Module,
-    loss_fn: PerExampleLoss,
-    candidates: Iterable[Specimens],
-    *,
-    quantized: Sequence[Precision] = (),
+    objective: Objective, candidates: Iterable[Specimens], *, quantized: Sequence[Precision] = ()
 ) -> Findings:
     """Run the model on synthetic records, refuse it if its examples are coupled, and count its multiply-accumulates.
 
     Args:
-      model: a prepared model. Its parameters, modes and precisions and the global random streams are left as they were;
-        buffers that it fills at its first call are filled.
-      loss_fn: `(model, batch) -> Tensor (B,)`.
+      objective: a prepared model and its loss. Parameters, modes and precisions and the global random streams are left
+        as they were; buffers that the model fills at its first call are filled.
       candidates: synthetic records of several kinds; those that the model can run on are used.
       quantized: the precisions in which all layers are tried besides full precision.
     Raises:
@@ -107,22 +102,23 @@ def check_isolation(
       DataError: the collate function does not give one row for each record, or mixes records.
     Privacy: reads no data.
     """
+    model = objective.model
     modes = {module: module.training for module in model.modules()}
     precisions = current_precisions(model)
     try:
         set_policy(model, ())
         unclear: list[Specimens] = []
         found, unseen = None, None
-        for specimens in itertools.islice(_usable(model, loss_fn, candidates), _MOST_KINDS):
-            drawing = Drawing(by_operator=True)
-            macs = _count_macs(model, loss_fn, specimens)
+        for specimens in itertools.islice(_usable(objective, candidates), _MOST_KINDS):
+            watched = dataclasses.replace(objective, drawing=Drawing(by_operator=True))
+            macs = _count_macs(objective, specimens)
             try:
-                _check(model, loss_fn, specimens, drawing, planted=True)
+                _check(watched, specimens, planted=True)
             except Blind as problem:
                 unseen = problem
                 unclear.append(specimens)
             else:
-                found = Findings(macs=macs, specimens=specimens, drawing=drawing)
+                found = Findings(objective=watched, macs=macs, specimens=specimens)
                 break
         if found is None:
             raise ModelError(str(unseen))
@@ -131,12 +127,12 @@ def check_isolation(
             with shaken(model, torch.float32, 0):
                 for one in quantized:
                     set_precisions(model, dict.fromkeys(quantizable_layers(model), one))
-                    _check_codes(model, loss_fn, found.specimens, found.drawing)
+                    _check_codes(found.objective, found.specimens)
                     for specimens in others:
-                        _check_quantized_losses(model, loss_fn, specimens, found.drawing)
+                        _check_quantized_losses(found.objective, specimens)
         else:
             for specimens in others:
-                _check_kind(model, loss_fn, specimens, found.drawing)
+                _check_kind(found.objective, specimens)
         return found
     finally:
         set_precisions(model, precisions)
@@ -144,12 +140,12 @@ def check_isolation(
             module.training = training
 
 
-def _usable(model: nn.Module, loss_fn: PerExampleLoss, candidates: Iterable[Specimens]) -> Iterator[Specimens]:
+def _usable(objective: Objective, candidates: Iterable[Specimens]) -> Iterator[Specimens]:
     """The candidates on which the model runs with finite losses and gradients; at least one, or an error."""
     first, any_usable = None, False
     for specimens in candidates:
         try:
-            _run(model, loss_fn, specimens)
+            _run(objective, specimens)
         except DataError:  # the collate function's, or of the wrong number of rows
             raise
         except Exception as error:  # whatever the user's code raises on values that are not of its domain
@@ -162,30 +158,31 @@ def _usable(model: nn.Module, loss_fn: PerExampleLoss, candidates: Iterable[Spec
         raise first
 
 
-def _run(model: nn.Module, loss_fn: PerExampleLoss, specimens: Specimens) -> None:
+def _run(objective: Objective, specimens: Specimens) -> None:
     """One pass over the three records. Raises whatever the user's code raises, and NotFinite."""
-    found = gradients_of_rows(model, loss_fn, piece_of(specimens, (0, 1, 2), torch.float32), key=KEY)
+    piece = piece_of(specimens, (0, 1, 2), torch.float32)
+    found = gradients_of_rows(dataclasses.replace(objective, drawing=objective.drawing.unknown()), piece, key=KEY)
     squared_norms = {name: part.squared_norms() for name, part in found.parts.items()}
     check_examples_first(squared_norms, 3)
     if not all(bool(values.isfinite().all()) for values in (found.losses, *squared_norms.values())):
         raise NotFinite
 
 
-def _check(model: nn.Module, loss_fn: PerExampleLoss, specimens: Specimens, drawing: Drawing, *, planted: bool) -> None:
+def _check(objective: Objective, specimens: Specimens, *, planted: bool) -> None:
     """Make all comparisons, in float64 if the model runs in it."""
-    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    trainable = set(objective.trainable())
     moved: set[str] = set()
     reached: set[str] = set()
     dtype = torch.float64
     for shake in range(_MOST_SHAKES):
         try:
-            probe = _compare(model, loss_fn, specimens, drawing, dtype, shake, planted)
+            probe = _compare(objective, specimens, dtype, shake, planted)
         except DPQuantError:
             raise
         except Exception:  # a type that the model fixes by itself
             dtype = torch.float32
             try:
-                probe = _compare(model, loss_fn, specimens, drawing, dtype, shake, planted)
+                probe = _compare(objective, specimens, dtype, shake, planted)
             except DPQuantError:
                 raise
             except Exception as error:
@@ -203,19 +200,12 @@ def _check(model: nn.Module, loss_fn: PerExampleLoss, specimens: Specimens, draw
     )
 
 
-def _compare(
-    model: nn.Module,
-    loss_fn: PerExampleLoss,
-    specimens: Specimens,
-    drawing: Drawing,
-    dtype: torch.dtype,
-    shake: int,
-    planted: bool,
-) -> Probe:
+def _compare(objective: Objective, specimens: Specimens, dtype: torch.dtype, shake: int, planted: bool) -> Probe:
     """The comparisons of one kind of records and one shake; the first ones that pass are planted against."""
+    model = objective.model
     with shaken(model, dtype, shake):
         before = buffers_of(model)
-        probe = Probe(model, loss_fn, specimens, drawing, dtype)
+        probe = Probe(objective, specimens, dtype)
         if planted:
             probe.check_collation()
         probe.compare_company()
@@ -229,22 +219,22 @@ def _compare(
         return probe
 
 
-def _check_kind(model: nn.Module, loss_fn: PerExampleLoss, specimens: Specimens, drawing: Drawing) -> None:
+def _check_kind(objective: Objective, specimens: Specimens) -> None:
     """Compare the results of another kind of values in full precision, if the model runs on it."""
     try:
-        _run(model, loss_fn, specimens)
+        _run(objective, specimens)
     except Exception:  # outside of the data's domain
         return
-    _check(model, loss_fn, specimens, drawing, planted=False)
+    _check(objective, specimens, planted=False)
 
 
-def _check_codes(model: nn.Module, loss_fn: PerExampleLoss, specimens: Specimens, drawing: Drawing) -> None:
+def _check_codes(objective: Objective, specimens: Specimens) -> None:
     """Compare rows' codes, scales and losses in several companies, bit for bit: a batch scale shows, and padding."""
     if specimens.padded:
         raise ModelError(PADDED)
 
     def results(order: Sequence[int]) -> list[Tensor]:
-        found = gradients_of_rows(model, loss_fn, piece_of(specimens, order, torch.float32), key=KEY, drawing=drawing)
+        found = gradients_of_rows(objective, piece_of(specimens, order, torch.float32), key=KEY)
         return [found.losses, *(part for operand in found.operands for part in (operand.codes, operand.scale))]
 
     def of_row(found: list[Tensor], row: int) -> list[Tensor]:
@@ -257,22 +247,22 @@ def _check_codes(model: nn.Module, loss_fn: PerExampleLoss, specimens: Specimens
             raise ModelError(PADDED)
         if not all(map(identical, here, there)):
             raise ModelError(COUPLED)
-    first = next(module for module in model.modules() if isinstance(module, QuantizableLayer))
+    first = next(module for module in objective.model.modules() if isinstance(module, QuantizableLayer))
     handle = first.register_forward_hook(add_mean)
     try:
-        one, other = _losses_in(FIXED[::2], model, loss_fn, specimens, drawing)
+        one, other = _losses_in(FIXED[::2], objective, specimens)
         if identical(one[0], other[0]) and all(map(identical, *(of_row(results(order), 0) for order in FIXED[::2]))):
             raise blind("the codes of quantized layers")
     finally:
         handle.remove()
 
 
-def _check_quantized_losses(model: nn.Module, loss_fn: PerExampleLoss, specimens: Specimens, drawing: Drawing) -> None:
+def _check_quantized_losses(objective: Objective, specimens: Specimens) -> None:
     """Compare the losses of another kind of values bit for bit, in both modes, if the model runs on it."""
-    for mode in (contextlib.nullcontext(), other_mode(model)):
+    for mode in (contextlib.nullcontext(), other_mode(objective.model)):
         try:
             with mode:
-                found = _losses_in(FIXED, model, loss_fn, specimens, drawing)
+                found = _losses_in(FIXED, objective, specimens)
         except Exception:  # outside of the data's domain
             return
         if not all(bool(losses.isfinite().all()) for losses in found):
@@ -284,18 +274,12 @@ def _check_quantized_losses(model: nn.Module, loss_fn: PerExampleLoss, specimens
                 raise ModelError(COUPLED)
 
 
-def _losses_in(
-    companies: Iterable[Sequence[int]],
-    model: nn.Module,
-    loss_fn: PerExampleLoss,
-    specimens: Specimens,
-    drawing: Drawing,
-) -> list[Tensor]:
+def _losses_in(companies: Iterable[Sequence[int]], objective: Objective, specimens: Specimens) -> list[Tensor]:
     pieces = (piece_of(specimens, order, torch.float32) for order in companies)
-    return [losses_of(model, loss_fn, piece, key=KEY, drawing=drawing) for piece in pieces]
+    return [losses_of(objective, piece, key=KEY) for piece in pieces]
 
 
-def check_at_size(model: nn.Module, loss_fn: PerExampleLoss, found: Findings, size: int) -> None:
+def check_at_size(found: Findings, size: int) -> None:
     """Other company and another place in a microbatch of the run's own size, by losses, as the model runs now.
 
     Raises:
@@ -307,7 +291,7 @@ def check_at_size(model: nn.Module, loss_fn: PerExampleLoss, found: Findings, si
         order = [0 if row == place else other for row in range(size)]
         try:
             piece = Microbatch(found.specimens.batch(order), torch.tensor(order), size)
-            return float(losses_of(model, loss_fn, piece, key=KEY, drawing=found.drawing)[place])
+            return float(losses_of(found.objective, piece, key=KEY)[place])
         except DPQuantError:
             raise
         except Exception as error:
@@ -316,28 +300,18 @@ def check_at_size(model: nn.Module, loss_fn: PerExampleLoss, found: Findings, si
                 f"takes here; got a {type(error).__name__}: {error}. Mend them, or give a microbatch_size that fits."
             ) from error
 
-    quantized = any(layer.quantized for layer in quantizable_layers(model).values())
+    quantized = any(layer.quantized for layer in quantizable_layers(found.objective.model).values())
     first, other = loss(1, 0), loss(2, 0 if quantized else size - 1)  # elsewhere, a last bit can become another code
     if not abs(other - first) <= TOLERANCE * max(abs(first), SMALLEST_LOSS):
-        raise ModelError(BY_PLACE if found.drawing.seen else COUPLED)
+        raise ModelError(BY_PLACE if found.objective.drawing.seen else COUPLED)
 
 
-def keeps_apart(
-    model: nn.Module,
-    loss_fn: PerExampleLoss,
-    piece: Microbatch,
-    elsewhere: Microbatch,
-    *,
-    key: int,
-    drawing: Drawing,
-) -> bool:
+def keeps_apart(objective: Objective, piece: Microbatch, elsewhere: Microbatch, *, key: int) -> bool:
     """Whether the first row comes out alike in two microbatches of one size: loss, gradient, and codes bit for bit.
 
     Privacy: for a model that keeps examples apart the answer is always yes, so that it says nothing about the records.
     """
-    one, other = (
-        gradients_of_rows(model, loss_fn, batch, key=key, drawing=drawing).row(0) for batch in (piece, elsewhere)
-    )
+    one, other = (gradients_of_rows(objective, batch, key=key).row(0) for batch in (piece, elsewhere))
     losses = float(one.losses[0]), float(other.losses[0])
     if not all(map(math.isfinite, losses)):
         return not any(map(math.isfinite, losses))
@@ -352,13 +326,14 @@ def keeps_apart(
     return abs(losses[0] - losses[1]) <= TOLERANCE * max(abs(losses[0]), SMALLEST_LOSS)
 
 
-def _count_macs(model: nn.Module, loss_fn: PerExampleLoss, specimens: Specimens) -> dict[str, float]:
+def _count_macs(objective: Objective, specimens: Specimens) -> dict[str, float]:
     """One forward pass, counting; and the check that it leaves the buffers alone."""
 
     def forward(order: Sequence[int]) -> None:
         with torch.no_grad(), seeded(KEY):
-            loss_fn(model, specimens.batch(order))
+            objective.loss_fn(model, specimens.batch(order))
 
+    model = objective.model
     before = buffers_of(model)
     macs = count_macs(model, lambda: forward((0, 0, 0)))
     if changed := changed_buffer(model, before):

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dpquant.checks.refusals import BY_PLACE, COUPLED, KEEPS_STATE, MIXED
 from dpquant.checks.synthetic import Specimens
 from dpquant.engine.batches import Microbatch, leaves, with_leaves
-from dpquant.engine.passes import PerExampleLoss, RowGradients, draws_key, gradients_of_rows, losses_of
-from dpquant.engine.randomness import Drawing, drawn_by_record, seeded
+from dpquant.engine.passes import Objective, RowGradients, draws_key, gradients_of_rows, losses_of
+from dpquant.engine.randomness import seeded
 from dpquant.engine.tape import no_gradient
 from dpquant.errors import DataError, ModelError
 
@@ -90,10 +90,8 @@ class Probe:
       reached: names of the parameters whose modules got a gradient at all.
     """
 
-    def __init__(
-        self, model: nn.Module, loss_fn: PerExampleLoss, specimens: Specimens, drawing: Drawing, dtype: torch.dtype
-    ):
-        self._model, self._loss_fn, self._specimens, self._drawing = model, loss_fn, specimens, drawing
+    def __init__(self, objective: Objective, specimens: Specimens, dtype: torch.dtype):
+        self._objective, self._model, self._specimens = objective, objective.model, specimens
         self._dtype, self._tolerance = dtype, _FLOAT64_TOLERANCE if dtype == torch.float64 else TOLERANCE
         self.moved: set[str] = set()
         self.reached: set[str] = set()
@@ -111,7 +109,7 @@ class Probe:
     def compare_further(self) -> None:
         """Raise ModelError if results change with the number of neighbours or the past, or are not autograd's."""
         self._compare_with_autograd()
-        if not self._drawing.seen:
+        if not self._objective.drawing.seen:
             self._compare_with_one_alone()
         if not self._close(self._first.losses[0], self._losses(MOVED[0])[0]):
             raise ModelError(KEEPS_STATE)
@@ -157,13 +155,13 @@ class Probe:
         piece = self._piece(order)
         if leaf is not None:
             piece = dataclasses.replace(piece, data=_rolled(piece.data, leaf))
-        return gradients_of_rows(self._model, self._loss_fn, piece, key=KEY, drawing=self._drawing)
+        return gradients_of_rows(self._objective, piece, key=KEY)
 
     def _losses(self, order: Sequence[int], leaf: int | None = None) -> Tensor:
         piece = self._piece(order)
         if leaf is not None:
             piece = dataclasses.replace(piece, data=_rolled(piece.data, leaf))
-        return losses_of(self._model, self._loss_fn, piece, key=KEY, drawing=self._drawing)
+        return losses_of(self._objective, piece, key=KEY)
 
     def _alike(self, one: RowGradients, other: RowGradients) -> bool:
         """Whether both are the same example's, each of one row."""
@@ -178,18 +176,16 @@ class Probe:
         first, again = (self._rows(MOVED[0]).row(0) for _ in range(2))
         if not self._alike(first, again):
             return ModelError(KEEPS_STATE)
-        if self._drawing.seen and self._alike(self._rows((0, 0, 0)).row(0), first):
+        if self._objective.drawing.seen and self._alike(self._rows((0, 0, 0)).row(0), first):
             return ModelError(BY_PLACE)
         return ModelError(COUPLED)
 
     def _compare_with_autograd(self) -> None:
         """Catches a parameter whose use is not seen, and so not clipped for: tied by hand, or used elsewhere."""
-        trainable = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+        trainable = self._objective.trainable()
         piece = self._piece(MOVED[0])
         with seeded(derived := draws_key(KEY)):
-            losses = drawn_by_record(
-                lambda: self._loss_fn(self._model, piece.data), derived, piece.record_ids, self._drawing
-            )
+            losses = self._objective.drawing.by_record(lambda: self._objective.losses(piece), derived, piece.record_ids)
             found = torch.autograd.grad(losses[0], list(trainable.values()), allow_unused=True)
         theirs = [
             torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(trainable.values(), found, strict=True)
@@ -223,10 +219,11 @@ class Probe:
         with contextlib.ExitStack() as planted:
             if module is not None:
                 planted.callback(module.register_forward_hook(add_mean).remove)
-            honest = self._loss_fn
+            honest = self._objective
             if loss:
-                planted.callback(setattr, self, "_loss_fn", honest)
-                self._loss_fn = lambda model, batch: add_mean(None, None, honest(model, batch))
+                planted.callback(setattr, self, "_objective", honest)
+                coupled = lambda model, batch: add_mean(None, None, honest.loss_fn(model, batch))  # noqa: E731
+                self._objective = dataclasses.replace(honest, loss_fn=coupled)
             one, other = (self._losses(pair, leaf) for pair in _PAIRS)
             if not self._close(one[0], other[0]):
                 return True
@@ -253,7 +250,7 @@ class Probe:
         paths, tensors = zip(*leaves(piece.data), strict=True)
         try:
             with seeded(KEY), torch.no_grad(), _Watched(tensors) as watched:
-                self._loss_fn(self._model, piece.data)
+                self._objective.loss_fn(self._model, piece.data)
         finally:
             for handle in handles:
                 handle.remove()

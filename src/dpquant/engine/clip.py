@@ -27,8 +27,8 @@ from dpquant.engine.batches import Microbatch, check_rows, microbatches, take_ro
 from dpquant.engine.clock import Clock
 from dpquant.engine.context import Pass
 from dpquant.engine.layers import quantizable_layers, running
-from dpquant.engine.passes import Passes, PerExampleLoss
-from dpquant.engine.randomness import Drawing, seeded
+from dpquant.engine.passes import Objective, Passes, PerExampleLoss
+from dpquant.engine.randomness import seeded
 from dpquant.engine.tape import GradientTape, taping
 from dpquant.errors import ModelError, SettingError
 from dpquant.rounding import derive_key
@@ -108,9 +108,9 @@ def clipped_sum(
         check_rows(batch, len(record_ids))
         size = microbatch_size or default_microbatch_size(model, loss_fn, batch, len(record_ids))
         pieces = microbatches(batch, record_ids, size)
-    key = step_key(seed, step)
+    objective, key = Objective(model, loss_fn), step_key(seed, step)
     with working_memory():
-        return clipped_sum_of(model, loss_fn, pieces, max_grad_norm=max_grad_norm, key=key, clock=clock)
+        return clipped_sum_of(objective, pieces, max_grad_norm=max_grad_norm, key=key, clock=clock)
 
 
 def step_key(seed: int, step: int) -> int:
@@ -119,13 +119,11 @@ def step_key(seed: int, step: int) -> int:
 
 
 def clipped_sum_of(
-    model: nn.Module,
-    loss_fn: PerExampleLoss,
+    objective: Objective,
     pieces: Iterable[Microbatch],
     *,
     max_grad_norm: float,
     key: int,
-    drawing: Drawing | None = None,
     leaves_out: bool = False,
     complete: bool = True,
     clock: Clock | None = None,
@@ -133,24 +131,22 @@ def clipped_sum_of(
     """`clipped_sum` of microbatches that exist already, or are read when their turn comes.
 
     Args:
-      model: as of `clipped_sum`.
-      loss_fn: as of `clipped_sum`.
-      max_grad_norm: as of `clipped_sum`.
-      clock: as of `clipped_sum`.
+      objective: model and loss.
       pieces: microbatches of one size.
+      max_grad_norm: as of `clipped_sum`.
       key: of the step's draws, from `step_key`.
-      drawing: what is known of the model; None: nothing.
       leaves_out: a record on which model or loss raise contributes nothing, silently, since an error would tell about
         it. Otherwise what they raise is passed on.
       complete: a parameter that no microbatch reached is an error. Otherwise its sum is zero, as in a step in which its
         layer is dropped at random.
+      clock: as of `clipped_sum`.
     """
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    model, trainable = objective.model, objective.trainable()
     with (
         taping(model, trainable, clock=clock) as tape,
         running(model, Pass(key=key, tape=tape, clock=clock)) as run,
     ):
-        passes = Passes(model, loss_fn, run, tape, drawing or Drawing())
+        passes = Passes(objective, run, tape)
         found = False
         for piece in pieces:
             found = True

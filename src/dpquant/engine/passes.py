@@ -16,7 +16,7 @@ from dpquant.engine.batches import Microbatch, take_rows
 from dpquant.engine.context import Pass
 from dpquant.engine.contributions import Contribution
 from dpquant.engine.layers import running
-from dpquant.engine.randomness import Drawing, Position, drawn_by_record, seeded
+from dpquant.engine.randomness import Drawing, Position, seeded
 from dpquant.engine.tape import GradientTape, taping
 from dpquant.errors import DPQuantError, ModelError, SettingError
 from dpquant.rounding import derive_key
@@ -24,17 +24,52 @@ from dpquant.rounding import derive_key
 PerExampleLoss = Callable[[nn.Module, Any], Tensor]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Objective:
+    """What is minimised: a model, the loss that it is trained by, and what is known of its random draws.
+
+    Attributes:
+      model: a prepared model.
+      loss_fn: `(model, batch) -> Tensor (B,)`, one loss per example.
+      drawing: whether they draw random numbers; nothing is known by default.
+    """
+
+    model: nn.Module
+    loss_fn: PerExampleLoss
+    drawing: Drawing = dataclasses.field(default_factory=Drawing)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that require a gradient, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def losses(self, piece: Microbatch) -> Tensor:
+        """Compute the losses `(B,)` of a microbatch.
+
+        Raises:
+          SettingError: the loss is not one number per example.
+        Privacy: per example, as far as model and loss keep examples apart.
+        """
+        losses = self.loss_fn(self.model, piece.data)
+        if not isinstance(losses, Tensor) or losses.shape != (len(piece.record_ids),):
+            got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
+            raise SettingError(
+                f"Expected loss_fn to return one loss per example, a tensor with one axis; got {got}. "
+                "Each example's gradient is clipped on its own. Use reduction='none'."
+            )
+        return losses
+
+
 class Passes:
     """Forward and backward passes that leave a microbatch's per-example gradients on a tape."""
 
-    def __init__(self, model: nn.Module, loss_fn: PerExampleLoss, run: Pass, tape: GradientTape, drawing: Drawing):
-        self._model, self._loss_fn, self._run, self._tape, self._drawing = model, loss_fn, run, tape, drawing
+    def __init__(self, objective: Objective, run: Pass, tape: GradientTape):
+        self._objective, self._run, self._tape = objective, run, tape
         self._key = draws_key(run.key)
 
     def over(self, piece: Microbatch) -> Tensor:
         """Differentiate the sum of the losses that count; returns all of them."""
         with seeded(self._key):
-            losses = drawn_by_record(lambda: self._forward(piece), self._key, piece.record_ids, self._drawing)
+            losses = self._objective.drawing.by_record(lambda: self._forward(piece), self._key, piece.record_ids)
             self._backward(losses[: piece.num_examples].sum())
         return losses
 
@@ -66,7 +101,7 @@ class Passes:
         self._run.begin(piece.record_ids)
         self._tape.rewind()
         self._run.phase = "forward"
-        return per_example_losses(self._loss_fn, self._model, piece.data, len(piece.record_ids))
+        return self._objective.losses(piece)
 
     def _backward(self, total: Tensor) -> None:
         position = Position()
@@ -133,54 +168,35 @@ class RowGradients:
         return squares**0.5
 
 
-def gradients_of_rows(
-    model: nn.Module, loss_fn: PerExampleLoss, piece: Microbatch, *, key: int, drawing: Drawing | None = None
-) -> RowGradients:
+def gradients_of_rows(objective: Objective, piece: Microbatch, *, key: int) -> RowGradients:
     """Differentiate all losses of a microbatch at once, as a step does, and keep what it leaves.
 
     Args:
-      model: as of `clipped_sum`.
-      loss_fn: as of `clipped_sum`.
+      objective: of the run.
       piece: the microbatch, all of whose rows count.
       key: of the step's draws, 64 bits.
-      drawing: what is known of the model; None: nothing.
     Raises:
       SettingError, ModelError: as of `clipped_sum`.
     Privacy: per example; reads private data if the piece holds any, and nothing bounds it.
     """
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    tapes = taping(model, trainable, forming=False, keeping=True)
-    with tapes as tape, running(model, Pass(key=key, tape=tape)) as run:
-        losses = Passes(model, loss_fn, run, tape, drawing or Drawing()).over(piece)
+    tapes = taping(objective.model, objective.trainable(), forming=False, keeping=True)
+    with tapes as tape, running(objective.model, Pass(key=key, tape=tape)) as run:
+        losses = Passes(objective, run, tape).over(piece)
         return RowGradients(losses.detach(), tape.contributions(), tape.operands)
 
 
-def losses_of(
-    model: nn.Module, loss_fn: PerExampleLoss, piece: Microbatch, *, key: int, drawing: Drawing | None = None
-) -> Tensor:
-    """The losses of a microbatch `(B,)`, with the draws of `gradients_of_rows`, whose arguments these are."""
+def losses_of(objective: Objective, piece: Microbatch, *, key: int) -> Tensor:
+    """Compute the losses of a microbatch `(B,)`, with the draws of `gradients_of_rows`, whose arguments these are."""
     draws = draws_key(key)
 
     def forward() -> Tensor:
-        with running(model, Pass(key=key, record_ids=piece.record_ids)):
-            return per_example_losses(loss_fn, model, piece.data, len(piece.record_ids))
+        with running(objective.model, Pass(key=key, record_ids=piece.record_ids)):
+            return objective.losses(piece)
 
     with torch.no_grad(), seeded(draws):
-        return drawn_by_record(forward, draws, piece.record_ids, drawing or Drawing())
+        return objective.drawing.by_record(forward, draws, piece.record_ids)
 
 
 def draws_key(key: int) -> int:
     """Of what the model draws by itself in a step."""
     return derive_key(key, "draws")
-
-
-def per_example_losses(loss_fn: PerExampleLoss, model: nn.Module, batch: Any, num_examples: int) -> Tensor:
-    """The losses `(B,)`, checked to be one number per example."""
-    losses = loss_fn(model, batch)
-    if not isinstance(losses, Tensor) or losses.shape != (num_examples,):
-        got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
-        raise SettingError(
-            f"Expected loss_fn to return one loss per example, a tensor with one axis; got {got}. "
-            "Each example's gradient is clipped on its own. Use reduction='none'."
-        )
-    return losses

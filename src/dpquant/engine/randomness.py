@@ -22,7 +22,7 @@ import contextlib
 import dataclasses
 import random
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -247,7 +247,7 @@ def _is_sizes(value: Any) -> bool:
 
 @dataclasses.dataclass
 class Drawing:
-    """Whether a model draws random numbers, as dropout does: remembered once it was seen.
+    """Makes what a computation draws follow from records, once it was seen to draw, as with dropout.
 
     Attributes:
       seen: True from the first draw on. From then on draws are made record by record, which takes time.
@@ -258,29 +258,31 @@ class Drawing:
     seen: bool = False
     by_operator: bool = False
 
+    def unknown(self) -> Self:
+        """Return one of the same kind that has seen nothing, for a computation in another mode."""
+        return type(self)()
 
-def drawn_by_record(compute: Callable[[], Tensor], key: int, record_ids: Tensor, drawing: Drawing) -> Tensor:
-    """Compute something whose random numbers follow from records; only inside of `seeded(key)`.
+    def by_record(self, compute: Callable[[], Tensor], key: int, record_ids: Tensor) -> Tensor:
+        """Compute something whose random numbers follow from records; only inside of `seeded(key)`.
 
-    Args:
-      compute: what is computed, for instance losses. It is called again if it is seen to draw for the first time.
-      key: of the draws.
-      record_ids: int64 `(B,)`, of the rows.
-      drawing: what is known of the model.
-    """
-    if not drawing.seen:
-        position, watch = Position(), Watch()
-        with watch if drawing.by_operator else contextlib.nullcontext():
-            computed = compute()
-        drawing.by_operator = False
-        if not position.torch_moved() and not watch.drew:
-            return computed
-        drawing.seen = True
-        reseed(key)
-    # fused attention on a CUDA device draws its dropout by place
-    plain = sdpa_kernel(SDPBackend.MATH) if torch.cuda.is_initialized() else contextlib.nullcontext()
-    with plain, RecordDraws(key, record_ids):
-        return compute()
+        Args:
+          compute: what is computed, for instance losses. It is called again if it is seen to draw for the first time.
+          key: of the draws.
+          record_ids: int64 `(B,)`, of the rows.
+        """
+        if not self.seen:
+            position, watch = Position(), Watch()
+            with watch if self.by_operator else contextlib.nullcontext():
+                computed = compute()
+            self.by_operator = False
+            if not position.torch_moved() and not watch.drew:
+                return computed
+            self.seen = True
+            reseed(key)
+        # fused attention on a CUDA device draws its dropout by place
+        plain = sdpa_kernel(SDPBackend.MATH) if torch.cuda.is_initialized() else contextlib.nullcontext()
+        with plain, RecordDraws(key, record_ids):
+            return compute()
 
 
 def _seed(seed: int) -> None:

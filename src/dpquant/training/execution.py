@@ -18,7 +18,7 @@ from dpquant.backends.interface import Backend
 from dpquant.backends.registry import reason_for
 from dpquant.engine.batches import leaves
 from dpquant.engine.layers import quantizable_layers, set_policy, set_precisions
-from dpquant.engine.passes import PerExampleLoss
+from dpquant.engine.passes import Objective, PerExampleLoss
 from dpquant.formats import Precision
 from dpquant.privacy.plan import PrivacyPlan
 from dpquant.training.policies import Policy
@@ -64,8 +64,7 @@ class Execution:
 
 
 def decide(
-    model: nn.Module,
-    loss_fn: PerExampleLoss,
+    objective: Objective,
     made_up: Any,
     *,
     policy: Policy,
@@ -80,8 +79,7 @@ def decide(
     """Measure what is not given.
 
     Args:
-      model: a prepared model.
-      loss_fn: `(model, batch) -> Tensor (B,)`.
+      objective: a prepared model and its loss.
       made_up: a batch of made-up examples.
       policy: which layers run quantized.
       macs: each layer's multiply-accumulates.
@@ -95,6 +93,7 @@ def decide(
       SettingError: the policy names layers that do not exist, or the memory does not suffice.
       FormatError: the model's backend cannot run a precision.
     """
+    model, loss_fn = objective.model, objective.loss_fn
     asked = _question(model, made_up, chosen, rest, plan)
     first = policy.choose(macs, None, epoch=0, key=0)
     precisions = {name: chosen if name in first else rest for name in macs}

@@ -22,12 +22,11 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dpquant.engine.batches import Microbatch, check_rows, microbatches
+from dpquant.engine.batches import Microbatch
 from dpquant.engine.clip import clip_factors
 from dpquant.engine.context import Pass, Replay
 from dpquant.engine.contributions import Contribution
@@ -38,8 +37,8 @@ from dpquant.engine.layers import (
     set_policy,
     set_precisions,
 )
-from dpquant.engine.passes import PerExampleLoss, caused_by_records, copies, gradients_of_rows, per_example_losses
-from dpquant.engine.randomness import Drawing, drawn_by_record, seeded
+from dpquant.engine.passes import Objective, caused_by_records, copies, gradients_of_rows
+from dpquant.engine.randomness import seeded
 from dpquant.errors import SettingError
 from dpquant.privacy.plan import Score
 from dpquant.rounding import derive_key
@@ -60,89 +59,60 @@ class ImpactSum:
 
 
 def impact_sum(
-    model: nn.Module,
-    loss_fn: PerExampleLoss,
-    batch: Any,
+    objective: Objective,
+    pieces: Iterable[Microbatch],
     *,
     names: Sequence[str],
     max_norm: float,
-    record_ids: Tensor,
-    step: int,
-    seed: int,
-    repeats: int = 1,
-    microbatch_size: int = 64,
+    keys: Sequence[int],
     score: Score = "loss",
 ) -> ImpactSum:
-    """The sum over a batch of per-example impact vectors, each scaled to at most `max_norm`.
+    """Sum per-example impact vectors over a batch, each scaled to at most `max_norm`.
 
     In evaluation mode (no dropout). For the loss there are forward passes only, and the one that quantizes a layer
     takes everything before that layer from the full-precision pass: on average half of the products are computed. The
-    gradient takes a forward and a backward pass for each policy.
+    gradient takes a forward and a backward pass for each policy. A record on which model or loss raise contributes
+    nothing, silently: an error would tell about it.
 
     Args:
-      model: a prepared model.
-      loss_fn: `(model, batch) -> Tensor (B,)`.
-      batch: as for `clipped_sum`.
+      objective: a prepared model and its loss.
+      pieces: microbatches of one size; none gives zeros.
       names: layers, one policy each.
       max_norm: C > 0, in units of the score.
-      record_ids: int64 `(B,)`.
-      step: the number of the analysis; another number draws other roundings.
-      seed: of the rounding draws.
-      repeats: rounding draws averaged before the clip.
-      microbatch_size: examples a pass.
+      keys: of the rounding draws, from `analysis_keys`; impacts are averaged over them before the clip.
       score: what is compared, the loss or the gradient's direction.
-    Returns: ImpactSum with sensitivity `max_norm`; zeros for an empty batch. An example with an impact that is not
-    finite
-      contributes zero.
+    Returns: ImpactSum with sensitivity `max_norm`. An example with an impact that is not finite contributes zero.
     Raises:
       SettingError: an argument out of range, or a name that is not a quantizable layer.
     Privacy: per example; no noise is added here.
     """
     if not 0 < max_norm < math.inf:
         raise SettingError(f"Expected max_norm > 0 and finite; got max_norm={max_norm}.")
-    if repeats < 1:
-        raise SettingError(f"Expected repeats >= 1; got repeats={repeats}.")
-    if unknown := [name for name in names if name not in quantizable_layers(model)]:
+    if not keys:
+        raise SettingError("Expected at least one of keys; got none. Impacts are averaged over them.")
+    if unknown := [name for name in names if name not in quantizable_layers(objective.model)]:
         raise SettingError(
             f"Expected names of quantizable layers; got {unknown[0]!r}. Call dpquant.prepare(model) first."
         )
-    pieces: Iterable[Microbatch] = ()
-    if len(record_ids) > 0:
-        check_rows(batch, len(record_ids))
-        pieces = microbatches(batch, record_ids, microbatch_size)
-    return impact_sum_of(
-        model, loss_fn, pieces, names=names, max_norm=max_norm, step=step, seed=seed, repeats=repeats, score=score
-    )
-
-
-def impact_sum_of(
-    model: nn.Module,
-    loss_fn: PerExampleLoss,
-    pieces: Iterable[Microbatch],
-    *,
-    names: Sequence[str],
-    max_norm: float,
-    step: int,
-    seed: int,
-    repeats: int = 1,
-    score: Score = "loss",
-) -> ImpactSum:
-    """`impact_sum` of microbatches that exist already, or are read when their turn comes.
-
-    A record on which model or loss raises contributes nothing, silently: an error would tell about it.
-    """
     vectors = {"loss": impact_vectors, "gradient": gradient_impact_vectors}[score]
-
-    def of(piece: Microbatch) -> Tensor:
-        return vectors(model, loss_fn, piece.data, names, piece.record_ids, step=step, seed=seed, repeats=repeats)
-
     total = torch.zeros(len(names), dtype=torch.float64)
     for piece in pieces:
-        v_BP = _of_sound_rows(of, piece, len(names))
+        v_BP = _of_sound_rows(lambda piece: vectors(objective, piece, names, keys), piece, len(names))
         factors_B, finite_B = clip_factors(v_BP.square().sum(1), max_norm)
         finite_B[piece.num_examples :] = False
         total += factors_B[finite_B].double() @ v_BP[finite_B]
     return ImpactSum(impacts=total, sensitivity=float(max_norm))
+
+
+def analysis_keys(seed: int, step: int, repeats: int = 1) -> list[int]:
+    """Return the keys of an analysis' rounding draws, one for each repeat: as secret as the seed is.
+
+    Args:
+      seed: of the draws.
+      step: the number of the analysis; another number draws other roundings.
+      repeats: how many roundings are averaged.
+    """
+    return [derive_key(seed, "analysis", step, repeat) for repeat in range(repeats)]
 
 
 def _of_sound_rows(of: Callable[[Microbatch], Tensor], piece: Microbatch, width: int) -> Tensor:
@@ -164,85 +134,65 @@ def _of_sound_rows(of: Callable[[Microbatch], Tensor], piece: Microbatch, width:
     return torch.stack([missing if row is None else row for row in rows])
 
 
-def impact_vectors(
-    model: nn.Module,
-    loss_fn: PerExampleLoss,
-    batch: Any,
-    names: Sequence[str],
-    record_ids: Tensor,
-    *,
-    step: int,
-    seed: int,
-    repeats: int = 1,
-) -> Tensor:
-    """Each example's own impacts v on the loss, not clipped; arguments as of `impact_sum`, but for one microbatch.
+def impact_vectors(objective: Objective, piece: Microbatch, names: Sequence[str], keys: Sequence[int]) -> Tensor:
+    """Compute each example's own impacts v on the loss, not clipped; arguments as of `impact_sum`.
 
     Returns: float64 `(B, P)`.
     Privacy: per example; reads private data, and nothing bounds it.
     """
-    layers = quantizable_layers(model)
-    replay, drawing = Replay(), Drawing()
-    v_BP = torch.zeros(len(record_ids), len(names), dtype=torch.float64)
+    layers, replay = quantizable_layers(objective.model), Replay()
+    v_BP = torch.zeros(len(piece.record_ids), len(names), dtype=torch.float64)
 
-    def losses(repeat: int, policy: Sequence[str]) -> Tensor:
-        key = derive_key(seed, "analysis", step, repeat)
-
+    def losses(key: int, policy: Sequence[str]) -> Tensor:
         def forward() -> Tensor:
             if policy:
                 replay.rewind(layers[policy[0]])
             else:
                 replay.remember()
-            with running(model, Pass(key=key, record_ids=record_ids, replay=replay)):
-                return per_example_losses(loss_fn, model, batch, len(record_ids)).double().cpu()
+            with running(objective.model, Pass(key=key, record_ids=piece.record_ids, replay=replay)):
+                return objective.losses(piece).double().cpu()
 
-        set_policy(model, policy)
+        set_policy(objective.model, policy)
         with seeded(key):
-            return drawn_by_record(forward, key, record_ids, drawing)
+            return drawing.by_record(forward, key, piece.record_ids)
 
-    with _undisturbed(model), torch.no_grad():
-        full_precision_B = losses(0, ())
+    drawing = objective.drawing.unknown()  # in evaluation mode
+    with _undisturbed(objective.model), torch.no_grad():
+        full_precision_B = losses(keys[0], ())
         for column, name in enumerate(names):
-            for repeat in range(repeats):
-                v_BP[:, column] += (losses(repeat, (name,)) - full_precision_B) / repeats
+            for key in keys:
+                v_BP[:, column] += (losses(key, (name,)) - full_precision_B) / len(keys)
     return v_BP
 
 
 def gradient_impact_vectors(
-    model: nn.Module,
-    loss_fn: PerExampleLoss,
-    batch: Any,
-    names: Sequence[str],
-    record_ids: Tensor,
-    *,
-    step: int,
-    seed: int,
-    repeats: int = 1,
+    objective: Objective, piece: Microbatch, names: Sequence[str], keys: Sequence[int]
 ) -> Tensor:
-    """Each example's own impacts v on its gradient's direction; arguments as of `impact_vectors`.
+    """Compute each example's own impacts v on its gradient's direction; arguments as of `impact_sum`.
 
     Returns: float64 `(B, P)`, in [0, 2]; NaN where a gradient is zero or not finite.
     Privacy: per example; reads private data, and nothing but the cosine's range bounds it.
     """
-    piece, drawing = Microbatch(batch, record_ids, len(record_ids)), Drawing()
+    evaluated = dataclasses.replace(objective, drawing=objective.drawing.unknown())  # in evaluation mode
+    whole = dataclasses.replace(piece, num_examples=len(piece.record_ids))
 
-    def gradients(repeat: int, policy: Sequence[str]) -> dict[str, Contribution]:
-        set_policy(model, policy)
-        key = derive_key(seed, "analysis", step, repeat)
-        return gradients_of_rows(model, loss_fn, piece, key=key, drawing=drawing).parts
+    def gradients(key: int, policy: Sequence[str]) -> dict[str, Contribution]:
+        set_policy(objective.model, policy)
+        return gradients_of_rows(evaluated, whole, key=key).parts
 
     def inner_products(a: dict[str, Contribution], b: dict[str, Contribution]) -> Tensor:
         shared = [a[name].inner_products(b[name]).double() for name in a if name in b]
-        return torch.stack(shared).sum(0) if shared else torch.zeros(len(record_ids), dtype=torch.float64)
+        return torch.stack(shared).sum(0) if shared else torch.zeros(len(piece.record_ids), dtype=torch.float64)
 
-    v_BP = torch.zeros(len(record_ids), len(names), dtype=torch.float64)
-    with _undisturbed(model), torch.enable_grad():
-        full_precision = gradients(0, ())
+    v_BP = torch.zeros(len(piece.record_ids), len(names), dtype=torch.float64)
+    with _undisturbed(objective.model), torch.enable_grad():
+        full_precision = gradients(keys[0], ())
         squares_B = inner_products(full_precision, full_precision)
         for column, name in enumerate(names):
-            for repeat in range(repeats):
-                quantized = gradients(repeat, (name,))
+            for key in keys:
+                quantized = gradients(key, (name,))
                 lengths_B = (squares_B * inner_products(quantized, quantized)).sqrt()
-                v_BP[:, column] += (1 - inner_products(full_precision, quantized) / lengths_B).cpu() / repeats
+                v_BP[:, column] += (1 - inner_products(full_precision, quantized) / lengths_B).cpu() / len(keys)
     return v_BP
 
 

@@ -35,7 +35,6 @@ from dpquant.checks.isolation import (
 from dpquant.engine.batches import take_rows
 from dpquant.engine.clip import clipped_sum_of, step_key
 from dpquant.engine.layers import set_policy, set_precisions
-from dpquant.engine.passes import PerExampleLoss
 from dpquant.errors import BudgetError, DPQuantError, ModelError, SettingError
 from dpquant.privacy import accounting
 from dpquant.privacy.events import Event
@@ -46,7 +45,7 @@ from dpquant.privacy.sampling import PoissonSampler
 from dpquant.privacy.secret import SecretKey
 from dpquant.rounding import derive_key
 from dpquant.training.execution import Execution
-from dpquant.training.impact import impact_sum_of
+from dpquant.training.impact import analysis_keys, impact_sum
 from dpquant.training.policies import Policy, ema
 from dpquant.training.records import Records
 
@@ -123,7 +122,6 @@ class PrivateTraining:
         optimizer: torch.optim.Optimizer,
         records: Records,
         *,
-        loss_fn: PerExampleLoss,
         plan: PrivacyPlan,
         policy: Policy,
         found: Findings,
@@ -139,7 +137,7 @@ class PrivateTraining:
         self.steps_taken = self.analyses_made = 0
         self.seconds_train = self.seconds_analysis = 0.0
         self.secure = secret.secure
-        self._records, self._loss_fn, self._ledger, self._drawing = records, loss_fn, ledger, found.drawing
+        self._objective, self._records, self._ledger = found.objective, records, ledger
         self._seed, self._record_key = seed, secret.integer("records")
         self._noise, self._sampler = NoiseSource(secret), PoissonSampler(secret)
         self._policies: list[tuple[str, ...]] = []
@@ -221,12 +219,10 @@ class PrivateTraining:
         key, size = step_key(self._record_key, batch.step), self.execution.microbatch_size
         self._probe(batch, key)
         clipped = clipped_sum_of(
-            self.model,
-            self._loss_fn,
+            self._objective,
             self._records.microbatches(batch.record_ids, size, key),
             max_grad_norm=self.plan.max_grad_norm,
             key=key,
-            drawing=self._drawing,
             leaves_out=True,
             complete=False,
         )
@@ -253,7 +249,7 @@ class PrivateTraining:
             return
         self._probed = True
         try:
-            apart = keeps_apart(self.model, self._loss_fn, *companies, key=key, drawing=self._drawing)
+            apart = keeps_apart(self._objective, *companies, key=key)
         except DPQuantError:
             raise
         except Exception:  # a record that the model does not run on, which contributes nothing
@@ -370,15 +366,12 @@ class PrivateTraining:
         """Take the noisy mean of the batch's clipped impacts into the scores."""
         analysis, number = self._analysis, batch.step
         key = derive_key(self._record_key, "analysis", number)
-        measured = impact_sum_of(
-            self.model,
-            self._loss_fn,
+        measured = impact_sum(
+            self._objective,
             self._records.microbatches(batch.record_ids, self.execution.analysis_microbatch_size, key),
             names=names,
             max_norm=analysis.max_norm,
-            step=number,
-            seed=self._record_key,
-            repeats=analysis.repeats,
+            keys=analysis_keys(self._record_key, number, analysis.repeats),
             score=analysis.score,
         )
         std = self.plan.analysis_noise_std(measured.sensitivity)

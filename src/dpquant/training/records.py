@@ -19,7 +19,7 @@ from torch import Tensor
 from dpquant.checks.forms import matches
 from dpquant.checks.synthetic import Specimens
 from dpquant.engine.batches import Microbatch, check_rows, take_rows, to_device, with_leaves
-from dpquant.engine.randomness import Drawing, Position, RecordDraws, Watch, drawn_by_record, reseed, seeded
+from dpquant.engine.randomness import Drawing, Position, RecordDraws, Watch, reseed, seeded
 from dpquant.errors import DataError, DPQuantError
 from dpquant.rounding import derive_key
 
@@ -217,7 +217,7 @@ class Records:
     def _collate_at(self, records: list[Any], record_ids: Tensor, key: int) -> Any:
         key = derive_key(key, "collate")
         with seeded(key):
-            batch = drawn_by_record(lambda: self._collate(records), key, record_ids, self._collates_at_random)
+            batch = self._collates_at_random.by_record(lambda: self._collate(records), key, record_ids)
         return self._checked(batch, len(records))
 
     def _checked(self, batch: Any, count: int) -> Any:

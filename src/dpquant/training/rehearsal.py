@@ -14,16 +14,13 @@ from torch import Tensor, nn
 from dpquant.checks.isolation import Findings
 from dpquant.engine.batches import Microbatch
 from dpquant.engine.clip import clipped_sum_of
-from dpquant.engine.passes import PerExampleLoss
 from dpquant.errors import DPQuantError, ModelError, SettingError
 from dpquant.privacy.noise import NoiseSource
 from dpquant.privacy.plan import PrivacyPlan
-from dpquant.training.impact import impact_sum_of
+from dpquant.training.impact import analysis_keys, impact_sum
 
 
 def rehearse(
-    model: nn.Module,
-    loss_fn: PerExampleLoss,
     optimizer: torch.optim.Optimizer,
     plan: PrivacyPlan,
     found: Findings,
@@ -34,11 +31,9 @@ def rehearse(
     """Try the clipped sum, the noise, the optimizer and the analysis as a run will do them.
 
     Args:
-      model: prepared, with the precisions that an epoch will have.
-      loss_fn: `(model, batch) -> Tensor (B,)`.
       optimizer: the run's.
       plan: the run's.
-      found: of the isolation check.
+      found: of the isolation check; its model has the precisions that an epoch will have.
       microbatch_size: of the run.
       analysed: name of a layer whose impact is measured; all are measured in the same way. None: there is no analysis.
     Raises:
@@ -49,17 +44,15 @@ def rehearse(
     piece = Microbatch(found.specimens.batch(order), torch.tensor(order), microbatch_size)
     try:
         clipped = clipped_sum_of(  # raises, where a step leaves out the records that do
-            model, loss_fn, [piece], max_grad_norm=plan.max_grad_norm, key=0, drawing=found.drawing, complete=False
+            found.objective, [piece], max_grad_norm=plan.max_grad_norm, key=0, complete=False
         )
         if plan.analysis is not None and analysed is not None:
-            impact_sum_of(
-                model,
-                loss_fn,
+            impact_sum(
+                found.objective,
                 [piece],
                 names=[analysed],
                 max_norm=plan.analysis.max_norm,
-                step=0,
-                seed=0,
+                keys=analysis_keys(0, 0),
                 score=plan.analysis.score,
             )
             plan.analysis_noise_std(plan.analysis.max_norm)
@@ -76,7 +69,7 @@ def rehearse(
         name: noise.gaussian(grad.shape, std, stream="rehearsal", step=0, attempt=0, name=name).to(grad.device) + grad
         for name, grad in clipped.grads.items()
     }
-    _try_optimizer(model, optimizer, gradients)
+    _try_optimizer(found.objective.model, optimizer, gradients)
 
 
 def _try_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, gradients: dict[str, Tensor]) -> None:

@@ -23,7 +23,7 @@ from dpquant.checks.isolation import (
 from dpquant.checks.refusals import check_trainable
 from dpquant.checks.synthetic import candidates, from_examples
 from dpquant.engine.layers import prepare, set_policy, set_precisions
-from dpquant.engine.passes import PerExampleLoss
+from dpquant.engine.passes import Objective, PerExampleLoss
 from dpquant.errors import DataError, SettingError
 from dpquant.formats import Precision, Recipe, precision
 from dpquant.privacy.ledger import Ledger
@@ -112,14 +112,13 @@ def make_private(
     else:
         specimens = iter([from_examples(example, collate_fn, device)])
     quantized = [one for one, used in ((chosen, policy.quantizes), (others, others.quantized)) if used]
-    found = check_isolation(model, loss_fn, specimens, quantized=quantized)
+    found = check_isolation(Objective(model, loss_fn), specimens, quantized=quantized)
     records = Records(train_set, collate_fn, device, found.specimens)
     records.check()
     choices = choices or Choices()
     with choices.active():
         execution = decide(
-            model,
-            loss_fn,
+            found.objective,
             found.specimens.batch((0, 1, 2)),
             policy=policy,
             macs=found.macs,
@@ -130,7 +129,7 @@ def make_private(
             microbatch_size=microbatch_size,
             memory=memory,
         )
-        _try_all(model, loss_fn, optimizer, plan, policy, found, execution)
+        _try_all(optimizer, plan, policy, found, execution)
     secret = SecretKey() if mechanism_seed is None else SecretKey.from_seed(mechanism_seed)
     if ledger is not None:
         ledger.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +137,6 @@ def make_private(
         model,
         optimizer,
         records,
-        loss_fn=loss_fn,
         plan=plan,
         policy=policy,
         found=found,
@@ -162,8 +160,6 @@ def _first_records(train_set: MapDataset) -> list[Any]:
 
 
 def _try_all(
-    model: nn.Module,
-    loss_fn: PerExampleLoss,
     optimizer: torch.optim.Optimizer,
     plan: PrivacyPlan,
     policy: Policy,
@@ -171,15 +167,14 @@ def _try_all(
     execution: Execution,
 ) -> None:
     """Run on synthetic records all that steps and analyses will run, as the first epoch will run it."""
+    model = found.objective.model
     layers = policy.choose(found.macs, None, epoch=0, key=0, excluded=execution.spared)
     for names in ((), layers):
         set_precisions(model, execution.precisions(found.macs, names))
         try:
-            check_at_size(model, loss_fn, found, execution.microbatch_size)
+            check_at_size(found, execution.microbatch_size)
             if names or not layers:
                 rehearse(
-                    model,
-                    loss_fn,
                     optimizer,
                     plan,
                     found,

@@ -15,18 +15,18 @@ from torch import nn
 
 from dpquant.backends.choose import timed
 from dpquant.backends.malloc import give_back
-from dpquant.engine.batches import num_rows, take_rows
+from dpquant.engine.batches import Microbatch, num_rows, take_rows
 from dpquant.engine.clip import clipped_sum
 from dpquant.engine.clock import Clock
 from dpquant.engine.layers import current_precisions, quantizable_layers, set_policy, set_precisions
-from dpquant.engine.passes import PerExampleLoss
+from dpquant.engine.passes import Objective, PerExampleLoss
 from dpquant.engine.randomness import seeded
 from dpquant.errors import SettingError
 from dpquant.formats import Precision
 from dpquant.machine import memory_mib, reset_peak
 from dpquant.privacy.plan import Score
 from dpquant.training.cost import LayerTimes
-from dpquant.training.impact import impact_sum
+from dpquant.training.impact import analysis_keys, impact_sum
 
 _SMALLEST, _FIRST, _LARGEST = 4, 32, 256  # microbatches: the smallest, the first that is tried, the largest
 _WORTHWHILE = 1.03  # speed-up for which a microbatch is doubled
@@ -182,11 +182,8 @@ def largest_analysis_size(
     size, used = _SMALLEST, 0.0
     while True:
         rows = torch.arange(size) % num_rows(batch)
-        examples, ids = take_rows(batch, rows), torch.arange(size)
-        impact_sum(
-            model, loss_fn, examples, names=names, max_norm=1.0, record_ids=ids, step=0, seed=0, score=score,
-            microbatch_size=size,
-        )  # fmt: skip
+        piece = Microbatch(take_rows(batch, rows), torch.arange(size), size)
+        impact_sum(Objective(model, loss_fn), [piece], names=names, max_norm=1.0, keys=analysis_keys(0, 0), score=score)
         used = memory_mib()[1] / _MIB
         if used > memory and size == _SMALLEST:
             raise _too_little(memory, used - start, f"{size} examples a pass of an analysis")
