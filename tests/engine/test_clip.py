@@ -403,18 +403,6 @@ def test_the_copies_that_fill_a_microbatch_up_do_not_count():
     torch.testing.assert_close(total(model, batch, [0, 1, 2]), sum(alone), rtol=1e-5, atol=1e-6)
 
 
-def test_weights_that_outweigh_activations_get_larger_microbatches():
-    small = prepare(nn.Sequential(nn.Conv2d(3, 4, 3)))
-    large = prepare(nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 2048), nn.Linear(2048, 64)))
-    x = torch.zeros(2, 3, 8, 8)
-
-    def sums(model, x):
-        return model(x).flatten(1).sum(1)
-
-    assert [clip.default_microbatch_size(model, sums, x, 1000) for model in (small, large)] == [64, 256]
-    assert [clip.default_microbatch_size(large, sums, x, number) for number in (0, 64, 65, 129)] == [64, 64, 128, 256]
-
-
 # Draws of the model's own
 
 
