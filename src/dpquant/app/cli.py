@@ -161,8 +161,8 @@ def train(given: dict[str, Any], config: Config = None, out: Path | None = None,
     folder = out or Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{name}"
     command = shlex.join(["dpquant", *sys.argv[1:]])
     try:
-        with ProgressBar(console, budget) as bar:
-            record = run_training(settings, folder, plan=budget, command=command, watch=bar)
+        with ProgressBar(console) as bar:
+            record = run_training(settings, folder, plan=budget, command=command, sinks=[bar])
     except KeyboardInterrupt as interrupt:
         spent = charged(folder / LEDGER, budget)
         secure = "" if not spent.research else "; NOT PRIVATE: sampling or noise came from a given seed"

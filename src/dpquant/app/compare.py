@@ -94,6 +94,7 @@ def compare(
     out: Path,
     *,
     watch: Callable[[str], None] = lambda what: None,
+    train: Callable[..., object] = train,
 ) -> Comparison:
     """Train under every policy at seeds 0 .. num_seeds - 1; write out/compare.json and out/compare.png.
 
@@ -103,6 +104,7 @@ def compare(
       num_seeds: >= 1.
       out: directory; runs that are in it are read, not repeated. Only one comparison at a time may work in it.
       watch: told in a few words what happens now.
+      train: makes a run, as `runs.train.train` does.
     Raises:
       SettingError: an unknown policy, no seeds, or a directory that holds runs of other settings.
       LedgerError: a ledger in the directory cannot be read or does not agree with itself.
@@ -145,9 +147,7 @@ def compare(
     comparison = Comparison(
         settings=settings,
         rows={policy: Row.of(found, timings[policy]) for policy, found in records.items()},
-        epsilon_together=accounting.epsilon(
-            _charged_in(out, [f"{name}-{seed}" for name, seed in runs]), settings.delta
-        ),
+        epsilon_together=accounting.epsilon(charged_in(out, [f"{name}-{seed}" for name, seed in runs]), settings.delta),
         delta=settings.delta,
     )
     write_whole(out / "compare.json", comparison.to_json())
@@ -165,7 +165,7 @@ def _moved_aside(folder: Path) -> Path | None:
     return folder.rename(next(place for place in places if not place.exists()))
 
 
-def _charged_in(out: Path, finished: Iterable[str]) -> list[Event]:
+def charged_in(out: Path, finished: Iterable[str]) -> list[Event]:
     """What was charged in a directory of runs: by the finished ones, each of which must have a ledger, and by others.
 
     Raises:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How good a model is: the loss that it is trained by, and its accuracy on a test set."""
+"""How good a model is: the loss that it is trained by, which model is tested, and its accuracy on a test set."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dpquant.backends.malloc import working_memory
 from dpquant.data import dataset as data
@@ -64,3 +65,23 @@ def check_evaluation(model: nn.Module, test: data.Split) -> None:
             f"Expected a model that maps test records to logits in evaluation mode; got a {type(error).__name__}. "
             "Accuracy is measured after every epoch. Make the model run in evaluation mode."
         ) from error
+
+
+class Tested:
+    """The model that is tested and saved: the one in training, or its average over steps, which is post-processing.
+
+    The average forgets exponentially (De et al. 2022, arXiv:2204.13650): it sees less of the noise than the last step.
+
+    Attributes:
+      model: as the steps so far have made it.
+    """
+
+    def __init__(self, model: nn.Module, past: float):
+        """Begin with a model in training; `past` is the weight of the past in the average, 0: no average."""
+        self._average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(past)) if past else None
+        self.model = model if self._average is None else self._average.module
+
+    def update(self, model: nn.Module) -> None:
+        """Take in the parameters after a step."""
+        if self._average is not None:
+            self._average.update_parameters(model)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the settings name, made: model, optimizer, learning rate. Each is tried before a run begins."""
+"""What the settings name, made: model, optimizer, learning rates. Each is tried before a run begins."""
 
 import math
 from collections.abc import Callable
@@ -68,6 +68,15 @@ def optimizer_of(settings: TrainSettings, model: nn.Module) -> torch.optim.Optim
             return torch.optim.Adam(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
         case _:
             return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+
+
+def schedule_of(
+    settings: TrainSettings, optimizer: torch.optim.Optimizer, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The settings' learning rates, one for each of the plan's steps."""
+    factor = lr_factor(settings.lr_schedule, steps)
+    check_lr_factor(factor, steps)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def lr_factor(schedule: str, steps: int) -> Callable[[int], float]:
