@@ -93,7 +93,7 @@ def test_the_verb_prints_a_row_a_policy_and_what_all_cost(tmp_path, capsys):
     assert set(json.loads(capsys.readouterr().out)["rows"]) == {"none", "all"}
 
 
-# A run that was interrupted is made anew, and what it charged counts.
+# A run that was interrupted is repeated, and what it charged counts.
 
 
 def interrupted_after(steps):

@@ -143,6 +143,24 @@ def test_a_run_that_ends_otherwise_would_be_seen(planted, tmp_path):
         assert_ends_with_one_error_and_all_that_was_charged(planted, tmp_path / "run", "epoch_ended", 6)
 
 
+class Blocks(Sink):
+    """Puts a folder where the file of metrics is to be."""
+
+    def __init__(self, out):
+        self._out = out
+
+    def started(self, plan, settings):
+        (self._out / "metrics.jsonl").mkdir()
+
+
+def test_metrics_that_cannot_be_written_end_the_run_with_one_error(tmp_path):
+    with pytest.raises(
+        SettingError, match=r"sink MetricsFile.*IsADirectoryError.*stays charged: epsilon = \d\.\d{4}\."
+    ):
+        train(small(), tmp_path / "run", sinks=[Blocks(tmp_path / "run")])
+    assert charged(tmp_path / "run" / "ledger.jsonl", plan_of(small())).steps == 6
+
+
 def test_a_sink_that_raises_before_the_first_charge_refuses_the_run(tmp_path):
     with pytest.raises(SettingError, match="no route to the tracker"):
         train(small(), tmp_path / "run", sinks=[Raises("started")])

@@ -2,7 +2,7 @@
 """`dpquant compare`: the same private training under several policies, seed by seed, on one budget each.
 
 Every run is one that `dpquant train` would make, in a directory of its own, and is not repeated if it is there. A run
-that was interrupted is moved aside and made anew. Means come with confidence intervals of Student's t over the seeds.
+that was interrupted is moved aside and repeated. Means come with confidence intervals of Student's t over the seeds.
 Whoever sees all of the runs has seen them all: what they cost together is stated beside what each cost alone, and is
 composed from every ledger in the directory, those of interrupted runs included.
 """
@@ -134,7 +134,7 @@ def compare(
             aside = _moved_aside(folder)
             watch(
                 f"{policy}, seed {seed}"
-                + (f": made anew, as it was interrupted; what it charged counts, see {aside}" if aside else "")
+                + (f": repeated, as it was interrupted; what it charged counts, see {aside}" if aside else "")
             )
             train(one, folder, plan=plans[policy, seed])
         elif (folder / CONFIG).read_text() != one.to_toml():
@@ -158,7 +158,7 @@ def compare(
 
 
 def _moved_aside(folder: Path) -> Path | None:
-    """Move a run that was interrupted out of the way, and return where it is now; None where there is no such run."""
+    """Move a run that was interrupted out of the way, and return where it is now; None where none was interrupted."""
     if not (folder / LEDGER).exists():
         return None
     places = (folder.with_name(f"{folder.name}.interrupted-{number}") for number in itertools.count(1))

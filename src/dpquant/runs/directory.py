@@ -38,7 +38,7 @@ class Charged(NamedTuple):
 
 
 def charged(ledger: Path, plan: PrivacyPlan) -> Charged:
-    """What a run has spent so far, by its ledger's own lines.
+    """Return what a run has spent so far, by its ledger's own lines.
 
     The file is the truth even of a run that was stopped half-way: a charge is there before its data is used.
 
@@ -58,7 +58,7 @@ def charged(ledger: Path, plan: PrivacyPlan) -> Charged:
 
 
 class RunDirectory:
-    """The files of a run, written. `train` uses this one unless it is given another.
+    """Writer of a run's files. `train` makes one of its `out`, unless it is handed another.
 
     Attributes:
       path: of the directory.
@@ -161,7 +161,7 @@ class RunDirectory:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """A copy of a tensor's bytes: two tensors of NaN differ as numbers."""
+    """Copy a tensor's bytes: two tensors of NaN differ as numbers."""
     return tensor.detach().cpu().reshape(-1).clone().view(torch.uint8)
 
 

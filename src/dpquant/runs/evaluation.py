@@ -18,7 +18,7 @@ _TRIED = 8  # test records on which evaluation is tried before the run
 
 
 def per_example_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Cross entropy of each example, `(B,)`."""
+    """Return the cross entropy of each example, `(B,)`."""
     return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
@@ -26,7 +26,7 @@ def per_example_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 def accuracy(
     model: nn.Module, split: data.Split, *, batch_size: int = EVALUATION_BATCH, records: int | None = None
 ) -> float:
-    """The share of a split's records that the model gets right, in evaluation mode; an unreadable one is wrong.
+    """Return the share of a split's records that the model gets right in evaluation mode; unreadable ones are wrong.
 
     Args:
       model: every module's mode is given back as it was.
@@ -44,7 +44,7 @@ def accuracy(
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside. Afterwards every module is in its own mode again: a user may have frozen some of them."""
+    """Evaluate within the block. Afterwards every module has its own mode back: a user may have frozen some of them."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -54,7 +54,7 @@ class LayerRecord:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EpochRecord:
-    """One epoch. All of it is released; of a record of schema 1 only the index and the test accuracy are known.
+    """One epoch. All of it is released. Of a record of schema 1 only the index and the test accuracy are known.
 
     Attributes:
       index: from 0.
@@ -128,7 +128,7 @@ class RunRecord:
 
     @property
     def accuracy_per_epoch(self) -> list[float]:
-        """Test accuracy after each epoch."""
+        """Return the test accuracy after each epoch."""
         return [epoch.accuracy_test for epoch in self.per_epoch]
 
     @classmethod
@@ -199,7 +199,7 @@ class RunRecord:
         )
 
     def to_json(self) -> str:
-        """The record as JSON, one field a line."""
+        """Return the record as JSON, one field a line."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @classmethod
@@ -243,7 +243,7 @@ class RunRecord:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """The record in a file.
+        """Return the record in a file.
 
         Raises:
           DataError: there is none that can be read.
@@ -260,7 +260,7 @@ def _epochs_of_schema_1(accuracies: Sequence[float]) -> list[EpochRecord]:
 
 
 def _share_of_macs(private: "PrivateTraining", most_bits: int) -> float:
-    """The part of all products' multiply-accumulates with operands of at most so many bits: the mean over epochs."""
+    """Return the part of all multiply-accumulates whose operands have at most `most_bits` bits, mean over epochs."""
     chosen, rest = private.execution.chosen.share(most_bits), private.execution.rest.share(most_bits)
     total = sum(private.macs.values()) or 1.0
     shares = [sum(private.macs[name] for name in names) / total for names in private.policies()]
@@ -322,7 +322,7 @@ class Timings:
 
     @classmethod
     def read(cls, path: Path) -> Self | None:
-        """The times in a file; None where there is none, as their operator may keep them elsewhere.
+        """Return the times in a file; None where there is none, as their operator may keep them elsewhere.
 
         Raises:
           DataError: the file is not one of times.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sinks: whoever is told how a run goes. The file of metrics is one, the progress bar another.
+"""Sinks: listeners to a run. The file of metrics is one, the progress bar another.
 
-A sink is told released numbers only, so that it may keep, show or send them. There is one exception, which is the
-operator's: `Progress.examples_per_second`. It follows how many records were drawn, no statement covers it, and a sink
-that lets anybody else see what it is told leaves it out.
+A sink gets released numbers only, so that it may keep, show or send them. There is one exception, which is the
+operator's: `Progress.examples_per_second`. It follows how many records were drawn and no statement covers it; a sink
+that shows its numbers to anybody else leaves it out.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a run is after a step. All but the speed are numbers that the run releases.
+    """State of a run after a step. All but the speed are numbers that the run releases.
 
     Attributes:
       epoch: from 0; step: steps taken; epsilon: spent when the epoch began, which costs an accountant's call.
@@ -46,7 +46,7 @@ class Progress:
 
     @classmethod
     def of(cls, private: "PrivateTraining", epoch: "Epoch", epsilon: float, past: Sequence[EpochRecord]) -> "Progress":
-        """Return where a run is.
+        """Return the state of a run.
 
         Args:
           private: the run, which has just taken a step.
@@ -68,31 +68,33 @@ class Progress:
 
 
 class Sink(Protocol):
-    """Told how a run goes, by `train(..., sinks=...)`. Derived from, it does nothing by itself: override what matters.
+    """Listener to a run, handed to `train(..., sinks=[...])`. Derive from it and override what matters: the others do
+    nothing.
 
-    A sink that raises ends the run with one error, as a disk that is full does: what was charged stays charged, and the
-    model of the last finished epoch is in the run directory. One that raises in `started` refuses the run, before
-    anything is charged. A KeyboardInterrupt stops the run as the user does.
+    A sink that raises ends the run with one SettingError, as a full disk does: what was charged stays charged, and the
+    model of the last finished epoch is in the run directory. A sink that raises in `started` refuses the run before
+    anything is charged. KeyboardInterrupt stops the run as the user's Ctrl-C does. A run that ends early calls no
+    further method.
     """
 
     def started(self, plan: PrivacyPlan, settings: TrainSettings) -> None:
-        """All checks have passed, and nothing is charged yet."""
+        """Begin: all checks have passed, and nothing is charged yet."""
 
     def stepped(self, progress: Progress) -> None:
-        """A step was taken. `progress.examples_per_second` is the operator's alone."""
+        """Take a step's progress; its `examples_per_second` is the operator's alone."""
 
     def epoch_ended(self, epoch: EpochRecord) -> None:
-        """An epoch is over, and its model is saved."""
+        """Take an epoch's numbers, its model being saved."""
 
     def finished(self, record: RunRecord) -> None:
-        """The run is over, and its record is written."""
+        """Take the record, which is written: the run is over."""
 
 
 class Sinks(Sink):
-    """Several sinks, told one after the other."""
+    """Fan-out to several sinks, in their order."""
 
     def __init__(self, sinks: Sequence[Sink], epsilon_spent: Callable[[], float]):
-        """Tell these `sinks`; what `epsilon_spent` returns is in the error about one that raises."""
+        """Hold `sinks`, and `epsilon_spent`, which the error about one that raises quotes."""
         self._sinks, self._epsilon_spent = sinks, epsilon_spent
 
     def started(self, plan: PrivacyPlan, settings: TrainSettings) -> None:
@@ -113,14 +115,14 @@ class Sinks(Sink):
                 tell(sink)
             except Exception as error:  # a user's sink raises what it likes; it was told nothing that is private
                 raise SettingError(
-                    f"Expected sink {type(sink).__name__} to take what a run tells; got a {type(error).__name__}: "
+                    f"Expected sink {type(sink).__name__} to take a run's numbers; got {type(error).__name__}: "
                     f"{error}. The run ends here. What was charged stays charged: epsilon = "
-                    f"{rounded_up(self._epsilon_spent())}. Make the sink catch what it can do without, or leave it out."
+                    f"{rounded_up(self._epsilon_spent())}. Repair what the sink writes to, or leave it out."
                 ) from error
 
 
 class MetricsFile(Sink):
-    """Writes one line an epoch, which is on disk before the next epoch begins."""
+    """Sink that appends one line of JSON an epoch, on disk before the next epoch begins."""
 
     def __init__(self, path: Path):
         self._path = path

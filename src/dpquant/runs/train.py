@@ -54,7 +54,7 @@ def train(
     Returns: the record, as written.
     Raises:
       DPQuantError: bad settings, model or data, or a model that cannot be tested or saved, before anything is charged;
-        or a directory that can no longer be written to or a sink that raises, which ends the run.
+        or a directory that can no longer be written to, or a sink that raises, either of which ends the run.
       DivergedError: parameters that did not stay finite. The last finite epoch's model is in out/model.safetensors.
     Privacy: charges the plan's events to out/ledger.jsonl, each before data is used for it.
     """
@@ -132,7 +132,7 @@ def train(
 
 
 def _evaluation_batch(settings: TrainSettings, private: PrivateTraining) -> int:
-    """Records that evaluation takes at once: where memory is limited, no more than a backward pass does."""
+    """Return how many records evaluation takes at once: where memory is limited, no more than a backward pass."""
     return EVALUATION_BATCH if settings.memory is None else min(EVALUATION_BATCH, private.execution.microbatch_size)
 
 
@@ -150,7 +150,7 @@ def _writing(out: Path, private: PrivateTraining) -> Iterator[None]:
 
 
 def _check_finite(private: PrivateTraining) -> None:
-    """Post-processing: parameters are released anyway."""
+    """Refuse to go on with parameters that are not finite. Privacy: post-processing, as parameters are released."""
     for name, parameter in private.model.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise DivergedError(
