@@ -60,6 +60,7 @@ def main(arguments: list[str]) -> int:
         path = Path(arguments[arguments.index("--out") + 1]) / "record.json"
         record = json.loads(path.read_text())
         record |= {"epsilon": None, "epsilon_analysis_share": None, "statement": NOT_PRIVATE}
+        record["per_epoch"] = [{**epoch, "epsilon": None} for epoch in record["per_epoch"]]
         path.write_text(json.dumps(record, indent=2) + "\n")
         print(NOT_PRIVATE)
     return code

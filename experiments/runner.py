@@ -22,6 +22,7 @@ from pathlib import Path
 from types import NoneType
 
 from dpquant.app.compare import draw_accuracies, half_width
+from dpquant.errors import DataError
 from dpquant.runs.record import RunRecord, Timings
 from dpquant.runs.settings import TrainSettings
 
@@ -162,11 +163,18 @@ class Site:
 
 
 def committed() -> dict[str, dict]:
-    """{command: record} of all runs that the results hold; a record that an older program wrote lacks some field."""
+    """{command: record} of all runs that the results hold, less those whose record lacks something."""
     tables = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     runs = [run for table in tables for records in table.get("records", {}).values() for run in records]
-    fields = {field.name for field in dataclasses.fields(RunRecord)} | set(SECONDS)
-    return {run["command"]: run for run in runs if fields <= run.keys()}
+    return {run["command"]: run for run in runs if set(SECONDS) <= run.keys() and record_of(run) is not None}
+
+
+def record_of(run: Mapping) -> RunRecord | None:
+    """Return what is kept of a run as a record; None where it lacks a field, as a very old one does."""
+    try:
+        return RunRecord.from_json(json.dumps(run))
+    except DataError:
+        return None
 
 
 def settings_of(options: str) -> TrainSettings:
@@ -227,7 +235,9 @@ def summary(records: Mapping[str, list[dict]]) -> dict[str, dict]:
 
 def draw_curves(table: Table, records: Mapping[str, list[dict]], path: Path) -> None:
     """Test accuracy over epochs."""
-    accuracies = {row: [run["accuracy_per_epoch"] for run in runs] for row, runs in records.items()}
+    accuracies = {
+        row: [RunRecord.from_json(json.dumps(run)).accuracy_per_epoch for run in runs] for row, runs in records.items()
+    }
     draw_accuracies(accuracies, path, table.title)
 
 

@@ -17,7 +17,7 @@ from dpquant.backends.quantize import quantize_rows
 from dpquant.errors import SettingError
 from dpquant.formats import E3M0, Rounding
 from dpquant.rounding import row_keys
-from dpquant.runs.record import RunRecord
+from dpquant.runs.record import SCHEMA, EpochRecord, RunRecord
 from dpquant.training.cost import LayerCost
 
 TABLE = Table(name="mine", title="Mine", common="--epochs 2", rows={"a": "--lr 1", "b": "--lr 2"}, seeds=(0, 1))
@@ -26,9 +26,17 @@ TIMINGS = {
     "note": "", "seconds_total": 9.0, "seconds_train": 2.0, "seconds_analysis": 1.0, "seconds_at_epoch_ends": [],
     "examples_per_second": 1.0,
 }  # fmt: skip
+
+
+def epoch_of(index, accuracy):
+    unknown = dict.fromkeys(field.name for field in dataclasses.fields(EpochRecord))
+    return {**unknown, "index": index, "accuracy_test": accuracy}
+
+
 RECORD = {
     **dict.fromkeys(FIELDS),
-    "accuracy_test": 0.5, "accuracy_per_epoch": [0.4, 0.5], "epsilon": 8.0, "epsilon_analysis_share": 0.0,
+    "schema": SCHEMA, "layers": [], "per_epoch": [epoch_of(0, 0.4), epoch_of(1, 0.5)], "accuracy_test": 0.5,
+    "epsilon": 8.0, "epsilon_analysis_share": 0.0,
     "quantized_fraction_layers": 0.5, "quantized_fraction_macs": 0.5, "four_bit_fraction_macs": 0.5,
 }  # fmt: skip
 
@@ -160,6 +168,7 @@ def test_a_run_with_scales_per_tensor_promises_nothing(tmp_path, capsys):
     assert per_tensor.main(["train", "--policy", "all", "--epochs", "1", "--threads", "1", "--out", str(out)]) == 0
     record = json.loads((out / "record.json").read_text())
     assert record["epsilon"] is None and record["statement"].startswith("NOT PRIVATE")
+    assert [epoch["epsilon"] for epoch in record["per_epoch"]] == [None]
     assert capsys.readouterr().out.strip().endswith(per_tensor.NOT_PRIVATE)
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import dpquant
+from doubles import Told
 from dpquant.backends import choose
 from dpquant.backends.cpu_int8 import int8_is_exact
 from dpquant.backends.quantize import quantize_rows
@@ -27,9 +28,9 @@ from dpquant.formats import recipe
 from dpquant.privacy.noise import NoiseSource
 from dpquant.privacy.sampling import PoissonSampler
 from dpquant.rounding import row_keys
-from dpquant.runs import train as train_module
-from dpquant.runs.record import RunRecord
+from dpquant.runs.directory import METRICS, RECORD, RunDirectory, append_line
 from dpquant.runs.settings import TrainSettings
+from dpquant.runs.train import train
 from dpquant.training import private as private_module
 from dpquant.training.impact import ImpactSum, impact_sum, impact_sum_of
 from networks import loss, zoo
@@ -254,7 +255,7 @@ def what_the_screen_shows(progress):
     return {name: value for name, value in dataclasses.asdict(progress).items() if name != "examples_per_second"}
 
 
-def left_behind(out, monkeypatch, *, records, clipped_stub=None, **changes):
+def left_behind(out, monkeypatch, *, records, clipped_stub=None, directory=RunDirectory, **changes):
     """Everything that a run on these private records leaves behind or says, less what is its operator's."""
     public = data.load("digits")
     pixels, targets, readable = records
@@ -271,7 +272,7 @@ def left_behind(out, monkeypatch, *, records, clipped_stub=None, **changes):
         real = impact_sum_of(*arguments, **keywords)
         return ImpactSum(torch.zeros_like(real.impacts), real.sensitivity)
 
-    seen = []
+    told = Told()
     with monkeypatch.context() as patched:
         patched.setattr(data, "load", lambda *a, **k: dataclasses.replace(public, train=split))
         patched.setattr(private_module, "clipped_sum_of", clipped_stub or no_gradient)
@@ -282,7 +283,7 @@ def left_behind(out, monkeypatch, *, records, clipped_stub=None, **changes):
         patched.setattr(choose, "_machines", {})
         unmeasured = {"microbatch_size": 64, "backend": "int8" if int8_is_exact(64) else "simulate"}
         chosen = TrainSettings.chosen({"epochs": 2, "sample_rate": 0.2, "lr": 0.01, **unmeasured, **changes})
-        record = train_module.train(chosen, out, watch=seen.append)
+        record = train(chosen, out, sinks=[told], directory=directory)
     files = {path.name: path for path in out.iterdir()}
     return {
         "files": sorted(files),
@@ -292,7 +293,8 @@ def left_behind(out, monkeypatch, *, records, clipped_stub=None, **changes):
         "metrics": [json.loads(line) for line in files["metrics.jsonl"].read_text().splitlines()],
         "record": json.loads(files["record.json"].read_text()),
         "weights": {name: t.tolist() for name, t in load_file(files["model.safetensors"]).items()},
-        "progress": [what_the_screen_shows(progress) for progress in seen],
+        "progress": [what_the_screen_shows(progress) for progress in told.of("stepped")],
+        "told": [(method, what) for method, what in told.all if method != "stepped"],
         "statement": record.statement,
     }
 
@@ -350,24 +352,20 @@ def test_a_buffer_that_takes_in_the_data_ends_the_run_and_is_not_kept(tmp_path, 
     assert {path.name for path in (tmp_path / "a").iterdir()} == {"choices.json", "config.toml", "ledger.jsonl"}
 
 
-def seconds_in_the_metrics(monkeypatch):
-    honest = train_module.append_line
-
-    def planted(path, line):
-        honest(path, json.dumps({**json.loads(line), "seconds": round(time.perf_counter(), 3)}))
-
-    monkeypatch.setattr(train_module, "append_line", planted)
+class SecondsInTheMetrics(RunDirectory):
+    def keep(self, model, choices, timings):
+        super().keep(model, choices, timings)
+        append_line(self.path / METRICS, json.dumps({"seconds": time.perf_counter()}))
 
 
-def seconds_in_the_record(monkeypatch):
-    honest = RunRecord.to_json
-    monkeypatch.setattr(
-        RunRecord, "to_json", lambda self: json.dumps({**json.loads(honest(self)), "seconds": time.perf_counter()})
-    )
+class SecondsInTheRecord(RunDirectory):
+    def end(self, record, timings):
+        super().end(record, timings)
+        fields = json.loads(record.to_json())
+        (self.path / RECORD).write_text(json.dumps({**fields, "seconds": time.perf_counter()}))
 
 
-@pytest.mark.parametrize("plant", [seconds_in_the_metrics, seconds_in_the_record])
-def test_a_clock_in_what_is_released_is_caught(plant, tmp_path, monkeypatch):
-    plant(monkeypatch)
+@pytest.mark.parametrize("planted", [SecondsInTheMetrics, SecondsInTheRecord])
+def test_a_clock_in_what_is_released_is_caught(planted, tmp_path, monkeypatch):
     with pytest.raises(AssertionError):
-        assert_no_interference(tmp_path, monkeypatch)
+        assert_no_interference(tmp_path, monkeypatch, directory=planted)

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from doubles import interrupted
 from dpquant.app.cli import run
 from dpquant.privacy.accounting import epsilon
 from dpquant.privacy.events import Event
@@ -45,21 +46,28 @@ def assert_refused(arguments, capsys, folder):
     assert list(folder.iterdir()) == []
 
 
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 @pytest.mark.parametrize("arguments", BAD.values(), ids=BAD)
-def test_bad_input_is_one_line_and_exit_code_2(arguments, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert_refused(arguments, capsys, tmp_path)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, capsys, here):
+    assert_refused(arguments, capsys, here)
 
 
-def test_good_input_would_be_seen_as_not_refused(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_good_input_would_be_seen_as_not_refused(capsys, here):
     with pytest.raises(AssertionError):
-        assert_refused(["plan"], capsys, tmp_path)
+        assert_refused(["plan"], capsys, here)
 
 
-def test_plan_prints_the_budget_and_reads_no_data(capsys, monkeypatch):
-    monkeypatch.setattr("dpquant.data.dataset.load", lambda *a, **k: pytest.fail("data was read"))
-    assert run(["plan", "--data", "image-folder:photos", "--records", "9000", "--epsilon", "3"]) == 0
+def test_plan_prints_the_budget_and_reads_no_data(capsys, tmp_path):
+    options = ["--data", "image-folder:/nowhere", "--records", "9000", "--epsilon", "3"]
+    assert run(["train", *options, "--out", str(tmp_path / "run")]) == 2, "data that is not there would be read"
+    assert "/nowhere" in capsys.readouterr().err
+    assert run(["plan", *options]) == 0
     printed = capsys.readouterr().out
     assert "noise multiplier" in printed and "analysis share" in printed and "3.0000" in printed
 
@@ -102,13 +110,16 @@ def test_options_win_over_the_config_file(capsys, tmp_path):
     assert (printed["steps"], printed["epochs"]) == (5 * 29, 5) and 1.99 < printed["epsilon"] <= 2
 
 
-def test_an_interrupt_leaves_one_line_and_exit_code_130(capsys, tmp_path, monkeypatch):
-    def interrupted(*arguments, **settings):
-        raise KeyboardInterrupt
+def interrupted_run(out, steps, model="doubles:interrupting"):
+    """The exit code of a run in which the user's Ctrl-C arrives after so many steps."""
+    with interrupted(out / "ledger.jsonl", steps):
+        return run(["train", "--model", model, "--microbatch-size", "64", "--backend", "simulate", "--out", str(out)])
 
-    monkeypatch.setattr("dpquant.runs.train.train", interrupted)
-    assert run(["train", "--out", str(tmp_path / "run")]) == 130
-    assert capsys.readouterr().err.count("\n") == 1
+
+def test_an_interrupt_leaves_one_line_and_exit_code_130(capsys, tmp_path):
+    assert interrupted_run(tmp_path / "run", steps=0) == 130
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and "after 0 of 240 steps" in captured.err and captured.out == ""
 
 
 def assert_says_what_was_spent(line, ledger):
@@ -128,14 +139,8 @@ def assert_says_what_was_spent(line, ledger):
 def stopped(tmp_path_factory):
     """A run interrupted after three steps: (exit code, standard error, its ledger)."""
     out, errors = tmp_path_factory.mktemp("stopped") / "run", io.StringIO()
-
-    def interrupt(self, progress):
-        if progress.step == 3:
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors):
-        patch.setattr("dpquant.app.cli.ProgressBar.__call__", interrupt)
-        code = run(["train", "--out", str(out)])
+    with contextlib.redirect_stderr(errors):
+        code = interrupted_run(out, steps=3)
     return code, errors.getvalue(), out / "ledger.jsonl"
 
 
@@ -152,14 +157,8 @@ def test_a_wrong_account_of_an_interrupted_run_would_be_seen(stopped, right, wro
         assert_says_what_was_spent(re.sub(right, wrong, errors.strip()), ledger)
 
 
-def test_an_interrupted_run_whose_charges_came_from_a_seed_says_so(capsys, tmp_path, monkeypatch):
-    def interrupted(settings, folder, **others):
-        folder.mkdir()
-        Ledger(folder / "ledger.jsonl", research=True).charge(kind="train", sample_rate=0.1, noise_multiplier=1.0)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("dpquant.runs.train.train", interrupted)
-    assert run(["train", "--out", str(tmp_path / "run")]) == 130
+def test_an_interrupted_run_whose_charges_came_from_a_seed_says_so(capsys, tmp_path):
+    assert interrupted_run(tmp_path / "run", 1, model="doubles:interrupting_research") == 130
     assert "NOT PRIVATE" in capsys.readouterr().err
 
 

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-import contextlib
 import json
 
 import pytest
 
-from dpquant.app import compare as module
+from doubles import Stops
 from dpquant.app.cli import run
-from dpquant.app.compare import compare, half_width
+from dpquant.app.compare import charged_in, compare, half_width
 from dpquant.errors import LedgerError, SettingError
 from dpquant.privacy.accounting import epsilon
 from dpquant.privacy.events import Event
@@ -58,14 +57,16 @@ def test_without_the_operators_times_there_is_no_column_of_them(compared):
     assert rows["none"].seconds is None and rows["rotate"].seconds == comparison.rows["rotate"].seconds
 
 
-def test_what_is_done_is_not_repeated_and_other_settings_are_refused(compared, monkeypatch):
+def test_what_is_done_is_not_repeated_and_other_settings_are_refused(compared):
+    def refused(*arguments, **options):
+        pytest.fail("trained again")
+
     out, comparison = compared
-    monkeypatch.setattr(module, "train", lambda *a, **k: pytest.fail("trained again"))
-    assert compare(settings(), ["none", "rotate"], 2, out).rows == comparison.rows
+    assert compare(settings(), ["none", "rotate"], 2, out, train=refused).rows == comparison.rows
     with pytest.raises(SettingError, match="of others"):
-        compare(settings(lr=0.3), ["none"], 1, out)
+        compare(settings(lr=0.3), ["none"], 1, out, train=refused)
     with pytest.raises(pytest.fail.Exception):
-        compare(settings(), ["all"], 1, out)
+        compare(settings(), ["all"], 1, out, train=refused)
 
 
 def test_the_interval_is_students():
@@ -92,25 +93,23 @@ def test_the_verb_prints_a_row_a_policy_and_what_all_cost(tmp_path, capsys):
     assert set(json.loads(capsys.readouterr().out)["rows"]) == {"none", "all"}
 
 
-# A run that was interrupted is made anew, and what it charged counts.
+# A run that was interrupted is repeated, and what it charged counts.
 
 
 def interrupted_after(steps):
     """A `train` that the user stops after so many steps."""
-
-    def stop(progress):
-        if progress.step == steps:
-            raise KeyboardInterrupt
-
-    return lambda settings, out, **options: train(settings, out, watch=stop)
+    return lambda settings, out, **options: train(settings, out, sinks=[Stops(steps)], **options)
 
 
-def assert_counts_what_every_run_has_charged(out, comparison, *, steps):
-    """Epsilon of all runs together is that of so many steps in all, whichever runs took them."""
+def together(steps):
+    """Epsilon of so many steps in all, whichever runs took them."""
     plan = plan_of(settings(policy="none"))
     charged = Event(kind="train", sample_rate=plan.sample_rate, noise_multiplier=plan.noise_multiplier, count=steps)
-    assert comparison.epsilon_together == epsilon([charged], plan.delta)
-    assert json.loads((out / "compare.json").read_text())["epsilon_together"] == comparison.epsilon_together
+    return epsilon([charged], plan.delta)
+
+
+def assert_counts_what_every_run_has_charged(charged_in, out, *, steps):
+    assert epsilon(charged_in(out, ["none-0"]), settings().delta) == together(steps)
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +117,8 @@ def taken_up(tmp_path_factory):
     """A comparison of a single run that was interrupted twice before: (its directory, it, what was said)."""
     out, said = tmp_path_factory.mktemp("runs") / "taken-up", []
     for steps in (2, 3):
-        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-            patch.setattr(module, "train", interrupted_after(steps))
-            compare(settings(), ["none"], 1, out, watch=said.append)
+        with pytest.raises(KeyboardInterrupt):
+            compare(settings(), ["none"], 1, out, watch=said.append, train=interrupted_after(steps))
     return out, compare(settings(), ["none"], 1, out, watch=said.append), said
 
 
@@ -141,7 +139,9 @@ def test_an_interrupted_run_is_moved_aside_and_made_anew(taken_up):
 
 def test_what_an_interrupted_run_charged_counts(taken_up):
     out, comparison, _ = taken_up
-    assert_counts_what_every_run_has_charged(out, comparison, steps=2 + 3 + 6)
+    assert_counts_what_every_run_has_charged(charged_in, out, steps=2 + 3 + 6)
+    assert comparison.epsilon_together == together(2 + 3 + 6)
+    assert json.loads((out / "compare.json").read_text())["epsilon_together"] == comparison.epsilon_together
     assert comparison.rows["none"].epsilon < comparison.epsilon_together
 
 
@@ -154,11 +154,10 @@ def what_is_planned(out, finished):
 
 
 @pytest.mark.parametrize("planted", [finished_runs_only, what_is_planned])
-def test_charges_of_an_interrupted_run_that_are_forgotten_would_be_seen(planted, taken_up, monkeypatch):
+def test_charges_of_an_interrupted_run_that_are_forgotten_would_be_seen(planted, taken_up):
     out, _, _ = taken_up
-    monkeypatch.setattr(module, "_charged_in", planted)
     with pytest.raises(AssertionError):
-        assert_counts_what_every_run_has_charged(out, compare(settings(), ["none"], 1, out), steps=2 + 3 + 6)
+        assert_counts_what_every_run_has_charged(planted, out, steps=2 + 3 + 6)
 
 
 def test_a_ledger_that_cannot_be_read_ends_the_comparison(taken_up):

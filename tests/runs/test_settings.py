@@ -10,7 +10,7 @@ from dpquant.backends.cpu_int8 import BACKENDS
 from dpquant.errors import SettingError
 from dpquant.formats import RECIPES
 from dpquant.runs.settings import BACKENDS as SETTING_BACKENDS
-from dpquant.runs.settings import BY_DATA, GENERAL, TrainSettings, from_toml
+from dpquant.runs.settings import BY_DATA, GENERAL, TrainSettings, from_toml, plan_of, policy_of
 
 
 def test_defaults_are_valid_for_every_data_set():
@@ -109,3 +109,58 @@ def test_loading_torch_would_be_seen(code):
 def test_delta_is_explained_as_what_it_is():
     help = {field.name: field.metadata["help"] for field in dataclasses.fields(TrainSettings)}["delta"]
     assert "(epsilon, delta) guarantee" in help and "far below 1 / records" in help
+
+
+# The policy and the plan that settings name.
+
+
+def settings(**given):
+    return TrainSettings.chosen({"epochs": 2, **given})
+
+
+@pytest.mark.parametrize("name", ["format", "rest"])
+def test_a_format_that_cannot_be_read_is_named(name):
+    with pytest.raises(SettingError, match=rf"Expected {name} to be one of"):
+        settings(**{name: "fp3"})
+
+
+def test_the_size_of_a_private_folder_has_to_be_given():
+    with pytest.raises(SettingError, match="records"):
+        plan_of(settings(data="image-folder:photos"))
+    assert plan_of(settings(data="image-folder:photos", records=10_000)).sample_rate == pytest.approx(0.1024)
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+    with pytest.raises(SettingError, match="at most 1442, the records"):
+        plan_of(settings(batch_size=2_000.0))
+
+
+def test_an_analysis_of_gradients_is_smaller_and_clips_at_one():
+    plans = {score: plan_of(settings(batch_size=80.0, analysis_score=score)).analysis for score in ("loss", "gradient")}
+    assert [(p.score, p.expected_batch_size, p.max_norm) for p in plans.values()] == [
+        ("loss", 40.0, 0.25),
+        ("gradient", 5.0, 1.0),
+    ]
+    given = plan_of(settings(analysis_score="gradient", analysis_batch_size=20.0, analysis_max_norm=0.5)).analysis
+    assert (given.expected_batch_size, given.max_norm) == (20.0, 0.5)
+    with pytest.raises(SettingError, match="max_norm"):
+        plan_of(settings(analysis_max_norm=0.0))
+    with pytest.raises(SettingError, match=r"analysis_score.* loss, gradient"):
+        settings(analysis_score="gradients")
+
+
+def test_an_analysis_batch_larger_than_the_data_is_refused():
+    with pytest.raises(SettingError, match="at most 200, the records"):
+        plan_of(settings(data="image-folder:photos", sample_rate=0.5, batch_size=100.0, analysis_batch_size=201.0))
+
+
+@pytest.mark.parametrize("name", ["none", "all", "static", "rotate", "prioritise", "dpquant"])
+def test_every_policy_can_be_named(name):
+    policy = policy_of(settings(policy=name))
+    chosen = policy.choose({"a": 1.0, "b": 1.0, "c": 1.0, "d": 1.0}, None, epoch=0, key=0)
+    assert len(chosen) == {"none": 0, "all": 4}.get(name, 3)
+
+
+def test_a_static_policys_layers_can_be_named():
+    policy = policy_of(settings(policy="static", layers="b, d"))
+    assert policy.choose({"a": 1.0, "b": 1.0, "c": 1.0, "d": 1.0}, None, epoch=0, key=0) == ("b", "d")

@@ -161,8 +161,8 @@ def train(given: dict[str, Any], config: Config = None, out: Path | None = None,
     folder = out or Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{name}"
     command = shlex.join(["dpquant", *sys.argv[1:]])
     try:
-        with ProgressBar(console, budget) as bar:
-            record = run_training(settings, folder, plan=budget, command=command, watch=bar)
+        with ProgressBar(console) as bar:
+            record = run_training(settings, folder, plan=budget, command=command, sinks=[bar])
     except KeyboardInterrupt as interrupt:
         spent = charged(folder / LEDGER, budget)
         secure = "" if not spent.research else "; NOT PRIVATE: sampling or noise came from a given seed"
@@ -183,7 +183,7 @@ def assess(
     model: Annotated[str | None, typer.Argument(help="as for train")] = None,
     hardware: Annotated[str, typer.Option(help="here (as measured) or fp4 (as the paper assumes)")] = "here",
     run: Annotated[Path | None, typer.Option(help="run directory, for its layers' impacts")] = None,
-    runs_per_month: Annotated[float, typer.Option(help="how often such a run is made")] = 0.0,
+    runs_per_month: Annotated[float, typer.Option(help="runs of these settings a month")] = 0.0,
     cost_per_hour: Annotated[float, typer.Option(help="of the machine, in any currency")] = 0.0,
     rounds: Annotated[int, typer.Option(help="timings of every layer and steps of every policy")] = 8,
     config: Config = None,
@@ -225,7 +225,7 @@ def compare(
 ) -> None:
     """Train under several policies side by side, and print their accuracies with confidence intervals.
 
-    Runs that are in the directory already are not repeated. One that was interrupted is moved aside and made anew; what
+    Runs that are in the directory already are not repeated. One that was interrupted is moved aside and repeated; what
     it had charged counts. Progress goes to standard error.
 
     Example: dpquant compare --data fashion-mnist --epsilon 3 --fraction 0.5 --seeds 3 --out runs/compare

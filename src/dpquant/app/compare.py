@@ -2,7 +2,7 @@
 """`dpquant compare`: the same private training under several policies, seed by seed, on one budget each.
 
 Every run is one that `dpquant train` would make, in a directory of its own, and is not repeated if it is there. A run
-that was interrupted is moved aside and made anew. Means come with confidence intervals of Student's t over the seeds.
+that was interrupted is moved aside and repeated. Means come with confidence intervals of Student's t over the seeds.
 Whoever sees all of the runs has seen them all: what they cost together is stated beside what each cost alone, and is
 composed from every ledger in the directory, those of interrupted runs included.
 """
@@ -94,6 +94,7 @@ def compare(
     out: Path,
     *,
     watch: Callable[[str], None] = lambda what: None,
+    train: Callable[..., object] = train,
 ) -> Comparison:
     """Train under every policy at seeds 0 .. num_seeds - 1; write out/compare.json and out/compare.png.
 
@@ -103,6 +104,7 @@ def compare(
       num_seeds: >= 1.
       out: directory; runs that are in it are read, not repeated. Only one comparison at a time may work in it.
       watch: told in a few words what happens now.
+      train: makes a run, as `runs.train.train` does.
     Raises:
       SettingError: an unknown policy, no seeds, or a directory that holds runs of other settings.
       LedgerError: a ledger in the directory cannot be read or does not agree with itself.
@@ -132,7 +134,7 @@ def compare(
             aside = _moved_aside(folder)
             watch(
                 f"{policy}, seed {seed}"
-                + (f": made anew, as it was interrupted; what it charged counts, see {aside}" if aside else "")
+                + (f": repeated, as it was interrupted; what it charged counts, see {aside}" if aside else "")
             )
             train(one, folder, plan=plans[policy, seed])
         elif (folder / CONFIG).read_text() != one.to_toml():
@@ -145,9 +147,7 @@ def compare(
     comparison = Comparison(
         settings=settings,
         rows={policy: Row.of(found, timings[policy]) for policy, found in records.items()},
-        epsilon_together=accounting.epsilon(
-            _charged_in(out, [f"{name}-{seed}" for name, seed in runs]), settings.delta
-        ),
+        epsilon_together=accounting.epsilon(charged_in(out, [f"{name}-{seed}" for name, seed in runs]), settings.delta),
         delta=settings.delta,
     )
     write_whole(out / "compare.json", comparison.to_json())
@@ -158,14 +158,14 @@ def compare(
 
 
 def _moved_aside(folder: Path) -> Path | None:
-    """Move a run that was interrupted out of the way, and return where it is now; None where there is no such run."""
+    """Move a run that was interrupted out of the way, and return where it is now; None where none was interrupted."""
     if not (folder / LEDGER).exists():
         return None
     places = (folder.with_name(f"{folder.name}.interrupted-{number}") for number in itertools.count(1))
     return folder.rename(next(place for place in places if not place.exists()))
 
 
-def _charged_in(out: Path, finished: Iterable[str]) -> list[Event]:
+def charged_in(out: Path, finished: Iterable[str]) -> list[Event]:
     """What was charged in a directory of runs: by the finished ones, each of which must have a ledger, and by others.
 
     Raises:

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from dpquant.app.bench import BenchRecord
     from dpquant.app.compare import Comparison
     from dpquant.privacy.plan import PrivacyPlan
-    from dpquant.runs.record import RunRecord
-    from dpquant.runs.train import Progress as TrainProgress
+    from dpquant.runs.record import EpochRecord, RunRecord
+    from dpquant.runs.settings import TrainSettings
+    from dpquant.runs.sinks import Progress as TrainProgress
 
 
 def print_run(console: Console, record: "RunRecord", folder: Path) -> None:
@@ -149,10 +150,11 @@ def print_budget(console: Console, budget: "PrivacyPlan") -> None:
 
 
 class ProgressBar:
-    """Prints the budget when the first step is reached, so that a refused run prints only its error; then a bar."""
+    """A sink that prints the budget when the run starts, so that a refused one prints only its error; then a bar."""
 
-    def __init__(self, console: Console, budget: "PrivacyPlan"):
-        self._console, self._budget = console, budget
+    def __init__(self, console: Console):
+        self._console = console
+        self._budget: PrivacyPlan
         self._bar = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(),
@@ -173,7 +175,11 @@ class ProgressBar:
         if self._task is not None:
             self._bar.stop()
 
-    def __call__(self, progress: "TrainProgress") -> None:
+    def started(self, plan: "PrivacyPlan", settings: "TrainSettings") -> None:
+        self._budget = plan
+        print_budget(self._console, plan)
+
+    def stepped(self, progress: "TrainProgress") -> None:
         from dpquant.privacy.plan import rounded_up
 
         shown: dict[str, Any] = {
@@ -184,8 +190,13 @@ class ProgressBar:
             "accuracy": "-" if progress.accuracy_test is None else f"{progress.accuracy_test:.1%}",
         }
         if self._task is None:
-            print_budget(self._console, self._budget)
             self._task = self._bar.add_task("", total=progress.steps, **shown)
             self._bar.start()
         self._bar.update(self._task, completed=progress.step)
         self._bar.tasks[self._task].fields.update(shown)
+
+    def epoch_ended(self, epoch: "EpochRecord") -> None:
+        """The next step shows its accuracy."""
+
+    def finished(self, record: "RunRecord") -> None:
+        """The verb prints the record."""

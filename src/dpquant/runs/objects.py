@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the settings name, made: model, optimizer, learning rate. Each is tried before a run begins."""
+"""Model, optimizer and learning rates that the settings name. Each is tried before a run begins."""
 
 import math
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from dpquant.runs.settings import TrainSettings
 
 
 def model_of(settings: TrainSettings, dataset: data.Dataset) -> nn.Module:
-    """The settings' model for a data set, its parameters drawn from the settings' seed.
+    """Build the settings' model for a data set, its parameters drawn from the settings' seed.
 
     Raises:
       ModelError: it is unknown, cannot be trained privately, or has not one output for each class.
@@ -36,7 +36,7 @@ def model_of(settings: TrainSettings, dataset: data.Dataset) -> nn.Module:
 
 
 def _check_outputs(model: nn.Module, dataset: data.Dataset) -> None:
-    """One logit for each class, or a label could have none: tried on blank images, in training and in evaluation."""
+    """Check on blank images, in training and in evaluation, that there is one logit for each class."""
     rule = f"Expected model to map images of shape {dataset.input_shape} to {dataset.num_classes} logits"
     blank = torch.zeros(2, *dataset.input_shape)
     try:
@@ -57,7 +57,7 @@ def _check_outputs(model: nn.Module, dataset: data.Dataset) -> None:
 
 
 def optimizer_of(settings: TrainSettings, model: nn.Module) -> torch.optim.Optimizer:
-    """The settings' optimizer of the model's trainable parameters."""
+    """Build the settings' optimizer of the model's trainable parameters."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     match settings.optimizer:
         case "sgd":
@@ -70,8 +70,21 @@ def optimizer_of(settings: TrainSettings, model: nn.Module) -> torch.optim.Optim
             return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
 
 
+def schedule_of(
+    settings: TrainSettings, optimizer: torch.optim.Optimizer, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Build the settings' learning-rate schedule over the plan's steps.
+
+    Raises:
+      SettingError: some step has no finite rate.
+    """
+    factor = lr_factor(settings.lr_schedule, steps)
+    check_lr_factor(factor, steps)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
 def lr_factor(schedule: str, steps: int) -> Callable[[int], float]:
-    """The learning rate after so many steps, as a part of the first."""
+    """Return {steps taken: the learning rate, as a part of the first}, as a function."""
     match schedule:
         case "linear":
             return lambda step: 1 - step / steps

@@ -126,7 +126,7 @@ class TrainSettings:
 
     @classmethod
     def chosen(cls, given: Mapping[str, Any]) -> Self:
-        """The settings given, with the data set's own defaults for the others.
+        """Return the settings given, with the data set's own defaults for the others.
 
         Raises:
           SettingError: an unknown name, a value of the wrong type or out of range.
@@ -184,7 +184,7 @@ class TrainSettings:
             )
 
     def to_toml(self) -> str:
-        """All settings that are not None, as TOML that `from_toml` reads."""
+        """Return all settings that are not None, as TOML that `from_toml` reads."""
         lines = ["# dpquant train --config FILE runs this again."]
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -194,7 +194,7 @@ class TrainSettings:
 
 
 def from_toml(path: Path) -> dict[str, Any]:
-    """The settings in a file, not yet checked.
+    """Return the settings in a file, not yet checked.
 
     Raises:
       SettingError: the file cannot be read.
@@ -208,7 +208,7 @@ def from_toml(path: Path) -> dict[str, Any]:
 
 
 def policy_of(settings: TrainSettings) -> "Policy":
-    """The policy that the settings name."""
+    """Build the policy that the settings name."""
     from dpquant.training import policies
 
     fraction, macs = settings.fraction, settings.macs
@@ -229,7 +229,7 @@ def policy_of(settings: TrainSettings) -> "Policy":
 
 
 def plan_of(settings: TrainSettings) -> "PrivacyPlan":
-    """The privacy plan of a run, from public numbers: no data is read.
+    """Build the privacy plan of a run from public numbers: no data is read.
 
     Raises:
       SettingError: the number of records is neither public nor given, or a privacy setting is out of range.
@@ -307,7 +307,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def _check_type(name: str, value: Any, annotation: str) -> None:
-    """A value of the type that the field is annotated with; an int will do for a float."""
+    """Check that a value has the type of the field's annotation; an int will do for a float."""
     names = annotation.replace("<class '", "").replace("'>", "").split(" | ")
     allowed = tuple({"str": str, "int": int, "float": (int, float), "bool": bool, "None": type(None)}[n] for n in names)
     if not isinstance(value, allowed) or (isinstance(value, bool) and "bool" not in names):
