@@ -2,6 +2,9 @@
 """The documents name files that are there, and every local link leads somewhere."""
 
 import re
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,3 +38,22 @@ def test_what_is_not_there_is_seen(text):
 
 def test_every_room_has_a_page():
     assert len(ROOMS) == 8 and all((room / "README.md").exists() for room in ROOMS)
+
+
+LINKS = ROOT / "scripts" / "links"
+
+
+def test_links_to_code_name_the_lines_where_it_is():
+    checked = subprocess.run([sys.executable, LINKS, "--check"], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout
+    assert (ROOT / "docs" / "how-it-works.md").read_text().count(".py#L") >= 20
+
+
+def test_a_link_to_another_line_is_seen(tmp_path):
+    links = runpy.run_path(str(LINKS))
+    (tmp_path / "one.py").write_text("X = 1\n\n\nclass A:\n    def b(self): ...\n")
+    right = "[`A.b`](one.py#L5) and [`X`](one.py#L1)"
+    assert links["relinked"](right, tmp_path) == right
+    assert links["relinked"](right.replace("L5", "L4"), tmp_path) == right
+    with pytest.raises(LookupError):
+        links["relinked"]("[`A.c`](one.py#L5)", tmp_path)
