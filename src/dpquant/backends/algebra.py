@@ -25,14 +25,17 @@ ROUND_OFF = 2.0**-17
 (5.4e-6 was measured). Terms that are added one after the other can lose more."""
 
 
-def _is_slow(operand: Tensor, geometry: Geometry) -> bool:
-    """Whether torch's convolution is slower than a matrix product, as it is where it runs im2col in float64."""
-    return geometry.pointwise and operand.dtype == torch.float64
+def _is_matrix(operand: Tensor, geometry: Geometry) -> bool:
+    """Whether a matrix product is faster than torch's convolution: in float64, where that runs im2col, and on 1x1 maps.
+
+    A linear layer that is called on `(B, D)` is a convolution of 1x1 maps.
+    """
+    return geometry.pointwise and (operand.dtype == torch.float64 or operand.shape[2:] == (1, 1))
 
 
 def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """Convolve `(B, C, H, W)` with `(O, C / G, *kernel)` to `(B, O, H', W')`, in the operands' dtype."""
-    if _is_slow(x, geometry):
+    if _is_matrix(x, geometry):
         return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
     x, g = in_one_column(x, geometry, zero=0)
     return F.conv2d(x, weight, bias, g.stride, g.padding, g.dilation, g.groups)
@@ -53,7 +56,7 @@ def input_gradient(grad: Tensor, weight: Tensor, geometry: Geometry, size: tuple
       size: (H, W) of the input.
     Returns: `(B, C, H, W)`.
     """
-    if _is_slow(grad, geometry):
+    if _is_matrix(grad, geometry):
         return (grad.permute(0, 2, 3, 1) @ weight.flatten(1)).permute(0, 3, 1, 2)
     shape = (grad.shape[0], weight.shape[1] * geometry.groups, *size)
     x = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)  # for its layout

@@ -50,7 +50,7 @@ class GemmSum:
         return in_weight_order(self._total.flatten(0, 1), self._geometry) if self._in_patch_order else self._total
 
     def _flush(self) -> None:
-        x, g = torch.cat(self._x), torch.cat(self._g)
+        x, g = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in (self._x, self._g))
         self._x, self._g = [], []
         ways = {"convolution": self._add_convolution, "patches": self._add_patches, "bfloat16": self._add_terms}
         if not self._bf16_terms:
