@@ -8,7 +8,7 @@ from dpquant.engine.layers import current_precisions
 from dpquant.errors import FormatError, SettingError
 from dpquant.formats import FULL_PRECISION, precision
 from dpquant.training import execution as execution_module
-from dpquant.training.execution import Execution, decide, spared_layers
+from dpquant.training.execution import Execution, ExecutionRequest, decide, spared_layers
 from dpquant.training.tuning import ANALYSIS_MICROBATCH
 from networks import loss
 
@@ -46,12 +46,14 @@ def decided(
         (torch.randn(2, 1, 4, 4), torch.arange(2)),
         policy=policy,
         macs={"1": 128.0, "2": 40.0},
-        chosen=precision(format),
-        rest=precision(rest),
-        backend=backend,
         plan=plan_of(analysis),
-        microbatch_size=microbatch_size,
-        memory=memory,
+        request=ExecutionRequest(
+            chosen=precision(format),
+            rest=precision(rest),
+            backend=backend,
+            microbatch_size=None if memory else microbatch_size,
+            memory=memory,
+        ),
     )
     assert current_precisions(model) == {}
     return execution
