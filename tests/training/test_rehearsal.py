@@ -12,7 +12,6 @@ import dpquant
 from dpquant.checks.isolation import check_isolation
 from dpquant.checks.synthetic import candidates
 from dpquant.errors import ModelError, SettingError
-from dpquant.training import rehearsal
 from dpquant.training.rehearsal import rehearse
 from networks import loss
 
@@ -71,10 +70,14 @@ def test_neither_the_model_nor_the_optimizer_moves(optimizer):
     assert_nothing_moves(optimizer)
 
 
-def test_a_step_of_the_optimizer_itself_is_caught(monkeypatch):
-    monkeypatch.setattr(rehearsal.copy, "deepcopy", lambda optimizer: optimizer)
+class ItsOwnCopy(torch.optim.SGD):
+    def __deepcopy__(self, memo):
+        return self
+
+
+def test_a_step_of_the_optimizer_itself_is_caught():
     with pytest.raises(AssertionError):
-        assert_nothing_moves(with_momentum)
+        assert_nothing_moves(lambda parameters: ItsOwnCopy(parameters, lr=0.1, momentum=0.9))
 
 
 def test_an_optimizer_under_a_scheduler_does_not_move():
@@ -142,37 +145,49 @@ def test_a_microbatch_size_that_the_model_does_not_take_is_refused():
         tried(with_momentum, model, found, loss_fn=loss_fn, size=5)
 
 
-def assert_the_analysis_is_tried(monkeypatch, analysed):
-    def broken(*arguments, **keywords):
-        raise RuntimeError("two sets of operands are too many")
+def too_much_in_an_analysis(model, batch):
+    """An analysis runs in evaluation mode, and a step does not."""
+    if not model.training:
+        raise MemoryError("two sets of operands are too many")
+    return loss(model, batch)
 
+
+def assert_the_analysis_is_tried(analysed):
     model = network()
-    monkeypatch.setattr(rehearsal, "impact_sum_of", broken)
     with pytest.raises(ModelError, match="two sets"):
-        tried(with_momentum, model, analysed=analysed)
+        tried(with_momentum, model, loss_fn=too_much_in_an_analysis, analysed=analysed)
 
 
-def test_the_analysis_is_tried_where_there_will_be_one(monkeypatch):
-    assert_the_analysis_is_tried(monkeypatch, "2")
+def test_the_analysis_is_tried_where_there_will_be_one():
+    assert_the_analysis_is_tried("2")
 
 
-def test_an_analysis_that_is_not_tried_is_caught(monkeypatch):
+def test_an_analysis_that_is_not_tried_is_caught():
     with pytest.raises(BaseException, match="DID NOT RAISE"):
-        assert_the_analysis_is_tried(monkeypatch, None)
+        assert_the_analysis_is_tried(None)
 
 
-def assert_refused_before_a_charge(tmp_path):
+class Harmless(NeedsClosure):
+    """Its copy needs no closure: a rehearsal that says nothing."""
+
+    def __deepcopy__(self, memo):
+        return torch.optim.SGD([p.detach().clone() for p in self.param_groups[0]["params"]], lr=0.1)
+
+
+def assert_refused_before_a_charge(optimizer, tmp_path):
     model = network()
     with pytest.raises(SettingError, match="closure"):
         dpquant.make_private(
-            model, NeedsClosure(model.parameters()), [RECORD] * 8, loss_fn=loss, plan=plan_of(False),
+            model, optimizer(model.parameters()), [RECORD] * 8, loss_fn=loss, plan=plan_of(False),
             policy=dpquant.NonePolicy(), ledger=tmp_path / "ledger.jsonl", microbatch_size=4,
         )  # fmt: skip
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_is_rehearsed_before_anything_is_charged(tmp_path, monkeypatch):
-    assert_refused_before_a_charge(tmp_path)
-    monkeypatch.setattr("dpquant.training.start.rehearse", lambda *arguments, **keywords: None)
+def test_a_run_is_rehearsed_before_anything_is_charged(tmp_path):
+    assert_refused_before_a_charge(NeedsClosure, tmp_path)
+
+
+def test_a_run_that_is_not_rehearsed_would_be_seen(tmp_path):
     with pytest.raises(BaseException, match="DID NOT RAISE"):
-        assert_refused_before_a_charge(tmp_path)
+        assert_refused_before_a_charge(Harmless, tmp_path)
