@@ -24,14 +24,16 @@ from dpquant.backends.quantize import quantize_rows
 from dpquant.data import dataset as data
 from dpquant.engine.clip import ClippedSum, clipped_sum, clipped_sum_of
 from dpquant.formats import recipe
+from dpquant.privacy.mechanism import Mechanism
 from dpquant.privacy.noise import NoiseSource
-from dpquant.privacy.sampling import PoissonSampler
 from dpquant.rounding import row_keys
 from dpquant.runs import train as train_module
 from dpquant.runs.record import RunRecord
 from dpquant.runs.settings import TrainSettings
 from dpquant.training import private as private_module
 from dpquant.training.impact import ImpactSum, impact_sum, impact_sum_of
+from dpquant.training.private import PrivateTraining
+from mechanisms import begun, finish, with_doubles
 from networks import loss, zoo
 
 Z = 4.9  # a standard normal lies farther out with probability 1e-6
@@ -147,28 +149,30 @@ def test_a_sum_that_is_not_one_of_bounded_parts_is_caught(planted):
 # Noise and canaries: what comes out of whole runs.
 
 
-def run_of(model, records, *, steps=1, sample_rate=0.1, policy=None, max_grad_norm=0.5, loss_fn=loss):
+def run_of(model, records, *, steps=1, sample_rate=0.1, policy=None, max_grad_norm=0.5, loss_fn=loss, parts=None):
+    """What a run with doubles of its mechanism has moved its parameters by, times the batch size."""
     plan = dpquant.PrivacyPlan(
         noise_multiplier=1.3, delta=1e-5, max_grad_norm=max_grad_norm, sample_rate=sample_rate,
         expected_batch_size=sample_rate * len(records), steps=steps,
     )  # fmt: skip
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    run = dpquant.make_private(
-        model, optimizer, records, loss_fn=loss_fn, plan=plan, policy=policy or dpquant.NonePolicy(), mechanism_seed=3
-    )
+    doubles = dict(parts or {})
+    make_run = doubles.pop("make_run", PrivateTraining)
+    mechanism = with_doubles(Mechanism.repeatable(3, None), **doubles)
+    run = begun(
+        model, records, loss_fn=loss_fn, plan=plan, policy=policy or dpquant.NonePolicy(), mechanism=mechanism, lr=1.0,
+        make_run=make_run,
+    )  # fmt: skip
     before = [p.detach().clone() for p in run.model.parameters()]
-    for epoch in run.epochs():
-        for batch in epoch:
-            run.step(batch)
+    finish(run)
     moved = [old - new.detach() for old, new in zip(before, run.model.parameters(), strict=True)]
     return torch.cat([m.double().flatten() for m in moved]) * plan.expected_batch_size
 
 
-def noise_of_blank_records():
+def noise_of_blank_records(**parts):
     """Records without a gradient leave a step of noise alone: 200 000 entries, in units of the promised deviation."""
     model = nn.Sequential(nn.Linear(400, 400, bias=False), nn.Linear(400, 100, bias=False))
     records = TensorDataset(torch.zeros(40, 400), torch.zeros(40).long())
-    return run_of(model, records) / (1.3 * 0.5)
+    return run_of(model, records, parts=parts) / (1.3 * 0.5)
 
 
 def assert_standard_normal(noise):
@@ -183,11 +187,10 @@ def test_a_step_adds_gaussian_noise_of_the_promised_size_to_every_parameter():
 
 
 @pytest.mark.parametrize("factor", [0.98, 1.02])
-def test_noise_that_is_off_by_two_in_a_hundred_is_caught(factor, monkeypatch):
-    honest = NoiseSource.gaussian
-    monkeypatch.setattr(NoiseSource, "gaussian", lambda self, shape, std, **k: honest(self, shape, factor * std, **k))
+def test_noise_that_is_off_by_two_in_a_hundred_is_caught(factor):
+    noise = noise_of_blank_records(gaussian=lambda honest, shape, std, **k: honest(shape, factor * std, **k))
     with pytest.raises(AssertionError):
-        assert_standard_normal(noise_of_blank_records())
+        assert_standard_normal(noise)
 
 
 CANARIES, STEPS, RATE = 2000, 20, 0.1
@@ -197,14 +200,15 @@ def steep_linear_loss(model, batch):
     return 100 * model(batch[0]).squeeze(1)
 
 
-def canary_sums(policy):
+def canary_sums(policy, parts=None):
     """Canary i pulls weight i alone, far beyond the clip norm; every other one is in the data."""
     torch.manual_seed(0)
     records = TensorDataset(torch.eye(CANARIES)[::2], torch.zeros(CANARIES // 2))
     model = nn.Linear(CANARIES, 1, bias=False)
     return run_of(
-        model, records, steps=STEPS, sample_rate=RATE, policy=policy, max_grad_norm=1.0, loss_fn=steep_linear_loss
-    )
+        model, records, steps=STEPS, sample_rate=RATE, policy=policy, max_grad_norm=1.0, loss_fn=steep_linear_loss,
+        parts=parts,
+    )  # fmt: skip
 
 
 def assert_canaries_are_heard_as_promised(sums):
@@ -221,29 +225,24 @@ def test_canaries_are_heard_as_loudly_as_the_accounting_assumes(policy):
     assert_canaries_are_heard_as_promised(canary_sums(policy))
 
 
-def half_the_noise(monkeypatch):
-    honest = NoiseSource.gaussian
-    monkeypatch.setattr(NoiseSource, "gaussian", lambda self, shape, std, **k: honest(self, shape, std / 2, **k))
-
-
-def gradients_times_three(monkeypatch):
-    def planted(*arguments, **keywords):
-        out = clipped_sum_of(*arguments, **keywords)
+class GradientsTimesThree(PrivateTraining):
+    def _clipped_sum(self, pieces, key):
+        out = super()._clipped_sum(pieces, key)
         return dataclasses.replace(out, grads={name: 3 * grad for name, grad in out.grads.items()})
 
-    monkeypatch.setattr(private_module, "clipped_sum_of", planted)
+
+LOUDER = {
+    "half the noise": {"gaussian": lambda honest, shape, std, **k: honest(shape, std / 2, **k)},
+    "gradients times three": {"make_run": GradientsTimesThree},
+    "a higher rate than charged": {"draw": lambda honest, n, rate, **k: honest(n, 2 * rate, **k)},
+}
 
 
-def a_higher_rate_than_charged(monkeypatch):
-    honest = PoissonSampler.draw
-    monkeypatch.setattr(PoissonSampler, "draw", lambda self, n, rate, **k: honest(self, n, 2 * rate, **k))
-
-
-@pytest.mark.parametrize("plant", [half_the_noise, gradients_times_three, a_higher_rate_than_charged])
-def test_canaries_that_are_heard_louder_are_caught(plant, monkeypatch):
-    plant(monkeypatch)
+@pytest.mark.parametrize("parts", LOUDER.values(), ids=LOUDER)
+def test_canaries_that_are_heard_louder_are_caught(parts):
+    sums = canary_sums(dpquant.NonePolicy(), parts)
     with pytest.raises(AssertionError):
-        assert_canaries_are_heard_as_promised(canary_sums(dpquant.NonePolicy()))
+        assert_canaries_are_heard_as_promised(sums)
 
 
 # Non-interference: all private computation runs, but its results are replaced by constants. Times are in timings.json
