@@ -60,8 +60,10 @@ class RunState:
             read = json.loads(text)
             if read.pop("format") != _FORMAT:
                 raise ValueError("another format")
-            execution, policies = _execution(read.pop("execution")), tuple(map(tuple, read.pop("policies")))
-            return cls(execution=execution, policies=policies, **read)
+            if read.keys() != {field.name for field in dataclasses.fields(cls)}:
+                raise ValueError("other fields")
+            policies = tuple(tuple(names) for names in read["policies"])
+            return cls(**{**read, "execution": _execution(read["execution"]), "policies": policies})
         except (ValueError, KeyError, TypeError, AttributeError, DPQuantError) as error:
             raise DataError(
                 f"Expected the state of a run, format {_FORMAT}; got something else: {type(error).__name__}: {error}. "
