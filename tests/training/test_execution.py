@@ -122,12 +122,12 @@ def test_microbatches_of_analyses_are_measured_where_memory_is_bounded_and_there
 
     monkeypatch.setattr(execution_module, "largest_analysis_size", largest)
     by_impact = dpquant.DPQuantPolicy(fraction=0.5)
-    bounded = decided(by_impact, analysis=ANALYSIS, memory=1.5)
-    assert bounded.analysis_microbatch_size == 16 and asked == [(["1"], ANALYSIS.score, 1.5)]
+    bounded = decided(by_impact, analysis=ANALYSIS, memory=1e3)
+    assert bounded.analysis_microbatch_size == 16 and asked == [(["1"], ANALYSIS.score, 1e3)]
     for policy, analysis, memory in (
         (by_impact, ANALYSIS, None),
-        (by_impact, None, 1.5),
-        (dpquant.RotatePolicy(fraction=0.5), ANALYSIS, 1.5),
+        (by_impact, None, 1e3),
+        (dpquant.RotatePolicy(fraction=0.5), ANALYSIS, 1e3),
     ):
         assert decided(policy, analysis=analysis, memory=memory).analysis_microbatch_size == ANALYSIS_MICROBATCH
     assert len(asked) == 1

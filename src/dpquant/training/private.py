@@ -65,6 +65,7 @@ class PrivateTraining:
       macs: {layer: multiply-accumulates of its forward product, for one example}.
       scores: {layer: smoothed private impact}, empty before the first analysis.
       steps_taken, analyses_made: what has been charged.
+      state: where the run stands, as one value.
       seconds_train, seconds_analysis: wall time so far.
       secure: False if the mechanism's randomness came from a given seed: then nothing is private.
     """
@@ -223,9 +224,10 @@ class PrivateTraining:
         )
 
     def _probe(self, batch: Batch, key: int) -> None:
-        """Once an epoch, compare a record with itself in other company.
+        """Once an epoch, compare a record's gradient with its gradient among other batchmates.
 
-        For a model that keeps examples apart the outcome is always the same, so that nothing is released.
+        For a model that keeps examples apart the outcome is always the same, so that nothing is released. All
+        processes of a group compare the same record, so that they give up together.
         """
         if self._probed or len(batch.record_ids) == 0:
             return
@@ -252,8 +254,8 @@ class PrivateTraining:
     def _give_up(self, reason: str) -> None:
         """What the run assumes of the model is not so: no step is taken any more, and the statement says so."""
         broken = (
-            f"Expected a model that keeps examples apart; {reason}. The check on made-up records could not see it, and "
-            "the epsilon of this run DOES NOT HOLD: release nothing of it. Make the model, the loss and collate_fn "
+            f"Expected a model that keeps examples apart; {reason}. The check on synthetic records could not see it, "
+            "and the epsilon of this run DOES NOT HOLD: release nothing of it. Make the model, the loss and collate_fn "
             "treat each record by itself, or give example= records that show what these do."
         )
         self._advance(broken=self._state.broken or broken)
@@ -274,9 +276,9 @@ class PrivateTraining:
             failed = type(error).__name__
         if failed is not None:  # raised out here, so that the other one is not attached to it
             raise ModelError(
-                f"Expected a step to run as it did on made-up records; got a {failed}. Its message is withheld, "
-                "because it may hold data. What was charged stays charged. Look for what differs from a made-up step: "
-                "memory, the optimizer's state, hooks."
+                f"Expected a step to run as it did on synthetic records; got a {failed}. Its message is withheld, "
+                "because it may hold data. What was charged stays charged. Look for what differs from a synthetic "
+                "step: memory, the optimizer's state, hooks."
             )
 
     def epsilon_spent(self) -> float:
@@ -331,7 +333,7 @@ class PrivateTraining:
         self._state = dataclasses.replace(self._state, **changes)
 
     def _draw(self, stream: Kind, planned: PrivacyPlan | AnalysisPlan, step: int) -> Batch:
-        """A fresh Poisson batch. A step that is drawn for again draws anew: records are never chosen twice alike."""
+        """Return a Poisson batch. A step that is drawn for again has another attempt, and so other records."""
         self._advance(draws=self._state.draws + 1)
         attempt = self._state.draws
         ids = self._mechanism.sampler.draw(

@@ -100,7 +100,7 @@ class Records:
         if ours != theirs:
             raise DataError(
                 "Expected dpquant_batch(record_ids) of train_set to give what collate_fn makes of its records; got "
-                "other tensors. The check on made-up records would be of another kind of batch. Make them agree."
+                "other tensors. The check on synthetic records would be of another kind of batch. Make them agree."
             )
 
     def microbatches(self, record_ids: Tensor, size: int, key: int) -> Iterator[Microbatch]:
@@ -130,7 +130,7 @@ class Records:
         return self._collated([records[row] for row in sound], record_ids[sound], size, key)
 
     def company(self, record_ids: Tensor, size: int, key: int) -> tuple[Microbatch, Microbatch] | None:
-        """A sound record in the company of the others, and in that of synthetic records; None where none is sound."""
+        """Return a sound record among its batchmates and among synthetic ones; None where none is sound."""
         piece = self.microbatch(record_ids[:size], size, key)
         if piece is None:
             return None

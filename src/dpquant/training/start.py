@@ -69,8 +69,8 @@ def make_private(
       policy: which layers run quantized.
       format: what the chosen layers run in, as for `dpquant.prepare`.
       rest: what all other layers run in; `full/luq-fp4/luq-fp4` quantizes their backward products alone.
-      backend: `auto`, `simulate` or `int8`, likewise. Where `auto` takes int8, layers that gain nothing from it on this
-        machine stay in full precision, as long as the policy has a choice among the others.
+      backend: `auto`, `simulate` or `int8`, as for `dpquant.prepare`. Where `auto` takes int8, layers that gain nothing
+        from it on this machine stay in full precision, as long as the policy has a choice among the others.
       seed: of the schedule; never of sampling, noise, rounding, dropout or augmentation, which are secret.
       ledger: file to write charges to, ahead of each use of data; its folder is made. None keeps them in memory.
       collate_fn: list of items -> batch, a row for each item. Rows are padded to a length that the item alone decides.
@@ -79,7 +79,7 @@ def make_private(
         does not bound records that are longer than the synthetic ones. None: no limit.
       mechanism_seed: makes everything that is secret repeatable for research. The run is then NOT PRIVATE and says so.
       example: a list or data set of a few public or synthetic records, at least two, that differ in every value. The
-        model is tried on them instead of on made-up ones, whose values may be outside of the data's domain.
+        model is tried on them instead of on generated ones, whose values may be outside of the data's domain.
       choices: of an earlier run, from its choices.json: what was measured there is not measured again. With the same
         settings and the same mechanism_seed the run computes the same bits. None takes what this machine remembers.
     Raises:

@@ -26,7 +26,7 @@ class RunState:
     Attributes:
       execution: precisions, microbatch sizes and spared layers: what was measured decides what is allowed.
       steps_taken, analyses_made: what has been charged.
-      draws: batches that were drawn, each of them an attempt of its own. A step that is drawn for again draws anew.
+      draws: batches that were drawn so far. It numbers attempts: a step that is drawn for again has another one.
       scores: {layer: smoothed private impact}, empty before the first analysis.
       policies: for each epoch begun, the names of the layers that ran quantized.
       ledger_head: hash of the ledger's last line.
