@@ -5,7 +5,10 @@ Each planted fault is one that left all other tests green: noise or draws that r
 a public one, a claim that leaves something out, an analysis that touches the run.
 """
 
+import dataclasses
 import random
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,15 +16,15 @@ import torch
 from torch import nn
 
 import dpquant
-from dpquant.checks.isolation import keeps_apart
+from dpquant.engine.batches import microbatches
 from dpquant.engine.clip import ClippedSum
+from dpquant.engine.passes import Objective
 from dpquant.privacy.ledger import Ledger
-from dpquant.privacy.noise import NoiseSource
-from dpquant.privacy.sampling import PoissonSampler
-from dpquant.training import private as private_module
-from dpquant.training import start as start_module
+from dpquant.privacy.mechanism import Mechanism
+from dpquant.training.impact import analysis_keys, impact_sum
 from dpquant.training.private import PrivateTraining
-from dpquant.training.start import make_private
+from dpquant.training.records import Records
+from mechanisms import Charged, begun, finish, with_doubles
 from networks import loss
 
 RECORDS, PUBLIC_RECORDS, BATCH, STEPS, ANALYSES = 90, 100, 20, 12, 2
@@ -30,34 +33,40 @@ MICROBATCH, ANALYSIS_RATE, ANALYSIS_BATCH = 8, 0.3, 30
 
 
 class Transcript:
-    """Every call of a mechanism, in order."""
+    """Every call of a mechanism, in order, and every sum that noise is added to."""
 
-    def __init__(self, monkeypatch):
+    def __init__(self):
         self.calls = []
         self.modes = []  # of the model, whenever losses are computed
-        self._wrap(monkeypatch, Ledger, "charge", "charge")
-        self._wrap(monkeypatch, PoissonSampler, "draw", "draw")
-        self._wrap(monkeypatch, NoiseSource, "gaussian", "noise")
-        self._wrap(monkeypatch, private_module, "clipped_sum_of", "sum")
-        self._wrap(monkeypatch, private_module, "impact_sum_of", "impacts")
 
-    def _wrap(self, monkeypatch, owner, name, what):
-        honest = getattr(owner, name)
+    def add(self, what, result, **keywords):
+        kept = result.clone() if isinstance(result, torch.Tensor) else result  # noise is added to in place
+        self.calls.append((what, keywords, kept))
+        return result
 
-        def wrapped(*arguments, **keywords):
-            if what in ("sum", "impacts"):
-                pieces = list(arguments[2])
-                arguments = (*arguments[:2], pieces, *arguments[3:])
-                keywords_seen = {**keywords, "sizes": {len(piece.record_ids) for piece in pieces}}
-                keywords_seen["ids"] = [id for p in pieces for id in p.record_ids[: p.num_examples].tolist()]
-            else:
-                keywords_seen = {**keywords, "given": arguments[1:]}
-            result = honest(*arguments, **keywords)
-            kept = result.clone() if isinstance(result, torch.Tensor) else result  # noise is added to in place
-            self.calls.append((what, keywords_seen, kept))
-            return result
+    def of_mechanism(self, mechanism):
+        return with_doubles(
+            mechanism,
+            draw=lambda honest, *a, **k: self.add("draw", honest(*a, **k), given=a, **k),
+            gaussian=lambda honest, *a, **k: self.add("noise", honest(*a, **k), given=a, **k),
+            charge=lambda honest, **k: self.add("charge", honest(**k), **k),
+        )
 
-        monkeypatch.setattr(owner, name, wrapped)
+    def of_runs(transcript):
+        """A kind of run whose sums are written down."""
+
+        class Recorded(PrivateTraining):
+            def _clipped_sum(self, pieces, key):
+                pieces = list(pieces)
+                total = super()._clipped_sum(pieces, key)
+                return transcript.add("sum", total, key=key, **facts(pieces))
+
+            def _impact_sum(self, pieces, names, keys):
+                pieces = list(pieces)
+                total = super()._impact_sum(pieces, names, keys)
+                return transcript.add("impacts", total, keys=tuple(keys), **facts(pieces))
+
+        return Recorded
 
     def of(self, what, **wanted):
         return [
@@ -65,6 +74,12 @@ class Transcript:
             for name, keywords, result in self.calls
             if name == what and all(keywords.get(key) == value for key, value in wanted.items())
         ]
+
+
+def facts(pieces):
+    """Which records the microbatches hold, and their sizes."""
+    ids = [id for piece in pieces for id in piece.record_ids[: piece.num_examples].tolist()]
+    return {"ids": ids, "sizes": {len(piece.record_ids) for piece in pieces}}
 
 
 def network():
@@ -81,8 +96,8 @@ def data_set():
     return list(zip(images, torch.randint(0, 5, (RECORDS,), generator=generator), strict=True))
 
 
-def the_plan():
-    return dpquant.PrivacyPlan(
+def the_plan(kind=dpquant.PrivacyPlan):
+    return kind(
         noise_multiplier=1.3, delta=1e-5, max_grad_norm=0.6, sample_rate=RATE, expected_batch_size=BATCH, steps=STEPS,
         analysis=dpquant.AnalysisPlan(
             count=ANALYSES, sample_rate=ANALYSIS_RATE, expected_batch_size=ANALYSIS_BATCH, noise_multiplier=2.5,
@@ -91,22 +106,39 @@ def the_plan():
     )  # fmt: skip
 
 
-def run_whole(monkeypatch, plant):
-    """A recorded run, with a fault if one is planted after the recording began."""
-    model = network()
-    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.05)
-    transcript = Transcript(monkeypatch)
+@dataclasses.dataclass
+class Parts:
+    """What a run is made of, for a fault to change.
+
+    Attributes:
+      mechanism, run: as they are written down; what is planted outside of them is written down, too.
+    """
+
+    mechanism: Mechanism
+    run: type[PrivateTraining]
+    plan: dpquant.PrivacyPlan
+    records: Callable[[Records], Any] = lambda records: records
+
+
+def run_whole(plant):
+    """A recorded run, with a fault if one is planted."""
+    transcript = Transcript()
 
     def watched(model, batch):
         transcript.modes.append(model.training)
         return loss(model, batch)
 
-    plant(monkeypatch)
-    run = make_private(
-        model, optimizer, data_set(), loss_fn=watched, plan=the_plan(), policy=dpquant.DPQuantPolicy(fraction=0.5),
-        microbatch_size=MICROBATCH, mechanism_seed=11, seed=5,
+    parts = Parts(transcript.of_mechanism(Mechanism.repeatable(11, None)), transcript.of_runs(), the_plan())
+    plant(parts)
+
+    def make_run(setup, records, *rest):
+        return parts.run(setup, parts.records(records), *rest)
+
+    run = begun(
+        network(), data_set(), loss_fn=watched, plan=parts.plan, policy=dpquant.DPQuantPolicy(fraction=0.5), lr=0.05,
+        mechanism=parts.mechanism, make_run=make_run, microbatch_size=MICROBATCH, seed=5,
     )  # fmt: skip
-    transcript.calls.clear()
+    assert not transcript.calls
     steps = []
     for epoch in run.epochs():
         for batch in epoch:
@@ -135,11 +167,12 @@ def assert_the_plan_was_kept(run, transcript, steps):
     assert [keywords["ids"] for keywords, _ in sums] == drawn and len(sums) == STEPS
     assert set.union(*(keywords["sizes"] for keywords, _ in sums)) == {MICROBATCH}
     assert set.union(*(keywords["sizes"] for keywords, _ in impacts)) == {run.execution.analysis_microbatch_size}
-    assert {keywords["max_grad_norm"] for keywords, _ in sums} == {plan.max_grad_norm}
-    assert {keywords["max_norm"] for keywords, _ in impacts} == {plan.analysis.max_norm}
+    assert {total.sensitivity for _, total in sums} == {plan.max_grad_norm}
+    assert {total.sensitivity for _, total in impacts} == {plan.analysis.max_norm}
     assert len({keywords["key"] for keywords, _ in sums}) == STEPS
-    assert len({(keywords["seed"], keywords["step"]) for keywords, _ in impacts}) == ANALYSES
-    assert not {5, 0, 11} & {keywords["seed"] for keywords, _ in impacts}  # neither seed is the key itself
+    assert len({keywords["keys"] for keywords, _ in impacts}) == ANALYSES
+    guessed = {tuple(analysis_keys(seed, step)) for seed in (5, 0, 11) for step in range(ANALYSES)}
+    assert not guessed & {keywords["keys"] for keywords, _ in impacts}  # no seed that a person chose is the key itself
     assert all(set(total.grads) == set(trainable) for _, total in sums)
     # noise: for each parameter of its own shape, of the plan's size, no two alike
     noises = transcript.of("noise")
@@ -173,114 +206,144 @@ def assert_the_plan_was_kept(run, transcript, steps):
     assert all(np.isfinite(list(run.scores.values())))
 
 
-def nothing(monkeypatch):
+def nothing(parts):
     """No fault."""
 
 
-def the_same_noise_for_all_parameters(monkeypatch):
-    recorded = NoiseSource.gaussian
-    monkeypatch.setattr(NoiseSource, "gaussian", lambda self, *a, **k: recorded(self, *a, **{**k, "name": "w"}))
-
-
-def the_same_noise_in_all_analyses(monkeypatch):
-    recorded = NoiseSource.gaussian
-
-    def planted(self, *a, **k):
-        return recorded(self, *a, **({**k, "step": 0, "attempt": 0} if k["stream"] == "analysis" else k))
-
-    monkeypatch.setattr(NoiseSource, "gaussian", planted)
-
-
-def the_same_records_in_all_steps(monkeypatch):
-    recorded = PoissonSampler.draw
-    monkeypatch.setattr(
-        PoissonSampler, "draw", lambda self, *a, **k: recorded(self, *a, **{**k, "step": 0, "attempt": 0})
+def the_same_noise_for_all_parameters(parts):
+    parts.mechanism = with_doubles(
+        parts.mechanism, gaussian=lambda recorded, *a, **k: recorded(*a, **{**k, "name": "w"})
     )
 
 
-def the_rate_of_the_true_number_of_records(monkeypatch):
-    recorded = PoissonSampler.draw
-    monkeypatch.setattr(PoissonSampler, "draw", lambda self, n, q, **k: recorded(self, n, BATCH / n, **k))
+def the_same_noise_in_all_analyses(parts):
+    def planted(recorded, *a, **k):
+        return recorded(*a, **({**k, "step": 0, "attempt": 0} if k["stream"] == "analysis" else k))
+
+    parts.mechanism = with_doubles(parts.mechanism, gaussian=planted)
 
 
-def noise_of_another_norm(monkeypatch):
-    monkeypatch.setattr(dpquant.PrivacyPlan, "train_noise_std", lambda plan, sensitivity: plan.noise_multiplier)
-
-
-def analysis_noise_of_training(monkeypatch):
-    monkeypatch.setattr(
-        dpquant.PrivacyPlan, "analysis_noise_std", lambda plan, sensitivity: plan.noise_multiplier * sensitivity
+def the_same_records_in_all_steps(parts):
+    parts.mechanism = with_doubles(
+        parts.mechanism, draw=lambda recorded, *a, **k: recorded(*a, **{**k, "step": 0, "attempt": 0})
     )
 
 
-def the_public_seed_rounds(monkeypatch):
-    recorded = private_module.impact_sum_of
-    monkeypatch.setattr(private_module, "impact_sum_of", lambda *a, **k: recorded(*a, **{**k, "seed": 5}))
+def the_rate_of_the_true_number_of_records(parts):
+    parts.mechanism = with_doubles(parts.mechanism, draw=lambda recorded, n, q, **k: recorded(n, BATCH / n, **k))
 
 
-def one_key_for_all_steps(monkeypatch):
-    monkeypatch.setattr(private_module, "step_key", lambda seed, step: 77)
+class NoiseOfAnotherNorm(dpquant.PrivacyPlan):
+    def train_noise_std(self, sensitivity):
+        return self.noise_multiplier
 
 
-def divided_by_the_realised_size(monkeypatch):
-    recorded = private_module.clipped_sum_of
-
-    def planted(model, loss_fn, pieces, **k):
-        pieces = list(pieces)
-        count = sum(piece.num_examples for piece in pieces)
-        total = recorded(model, loss_fn, pieces, **k)
-        return ClippedSum({n: g * BATCH / max(count, 1) for n, g in total.grads.items()}, total.sensitivity)
-
-    monkeypatch.setattr(private_module, "clipped_sum_of", planted)
+class AnalysisNoiseOfTraining(dpquant.PrivacyPlan):
+    def analysis_noise_std(self, sensitivity):
+        return self.noise_multiplier * sensitivity
 
 
-def a_microbatch_of_the_realised_size(monkeypatch):
-    honest = private_module.Records.microbatches
-    monkeypatch.setattr(
-        private_module.Records, "microbatches", lambda self, ids, size, key: honest(self, ids, max(len(ids), 1), key)
+def noise_of_another_norm(parts):
+    parts.plan = the_plan(NoiseOfAnotherNorm)
+
+
+def analysis_noise_of_training(parts):
+    parts.plan = the_plan(AnalysisNoiseOfTraining)
+
+
+def the_public_seed_rounds(parts):
+    class Planted(parts.run):
+        def _impact_sum(self, pieces, names, keys):
+            return super()._impact_sum(pieces, names, analysis_keys(5, self.analyses_made - 1))
+
+    parts.run = Planted
+
+
+def one_key_for_all_steps(parts):
+    class Planted(parts.run):
+        def _key_of(self, step):
+            return 77
+
+    parts.run = Planted
+
+
+def divided_by_the_realised_size(parts):
+    class Planted(parts.run):
+        def _clipped_sum(self, pieces, key):
+            pieces = list(pieces)
+            count = sum(piece.num_examples for piece in pieces)
+            total = super()._clipped_sum(pieces, key)
+            return ClippedSum({n: g * BATCH / max(count, 1) for n, g in total.grads.items()}, total.sensitivity)
+
+    parts.run = Planted
+
+
+def a_microbatch_of_the_realised_size(parts):
+    class Planted:
+        def __init__(self, records):
+            self.records = records
+
+        def __len__(self):
+            return len(self.records)
+
+        def __getattr__(self, name):
+            return getattr(self.records, name)
+
+        def microbatches(self, record_ids, size, key):
+            return self.records.microbatches(record_ids, max(len(record_ids), 1), key)
+
+    parts.records = Planted
+
+
+def leftovers_are_added_to(parts):
+    class Planted(parts.run):
+        def _descend(self, batch):
+            before = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+            step, self.optimizer.step = self.optimizer.step, lambda: None
+            super()._descend(batch)
+            for name, parameter in self.model.named_parameters():
+                if name in before:
+                    parameter.grad += before[name]
+            self.optimizer.step = step
+            step()
+
+    parts.run = Planted
+
+
+class SaysResearch(Charged):
+    """A ledger that claims to mark its charges, and does not."""
+
+    research = True
+
+
+def a_ledger_not_marked_as_research(parts):
+    recorded = parts.mechanism.ledger
+    ledger = SaysResearch(Ledger(research=False), recorded.change)
+    parts.mechanism = dataclasses.replace(parts.mechanism, ledger=ledger)
+
+
+def a_statement_without_the_analyses(parts):
+    class Planted(parts.run):
+        def events(self):
+            return [event for event in super().events() if event.kind == "train"]
+
+    parts.run = Planted
+
+
+def an_uncharged_analysis(parts):
+    parts.mechanism = with_doubles(
+        parts.mechanism, charge=lambda recorded, **k: None if k["kind"] == "analysis" else recorded(**k)
     )
 
 
-def leftovers_are_added_to(monkeypatch):
-    honest = PrivateTraining._descend
+def a_sum_of_frozen_parameters_too(parts):
+    class Planted(parts.run):
+        def _clipped_sum(self, pieces, key):
+            for parameter in self.model.parameters():
+                parameter.requires_grad_(True)
+            return super()._clipped_sum(pieces, key)
 
-    def planted(self, batch):
-        before = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
-        step, self.optimizer.step = self.optimizer.step, lambda: None
-        honest(self, batch)
-        for name, parameter in self.model.named_parameters():
-            if name in before:
-                parameter.grad += before[name]
-        self.optimizer.step = step
-        step()
-
-    monkeypatch.setattr(PrivateTraining, "_descend", planted)
-
-
-def a_ledger_not_marked_as_research(monkeypatch):
-    honest = start_module.Ledger
-    monkeypatch.setattr(start_module, "Ledger", lambda path, research: honest(path, research=False))
-
-
-def a_statement_without_the_analyses(monkeypatch):
-    honest = PrivateTraining.events
-    monkeypatch.setattr(PrivateTraining, "events", lambda self: [e for e in honest(self) if e.kind == "train"])
-
-
-def an_uncharged_analysis(monkeypatch):
-    recorded = Ledger.charge
-    monkeypatch.setattr(Ledger, "charge", lambda self, **k: None if k["kind"] == "analysis" else recorded(self, **k))
-
-
-def a_sum_of_frozen_parameters_too(monkeypatch):
-    recorded = private_module.clipped_sum_of
-
-    def planted(model, loss_fn, pieces, **k):
-        for parameter in model.parameters():
-            parameter.requires_grad_(True)
-        return recorded(model, loss_fn, pieces, **k)
-
-    monkeypatch.setattr(private_module, "clipped_sum_of", planted)
+    parts.run = Planted
 
 
 FAULTS = [
@@ -292,14 +355,15 @@ FAULTS = [
 ]  # fmt: skip
 
 
-def test_a_run_keeps_its_plan_call_by_call(monkeypatch):
-    assert_the_plan_was_kept(*run_whole(monkeypatch, nothing))
+def test_a_run_keeps_its_plan_call_by_call():
+    assert_the_plan_was_kept(*run_whole(nothing))
 
 
 @pytest.mark.parametrize("plant", FAULTS, ids=lambda plant: plant.__name__)
-def test_a_run_that_does_not_is_seen(monkeypatch, plant):
+def test_a_run_that_does_not_is_seen(plant):
+    seen = run_whole(plant)
     with pytest.raises(AssertionError):
-        assert_the_plan_was_kept(*run_whole(monkeypatch, plant))
+        assert_the_plan_was_kept(*seen)
 
 
 def state_of(run):
@@ -320,12 +384,10 @@ def same(one, other):
     return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
-def analysed():
-    model = network()
-    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.05)
-    run = make_private(
-        model, optimizer, data_set(), loss_fn=loss, plan=the_plan(), policy=dpquant.DPQuantPolicy(fraction=0.5),
-        microbatch_size=MICROBATCH,
+def analysed(make_run=PrivateTraining):
+    run = begun(
+        network(), data_set(), loss_fn=loss, plan=the_plan(), policy=dpquant.DPQuantPolicy(fraction=0.5),
+        make_run=make_run, microbatch_size=MICROBATCH,
     )  # fmt: skip
     before = state_of(run)
     epochs = run.epochs()
@@ -352,10 +414,13 @@ def with_a_step(run):
 
 
 @pytest.mark.parametrize("touch", [in_training_mode, with_the_global_stream, with_a_step])
-def test_an_analysis_that_touches_the_run_is_seen(touch, monkeypatch):
-    honest = PrivateTraining._score
-    monkeypatch.setattr(PrivateTraining, "_score", lambda self, *a: (honest(self, *a), touch(self))[0])
-    before, after, _ = analysed()
+def test_an_analysis_that_touches_the_run_is_seen(touch):
+    class Touching(PrivateTraining):
+        def _score(self, batch):
+            super()._score(batch)
+            touch(self)
+
+    before, after, _ = analysed(Touching)
     assert not same(before, after)
 
 
@@ -364,10 +429,11 @@ def test_an_impact_that_is_not_finite_counts_nothing():
     model = dpquant.prepare(network())
     images, labels = torch.randn(4, 1, 6, 6), torch.zeros(4).long()
     images[2] = float("nan")
-    arguments = {"names": ["0", "5"], "max_norm": 1.0, "step": 0, "seed": 3, "score": "gradient"}
-    whole = dpquant.training.impact.impact_sum(model, loss, (images, labels), record_ids=torch.arange(4), **arguments)
-    kept = torch.tensor([0, 1, 3])
-    rest = dpquant.training.impact.impact_sum(model, loss, (images[kept], labels[kept]), record_ids=kept, **arguments)
+    arguments = {"names": ["0", "5"], "max_norm": 1.0, "keys": [3], "score": "gradient"}
+    whole, rest = (
+        impact_sum(Objective(model, loss), microbatches((images[ids], labels[ids]), ids, 4), **arguments)
+        for ids in (torch.arange(4), torch.tensor([0, 1, 3]))
+    )
     assert whole.impacts.isfinite().all() and rest.impacts.abs().sum() > 0
     torch.testing.assert_close(whole.impacts, rest.impacts)
 
@@ -389,16 +455,14 @@ def large_records():
     return list(zip(2e4 * torch.randn(40, 6, generator=generator), torch.randint(0, 3, (40,)), strict=True))
 
 
-def coupled_run(records):
+def coupled_run(records, make_run=PrivateTraining):
     torch.manual_seed(0)
-    model = Coupled()
     plan = dpquant.PrivacyPlan(
         noise_multiplier=1.0, delta=1e-5, max_grad_norm=1.0, sample_rate=0.5, expected_batch_size=20, steps=4
     )
-    return make_private(
-        model, torch.optim.SGD(model.parameters(), lr=0.1), records, loss_fn=loss, plan=plan,
-        policy=dpquant.NonePolicy(), microbatch_size=8,
-    )  # fmt: skip
+    return begun(
+        Coupled(), records, loss_fn=loss, plan=plan, policy=dpquant.NonePolicy(), make_run=make_run, microbatch_size=8
+    )
 
 
 def first_step(run):
@@ -414,15 +478,15 @@ def test_a_coupling_that_only_real_records_show_stops_the_run_in_its_first_epoch
         next(run.epochs())
 
 
-def test_without_the_probe_it_would_not_be_seen(monkeypatch):
-    monkeypatch.setattr(private_module, "keeps_apart", lambda *a, **k: keeps_apart(*a, **k) or True)
-    first_step(coupled_run(large_records()))
+class Unprobed(PrivateTraining):
+    def _probe(self, batch, key):
+        pass
+
+
+def test_without_the_probe_it_would_not_be_seen():
+    first_step(coupled_run(large_records(), Unprobed))
 
 
 def test_records_without_large_values_are_kept_apart():
-    small = [(x / 1e5, y) for x, y in large_records()]
-    run = coupled_run(small)
-    for epoch in run.epochs():
-        for batch in epoch:
-            run.step(batch)
+    run = finish(coupled_run([(x / 1e5, y) for x, y in large_records()]))
     assert run.steps_taken == 4 and "DOES NOT HOLD" not in run.statement()

@@ -6,33 +6,40 @@ non-interference: with the mechanisms' results held fixed, nothing that a run le
 """
 
 import dataclasses
+import functools
 import json
+import shutil
 import time
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
 import dpquant
 from doubles import Told
-from dpquant.backends import choose
-from dpquant.backends.cpu_int8 import int8_is_exact
 from dpquant.backends.quantize import quantize_rows
+from dpquant.backends.registry import resolve
 from dpquant.data import dataset as data
-from dpquant.engine.clip import ClippedSum, clipped_sum, clipped_sum_of
-from dpquant.formats import recipe
+from dpquant.engine.batches import microbatches
+from dpquant.engine.clip import ClippedSum, clipped_sum
+from dpquant.engine.passes import Objective
+from dpquant.formats import precision, recipe
+from dpquant.privacy.mechanism import Mechanism
 from dpquant.privacy.noise import NoiseSource
-from dpquant.privacy.sampling import PoissonSampler
 from dpquant.rounding import row_keys
 from dpquant.runs.directory import METRICS, RECORD, RunDirectory, append_line
 from dpquant.runs.settings import TrainSettings
 from dpquant.runs.train import train
-from dpquant.training import private as private_module
-from dpquant.training.impact import ImpactSum, impact_sum, impact_sum_of
+from dpquant.training.execution import ExecutionRequest
+from dpquant.training.impact import ImpactSum, analysis_keys, impact_sum
+from dpquant.training.private import PrivateTraining
+from dpquant.training.start import Request, begin
+from mechanisms import begun, finish, with_doubles
 from networks import loss, zoo
 
 Z = 4.9  # a standard normal lies farther out with probability 1e-6
@@ -111,7 +118,8 @@ def test_clipped_impacts_are_a_sum_of_bounded_parts_whatever_the_records(net, ba
     def summed(rows):
         rows = torch.as_tensor(rows, dtype=torch.int64)
         part = tuple(t[rows] for t in batch)
-        out = impact_sum(model, loss, part, names=names, max_norm=0.2, record_ids=rows, step=0, seed=0, repeats=2)
+        pieces = microbatches(part, rows, 8)
+        out = impact_sum(Objective(model, loss), pieces, names=names, max_norm=0.2, keys=analysis_keys(0, 0, 2))
         return out.impacts
 
     assert_a_sum_of_parts_of_at_most(0.2, summed, len(batch[1]))
@@ -127,7 +135,7 @@ def quantized_once_more(summed):
     def planted(rows):
         total = summed(rows).float()[None]
         role = recipe("luq-fp4").gradient
-        return quantize_rows(total, role.format, role.rounding, row_keys(7, torch.zeros(1).long())).dequantize()[0]
+        return quantize_rows(total, role, row_keys(7, torch.zeros(1).long())).dequantize()[0]
 
     return planted
 
@@ -148,28 +156,30 @@ def test_a_sum_that_is_not_one_of_bounded_parts_is_caught(planted):
 # Noise and canaries: what comes out of whole runs.
 
 
-def run_of(model, records, *, steps=1, sample_rate=0.1, policy=None, max_grad_norm=0.5, loss_fn=loss):
+def run_of(model, records, *, steps=1, sample_rate=0.1, policy=None, max_grad_norm=0.5, loss_fn=loss, parts=None):
+    """What a run with doubles of its mechanism has moved its parameters by, times the batch size."""
     plan = dpquant.PrivacyPlan(
         noise_multiplier=1.3, delta=1e-5, max_grad_norm=max_grad_norm, sample_rate=sample_rate,
         expected_batch_size=sample_rate * len(records), steps=steps,
     )  # fmt: skip
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    run = dpquant.make_private(
-        model, optimizer, records, loss_fn=loss_fn, plan=plan, policy=policy or dpquant.NonePolicy(), mechanism_seed=3
-    )
+    doubles = dict(parts or {})
+    make_run = doubles.pop("make_run", PrivateTraining)
+    mechanism = with_doubles(Mechanism.repeatable(3, None), **doubles)
+    run = begun(
+        model, records, loss_fn=loss_fn, plan=plan, policy=policy or dpquant.NonePolicy(), mechanism=mechanism, lr=1.0,
+        make_run=make_run,
+    )  # fmt: skip
     before = [p.detach().clone() for p in run.model.parameters()]
-    for epoch in run.epochs():
-        for batch in epoch:
-            run.step(batch)
+    finish(run)
     moved = [old - new.detach() for old, new in zip(before, run.model.parameters(), strict=True)]
     return torch.cat([m.double().flatten() for m in moved]) * plan.expected_batch_size
 
 
-def noise_of_blank_records():
+def noise_of_blank_records(**parts):
     """Records without a gradient leave a step of noise alone: 200 000 entries, in units of the promised deviation."""
     model = nn.Sequential(nn.Linear(400, 400, bias=False), nn.Linear(400, 100, bias=False))
     records = TensorDataset(torch.zeros(40, 400), torch.zeros(40).long())
-    return run_of(model, records) / (1.3 * 0.5)
+    return run_of(model, records, parts=parts) / (1.3 * 0.5)
 
 
 def assert_standard_normal(noise):
@@ -184,11 +194,10 @@ def test_a_step_adds_gaussian_noise_of_the_promised_size_to_every_parameter():
 
 
 @pytest.mark.parametrize("factor", [0.98, 1.02])
-def test_noise_that_is_off_by_two_in_a_hundred_is_caught(factor, monkeypatch):
-    honest = NoiseSource.gaussian
-    monkeypatch.setattr(NoiseSource, "gaussian", lambda self, shape, std, **k: honest(self, shape, factor * std, **k))
+def test_noise_that_is_off_by_two_in_a_hundred_is_caught(factor):
+    noise = noise_of_blank_records(gaussian=lambda honest, shape, std, **k: honest(shape, factor * std, **k))
     with pytest.raises(AssertionError):
-        assert_standard_normal(noise_of_blank_records())
+        assert_standard_normal(noise)
 
 
 CANARIES, STEPS, RATE = 2000, 20, 0.1
@@ -198,14 +207,15 @@ def steep_linear_loss(model, batch):
     return 100 * model(batch[0]).squeeze(1)
 
 
-def canary_sums(policy):
+def canary_sums(policy, parts=None):
     """Canary i pulls weight i alone, far beyond the clip norm; every other one is in the data."""
     torch.manual_seed(0)
     records = TensorDataset(torch.eye(CANARIES)[::2], torch.zeros(CANARIES // 2))
     model = nn.Linear(CANARIES, 1, bias=False)
     return run_of(
-        model, records, steps=STEPS, sample_rate=RATE, policy=policy, max_grad_norm=1.0, loss_fn=steep_linear_loss
-    )
+        model, records, steps=STEPS, sample_rate=RATE, policy=policy, max_grad_norm=1.0, loss_fn=steep_linear_loss,
+        parts=parts,
+    )  # fmt: skip
 
 
 def assert_canaries_are_heard_as_promised(sums):
@@ -222,29 +232,24 @@ def test_canaries_are_heard_as_loudly_as_the_accounting_assumes(policy):
     assert_canaries_are_heard_as_promised(canary_sums(policy))
 
 
-def half_the_noise(monkeypatch):
-    honest = NoiseSource.gaussian
-    monkeypatch.setattr(NoiseSource, "gaussian", lambda self, shape, std, **k: honest(self, shape, std / 2, **k))
-
-
-def gradients_times_three(monkeypatch):
-    def planted(*arguments, **keywords):
-        out = clipped_sum_of(*arguments, **keywords)
+class GradientsTimesThree(PrivateTraining):
+    def _clipped_sum(self, pieces, key):
+        out = super()._clipped_sum(pieces, key)
         return dataclasses.replace(out, grads={name: 3 * grad for name, grad in out.grads.items()})
 
-    monkeypatch.setattr(private_module, "clipped_sum_of", planted)
+
+LOUDER = {
+    "half the noise": {"gaussian": lambda honest, shape, std, **k: honest(shape, std / 2, **k)},
+    "gradients times three": {"make_run": GradientsTimesThree},
+    "a higher rate than charged": {"draw": lambda honest, n, rate, **k: honest(n, 2 * rate, **k)},
+}
 
 
-def a_higher_rate_than_charged(monkeypatch):
-    honest = PoissonSampler.draw
-    monkeypatch.setattr(PoissonSampler, "draw", lambda self, n, rate, **k: honest(self, n, 2 * rate, **k))
-
-
-@pytest.mark.parametrize("plant", [half_the_noise, gradients_times_three, a_higher_rate_than_charged])
-def test_canaries_that_are_heard_louder_are_caught(plant, monkeypatch):
-    plant(monkeypatch)
+@pytest.mark.parametrize("parts", LOUDER.values(), ids=LOUDER)
+def test_canaries_that_are_heard_louder_are_caught(parts):
+    sums = canary_sums(dpquant.NonePolicy(), parts)
     with pytest.raises(AssertionError):
-        assert_canaries_are_heard_as_promised(canary_sums(dpquant.NonePolicy()))
+        assert_canaries_are_heard_as_promised(sums)
 
 
 # Non-interference: all private computation runs, but its results are replaced by constants. Times are in timings.json
@@ -255,35 +260,38 @@ def what_the_screen_shows(progress):
     return {name: value for name, value in dataclasses.asdict(progress).items() if name != "examples_per_second"}
 
 
-def left_behind(out, monkeypatch, *, records, clipped_stub=None, directory=RunDirectory, **changes):
-    """Everything that a run on these private records leaves behind or says, less what is its operator's."""
-    public = data.load("digits")
-    pixels, targets, readable = records
-    split = data.Split(pixels, targets, readable=readable, full_scale=public.train.full_scale)
-    split.mean, split.std = public.train.mean, public.train.std
-    constant = NoiseSource.from_seed(0)
-    honest_noise = NoiseSource.gaussian
+class Silent(PrivateTraining):
+    """Computes on private records, and puts constants in the place of what comes of it."""
 
-    def no_gradient(*arguments, **keywords):
-        real = clipped_sum_of(*arguments, **keywords)
-        return ClippedSum({name: torch.zeros_like(grad) for name, grad in real.grads.items()}, real.sensitivity)
+    def _clipped_sum(self, pieces, key):
+        total = super()._clipped_sum(pieces, key)
+        return ClippedSum({name: torch.zeros_like(grad) for name, grad in total.grads.items()}, total.sensitivity)
 
-    def no_impact(*arguments, **keywords):
-        real = impact_sum_of(*arguments, **keywords)
-        return ImpactSum(torch.zeros_like(real.impacts), real.sensitivity)
+    def _impact_sum(self, pieces, names, keys):
+        total = super()._impact_sum(pieces, names, keys)
+        return ImpactSum(torch.zeros_like(total.impacts), total.sensitivity)
 
+
+def starting(make_run):
+    """Begins a run of a kind, as `make_private` does, under noise that is the same in every run."""
+
+    def start(model, optimizer, train_set, *, ledger, format, rest, backend, microbatch_size, memory, **keywords):
+        wanted = ExecutionRequest(
+            chosen=precision(format), rest=precision(rest), backend=backend, microbatch_size=microbatch_size,
+            memory=memory,
+        )  # fmt: skip
+        request = Request(model=model, optimizer=optimizer, train_set=train_set, execution=wanted, **keywords)
+        constant = NoiseSource.from_seed(0).gaussian
+        noisy = functools.partial(with_doubles, gaussian=lambda honest, *a, **k: constant(*a, **k))
+        return begin(request, lambda: noisy(Mechanism.secret(ledger)), make_run=make_run)
+
+    return start
+
+
+def left_behind(out, settings, *, make_run=Silent, directory=RunDirectory):
+    """Everything that a run leaves behind or says, less what is its operator's."""
     told = Told()
-    with monkeypatch.context() as patched:
-        patched.setattr(data, "load", lambda *a, **k: dataclasses.replace(public, train=split))
-        patched.setattr(private_module, "clipped_sum_of", clipped_stub or no_gradient)
-        patched.setattr(private_module, "impact_sum_of", no_impact)
-        patched.setattr(NoiseSource, "gaussian", lambda self, *a, **k: honest_noise(constant, *a, **k))
-        # what is measured, on synthetic data, differs from run to run, and what was measured before is remembered
-        patched.setattr(choose, "timed", lambda ways: {name: float(place) for place, name in enumerate(ways)})
-        patched.setattr(choose, "_machines", {})
-        unmeasured = {"microbatch_size": 64, "backend": "int8" if int8_is_exact(64) else "simulate"}
-        chosen = TrainSettings.chosen({"epochs": 2, "sample_rate": 0.2, "lr": 0.01, **unmeasured, **changes})
-        record = train(chosen, out, sinks=[told], directory=directory)
+    record = train(TrainSettings.chosen(settings), out, sinks=[told], directory=directory, start=starting(make_run))
     files = {path.name: path for path in out.iterdir()}
     return {
         "files": sorted(files),
@@ -308,47 +316,83 @@ def two_data_sets():
     return first, (real.pixels[:280], real.targets[:280], torch.ones(280, dtype=torch.bool))
 
 
-def assert_no_interference(tmp_path, monkeypatch, **planted):
-    first, second = (
-        left_behind(tmp_path / name, monkeypatch, records=records, **planted)
-        for name, records in zip("ab", two_data_sets(), strict=True)
-    )
+def put_images(folder, records):
+    """Private records as an image folder, in the place of those that were there; the test set is public."""
+    shutil.rmtree(folder, ignore_errors=True)
+    public = data.load("digits").test
+    tests = public.pixels[:50], public.targets[:50], torch.ones(50, dtype=torch.bool)
+    for part, (pixels, targets, readable) in (("train", records), ("test", tests)):
+        for label in range(10):
+            (folder / part / str(label)).mkdir(parents=True)
+        for number in range(len(targets)):
+            path = folder / part / str(int(targets[number])) / f"{number}.png"
+            if readable[number]:
+                Image.fromarray((14 * pixels[number].squeeze()).numpy()).save(path)
+            else:
+                path.write_bytes(b"torn")
+
+
+def assert_no_interference(tmp_path, **planted):
+    images, choices = tmp_path / "images", tmp_path / "choices.json"
+    settings = {
+        "data": f"image-folder:{images}", "model": "cnn", "epochs": 2, "batch_size": 32.0, "sample_rate": 0.2,
+        "lr": 0.01, "microbatch_size": 64, "backend": resolve("auto", [precision("luq-fp4")], torch.device("cpu")).name,
+        "unsafe_metrics": planted.pop("unsafe_metrics", False),
+    }  # fmt: skip
+    one, other = two_data_sets()
+    put_images(images, one)
+    left_behind(tmp_path / "measured", settings)  # timings of one run decide in both
+    shutil.copy(tmp_path / "measured" / "choices.json", choices)
+    found = []
+    for name, records in (("a", one), ("b", other)):
+        put_images(images, records)
+        found.append(left_behind(tmp_path / name, {**settings, "choices": str(choices)}, **planted))
+    first, second = found
     assert first["record"]["steps"] == 10 and len(first["progress"]) == 10
     for what, value in first.items():
         assert value == second[what], what
 
 
-def test_what_a_run_leaves_behind_depends_on_its_records_through_the_mechanisms_only(tmp_path, monkeypatch):
-    assert_no_interference(tmp_path, monkeypatch)
+def test_what_a_run_leaves_behind_depends_on_its_records_through_the_mechanisms_only(tmp_path):
+    assert_no_interference(tmp_path)
 
 
-def the_size_of_the_batch(model, loss_fn, pieces, **keywords):
-    pieces = list(pieces)
-    real = clipped_sum_of(model, loss_fn, pieces, **keywords)
-    size = sum(piece.num_examples for piece in pieces)
-    return ClippedSum({name: torch.full_like(grad, size) for name, grad in real.grads.items()}, real.sensitivity)
+class TellingTheSize(Silent):
+    """The size of the batch in the place of the sum."""
+
+    def _clipped_sum(self, pieces, key):
+        pieces = list(pieces)
+        total, size = super()._clipped_sum(pieces, key), sum(piece.num_examples for piece in pieces)
+        return ClippedSum({name: torch.full_like(grad, size) for name, grad in total.grads.items()}, total.sensitivity)
 
 
-def a_buffer_of_the_data(model, loss_fn, pieces, **keywords):
-    pieces = list(pieces)
-    real = clipped_sum_of(model, loss_fn, pieces, **keywords)
-    model.register_buffer("seen", torch.stack([piece.data[0].mean() for piece in pieces]).nan_to_num()[:1])
-    return ClippedSum({name: torch.zeros_like(grad) for name, grad in real.grads.items()}, real.sensitivity)
+class TellingTheGradients(Silent):
+    def _clipped_sum(self, pieces, key):
+        return PrivateTraining._clipped_sum(self, pieces, key)
+
+
+class KeepingSome(Silent):
+    """A buffer that takes in the data."""
+
+    def _clipped_sum(self, pieces, key):
+        pieces = list(pieces)
+        self.model.register_buffer("seen", torch.stack([piece.data[0].mean() for piece in pieces]).nan_to_num()[:1])
+        return super()._clipped_sum(pieces, key)
 
 
 @pytest.mark.parametrize(
     "planted",
-    [{"clipped_stub": the_size_of_the_batch}, {"clipped_stub": clipped_sum_of}, {"unsafe_metrics": True}],
+    [{"make_run": TellingTheSize}, {"make_run": TellingTheGradients}, {"unsafe_metrics": True}],
     ids=["batch size", "gradients", "training accuracy"],
 )
-def test_interference_is_caught(planted, tmp_path, monkeypatch):
+def test_interference_is_caught(planted, tmp_path):
     with pytest.raises(AssertionError):
-        assert_no_interference(tmp_path, monkeypatch, **planted)
+        assert_no_interference(tmp_path, **planted)
 
 
-def test_a_buffer_that_takes_in_the_data_ends_the_run_and_is_not_kept(tmp_path, monkeypatch):
+def test_a_buffer_that_takes_in_the_data_ends_the_run_and_is_not_kept(tmp_path):
     with pytest.raises(dpquant.ModelError, match="buffer seen has begun to change"):
-        assert_no_interference(tmp_path, monkeypatch, clipped_stub=a_buffer_of_the_data)
+        assert_no_interference(tmp_path, make_run=KeepingSome)
     assert {path.name for path in (tmp_path / "a").iterdir()} == {"choices.json", "config.toml", "ledger.jsonl"}
 
 
@@ -366,6 +410,6 @@ class SecondsInTheRecord(RunDirectory):
 
 
 @pytest.mark.parametrize("planted", [SecondsInTheMetrics, SecondsInTheRecord])
-def test_a_clock_in_what_is_released_is_caught(planted, tmp_path, monkeypatch):
+def test_a_clock_in_what_is_released_is_caught(planted, tmp_path):
     with pytest.raises(AssertionError):
-        assert_no_interference(tmp_path, monkeypatch, directory=planted)
+        assert_no_interference(tmp_path, directory=planted)

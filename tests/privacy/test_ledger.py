@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A charge is on disk before `charge` returns, and no line can be changed, removed or moved unnoticed."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,6 +15,15 @@ from dpquant.privacy.ledger import NO_HASH, Ledger
 
 TRAIN = {"kind": "train", "sample_rate": 0.05, "noise_multiplier": 1.1}
 ANALYSIS = {"kind": "analysis", "sample_rate": 0.01, "noise_multiplier": 2.0}
+
+
+@contextlib.contextmanager
+def system(**calls):
+    """Until the block ends, calls of the operating system are these."""
+    with pytest.MonkeyPatch.context() as patched:
+        for name, call in calls.items():
+            patched.setattr(os, name, call, raising=False)
+        yield
 
 
 @pytest.fixture
@@ -120,21 +130,23 @@ def test_a_torn_last_line_is_left_out_wherever_it_was_torn(path):
     assert len(Ledger.read(path)) == 5
 
 
-def test_the_charge_is_written_and_synced_before_it_counts(tmp_path, monkeypatch):
+def test_the_charge_is_written_and_synced_before_it_counts(tmp_path):
     events = []
     ledger = Ledger(tmp_path / "ledger")
     write, sync = os.write, os.fsync
-    monkeypatch.setattr(os, "write", lambda *a: events.append(("write", len(ledger.events()))) or write(*a))
-    monkeypatch.setattr(os, "fsync", lambda *a: events.append(("fsync", len(ledger.events()))) or sync(*a))
-    ledger.charge(**TRAIN)
+    with system(
+        write=lambda *a: events.append(("write", len(ledger.events()))) or write(*a),
+        fsync=lambda *a: events.append(("fsync", len(ledger.events()))) or sync(*a),
+    ):
+        ledger.charge(**TRAIN)
     assert events == [("write", 0), ("fsync", 0)]
     assert len(ledger.events()) == 1
 
 
-def test_the_file_and_its_folder_are_synced_at_creation(tmp_path, monkeypatch):
+def test_the_file_and_its_folder_are_synced_at_creation(tmp_path):
     synced = []
-    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
-    Ledger(tmp_path / "ledger")
+    with system(fsync=lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))):
+        Ledger(tmp_path / "ledger")
     assert synced == [str(tmp_path)]
 
 
@@ -146,29 +158,29 @@ def failing(number: int, message: str):
 
 
 @pytest.mark.parametrize("call", ["write", "fsync"])
-def test_a_charge_that_cannot_be_written_is_an_error_and_counts_nothing(tmp_path, monkeypatch, call):
+def test_a_charge_that_cannot_be_written_is_an_error_and_counts_nothing(tmp_path, call):
     ledger = Ledger(tmp_path / "ledger")
     ledger.charge(**TRAIN)
-    monkeypatch.setattr(os, call, failing(28, "No space left on device"))
-    with pytest.raises(LedgerError, match="No space left"):
+    with system(**{call: failing(28, "No space left on device")}), pytest.raises(LedgerError, match="No space left"):
         ledger.charge(**TRAIN)
     assert ledger.events() == [Event(**TRAIN)]
 
 
-def test_after_half_a_line_nothing_more_is_written(tmp_path, monkeypatch):
+def test_after_half_a_line_nothing_more_is_written(tmp_path):
     ledger = Ledger(tmp_path / "ledger")
     ledger.charge(**TRAIN)
     write = os.write
-    monkeypatch.setattr(os, "write", lambda descriptor, line: write(descriptor, line[:20]))
-    with pytest.raises(LedgerError, match="in part"):
+    with (
+        system(write=lambda descriptor, line: write(descriptor, line[:20])),
+        pytest.raises(LedgerError, match="in part"),
+    ):
         ledger.charge(**TRAIN)
-    monkeypatch.undo()
     with pytest.raises(LedgerError, match="another length"):
         ledger.charge(**TRAIN)
     assert Ledger.read(tmp_path / "ledger") == [Event(**TRAIN)]
 
 
-def like_windows(monkeypatch, *, name="nt", binary=1 << 30):
+def windows(*, name="nt", binary=1 << 30):
     """Files are text unless opened with O_BINARY, so that an end of line becomes two bytes; no folder can be opened."""
     as_text = set()
     posix_open, posix_write = os.open, os.write
@@ -184,10 +196,7 @@ def like_windows(monkeypatch, *, name="nt", binary=1 << 30):
         posix_write(descriptor, line.replace(b"\n", b"\r\n") if descriptor in as_text else line)
         return len(line)
 
-    monkeypatch.setattr(os, "name", name)
-    monkeypatch.setattr(os, "O_BINARY", binary, raising=False)
-    monkeypatch.setattr(os, "open", windows_open)
-    monkeypatch.setattr(os, "write", windows_write)
+    return {"name": name, "O_BINARY": binary, "open": windows_open, "write": windows_write}
 
 
 def assert_charges_are_kept(path: Path) -> None:
@@ -197,22 +206,18 @@ def assert_charges_are_kept(path: Path) -> None:
     assert Ledger.read(path) == [Event(**TRAIN)] * 3
 
 
-def test_charges_are_kept_on_windows(tmp_path, monkeypatch):
-    with monkeypatch.context() as patched:
-        like_windows(patched)
+def test_charges_are_kept_on_windows(tmp_path):
+    with system(**windows()):
         assert_charges_are_kept(tmp_path / "ledger")
 
 
-def test_a_folder_that_cannot_be_opened_would_be_seen(tmp_path, monkeypatch):
-    with monkeypatch.context() as patched, pytest.raises(LedgerError, match="Permission denied"):
-        like_windows(patched, name="posix")
+def test_a_folder_that_cannot_be_opened_would_be_seen(tmp_path):
+    with system(**windows(name="posix")), pytest.raises(LedgerError, match="Permission denied"):
         assert_charges_are_kept(tmp_path / "ledger")
 
 
-def test_ends_of_lines_of_two_bytes_would_be_seen(tmp_path, monkeypatch):
-    with monkeypatch.context() as patched, pytest.raises(LedgerError, match="another length"):
-        like_windows(patched)
-        patched.delattr(os, "O_BINARY")
+def test_ends_of_lines_of_two_bytes_would_be_seen(tmp_path):
+    with system(**{**windows(), "O_BINARY": 0}), pytest.raises(LedgerError, match="another length"):
         assert_charges_are_kept(tmp_path / "ledger")
 
 

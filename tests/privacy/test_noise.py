@@ -12,7 +12,17 @@ from torch import Tensor
 
 from dpquant.errors import SettingError
 from dpquant.privacy import noise as noise_module
-from dpquant.privacy.noise import NoiseSource, cell_midpoints, log_of, normals, sine_and_cosine
+from dpquant.privacy.noise import (
+    ATANH,
+    COS,
+    SIN,
+    NoiseSource,
+    cell_midpoints,
+    fill_in_numpy,
+    log_of,
+    normals,
+    sine_and_cosine,
+)
 from dpquant.privacy.secret import SecretKey
 
 ALPHA = 1e-6
@@ -144,15 +154,24 @@ def assert_accurate(log, sine, cosine) -> None:
     assert np.abs(cosine(x) / np.cos(x.astype(wide)) - 1).max() < 1e-15
 
 
+def assert_series_are_accurate(logarithm=(), **series) -> None:
+    assert_accurate(
+        lambda u: log_of(u, *logarithm),
+        lambda x: sine_and_cosine(x, **series)[0],
+        lambda x: sine_and_cosine(x, **series)[1],
+    )
+
+
 def test_the_written_out_functions_are_accurate():
-    assert_accurate(log_of, lambda x: sine_and_cosine(x)[0], lambda x: sine_and_cosine(x)[1])
+    assert_series_are_accurate()
 
 
-@pytest.mark.parametrize("series", ["_ATANH", "_SIN", "_COS"])
-def test_a_series_that_is_a_term_too_short_would_be_seen(series, monkeypatch):
-    monkeypatch.setattr(noise_module, series, getattr(noise_module, series)[:-2])
+@pytest.mark.parametrize(
+    "short", [{"logarithm": [ATANH[:-2]]}, {"sin": SIN[:-2]}, {"cos": COS[:-2]}], ids=lambda short: next(iter(short))
+)
+def test_a_series_that_is_a_term_too_short_would_be_seen(short):
     with pytest.raises(AssertionError):
-        test_the_written_out_functions_are_accurate()
+        assert_series_are_accurate(**short)
 
 
 def test_the_lowest_and_highest_words_give_the_stated_extremes():
@@ -232,13 +251,20 @@ def test_a_kernel_that_differs_in_the_last_bits_would_be_seen():
         assert_native_equals_numpy(300_001, 0.37, native_std=0.37 * (1 + 1e-9))
 
 
+class WithoutTheKernel(NoiseSource):
+    _fill = staticmethod(fill_in_numpy)
+
+
 @pytest.mark.parametrize("size", [1, 65_535, 65_536, 65_537, 200_003])
-def test_without_the_kernel_and_on_other_threads_the_noise_is_the_same(size, monkeypatch):
-    first = draw("train", 0, 0, "weight", size)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert torch.equal(draw("train", 0, 0, "weight", size), first)
-    monkeypatch.setattr(noise_module, "_native", None)
-    assert torch.equal(draw("train", 0, 0, "weight", size), first)
+def test_without_the_kernel_and_on_other_threads_the_noise_is_the_same(size):
+    first, threads = draw("train", 0, 0, "weight", size), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(draw("train", 0, 0, "weight", size), first)
+    finally:
+        torch.set_num_threads(threads)
+    in_numpy = WithoutTheKernel(SecretKey(b"a key for tests!"))
+    assert torch.equal(in_numpy.gaussian((size,), STD, stream="train", step=0, attempt=0, name="weight"), first)
 
 
 @pytest.mark.parametrize("num_words", [4, 6])

@@ -339,9 +339,13 @@ def test_json_with_words_or_with_other_numbers_would_be_seen(number, planted):
         assert_json_has_typed_numbers(plan().to_json().replace(number, planted), plan())
 
 
-def test_a_number_that_is_not_finite_is_null_in_json(monkeypatch):
-    monkeypatch.setattr(PrivacyPlan, "epsilon_spent", lambda self, **counts: math.inf)
-    read = json.loads(plan().to_json(), parse_constant=pytest.fail)
+class Boundless(PrivacyPlan):
+    def epsilon_spent(self, **counts):
+        return math.inf
+
+
+def test_a_number_that_is_not_finite_is_null_in_json():
+    read = json.loads(Boundless(**SETTINGS).to_json(), parse_constant=pytest.fail)
     assert read["epsilon"] is None and read["analysis_share"] is None
 
 

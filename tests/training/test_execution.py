@@ -5,10 +5,11 @@ from torch import nn
 
 import dpquant
 from dpquant.engine.layers import current_precisions
+from dpquant.engine.passes import Objective
 from dpquant.errors import FormatError, SettingError
 from dpquant.formats import FULL_PRECISION, precision
 from dpquant.training import execution as execution_module
-from dpquant.training.execution import Execution, decide, spared_layers
+from dpquant.training.execution import Execution, ExecutionRequest, decide, spared_layers
 from dpquant.training.tuning import ANALYSIS_MICROBATCH
 from networks import loss
 
@@ -41,17 +42,18 @@ def decided(
         nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Linear(8, 5)), format=format, backend=prepared or backend
     )
     execution = decide(
-        model,
-        loss,
+        Objective(model, loss),
         (torch.randn(2, 1, 4, 4), torch.arange(2)),
         policy=policy,
         macs={"1": 128.0, "2": 40.0},
-        chosen=precision(format),
-        rest=precision(rest),
-        backend=backend,
         plan=plan_of(analysis),
-        microbatch_size=microbatch_size,
-        memory=memory,
+        request=ExecutionRequest(
+            chosen=precision(format),
+            rest=precision(rest),
+            backend=backend,
+            microbatch_size=None if memory else microbatch_size,
+            memory=memory,
+        ),
     )
     assert current_precisions(model) == {}
     return execution
@@ -100,8 +102,8 @@ def test_the_reason_is_that_of_every_precision_in_use(monkeypatch):
     assert decided(policy, backend="auto", prepared="simulate", format="fp8").reason == codes
     assert decided(policy, backend="auto", prepared="simulate", rest="fp8").reason == codes
     assert decided(dpquant.NonePolicy(), backend="auto", prepared="simulate", format="fp8").reason == ""
-    honest = execution_module.obstacle_to_int8  # one that looks at the chosen layers alone would be seen
-    monkeypatch.setattr(execution_module, "obstacle_to_int8", lambda **facts: honest(**{**facts, "fits_int8": True}))
+    honest = execution_module.reason_for  # one that looks at the chosen layers alone would be seen
+    monkeypatch.setattr(execution_module, "reason_for", lambda backend, used, device: honest(backend, used[:1], device))
     assert decided(policy, backend="auto", prepared="simulate", rest="fp8").reason != codes
 
 
@@ -120,12 +122,12 @@ def test_microbatches_of_analyses_are_measured_where_memory_is_bounded_and_there
 
     monkeypatch.setattr(execution_module, "largest_analysis_size", largest)
     by_impact = dpquant.DPQuantPolicy(fraction=0.5)
-    bounded = decided(by_impact, analysis=ANALYSIS, memory=1.5)
-    assert bounded.analysis_microbatch_size == 16 and asked == [(["1"], ANALYSIS.score, 1.5)]
+    bounded = decided(by_impact, analysis=ANALYSIS, memory=1e3)
+    assert bounded.analysis_microbatch_size == 16 and asked == [(["1"], ANALYSIS.score, 1e3)]
     for policy, analysis, memory in (
         (by_impact, ANALYSIS, None),
-        (by_impact, None, 1.5),
-        (dpquant.RotatePolicy(fraction=0.5), ANALYSIS, 1.5),
+        (by_impact, None, 1e3),
+        (dpquant.RotatePolicy(fraction=0.5), ANALYSIS, 1e3),
     ):
         assert decided(policy, analysis=analysis, memory=memory).analysis_microbatch_size == ANALYSIS_MICROBATCH
     assert len(asked) == 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run as a whole: what is charged is what happens (counted by wrapping the mechanisms), in the right order."""
+"""The run as a whole: what is charged is what happens (counted by doubles of the mechanism), in the right order."""
 
 import pytest
 import torch
@@ -9,10 +9,10 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 import dpquant
 from dpquant.errors import BudgetError, DataError, ModelError, SettingError
 from dpquant.privacy.ledger import Ledger
-from dpquant.privacy.noise import NoiseSource
-from dpquant.privacy.sampling import PoissonSampler
-from dpquant.training import private as private_module
+from dpquant.privacy.mechanism import Mechanism
+from dpquant.training.private import PrivateTraining
 from dpquant.training.start import make_private
+from mechanisms import begun, finish, with_doubles
 from networks import loss
 
 RECORDS, BATCH, STEPS = 200, 20, 25  # 10 steps an epoch: two whole epochs and half of a third
@@ -32,7 +32,7 @@ def network():
     )
 
 
-def plan_of(**changes):
+def plan_of(kind=dpquant.PrivacyPlan, **changes):
     analysis = dpquant.AnalysisPlan(
         count=3, sample_rate=0.3, expected_batch_size=60, noise_multiplier=3.0, max_norm=0.5
     )
@@ -40,7 +40,7 @@ def plan_of(**changes):
         "noise_multiplier": 1.5, "delta": 1e-5, "max_grad_norm": 0.7, "sample_rate": BATCH / RECORDS,
         "expected_batch_size": BATCH, "steps": STEPS, "analysis": analysis, **changes,
     }  # fmt: skip
-    return dpquant.PrivacyPlan(**settings)
+    return kind(**settings)
 
 
 def start(train_set=None, model=None, optimizer=torch.optim.SGD, plan=None, **settings):
@@ -50,71 +50,77 @@ def start(train_set=None, model=None, optimizer=torch.optim.SGD, plan=None, **se
     return make_private(model, optimizer(model.parameters(), lr=0.1), train_set, plan=plan or plan_of(), **arguments)
 
 
-def finish(run):
-    for epoch in run.epochs():
-        for batch in epoch:
-            run.step(batch)
-    return run
+def start_with(records=None, plan=None, make_run=PrivateTraining, policy=None, **doubles):
+    """A run with doubles of its mechanism."""
+    return begun(
+        network(), data_set() if records is None else records, loss_fn=loss, plan=plan or plan_of(),
+        policy=policy or dpquant.DPQuantPolicy(fraction=0.5), make_run=make_run,
+        mechanism=with_doubles(Mechanism.secret(None), **doubles),
+    )  # fmt: skip
 
 
-class Watched:
-    """Wraps sampler, noise, clipping, impact and ledger, and writes down each call in order."""
+def watched(plan=None, events=None):
+    """A run that was finished, and each call of sampler, noise, sums and ledger in order."""
+    calls = []
 
-    def __init__(self, monkeypatch):
-        self.calls = []
-        self._wrap(monkeypatch, Ledger, "charge", lambda a, k, r: ("charge", k["kind"]))
-        self._wrap(monkeypatch, PoissonSampler, "draw", lambda a, k, r: ("draw", k["stream"], a[2]))
-        self._wrap(monkeypatch, NoiseSource, "gaussian", lambda a, k, r: ("noise", k["stream"], a[2], k["name"]))
-        self._wrap(monkeypatch, private_module, "clipped_sum_of", lambda a, k, r: ("sum", "train", r.sensitivity))
-        self._wrap(monkeypatch, private_module, "impact_sum_of", lambda a, k, r: ("sum", "analysis", r.sensitivity))
+    def told(call, result):
+        calls.append(call)
+        return result
 
-    def _wrap(self, monkeypatch, owner, name, describe):
-        honest = getattr(owner, name)
+    class Watched(PrivateTraining):
+        def _clipped_sum(self, pieces, key):
+            total = super()._clipped_sum(pieces, key)
+            return told(("sum", "train", total.sensitivity), total)
 
-        def wrapped(*arguments, **keywords):
-            result = honest(*arguments, **keywords)
-            self.calls.append(describe(arguments, keywords, result))
-            return result
+        def _impact_sum(self, pieces, names, keys):
+            total = super()._impact_sum(pieces, names, keys)
+            return told(("sum", "analysis", total.sensitivity), total)
 
-        monkeypatch.setattr(owner, name, wrapped)
+    run = start_with(
+        plan=plan, make_run=Watched, events=events,
+        charge=lambda honest, **k: told(("charge", k["kind"]), honest(**k)),
+        draw=lambda honest, *a, **k: told(("draw", k["stream"], a[1]), honest(*a, **k)),
+        gaussian=lambda honest, *a, **k: told(("noise", k["stream"], a[1], k["name"]), honest(*a, **k)),
+    )  # fmt: skip
+    return finish(run), calls
 
-    def of(self, what, kind):
-        return [call for call in self.calls if call[:2] == (what, kind)]
 
-
-def assert_ledger_tells_what_happened(watched, run, num_parameters):
+def assert_ledger_tells_what_happened(run, calls, num_parameters=8):
     """For each kind: as many draws, sums and vectors of noise as charges, at the charged rate and noise."""
     charged = {event.kind: event for event in run.events()}
-    assert set(charged) == {kind for what, kind, *_ in watched.calls if what == "sum"}
+    assert set(charged) == {kind for what, kind, *_ in calls if what == "sum"}
     for kind, event in charged.items():
-        draws, sums, noises = (watched.of(what, kind) for what in ("draw", "sum", "noise"))
-        assert len(draws) == len(sums) == event.count == len(watched.of("charge", kind))
+        draws, sums, noises, charges = (
+            [call for call in calls if call[:2] == (what, kind)] for what in ("draw", "sum", "noise", "charge")
+        )
+        assert len(draws) == len(sums) == event.count == len(charges)
         assert {draw[2] for draw in draws} == {event.sample_rate}
         assert len(noises) == event.count * (num_parameters if kind == "train" else 1)
         assert all(noise[2] / sums[0][2] == pytest.approx(event.noise_multiplier) for noise in noises)
 
 
-def test_the_ledger_tells_what_happened(monkeypatch):
-    watched = Watched(monkeypatch)
-    run = finish(start())
-    assert_ledger_tells_what_happened(watched, run, 8)
+def test_the_ledger_tells_what_happened():
+    run, calls = watched()
+    assert_ledger_tells_what_happened(run, calls)
     assert {e.kind: e.count for e in run.events()} == {"train": STEPS, "analysis": 3}
     assert run.epsilon_spent() == pytest.approx(run.plan.epsilon)
 
 
-def test_a_forgotten_analysis_event_is_caught(monkeypatch):
-    watched = Watched(monkeypatch)
-    run = finish(start())
-    run._ledger._events = [c for c in run._ledger._events if c.kind == "train"]
+def test_a_forgotten_analysis_event_is_caught():
+    run, calls = watched(events=lambda events: [event for event in events if event.kind == "train"])
     with pytest.raises(AssertionError):
-        assert_ledger_tells_what_happened(watched, run, 8)
+        assert_ledger_tells_what_happened(run, calls)
 
 
-def test_noise_for_another_norm_is_caught(monkeypatch):
-    watched = Watched(monkeypatch)
-    monkeypatch.setattr(dpquant.PrivacyPlan, "train_noise_std", lambda plan, sensitivity: plan.noise_multiplier)
+class NoiseForAnotherNorm(dpquant.PrivacyPlan):
+    def train_noise_std(self, sensitivity):
+        return self.noise_multiplier
+
+
+def test_noise_for_another_norm_is_caught():
+    run, calls = watched(plan_of(NoiseForAnotherNorm))
     with pytest.raises(AssertionError):
-        assert_ledger_tells_what_happened(watched, finish(start()), 8)
+        assert_ledger_tells_what_happened(run, calls)
 
 
 class Recorder(Dataset):
@@ -136,12 +142,12 @@ def assert_charged_first(log):
     assert "read" in log and "charge" in log and log.index("charge") < log.index("read")
 
 
-def test_the_ledger_is_charged_before_a_record_is_read(monkeypatch):
+def test_the_ledger_is_charged_before_a_record_is_read():
     log = []
-    honest = Ledger.charge
-    monkeypatch.setattr(Ledger, "charge", lambda self, **k: (honest(self, **k), log.append("charge"))[0])
     for policy in (dpquant.DPQuantPolicy(fraction=0.5), dpquant.NonePolicy()):
-        run = start(Recorder(log), policy=policy)
+        run = start_with(
+            Recorder(log), policy=policy, charge=lambda honest, **event: (honest(**event), log.append("charge"))[0]
+        )
         log.clear()  # the first record's shape was looked at
         epoch = next(run.epochs())
         if policy.needs_scores:
@@ -158,16 +164,15 @@ def test_charging_after_reading_is_caught():
         assert_charged_first(["read", "charge"])
 
 
-def test_a_charge_that_fails_stops_the_step_before_any_data(monkeypatch):
+def full(honest, **event):
+    raise dpquant.LedgerError("disk full")
+
+
+def test_a_charge_that_fails_stops_the_step_before_any_data():
     log = []
-    run = start(Recorder(log), policy=dpquant.NonePolicy())
+    run = start_with(Recorder(log), policy=dpquant.NonePolicy(), charge=full)
     batch = next(iter(next(run.epochs())))
     log.clear()
-
-    def full(self, **keywords):
-        raise dpquant.LedgerError("disk full")
-
-    monkeypatch.setattr(Ledger, "charge", full)
     before = [p.clone() for p in run.model.parameters()]
     with pytest.raises(dpquant.LedgerError):
         run.step(batch)
@@ -182,20 +187,21 @@ def moved_by_noise(run):
     return (before - after) * BATCH / (0.1 * 1.5 * 0.7)
 
 
-def test_an_empty_batch_is_a_step_like_any_other(monkeypatch):
-    monkeypatch.setattr(PoissonSampler, "draw", lambda *a, **k: torch.zeros(0, dtype=torch.int64))
-    run = start(policy=dpquant.NonePolicy())
+def test_an_empty_batch_is_a_step_like_any_other():
+    run = start_with(policy=dpquant.NonePolicy(), draw=lambda *a, **k: torch.zeros(0, dtype=torch.int64))
     noise = moved_by_noise(run)
     assert run.steps_taken == 1 and run.events()[0].count == 1
     assert abs(noise.square().mean().item() - 1) < 4.9 * (2 / len(noise)) ** 0.5
 
 
 @pytest.mark.parametrize("draw", ["one", "all"])
-def test_the_sum_is_divided_by_the_planned_batch_size_whatever_was_drawn(monkeypatch, draw):
+def test_the_sum_is_divided_by_the_planned_batch_size_whatever_was_drawn(draw):
     ids = torch.arange(1 if draw == "one" else RECORDS)
-    monkeypatch.setattr(PoissonSampler, "draw", lambda *a, **k: ids)
-    monkeypatch.setattr(NoiseSource, "gaussian", lambda self, shape, std, **k: torch.zeros(tuple(shape)))
-    run = start(policy=dpquant.NonePolicy())
+    run = start_with(
+        policy=dpquant.NonePolicy(),
+        draw=lambda *a, **k: ids,
+        gaussian=lambda honest, shape, std, **k: torch.zeros(tuple(shape)),
+    )
     expected = dpquant.clipped_sum(
         dpquant.prepare(network()), loss, data_set()[ids], max_grad_norm=0.7, record_ids=ids, step=0, seed=0
     )  # in full precision the draws do not matter

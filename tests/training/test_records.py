@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Private records are read and collated a microbatch at a time; each is judged, and draws, by itself."""
 
+import dataclasses
 import random
 
 import numpy as np
@@ -12,7 +13,6 @@ from torch.utils.data import Dataset, default_collate
 from dpquant.checks.synthetic import candidates
 from dpquant.engine.batches import leaves
 from dpquant.errors import DataError, SettingError
-from dpquant.training import records as records_module
 from dpquant.training.records import Collated, Records
 
 CPU = torch.device("cpu")
@@ -33,9 +33,9 @@ class Rows(Dataset):
         return self.change[index](record) if index in self.change else record
 
 
-def records_of(data_set, collate=default_collate, record=None):
-    first = next(iter(candidates([record or Rows()[0]], collate, CPU)))
-    return Records(data_set, collate, CPU, first)
+def records_of(data_set, collate=default_collate, kind=Records):
+    first = next(iter(candidates([Rows()[0]], collate, CPU)))
+    return kind(data_set, collate, CPU, first)
 
 
 def read(records, ids, size=4, key=1):
@@ -62,15 +62,13 @@ def test_every_record_is_a_row_of_its_own_and_the_last_fills_up(ids):
     assert_each_row_is_its_records(read(records_of(Rows()), ids), ids, 4)
 
 
-@pytest.mark.parametrize("planted", ["moved up by one", "copies count"])
-def test_rows_that_are_not_their_records_are_caught(planted, monkeypatch):
-    honest = records_module._filled
-    if planted == "copies count":
-        monkeypatch.setattr(records_module, "_filled", lambda ids, size: honest(ids, size) * 0)
-    else:
-        monkeypatch.setattr(records_module, "_filled", lambda ids, size: honest(ids, size).roll(1))
+@pytest.mark.parametrize("planted", [lambda ids: ids.roll(1), lambda ids: ids * 0], ids=["moved", "all the first"])
+def test_rows_that_are_not_their_records_are_caught(planted):
+    honest = read(records_of(Rows()), [3, 1, 2])
+    moved = [dataclasses.replace(piece, record_ids=planted(piece.record_ids)) for piece in honest]
+    assert_each_row_is_its_records(honest, [3, 1, 2], 4)
     with pytest.raises(AssertionError):
-        assert_each_row_is_its_records(read(records_of(Rows()), [3, 1, 2]), [3, 1, 2], 4)
+        assert_each_row_is_its_records(moved, [3, 1, 2], 4)
 
 
 # Broken records.
@@ -107,10 +105,15 @@ def test_a_broken_record_is_left_out_and_the_others_stay(change):
     assert read(records_of(Rows(dict.fromkeys(ids, change))), ids) == []
 
 
-def test_a_broken_record_that_counts_is_caught(monkeypatch):
-    monkeypatch.setattr(records_module, "matches", lambda form, record: True)
+class AllSound(Records):
+    def _is_sound(self, record):
+        return True
+
+
+def test_a_broken_record_that_counts_is_caught():
     with pytest.raises((AssertionError, DataError)):
-        assert_without({5}, read(records_of(Rows({5: BROKEN["another type"]})), [1, 5, 2]), [1, 5, 2])
+        rows = records_of(Rows({5: BROKEN["another type"]}), kind=AllSound)
+        assert_without({5}, read(rows, [1, 5, 2]), [1, 5, 2])
 
 
 def test_want_of_memory_is_no_broken_record():
@@ -209,13 +212,13 @@ def by_id(pieces):
     return dict(zip(ids, map(tuple, rows), strict=True))
 
 
-def assert_draws_follow_key_and_record(make):
+def assert_draws_follow_key_and_record(make, kind=Records):
     """The same record in other company, at another place and after others is the same; others and other keys differ."""
-    records = records_of(make())
+    records = records_of(make(), kind=kind)
     found = by_id(read(records, [3, 1, 2, 8]))
     elsewhere = by_id(read(records, [9, 8, 4, 0, 3, 2]))
     assert all(elsewhere[i] == found[i] for i in (8, 3, 2))
-    assert by_id(read(records_of(make()), [8])) == {8: found[8]}
+    assert by_id(read(records_of(make(), kind=kind), [8])) == {8: found[8]}
     others = by_id(read(records, [3, 1, 2, 8], key=2))
     assert all(others[i] != found[i] for i in found)
     offsets = {tuple(round(value - i, 4) for value in row) for i, row in found.items()}
@@ -227,10 +230,16 @@ def test_a_data_sets_random_numbers_follow_from_key_and_record(change):
     assert_draws_follow_key_and_record(lambda: drawing(change))
 
 
-def test_random_numbers_that_follow_places_are_caught(monkeypatch):
-    monkeypatch.setattr(records_module, "reseed", lambda key: None)
+class ByPlace(Records):
+    """Records draw one after the other from the step's stream."""
+
+    def _with_draws_of_its_own(self, index, key):
+        return self._one(index)
+
+
+def test_random_numbers_that_follow_places_are_caught():
     with pytest.raises(AssertionError):
-        assert_draws_follow_key_and_record(lambda: drawing(DRAWS["numpy"]))
+        assert_draws_follow_key_and_record(lambda: drawing(DRAWS["numpy"]), ByPlace)
 
 
 def test_a_data_set_that_draws_for_some_records_only_does_so_by_record():

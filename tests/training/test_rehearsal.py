@@ -2,6 +2,7 @@
 """A step is tried before the first charge: what cannot work is refused, and what is tried on stays as it was."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from torch.utils.data import default_collate
 import dpquant
 from dpquant.checks.isolation import check_isolation
 from dpquant.checks.synthetic import candidates
+from dpquant.engine.passes import Objective
 from dpquant.errors import ModelError, SettingError
-from dpquant.training import rehearsal
 from dpquant.training.rehearsal import rehearse
 from networks import loss
 
@@ -25,7 +26,7 @@ def network():
 
 
 def found_of(model, loss_fn=loss):
-    return check_isolation(model, loss_fn, candidates([RECORD], default_collate, torch.device("cpu")))
+    return check_isolation(Objective(model, loss_fn), candidates([RECORD], default_collate, torch.device("cpu")))
 
 
 def plan_of(analysis=True):
@@ -36,9 +37,9 @@ def plan_of(analysis=True):
     )  # fmt: skip
 
 
-def tried(optimizer, model, found=None, *, loss_fn=loss, size=4, analysed="2"):
+def tried(optimizer, model, found=None, *, size=4, analysed="2"):
     optimizer = optimizer(model.parameters()) if callable(optimizer) else optimizer
-    rehearse(model, loss_fn, optimizer, plan_of(), found or found_of(model), microbatch_size=size, analysed=analysed)
+    rehearse(optimizer, plan_of(), found or found_of(model), microbatch_size=size, analysed=analysed)
     return optimizer
 
 
@@ -71,10 +72,14 @@ def test_neither_the_model_nor_the_optimizer_moves(optimizer):
     assert_nothing_moves(optimizer)
 
 
-def test_a_step_of_the_optimizer_itself_is_caught(monkeypatch):
-    monkeypatch.setattr(rehearsal.copy, "deepcopy", lambda optimizer: optimizer)
+class ItsOwnCopy(torch.optim.SGD):
+    def __deepcopy__(self, memo):
+        return self
+
+
+def test_a_step_of_the_optimizer_itself_is_caught():
     with pytest.raises(AssertionError):
-        assert_nothing_moves(with_momentum)
+        assert_nothing_moves(lambda parameters: ItsOwnCopy(parameters, lr=0.1, momentum=0.9))
 
 
 def test_an_optimizer_under_a_scheduler_does_not_move():
@@ -137,42 +142,56 @@ def raising_at(size):
 def test_a_microbatch_size_that_the_model_does_not_take_is_refused():
     model, loss_fn = network(), raising_at(5)
     found = found_of(model, loss_fn)
-    tried(with_momentum, model, found, loss_fn=loss_fn, size=4)
+    tried(with_momentum, model, found, size=4)
     with pytest.raises(ModelError):
-        tried(with_momentum, model, found, loss_fn=loss_fn, size=5)
+        tried(with_momentum, model, found, size=5)
 
 
-def assert_the_analysis_is_tried(monkeypatch, analysed):
-    def broken(*arguments, **keywords):
-        raise RuntimeError("two sets of operands are too many")
+def too_much_in_an_analysis(model, batch):
+    """An analysis runs in evaluation mode, and a step does not."""
+    if not model.training:
+        raise MemoryError("two sets of operands are too many")
+    return loss(model, batch)
 
+
+def assert_the_analysis_is_tried(analysed):
     model = network()
-    monkeypatch.setattr(rehearsal, "impact_sum_of", broken)
+    found = found_of(model)
+    asking = dataclasses.replace(found, objective=Objective(model, too_much_in_an_analysis))
     with pytest.raises(ModelError, match="two sets"):
-        tried(with_momentum, model, analysed=analysed)
+        tried(with_momentum, model, asking, analysed=analysed)
 
 
-def test_the_analysis_is_tried_where_there_will_be_one(monkeypatch):
-    assert_the_analysis_is_tried(monkeypatch, "2")
+def test_the_analysis_is_tried_where_there_will_be_one():
+    assert_the_analysis_is_tried("2")
 
 
-def test_an_analysis_that_is_not_tried_is_caught(monkeypatch):
+def test_an_analysis_that_is_not_tried_is_caught():
     with pytest.raises(BaseException, match="DID NOT RAISE"):
-        assert_the_analysis_is_tried(monkeypatch, None)
+        assert_the_analysis_is_tried(None)
 
 
-def assert_refused_before_a_charge(tmp_path):
+class Harmless(NeedsClosure):
+    """Its copy needs no closure: a rehearsal that says nothing."""
+
+    def __deepcopy__(self, memo):
+        return torch.optim.SGD([p.detach().clone() for p in self.param_groups[0]["params"]], lr=0.1)
+
+
+def assert_refused_before_a_charge(optimizer, tmp_path):
     model = network()
     with pytest.raises(SettingError, match="closure"):
         dpquant.make_private(
-            model, NeedsClosure(model.parameters()), [RECORD] * 8, loss_fn=loss, plan=plan_of(False),
+            model, optimizer(model.parameters()), [RECORD] * 8, loss_fn=loss, plan=plan_of(False),
             policy=dpquant.NonePolicy(), ledger=tmp_path / "ledger.jsonl", microbatch_size=4,
         )  # fmt: skip
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_is_rehearsed_before_anything_is_charged(tmp_path, monkeypatch):
-    assert_refused_before_a_charge(tmp_path)
-    monkeypatch.setattr("dpquant.training.start.rehearse", lambda *arguments, **keywords: None)
+def test_a_run_is_rehearsed_before_anything_is_charged(tmp_path):
+    assert_refused_before_a_charge(NeedsClosure, tmp_path)
+
+
+def test_a_run_that_is_not_rehearsed_would_be_seen(tmp_path):
     with pytest.raises(BaseException, match="DID NOT RAISE"):
-        assert_refused_before_a_charge(tmp_path)
+        assert_refused_before_a_charge(Harmless, tmp_path)

@@ -43,9 +43,9 @@ from dpquant.privacy.secret import Keyed
 SMALLEST_STD, LARGEST_STD = 2.0**-100, 2.0**100  # between them float32 neither flushes noise to zero nor overflows
 
 _PIECE = 2**16  # words taken from the stream at a time: they stay in the cache until they are noise
-_ATANH = [1 / k for k in range(1, 20, 2)]  # atanh(s) / s in powers of s^2
-_SIN = [(-1) ** k / math.factorial(2 * k + 1) for k in range(8)]  # sin(x) / x in powers of x^2
-_COS = [(-1) ** k / math.factorial(2 * k) for k in range(9)]  # cos(x) in powers of x^2
+ATANH = [1 / k for k in range(1, 20, 2)]  # atanh(s) / s in powers of s^2
+SIN = [(-1) ** k / math.factorial(2 * k + 1) for k in range(8)]  # sin(x) / x in powers of x^2
+COS = [(-1) ** k / math.factorial(2 * k) for k in range(9)]  # cos(x) in powers of x^2
 
 
 class NoiseSource(Keyed):
@@ -77,16 +77,20 @@ class NoiseSource(Keyed):
         flat = noise.view(-1).numpy()  # numpy's views cross into C++ faster than torch's
         for start in range(0, flat.size, _PIECE):
             part = flat[start : start + _PIECE]
-            _fill(part, words.words(part.size + part.size % 2), std)
+            self._fill(part, words.words(part.size + part.size % 2), std)
         return noise
 
+    def _fill(self, noise: np.ndarray, words: np.ndarray, std: float) -> None:
+        """Fill `noise` with std times the normals of the words, rounded to float32."""
+        if _native is not None:
+            _native.fill_noise(words, noise, std=std, threads=torch.get_num_threads())
+        else:
+            fill_in_numpy(noise, words, std)
 
-def _fill(noise: np.ndarray, words: np.ndarray, std: float) -> None:
-    """Fill `noise` with std times the normals of the words, rounded to float32."""
-    if _native is not None:
-        _native.fill_noise(words, noise, std=std, threads=torch.get_num_threads())
-    else:
-        noise[:] = (std * normals(words))[: noise.size]
+
+def fill_in_numpy(noise: np.ndarray, words: np.ndarray, std: float) -> None:
+    """Fill `noise` as the native kernel does, bit for bit."""
+    noise[:] = (std * normals(words))[: noise.size]
 
 
 def normals(words: np.ndarray) -> np.ndarray:
@@ -112,22 +116,24 @@ def cell_midpoints(words: np.ndarray) -> np.ndarray:
     return (words >> np.uint64(12)).astype(np.float64) * 2.0**-52 + 2.0**-53
 
 
-def log_of(u: np.ndarray) -> np.ndarray:
+def log_of(u: np.ndarray, atanh: Sequence[float] = ATANH) -> np.ndarray:
     """The natural logarithm of u in (0, 1): e log 2 + 2 atanh((m - 1) / (m + 1)) where u = m 2^e, m near 1."""
     m, e = np.frexp(u)  # m in [1/2, 1)
     low = m < math.sqrt(0.5)
     m, e = np.where(low, 2 * m, m), np.where(low, e - 1, e)
     s = (m - 1.0) / (m + 1.0)
-    return e * math.log(2) + (s + s) * _polynomial(_ATANH, s * s)
+    return e * math.log(2) + (s + s) * _polynomial(atanh, s * s)
 
 
-def sine_and_cosine(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def sine_and_cosine(
+    x: np.ndarray, sin: Sequence[float] = SIN, cos: Sequence[float] = COS
+) -> tuple[np.ndarray, np.ndarray]:
     """The sine and the cosine of x, |x| <= pi / 4, by their series."""
     square = x * x
-    return x * _polynomial(_SIN, square), _polynomial(_COS, square)
+    return x * _polynomial(sin, square), _polynomial(cos, square)
 
 
-def _polynomial(coefficients: list[float], x: np.ndarray) -> np.ndarray:
+def _polynomial(coefficients: Sequence[float], x: np.ndarray) -> np.ndarray:
     """c_0 + c_1 x + c_2 x^2 + ..., by Horner's rule."""
     total = np.full_like(x, coefficients[-1])
     for coefficient in coefficients[-2::-1]:

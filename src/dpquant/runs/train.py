@@ -41,6 +41,7 @@ def train(
     command: str = "",
     sinks: Sequence[Sink] = (),
     directory: Callable[[Path], RunDirectory] = RunDirectory,
+    start: Callable[..., PrivateTraining] = make_private,
 ) -> RunRecord:
     """Train privately and leave everything in a run directory.
 
@@ -51,6 +52,7 @@ def train(
       command: what the user typed, for the record.
       sinks: told how the run goes, after the file of metrics and in this order.
       directory: makes of `out` what writes the run's files.
+      start: begins the run, with the arguments of `make_private`.
     Returns: the record, as written.
     Raises:
       DPQuantError: bad settings, model or data, or a model that cannot be tested or saved, before anything is charged;
@@ -70,7 +72,7 @@ def train(
     model = model_of(settings, dataset)
     optimizer = optimizer_of(settings, model)
     schedule = schedule_of(settings, optimizer, plan.steps)
-    private = make_private(
+    private = start(
         model,
         optimizer,
         dataset.train,

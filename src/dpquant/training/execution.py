@@ -19,10 +19,41 @@ from dpquant.backends.registry import reason_for
 from dpquant.engine.batches import leaves
 from dpquant.engine.layers import quantizable_layers, set_policy, set_precisions
 from dpquant.engine.passes import Objective, PerExampleLoss
-from dpquant.formats import Precision
+from dpquant.errors import SettingError
+from dpquant.formats import FULL_PRECISION, Precision
 from dpquant.privacy.plan import PrivacyPlan
 from dpquant.training.policies import Policy
 from dpquant.training.tuning import ANALYSIS_MICROBATCH, fastest_microbatch_size, largest_analysis_size, layer_times
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExecutionRequest:
+    """What the user asks of a run's execution.
+
+    Attributes:
+      chosen: precision of the layers that the policy chooses.
+      rest: precision of the others.
+      backend: `auto`, the name of one, or a backend; only `auto` spares layers.
+      microbatch_size: examples a backward pass; None to measure which is the fastest.
+      memory: GiB that the process may use at its peak; None: no limit.
+    Raises:
+      SettingError: a microbatch without examples, or both microbatch_size and memory.
+    """
+
+    chosen: Precision
+    rest: Precision = FULL_PRECISION
+    backend: str | Backend = "auto"
+    microbatch_size: int | None = None
+    memory: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.microbatch_size is not None and self.microbatch_size < 1:
+            raise SettingError(f"Expected microbatch_size >= 1; got microbatch_size={self.microbatch_size}.")
+        if self.memory is not None and self.microbatch_size is not None:
+            raise SettingError(
+                f"Expected one of microbatch_size and memory; got microbatch_size={self.microbatch_size} and "
+                f"memory={self.memory:g}. The size decides how much memory is needed. Leave one out."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,12 +100,8 @@ def decide(
     *,
     policy: Policy,
     macs: dict[str, float],
-    chosen: Precision,
-    rest: Precision,
-    backend: str | Backend,
     plan: PrivacyPlan,
-    microbatch_size: int | None,
-    memory: float | None,
+    request: ExecutionRequest,
 ) -> Execution:
     """Measure what is not given.
 
@@ -83,23 +110,20 @@ def decide(
       made_up: a batch of made-up examples.
       policy: which layers run quantized.
       macs: each layer's multiply-accumulates.
-      chosen: precision of the layers that it chooses.
-      rest: precision of the others.
-      backend: as the user asked for; only `auto` spares layers.
       plan: for the expected batch size of a step, and for what an analysis measures.
-      microbatch_size: None to measure which is the fastest.
-      memory: GiB that the process may use at its peak; None: no limit.
+      request: what is given, and what is left to measurements.
     Raises:
       SettingError: the policy names layers that do not exist, or the memory does not suffice.
       FormatError: the model's backend cannot run a precision.
     """
     model, loss_fn = objective.model, objective.loss_fn
+    chosen, rest, memory = request.chosen, request.rest, request.memory
     asked = _question(model, made_up, chosen, rest, plan)
     first = policy.choose(macs, None, epoch=0, key=0)
     precisions = {name: chosen if name in first else rest for name in macs}
     set_precisions(model, precisions)  # refuses what the backend cannot run
     set_policy(model, ())
-    size = microbatch_size
+    size = request.microbatch_size
     if size is None:
         size = decided(
             ("examples a backward pass", asked, _digest(*first), memory),
@@ -121,7 +145,7 @@ def decide(
     layer = next(iter(quantizable_layers(model).values()), None)
     runs_on = "simulate" if layer is None else layer.backend.name
     gains: dict[str, float] = {}
-    if policy.quantizes and backend == "auto" and runs_on == "int8":
+    if policy.quantizes and request.backend == "auto" and runs_on == "int8":
         gains = decided(
             ("gains of layers", asked, size),
             partial(_gains, model, loss_fn, made_up, size, plan.expected_batch_size),
@@ -130,7 +154,7 @@ def decide(
     reason = ""
     if layer is not None and (policy.quantizes or rest.quantized):
         used = [one for one in (chosen, rest) if one.quantized]
-        reason = "asked for" if backend != "auto" else reason_for(layer.backend, used, layer.weight.device)
+        reason = "asked for" if request.backend != "auto" else reason_for(layer.backend, used, layer.weight.device)
     return Execution(
         chosen=chosen,
         rest=rest,

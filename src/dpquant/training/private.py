@@ -9,95 +9,48 @@
 
 A step charges the ledger, then reads the records that the plan's sampler drew, sums their clipped gradients, adds noise
 and lets the optimizer move. Sampling, sensitivity, noise and accounting come from one plan; speed settings cannot
-change them.
+change them. What samples, hides and charges is the run's `Mechanism`; its other processes are met in its `Group`.
 
 All randomness that the records meet follows from one secret key, fresh from the operating system: which records are
 drawn, the noise, rounding, and what model and data set draw by themselves (dropout, augmentation). The public `seed`
 is of the schedule alone. The global random streams belong to the user and stay as they are.
 """
 
+import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpquant.backends.choose import Choices
 from dpquant.backends.malloc import working_memory
 from dpquant.checks.isolation import (
-    Findings,
     buffers_of,
     changed_buffer,
     keeps_apart,
     restore_buffers,
 )
-from dpquant.engine.batches import take_rows
-from dpquant.engine.clip import clipped_sum_of, step_key
+from dpquant.engine.batches import Microbatch, take_rows
+from dpquant.engine.clip import ClippedSum, clipped_sum_of, step_key
 from dpquant.engine.layers import set_policy, set_precisions
 from dpquant.errors import BudgetError, DPQuantError, ModelError, SettingError
 from dpquant.privacy import accounting
-from dpquant.privacy.events import Event
-from dpquant.privacy.ledger import Ledger
-from dpquant.privacy.noise import NoiseSource
-from dpquant.privacy.plan import PrivacyPlan
-from dpquant.privacy.sampling import PoissonSampler
-from dpquant.privacy.secret import SecretKey
+from dpquant.privacy.events import Event, Kind
+from dpquant.privacy.mechanism import Mechanism
+from dpquant.privacy.plan import AnalysisPlan, PrivacyPlan
 from dpquant.rounding import derive_key
+from dpquant.training.distributed import Group
+from dpquant.training.epoch import Batch, Epoch
 from dpquant.training.execution import Execution
-from dpquant.training.impact import analysis_keys, impact_sum
-from dpquant.training.policies import Policy, ema
+from dpquant.training.impact import ImpactSum, analysis_keys, impact_sum
+from dpquant.training.policies import ema
 from dpquant.training.records import Records
+from dpquant.training.setup import Setup
+from dpquant.training.state import RunState
 
 _PROBED = 8  # records of an epoch that are compared in two companies
-
-
-class Batch:
-    """One logical Poisson batch: the ids of the records that were drawn, and their collated data once it is asked for.
-
-    Attributes:
-      record_ids: int64 `(B,)`. B varies, may be 0, and is private.
-      step: the logical step that the batch was drawn for.
-    """
-
-    def __init__(self, record_ids: Tensor, step: int, attempt: int, load: Callable[[Tensor], Any]):
-        self.record_ids, self.step, self.attempt = record_ids, step, attempt
-        self._load = load
-
-    @property
-    def data(self) -> Any:
-        """The sound records, collated; reads private data. `()` if there is none."""
-        return self._load(self.record_ids)
-
-
-class Epoch:
-    """One epoch's batches, with the layers that run quantized in it.
-
-    Attributes:
-      index: from 0.
-      policy: names of the quantized layers.
-    """
-
-    def __init__(self, index: int, policy: tuple[str, ...], num_steps: int, batches: Callable[[], Iterator[Batch]]):
-        self.index, self.policy, self._num_steps, self._batches = index, policy, num_steps, batches
-        self._begun = False
-
-    def __len__(self) -> int:
-        return self._num_steps
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Draw the epoch's batches, each to be stepped with before the next.
-
-        Raises:
-          SettingError: the epoch was iterated before: its steps would be taken again under the same policy.
-        """
-        if self._begun:
-            raise SettingError(
-                f"Expected epoch {self.index} to be iterated once; got a second time. Its steps are planned once. Take "
-                "the next epoch from private.epochs()."
-            )
-        self._begun = True
-        return self._batches()
 
 
 class PrivateTraining:
@@ -112,44 +65,69 @@ class PrivateTraining:
       macs: {layer: multiply-accumulates of its forward product, for one example}.
       scores: {layer: smoothed private impact}, empty before the first analysis.
       steps_taken, analyses_made: what has been charged.
+      state: where the run stands, as one value.
       seconds_train, seconds_analysis: wall time so far.
       secure: False if the mechanism's randomness came from a given seed: then nothing is private.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        setup: Setup,
         records: Records,
-        *,
-        plan: PrivacyPlan,
-        policy: Policy,
-        found: Findings,
-        execution: Execution,
+        state: RunState,
         choices: Choices,
-        ledger: Ledger,
-        seed: int,
-        secret: SecretKey,
+        mechanism: Mechanism,
+        group: Group,
     ):
-        self.model, self.optimizer, self.plan, self.policy, self.macs = model, optimizer, plan, policy, found.macs
-        self.execution, self.choices = execution, choices
-        self.scores: dict[str, float] = {}
-        self.steps_taken = self.analyses_made = 0
+        """Join the parts of a run; `start.begin` makes and checks them.
+
+        Args:
+          setup: what is trained, and by which rules.
+          records: the private data set.
+          state: where the run stands; of a new run, nothing but its execution.
+          choices: what was decided by measuring, so far.
+          mechanism: what samples, hides and charges.
+          group: the processes of the run.
+        """
+        self.model, self.optimizer = setup.found.objective.model, setup.optimizer
+        self.plan, self.policy = setup.plan, setup.policy
+        self.macs, self.choices = setup.found.macs, choices
         self.seconds_train = self.seconds_analysis = 0.0
-        self.secure = secret.secure
-        self._objective, self._records, self._ledger = found.objective, records, ledger
-        self._seed, self._record_key = seed, secret.integer("records")
-        self._noise, self._sampler = NoiseSource(secret), PoissonSampler(secret)
-        self._policies: list[tuple[str, ...]] = []
+        self._records, self._mechanism, self._group, self._state = records, mechanism, group, state
+        self._objective, self._seed = setup.found.objective, setup.seed
         self._drawn: Batch | None = None
-        self._draws = 0
         self._probed = False
-        self._buffers = buffers_of(model)
-        self._broken = ""
+        self._buffers = buffers_of(self.model)
+
+    @property
+    def state(self) -> RunState:
+        """Where the run stands, as a value that stays as it is. Privacy: post-processing."""
+        head, made = self._mechanism.ledger.head, dict(self.choices.made)
+        return dataclasses.replace(self._state, ledger_head=head, choices=made)
+
+    @property
+    def execution(self) -> Execution:
+        return self._state.execution
 
     @property
     def backend(self) -> str:
         return self.execution.backend
+
+    @property
+    def secure(self) -> bool:
+        return self._mechanism.secure
+
+    @property
+    def steps_taken(self) -> int:
+        return self._state.steps_taken
+
+    @property
+    def analyses_made(self) -> int:
+        return self._state.analyses_made
+
+    @property
+    def scores(self) -> dict[str, float]:
+        return dict(self._state.scores)
 
     def epochs(self) -> Iterator[Epoch]:
         """Epochs until the plan's steps are spent. Beginning one may run the analysis and chooses its layers.
@@ -161,7 +139,7 @@ class PrivateTraining:
         """
         while self.steps_taken < self.plan.steps:
             self._refuse_what_was_skipped()
-            index, taken = len(self._policies), self.steps_taken
+            index, taken = len(self._state.policies), self.steps_taken
             if self.policy.needs_scores and index in self.plan.analysis_epochs():
                 self._analyse()
             layers = self.policy.choose(
@@ -171,7 +149,7 @@ class PrivateTraining:
                 key=derive_key(self._seed, "schedule"),
                 excluded=self.execution.spared,
             )
-            self._policies.append(layers)
+            self._advance(policies=(*self._state.policies, layers))
             num_steps = min(self.plan.epoch_steps, self.plan.steps - self.steps_taken)
             yield Epoch(
                 index, layers, num_steps, lambda layers=layers, num_steps=num_steps: self._run(layers, num_steps)
@@ -193,8 +171,7 @@ class PrivateTraining:
             stays charged.
         Privacy: charges one training event, before any record is read.
         """
-        if self._broken:
-            raise ModelError(self._broken)
+        self._refuse_if_broken()
         if self.steps_taken >= self.plan.steps:
             raise BudgetError(
                 f"Expected at most {self.plan.steps} steps; got one more. The planned budget is spent. "
@@ -207,29 +184,22 @@ class PrivateTraining:
             )
         began = time.perf_counter()
         self._drawn = None
-        self._ledger.charge(
-            kind="train", sample_rate=self.plan.sample_rate, noise_multiplier=self.plan.noise_multiplier
-        )
-        self.steps_taken += 1
+        self._charge("train", self.plan)
+        self._advance(steps_taken=self.steps_taken + 1)
         self._without_details(lambda: self._descend(batch))
         self.seconds_train += time.perf_counter() - began
 
     def _descend(self, batch: Batch) -> None:
         """Let the optimizer move along the noisy mean of the clipped gradients."""
-        key, size = step_key(self._record_key, batch.step), self.execution.microbatch_size
+        key = self._key_of(batch.step)
         self._probe(batch, key)
-        clipped = clipped_sum_of(
-            self._objective,
-            self._records.microbatches(batch.record_ids, size, key),
-            max_grad_norm=self.plan.max_grad_norm,
-            key=key,
-            leaves_out=True,
-            complete=False,
-        )
+        mine = self._group.share(batch.record_ids)
+        clipped = self._clipped_sum(self._records.microbatches(mine, self.execution.microbatch_size, key), key)
+        self._group.add(clipped.grads)
         std = self.plan.train_noise_std(clipped.sensitivity)
         for name, parameter in self.model.named_parameters():
             if name in clipped.grads:
-                noise = self._noise.gaussian(
+                noise = self._mechanism.noise.gaussian(
                     parameter.shape, std, stream="train", step=batch.step, attempt=batch.attempt, name=name
                 )
                 parameter.grad = (
@@ -237,10 +207,26 @@ class PrivateTraining:
                 )
         self.optimizer.step()
 
-    def _probe(self, batch: Batch, key: int) -> None:
-        """Once an epoch, compare a record with itself in other company.
+    def _key_of(self, step: int) -> int:
+        """The secret key of all draws of a step's records."""
+        return step_key(self._mechanism.record_key, step)
 
-        For a model that keeps examples apart the outcome is always the same, so that nothing is released.
+    def _clipped_sum(self, pieces: Iterable[Microbatch], key: int) -> ClippedSum:
+        """Return the sum of the records' clipped gradients, those left out on which model or loss raise."""
+        return clipped_sum_of(
+            self._objective,
+            pieces,
+            max_grad_norm=self.plan.max_grad_norm,
+            key=key,
+            leaves_out=True,
+            complete=False,
+        )
+
+    def _probe(self, batch: Batch, key: int) -> None:
+        """Once an epoch, compare a record's gradient with its gradient among other batchmates.
+
+        For a model that keeps examples apart the outcome is always the same, so that nothing is released. All
+        processes of a group compare the same record, so that they give up together.
         """
         if self._probed or len(batch.record_ids) == 0:
             return
@@ -256,7 +242,7 @@ class PrivateTraining:
             return
         if not apart:
             self._give_up("one record's gradient depends on the other records of its batch")
-            raise ModelError(self._broken)
+            self._refuse_if_broken()
 
     def _check_buffers(self) -> None:
         """Put buffers back that have changed since the run began, and give up: they kept something of records."""
@@ -266,11 +252,16 @@ class PrivateTraining:
 
     def _give_up(self, reason: str) -> None:
         """What the run assumes of the model is not so: no step is taken any more, and the statement says so."""
-        self._broken = self._broken or (
-            f"Expected a model that keeps examples apart; {reason}. The check on made-up records could not see it, and "
-            "the epsilon of this run DOES NOT HOLD: release nothing of it. Make the model, the loss and collate_fn "
+        broken = (
+            f"Expected a model that keeps examples apart; {reason}. The check on synthetic records could not see it, "
+            "and the epsilon of this run DOES NOT HOLD: release nothing of it. Make the model, the loss and collate_fn "
             "treat each record by itself, or give example= records that show what these do."
         )
+        self._advance(broken=self._state.broken or broken)
+
+    def _refuse_if_broken(self) -> None:
+        if self._state.broken:
+            raise ModelError(self._state.broken)
 
     def _without_details(self, work: Callable[[], None]) -> None:
         """Do what reads private records. An exception of foreign code is replaced by one that holds no data."""
@@ -284,9 +275,9 @@ class PrivateTraining:
             failed = type(error).__name__
         if failed is not None:  # raised out here, so that the other one is not attached to it
             raise ModelError(
-                f"Expected a step to run as it did on made-up records; got a {failed}. Its message is withheld, "
-                "because it may hold data. What was charged stays charged. Look for what differs from a made-up step: "
-                "memory, the optimizer's state, hooks."
+                f"Expected a step to run as it did on synthetic records; got a {failed}. Its message is withheld, "
+                "because it may hold data. What was charged stays charged. Look for what differs from a synthetic "
+                "step: memory, the optimizer's state, hooks."
             )
 
     def epsilon_spent(self) -> float:
@@ -295,16 +286,16 @@ class PrivateTraining:
 
     def events(self) -> list[Event]:
         """Return what was charged so far, as an accountant composes it."""
-        return self._ledger.events()
+        return self._mechanism.ledger.events()
 
     def policies(self) -> list[tuple[str, ...]]:
         """For each epoch begun, the names of the layers that ran quantized."""
-        return list(self._policies)
+        return list(self._state.policies)
 
     def statement(self) -> str:
         """What is guaranteed, and what is not, in words."""
         statement = self.plan.statement(events=self.events(), secure=self.secure)
-        return f"DOES NOT HOLD: {self._broken}\n{statement}" if self._broken else statement
+        return f"DOES NOT HOLD: {self._state.broken}\n{statement}" if self._state.broken else statement
 
     def _run(self, layers: tuple[str, ...], num_steps: int) -> Iterator[Batch]:
         """Draw batches one by one, with the epoch's layers quantized; afterwards the model is in full precision."""
@@ -313,18 +304,16 @@ class PrivateTraining:
         try:
             for _ in range(num_steps):
                 self._refuse_what_was_skipped()
-                self._drawn = self._draw("train", self.steps_taken)
+                self._drawn = self._draw("train", self.plan, self.steps_taken)
                 yield self._drawn
         finally:
             set_policy(self.model, ())
             self._check_buffers()
-        if self._broken:
-            raise ModelError(self._broken)
+        self._refuse_if_broken()
 
     def _refuse_what_was_skipped(self) -> None:
         """A batch that is drawn is stepped with, however few records are in it: the accounting counts every draw."""
-        if self._broken:
-            raise ModelError(self._broken)
+        self._refuse_if_broken()
         if self._drawn is not None:
             raise SettingError(
                 "Expected every batch that an epoch draws to be stepped with; got one that was skipped. To skip some, "
@@ -332,51 +321,69 @@ class PrivateTraining:
                 "private.step(batch) for every batch: an empty one is a step of noise."
             )
 
-    def _draw(self, stream: str, step: int) -> Batch:
-        """A fresh Poisson batch. A step that is drawn for again draws anew: records are never chosen twice alike."""
-        self._draws += 1
-        rate = self.plan.sample_rate if stream == "train" else self._analysis.sample_rate
-        ids = self._sampler.draw(len(self._records), rate, stream=stream, step=step, attempt=self._draws)
-        return Batch(ids, step, self._draws, lambda ids: self._all_of(ids, step))
+    def _charge(self, kind: Kind, planned: PrivacyPlan | AnalysisPlan) -> None:
+        """Charge one event. Once this returns it is paid for, on every process."""
+        self._mechanism.ledger.charge(
+            kind=kind, sample_rate=planned.sample_rate, noise_multiplier=planned.noise_multiplier
+        )
+        self._group.barrier()
+
+    def _advance(self, **changes: Any) -> None:
+        self._state = dataclasses.replace(self._state, **changes)
+
+    def _draw(self, stream: Kind, planned: PrivacyPlan | AnalysisPlan, step: int) -> Batch:
+        """Return a Poisson batch. A step that is drawn for again has another attempt, and so other records."""
+        self._advance(draws=self._state.draws + 1)
+        attempt = self._state.draws
+        ids = self._mechanism.sampler.draw(
+            len(self._records), planned.sample_rate, stream=stream, step=step, attempt=attempt
+        )
+        return Batch(ids, step, attempt, lambda ids: self._all_of(ids, step))
 
     def _all_of(self, record_ids: Tensor, step: int) -> Any:
         """What the user sees of a batch: all of its sound records at once."""
         if len(record_ids) == 0:
             return ()
-        found = self._records.microbatch(record_ids, len(record_ids), step_key(self._record_key, step))
+        found = self._records.microbatch(record_ids, len(record_ids), self._key_of(step))
         return () if found is None else take_rows(found.data, slice(0, found.num_examples))
 
     @property
-    def _analysis(self):
+    def _analysis(self) -> AnalysisPlan:
         assert self.plan.analysis is not None, "make_private refuses a policy that needs scores without an analysis"
         return self.plan.analysis
 
     def _analyse(self) -> None:
         """Measure every layer's impact privately: one draw, one vector, one event."""
-        began, analysis, number = time.perf_counter(), self._analysis, self.analyses_made
-        self._ledger.charge(
-            kind="analysis", sample_rate=analysis.sample_rate, noise_multiplier=analysis.noise_multiplier
-        )
-        self.analyses_made += 1
-        batch, names = self._draw("analysis", number), [name for name in self.macs if name not in self.execution.spared]
-        self._without_details(lambda: self._score(batch, names))
+        began, number = time.perf_counter(), self.analyses_made
+        self._charge("analysis", self._analysis)
+        self._advance(analyses_made=number + 1)
+        batch = self._draw("analysis", self._analysis, number)
+        self._without_details(lambda: self._score(batch))
         self.seconds_analysis += time.perf_counter() - began
 
-    def _score(self, batch: Batch, names: list[str]) -> None:
+    def _score(self, batch: Batch) -> None:
         """Take the noisy mean of the batch's clipped impacts into the scores."""
-        analysis, number = self._analysis, batch.step
-        key = derive_key(self._record_key, "analysis", number)
-        measured = impact_sum(
-            self._objective,
-            self._records.microbatches(batch.record_ids, self.execution.analysis_microbatch_size, key),
-            names=names,
-            max_norm=analysis.max_norm,
-            keys=analysis_keys(self._record_key, number, analysis.repeats),
-            score=analysis.score,
-        )
+        names = [name for name in self.macs if name not in self.execution.spared]
+        key = derive_key(self._mechanism.record_key, "analysis", batch.step)
+        mine, size = self._group.share(batch.record_ids), self.execution.analysis_microbatch_size
+        keys = analysis_keys(self._mechanism.record_key, batch.step, self._analysis.repeats)
+        measured = self._impact_sum(self._records.microbatches(mine, size, key), names, keys)
+        self._group.add({"impacts": measured.impacts})
         std = self.plan.analysis_noise_std(measured.sensitivity)
-        noise = self._noise.gaussian(
-            measured.impacts.shape, std, stream="analysis", step=number, attempt=batch.attempt, name="impacts"
+        noise = self._mechanism.noise.gaussian(
+            measured.impacts.shape, std, stream="analysis", step=batch.step, attempt=batch.attempt, name="impacts"
         )
-        noisy_means = (measured.impacts + noise) / analysis.expected_batch_size
-        self.scores = ema(self.scores, dict(zip(names, noisy_means.tolist(), strict=True)), self.policy.ema)
+        noisy_means = (measured.impacts + noise) / self._analysis.expected_batch_size
+        new = dict(zip(names, noisy_means.tolist(), strict=True))
+        self._advance(scores=ema(self._state.scores, new, self.policy.ema))
+
+    def _impact_sum(self, pieces: Iterable[Microbatch], names: Sequence[str], keys: Sequence[int]) -> ImpactSum:
+        """Return the sum of the records' clipped impacts; `keys` are of their draws, and secret."""
+        return impact_sum(
+            self._objective,
+            pieces,
+            names=names,
+            max_norm=self._analysis.max_norm,
+            keys=keys,
+            score=self._analysis.score,
+        )

@@ -78,7 +78,7 @@ class Records:
         """
         if not isinstance(self._data_set, Collated):
             first = self._read(range(min(len(self), 3)), key=0)
-            if not any(matches(self._specimens.form, record) for record in first):
+            if not any(map(self._is_sound, first)):
                 raise DataError(
                     "Expected example to hold records as the data set does; got others: in structure, types (tensors, "
                     "arrays or numbers) or shapes. Every record of the data set would be left out as broken. Make the "
@@ -100,7 +100,7 @@ class Records:
         if ours != theirs:
             raise DataError(
                 "Expected dpquant_batch(record_ids) of train_set to give what collate_fn makes of its records; got "
-                "other tensors. The check on made-up records would be of another kind of batch. Make them agree."
+                "other tensors. The check on synthetic records would be of another kind of batch. Make them agree."
             )
 
     def microbatches(self, record_ids: Tensor, size: int, key: int) -> Iterator[Microbatch]:
@@ -126,11 +126,11 @@ class Records:
             ids = _filled(record_ids, size)
             return Microbatch(self._checked(self._data_set.dpquant_batch(ids), size), ids, len(record_ids))
         records = self._read(record_ids.tolist(), key)
-        sound = [row for row, record in enumerate(records) if matches(self._specimens.form, record)]
+        sound = [row for row, record in enumerate(records) if self._is_sound(record)]
         return self._collated([records[row] for row in sound], record_ids[sound], size, key)
 
     def company(self, record_ids: Tensor, size: int, key: int) -> tuple[Microbatch, Microbatch] | None:
-        """A sound record in the company of the others, and in that of synthetic records; None where none is sound."""
+        """Return a sound record among its batchmates and among synthetic ones; None where none is sound."""
         piece = self.microbatch(record_ids[:size], size, key)
         if piece is None:
             return None
@@ -144,6 +144,9 @@ class Records:
         together = [record, *(self._specimens.records[number] for number in numbers)]
         return piece, Microbatch(self._collate_at(together, ids, key), ids, 1)
 
+    def _is_sound(self, record: Any) -> bool:
+        return matches(self._specimens.form, record)
+
     def _read(self, indices: Sequence[int], key: int) -> list[Any]:
         """The records; draws follow from key and id once the data set was seen to draw."""
         key = derive_key(key, "read")
@@ -156,12 +159,13 @@ class Records:
                 if not position.moved() and not watch.drew:
                     return records
                 self._reads_at_random = True
-            records = []
-            for index in indices:
-                reseed(derive_key(key, index))
-                with RecordDraws(derive_key(key, index), torch.zeros(1, dtype=torch.int64)):
-                    records.append(self._one(index))
-            return records
+            return [self._with_draws_of_its_own(index, derive_key(key, index)) for index in indices]
+
+    def _with_draws_of_its_own(self, index: int, key: int) -> Any:
+        """A record whose draws follow from the key; only inside of `seeded`."""
+        reseed(key)
+        with RecordDraws(key, torch.zeros(1, dtype=torch.int64)):
+            return self._one(index)
 
     def _several(self, indices: Sequence[int]) -> list[Any]:
         several = getattr(self._data_set, "__getitems__", None)

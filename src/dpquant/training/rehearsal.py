@@ -60,7 +60,7 @@ def rehearse(
         raise
     except Exception as error:
         raise ModelError(
-            f"Expected a step on made-up records to run with {microbatch_size} examples a backward pass; got a "
+            f"Expected a step on synthetic records to run with {microbatch_size} examples a backward pass; got a "
             f"{type(error).__name__}: {error}."
         ) from error
     noise = NoiseSource()

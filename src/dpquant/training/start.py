@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The library's face: a model, an optimizer, a data set and a plan become a private training run (`private.py`).
 
-Everything that can fail is tried here, on synthetic records, before the first charge.
+`make_private` is what users call. `begin` does the work, for whoever brings a mechanism, a group of processes or a kind
+of run of their own. Everything that can fail is tried here, on synthetic records, before the first charge; the ledger's
+file is made last.
 """
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,29 +18,25 @@ from torch.utils.data import IterableDataset, default_collate
 from dpquant.backends.choose import Choices
 from dpquant.backends.interface import Backend
 from dpquant.backends.registry import resolve
-from dpquant.checks.isolation import (
-    Findings,
-    check_at_size,
-    check_isolation,
-)
+from dpquant.checks.isolation import check_at_size, check_isolation
 from dpquant.checks.refusals import check_trainable
 from dpquant.checks.synthetic import candidates, from_examples
 from dpquant.engine.layers import prepare, set_policy, set_precisions
 from dpquant.engine.passes import Objective, PerExampleLoss
 from dpquant.errors import DataError, SettingError
 from dpquant.formats import Precision, Recipe, precision
-from dpquant.privacy.ledger import Ledger
+from dpquant.privacy.mechanism import Mechanism
 from dpquant.privacy.plan import PrivacyPlan
-from dpquant.privacy.secret import SecretKey
-from dpquant.training.execution import Execution, decide
+from dpquant.training.distributed import Alone, Group
+from dpquant.training.execution import Execution, ExecutionRequest, decide
 from dpquant.training.policies import Policy
 from dpquant.training.private import PrivateTraining
 from dpquant.training.records import MapDataset, Records
 from dpquant.training.rehearsal import rehearse
+from dpquant.training.setup import Setup
+from dpquant.training.state import RunState
 
 
-@torch.inference_mode(False)
-@torch.enable_grad()
 def make_private(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -71,8 +70,8 @@ def make_private(
       policy: which layers run quantized.
       format: what the chosen layers run in, as for `dpquant.prepare`.
       rest: what all other layers run in; `full/luq-fp4/luq-fp4` quantizes their backward products alone.
-      backend: `auto`, `simulate` or `int8`, likewise. Where `auto` takes int8, layers that gain nothing from it on this
-        machine stay in full precision, as long as the policy has a choice among the others.
+      backend: `auto`, `simulate` or `int8`, as for `dpquant.prepare`. Where `auto` takes int8, layers that gain nothing
+        from it on this machine stay in full precision, as long as the policy has a choice among the others.
       seed: of the schedule; never of sampling, noise, rounding, dropout or augmentation, which are secret.
       ledger: file to write charges to, ahead of each use of data; its folder is made. None keeps them in memory.
       collate_fn: list of items -> batch, a row for each item. Rows are padded to a length that the item alone decides.
@@ -81,71 +80,116 @@ def make_private(
         does not bound records that are longer than the synthetic ones. None: no limit.
       mechanism_seed: makes everything that is secret repeatable for research. The run is then NOT PRIVATE and says so.
       example: a list or data set of a few public or synthetic records, at least two, that differ in every value. The
-        model is tried on them instead of on made-up ones, whose values may be outside of the data's domain.
+        model is tried on them instead of on generated ones, whose values may be outside of the data's domain.
       choices: of an earlier run, from its choices.json: what was measured there is not measured again. With the same
         settings and the same mechanism_seed the run computes the same bits. None takes what this machine remembers.
     Raises:
       ModelError, SettingError, DataError, FormatError, LedgerError: before any record's values are used. A step on
         synthetic records has then been tried, the optimizer's part in it included.
     """
+    request = Request(
+        model=model,
+        optimizer=optimizer,
+        train_set=train_set,
+        loss_fn=loss_fn,
+        plan=plan,
+        policy=policy,
+        execution=ExecutionRequest(
+            chosen=precision(format),
+            rest=precision(rest),
+            backend=backend,
+            microbatch_size=microbatch_size,
+            memory=memory,
+        ),
+        seed=seed,
+        collate_fn=collate_fn,
+        example=example,
+        choices=choices,
+    )
+    if mechanism_seed is None:
+        return begin(request, lambda: Mechanism.secret(ledger))
+    return begin(request, lambda: Mechanism.repeatable(mechanism_seed, ledger))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """What a run is to be: the arguments of `make_private`, less those of its mechanism."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    train_set: MapDataset
+    loss_fn: PerExampleLoss
+    plan: PrivacyPlan
+    policy: Policy
+    execution: ExecutionRequest
+    seed: int = 0
+    collate_fn: Callable[[list], Any] = default_collate
+    example: Any = None
+    choices: Choices | None = None
+
+
+MakeRun = Callable[[Setup, Records, RunState, Choices, Mechanism, Group], PrivateTraining]
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def begin(
+    request: Request,
+    make_mechanism: Callable[[], Mechanism],
+    *,
+    group: Group | None = None,
+    make_run: MakeRun = PrivateTraining,
+) -> PrivateTraining:
+    """Check everything, prepare the model, and return a run.
+
+    Args:
+      request: what the run is to be.
+      make_mechanism: gives what samples, hides and charges. It is called once, after every check: it may make files.
+      group: the processes of the run; None: this one alone.
+      make_run: joins the parts; `PrivateTraining`, or a subclass.
+    Raises: as `make_private`.
+    """
+    setup, records, choices, execution = _checked(request)
+    group = group or Alone()
+    state = RunState.from_json(group.from_first(RunState(execution=execution).to_json().encode()).decode())
+    return make_run(setup, records, state, choices, make_mechanism(), group)
+
+
+def _checked(request: Request) -> tuple[Setup, Records, Choices, Execution]:
+    """Refuse what cannot be trained privately; prepare the model, decide how it runs, and try all that a run does."""
+    model, train_set, plan, policy = request.model, request.train_set, request.plan, request.policy
     check_trainable(model)
-    _check_optimizer(model, optimizer)
+    _check_optimizer(model, request.optimizer)
     _check_data_set(train_set)
     if policy.needs_scores and plan.analysis is None:
         raise SettingError(
             f"Expected plan.analysis for {type(policy).__name__}; got analysis=None. The policy favours layers whose "
             "quantization costs little, which has to be measured. Give the plan an AnalysisPlan, or use RotatePolicy."
         )
-    if microbatch_size is not None and microbatch_size < 1:
-        raise SettingError(f"Expected microbatch_size >= 1; got microbatch_size={microbatch_size}.")
-    if memory is not None and microbatch_size is not None:
-        raise SettingError(
-            f"Expected one of microbatch_size and memory; got microbatch_size={microbatch_size} and memory={memory:g}. "
-            "The size decides how much memory is needed. Leave one out."
-        )
-    chosen, others = precision(format), precision(rest)
-    device = next(model.parameters()).device
-    used = [chosen, others] if others.quantized else [chosen]
-    model = prepare(model, format=chosen, backend=resolve(backend, used, device))
-    if example is None:
-        specimens = candidates(_first_records(train_set), collate_fn, device)
+    device, wanted = next(model.parameters()).device, request.execution
+    used = [wanted.chosen, wanted.rest] if wanted.rest.quantized else [wanted.chosen]
+    model = prepare(model, format=wanted.chosen, backend=resolve(wanted.backend, used, device))
+    if request.example is None:
+        specimens = candidates(_first_records(train_set), request.collate_fn, device)
     else:
-        specimens = iter([from_examples(example, collate_fn, device)])
-    quantized = [one for one, used in ((chosen, policy.quantizes), (others, others.quantized)) if used]
-    found = check_isolation(Objective(model, loss_fn), specimens, quantized=quantized)
-    records = Records(train_set, collate_fn, device, found.specimens)
+        specimens = iter([from_examples(request.example, request.collate_fn, device)])
+    quantized = [one for one, used in ((wanted.chosen, policy.quantizes), (wanted.rest, wanted.rest.quantized)) if used]
+    found = check_isolation(Objective(model, request.loss_fn), specimens, quantized=quantized)
+    records = Records(train_set, request.collate_fn, device, found.specimens)
     records.check()
-    choices = choices or Choices()
-    with choices.active():
-        execution = decide(
-            found.objective,
-            found.specimens.batch((0, 1, 2)),
-            policy=policy,
-            macs=found.macs,
-            chosen=chosen,
-            rest=others,
-            backend=backend,
-            plan=plan,
-            microbatch_size=microbatch_size,
-            memory=memory,
-        )
-        _try_all(optimizer, plan, policy, found, execution)
-    secret = SecretKey() if mechanism_seed is None else SecretKey.from_seed(mechanism_seed)
-    if ledger is not None:
-        ledger.parent.mkdir(parents=True, exist_ok=True)
-    return PrivateTraining(
-        model,
-        optimizer,
-        records,
+    setup = Setup(
+        optimizer=request.optimizer,
         plan=plan,
         policy=policy,
+        seed=request.seed,
         found=found,
-        execution=execution,
-        choices=choices,
-        ledger=Ledger(ledger, research=not secret.secure),
-        seed=seed,
-        secret=secret,
     )
+    choices = request.choices or Choices()
+    with choices.active():
+        made_up = found.specimens.batch((0, 1, 2))
+        execution = decide(found.objective, made_up, policy=policy, macs=found.macs, plan=plan, request=wanted)
+        _try_all(setup, execution)
+    return setup, records, choices, execution
 
 
 def _first_records(train_set: MapDataset) -> list[Any]:
@@ -159,14 +203,9 @@ def _first_records(train_set: MapDataset) -> list[Any]:
         ) from error
 
 
-def _try_all(
-    optimizer: torch.optim.Optimizer,
-    plan: PrivacyPlan,
-    policy: Policy,
-    found: Findings,
-    execution: Execution,
-) -> None:
+def _try_all(setup: Setup, execution: Execution) -> None:
     """Run on synthetic records all that steps and analyses will run, as the first epoch will run it."""
+    policy, found = setup.policy, setup.found
     model = found.objective.model
     layers = policy.choose(found.macs, None, epoch=0, key=0, excluded=execution.spared)
     for names in ((), layers):
@@ -175,8 +214,8 @@ def _try_all(
             check_at_size(found, execution.microbatch_size)
             if names or not layers:
                 rehearse(
-                    optimizer,
-                    plan,
+                    setup.optimizer,
+                    setup.plan,
                     found,
                     microbatch_size=execution.microbatch_size,
                     analysed=next(iter(found.macs), None) if policy.needs_scores else None,

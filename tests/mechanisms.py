@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Doubles of what a run is given: parts of a mechanism that watch or change each call, and runs begun with them."""
+
+import dataclasses
+
+import torch
+
+import dpquant
+from dpquant.privacy.mechanism import Mechanism
+from dpquant.training.execution import ExecutionRequest
+from dpquant.training.private import PrivateTraining
+from dpquant.training.start import Request, begin
+
+
+@dataclasses.dataclass
+class Drawn:
+    """A sampler whose draws go through `change(honest, num_records, sample_rate, **purpose)`."""
+
+    inner: object
+    change: object
+
+    @property
+    def secure(self):
+        return self.inner.secure
+
+    def draw(self, *arguments, **purpose):
+        return self.change(self.inner.draw, *arguments, **purpose)
+
+
+@dataclasses.dataclass
+class Noised:
+    """Noise that goes through `change(honest, shape, std, **purpose)`."""
+
+    inner: object
+    change: object
+
+    @property
+    def secure(self):
+        return self.inner.secure
+
+    def gaussian(self, *arguments, **purpose):
+        return self.change(self.inner.gaussian, *arguments, **purpose)
+
+
+@dataclasses.dataclass
+class Charged:
+    """A ledger whose charges go through `change(honest, **event)`, and its events through `told(events)`."""
+
+    inner: object
+    change: object = None
+    told: object = None
+
+    @property
+    def research(self):
+        return self.inner.research
+
+    @property
+    def head(self):
+        return self.inner.head
+
+    def charge(self, **event):
+        return self.inner.charge(**event) if self.change is None else self.change(self.inner.charge, **event)
+
+    def events(self):
+        return self.inner.events() if self.told is None else self.told(self.inner.events())
+
+
+def with_doubles(mechanism, *, draw=None, gaussian=None, charge=None, events=None) -> Mechanism:
+    """The mechanism with calls of its parts changed."""
+    parts = {}
+    if draw is not None:
+        parts["sampler"] = Drawn(mechanism.sampler, draw)
+    if gaussian is not None:
+        parts["noise"] = Noised(mechanism.noise, gaussian)
+    if charge is not None or events is not None:
+        parts["ledger"] = Charged(mechanism.ledger, charge, events)
+    return dataclasses.replace(mechanism, **parts)
+
+
+def begun(
+    model, records, *, loss_fn, plan, policy, mechanism=None, lr=0.1, optimizer=torch.optim.SGD, group=None,
+    make_run=PrivateTraining, microbatch_size=None, format="luq-fp4", backend="auto", seed=0,
+):  # fmt: skip
+    """A run as `make_private` begins it, with a mechanism, a group or a kind of run of one's own."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    request = Request(
+        model=model, optimizer=optimizer(trainable, lr=lr), train_set=records, loss_fn=loss_fn, plan=plan,
+        policy=policy, seed=seed,
+        execution=ExecutionRequest(
+            chosen=dpquant.formats.precision(format), backend=backend, microbatch_size=microbatch_size
+        ),
+    )  # fmt: skip
+    return begin(request, lambda: mechanism or Mechanism.secret(None), group=group, make_run=make_run)
+
+
+def finish(run):
+    """The run after all of its steps."""
+    for epoch in run.epochs():
+        for batch in epoch:
+            run.step(batch)
+    return run
