@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this processor's backends run, for tests that hold on every processor.
+"""What this processor's backends run, for tests that hold on every processor; and which way is taken of several.
 
 Without VNNI, pairs of full-range products saturate, and the library refuses such formats. Whoever asks here learns
 whether a format runs; where it does not, that it is refused has been asserted.
 """
 
+import contextlib
 from collections.abc import Mapping
 
 import pytest
 import torch
 
+from dpquant.backends.choose import Choices, Machine
 from dpquant.backends.interface import Backend
 from dpquant.backends.registry import BACKENDS, resolve
 from dpquant.errors import FormatError
@@ -56,3 +58,17 @@ def backends_of(format: str, backends: Mapping[str, Backend] = BACKENDS) -> tupl
     if backends is BACKENDS:
         assert resolve("auto", [chosen], CPU).name == running[-1]
     return tuple(running)
+
+
+def preferring(name: str, asked: set[str] | None = None) -> contextlib.AbstractContextManager[None]:
+    """Until the block ends the way of this name is the fastest, where it is one of them; else the first.
+
+    `asked` gets the names of all ways that there were.
+    """
+
+    def timed(ways):
+        if asked is not None:
+            asked.update(ways)
+        return {way: float(way != name) for way in ways}
+
+    return Choices(timed=timed, machine=Machine(None)).active()
