@@ -37,6 +37,7 @@ from dpquant.backends.qtensor import QTensor, code_values, scaled
 from dpquant.backends.reference import Reference
 from dpquant.backends.registry import BACKENDS
 from dpquant.formats import RECIPES, precision
+from dpquant.runs import settings
 from networks import loss, zoo
 from processor import CPU, LARGEST_CODES, of_integers
 
@@ -129,6 +130,11 @@ def test_rows_that_are_not_finite_stay_alone(backend, device, chosen):
 @pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 def test_refusals_are_told(backend):
     assert_refusals_are_told(backend)
+
+
+def test_backends_are_known_by_their_names_here_and_on_the_command_line():
+    assert all(backend.name == name for name, backend in BACKENDS.items())
+    assert ("auto", *BACKENDS) == settings.BACKENDS
 
 
 # ---------------------------------------------------------------------------------------- who breaks it is found out
