@@ -166,8 +166,8 @@ def test_a_run_with_scales_per_tensor_promises_nothing(tmp_path, capsys):
     assert per_tensor.main(["train", "--policy", "all", "--epochs", "1", "--threads", "1", "--out", str(out)]) == 0
     record = json.loads((out / "record.json").read_text())
     assert record["epsilon"] is None and record["statement"].startswith("NOT PRIVATE")
-    assert record["backend"].startswith("SharedScale of ") and record["backend"] not in BACKENDS
     assert capsys.readouterr().out.strip().endswith(per_tensor.NOT_PRIVATE)
+    assert record["backend"].startswith("SharedScale of ") and record["backend"] not in BACKENDS
 
 
 def test_scales_per_tensor_are_refused_where_the_checks_are_left_in(tmp_path, capsys):
