@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dpquant.backends.doubles import SharedScale
+from dpquant.backends.doubles import SharedScale, Wrapped
 from dpquant.backends.quantize import quantize_rows
 from dpquant.backends.reference import Reference
 from dpquant.engine.layers import (
@@ -68,6 +68,47 @@ def test_a_linear_layer_in_full_precision_is_the_original(shape):
 def test_a_linear_layer_says_what_input_it_wants():
     with pytest.raises(ModelError, match=r"\(B, \.\.\., 6\)"):
         prepare(nn.Linear(6, 4))(torch.randn(5, 7))
+
+
+LAYERS = {
+    "vectors": (lambda: nn.Linear(6, 4), (3, 6)),
+    "positions": (lambda: nn.Linear(6, 4), (3, 5, 6)),
+    "1x1": (lambda: nn.Conv2d(6, 4, 1), (3, 6, 5, 4)),
+    "3x3": (lambda: nn.Conv2d(6, 4, 3), (3, 6, 5, 4)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", LAYERS)
+def test_an_output_may_be_overwritten(name, dtype):
+    make, shape = LAYERS[name]
+    torch.manual_seed(0)
+    original, x = make().to(dtype), torch.randn(shape, dtype=dtype)
+    twin = prepare(copy.deepcopy(original).float()).to(dtype)
+    results = []
+    for layer in (original, twin):
+        inputs = x.clone().requires_grad_()
+        y = F.relu(layer(inputs), inplace=True)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (inputs, *layer.parameters()))))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+class Viewing(Wrapped):
+    """A backend whose products are views."""
+
+    def pack(self, weight, geometry, *, max_code):
+        packed = self.inner.pack(weight, geometry, max_code=max_code)
+        honest = packed.forward
+        packed.forward = lambda x, bias: honest(x, bias)[:]
+        return packed
+
+
+def test_an_output_may_be_overwritten_whatever_a_backend_gives():
+    layer = prepare(nn.Conv2d(1, 4, 3), backend=Viewing(Reference()))
+    set_policy(layer, [""])
+    y = F.relu(layer(torch.randn(3, 1, 3, 3)), inplace=True)
+    assert bool((y >= 0).all())
 
 
 def prepared_or_refused(format, backend):
