@@ -25,7 +25,7 @@ from dpquant.app.contenders import (
     example_losses,
     made_up_examples,
 )
-from dpquant.backends.cpu_int8 import INT8_ZERO_POINT, Int8Products
+from dpquant.backends.cpu_int8 import INT8_ZERO_POINT, Int8Weight
 from dpquant.backends.geometry import Geometry
 from dpquant.backends.qtensor import QTensor
 from dpquant.engine.layers import count_macs
@@ -110,8 +110,8 @@ def int8_peak() -> float:
     codes = codes.contiguous(memory_format=torch.channels_last)
     x = QTensor(codes=codes, scale=torch.ones(32), zero_point=INT8_ZERO_POINT)
     weight = QTensor(codes=torch.ones(256, 256, 3, 3, dtype=torch.int8), scale=torch.ones(1))
-    products = Int8Products(weight, Geometry(kernel=(3, 3), padding=(1, 1)))
-    return 32 * 16 * 16 * 256 * 256 * 9 / best(lambda: products.forward(x))
+    packed = Int8Weight(weight, Geometry(kernel=(3, 3), padding=(1, 1)))
+    return 32 * 16 * 16 * 256 * 256 * 9 / best(lambda: packed.forward(x, None))
 
 
 def best(work: Callable[[], object], repeats: int = 9) -> float:

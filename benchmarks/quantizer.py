@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What quantizing costs: time an element in each format, by the native kernel and in torch. `scripts/bench quantizer`.
 
-Formats and backends take turns in one process, on a layer's activations after ReLU, channels last. The same run checks
-that both backends give the same bits. `e3m0~` beside the others shows what a clip (@) and codes of one sign (+) add.
+Formats and kernels take turns in one process, on a layer's activations after ReLU, channels last. The same run checks
+that both kernels give the same bits. `e3m0~` beside the others shows what a clip (@) and codes of one sign (+) add.
 Each line of W * C elements draws under a key of its own: `--shape 64 8 2048 1` shows what short lines cost.
 """
 
@@ -25,19 +25,17 @@ from dpquant.rounding import row_keys
 
 SHAPE = (128, 64, 16, 16)
 ROLES = ("e3m0~", "int8", "int4", "int4@4", "int4@4+")
-BACKENDS = ("native", "torch")
+KERNELS = ("native", "torch")
 
 
-def quantized(x: torch.Tensor, role: RoleFormat, backend: str) -> QTensor:
+def quantized(x: torch.Tensor, role: RoleFormat, kernel: str) -> QTensor:
     """All rows of x."""
-    keys = row_keys(0, torch.arange(len(x)))
-    options = {"clip": role.clip, "one_sided": role.one_sided, "backend": backend}
-    return quantize_rows(x, role.format, role.rounding, keys, **options)
+    return quantize_rows(x, role, row_keys(0, torch.arange(len(x))), kernel=kernel)
 
 
 def check(x: torch.Tensor, role: RoleFormat) -> None:
-    """Raise AssertionError unless both backends give the same bits."""
-    first, second = (quantized(x, role, backend) for backend in BACKENDS)
+    """Raise AssertionError unless both kernels give the same bits."""
+    first, second = (quantized(x, role, kernel) for kernel in KERNELS)
     assert torch.equal(first.codes, second.codes) and torch.equal(first.scale, second.scale), role
 
 
@@ -59,17 +57,17 @@ def main() -> None:
     print(f"{hardware}{' (busy)' if hardware.busy else ''}\nns an element of {shape}, median [quartiles]")
     for threads in sorted(set(args.threads)):
         torch.set_num_threads(threads)
-        seconds: dict[tuple[str, str], list[float]] = {(text, backend): [] for text in roles for backend in BACKENDS}
+        seconds: dict[tuple[str, str], list[float]] = {(text, kernel): [] for text in roles for kernel in KERNELS}
         for number in range(args.rounds + 1):
-            for (text, backend), mine in seconds.items():
+            for (text, kernel), mine in seconds.items():
                 with working_memory():  # as in a step: what a call allocates is there already
                     start = time.perf_counter()
-                    quantized(x, roles[text], backend)
+                    quantized(x, roles[text], kernel)
                     took = time.perf_counter() - start
                 if number:  # the round before the first does not count
                     mine.append(took)
         for text in roles:
-            both = [seconds[text, backend] for backend in BACKENDS]
+            both = [seconds[text, kernel] for kernel in KERNELS]
             native, plain = (Spread.of([1e9 * s / x.numel() for s in side]) for side in both)
             quotient = Spread.of([slow / fast for fast, slow in zip(*both, strict=True)])
             print(f"{threads} threads  {text:10s}native {native!s:22s}torch {plain!s:22s}torch / native {quotient}")

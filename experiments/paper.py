@@ -40,13 +40,13 @@ def run(site: Site) -> None:
     print(f"wrote {PAGE.name}")
 
 
-def refreshed(page: str) -> str:
-    """The page with its tables as the results say now."""
-    return PLACES.sub(lambda place: place[1] + _table(place[2]) + place[3], page)
+def refreshed(page: str, results: Path = RESULTS) -> str:
+    """The page with its tables as the results in a directory say now."""
+    return PLACES.sub(lambda place: place[1] + _table(place[2], results) + place[3], page)
 
 
-def _table(name: str) -> str:
-    path = RESULTS / f"{name}.json"
+def _table(name: str, folder: Path) -> str:
+    path = folder / f"{name}.json"
     if not path.exists():
         return "Not run yet.\n"
     results = json.loads(path.read_text())

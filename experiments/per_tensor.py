@@ -4,7 +4,8 @@
     python -m experiments.per_tensor train OPTIONS
 
 One example's largest value then decides every other example's rounding, so that no clipping bounds what it changes. The
-checks that examples are kept apart would refuse it, so they are left out. The record of such a run has no epsilon.
+checks that examples are kept apart would refuse it, so they are left out. The record of such a run has no epsilon, and
+names the backend that shares scales. Leave --backend out.
 """
 
 import json
@@ -12,44 +13,19 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-import torch
-from torch import Tensor
-
 from dpquant.app import cli
-from dpquant.backends.qtensor import QTensor
-from dpquant.backends.quantize import quantize_rows
+from dpquant.backends.doubles import SharedScale
+from dpquant.backends.registry import BACKENDS
 from dpquant.checks import isolation
-from dpquant.engine import layers
-from dpquant.formats import NumberFormat, Rounding
 from dpquant.training import private, start
 
 NOT_PRIVATE = "NOT PRIVATE, whatever was printed before: scales were taken over the batch."
 
 
-def with_one_scale(
-    x: Tensor,
-    format: NumberFormat,
-    rounding: Rounding,
-    row_keys: Tensor,
-    *,
-    clip: float | None = None,
-    one_sided: bool = False,
-    zero_point: int = 0,
-) -> QTensor:
-    """As `quantize_rows`, but all rows share a scale: the naive way, which is not private."""
-    whole = quantize_rows(
-        x.reshape(1, -1), format, rounding, row_keys[:1], clip=clip, one_sided=one_sided, zero_point=zero_point
-    )
-    channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    codes = whole.codes.reshape(x.shape).contiguous(memory_format=layout)
-    return QTensor(codes=codes, scale=whole.scale.expand(len(x)).contiguous(), zero_point=zero_point)
-
-
 def main(arguments: list[str]) -> int:
     """Run the command line of `dpquant` with shared scales, and take the promise out of its record."""
     with (
-        mock.patch.object(layers, "quantize_rows", with_one_scale),
+        mock.patch.dict(BACKENDS, shared_scales(), clear=True),
         mock.patch.object(isolation, "_check_codes"),
         mock.patch.object(isolation, "_check_quantized_losses"),
         mock.patch.object(start, "check_at_size"),
@@ -64,6 +40,12 @@ def main(arguments: list[str]) -> int:
         path.write_text(json.dumps(record, indent=2) + "\n")
         print(NOT_PRIVATE)
     return code
+
+
+def shared_scales() -> dict[str, SharedScale]:
+    """Every backend, each with one scale over the batch."""
+    doubles = [SharedScale(backend) for backend in BACKENDS.values()]
+    return {double.name: double for double in doubles}
 
 
 if __name__ == "__main__":

@@ -95,6 +95,8 @@ class Site:
       jobs: runs side by side, which share the cores.
       deadline: no run begins after it, in seconds of `time.monotonic`.
       kept: {command: record} of runs made elsewhere that count as done.
+      results: directory of the tables' results.
+      launch: runs a command, as `subprocess.run` does.
     """
 
     work: Path
@@ -102,6 +104,8 @@ class Site:
     jobs: int = 1
     deadline: float = float("inf")
     kept: Mapping[str, dict] = dataclasses.field(default_factory=dict)
+    results: Path = RESULTS
+    launch: Callable[..., subprocess.CompletedProcess] = subprocess.run
 
     def do(self, runs: Sequence[Run]) -> None:
         """Do what is not done yet and can begin before the deadline."""
@@ -153,7 +157,7 @@ class Site:
             out.rename(out.with_name(f"{out.name}-interrupted-{time.time_ns()}"))
         environment = {**os.environ, "OMP_NUM_THREADS": threads}
         began = time.monotonic()
-        result = subprocess.run(
+        result = self.launch(
             [*command, "--threads", threads], env=environment, capture_output=True, text=True, check=False
         )
         if result.returncode:
@@ -162,9 +166,9 @@ class Site:
         print(f"{run.row}, seed {run.seed}: {accuracy:.4f} after {time.monotonic() - began:.0f} s", flush=True)
 
 
-def committed() -> dict[str, dict]:
+def committed(results: Path = RESULTS) -> dict[str, dict]:
     """{command: record} of all runs that the results hold, less those whose record lacks something."""
-    tables = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    tables = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
     runs = [run for table in tables for records in table.get("records", {}).values() for run in records]
     return {run["command"]: run for run in runs if set(SECONDS) <= run.keys() and record_of(run) is not None}
 
@@ -198,10 +202,10 @@ def do_table(table: Table, site: Site) -> dict[str, dict]:
         return {}
     rows = summary(records)
     missing = [f"{run.row}, seed {run.seed}" for run in runs if site.record(run) is None]
-    RESULTS.mkdir(exist_ok=True)
+    site.results.mkdir(exist_ok=True)
     text = json.dumps({"title": table.title, "missing": missing, "summary": rows, "records": records}, indent=1)
-    (RESULTS / f"{table.name}.json").write_text(text + "\n")
-    (table.draw or draw_curves)(table, records, RESULTS / f"{table.name}.png")
+    (site.results / f"{table.name}.json").write_text(text + "\n")
+    (table.draw or draw_curves)(table, records, site.results / f"{table.name}.png")
     print(f"\n{table.title}")
     for row, facts in rows.items():
         print(

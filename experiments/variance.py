@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from dpquant.backends.quantize import quantize_rows
 from dpquant.data import dataset as data
 from dpquant.data.models import build
-from dpquant.formats import E3M0, Rounding
+from dpquant.formats import E3M0, RoleFormat, Rounding
 from dpquant.rounding import row_keys
 from experiments.runner import RESULTS, Site, new_figure
 
@@ -64,10 +64,11 @@ def exact_variance(x_BN: torch.Tensor) -> torch.Tensor:
 
 def measured_variance(x: torch.Tensor) -> torch.Tensor:
     """The sum over elements of the mean squared error of many draws."""
+    role = RoleFormat(format=E3M0, rounding=Rounding.STOCHASTIC)
     total = torch.zeros((), dtype=torch.float64)
     for draw in range(DRAWS):
         keys = row_keys(draw, torch.arange(len(x)))
-        q = quantize_rows(x.contiguous(), E3M0, Rounding.STOCHASTIC, keys)
+        q = quantize_rows(x.contiguous(), role, keys)
         total += (q.dequantize().double() - x).square().sum()
     return total / DRAWS
 

@@ -4,18 +4,18 @@ import importlib
 import json
 import subprocess
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from experiments import paper, pareto, per_tensor, runner
 from experiments.__main__ import SCRIPTS, TABLES
-from experiments.per_tensor import with_one_scale
 from experiments.runner import Run, Site, Table, do_table, settings_of
 
 from dpquant.app import cli
-from dpquant.backends.quantize import quantize_rows
+from dpquant.backends.registry import BACKENDS
 from dpquant.errors import SettingError
-from dpquant.formats import E3M0, Rounding
+from dpquant.formats import E3M0, RoleFormat, Rounding
 from dpquant.rounding import row_keys
 from dpquant.runs.record import SCHEMA, EpochRecord, RunRecord
 from dpquant.training.cost import LayerCost
@@ -41,88 +41,93 @@ RECORD = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def commands(monkeypatch, tmp_path):
+class Commands(list):
     """The commands that were run, none of which trains anything."""
-    seen = []
 
-    def pretended(command, **settings):
-        seen.append(command)
-        out = tmp_path / "work" / command[command.index("--out") + 1].rsplit("/", 1)[1]
+    def __init__(self, work):
+        super().__init__()
+        self._work, self.record = work, RECORD
+
+    def launch(self, command, **settings):
+        self.append(command)
+        out = self._work / command[command.index("--out") + 1].rsplit("/", 1)[1]
         out.mkdir(parents=True)
-        (out / "record.json").write_text(json.dumps(RECORD))
+        (out / "record.json").write_text(json.dumps(self.record))
         (out / "timings.json").write_text(json.dumps(TIMINGS))
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(runner, "subprocess", SimpleNamespace(run=pretended))  # not for all: fonts are sought too
-    monkeypatch.setattr(runner, "RESULTS", tmp_path / "results")
-    return seen
+
+@pytest.fixture
+def commands(tmp_path):
+    return Commands(tmp_path / "work")
 
 
-def site(tmp_path, **settings):
-    return Site(work=tmp_path / "work", folders={}, **settings)
+def site(tmp_path, commands, **settings):
+    given = {"work": tmp_path / "work", "folders": {}, "results": tmp_path / "results", "launch": commands.launch}
+    return Site(**(given | settings))
 
 
 def test_a_table_runs_every_row_at_every_seed_once(commands, tmp_path):
-    rows = do_table(TABLE, site(tmp_path))
+    rows = do_table(TABLE, site(tmp_path, commands))
     assert len(commands) == 4 and [command[1] for command in commands] == ["train"] * 4
     assert {tuple(row["accuracies"]) for row in rows.values()} == {(50.0, 50.0)}
     results = json.loads((tmp_path / "results" / "mine.json").read_text())
     assert results["missing"] == [] and results["summary"]["a"]["command"].startswith("dpquant train --epochs 2 --lr 1")
     assert {row["seconds"] for row in rows.values()} == {3}
     assert (tmp_path / "results" / "mine.png").exists()
-    do_table(TABLE, site(tmp_path, jobs=2))
+    do_table(TABLE, site(tmp_path, commands, jobs=2))
     assert len(commands) == 4
 
 
 def test_some_rows_are_run_once(commands, tmp_path):
     table = Table(name="mine", title="Mine", common="", rows={"a": "--lr 1"}, once={"b": "--lr 2"}, seeds=(3, 4))
     assert [(run.row, run.seed) for run in table.runs()] == [("a", 3), ("b", 3), ("a", 4)]
-    assert [len(row["accuracies"]) for row in do_table(table, site(tmp_path)).values()] == [2, 1]
+    assert [len(row["accuracies"]) for row in do_table(table, site(tmp_path, commands)).values()] == [2, 1]
 
 
 def test_after_the_deadline_nothing_begins_and_what_is_missing_is_listed(commands, tmp_path):
-    do_table(TABLE, site(tmp_path))
+    do_table(TABLE, site(tmp_path, commands))
     more = Table(name="mine", title="Mine", common="--epochs 2", rows={**TABLE.rows, "c": "--lr 3"}, seeds=(0,))
-    do_table(more, site(tmp_path, deadline=0.0))
+    do_table(more, site(tmp_path, commands, deadline=0.0))
     assert len(commands) == 4
     assert json.loads((tmp_path / "results" / "mine.json").read_text())["missing"] == ["c, seed 0"]
 
 
-def test_a_run_whose_data_is_not_here_is_left_out_and_no_record_says_where_it_was(commands, tmp_path, monkeypatch):
+def test_a_run_whose_data_is_not_here_is_left_out_and_no_record_says_where_it_was(commands, tmp_path):
     table = Table(name="mine", title="Mine", common="--data image-folder:GTSRB", rows={"a": ""}, seeds=(0,))
-    assert do_table(table, site(tmp_path)) == {} and not commands
-    monkeypatch.setitem(RECORD, "dataset", f"image-folder:{tmp_path}/photos")
-    here = Site(work=tmp_path / "work", folders={"GTSRB": tmp_path / "photos"})
+    assert do_table(table, site(tmp_path, commands)) == {} and not commands
+    commands.record = {**RECORD, "dataset": f"image-folder:{tmp_path}/photos"}
+    here = site(tmp_path, commands, folders={"GTSRB": tmp_path / "photos"})
     assert do_table(table, here)["a"]["command"] == "dpquant train --data image-folder:GTSRB --seed 0 --out RUN"
     assert f"image-folder:{tmp_path}/photos" in commands[0]
     assert here.record(table.runs()[0])["dataset"] == "image-folder:GTSRB"
 
 
 def test_what_the_results_hold_counts_as_done_where_that_is_wanted(commands, tmp_path):
-    do_table(TABLE, site(tmp_path))
+    do_table(TABLE, site(tmp_path, commands))
     bare, kept = (
-        {"work": tmp_path / "elsewhere", "folders": {}, **more} for more in ({}, {"kept": runner.committed()})
+        site(tmp_path, commands, work=tmp_path / "elsewhere", **more)
+        for more in ({}, {"kept": runner.committed(tmp_path / "results")})
     )
-    assert Site(**bare).record(TABLE.runs()[0]) is None
-    assert do_table(TABLE, Site(**kept)).keys() == {"a", "b"} and len(commands) == 4
+    assert bare.record(TABLE.runs()[0]) is None
+    assert do_table(TABLE, kept).keys() == {"a", "b"} and len(commands) == 4
 
 
-def test_a_run_whose_record_still_holds_its_times_counts_as_it_did(commands, tmp_path, monkeypatch):
-    do_table(TABLE, site(tmp_path))
+def test_a_run_whose_record_still_holds_its_times_counts_as_it_did(commands, tmp_path):
+    do_table(TABLE, site(tmp_path, commands))
     for out in (tmp_path / "work").iterdir():
         (out / "timings.json").unlink()
         (out / "record.json").write_text(json.dumps({**RECORD, "seconds_train": 5.0, "seconds_analysis": 1.0}))
-    assert {row["seconds"] for row in do_table(TABLE, site(tmp_path)).values()} == {6} and len(commands) == 4
+    assert {row["seconds"] for row in do_table(TABLE, site(tmp_path, commands)).values()} == {6} and len(commands) == 4
 
 
 def test_a_record_that_an_older_program_wrote_does_not(commands, tmp_path):
-    do_table(TABLE, site(tmp_path))
+    do_table(TABLE, site(tmp_path, commands))
     path = tmp_path / "results" / "mine.json"
     results = json.loads(path.read_text())
     del results["records"]["a"][0]["four_bit_fraction_macs"]
     path.write_text(json.dumps(results))
-    here = Site(work=tmp_path / "elsewhere", folders={}, kept=runner.committed())
+    here = Site(work=tmp_path / "elsewhere", folders={}, kept=runner.committed(tmp_path / "results"))
     assert [here.record(run) is None for run in TABLE.runs()] == [True, False, False, False]
 
 
@@ -146,7 +151,7 @@ def test_whatever_the_results_hold_can_be_gone_on_from():
 
 def test_another_program_takes_the_place_of_dpquant(commands, tmp_path):
     table = Table(name="mine", title="M", common="", rows={"a": "", "b": ""}, seeds=(0,), programs={"b": "mine.main"})
-    do_table(table, site(tmp_path))
+    do_table(table, site(tmp_path, commands))
     assert len(commands) == 2 and commands[1][1:4] == ["-m", "mine.main", "train"]
 
 
@@ -155,12 +160,13 @@ def test_scales_per_tensor_let_one_example_change_another_and_ours_do_not():
     x = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
     louder = torch.cat([x[:3], 100 * x[3:]]).to(memory_format=torch.channels_last)
     keys = row_keys(7, torch.arange(4))
-    arguments = (E3M0, Rounding.NEAREST, keys)
-    shared, ours = with_one_scale(x, *arguments), quantize_rows(x, *arguments)
-    assert shared.codes.shape == x.shape and shared.codes.is_contiguous(memory_format=torch.channels_last)
-    assert shared.scale.shape == (4,) and shared.scale.unique().numel() == 1
-    assert not torch.equal(with_one_scale(louder, *arguments).codes[:3], shared.codes[:3])
-    assert torch.equal(quantize_rows(louder, *arguments).codes[:3], ours.codes[:3])
+    role = RoleFormat(format=E3M0, rounding=Rounding.NEAREST)
+    for ours, sharing in zip(BACKENDS.values(), per_tensor.shared_scales().values(), strict=True):
+        shared = sharing.quantize(x, role, keys)
+        assert shared.codes.shape == x.shape and shared.codes.is_contiguous(memory_format=torch.channels_last)
+        assert shared.scale.shape == (4,) and shared.scale.unique().numel() == 1
+        assert not torch.equal(sharing.quantize(louder, role, keys).codes[:3], shared.codes[:3])
+        assert torch.equal(ours.quantize(louder, role, keys).codes[:3], ours.quantize(x, role, keys).codes[:3])
 
 
 def test_a_run_with_scales_per_tensor_promises_nothing(tmp_path, capsys):
@@ -170,12 +176,13 @@ def test_a_run_with_scales_per_tensor_promises_nothing(tmp_path, capsys):
     assert record["epsilon"] is None and record["statement"].startswith("NOT PRIVATE")
     assert [epoch["epsilon"] for epoch in record["per_epoch"]] == [None]
     assert capsys.readouterr().out.strip().endswith(per_tensor.NOT_PRIVATE)
+    assert record["backend"].startswith("SharedScale of ") and record["backend"] not in BACKENDS
 
 
-def test_scales_per_tensor_are_refused_where_the_checks_are_left_in(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("dpquant.engine.layers.quantize_rows", with_one_scale)
-    assert cli.run(["train", "--policy", "all", "--epochs", "1", "--threads", "1", "--out", str(tmp_path / "run")]) == 2
-    assert "that example alone" in capsys.readouterr().err and not (tmp_path / "run").exists()
+def test_scales_per_tensor_are_refused_where_the_checks_are_left_in(tmp_path, capsys):
+    with mock.patch.dict(BACKENDS, per_tensor.shared_scales(), clear=True):
+        code = cli.run(["train", "--policy", "all", "--epochs", "1", "--threads", "1", "--out", str(tmp_path / "run")])
+    assert code == 2 and "that example alone" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 RESULTS = {
@@ -195,11 +202,10 @@ RESULTS = {
 }  # fmt: skip
 
 
-def test_results_stand_on_the_page_beside_the_papers(monkeypatch, tmp_path):
-    monkeypatch.setattr(paper, "RESULTS", tmp_path)
+def test_results_stand_on_the_page_beside_the_papers(tmp_path):
     (tmp_path / "baselines-gtsrb.json").write_text(json.dumps(RESULTS))
     page = "before\n<!-- results: baselines-gtsrb -->\nold\n<!-- end -->\n<!-- results: none -->\n<!-- end -->\nafter"
-    found = paper.refreshed(page)
+    found = paper.refreshed(page, tmp_path)
     assert (
         "| static 0.9 | 12.35 ± 1.00 | 2 | 90% | 50% | 1.00% | 57.49 ± 4.46 | `--policy static --fraction 0.9` |"
         in found
@@ -208,7 +214,7 @@ def test_results_stand_on_the_page_beside_the_papers(monkeypatch, tmp_path):
     assert "`dpquant train --lr 1 OPTIONS --seed SEED --out RUN`" in found
     assert "Not run yet: a, b at seed 0, 2." in found
     assert "old" not in found and "Not run yet." in found and found.startswith("before") and found.endswith("after")
-    assert paper.refreshed(found) == found
+    assert paper.refreshed(found, tmp_path) == found
 
 
 def test_the_page_says_what_the_results_say():
@@ -221,11 +227,10 @@ def test_runs_of_other_options_or_seeds_have_other_directories(tmp_path):
     assert Run("a", 0, "--lr  1").folder(tmp_path) == Run("b", 0, "--lr 1").folder(tmp_path)
 
 
-def test_a_run_that_fails_is_told(monkeypatch, tmp_path):
+def test_a_run_that_fails_is_told(commands, tmp_path):
     failed = subprocess.CompletedProcess([], 2, stderr="error: Expected")
-    monkeypatch.setattr(runner, "subprocess", SimpleNamespace(run=lambda *a, **k: failed))
     with pytest.raises(SystemExit, match="error: Expected"):
-        do_table(TABLE, site(tmp_path))
+        do_table(TABLE, site(tmp_path, commands, launch=lambda *a, **k: failed))
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -188,7 +188,7 @@ def test_another_thread_is_left_alone():
     assert seen == [before] and list(module._held) == before
 
 
-def heap_growth(steps, warm=5):
+def heap_growth(steps, warm=5, hold=None):
     """Bytes that the heap grows by in so many steps after the first, the program renewing what it keeps of results."""
     libc = module._glibc()
     kept = None
@@ -196,7 +196,7 @@ def heap_growth(steps, warm=5):
     for step in range(warm + steps):
         if step == warm:
             before = libc.mallinfo2().arena
-        with working_memory():
+        with working_memory(hold):
             result = [torch.empty(2**20) for _ in range(8)]  # 4 MiB each
         kept = [torch.empty_like(t) for t in result]
         del result
@@ -208,28 +208,22 @@ def test_the_heap_does_not_grow_from_step_to_step(in_a_fresh_process):
     assert in_a_fresh_process("t.heap_growth(10)") < 2**26
 
 
-def greedily(growth):
-    """The same where all that is free is held, and the program gets its own memory anew after every step."""
-    hold = module._hold
-
-    def greedy(libc):
-        module._free = 0
-        hold(libc)
-
-    module._hold = greedy
-    return growth()
+def greedy(libc):
+    """Hold all that is free, so that the program gets its own memory anew after every step."""
+    module._free = 0
+    module._hold(libc)
 
 
 def test_the_heap_grows_where_all_that_is_free_is_held(in_a_fresh_process):
-    assert in_a_fresh_process("t.greedily(lambda: t.heap_growth(10))") > 2**26
+    assert in_a_fresh_process("t.heap_growth(10, hold=t.greedy)") > 2**26
 
 
-def fragment(draw):
+def fragment(draw, hold):
     """Leave a heap of blocks of any size, of steps and of the program, some of them in use: these are returned."""
     kept = []
     for _ in range(draw.randint(1, 6)):
         largest = draw.uniform(14, 24)
-        with working_memory() if draw.random() < 0.6 else contextlib.nullcontext():
+        with working_memory(hold) if draw.random() < 0.6 else contextlib.nullcontext():
             blocks = [torch.empty(int(2 ** draw.uniform(6, largest))) for _ in range(draw.randint(20, 200))]
             draw.shuffle(blocks)
             kept.append(blocks[: int(len(blocks) * draw.uniform(0, 0.5))])
@@ -239,14 +233,14 @@ def fragment(draw):
     return kept
 
 
-def creeps(heaps, steps):
+def creeps(heaps, steps, hold=None):
     """Bytes that the heap grows by once warm, from heaps of random blocks, each in a process of its own."""
     found = []
     for seed in range(heaps):
         reader, writer = os.pipe()
         if not os.fork():
-            kept = fragment(random.Random(seed))
-            os.write(writer, str(heap_growth(steps, warm=20)).encode())
+            kept = fragment(random.Random(seed), hold)
+            os.write(writer, str(heap_growth(steps, warm=20, hold=hold)).encode())
             del kept
             os._exit(0)
         found.append(int(os.read(reader, 100)))
@@ -260,4 +254,4 @@ def test_the_heap_does_not_creep_from_whatever_it_begins_with(in_a_fresh_process
 
 
 def test_creeping_is_seen_where_all_that_is_free_is_held(in_a_fresh_process):
-    assert min(in_a_fresh_process("t.greedily(lambda: t.creeps(heaps=3, steps=30))")) > 2**27
+    assert min(in_a_fresh_process("t.creeps(heaps=3, steps=30, hold=t.greedy)")) > 2**27

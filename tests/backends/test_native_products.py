@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from convolutions import codes, convolutions, exactly, shifted
 from dpquant.backends import native_products as products
-from dpquant.backends import reference
+from dpquant.backends.algebra import im2col, patch_products, positions
 from dpquant.backends.geometry import Geometry
+from dpquant.backends.workarounds import columns_as_channels
 
 
 @pytest.mark.skipif(not products.has_direct_products(torch.zeros(1)), reason="no native kernel on this machine")
@@ -22,17 +23,17 @@ def test_direct_products_are_those_of_patches(convolution):
     x = torch.randn(3, shape[1] * geometry.groups, *size, generator=generator).contiguous(memory_format=cl)
     y = exactly(x, torch.zeros(shape), geometry)
     grad = torch.randn(y.shape, generator=generator).contiguous(memory_format=cl)
-    expected = reference.patch_products(reference.positions(grad, geometry), reference.unfolded(x, geometry))
+    expected = patch_products(positions(grad, geometry), im2col(x, geometry))
     torch.testing.assert_close(products.direct_products(grad, x, geometry), expected, rtol=1e-4, atol=1e-4)
     if grad.count_nonzero() and expected.abs().max() > 1e-2:  # a kernel that forgets one position would be seen
         grad[0, :, 0, 0] = 0
-        changed = reference.patch_products(reference.positions(grad, geometry), reference.unfolded(x, geometry))
+        changed = patch_products(positions(grad, geometry), im2col(x, geometry))
         if (changed - expected).abs().max() > 1e-2:
             with pytest.raises(AssertionError):
                 torch.testing.assert_close(products.direct_products(grad, x, geometry), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(not products._code_products_are_exact(), reason="no native kernel on this machine")
+@pytest.mark.skipif(not products._code_products_run(), reason="no native kernel on this machine")
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(convolutions(), st.booleans())
 def test_products_of_codes_are_exact_integers_on_every_kernel(convolution, extreme):
@@ -43,9 +44,7 @@ def test_products_of_codes_are_exact_integers_on_every_kernel(convolution, extre
     grad = codes(y.shape, 127, 1)
     if extreme:  # the largest codes: where a kernel would saturate
         x, grad = (torch.where(values > 0, 127, -127).to(torch.int8) for values in (x, grad))
-    exact = reference.patch_products(
-        reference.positions(grad.double(), geometry), reference.unfolded(x.double(), geometry)
-    )
+    exact = patch_products(positions(grad.double(), geometry), im2col(x.double(), geometry))
     operands = shifted(grad).codes, shifted(x).codes
     weights = torch.tensor([0.5, -2.0, 0.0])
     for kernel in products._native.code_kernels():
@@ -55,15 +54,16 @@ def test_products_of_codes_are_exact_integers_on_every_kernel(convolution, extre
         torch.testing.assert_close(norms, exact.square().sum((1, 2)), rtol=1e-12, atol=0)
         grams = products.gram_norms(*operands, geometry, kernel=kernel)
         assert torch.equal(grams, exact.square().sum((1, 2)))
-        total = products.add_code_products(*operands, geometry, weights, None, kernel=kernel)
-        total = products.add_code_products(*operands, geometry, weights, total, kernel=kernel)
+        total = torch.zeros(torch.get_num_threads(), *exact.shape[1:])
+        for _ in range(2):
+            products.add_code_products(*operands, geometry, weights, total, kernel=kernel)
         expected = 2 * torch.einsum("b,bod->od", weights.double(), exact)
         torch.testing.assert_close(total.sum(0).double(), expected, rtol=1e-5, atol=1e-2)
         if grad[0, :, 0, 0].any() and exact[0].any():  # the check sees one code that is forgotten
             operands[0][0, :, 0, 0] = 128
             again = products.code_products(*operands, geometry, kernel=kernel)
-            expected_again = reference.patch_products(
-                reference.positions(operands[0].double() - 128, geometry), reference.unfolded(x.double(), geometry)
+            expected_again = patch_products(
+                positions(operands[0].double() - 128, geometry), im2col(x.double(), geometry)
             )
             assert torch.equal(again, expected_again.float())
             assert torch.equal(
@@ -73,7 +73,7 @@ def test_products_of_codes_are_exact_integers_on_every_kernel(convolution, extre
             operands = shifted(grad).codes, operands[1]
 
 
-@pytest.mark.skipif(not products._code_sums_are_exact(), reason="no native kernel on this machine")
+@pytest.mark.skipif(not products._code_sums_run(), reason="no native kernel on this machine")
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(convolutions(), st.sampled_from([3, 33, 70]), st.sampled_from([1, 2]))
 def test_weighted_sums_of_codes_are_those_of_products(convolution, batch, pieces):
@@ -87,23 +87,24 @@ def test_weighted_sums_of_codes_are_those_of_products(convolution, batch, pieces
     operands = shifted(grad).codes, shifted(x).codes
     weights = torch.rand(batch, generator=torch.Generator().manual_seed(0)).bfloat16().float()
     weights[-1] = 0
-    exact = reference.patch_products(
-        reference.positions(grad.double(), geometry), reference.unfolded(x.double(), geometry)
-    )
+    exact = patch_products(positions(grad.double(), geometry), im2col(x.double(), geometry))
     expected = 2 * torch.einsum("b,bod->od", weights.double(), exact)
     scale = torch.einsum("b,bod->od", weights.double(), exact.abs()).max().item() + 1
     for kernel in products._native.code_sum_kernels():
-        total = products.add_code_sums(*operands, geometry, weights, None, pieces=pieces, kernel=kernel)
-        total = products.add_code_sums(*operands, geometry, weights, total, pieces=pieces, kernel=kernel)
+        total = torch.zeros(exact.shape[1:])
+        for _ in range(2):
+            products.add_code_sums(*operands, geometry, weights, total, pieces=pieces, kernel=kernel)
         torch.testing.assert_close(total.double(), expected, rtol=0, atol=1e-5 * scale)
 
 
-@pytest.mark.skipif(not products._code_sums_are_exact(), reason="no native kernel on this machine")
+@pytest.mark.skipif(not products._code_sums_run(), reason="no native kernel on this machine")
 def test_one_piece_is_not_enough_for_a_code_of_seven_bits():
     generator = torch.Generator().manual_seed(0)
     x, grad = shifted(codes((40, 8, 5, 5), 127)).codes, shifted(codes((40, 8, 5, 5), 127, 1)).codes
     weights, geometry = torch.rand(40, generator=generator).bfloat16().float(), Geometry()
-    one, two = (products.add_code_sums(grad, x, geometry, weights, None, pieces=pieces) for pieces in (1, 2))
+    one, two = torch.zeros(2, 8, 8)
+    for pieces, total in ((1, one), (2, two)):
+        products.add_code_sums(grad, x, geometry, weights, total, pieces=pieces)
     assert (one - two).abs().max() > 1e-4 * two.abs().max()
 
 
@@ -113,31 +114,42 @@ def test_folding_columns_into_channels_changes_no_product(convolution):
     geometry, shape, size = convolution
     geometry = dataclasses.replace(geometry, groups=1)
     x = shifted(codes((2, shape[1], *size), 127)).codes
-    assert len(products.folded(x[:0], geometry)[0]) == 0
+    assert len(columns_as_channels(x[:0], geometry, zero=128)[0]) == 0
     grad = codes(exactly(x, torch.zeros(shape), geometry).shape, 127, 1).double()
-    folded_x, walk = products.folded(x, geometry)
+    folded_x, walk = columns_as_channels(x, geometry, zero=128)
     assert walk.kernel[1] in (1, geometry.kernel[1])
     assert folded_x.is_contiguous(memory_format=torch.channels_last)
     a, b = (
-        reference.patch_products(reference.positions(grad, g), reference.unfolded(t.double() - 128, g))
-        for t, g in ((x, geometry), (folded_x, walk))
+        patch_products(positions(grad, g), im2col(t.double() - 128, g)) for t, g in ((x, geometry), (folded_x, walk))
     )
     assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(
-    ("question", "kernel"),
-    [
-        ("_code_products_are_exact", "gram_norms"),
-        ("_code_products_are_exact", "code_products"),
-        ("_code_sums_are_exact", "add_code_sums"),
-    ],
-)
-def test_a_wrong_kernel_is_refused(monkeypatch, question, kernel):
-    asked, honest = getattr(products, question), getattr(products, kernel)
-    if not asked():
-        pytest.skip("no native kernel on this machine")
-    monkeypatch.setattr(products, kernel, lambda *args, **kwargs: honest(*args, **kwargs) + 1)
-    asked.cache_clear()
-    assert not asked()
-    asked.cache_clear()
+def in_torch(grad, x, geometry):
+    """The products of codes, exact."""
+    return patch_products(positions(grad.double() - 128, geometry), im2col(x.double() - 128, geometry))
+
+
+def products_in_torch(grad, x, geometry):
+    return in_torch(grad, x, geometry).float()
+
+
+def norms_in_torch(grad, x, geometry):
+    return in_torch(grad, x, geometry).square().sum((1, 2))
+
+
+def add_in_torch(grad, x, geometry, weights_B, total, *, pieces):
+    total += torch.einsum("b,bod->od", weights_B.double(), in_torch(grad, x, geometry)).float()
+
+
+def test_right_kernels_are_taken_and_wrong_ones_refused():
+    assert products.products_are_exact(products_in_torch, norms_in_torch)
+    assert not products.products_are_exact(lambda *args: products_in_torch(*args) + 1, norms_in_torch)
+    assert not products.products_are_exact(products_in_torch, lambda *args: norms_in_torch(*args) + 1)
+
+    def one_more(grad, x, geometry, weights_B, total, *, pieces):
+        add_in_torch(grad, x, geometry, weights_B, total, pieces=pieces)
+        total += 1
+
+    assert products.sums_are_exact(add_in_torch)
+    assert not products.sums_are_exact(one_more)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-import contextlib
 import copy
+import dataclasses
 import warnings
 
 import pytest
@@ -10,21 +10,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from opacus import GradSampleModule
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from convolutions import convolutions
+from dpquant.backends.doubles import SharedScale, Wrapped
 from dpquant.backends.geometry import Geometry
 from dpquant.backends.qtensor import QTensor
+from dpquant.backends.reference import Reference
 from dpquant.checks.refusals import check_trainable
-from dpquant.engine import batches, clip, layers, passes
-from dpquant.engine.batches import Microbatch
+from dpquant.engine import batches
 from dpquant.engine.clip import clip_factors, clipped_sum
 from dpquant.engine.convert import fix
 from dpquant.engine.layers import prepare, quantizable_layers, set_policy, set_precisions
-from dpquant.engine.weight_gradients import Product
+from dpquant.engine.weight_gradients import LazyWeightGradient
 from dpquant.errors import DPQuantError, ModelError, SettingError
 from dpquant.formats import precision
 from networks import NAMES, Residual, loss, zoo
-from processor import backends_of
+from processor import backends_of, preferring
 
 # Opacus refuses in-place networks, does not know all layers, and gives an embedding's padding row a gradient.
 OPACUS_NAMES = [
@@ -117,21 +119,9 @@ def assert_bounded_and_additive(summed, count):
     assert summed([]).abs().max() == 0
 
 
-def test_a_scale_over_the_batch_is_caught(monkeypatch):
-    model, batch = prepared("strided", "all")
+def test_a_scale_over_the_batch_is_caught():
+    model, batch = prepared("strided", "all", backend=SharedScale(Reference()))
     batch[0][1] *= 30
-    honest = layers.quantize_rows
-
-    def shared(x, format, rounding, keys, **kw):
-        top = x.abs().max().expand(len(x), 1)
-        q = honest(
-            torch.cat([x.flatten(1), top], 1), format, rounding, keys, **kw
-        )  # every row's maximum is the batch's
-        codes = q.codes[:, :-1].reshape(x.shape)
-        codes = codes.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else codes
-        return type(q)(codes=codes, scale=q.scale, zero_point=q.zero_point)
-
-    monkeypatch.setattr(layers, "quantize_rows", shared)
     with pytest.raises(AssertionError):
         assert_bounded_and_additive(lambda rows, **kw: total(model, batch, rows, **kw), len(batch[1]))
 
@@ -172,11 +162,25 @@ def test_records_of_which_none_is_finite_contribute_nothing(name, policy):
     assert total(model, batch, microbatch_size=2).abs().max() == 0
 
 
-def test_a_record_that_is_not_finite_and_counts_would_be_seen(monkeypatch):
-    model, batch = prepared("strided")
-    batch[0].fill_(float("nan"))
-    monkeypatch.setattr(clip, "clip_factors", lambda norms, bound: (torch.ones(len(norms)), norms.isnan()))
-    assert not total(model, batch).isfinite().all()
+class FiniteNorms(Wrapped):
+    """Says that a gradient which is not finite is zero, so that it counts."""
+
+    def methods(self, operands):
+        def finite(norms):
+            def of(operands):
+                found = norms(operands)
+                return dataclasses.replace(found, squares_B=found.squares_B.nan_to_num(0))
+
+            return of
+
+        return [dataclasses.replace(one, norms=finite(one.norms)) for one in self.inner.methods(operands)]
+
+
+def test_a_record_that_is_not_finite_and_counts_would_be_seen():
+    batch = torch.full((4, 6), float("nan")), torch.zeros(4, dtype=torch.int64)
+    for backend, seen in ((Reference(), False), (FiniteNorms(Reference()), True)):
+        plain = nn.Sequential(nn.Linear(6, 4, bias=False), nn.Tanh(), nn.Linear(4, 5, bias=False))
+        assert total(prepare(plain, backend=backend), batch).isfinite().all() != seen
 
 
 def test_a_clip_factor_that_lets_nan_through_is_caught():
@@ -198,11 +202,18 @@ def test_a_clip_factor_never_rounds_up_however_small(max_grad_norm):
 def test_long_rows_of_one_value_do_not_exceed_c(positions):
     """Sums of equal terms round one way, each time: the worst that a record can do to a float32 norm."""
     x, g = torch.full((1, 16384, positions, 1), 1 / 3), torch.full((1, 64, positions, 1), 0.7)
-    product = Product.of(x, g, Geometry(), torch.Size((64, 16384)), significant_bits=1)
-    for contribution in (product, product.by_patches(), product.by_groups()):
+    product = lazy(x, g, Geometry(), (64, 16384), significant_bits=1)
+    methods = Reference().methods(product.operands)
+    assert {"patches", "groups", "grams"} <= {method.name for method in methods}
+    for contribution in (product, *map(product.by, methods)):
         factors, _ = clip_factors(contribution.squared_norms(), 1e-3)
-        total = contribution.finished(contribution.add_weighted(factors, None))
-        assert total.double().norm() <= 1e-3 * (1 + 1e-6)
+        total = contribution.begin_sum()
+        total.add(contribution, factors)
+        assert total.value().double().norm() <= 1e-3 * (1 + 1e-6)
+
+
+def lazy(x, g, geometry, shape, **settings):
+    return LazyWeightGradient.of(x, g, geometry, torch.Size(shape), backend=Reference(), **settings)
 
 
 @given(convolutions(), st.booleans())
@@ -217,33 +228,58 @@ def test_inner_products_are_those_of_the_gradients_themselves(convolution, quant
         [QTensor(codes=t.mul(8).to(torch.int8), scale=torch.rand(3)) if quantized else t for t in pair]
         for pair in zip(x, g, strict=True)
     ]
-    one, other = (Product.of(*pair, geometry, torch.Size(shape), significant_bits=3) for pair in operands)
+    one, other = (lazy(*pair, geometry, shape, significant_bits=3) for pair in operands)
     expected = (one.per_example() * other.per_example()).flatten(1).sum(1)
     lengths = one.per_example().flatten(1).norm(dim=1) * other.per_example().flatten(1).norm(dim=1)
-    for ours, theirs in ((one, other), (one, other.by_patches()), (one.by_patches(), other)):
+    formed_one, formed_other = (each.by(Reference().methods(each.operands)[0]) for each in (one, other))
+    for ours, theirs in ((one, other), (one, formed_other), (formed_one, other)):
         gap = (ours.inner_products(theirs) - expected).abs()  # of what may cancel, round-off is a part of the lengths
         assert (gap <= 1e-5 * lengths).all()
     assert (one.inner_products(one) >= 0).all()
 
 
 @pytest.mark.parametrize("policy", ["none", "all"])
-def test_all_ways_agree(policy, monkeypatch):
+def test_all_ways_agree(policy):
     """Whichever way is taken, where it can be: norms and sums are those of patches."""
     names, seen = ("grouped", "many positions", "tokens", "strided"), set()
     results: dict[str, list] = {}
     for way in ("patches", "groups", "direct", "recompute", "code norms", "code grams", "grams"):
-
-        def forced(product, way=way):
-            ways = Product.ways(product)
-            seen.update(ways)
-            return ways.get(way, Product.by_patches)(product)
-
-        monkeypatch.setattr(Product, "fastest", forced)
-        results[way] = [total(*prepared(name, policy), clip_norm=0.01) for name in names]
+        with preferring(way, seen):
+            results[way] = [total(*prepared(name, policy), clip_norm=0.01) for name in names]
     for other in results.values():
         for mine, formed in zip(other, results["patches"], strict=True):
             torch.testing.assert_close(mine, formed, rtol=1e-4, atol=1e-7)
     assert seen >= {"patches", "groups"} and seen & {"grams", "code grams"}
+
+
+class Off(Wrapped):
+    """One method adds a little too much."""
+
+    def __init__(self, inner, method):
+        super().__init__(inner)
+        self._method = method
+
+    def methods(self, operands):
+        def more(norms):
+            def of(operands):
+                found = norms(operands)
+                return dataclasses.replace(found, gradients=1.01 * found.gradients)
+
+            return of
+
+        return [
+            dataclasses.replace(one, norms=more(one.norms)) if one.name == self._method else one
+            for one in self.inner.methods(operands)
+        ]
+
+
+def test_a_way_that_does_not_agree_would_be_seen():
+    sums = []
+    for way in ("patches", "groups"):
+        with preferring(way):
+            sums.append(total(*prepared("grouped", "all", backend=Off(Reference(), "groups")), clip_norm=0.01))
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(*sums, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("recipe", ["luq-fp4", "luq", "int4-clip", "int8"])
@@ -364,33 +400,32 @@ def test_a_layer_that_gives_something_else_when_evaluated_alone_is_refused():
         total(model, (torch.randn(3, 6), torch.randint(0, 5, (3,))))
 
 
-def sizes_seen(pieces, count, size):
+def sizes_seen(run, count, size):
     """How many examples the loss is asked for, piece by piece."""
     model, (x, y) = prepared("strided")
-    x, y, seen = x[:1].repeat(count, 1, 1, 1), y[:1].repeat(count), []
+    batch, seen = (x[:1].repeat(count, 1, 1, 1), y[:1].repeat(count)), []
 
     def watched(model, batch):
         seen.append(len(batch[1]))
         return loss(model, batch)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clip, "microbatches", pieces)
-        with contextlib.suppress(DPQuantError):
-            ids = torch.arange(count)
-            clipped_sum(model, watched, (x, y), max_grad_norm=1.0, record_ids=ids, step=0, seed=0, microbatch_size=size)
+    run(model, watched, batch, torch.arange(count), size)
     return set(seen)
 
 
-def ragged(batch, record_ids, size):
+def clipped(model, loss_fn, batch, ids, size):
+    clipped_sum(model, loss_fn, batch, max_grad_norm=1.0, record_ids=ids, step=0, seed=0, microbatch_size=size)
+
+
+def ragged(model, loss_fn, batch, ids, size):
     """The usual way: the last piece is as long as need be."""
-    for start in range(0, len(record_ids), size):
-        rows = slice(start, start + size)
-        yield Microbatch(batches.take_rows(batch, rows), record_ids[rows], len(record_ids[rows]))
+    for start in range(0, len(ids), size):
+        loss_fn(model, batches.take_rows(batch, slice(start, start + size)))
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 7])
 def test_every_pass_has_the_same_number_of_examples_however_many_there_are(count):
-    assert sizes_seen(batches.microbatches, count, 4) == {4}
+    assert sizes_seen(clipped, count, 4) == {4}
 
 
 def test_a_last_piece_that_is_shorter_would_be_seen():
@@ -434,11 +469,11 @@ DRAWING = {
 }
 
 
-def assert_a_record_leaves_with_its_own_part_alone(name, policy="none"):
+def assert_a_record_leaves_with_its_own_part_alone(name, policy="none", around=lambda model: model):
     """Record 0 goes, and all others stand one place earlier, some of them in another microbatch."""
     torch.manual_seed(0)
     model, batch = DRAWING[name]()
-    model = prepare(model)
+    model = prepare(around(model))
     set_policy(model, quantizable_layers(model) if policy == "all" else ())
     whole, rest, own = (total(model, batch, rows, microbatch_size=4) for rows in (range(9), range(1, 9), [0]))
     assert own.norm() > 0.1
@@ -451,11 +486,22 @@ def test_a_record_that_leaves_moves_no_other_s_draws(name, policy):
     assert_a_record_leaves_with_its_own_part_alone(name, policy)
 
 
+class Global(nn.Module):
+    """Draws from torch's global stream, which nobody divides into records."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        with _disable_current_modes():
+            return self.inner(x)
+
+
 @pytest.mark.parametrize("name", DRAWING)
-def test_draws_of_one_global_stream_are_caught(name, monkeypatch):
-    monkeypatch.setattr(passes, "drawn_by_record", lambda compute, *_: compute())
+def test_draws_of_one_global_stream_are_caught(name):
     with pytest.raises(AssertionError):
-        assert_a_record_leaves_with_its_own_part_alone(name)
+        assert_a_record_leaves_with_its_own_part_alone(name, around=Global)
 
 
 def test_a_model_that_draws_leaves_the_global_streams_as_they_were():

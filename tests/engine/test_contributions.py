@@ -4,10 +4,13 @@
 Weight gradients themselves are tested with the clipped sum that they belong to.
 """
 
+import contextlib
+import dataclasses
 import inspect
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -15,12 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dpquant
+from dpquant.backends.algebra import ROUND_OFF
+from dpquant.backends.doubles import Wrapped
+from dpquant.backends.gemm_sum import GemmSum
 from dpquant.backends.geometry import Geometry
-from dpquant.engine import summed, weight_gradients
-from dpquant.engine.contributions import ROUND_OFF, Formed, Lookup
+from dpquant.backends.interface import Backend
+from dpquant.backends.reference import Reference
+from dpquant.engine.contributions import Lookup, Materialised
 from dpquant.engine.layers import quantizable_layers, set_policy
-from dpquant.engine.weight_gradients import Product
+from dpquant.engine.weight_gradients import LazyWeightGradient
 from networks import loss
+from processor import preferring
 
 ROWS, FEATURES = 7, 3
 
@@ -42,9 +50,17 @@ def tables(ids_BT: Tensor, g_BTD: Tensor, num_rows: int = ROWS) -> Tensor:
     return torch.stack(found)
 
 
+def weighted_sum(lookup: Lookup, weights: Tensor, times: int = 1) -> Tensor:
+    """The weighted sum, added up as often."""
+    total = lookup.begin_sum()
+    for _ in range(times):
+        total.add(lookup, weights)
+    return total.value()
+
+
 def added(lookup: Lookup, batch: int) -> Tensor:
-    """What `add_weighted` adds up for each example on its own, float64."""
-    return torch.stack([lookup.finished(lookup.add_weighted(one, None)) for one in torch.eye(batch)]).double()
+    """What a sum adds up for each example on its own, float64."""
+    return torch.stack([weighted_sum(lookup, one) for one in torch.eye(batch)]).double()
 
 
 # Values.
@@ -58,9 +74,8 @@ def test_an_embeddings_gradients_are_those_of_autograd(dtype: torch.dtype) -> No
     weights = torch.rand(len(ids))
     torch.testing.assert_close(lookup.per_example().double(), expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(lookup.squared_norms(), expected.square().sum((1, 2)), rtol=2e-5, atol=0)
-    total = lookup.add_weighted(weights, lookup.add_weighted(weights, None))
     whole = 2 * torch.einsum("b,bvd->vd", weights.double(), expected)
-    torch.testing.assert_close(lookup.finished(total).double(), whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(weighted_sum(lookup, weights, times=2).double(), whole, rtol=1e-5, atol=1e-5)
 
 
 def test_keys_of_many_examples_and_rows_do_not_overflow_int32() -> None:
@@ -69,13 +84,12 @@ def test_keys_of_many_examples_and_rows_do_not_overflow_int32() -> None:
     assert torch.equal(total, torch.full((3,), 4.0, dtype=torch.float64) * (1 + ROUND_OFF))
 
 
-def test_examples_worked_on_in_turn_are_as_examples_worked_on_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_worked_on_in_turn_are_as_examples_worked_on_at_once() -> None:
     ids, g = lookups()
     at_once = Lookup(ids, g, ROWS)
     norms, gradients = at_once.squared_norms(), at_once.per_example()
     for numbers in (1, 2 * g[0].numel(), 4 * g[0].numel()):
-        monkeypatch.setattr("dpquant.engine.contributions._FLOAT64_AT_ONCE", numbers)
-        in_turn = Lookup(ids, g, ROWS)
+        in_turn = Lookup(ids, g, ROWS, float64_at_once=numbers)
         assert torch.equal(in_turn.squared_norms(), norms) and torch.equal(in_turn.per_example(), gradients)
 
 
@@ -87,7 +101,7 @@ def test_an_example_is_the_same_in_any_company_and_each_time() -> None:
         assert torch.equal(alone.squared_norms(), whole.squared_norms()[row : row + 1])
         assert torch.equal(alone.per_example(), whole.per_example()[row : row + 1])
     again = Lookup(ids, g, ROWS)
-    assert torch.equal(again.add_weighted(torch.ones(9), None), whole.add_weighted(torch.ones(9), None))
+    assert torch.equal(weighted_sum(again, torch.ones(9)), weighted_sum(whole, torch.ones(9)))
 
 
 def test_some_of_the_examples_keep_what_is_theirs() -> None:
@@ -98,7 +112,7 @@ def test_some_of_the_examples_keep_what_is_theirs() -> None:
     assert torch.equal(lookup.take(rows).per_example(), lookup.per_example()[rows])
     none = lookup.take(torch.tensor([], dtype=torch.int64))
     assert none.squared_norms().shape == (0,) and none.per_example().shape == (0, ROWS, FEATURES)
-    assert torch.equal(none.finished(none.add_weighted(torch.ones(0), None)), torch.zeros(ROWS, FEATURES))
+    assert torch.equal(weighted_sum(none, torch.ones(0)), torch.zeros(ROWS, FEATURES))
 
 
 def test_no_positions_are_a_gradient_of_zero() -> None:
@@ -123,7 +137,7 @@ def test_inner_products_are_those_of_the_tables(positions: int) -> None:
     first, second = lookups(positions=11), lookups(positions=positions, seed=1)
     expected = (tables(*first) * tables(*second)).sum((1, 2))
     ours, theirs = Lookup(*first, ROWS), Lookup(*second, ROWS)
-    for other in (theirs, Formed(theirs.per_example())):
+    for other in (theirs, Materialised(theirs.per_example())):
         torch.testing.assert_close(ours.inner_products(other).double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -170,9 +184,11 @@ ADVERSARIAL = {
 }
 
 
-def assert_norms_are_never_less(lookup: Lookup, ids: Tensor, g: Tensor) -> None:
+def assert_norms_are_never_less(
+    lookup: Lookup, ids: Tensor, g: Tensor, squared_norms: Callable[[Lookup], Tensor] = Lookup.squared_norms
+) -> None:
     exact, summed = tables(ids, g), added(lookup, len(ids))
-    norms = lookup.squared_norms()
+    norms = squared_norms(lookup)
     assert (norms >= summed.square().sum((1, 2))).all() and (norms >= exact.square().sum((1, 2))).all()
     assert (norms <= exact.square().sum((1, 2)) * (1 + 3 * ROUND_OFF)).all()
     torch.testing.assert_close(summed, exact, rtol=2.0**-23, atol=0)
@@ -184,19 +200,18 @@ def test_a_norm_is_never_less_than_that_of_what_is_summed(case: str) -> None:
     assert_norms_are_never_less(Lookup(ids, g, ROWS), ids, g)
 
 
-def test_norms_that_are_not_rounded_up_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_norms_that_are_not_rounded_up_would_be_seen() -> None:
     ids, g = rounded_down()
-    monkeypatch.setattr("dpquant.engine.contributions.ROUND_OFF", 0.0)
     with pytest.raises(AssertionError):
-        assert_norms_are_never_less(Lookup(ids, g, ROWS), ids, g)
+        assert_norms_are_never_less(
+            Lookup(ids, g, ROWS), ids, g, lambda lookup: lookup.squared_norms() / (1 + ROUND_OFF)
+        )
 
 
-def test_norms_of_the_exact_sums_in_place_of_the_added_ones_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_norms_of_the_exact_sums_in_place_of_the_added_ones_would_be_seen() -> None:
     ids, g = rounded_up()
-    lookup = Lookup(ids, g, ROWS)
-    monkeypatch.setattr(lookup, "squared_norms", lambda: tables(ids, g).square().sum((1, 2)))
     with pytest.raises(AssertionError):
-        assert_norms_are_never_less(lookup, ids, g)
+        assert_norms_are_never_less(Lookup(ids, g, ROWS), ids, g, lambda lookup: tables(ids, g).square().sum((1, 2)))
 
 
 def test_sums_in_float32_would_be_seen() -> None:
@@ -258,7 +273,7 @@ def peak():
 
 def norms(lookup):
     lookup.squared_norms()
-    lookup.add_weighted(torch.ones(len(lookup._ids)), None)
+    lookup.begin_sum().add(lookup, torch.ones(len(lookup._ids)))
 
 def norms_by_pairs(lookup):
     (lookup._g @ lookup._g.transpose(1, 2)).double() * (lookup._ids[:, :, None] == lookup._ids[:, None, :])
@@ -308,26 +323,52 @@ def test_memory_for_tables_would_be_seen() -> None:
 CONVOLUTION = Geometry(kernel=(3, 3), padding=(1, 1), groups=2)
 
 
-def product(batch: int, side: int = 5) -> Product:
+def product(batch: int, backend: Backend, side: int = 5) -> LazyWeightGradient:
     x, g = torch.randn(batch, 4, side, side), torch.randn(batch, 6, side, side)
-    return Product.of(x, g, CONVOLUTION, torch.Size((6, 2, 3, 3)), significant_bits=None)
+    return LazyWeightGradient.of(x, g, CONVOLUTION, torch.Size((6, 2, 3, 3)), backend=backend, significant_bits=0)
+
+
+class Sums(Wrapped):
+    """All methods add up by another sum."""
+
+    def __init__(self, inner, sum):
+        super().__init__(inner)
+        self._sum = sum
+
+    def methods(self, operands):
+        return [dataclasses.replace(one, sum=self._sum) for one in self.inner.methods(operands)]
+
+
+def assert_what_waited_is_what_is_added(way: str, sums: type[GemmSum]) -> None:
+    torch.manual_seed(0)
+    backend = Sums(Reference(), partial(sums, enough_positions=150))  # six examples: some are worked off before the end
+    total, expected = product(4, backend).begin_sum(), torch.zeros(6, 2, 3, 3)
+    with preferring(way):
+        for batch in (4, 3, 0, 2):
+            part, weights = product(batch, backend), torch.rand(batch)
+            total.add(part, weights)
+            if batch:
+                expected += torch.einsum("b,bocij->ocij", weights, part.per_example())
+        torch.testing.assert_close(total.value(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("way", ["convolution", "patches"])
-def test_what_waited_is_what_is_added(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    monkeypatch.setattr(summed, "_ENOUGH_POSITIONS", 150)  # six examples: some are worked off before the end
-    monkeypatch.setattr(weight_gradients, "fastest", lambda question, ways: way)
-    total, expected = None, torch.zeros(6, 2, 3, 3)
-    for batch in (4, 3, 0, 2):
-        part, weights = product(batch), torch.rand(batch)
-        total = part.add_weighted(weights, total)
-        if batch:
-            expected += torch.einsum("b,bocij->ocij", weights, part.per_example())
-    torch.testing.assert_close(part.finished(total), expected, rtol=1e-5, atol=1e-5)
+def test_what_waited_is_what_is_added(way: str) -> None:
+    assert_what_waited_is_what_is_added(way, GemmSum)
 
 
-def assert_examples_without_a_finite_gradient_add_zero(policy: str) -> None:
+@pytest.mark.parametrize("way", ["convolution", "patches"])
+def test_what_waits_and_is_forgotten_would_be_seen(way: str) -> None:
+    class Forgetful(GemmSum):
+        def value(self) -> Tensor:
+            self._x = []
+            return super().value()
+
+    with pytest.raises(AssertionError):
+        assert_what_waited_is_what_is_added(way, Forgetful)
+
+
+def assert_examples_without_a_finite_gradient_add_zero(policy: str, backend: str | Backend = "auto") -> None:
     torch.manual_seed(0)
     for model, inputs in (
         (nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 5)), torch.full((5, 6), torch.nan)),
@@ -336,7 +377,7 @@ def assert_examples_without_a_finite_gradient_add_zero(policy: str) -> None:
             torch.full((5, 1, 8, 8), torch.nan),
         ),
     ):
-        dpquant.prepare(model)
+        dpquant.prepare(model, backend=backend)
         set_policy(model, list(quantizable_layers(model)) if policy == "all" else [])
         total = dpquant.clipped_sum(
             model, loss, (inputs, torch.zeros(5).long()), max_grad_norm=1.0, record_ids=torch.arange(5), step=0, seed=0
@@ -345,18 +386,20 @@ def assert_examples_without_a_finite_gradient_add_zero(policy: str) -> None:
             assert torch.equal(total.grads[name], torch.zeros_like(parameter))
 
 
+METHODS = [None, "patches", "groups", "direct", "recompute", "code norms", "code grams", "grams"]
+
+
 @pytest.mark.parametrize("policy", ["none", "all"])
-@pytest.mark.parametrize("form", [None, "patches", "groups", "recompute", "code norms", "code grams", "grams"])
-def test_examples_without_a_finite_gradient_add_zero(
-    policy: str, form: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if form is not None:
-        monkeypatch.setattr(Product, "fastest", lambda self: Product.ways(self).get(form, Product.by_patches)(self))
-    assert_examples_without_a_finite_gradient_add_zero(policy)
+@pytest.mark.parametrize("method", METHODS)
+def test_examples_without_a_finite_gradient_add_zero(policy: str, method: str | None) -> None:
+    with preferring(method) if method else contextlib.nullcontext():
+        assert_examples_without_a_finite_gradient_add_zero(policy)
 
 
-def test_a_sum_of_nothing_that_is_nothing_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(summed.WaitingSum, "value", lambda self: self._total)
-    monkeypatch.setattr(Product, "fastest", lambda self: self)
-    with pytest.raises(AttributeError, match="NoneType"):
-        assert_examples_without_a_finite_gradient_add_zero("none")
+def test_a_sum_of_nothing_that_is_nothing_would_be_seen() -> None:
+    class Nothing(GemmSum):
+        def value(self) -> Tensor | None:
+            return self._total
+
+    with preferring("grams"), pytest.raises(AttributeError, match="NoneType"):
+        assert_examples_without_a_finite_gradient_add_zero("none", Sums(Reference(), Nothing))

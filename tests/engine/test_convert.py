@@ -12,13 +12,13 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import dpquant
+from dpquant.backends.algebra import ROUND_OFF
 from dpquant.checks.refusals import check_trainable
-from dpquant.engine import convert
 from dpquant.engine.clip import clipped_sum
-from dpquant.engine.contributions import ROUND_OFF
 from dpquant.engine.convert import ChannelAffine, FrozenBatchNorm, fix, restore
 from dpquant.engine.layers import prepare, quantizable_layers, set_policy
 from dpquant.errors import ModelError, SettingError
+from dpquant.formats import precision
 from dpquant.training.start import make_private
 from networks import Residual, images, loss, zoo
 
@@ -181,10 +181,8 @@ def test_a_gradient_passes_the_replacement_of_a_norm_of_vectors():
     assert passed_on(fix(nn.BatchNorm1d(32))) > 0.1
 
 
-def test_none_passes_where_groups_have_two_channels(monkeypatch):
-    monkeypatch.setattr(convert, "_VECTOR_GROUP", 2)
-    planted = fix(nn.BatchNorm1d(32))
-    assert planted.num_groups == 16 and passed_on(planted) < 1e-4
+def test_none_passes_where_groups_have_two_channels():
+    assert passed_on(nn.GroupNorm(16, 32)) < 1e-4
 
 
 # ------------------------------------------------------------------------------------------ fix, what stays as it was
@@ -383,11 +381,11 @@ def test_a_restored_model_is_what_it_was(name):
     assert b"dpquant" not in pickle.dumps([m for m in restored.modules() if type(m).__module__.startswith("torch")])
 
 
-def test_what_is_not_taken_away_would_be_seen(monkeypatch):
-    state = set(vars(nn.Linear(2, 2)))
-    monkeypatch.setattr(convert, "_OF_TWINS", tuple(n for n in convert._OF_TWINS if n != "precision"))
-    restored = restore(prepare(nn.Linear(2, 2)))
-    assert set(vars(restored)) == state | {"precision"} and b"dpquant" in pickle.dumps(restored)
+def test_what_is_not_taken_away_would_be_seen():
+    restored, state = restore(prepare(nn.Linear(2, 2))), set(vars(nn.Linear(2, 2)))
+    assert set(vars(restored)) == state and b"dpquant" not in pickle.dumps(restored)
+    restored.precision = precision("luq-fp4")
+    assert set(vars(restored)) != state and b"dpquant" in pickle.dumps(restored)
 
 
 @pytest.mark.parametrize("plain", [nn.Conv2d(2, 4, 3), nn.Linear(2, 4), nn.GroupNorm(2, 4)])

@@ -16,12 +16,11 @@ from dpquant.backends.quantize import native_available
 from dpquant.checks.isolation import check_isolation
 from dpquant.checks.refusals import check_trainable
 from dpquant.checks.synthetic import from_examples
-from dpquant.engine import group_norm as norms
 from dpquant.engine.clip import clipped_sum
 from dpquant.engine.context import Pass, twin_of
-from dpquant.engine.contributions import Formed
 from dpquant.engine.group_norm import TapedGroupNorm
 from dpquant.engine.layers import prepare, running
+from dpquant.native import kernels
 
 EPS = 1e-5
 native = pytest.mark.skipif(not native_available(), reason="installed without the native module")
@@ -38,7 +37,7 @@ def group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | Non
     """y, mean and rstd by the native loop."""
     y, mean, rstd = torch.empty_like(x), x.new_empty(len(x), groups), x.new_empty(len(x), groups)
     arrays = [None if t is None else t.numpy() for t in (x, weight, bias, y, mean, rstd)]
-    norms._native.group_norm(*arrays, eps=EPS, **sizes(x, groups))
+    kernels.group_norm(*arrays, eps=EPS, **sizes(x, groups))
     return y, mean, rstd
 
 
@@ -47,7 +46,7 @@ def group_norm_backward(grad, x, mean, rstd, weight) -> tuple[Tensor, ...]:
     grad_x, grad_weight, grad_bias = torch.empty_like(x), x.new_empty(x.shape[:2]), x.new_empty(x.shape[:2])
     tensors = (grad, x, weight, mean, rstd, grad_x, grad_weight, grad_bias)
     arrays = [None if t is None else t.numpy() for t in tensors]
-    norms._native.group_norm_backward(*arrays, **sizes(x, mean.shape[1]))
+    kernels.group_norm_backward(*arrays, **sizes(x, mean.shape[1]))
     return grad_x, grad_weight, grad_bias
 
 
@@ -190,7 +189,7 @@ def test_sizes_that_do_not_agree_are_refused():
     arrays = [None if t is None else t.numpy() for t in (x, None, None, y, mean, rstd)]
     for size in ("positions", "channels", "groups"):  # a division by zero would end the process
         with pytest.raises(ValueError, match="sizes"):
-            norms._native.group_norm(*arrays, eps=EPS, **(sizes(x, 2) | {size: 0}))
+            kernels.group_norm(*arrays, eps=EPS, **(sizes(x, 2) | {size: 0}))
     with pytest.raises(ValueError, match="sizes"):
         group_norm_backward(maps(2, 8, 3, 4), x, mean, rstd, None)
     with pytest.raises(ValueError, match="sizes"):
@@ -256,49 +255,56 @@ def _without_bias(norm: nn.GroupNorm) -> nn.GroupNorm:
     return norm
 
 
-def count_native_calls(monkeypatch) -> list[None]:
-    calls: list[None] = []
-    original = norms._native.group_norm
+class Kernels:
+    """The native module, whose norms are counted."""
 
-    def counting(*args, **kwargs):
-        calls.append(None)
-        return original(*args, **kwargs)
+    def __init__(self):
+        self.calls = 0
 
-    monkeypatch.setattr(norms._native, "group_norm", counting)
-    return calls
+    def group_norm(self, *args, **kwargs):
+        self.calls += 1
+        kernels.group_norm(*args, **kwargs)
+
+    def group_norm_backward(self, *args, **kwargs):
+        kernels.group_norm_backward(*args, **kwargs)
+
+
+def with_kernels(model: nn.Module, own: Kernels | None) -> nn.Module:
+    """The model, whose norms run on these."""
+    for module in model.modules():
+        if isinstance(module, TapedGroupNorm):
+            module.kernels = own
+    return model
 
 
 @native
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_clipped_gradients_are_those_of_torch_s_norm(name, layout, monkeypatch):
+def test_clipped_gradients_are_those_of_torch_s_norm(name, layout):
     model, x = prepare(seeded(MODELS[name])), maps(5, 3, 6, 6).contiguous(memory_format=layout)
-    calls = count_native_calls(monkeypatch)
-    ours = gradients(model, x)
-    assert calls or name == "first of all"  # before any convolution a contiguous map stays contiguous
-    with monkeypatch.context() as without:
-        without.setattr(norms, "_native", None)
-        before = len(calls)
-        theirs = gradients(model, x)
-        assert len(calls) == before
+    counted = Kernels()
+    ours = gradients(with_kernels(model, counted), x)
+    assert counted.calls or name == "first of all"  # before any convolution a contiguous map stays contiguous
+    theirs = gradients(with_kernels(model, None), x)
     assert ours.keys() == theirs.keys()
     for key in ours:
         torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-6)
 
 
 @native
-def test_a_backward_pass_that_forgets_a_use_would_be_seen(monkeypatch):
+def test_a_backward_pass_that_forgets_a_use_would_be_seen():
+    class Forgetful(Kernels):
+        backward_calls = 0
+
+        def group_norm_backward(self, *args, **kwargs):
+            super().group_norm_backward(*args, **kwargs)
+            self.backward_calls += 1
+            args[6][:] *= self.backward_calls % 2  # the gradients of the weight
+
     model, x = prepare(seeded(MODELS["affine"])), maps(5, 3, 6, 6)
     right = gradients(model, x)["norm.weight"]
-    original, calls = norms._native.group_norm_backward, []
-
-    def forgetful(*args, **kwargs):
-        original(*args, **kwargs)
-        calls.append(None)
-        args[6][:] *= len(calls) % 2  # the gradients of the weight
-
-    monkeypatch.setattr(norms._native, "group_norm_backward", forgetful)
-    assert not torch.allclose(gradients(model, x)["norm.weight"], right, rtol=1e-2)
+    assert torch.allclose(gradients(with_kernels(model, Kernels()), x)["norm.weight"], right)
+    assert not torch.allclose(gradients(with_kernels(model, Forgetful()), x)["norm.weight"], right, rtol=1e-2)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -311,12 +317,12 @@ def test_models_with_twins_pass_the_checks_of_isolation(name):
 
 
 @native
-def test_an_example_that_is_not_finite_adds_nothing(monkeypatch):
-    model, x = prepare(seeded(MODELS["affine"])), maps(4, 3, 6, 6)
-    calls = count_native_calls(monkeypatch)
+def test_an_example_that_is_not_finite_adds_nothing():
+    counted = Kernels()
+    model, x = with_kernels(prepare(seeded(MODELS["affine"])), counted), maps(4, 3, 6, 6)
     x[3, 0, 0, 0] = float("nan")
     ours, rest = gradients(model, x), gradients(model, x[:3])
-    assert calls
+    assert counted.calls
     for key in ours:
         torch.testing.assert_close(ours[key], rest[key], rtol=1e-4, atol=1e-6)
 
@@ -333,11 +339,10 @@ class Scaled(nn.Module):
 
 
 @native
-def test_a_module_around_a_norm_may_be_evaluated_again(monkeypatch):
+def test_a_module_around_a_norm_may_be_evaluated_again():
     model, x = prepare(seeded(lambda: Net(Scaled()))), maps(4, 3, 6, 6)
     ours = gradients(model, x)
-    monkeypatch.setattr(norms, "_native", None)
-    for key, theirs in gradients(model, x).items():
+    for key, theirs in gradients(with_kernels(model, None), x).items():
         torch.testing.assert_close(ours[key], theirs, rtol=1e-4, atol=1e-6)
 
 
@@ -356,8 +361,10 @@ class AroundByName(Scaled):
         return self.norm(input=x * self.factor)
 
 
-def assert_not_clipped_it_is_autograd_s(make: Callable[[], nn.Module], x: Tensor) -> None:
-    model = prepare(seeded(make))
+def assert_not_clipped_it_is_autograd_s(
+    make: Callable[[], nn.Module], x: Tensor, own: Kernels | None = kernels
+) -> None:
+    model = with_kernels(prepare(seeded(make)), own)
     ours = gradients(model, x, bound=1e9)
     loss_fn(model, [x, torch.arange(len(x)) % 4]).sum().backward()
     for name, p in model.named_parameters():
@@ -374,10 +381,15 @@ def test_a_norm_called_by_keyword_is_clipped_as_any_other(make, layout):
 
 
 @native
-def test_a_norm_that_is_counted_twice_would_be_seen(monkeypatch):
-    monkeypatch.setattr(norms, "Formed", lambda grad: Formed(2 * grad))
+def test_a_norm_that_is_counted_twice_would_be_seen():
+    class Doubling(Kernels):
+        def group_norm_backward(self, *args, **kwargs):
+            super().group_norm_backward(*args, **kwargs)
+            for gradients in args[6:8]:
+                gradients *= 2
+
     with pytest.raises(AssertionError, match=r"norm\."):
-        assert_not_clipped_it_is_autograd_s(BY_NAME["alone"], maps(3, 3, 6, 6))
+        assert_not_clipped_it_is_autograd_s(BY_NAME["alone"], maps(3, 3, 6, 6), Doubling())
 
 
 def test_a_wrong_number_of_channels_is_torch_s_error():
@@ -436,13 +448,13 @@ def test_without_a_gradient_the_loops_give_the_same():
 
 
 @native
-def test_a_gradient_may_have_any_layout_and_a_parameter_any_strides(monkeypatch):
-    model, x = prepare(seeded(MODELS["affine"])), maps(3, 3, 6, 6)
+def test_a_gradient_may_have_any_layout_and_a_parameter_any_strides():
+    counted = Kernels()
+    model, x = with_kernels(prepare(seeded(MODELS["affine"])), counted), maps(3, 3, 6, 6)
     for p in model.norm.parameters():
         p.data = torch.stack([p.data, -p.data], 1)[:, 0]
-    calls = count_native_calls(monkeypatch)
     ours = gradients(model, x, bound=1e9)
-    assert calls
+    assert counted.calls
     loss_fn(model, [x, torch.arange(3)]).sum().backward()  # behind the mean over positions
     for name, p in model.named_parameters():
         torch.testing.assert_close(ours[name], p.grad, rtol=1e-4, atol=1e-6)

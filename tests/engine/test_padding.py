@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dpquant
-from dpquant.backends.cpu_int8 import obstacle_to_int8
+from dpquant.backends.doubles import Wrapped
+from dpquant.backends.interface import Backend
 from dpquant.backends.qtensor import QTensor
-from dpquant.backends.quantize import quantize_rows
-from dpquant.engine import layers
-from dpquant.formats import RECIPES
+from dpquant.backends.registry import BACKENDS
+from dpquant.formats import RECIPES, RoleFormat
+from processor import backends_of
 
 C = 0.05
 TOLERANCE = 1e-3 * C  # a longer product's sums may differ in their last bits
@@ -65,7 +66,7 @@ def clipped_sum(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
     return torch.cat([grads[name].flatten() for name in sorted(grads)])
 
 
-def assert_padding_moves_nothing(recipe: str, backend: str) -> None:
+def assert_padding_moves_nothing(recipe: str, backend: str | Backend) -> None:
     """The records' clipped sum stays where it is when their texts are padded further."""
     for seed in range(3):
         model, ids, labels = records(seed)
@@ -75,12 +76,7 @@ def assert_padding_moves_nothing(recipe: str, backend: str) -> None:
         assert moved.norm().item() <= TOLERANCE
 
 
-def runs_in_int8(recipe: str) -> bool:
-    facts = RECIPES[recipe]
-    return not obstacle_to_int8(max_code=facts.max_code, fits_int8=facts.fits_int8, device=torch.device("cpu"))
-
-
-WHERE = [(recipe, "simulate") for recipe in RECIPES] + [(recipe, "int8") for recipe in RECIPES if runs_in_int8(recipe)]
+WHERE = [(recipe, backend) for recipe in RECIPES for backend in backends_of(recipe)]
 
 
 @pytest.mark.parametrize(("recipe", "backend"), WHERE)
@@ -97,32 +93,28 @@ def test_rounding_changes_the_sum(recipe, backend):
     assert (clipped_sum(model, ids, labels) - full).norm().item() > 10 * TOLERANCE
 
 
-def as_flat_rows(x, format, rounding, keys, **options):
-    """Each map is a row without lines: draws go by row-major position, and a mean is over all elements."""
-    q = quantize_rows(x.flatten(1), format, rounding, keys, **options)
-    codes = torch.empty_like(x, dtype=q.codes.dtype).copy_(q.codes.view(x.shape))
-    return QTensor(codes=codes, scale=q.scale, zero_point=q.zero_point)
+class FlatRows(Wrapped):
+    """Maps of some roles are one line each: draws go by row-major position, and a mean is over padding, too."""
 
+    def __init__(self, inner: Backend, *, clipped: bool):
+        super().__init__(inner)
+        self._clipped = clipped  # the roles with a clip, or those without
 
-def plant(monkeypatch: pytest.MonkeyPatch, chosen) -> None:
-    """Quantize the operands that are chosen, by the options of `quantize_rows`, as flat rows."""
-
-    def planted(x, *args, **options):
-        flat = x.ndim == 4 and chosen(**options)
-        return (as_flat_rows if flat else quantize_rows)(x, *args, **options)
-
-    monkeypatch.setattr(layers, "quantize_rows", planted)
+    def quantize(self, x: Tensor, role: RoleFormat, row_keys: Tensor) -> QTensor:
+        if (role.clip is not None) is not self._clipped:
+            return super().quantize(x, role, row_keys)
+        q = super().quantize(x.reshape(len(x), 1, 1, -1), role, row_keys)
+        codes = torch.empty_like(x, dtype=q.codes.dtype, memory_format=torch.channels_last)
+        return QTensor(codes=codes.copy_(q.codes.view(x.shape)), scale=q.scale, zero_point=q.zero_point)
 
 
 @pytest.mark.parametrize(("recipe", "backend"), WHERE)
-def test_row_major_draws_would_be_seen(recipe, backend, monkeypatch):
-    plant(monkeypatch, lambda clip, **_: clip is None)
+def test_row_major_draws_would_be_seen(recipe, backend):
     with pytest.raises(AssertionError):
-        assert_padding_moves_nothing(recipe, backend)
+        assert_padding_moves_nothing(recipe, FlatRows(BACKENDS[backend], clipped=False))
 
 
 @pytest.mark.parametrize(("recipe", "backend"), [pair for pair in WHERE if RECIPES[pair[0]].activation.clip])
-def test_a_mean_over_the_padding_would_be_seen(recipe, backend, monkeypatch):
-    plant(monkeypatch, lambda clip, **_: clip is not None)  # rounded to nearest: there are no draws to move
-    with pytest.raises(AssertionError):
-        assert_padding_moves_nothing(recipe, backend)
+def test_a_mean_over_the_padding_would_be_seen(recipe, backend):
+    with pytest.raises(AssertionError):  # rounded to nearest: there are no draws to move
+        assert_padding_moves_nothing(recipe, FlatRows(BACKENDS[backend], clipped=True))

@@ -35,6 +35,14 @@ def _is_matrix(operand: Tensor, geometry: Geometry) -> bool:
 
 def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """Convolve `(B, C, H, W)` with `(O, C / G, *kernel)` to `(B, O, H', W')`, in the operands' dtype."""
+    if _is_matrix(x, geometry) and x.shape[2:] == (1, 1):
+        y = x.new_empty(len(x), len(weight), 1, 1)  # no view: what a layer gives may be overwritten in place
+        with torch.no_grad():
+            if bias is None:
+                torch.mm(x.flatten(1), weight.flatten(1).t(), out=y.view(len(x), -1))
+            else:
+                torch.addmm(bias, x.flatten(1), weight.flatten(1).t(), out=y.view(len(x), -1))
+        return y
     if _is_matrix(x, geometry):
         return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
     x, g = in_one_column(x, geometry, zero=0)

@@ -33,6 +33,9 @@ _FORMAT = 1  # of both files; one of another format is not read
 _ROUNDS = 3
 _HOPELESS = 3  # times slower than the best so far: not run again
 
+Ways = Mapping[str, Callable[[], object]]
+"""{name: does the work once}."""
+
 
 class Choices:
     """The decisions of one run.
@@ -41,9 +44,21 @@ class Choices:
       made: {question: answer} of everything that was decided so far, as JSON has it.
     """
 
-    def __init__(self, given: Mapping[str, Any] | None = None):
-        """Begin with nothing decided; `given` are another run's decisions, which are taken where they are asked for."""
-        self._given = dict(given or {})
+    def __init__(
+        self,
+        given: Mapping[str, Any] | None = None,
+        *,
+        machine: "Machine | None" = None,
+        timed: Callable[[Ways], Mapping[str, float]] | None = None,
+    ):
+        """Begin with nothing decided.
+
+        Args:
+          given: another run's decisions, which are taken where they are asked for.
+          machine: remembers decisions from run to run; None: the one of the user's cache directory.
+          timed: {name: seconds} of some ways, as `timed`, which None means.
+        """
+        self._given, self._own_machine, self._timed = dict(given or {}), machine, timed
         self.made: dict[str, Any] = {}
 
     def decide(
@@ -59,12 +74,23 @@ class Choices:
         """
         key = _key(question)
         if key not in self.made:
-            known = [self._given, _machine().answers] if lasting else [self._given]
+            known = [self._given, self.machine.answers] if lasting else [self._given]
             found = [answers[key] for answers in known if key in answers and valid(answers[key])]
             self.made[key] = found[0] if found else measure()
             if lasting and not found:
-                _machine().learn(key, self.made[key])
+                self.machine.learn(key, self.made[key])
         return self.made[key]
+
+    def fastest(self, question: Hashable, ways: Ways) -> str:
+        """`fastest` by these choices."""
+        if len(ways) == 1:
+            return next(iter(ways))
+
+        def measure() -> str:
+            seconds = (self._timed or timed)(ways)
+            return min(ways, key=seconds.__getitem__)
+
+        return self.decide(question, measure, valid=lambda answer: answer in ways)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -75,7 +101,12 @@ class Choices:
             yield
         finally:
             _active = before
-            _machine().save()
+            self.machine.save()
+
+    @property
+    def machine(self) -> "Machine":
+        """Remembers decisions from run to run."""
+        return self._own_machine or _machine()
 
     def to_json(self) -> str:
         """The decisions as JSON, one a line, that `read` takes."""
@@ -97,10 +128,11 @@ class Choices:
             ) from error
 
 
-class _Machine:
+class Machine:
     """What has been decided on this machine, in a file if there is one."""
 
     def __init__(self, path: Path | None):
+        """Read the file; None: nothing lasts longer than the process."""
         self._path, self._new = path, False
         self.answers: dict[str, Any] = self._read()
 
@@ -128,7 +160,7 @@ class _Machine:
 
 _active: Choices | None = None
 _alone = Choices()  # of what is computed outside of any run
-_machines: dict[str, _Machine] = {}  # by where the cache is
+_machines: dict[str, Machine] = {}  # by where the cache is
 
 
 def decided(
@@ -138,43 +170,41 @@ def decided(
     return (_active or _alone).decide(question, measure, valid=valid, lasting=lasting)
 
 
-def fastest(question: Hashable, ways: Mapping[str, Callable[[], object]]) -> str:
+def fastest(question: Hashable, ways: Ways) -> str:
     """Return the name of the way that takes the least time.
 
     Args:
       question: identifies the decision, shapes included.
       ways: {name: does the work once}; at least one.
     """
-    if len(ways) == 1:
-        return next(iter(ways))
-
-    def measure() -> str:
-        seconds = timed(ways)
-        return min(ways, key=seconds.__getitem__)
-
-    return decided(question, measure, valid=lambda answer: answer in ways)
+    return (_active or _alone).fastest(question, ways)
 
 
-def timed(ways: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+def timed(ways: Ways, *, rounds: int = _ROUNDS, clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
     """Return {name: seconds that the way took, at best}.
 
     Ways are timed in rotation, so that a temporary slowdown of the machine affects all of them.
+
+    Args:
+      ways: {name: does the work once}.
+      rounds: how often each is timed, unless it is hopeless.
+      clock: seconds.
     """
+
+    def seconds_of(work: Callable[[], object]) -> float:
+        began = clock()
+        work()
+        return clock() - began
+
     seconds: dict[str, float] = {}
     for name, work in ways.items():
         work()  # fills caches, and makes the decisions that it depends on
-        seconds[name] = _seconds(work)
-    for _ in range(_ROUNDS - 1):
+        seconds[name] = seconds_of(work)
+    for _ in range(rounds - 1):
         hopeful = [name for name in ways if seconds[name] <= _HOPELESS * min(seconds.values())]
         for name in hopeful:
-            seconds[name] = min(seconds[name], _seconds(ways[name]))
+            seconds[name] = min(seconds[name], seconds_of(ways[name]))
     return seconds
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
 
 
 @functools.cache
@@ -190,16 +220,22 @@ def _answers(text: str) -> dict[str, Any]:
     return dict(written["choices"])
 
 
-def _machine() -> _Machine:
+def _machine() -> Machine:
     """Of the cache directory that the environment names now."""
     place = os.environ.get(CACHE, "")
     if place not in _machines:
-        _machines[place] = _Machine(None if place == "off" else _file(place))
+        _machines[place] = Machine(file_in(place))
     return _machines[place]
 
 
-def _file(place: str) -> Path:
-    """Of this processor and these versions: another decides otherwise."""
+def file_in(place: str) -> Path | None:
+    """Return where this processor's decisions are kept, with these versions: another decides otherwise.
+
+    Args:
+      place: a directory; empty for the user's cache directory; `off` for nowhere.
+    """
+    if place == "off":
+        return None
     facts = repr((processor(), importlib.metadata.version("dpquant"), importlib.metadata.version("torch")))
     folder = Path(place) if place else platformdirs.user_cache_path("dpquant")
     return folder / f"choices-{_FORMAT}-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.json"

@@ -156,7 +156,7 @@ def _zero_stuffed(codes: Tensor, stride: tuple[int, int], size: tuple[int, int])
 
 
 @functools.cache
-def flaw_of_int8(max_code: int) -> str | None:
+def flaw_of_int8(max_code: int, packed: type[Int8Weight] = Int8Weight) -> str | None:
     """What this machine's int8 convolution does instead of giving the exact integers for codes up to `max_code`.
 
     A processor without the right instructions, or told not to use them, may saturate full-range products (the pairs of
@@ -171,7 +171,7 @@ def flaw_of_int8(max_code: int) -> str | None:
         x = QTensor(codes=(signs * max_code).to(torch.int8), scale=torch.ones(2))
         weight = QTensor(codes=torch.full((32, 64, 3, 3), max_code, dtype=torch.int8), scale=torch.ones(1))
         grad = QTensor(codes=x.codes[:, :32, :5, :5].contiguous(), scale=x.scale)
-        exact, fast = ReferenceWeight(weight, geometry, max_code), Int8Weight(weight, geometry)
+        exact, fast = ReferenceWeight(weight, geometry, max_code), packed(weight, geometry)
         forward = torch.equal(fast.forward(_with_zero_point(x), None), exact.forward(x, None))
         backward = torch.equal(fast.input_gradient(_with_zero_point(grad), (9, 9)), exact.input_gradient(grad, (9, 9)))
     except (RuntimeError, AttributeError) as error:  # no such operator in this torch, or none for this processor
@@ -190,12 +190,16 @@ class CpuInt8(Reference):
 
     name = "int8"
 
+    def __init__(self, packed: type[Int8Weight] = Int8Weight):
+        """`packed` multiplies the codes; whether it is exact here is what `refusal` finds out."""
+        self._packed = packed
+
     def refusal(self, precision: Precision, device: torch.device) -> str | None:
         if not precision.fits_int8:
             return "the recipe's codes are not int8"
         if device.type != "cpu":
             return f"the model is on {device}"
-        if flaw := flaw_of_int8(precision.max_code):
+        if flaw := flaw_of_int8(precision.max_code, self._packed):
             return f"this processor's int8 convolution {flaw}"
         return None
 
@@ -204,7 +208,7 @@ class CpuInt8(Reference):
         return quantize_rows(x, role, row_keys, zero_point=INT8_ZERO_POINT)
 
     def pack(self, weight: QTensor, geometry: Geometry, *, max_code: int) -> PackedWeight:
-        return Int8Weight(weight, geometry)
+        return self._packed(weight, geometry)
 
     def methods(self, operands: Operands) -> Sequence[Method]:
         *formed, grams = super().methods(operands)

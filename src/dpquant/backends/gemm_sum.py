@@ -20,11 +20,12 @@ _ENOUGH_POSITIONS = 2048  # from here on a matrix product over positions takes n
 class GemmSum:
     """An accumulator that buffers operands until one large matrix product is efficient."""
 
-    def __init__(self, operands: Operands):
-        """Begin an empty sum for operands of these shapes, whose values are not read."""
+    def __init__(self, operands: Operands, /, *, enough_positions: int = _ENOUGH_POSITIONS):
+        """Begin an empty sum for operands of these shapes, whose values are not read; it buffers so many positions."""
         x, g = operands.values
         self._shapes, self._like = (x.shape[1:], g.shape[1:]), {"dtype": x.dtype, "device": x.device}
         self._geometry, self._bf16_terms = operands.geometry, operands.bf16_terms
+        self._enough_positions = enough_positions
         self._x: list[Tensor] = []
         self._g: list[Tensor] = []
         self._total: Tensor | None = None
@@ -37,7 +38,7 @@ class GemmSum:
             return
         self._x.append(x)
         self._g.append(g * weights_B[:, None, None, None])
-        if sum(t[:, 0].numel() for t in self._g) >= _ENOUGH_POSITIONS:
+        if sum(t[:, 0].numel() for t in self._g) >= self._enough_positions:
             self._flush()
 
     def value(self) -> Tensor:
@@ -62,7 +63,7 @@ class GemmSum:
 
     def _try(self, way: Callable[[Tensor, Tensor, Tensor | None], Tensor | None]) -> None:
         """Run a way on synthetic operands: neither the values that wait here nor their number may decide."""
-        num_examples = math.ceil(_ENOUGH_POSITIONS / math.prod(self._shapes[1][1:]))
+        num_examples = math.ceil(self._enough_positions / math.prod(self._shapes[1][1:]))
         x, g = (
             torch.ones(num_examples, *shape, **self._like).contiguous(memory_format=torch.channels_last)
             for shape in self._shapes

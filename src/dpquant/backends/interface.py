@@ -205,5 +205,8 @@ class Backend(Protocol):
         ...
 
     def methods(self, operands: Operands) -> Sequence[Method]:
-        """Return the methods that can run on these operands here; the first ones win ties."""
+        """Return the methods that can run on these operands here, at least one.
+
+        The first ones win ties. The last one's sum is taken where the gradients' norms were not asked for.
+        """
         ...

@@ -15,7 +15,7 @@ import ctypes
 import functools
 import platform
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of parameters in malloc.h
 _NEVER = 2**31 - 1  # bytes; the largest value there is
@@ -50,10 +50,11 @@ class _Info(ctypes.Structure):
 
 
 @contextlib.contextmanager
-def working_memory() -> Iterator[None]:
+def working_memory(hold: Callable[[ctypes.CDLL], None] | None = None) -> Iterator[None]:
     """Until the block ends, memory comes from what the last such block has used, and stays.
 
-    What the block leaves alive is not held: let all of its large objects die in it.
+    What the block leaves alive is not held: let all of its large objects die in it. `hold` takes free blocks when it
+    ends; None: so many that the heap does not grow.
     """
     global _depth
     libc = _glibc()
@@ -68,7 +69,7 @@ def working_memory() -> Iterator[None]:
     finally:
         _depth -= 1
         if _depth == 0:
-            _hold(libc)
+            (hold or _hold)(libc)
 
 
 def give_back() -> None:

@@ -10,6 +10,7 @@ Symbols: B examples, T positions, C channels, O outputs, D = kernel size times C
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -132,7 +133,7 @@ def add_code_sums(
 
 def has_code_products(x: QTensor, num_positions: int, geometry: Geometry) -> bool:
     """Whether `code_products` and its kin can run on x here, and give the exact integers."""
-    return _takes(x, geometry) and num_positions <= _MOST_POSITIONS and _code_products_are_exact()
+    return _takes(x, geometry) and num_positions <= _MOST_POSITIONS and _code_products_run()
 
 
 def has_gram_norms(x: QTensor, grad: QTensor, geometry: Geometry) -> bool:
@@ -143,7 +144,7 @@ def has_gram_norms(x: QTensor, grad: QTensor, geometry: Geometry) -> bool:
 
 def has_code_sums(x: QTensor, geometry: Geometry) -> bool:
     """Whether `add_code_sums` can run on x here, and its products are exact."""
-    return _takes(x, geometry) and _code_sums_are_exact()
+    return _takes(x, geometry) and _code_sums_run()
 
 
 def _takes(x: QTensor, geometry: Geometry) -> bool:
@@ -152,29 +153,34 @@ def _takes(x: QTensor, geometry: Geometry) -> bool:
 
 
 @functools.cache
-def _code_products_are_exact() -> bool:
-    """Whether the kernels that would be taken give the exact integers, for the largest codes and an odd shape."""
-    if _native is None or not _native.code_kernels():
-        return False
-    grad, x, geometry, exact = _largest_codes()
-    products, norms = code_products(grad, x, geometry), gram_norms(grad, x, geometry)
-    return torch.equal(products, exact.float()) and torch.equal(norms, exact.square().sum((1, 2)))
+def _code_products_run() -> bool:
+    """Whether the kernels that would be taken exist and are exact."""
+    return _native is not None and bool(_native.code_kernels()) and products_are_exact(code_products, gram_norms)
 
 
 @functools.cache
-def _code_sums_are_exact() -> bool:
-    """Likewise for sums small enough that float32 has all of their bits."""
-    if _native is None or not _native.code_sum_kernels():
-        return False
+def _code_sums_run() -> bool:
+    return _native is not None and bool(_native.code_sum_kernels()) and sums_are_exact(add_code_sums)
+
+
+def products_are_exact(products: Callable[..., Tensor], norms: Callable[..., Tensor]) -> bool:
+    """Whether these, as `code_products` and `gram_norms`, give the exact integers for the largest codes."""
+    grad, x, geometry, exact = _largest_codes()
+    found = products(grad, x, geometry), norms(grad, x, geometry)
+    return torch.equal(found[0], exact.float()) and torch.equal(found[1], exact.square().sum((1, 2)))
+
+
+def sums_are_exact(add_sums: Callable[..., None]) -> bool:
+    """Whether this, as `add_code_sums`, adds exactly while float32 has all bits of the sums."""
     grad, x, geometry, exact = _largest_codes()
     weights_B = torch.tensor([1.0, 0.5])
     sums = torch.zeros(exact.shape[1:])
-    add_code_sums(grad, x, geometry, weights_B, sums, pieces=2)
+    add_sums(grad, x, geometry, weights_B, sums, pieces=2)
     return torch.equal(sums.double(), (exact * weights_B[:, None, None]).sum(0))
 
 
 def _largest_codes() -> tuple[Tensor, Tensor, Geometry, Tensor]:
-    """Codes of +-127, and their products in float64."""
+    """Codes of +-127 on maps of odd sizes, and their products in float64."""
     geometry = Geometry(kernel=(3, 3), stride=(2, 1), padding=(1, 1))
     generator = torch.Generator().manual_seed(0)
     x, grad = (

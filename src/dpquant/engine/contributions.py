@@ -147,10 +147,12 @@ class Lookup:
       ids_BT: the row that each position looks up, int32 or int64, in [0, num_rows).
       g_BTD: what each position adds to its row.
       num_rows: of the table.
+      float64_at_once: numbers of which float64 copies are made at a time.
     """
 
-    def __init__(self, ids_BT: Tensor, g_BTD: Tensor, num_rows: int):
+    def __init__(self, ids_BT: Tensor, g_BTD: Tensor, num_rows: int, *, float64_at_once: int = _FLOAT64_AT_ONCE):
         self._ids, self._g, self._num_rows = ids_BT, g_BTD, num_rows
+        self._float64_at_once = float64_at_once
 
     @staticmethod
     def merged(lookups: Sequence["Lookup"]) -> "Lookup":
@@ -233,7 +235,7 @@ class Lookup:
     @property
     def _at_once(self) -> int:
         """How many rows of D features are float64 at a time."""
-        return max(_FLOAT64_AT_ONCE // max(self._g.shape[2], 1), 1)
+        return max(self._float64_at_once // max(self._g.shape[2], 1), 1)
 
     def _by_example(self, keys: Tensor, values: Tensor) -> Tensor:
         """The sum of each example's values, `(B,)`."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dpquant.engine.context import Tape
 from dpquant.engine.contributions import Materialised
-from dpquant.native import kernels as _native
+from dpquant.native import kernels
 
 
 class TapedGroupNorm(nn.GroupNorm):
@@ -26,11 +26,13 @@ class TapedGroupNorm(nn.GroupNorm):
 
     Attributes:
       tape: takes the parameters' per-example gradients; None = an ordinary GroupNorm.
+      kernels: the native module, or what stands in for it; None = there is none, and torch computes everything.
 
     Privacy: per example, reads no other row.
     """
 
     tape: Tape | None
+    kernels: Any = kernels
 
     def records(self, x: Tensor) -> bool:
         """Whether the layer puts x's gradients on the tape by itself."""
@@ -44,7 +46,7 @@ class TapedGroupNorm(nn.GroupNorm):
 
     def _runs_native(self, x: Tensor) -> bool:
         """Whether the kernel knows x. A wrong number of channels is left to torch, whose error says what is wrong."""
-        able = _native is not None and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
+        able = self.kernels is not None and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
         fits = x.ndim == 4 and x.shape[1] == self.num_channels
         return able and fits and x.is_contiguous(memory_format=torch.channels_last)
 
@@ -56,8 +58,7 @@ class _GroupNorm(torch.autograd.Function):
     def forward(ctx, x, weight, bias, anchor, layer: TapedGroupNorm, tape: Tape | None):
         mean, rstd = x.new_empty(2, len(x), layer.num_groups)
         y = torch.empty_like(x)
-        assert _native is not None
-        _native.group_norm(
+        layer.kernels.group_norm(
             x.numpy(), _array(weight), _array(bias), y.numpy(), mean.numpy(), rstd.numpy(), eps=layer.eps,
             **_sizes(x, layer),
         )  # fmt: skip
@@ -70,8 +71,7 @@ class _GroupNorm(torch.autograd.Function):
         x, weight, mean, rstd = ctx.saved_tensors
         grad = grads[0].contiguous(memory_format=torch.channels_last)
         grad_x, (grad_weight, grad_bias) = torch.empty_like(x), x.new_empty(2, *x.shape[:2])
-        assert _native is not None
-        _native.group_norm_backward(
+        ctx.layer.kernels.group_norm_backward(
             grad.numpy(), x.numpy(), _array(weight), mean.numpy(), rstd.numpy(), grad_x.numpy(), grad_weight.numpy(),
             grad_bias.numpy(), **_sizes(x, ctx.layer),
         )  # fmt: skip

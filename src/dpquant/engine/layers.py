@@ -162,8 +162,10 @@ class _Convolution(torch.autograd.Function):
             weight = run.dense_weight(layer, weight, ctx.size)
         ctx.save_for_backward(x if wgrad is None else None, weight if dgrad is None else None)
         if recipe is None:
-            return convolved(x, weight, bias, geometry)
-        return run.packed_weight(layer, recipe, ctx.size, side="output").forward(codes, bias)
+            y = convolved(x, weight, bias, geometry)
+        else:
+            y = run.packed_weight(layer, recipe, ctx.size, side="output").forward(codes, bias)
+        return y.clone() if y._is_view() else y  # autograd lets nobody overwrite a view that was made in here
 
     @staticmethod
     def backward(ctx, *grads: Tensor):

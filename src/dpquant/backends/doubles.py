@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backends with one planted mistake each: what a test, or an experiment, hands to the code that has to notice.
+
+NOT PRIVATE, or WRONG: no registry lists them, and no run may train on them.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dpquant.backends.geometry import Geometry
+from dpquant.backends.interface import (
+    Accumulator,
+    Backend,
+    Method,
+    NormKernel,
+    Norms,
+    Operands,
+    PackedWeight,
+    SumKernel,
+)
+from dpquant.backends.qtensor import QTensor, scaled
+from dpquant.formats import Precision, RoleFormat
+
+
+class Wrapped:
+    """Does what another backend does; a subclass changes one thing.
+
+    Attributes:
+      name: says what is changed, and of which backend.
+    """
+
+    def __init__(self, inner: Backend):
+        self.inner = inner
+        self.name = f"{type(self).__name__} of {inner.name}"
+
+    def refusal(self, precision: Precision, device: torch.device) -> str | None:
+        return self.inner.refusal(precision, device)
+
+    def quantize(self, x: Tensor, role: RoleFormat, row_keys: Tensor) -> QTensor:
+        return self.inner.quantize(x, role, row_keys)
+
+    def pack(self, weight: QTensor, geometry: Geometry, *, max_code: int) -> PackedWeight:
+        return self.inner.pack(weight, geometry, max_code=max_code)
+
+    def methods(self, operands: Operands) -> Sequence[Method]:
+        return self.inner.methods(operands)
+
+
+class SharedScale(Wrapped):
+    """NOT PRIVATE: one scale over all examples of the batch, so that the largest one decides how all others round.
+
+    No clip norm bounds what one example changes then.
+    """
+
+    def quantize(self, x: Tensor, role: RoleFormat, row_keys: Tensor) -> QTensor:
+        if len(x) == 0:
+            return self.inner.quantize(x, role, row_keys)
+        whole = self.inner.quantize(x.reshape(1, -1, *x.shape[2:]), role, row_keys[:1])
+        codes = whole.codes.reshape(x.shape).contiguous(memory_format=torch.channels_last)
+        return QTensor(codes=codes, scale=whole.scale.expand(len(x)).contiguous(), zero_point=whole.zero_point)
+
+
+class OffByOne(Wrapped):
+    """WRONG: every accumulator of a product is too large by one, and so is every element of a weight gradient."""
+
+    def pack(self, weight: QTensor, geometry: Geometry, *, max_code: int) -> PackedWeight:
+        return _OffByOneWeight(self.inner.pack(weight, geometry, max_code=max_code), weight.scale)
+
+    def methods(self, operands: Operands) -> Sequence[Method]:
+        return [
+            dataclasses.replace(one, norms=_off_by_one_norms(one.norms), sum=_off_by_one_sum(one.sum))
+            for one in self.inner.methods(operands)
+        ]
+
+
+class _OffByOneWeight:
+    def __init__(self, inner: PackedWeight, scale: Tensor):
+        self._inner, self._scale = inner, scale
+
+    def forward(self, x: QTensor, bias: Tensor | None) -> Tensor:
+        return self._one_more(self._inner.forward(x, bias), x)
+
+    def input_gradient(self, grad: QTensor, size: tuple[int, int]) -> Tensor:
+        return self._one_more(self._inner.input_gradient(grad, size), grad)
+
+    def _one_more(self, product: Tensor, operand: QTensor) -> Tensor:
+        return product + scaled(torch.ones_like(product), operand.scale, self._scale)
+
+
+def _off_by_one_norms(inner: NormKernel) -> NormKernel:
+    """The right norms; of gradients, where they are materialised, that are not."""
+
+    def norms(operands: Operands, /) -> Norms:
+        found = inner(operands)
+        return found if found.gradients is None else dataclasses.replace(found, gradients=found.gradients + 1)
+
+    return norms
+
+
+def _off_by_one_sum(inner: SumKernel) -> SumKernel:
+    return lambda operands: _OffByOneSum(inner(operands))
+
+
+class _OffByOneSum:
+    def __init__(self, inner: Accumulator):
+        self._inner = inner
+
+    def add(self, operands: Operands, weights_B: Tensor) -> None:
+        self._inner.add(operands, weights_B)
+
+    def value(self) -> Tensor:
+        return self._inner.value() + 1
