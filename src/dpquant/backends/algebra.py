@@ -39,9 +39,9 @@ def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
         y = x.new_empty(len(x), len(weight), 1, 1)  # no view: what a layer gives may be overwritten in place
         with torch.no_grad():
             if bias is None:
-                torch.mm(x.flatten(1), weight.flatten(1).t(), out=y.view(len(x), -1))
+                torch.mm(x.flatten(1), weight.flatten(1).t(), out=y.view(len(x), len(weight)))
             else:
-                torch.addmm(bias, x.flatten(1), weight.flatten(1).t(), out=y.view(len(x), -1))
+                torch.addmm(bias, x.flatten(1), weight.flatten(1).t(), out=y.view(len(x), len(weight)))
         return y
     if _is_matrix(x, geometry):
         return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
