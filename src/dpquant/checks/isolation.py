@@ -194,8 +194,8 @@ def _check(objective: Objective, specimens: Specimens, kind: type[Probe], *, pla
         raise no_gradient(missing[0])
     raise Blind(
         f"Expected synthetic records that give every trainable parameter a gradient; {min(trainable - moved)} got "
-        "zero. So the check could not see whether examples are kept apart. Freeze the parameter if it has no effect, or "
-        "give example= a few public or synthetic records."
+        "zero. So the check could not see whether examples are kept apart. Freeze the parameter if it has no effect, "
+        "or give example= a few public or synthetic records."
     )
 
 
