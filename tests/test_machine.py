@@ -25,7 +25,7 @@ def peak_of_the_past() -> None:
 def resettable() -> None:
     """Skips where a container's kernel has no such file, or does not let it be written."""
     if not reset_peak()[1]:
-        pytest.skip("the system does not let the peak be counted anew")
+        pytest.skip("the system does not let the peak be reset")
 
 
 @pytest.mark.usefixtures("resettable")

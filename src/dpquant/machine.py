@@ -110,7 +110,7 @@ def instructions_in(flags: str) -> tuple[str, ...]:
 
 
 def _cpu_facts(proc: Path) -> dict[str, str]:
-    """Return the first processor's entry in /proc/cpuinfo; {} where there is no such file."""
+    """Return the first processor's entry in /proc/cpuinfo; {} without that file."""
     try:
         first = (proc / "cpuinfo").read_text().split("\n\n")[0]
     except OSError:

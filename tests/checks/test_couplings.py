@@ -347,7 +347,7 @@ def test_a_scale_over_the_batch_of_all_operands_is_refused(case):
 
 
 class Memory:
-    """Something between, that remembers: made anew for each trial."""
+    """Something between, that remembers; a new one for each trial."""
 
     def __init__(self, net, what, after):
         self.what, self.after, self.calls, self.kept = what, after, 0, 0.0

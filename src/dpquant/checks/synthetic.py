@@ -7,7 +7,7 @@ results. Of each kind there are three records, a, b and c. b and c differ in eve
 other shows any influence on their batchmates. Where no kind fits, the user gives example records.
 
 Records may differ in length. The axes in which they may are found by giving the collate function records of different
-lengths. Such an axis gets one of our own lengths, because the length of the record that the form is taken from is
+lengths. These axes get one of our own lengths, because the length of the record that the form is taken from is
 private.
 """
 

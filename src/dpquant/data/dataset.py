@@ -10,7 +10,7 @@ and `public_size` are public too. The number of records of a user's own data set
 `public_size`. Other files under a known name keep the size that belongs to the name.
 
 A file in an image folder that cannot be decoded is still a record: all its pixels are NaN, so that its gradient is not
-finite and its contribution exactly zero. No message names or counts such files, because an error that depends on one
+finite and its contribution exactly zero. No message names or counts these files, because an error that depends on one
 record reveals something about it. `Split.readable` marks these records.
 
 No privacy mechanism is used here. Messages contain no record, no file name inside an image folder and no count of

@@ -2,7 +2,7 @@
 """Reads image folders: files in folders named after their class, decoded to one shape.
 
 A file that cannot be decoded is still a record: all its pixels are NaN, so that its gradient is not finite and its
-contribution exactly zero. No message names or counts such files, because an error that depends on one record reveals
+contribution exactly zero. No message names or counts these files, because an error that depends on one record reveals
 something about it.
 """
 
@@ -89,7 +89,7 @@ def _folder_split(folder: Path, class_names: Sequence[str], size: int, to_pixels
 
 
 def _is_image(path: Path) -> bool:
-    """Whether a file has the suffix of an image and is not hidden (macOS leaves hidden files with such suffixes)."""
+    """Whether a file has the suffix of an image and is not hidden (macOS leaves hidden files beside images)."""
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
