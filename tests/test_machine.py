@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a process has used: whether its peak could be counted anew, and what is said where the system does not tell."""
+"""Load and memory as the system reports them: read right, reset where that works, and refused where it reports none."""
 
+import re
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from dpquant import machine
-from dpquant.errors import SettingError
-from dpquant.machine import forget_peak, memory_mib, reset_peak
+from dpquant.machine import current_load, forget_peak, memory_mib, reset_peak
 
 LARGE = 2**26  # bytes
 
@@ -24,7 +25,7 @@ def peak_of_the_past() -> None:
 def resettable() -> None:
     """Skips where a container's kernel has no such file, or does not let it be written."""
     if not reset_peak()[1]:
-        pytest.skip("the system does not let the peak be counted anew")
+        pytest.skip("the system does not let the peak be reset")
 
 
 @pytest.mark.usefixtures("resettable")
@@ -37,28 +38,54 @@ def test_a_peak_that_was_reset_is_forgotten() -> None:
     assert forget_peak() == pytest.approx(memory_mib()[0], abs=LARGE / 2**21)
 
 
-def test_a_peak_that_cannot_be_reset_stays_and_that_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(machine, "_RESET", tmp_path)  # a folder cannot be written
+def test_a_peak_that_cannot_be_reset_stays_and_that_is_told(tmp_path: Path) -> None:
+    (tmp_path / "self" / "clear_refs").mkdir(parents=True)  # a folder cannot be written
+    (tmp_path / "self" / "status").symlink_to("/proc/self/status")
     peak_of_the_past()
-    before = memory_mib()[1]
-    resident, reset = reset_peak()
-    assert not reset and memory_mib()[1] >= before > resident + LARGE / 2**21
+    before = memory_mib(tmp_path)[1]
+    resident, reset = reset_peak(tmp_path)
+    assert not reset and memory_mib(tmp_path)[1] >= before > resident + LARGE / 2**21
 
 
-def test_a_kernel_without_a_high_water_mark_is_asked_otherwise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_kernel_without_a_high_water_mark_is_asked_otherwise(tmp_path: Path) -> None:
     pytest.importorskip("resource")
-    (tmp_path / "status").write_text("Name:\tpython\nVmRSS:\t    2048 kB\n")
-    monkeypatch.setattr(machine, "_STATUS", tmp_path / "status")
-    resident, peak = memory_mib()
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self" / "status").write_text("Name:\tpython\nVmRSS:\t    2048 kB\n")
+    resident, peak = memory_mib(tmp_path)
     assert resident == peak > 2
-    (tmp_path / "status").write_text("VmRSS:\t    2048 kB\nVmHWM:\t    4096 kB\n")
-    assert memory_mib() == (2, 4)
+    (tmp_path / "self" / "status").write_text("VmRSS:\t    2048 kB\nVmHWM:\t    4096 kB\n")
+    assert memory_mib(tmp_path) == (2, 4)
 
 
-def test_a_system_that_does_not_tell_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(machine, "_STATUS", tmp_path / "none")
-    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
-    monkeypatch.setattr(machine.platform, "system", lambda: "Windows")
-    for ask in (memory_mib, reset_peak, forget_peak):
-        with pytest.raises(SettingError, match=r"tells how much memory.*got Windows.*Leave memory out"):
-            ask()
+WITHOUT_RESOURCE = """
+import sys
+from pathlib import Path
+sys.modules["resource"] = None  # as on Windows
+import platform
+platform.system = lambda: "Windows"
+from dpquant import errors, machine
+try:
+    machine.{ask}(Path({proc!r}))
+except errors.SettingError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("ask", [memory_mib, reset_peak, forget_peak])
+def test_a_system_that_does_not_tell_is_named(ask: Callable[..., object], tmp_path: Path) -> None:
+    script = WITHOUT_RESOURCE.format(ask=ask.__name__, proc=str(tmp_path))
+    told = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    assert re.search(r"tells how much memory.*got Windows.*Leave memory out", told)
+
+
+@pytest.mark.parametrize(
+    ("before", "load"), [("cpu  100 0 25 20 5 0 0 0 0 0", 2.0), ("cpu  150 0 25 10 5 0 0 0 0 0", 0.0)]
+)
+def test_the_load_is_what_happens_while_this_process_waits(before: str, load: float, tmp_path: Path) -> None:
+    processors = "".join(f"cpu{number} 1 1 1 1\n" for number in range(4))
+
+    def tick(seconds: float) -> None:
+        (tmp_path / "stat").write_text(f"cpu  150 0 25 60 15 0 0 0 0 0\n{processors}intr 3\n")
+
+    (tmp_path / "stat").write_text(f"{before}\n{processors}intr 3\n")
+    assert current_load(tmp_path, wait=tick) == load

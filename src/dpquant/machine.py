@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The machine that a measurement was taken on: what a reader must know to compare it with another. No torch.
+"""Hardware and memory of the machine that a measurement runs on. Loads no torch.
 
-A figure without its machine says nothing: int8 products gain where the processor has instructions for them, and a
-machine with other work on it measures that work too. Where the system does not tell, the field says so or is empty.
+A timing can be compared with another only where both machines are known: int8 products are fast where the processor has
+instructions for them, and other processes on the machine slow a measurement down. Where the system does not provide a
+fact, its field is None, empty or says "unknown".
 """
 
 import dataclasses
@@ -13,33 +14,35 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from dpquant.errors import SettingError
 
-# Flags of /proc/cpuinfo that decide which products are fast, as the kernel spells them; x86 first, then ARM.
-_TELLING = (
+# Flags of /proc/cpuinfo that decide which products are fast, in the kernel's spelling; x86 first, then ARM.
+_RELEVANT = (
     *("amx_int8", "amx_bf16", "avx512_vnni", "avx512_bf16", "avx_vnni", "avx512f", "avx2"),
     *("i8mm", "asimddp", "bf16", "sve"),
 )
-_STATUS = Path("/proc/self/status")
-_RESET = Path("/proc/self/clear_refs")  # writing 5 makes the peak what is resident; proc(5)
-_PROCESSORS = Path("/proc/stat")
-_MOMENT = 0.5  # seconds
+_PROC = Path("/proc")  # Linux' file system of processes, proc(5); absent elsewhere
+_LOAD_SECONDS = 0.5
 _BUSY_SHARE = 0.3  # of the cores
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """A machine, as it was when this was read.
+    """A machine's processor, memory, software and load at one time.
 
     Attributes:
       cpu: the processor's name.
-      cores: how many this process may use.
-      instructions: those of the instruction sets that matter here which the processor has.
-      memory_gib: of the whole machine; None where the system does not tell.
-      load: processors that others use: counted while this process waits for a moment where the system tells, else the
-        mean of the last minute, in which this process itself may have run; None where it tells neither.
+      cores: number of cores that this process may use.
+      instructions: instruction sets of the processor that decide which products are fast.
+      memory_gib: GiB of the whole machine; None where the system does not provide it.
+      load: processors in use by other processes, measured while this one sleeps; without /proc the mean load of the
+        last minute, which includes this process; None where the system provides neither.
+      system: operating system and architecture.
+      python: version.
+      torch: version.
     """
 
     cpu: str
@@ -52,15 +55,19 @@ class Hardware:
     torch: str
 
     @classmethod
-    def here(cls) -> "Hardware":
-        """This machine, now."""
-        cpu, instructions, cores = processor()
+    def here(cls, proc: Path = _PROC) -> "Hardware":
+        """Return the facts of this machine, and its load now; takes half a second.
+
+        Args:
+          proc: where the file system of processes is mounted.
+        """
+        cpu, instructions, cores = processor(proc)
         return cls(
             cpu=cpu,
             cores=cores,
             instructions=instructions,
             memory_gib=_memory_gib(),
-            load=_load(),
+            load=current_load(proc),
             system=f"{platform.system()} {platform.machine()}",
             python=platform.python_version(),
             torch=importlib.metadata.version("torch"),
@@ -68,12 +75,12 @@ class Hardware:
 
     @property
     def busy(self) -> bool:
-        """Whether other work was running: timings taken then are not to be trusted."""
+        """Whether other processes were running, so that timings taken then are not reliable."""
         return self.load is not None and self.load > _BUSY_SHARE * self.cores
 
     @property
     def slug(self) -> str:
-        """The processor's name as a file name."""
+        """The processor's name in lower case and hyphens, for a file name."""
         name = re.sub(r"\((R|TM|C)\)|CPU|Processor|@.*", " ", self.cpu, flags=re.IGNORECASE)
         return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
 
@@ -86,9 +93,9 @@ class Hardware:
         )
 
 
-def processor() -> tuple[str, tuple[str, ...], int]:
-    """Name, telling instruction sets and the number of cores that this process may use."""
-    facts = _cpu_facts()
+def processor(proc: Path = _PROC) -> tuple[str, tuple[str, ...], int]:
+    """Return the processor's name, its relevant instruction sets and the number of cores that this process may use."""
+    facts = _cpu_facts(proc)
     return _cpu_name(facts), instructions_in(facts.get("flags", facts.get("Features", ""))), _cores()
 
 
@@ -97,15 +104,15 @@ def _cores() -> int:
 
 
 def instructions_in(flags: str) -> tuple[str, ...]:
-    """Those of the instruction sets that matter here among space-separated flags."""
+    """Return the relevant instruction sets among space-separated processor flags."""
     present = set(flags.split())
-    return tuple(name for name in _TELLING if name in present)
+    return tuple(name for name in _RELEVANT if name in present)
 
 
-def _cpu_facts() -> dict[str, str]:
-    """The first processor's entry in /proc/cpuinfo; empty where there is none."""
+def _cpu_facts(proc: Path) -> dict[str, str]:
+    """Return the first processor's entry in /proc/cpuinfo; {} without that file."""
     try:
-        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+        first = (proc / "cpuinfo").read_text().split("\n\n")[0]
     except OSError:
         return {}
     pairs = (line.partition(":") for line in first.splitlines())
@@ -130,49 +137,62 @@ def _memory_gib() -> float | None:
         return None
 
 
-def _load() -> float | None:
-    if _PROCESSORS.exists():
-        before = _processor_times()
-        time.sleep(_MOMENT)
-        idle, all_times = (after - then for after, then in zip(_processor_times(), before, strict=True))
-        return round((1 - idle / max(all_times, 1)) * (os.cpu_count() or 1), 2)
+def current_load(proc: Path = _PROC, *, wait: Callable[[float], None] = time.sleep) -> float | None:
+    """Return the number of processors that are busy while this process waits.
+
+    Args:
+      proc: where the file system of processes is mounted.
+      wait: returns after this many seconds, without computing.
+    Returns: without /proc the mean load of the last minute; None where the system does not provide that either.
+    """
+    if (proc / "stat").exists():
+        idle_before, all_before, _ = _processor_times(proc)
+        wait(_LOAD_SECONDS)
+        idle, every, processors = _processor_times(proc)
+        return round((1 - (idle - idle_before) / max(every - all_before, 1)) * processors, 2)
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
-def _processor_times() -> tuple[int, int]:
-    """Clock ticks that all processors were idle, and all that passed."""
-    ticks = [int(count) for count in _PROCESSORS.read_text().splitlines()[0].split()[1:9]]
-    return ticks[3] + ticks[4], sum(ticks)
+def _processor_times(proc: Path) -> tuple[int, int, int]:
+    """Return clock ticks that all processors were idle, all ticks since the start, and the number of processors."""
+    lines = [line.split() for line in (proc / "stat").read_text().splitlines() if line.startswith("cpu")]
+    ticks = [int(count) for count in lines[0][1:9]]  # the sum over processors; the others are one processor each
+    return ticks[3] + ticks[4], sum(ticks), len(lines) - 1
 
 
-def reset_peak() -> tuple[float, bool]:
-    """Count the peak from what is resident now, where the system lets us.
+def reset_peak(proc: Path = _PROC) -> tuple[float, bool]:
+    """Reset this process' peak of resident memory to what is resident now, where the system supports it.
 
-    Returns: MiB that are resident now; whether the peak is counted from there. If not, the most that ever were resident
-      before, by the imports for instance, stays the least that `memory_mib` gives as the peak.
+    Args:
+      proc: where the file system of processes is mounted.
+    Returns: MiB resident now; whether the peak was reset. If it was not, `memory_mib` goes on reporting the peak since
+      the process started, imports included.
     Raises:
-      SettingError: the system does not tell.
+      SettingError: the system does not provide memory usage.
     """
     try:
-        _RESET.write_text("5")
+        (proc / "self" / "clear_refs").write_text("5")  # 5 resets the peak, proc(5)
     except OSError:
-        return memory_mib()[0], False
-    return memory_mib()[0], True
+        return memory_mib(proc)[0], False
+    return memory_mib(proc)[0], True
 
 
-def forget_peak() -> float:
-    """MiB that are resident now, from which the peak is then counted where the system lets us; see `reset_peak`."""
-    return reset_peak()[0]
+def forget_peak(proc: Path = _PROC) -> float:
+    """Reset the peak as `reset_peak` does and return the MiB resident now."""
+    return reset_peak(proc)[0]
 
 
-def memory_mib() -> tuple[float, float]:
-    """MiB of this process that are resident now, and the most that ever were; the same where only one is known.
+def memory_mib(proc: Path = _PROC) -> tuple[float, float]:
+    """Return this process' MiB resident now and its peak; the peak twice where the system provides no more.
 
+    Args:
+      proc: where the file system of processes is mounted.
     Raises:
-      SettingError: the system tells neither.
+      SettingError: the system provides neither.
     """
-    if _STATUS.exists():
-        lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+    status = proc / "self" / "status"
+    if status.exists():
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
         if "VmHWM" in lines:  # not every container's kernel has it
             return int(lines["VmRSS"].split()[0]) / 2**10, int(lines["VmHWM"].split()[0]) / 2**10
     try:

@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 
-from dpquant import machine
 from dpquant.app import bench, contenders
 from dpquant.app.bench import BenchRecord, BenchSettings, Oracle, SideResult, Spread, gradient_of, measure, summed
 from dpquant.app.cli import run
@@ -191,20 +190,6 @@ def test_hardware_names_what_decides_speed():
 @pytest.mark.parametrize(("load", "busy"), [(0.1, False), (1.5, True), (None, False)])
 def test_a_busy_machine_is_noticed(load, busy):
     assert dataclasses.replace(Hardware.here(), cores=2, load=load).busy is busy
-
-
-@pytest.mark.skipif(not machine._PROCESSORS.exists(), reason="the system does not tell")
-def test_the_load_is_what_happens_while_this_process_waits(monkeypatch, tmp_path):
-    monkeypatch.setattr(machine, "_PROCESSORS", tmp_path / "stat")
-    monkeypatch.setattr("os.cpu_count", lambda: 4)
-
-    def tick(seconds):
-        machine._PROCESSORS.write_text("cpu  150 0 25 60 15 0 0 0 0 0\ncpu0 1 1 1 1\n")
-
-    for then, load in [("cpu  100 0 25 20 5 0 0 0 0 0", 2.0), ("cpu  150 0 25 10 5 0 0 0 0 0", 0.0)]:
-        machine._PROCESSORS.write_text(then + "\ncpu0 1 1 1 1\n")
-        monkeypatch.setattr("time.sleep", tick)
-        assert machine._load() == load
 
 
 # The networks

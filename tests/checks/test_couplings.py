@@ -6,7 +6,6 @@ call to call, in random numbers that follow places, or in the collate function. 
 only. Each group is also tried with that part of the check disabled which has to see it: then a coupling goes through.
 """
 
-import contextlib
 import dataclasses
 import random
 from collections.abc import Callable
@@ -21,17 +20,19 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import default_collate
 
-from dpquant.checks import isolation, probe
+from dpquant.backends.reference import Reference
 from dpquant.checks.isolation import Findings, check_isolation
+from dpquant.checks.probe import Probe
 from dpquant.checks.synthetic import Specimens, candidates
 from dpquant.engine import layers
 from dpquant.engine.batches import leaves, with_leaves
-from dpquant.engine.passes import Objective, RowGradients
+from dpquant.engine.passes import Objective
 from dpquant.errors import DataError, ModelError
 from dpquant.formats import precision
 
 CLASSES, WORDS, WIDTH = 5, 12, 6
-LUQ = precision("luq-fp4")
+LUQ, INT4 = precision("luq-fp4"), precision("luq")  # INT4: activations in another format than gradients
+HONEST = Reference()
 
 
 class Scale(nn.Module):
@@ -136,10 +137,11 @@ class Case:
 
         return dataclasses.replace(self, loss=loss)
 
-    def check(self, *quantized) -> Findings:
-        model = layers.prepare(self.model, backend="simulate")
-        records = candidates([self.record], self.collate, torch.device("cpu"))
-        return check_isolation(Objective(model, self.loss), records, quantized=quantized)
+    def check(self, *quantized, backend=HONEST, probe=Probe, specimens=lambda honest: honest) -> Findings:
+        """Check it, with doubles of parts of the check."""
+        model = layers.prepare(self.model, backend=backend)
+        records = map(specimens, candidates([self.record], self.collate, torch.device("cpu")))
+        return check_isolation(Objective(model, self.loss), records, quantized=quantized, probe=probe)
 
 
 def case_of(name="vectors", shape="a tuple", extra="", dropout=0.0, training=True, seed=0):
@@ -166,15 +168,15 @@ def trials(count):
     )
 
 
-def assert_refused(case, *quantized):
+def assert_refused(case, *quantized, **doubles):
     with pytest.raises((ModelError, DataError)):
-        case.check(*quantized)
+        case.check(*quantized, **doubles)
 
 
 @trials(12)
-@given(cases())
-def test_a_model_without_a_coupling_is_accepted(case):
-    assert set(case.check(LUQ).macs) == set(layers.quantizable_layers(case.model))
+@given(cases(), st.sampled_from([(LUQ,), (LUQ, INT4)]))
+def test_a_model_without_a_coupling_is_accepted(case, quantized):
+    assert set(case.check(*quantized).macs) == set(layers.quantizable_layers(case.model))
 
 
 # Couplings of values: in an input, an activation, the losses.
@@ -315,34 +317,37 @@ def test_a_coupling_of_gradients_alone_is_refused(case, how, hook, strength, mod
 # A scale over the batch, in the quantizer alone.
 
 
-@contextlib.contextmanager
-def one_scale_for_all(phase):
-    """Activations or gradients are quantized with the batch's largest scale."""
-    honest = layers.QuantizableLayer.quantize
+class OneScale(Reference):
+    """A backend that quantizes operands of one role with the batch's largest scale."""
 
-    def quantize(layer, x, role, keys):
-        q = honest(layer, x, role, keys)
-        if layer.current is None or layer.current.phase != phase:
-            return q
-        return dataclasses.replace(q, scale=q.scale.amax().expand_as(q.scale).clone())
+    def __init__(self, role):
+        self.role = role
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers.QuantizableLayer, "quantize", quantize)
-        yield
+    def quantize(self, x, role, row_keys):
+        q = super().quantize(x, role, row_keys)
+        return dataclasses.replace(q, scale=q.scale.amax().expand_as(q.scale).clone()) if role == self.role else q
+
+
+OF_ROLES = {role: OneScale(getattr(INT4.recipes[0], role)) for role in ("activation", "gradient")}
 
 
 @trials(16)
-@given(cases(), st.sampled_from(["forward", "backward"]))
-def test_a_scale_over_the_batch_in_the_quantizer_is_refused(case, phase):
-    with one_scale_for_all(phase):
-        assert_refused(case, LUQ)
+@given(cases(), st.sampled_from(list(OF_ROLES)))
+def test_a_scale_over_the_batch_in_the_quantizer_is_refused(case, role):
+    assert_refused(case, INT4, backend=OF_ROLES[role])
+
+
+@trials(6)
+@given(cases())
+def test_a_scale_over_the_batch_of_all_operands_is_refused(case):
+    assert_refused(case, LUQ, backend=OneScale(LUQ.recipes[0].activation))  # the gradient's too
 
 
 # What is kept from call to call.
 
 
 class Memory:
-    """Something between, that remembers: made anew for each trial."""
+    """Something between, that remembers; a new one for each trial."""
 
     def __init__(self, net, what, after):
         self.what, self.after, self.calls, self.kept = what, after, 0, 0.0
@@ -455,67 +460,92 @@ def test_padding_to_the_longest_is_refused_where_layers_run_quantized():
 # The trials can fail: each group with that part disabled which has to see it.
 
 
-def equal_records(patch):
-    honest = Specimens.batch
-    patch.setattr(Specimens, "batch", lambda specimens, order: honest(specimens, [0] * len(order)))
+class Equal(Specimens):
+    """Batches hold copies of one record only."""
+
+    def batch(self, order):
+        return super().batch([0] * len(order))
 
 
-def anything_is_close(patch):
-    patch.setattr(probe, "TOLERANCE", 1e9)
-    patch.setattr(probe, "_FLOAT64_TOLERANCE", 1e9)
+def equal(honest):
+    fields = {field.name: getattr(honest, field.name) for field in dataclasses.fields(honest)}
+    return Equal(**{**fields, "variations": lambda: map(equal, honest.variations())})
 
 
-def gradients_without_norm(patch):
-    patch.setattr(RowGradients, "distance", lambda one, other: 0.0)
-    patch.setattr(probe.Probe, "_compare_with_autograd", lambda probe: None)
+class AnythingIsClose(Probe):
+    tolerances = dict.fromkeys(Probe.tolerances, 1e9)
 
 
-def buffers_not_compared(patch):
-    patch.setattr(isolation, "changed_buffer", lambda model, before: None)
+class LossesAlone(Probe):
+    """Gradients are not compared."""
+
+    def alike(self, one, other):
+        return self.close(one.losses[0], other.losses[0])
+
+    def compare_with_autograd(self):
+        pass
 
 
+class WithoutBuffers(Probe):
+    def compare_buffers(self):
+        pass
+
+
+class Unshaken(Probe):
+    """Parameters are probed as they are."""
+
+    share = 0.0
+
+
+def unplanted(kind):
+    """A probe that does not ask whether it can see."""
+    return type(f"Unplanted{kind.__name__}", (kind,), {"plant": lambda probe: None})
+
+
+EQUAL, CLOSE = {"specimens": equal}, {"probe": AnythingIsClose}
 MEAN = in_activation(lambda h: h - h.mean(0))
+CALLS_BEFORE = 8  # of the loss before the comparisons: buffers are compared around a call of its own there
 COUPLED = {
-    "equal records": (equal_records, lambda case: case.coupled(**MEAN)),
-    "equal records, collated": (equal_records, lambda case: dataclasses.replace(case, collate=COLLATES["mixes"])),
-    "anything is close": (anything_is_close, lambda case: case.coupled(**MEAN)),
-    "anything is close, at random": (
-        anything_is_close,
-        lambda case: case.coupled(**in_activation(AT_RANDOM["flipped"])),
-    ),
+    "equal records": (EQUAL, lambda case: case.coupled(**MEAN)),
+    "equal records, collated": (EQUAL, lambda case: dataclasses.replace(case, collate=COLLATES["mixes"])),
+    "anything is close": (CLOSE, lambda case: case.coupled(**MEAN)),
+    "anything is close, at random": (CLOSE, lambda case: case.coupled(**in_activation(AT_RANDOM["flipped"]))),
     "gradients without norm": (
-        gradients_without_norm,
+        {"probe": LossesAlone},
         lambda case: case.coupled(**by_hook_or_function("the norm", True)),
     ),
     "buffers not compared": (
-        buffers_not_compared,
-        lambda case: case.coupled(between=Memory(case.model, "a buffer", 0)),
+        {"probe": WithoutBuffers},
+        lambda case: case.coupled(between=Memory(case.model, "a buffer", CALLS_BEFORE)),
     ),
 }
 
 
 @pytest.mark.parametrize(("disabled", "coupled"), COUPLED.values(), ids=COUPLED)
-def test_without_its_part_of_the_check_a_coupling_goes_through(disabled, coupled, monkeypatch):
+def test_without_its_part_of_the_check_a_coupling_goes_through(disabled, coupled):
+    blind = {**disabled, "probe": unplanted(disabled.get("probe", Probe))}
     assert_refused(coupled(case_of()))
-    disabled(monkeypatch)
-    monkeypatch.setattr(probe.Probe, "plant", lambda probe: None)
-    coupled(case_of()).check()
+    assert_refused(coupled(case_of()), probe=unplanted(Probe))
+    coupled(case_of()).check(**blind)
 
 
-@pytest.mark.parametrize("disabled", [equal_records, anything_is_close])
-def test_a_check_that_cannot_see_says_so(disabled, monkeypatch):
-    disabled(monkeypatch)
+def test_a_buffer_that_changes_at_the_first_call_is_seen_where_products_are_counted():
+    case = case_of()
+    with pytest.raises(ModelError, match="leave the model's buffers alone; got a change of kept"):
+        case.coupled(between=Memory(case.model, "a buffer", 0)).check(probe=WithoutBuffers)
+
+
+@pytest.mark.parametrize("disabled", [EQUAL, CLOSE], ids=["equal records", "anything is close"])
+def test_a_check_that_cannot_see_says_so(disabled):
     with pytest.raises(ModelError, match="could not see"):
-        case_of().check()
+        case_of().check(**disabled)
 
 
 def test_a_scale_over_the_batch_goes_through_where_codes_are_not_compared():
-    with one_scale_for_all("forward"):
-        case_of().check()
+    case_of().check(backend=OneScale(LUQ.recipes[0].activation))
 
 
-def test_gates_that_begin_at_zero_are_opened(monkeypatch):
+def test_gates_that_begin_at_zero_are_opened():
     case_of(extra="gates").check()
-    monkeypatch.setattr(isolation, "shaken", lambda model, dtype, seed: contextlib.nullcontext())
     with pytest.raises(ModelError, match="could not see"):
-        case_of(extra="gates").check()
+        case_of(extra="gates").check(probe=Unshaken)

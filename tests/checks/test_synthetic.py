@@ -2,6 +2,7 @@
 """Synthetic records show what they must (they differ in every value), and nothing of the records they stand for."""
 
 import collections
+import dataclasses
 import itertools
 
 import numpy as np
@@ -10,10 +11,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import default_collate
 
-from dpquant.checks import forms, synthetic
-from dpquant.checks.forms import Leaf, matches
+from dpquant.checks import synthetic
+from dpquant.checks.forms import matches
 from dpquant.checks.synthetic import candidates, from_examples
-from dpquant.engine.batches import leaves
+from dpquant.engine.batches import leaves, with_leaves
 from dpquant.errors import DataError, SettingError
 
 CPU = torch.device("cpu")
@@ -42,6 +43,12 @@ def values(record):
     return [torch.as_tensor(leaf) for _, leaf in leaves(record)]
 
 
+def with_values(specimens, change):
+    """Specimens in which something is done to every leaf, as a tensor."""
+    changed = [with_leaves(record, lambda leaf: change(torch.as_tensor(leaf))) for record in specimens.records]
+    return dataclasses.replace(specimens, records=tuple(changed))
+
+
 def assert_b_and_c_differ_everywhere(specimens):
     """Putting one in the other's place changes every leaf; and a differs from one of them at least."""
     for a, b, c in zip(*map(values, specimens.records), strict=True):
@@ -57,11 +64,14 @@ def test_records_of_every_kind_differ_in_every_leaf(name):
         assert_b_and_c_differ_everywhere(specimens)
 
 
-@pytest.mark.parametrize("maker", ["_integers", "_floats"])
-def test_equal_records_are_caught(maker, monkeypatch):
-    monkeypatch.setattr(forms, maker, lambda kind, index, shape, generator: torch.zeros(list(shape)))
+@pytest.mark.parametrize("floats", [True, False], ids=["floats", "integers"])
+def test_equal_records_are_caught(floats):
+    """Of one type of leaf, all records have the same values."""
+    honest = first_of(RECORDS["floats"])
+    equal = with_values(honest, lambda x: torch.zeros_like(x) if x.is_floating_point() == floats else x)
+    assert_b_and_c_differ_everywhere(honest)
     with pytest.raises(AssertionError):
-        assert_b_and_c_differ_everywhere(first_of(RECORDS["floats"]))
+        assert_b_and_c_differ_everywhere(equal)
 
 
 @pytest.mark.parametrize("name", RECORDS)
@@ -84,24 +94,32 @@ def filled_with(value):
     return torch.full((3,), float(value)), torch.tensor(value), [value, 2], value
 
 
-def assert_no_value_enters():
-    assert as_text(all_of([filled_with(0)])) == as_text(all_of([filled_with(1)]))
+def of_form(record):
+    return all_of([record])
+
+
+def of_values(record):
+    """A plant: the record's first values are added to the synthetic ones."""
+    shifts = values(record)
+
+    def shifted(specimens):
+        numbers = itertools.cycle(range(len(shifts)))
+        return with_values(specimens, lambda x: (x + shifts[next(numbers)].flatten()[0]).to(x.dtype))
+
+    return map(shifted, all_of([record]))
+
+
+def assert_no_value_enters(specimens_of):
+    assert as_text(specimens_of(filled_with(0))) == as_text(specimens_of(filled_with(1)))
 
 
 def test_no_value_of_a_record_enters():
-    assert_no_value_enters()
+    assert_no_value_enters(of_form)
 
 
-def test_a_value_that_enters_is_caught(monkeypatch):
-    honest = Leaf.of.__func__
-
-    def planted(cls, value):
-        leaf, shift = honest(cls, value), torch.as_tensor(value).flatten()[0]
-        return Leaf(leaf.dtype, leaf.shape, leaf.type, lambda made: leaf.finish((made + shift).to(leaf.dtype)))
-
-    monkeypatch.setattr(Leaf, "of", classmethod(planted))
+def test_a_value_that_enters_is_caught():
     with pytest.raises(AssertionError):
-        assert_no_value_enters()
+        assert_no_value_enters(of_values)
 
 
 def test_specimens_repeat_and_leave_the_global_generators_alone():
@@ -154,31 +172,34 @@ def test_padding_to_a_fixed_length_is_no_padding_by_others():
     assert not first.padded and first.form[0].shape == (None,)
 
 
-def assert_the_length_is_not_shown(count):
-    seen = [as_text(itertools.islice(candidates([text(n)], padded_texts, CPU), count)) for n in (7, 11)]
-    assert seen[0] == seen[1]
+def assert_the_length_is_not_shown(specimens_of):
+    assert as_text(specimens_of(text(7))) == as_text(specimens_of(text(11)))
 
 
 def test_the_first_records_length_does_not_show_where_a_model_runs_on_others():
-    assert_the_length_is_not_shown(len(synthetic._LENGTHS) * len(synthetic.INTEGERS))
+    count = len(synthetic._LENGTHS) * len(synthetic.INTEGERS)
+    assert_the_length_is_not_shown(lambda record: itertools.islice(candidates([record], padded_texts, CPU), count))
 
 
-def test_a_length_that_shows_is_caught(monkeypatch):
-    monkeypatch.setattr(synthetic, "_resized", lambda form, axes, size: form)
+def test_a_length_that_shows_is_caught():
+    """That of the first record does where records are stacked, so that all have it."""
     with pytest.raises(AssertionError):
-        assert_the_length_is_not_shown(3)
+        assert_the_length_is_not_shown(of_form)
 
 
 def first_alone(records):
     return default_collate(records[:1] * len(records))
 
 
-def test_where_every_axis_is_free_records_stay_small(monkeypatch):
+def largest_of(record, **settings):
+    every = candidates([record], first_alone, CPU, **settings)
+    return max(made[0].numel() for specimens in every for made in specimens.records)
+
+
+def test_where_every_axis_is_free_records_stay_small():
     record = (torch.zeros(2, 3, 3),)
-    largest = max(made[0].numel() for specimens in all_of([record], first_alone) for made in specimens.records)
-    assert 2**15 < largest <= synthetic._MOST_VALUES
-    monkeypatch.setattr(synthetic, "_MOST_VALUES", 2**14)
-    assert max(made[0].numel() for specimens in all_of([record], first_alone) for made in specimens.records) <= 2**14
+    assert 2**15 < largest_of(record) <= synthetic._MOST_VALUES
+    assert largest_of(record, most_values=2**14) <= 2**14
 
 
 # Collate functions.

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dpquant.data import dataset as data
-from dpquant.data import folders
 from dpquant.data.dataset import Dataset, Split, load, public_size, read_idx
+from dpquant.data.folders import image_folder
 from dpquant.errors import DataError, SettingError
 
 SPLITS = ("train", "t10k")
@@ -63,8 +63,8 @@ def first_pixels(split: Split) -> list[list[float]]:
 
 
 @pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """No network, no Debian data sets and an empty cache; returns the addresses that were asked for."""
+def offline(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """No network; returns the addresses that were asked for."""
     asked: list[str] = []
 
     def refuse(request: Any, *args: Any, **kwargs: Any) -> None:
@@ -72,8 +72,6 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
-    monkeypatch.setattr(data, "DEBIAN_DATASETS", tmp_path / "debian")
-    monkeypatch.setenv("HOME", str(tmp_path))
     return asked
 
 
@@ -187,7 +185,8 @@ def test_debians_files_are_found_by_themselves(tmp_path: Path, offline: list[str
     images, labels = images_and_labels()
     (tmp_path / "debian").mkdir()
     write_idx(tmp_path / "debian" / "fashion-mnist", images, labels)
-    assert len(load("fashion-mnist").train) == 6 and offline == []
+    found = load("fashion-mnist", cache=tmp_path / "cache", debian=tmp_path / "debian")
+    assert len(found.train) == 6 and offline == []
 
 
 def test_emnist_images_are_turned_upright(tmp_path: Path) -> None:
@@ -269,9 +268,11 @@ def test_an_unknown_name_gets_the_nearest_known_one() -> None:
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "emnist", "emnist-letters", "cifar10", "gtsrb"])
-def test_a_data_set_that_cannot_be_had_is_one_error_with_three_ways_on(name: str, offline: list[str]) -> None:
+def test_a_data_set_that_cannot_be_had_is_one_error_with_three_ways_on(
+    name: str, tmp_path: Path, offline: list[str]
+) -> None:
     with pytest.raises(DataError, match=rf"Expected the files of data={name} ") as raised:
-        load(name)
+        load(name, cache=tmp_path / "cache", debian=tmp_path / "debian")
     message = str(raised.value)
     assert all(way in message for way in ("--data-dir", "let torchvision download", "digits, or image-folder:PATH"))
     assert ("dataset-fashion-mnist" in message) == (name == "fashion-mnist")
@@ -290,21 +291,18 @@ def test_the_published_size_is_known_without_data_and_an_image_folder_has_none(o
     assert offline == []
 
 
-def test_cifar10_as_torchvision_gives_it_becomes_channels_first(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_cifar10_as_torchvision_gives_it_becomes_channels_first(tmp_path: Path) -> None:
     class Published:
         classes = ("plane", "car")
         data = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
         targets = (1, 0)
 
-        def __init__(self, root: str, train: bool, download: bool) -> None:
-            assert root == str(tmp_path)
+        def __init__(self, name: str, class_name: str, download: bool, root: str, train: bool) -> None:
+            assert (name, class_name, root) == ("cifar10", "CIFAR10", str(tmp_path))
 
-    monkeypatch.setattr("torchvision.datasets.CIFAR10", Published)
-    found = load("cifar10", tmp_path)
-    assert np.array_equal(found.train.pixels.permute(0, 2, 3, 1), Published.data)
-    assert found.train.targets.tolist() == [1, 0] and found.class_names == ("plane", "car")
+    train, _, class_names = data._cifar10(tmp_path, True, published=Published)
+    assert np.array_equal(train.pixels.permute(0, 2, 3, 1), Published.data)
+    assert train.targets.tolist() == [1, 0] and class_names == ("plane", "car")
 
 
 def test_gtsrb_in_torchvisions_layout_is_read_and_resized(tmp_path: Path, offline: list[str]) -> None:
@@ -451,17 +449,17 @@ def write_contents(folder: Path, files: dict[str, bytes]) -> None:
     Image.new("L", (4, 4)).save(folder / "test" / "x" / "0.png")
 
 
-def assert_pixels_are_those_of_the_file(what: str, folder: Path) -> None:
+def assert_pixels_are_those_of_the_file(what: str, folder: Path, read: Callable[[Path], Split]) -> None:
     suffix, content, expected, half_step = CONTENTS[what]
     write_contents(folder, {f"0.{suffix}": content})
-    train = load_folder(folder).train
+    train = read(folder)
     assert train.pixels.dtype == torch.uint16 and train.full_scale == 65_535 and bool(train.readable.all())
     assert np.abs(train.pixels[0].numpy() / 65_535 - expected).max() <= half_step + 1e-9
 
 
 @pytest.mark.parametrize("what", CONTENTS)
 def test_pixels_are_those_of_the_file(what: str, tmp_path: Path) -> None:
-    assert_pixels_are_those_of_the_file(what, tmp_path)
+    assert_pixels_are_those_of_the_file(what, tmp_path, lambda folder: load_folder(folder).train)
 
 
 @pytest.mark.parametrize(
@@ -471,14 +469,15 @@ def test_pixels_are_those_of_the_file(what: str, tmp_path: Path) -> None:
      "palette with one transparent colour", "palette with half transparent colours", "a transparent grey",
      "a transparent grey of 16 bits", "a transparent colour"],
 )  # fmt: skip
-def test_a_plain_conversion_to_rgb_would_be_noticed(what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_plain_conversion_to_rgb_would_be_noticed(what: str, tmp_path: Path) -> None:
     def converted(image: Image.Image, size: int) -> Tensor:
         resized = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(resized).astype(np.uint16) * 257).permute(2, 0, 1)
 
-    monkeypatch.setattr(folders, "square", converted)
     with pytest.raises(AssertionError):
-        assert_pixels_are_those_of_the_file(what, tmp_path)
+        assert_pixels_are_those_of_the_file(
+            what, tmp_path, lambda folder: image_folder(folder, 4, to_pixels=converted)[0]
+        )
 
 
 def test_16_bits_are_kept_when_an_image_is_resized(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models: every network takes every image, never mixes examples, and the user's own is found or refused in one line."""
 
+import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+from dpquant.data import models
 from dpquant.data.models import NAMES, build
 from dpquant.errors import ModelError, SettingError
 
@@ -61,21 +64,34 @@ def layer(shape, num_classes):
 """
 
 
+MODULES = {"my_models": OWN, "helper_beside_my_models": HELPER, "broken_models": "1 / 0\n"}
+MODULES |= {
+    "extending_models": EXTENDING.replace("LISTS_ITS_OWN_FOLDER", "False"),
+    "listing_models": EXTENDING.replace("LISTS_ITS_OWN_FOLDER", "True"),
+    "vendored/vendored_layers": "def double(x):\n    return 2 * x\n",
+}
+
+
+def forget() -> None:
+    for name in MODULES:
+        sys.modules.pop(name.removeprefix("vendored/"), None)
+
+
 @pytest.fixture
-def own_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The working directory holds the user's files, and what is imported from them is forgotten afterwards."""
-    (tmp_path / "my_models.py").write_text(OWN)
-    (tmp_path / "helper_beside_my_models.py").write_text(HELPER)
-    (tmp_path / "broken_models.py").write_text("1 / 0\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    for module in ("my_models", "helper_beside_my_models", "broken_models"):
-        monkeypatch.setitem(sys.modules, module, None)
-        monkeypatch.delitem(sys.modules, module)
+def own_models(tmp_path: Path) -> Iterator[Path]:
+    """A folder of the user's modules; what is imported from it, and added to the path, is forgotten afterwards."""
+    (tmp_path / "vendored").mkdir()
+    for name, text in MODULES.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    path = list(sys.path)
+    forget()
+    yield tmp_path
+    sys.path[:] = path
+    forget()
 
 
-def own(name: str) -> nn.Module:
-    return build(name, num_classes=5, input_shape=(1, 3, 4))
+def own(name: str, folder: Path | None = None) -> nn.Module:
+    return build(name, num_classes=5, input_shape=(1, 3, 4), folder=folder)
 
 
 def quantizable(model: nn.Module) -> int:
@@ -176,10 +192,10 @@ def test_residual_branches_begin_quietly_and_nothing_else_does(name: str, branch
     assert firsts.count(1.0) == len(firsts) - branches
 
 
-def round_off(name: str, width: float) -> float:
+def round_off(make: Callable[[], nn.Module]) -> float:
     """By how much a narrow network's gradient in float32 differs from float64's, relative to its norm."""
     torch.manual_seed(0)
-    model, x = build(name, num_classes=7, input_shape=(3, 32, 32), width=width), torch.randn(3, 3, 32, 32)
+    model, x = make(), torch.randn(3, 3, 32, 32)
     gradients = []
     for dtype in (torch.float32, torch.float64):
         model = model.to(dtype)
@@ -189,16 +205,17 @@ def round_off(name: str, width: float) -> float:
     return float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
 
 
-NARROW = [("densenet121", 0.25, "_DENSE_GROUP"), ("resnet18", 0.0625, "_LAST_STAGE_GROUP")]
+NARROW = {  # networks, and the same with groups of one or two values
+    "densenet121": (0.25, lambda width: models._densenet121(3, 7, width, group=1)),
+    "resnet18": (0.0625, lambda width: models._torchvision_resnet("resnet18", 3, 7, width, last_stage_group=1)),
+}
 
 
-@pytest.mark.parametrize(("name", "width", "group"), NARROW)
-def test_a_narrow_networks_gradient_is_more_than_round_off(
-    name: str, width: float, group: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert round_off(name, width) < 1e-3
-    monkeypatch.setattr(f"dpquant.data.models.{group}", 1)
-    assert round_off(name, width) > 1e-2  # groups of one or two values would be seen
+@pytest.mark.parametrize("name", NARROW)
+def test_a_narrow_networks_gradient_is_more_than_round_off(name: str) -> None:
+    width, in_small_groups = NARROW[name]
+    assert round_off(lambda: build(name, num_classes=7, input_shape=(3, 32, 32), width=width)) < 1e-3
+    assert round_off(lambda: in_small_groups(width)) > 1e-2  # it would be seen
 
 
 def test_a_width_for_a_users_own_network_is_refused() -> None:
@@ -211,51 +228,52 @@ def test_an_unknown_name_gets_the_known_ones_and_the_nearest() -> None:
         own("resnet-18")
 
 
-@pytest.mark.usefixtures("own_models")
 @pytest.mark.parametrize("function", ["build", "anything"])
-def test_a_users_own_function_is_called_with_what_it_takes(function: str) -> None:
+def test_a_users_own_function_is_called_with_what_it_takes(function: str, own_models: Path) -> None:
     before = list(sys.path)
-    assert own(f"my_models:{function}")(torch.randn(2, 1, 3, 4)).shape == (2, 5)
+    assert own(f"my_models:{function}", own_models)(torch.randn(2, 1, 3, 4)).shape == (2, 5)
     assert sys.path == before
 
 
-@pytest.fixture
-def extending_models(tmp_path: Path, own_models: None, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A module of the user's that extends the path, and whose model imports from there when it runs."""
-    (tmp_path / "vendored").mkdir()
-    (tmp_path / "vendored" / "vendored_layers.py").write_text("def double(x):\n    return 2 * x\n")
-    for name, listed in (("extending_models", False), ("listing_models", True)):
-        (tmp_path / f"{name}.py").write_text(EXTENDING.replace("LISTS_ITS_OWN_FOLDER", str(listed)))
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    for module in ("extending_models", "listing_models", "vendored_layers"):
-        monkeypatch.setitem(sys.modules, module, None)
-        monkeypatch.delitem(sys.modules, module)
-    return tmp_path
+IN_THE_WORKING_DIRECTORY = """
+from dpquant.data.models import build
+model = build("my_models:build", num_classes=5, input_shape=(1, 3, 4))
+assert type(model).__name__ == "Sequential"
+"""
+
+
+def test_a_users_own_function_is_looked_for_in_the_working_directory(own_models: Path) -> None:
+    subprocess.run([sys.executable, "-P", "-c", IN_THE_WORKING_DIRECTORY], check=True, cwd=own_models)
 
 
 @pytest.mark.parametrize("name", ["extending_models", "listing_models"])
-def test_what_a_users_own_module_adds_to_the_path_stays(extending_models: Path, name: str) -> None:
+def test_what_a_users_own_module_adds_to_the_path_stays(own_models: Path, name: str) -> None:
     before = list(sys.path)
-    model = own(f"{name}:build")
-    listed = [str(extending_models)] if name == "listing_models" else []
-    assert sys.path == [*before, str(extending_models / "vendored"), *listed]
+    model = own(f"{name}:build", own_models)
+    listed = [str(own_models)] if name == "listing_models" else []
+    assert sys.path == [*before, str(own_models / "vendored"), *listed]
     assert torch.equal(model(torch.ones(2)), torch.full((2,), 2.0))
 
 
-def test_a_path_that_is_put_back_as_it_was_is_seen(extending_models: Path) -> None:
+def test_a_path_that_is_put_back_as_it_was_is_seen(own_models: Path) -> None:
     before = list(sys.path)
-    model = own("extending_models:build")
+    model = own("extending_models:build", own_models)
     sys.path[:] = before
     with pytest.raises(ModuleNotFoundError, match="vendored_layers"):
         model(torch.ones(2))
 
 
-@pytest.mark.usefixtures("own_models")
-def test_a_users_own_function_may_take_nothing() -> None:
-    assert isinstance(own("my_models:nothing"), nn.Identity)
+def test_a_folder_that_is_on_the_path_already_stays_there(own_models: Path) -> None:
+    sys.path.append(str(own_models))
+    before = list(sys.path)
+    own("my_models:build", own_models)
+    assert sys.path == before
 
 
-@pytest.mark.usefixtures("own_models")
+def test_a_users_own_function_may_take_nothing(own_models: Path) -> None:
+    assert isinstance(own("my_models:nothing", own_models), nn.Identity)
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
@@ -269,6 +287,6 @@ def test_a_users_own_function_may_take_nothing() -> None:
         ("my_models:no_module", "to return a torch.nn.Module; got a str"),
     ],
 )
-def test_a_users_own_model_that_cannot_be_had_is_one_error(name: str, reason: str) -> None:
+def test_a_users_own_model_that_cannot_be_had_is_one_error(name: str, reason: str, own_models: Path) -> None:
     with pytest.raises(ModelError, match=f"Expected model={name} .*{reason}"):
-        own(name)
+        own(name, own_models)

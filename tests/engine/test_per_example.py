@@ -1,25 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """A module's per-example gradients are those of a loop of autograd over single examples, or the module is refused."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import dpquant
-from dpquant.engine import per_example
 from dpquant.engine.context import twin_of
 from dpquant.engine.group_norm import TapedGroupNorm
-from dpquant.engine.per_example import contributions_of, has_formula
+from dpquant.engine.per_example import RULES, contributions_of, has_formula
 from dpquant.errors import ModelError
 
 COUNT = 4
 
 
-def found_of(module, args, kwargs):
+def found_of(module, args, kwargs, contributions=contributions_of):
     output = module(*args, **kwargs).detach()
     grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
-    found = contributions_of(module, args, kwargs, output, grad)
+    found = contributions(module, args, kwargs, output, grad)
     return {name: contribution.per_example() for name, contribution in found.items()}, grad
 
 
@@ -38,8 +39,8 @@ def one_by_one(module, args, kwargs, grad, shared=()):
     }
 
 
-def assert_right(module, *args, shared=(), **kwargs):
-    found, grad = found_of(module, args, kwargs)
+def assert_right(module, *args, shared=(), contributions=contributions_of, **kwargs):
+    found, grad = found_of(module, args, kwargs, contributions)
     wanted = one_by_one(module, args, kwargs, grad, shared)
     assert found.keys() >= wanted.keys()
     for name, rows in wanted.items():
@@ -131,11 +132,11 @@ def test_subclasses_are_differentiated_as_they_are(make):
 
 
 @pytest.mark.parametrize("name", ["group norm", "layer norm", "embedding"])
-def test_a_formula_that_is_taken_for_subclasses_is_caught(name, monkeypatch):
+def test_a_formula_that_is_taken_for_subclasses_is_caught(name):
     module, x = SUBCLASSES[name]()
-    monkeypatch.setitem(per_example._RULES, type(module), per_example._RULES[type(module).__mro__[1]])
+    inherited = partial(contributions_of, rules={type(module): RULES[type(module).__mro__[1]]})
     with pytest.raises((AssertionError, RuntimeError)):
-        assert_right(filled(module), x)
+        assert_right(filled(module), x, contributions=inherited)
 
 
 def test_a_forward_of_the_instance_is_differentiated_as_it_is():
@@ -252,27 +253,43 @@ def test_a_shared_mask_that_has_as_many_rows_as_there_are_examples_is_refused():
     assert_refused("another one", Mix(COUNT), floats(COUNT, 4), torch.ones(COUNT, COUNT).tril())
 
 
-def test_an_argument_that_is_forgotten_is_caught(monkeypatch):
-    honest = per_example._generally
-    monkeypatch.setattr(
-        per_example, "_generally", lambda module, args, kwargs, output, grad: honest(module, args, {}, output, grad)
-    )
+def without_keywords(module, args, kwargs, output, grad, **settings):
+    """A plant: arguments given by keyword are forgotten."""
+    return contributions_of(module, args, {}, output, grad, **settings)
+
+
+UNCHECKED = 1e30  # a tolerance of any output
+
+
+def test_an_argument_that_is_forgotten_is_caught():
     mask = torch.arange(5) >= torch.tensor([[1], [2], [3], [4]])
     with pytest.raises(ModelError, match="gives another one"):
-        assert_right(Pool(), floats(5, 4), mask=mask)
-    monkeypatch.setattr(per_example, "_same", lambda again, output: True)
+        assert_right(Pool(), floats(5, 4), mask=mask, contributions=without_keywords)
+    assert_right(Pool(), floats(5, 4), mask=mask, contributions=partial(contributions_of, tolerance=UNCHECKED))
     with pytest.raises(AssertionError):
-        assert_right(Pool(), floats(5, 4), mask=mask)
+        unchecked = partial(without_keywords, tolerance=UNCHECKED)
+        assert_right(Pool(), floats(5, 4), mask=mask, contributions=unchecked)
 
 
-def test_control_flow_is_evaluated_one_by_one(monkeypatch):
-    calls = []
-    honest = per_example._one_by_one
-    monkeypatch.setattr(per_example, "_one_by_one", lambda *a: (calls.append(1), honest(*a))[1])
-    assert_right(Pool(), floats(5, 4))
-    assert not calls
-    assert_right(Branching(), floats(4))
-    assert calls
+def evaluations(module, *args):
+    """How often a module is called for its per-example gradients."""
+    forward, calls = type(module).forward, []
+
+    class Counted(type(module)):
+        def forward(self, *args):
+            calls.append(1)
+            return forward(self, *args)
+
+    module.__class__ = Counted
+    output = module(*args).detach()
+    calls.clear()
+    contributions_of(module, args, {}, output, torch.ones_like(output))
+    return len(calls)
+
+
+def test_control_flow_is_evaluated_one_by_one():
+    assert evaluations(Pool(), floats(5, 4)) == 1
+    assert evaluations(Branching(), floats(4)) == 1 + COUNT  # vectorised in vain
 
 
 # Refusals.
@@ -351,17 +368,21 @@ def loss(model, batch):
     return F.cross_entropy(model(*batch[:-1]), batch[-1], reduction="none")
 
 
-def assert_clipped_sum(model, batch):
+def clipped_sum(model, batch):
+    return dpquant.clipped_sum(
+        dpquant.prepare(model), loss, batch, max_grad_norm=0.1, record_ids=torch.arange(COUNT), step=0, seed=0
+    ).grads
+
+
+def assert_clipped_sum(model, batch, clipped_sum=clipped_sum):
     named = sorted(model.named_parameters())
     wanted = 0.0
     for i in range(COUNT):
         grads = torch.autograd.grad(loss(model, tuple(t[[i]] for t in batch)).sum(), [p for _, p in named])
         row = torch.cat([g.flatten() for g in grads])
         wanted = wanted + row * min(1.0, 0.1 / float(row.norm()))
-    found = dpquant.clipped_sum(
-        dpquant.prepare(model), loss, batch, max_grad_norm=0.1, record_ids=torch.arange(COUNT), step=0, seed=0
-    )
-    got = torch.cat([found.grads[name].flatten() for name, _ in named])
+    found = clipped_sum(model, batch)
+    got = torch.cat([found[name].flatten() for name, _ in named])
     assert float((got - wanted).norm()) < 1e-4 * float(wanted.norm())
 
 
@@ -394,11 +415,16 @@ def test_what_follows_may_write_into_a_modules_output():
     assert_clipped_sum(model, (floats(6), torch.randint(0, 3, (COUNT,))))
 
 
-def test_a_gradient_of_another_call_is_caught(monkeypatch):
-    batch = floats(5, 4), padding(), torch.randint(0, 3, (COUNT,))
-    monkeypatch.setattr(
-        per_example.torch.func, "functional_call", lambda m, p, a, k: m.forward(*a, **{**k, "mask": None})
-    )
-    monkeypatch.setattr(per_example, "_same", lambda again, output: True)
-    with pytest.raises((AssertionError, RuntimeError)):
-        assert_clipped_sum(Masked(), batch)
+def of_another_call(model, batch):
+    """A plant: the pool's gradients are those of a call without its mask, of the right norm."""
+    x, mask, targets = batch
+    found, other = clipped_sum(model, batch), clipped_sum(model, (x, torch.zeros_like(mask), targets))
+    query = "pool.query"
+    return {**found, query: other[query] * found[query].norm() / other[query].norm()}
+
+
+def test_a_gradient_of_another_call_is_caught():
+    model, batch = Masked(), (floats(5, 4), padding(), torch.randint(0, 3, (COUNT,)))
+    assert_clipped_sum(model, batch)
+    with pytest.raises(AssertionError):
+        assert_clipped_sum(model, batch, of_another_call)

@@ -3,13 +3,13 @@
 
 import contextlib
 import random
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from dpquant.engine import randomness
 from dpquant.engine.randomness import Drawing, Position, RecordDraws, Watch, reseed, seeded
 from dpquant.errors import ModelError
 
@@ -228,15 +228,16 @@ def test_a_user_s_generator_is_replaced_and_left_alone():
     ],
     ids=["attention", "dropout", "rrelu", "sum"],
 )
-def test_what_drops_nothing_is_computed_at_once_and_counts_as_no_draw(compute, monkeypatch):
-    seeds = []
-    monkeypatch.setattr(randomness, "_seed", seeds.append)
-    with RecordDraws(0, torch.arange(4)), Watch() as watch:
-        found = compute()
-    assert not watch.drew and not seeds and torch.equal(found, compute())
-    with seeded(0), RecordDraws(0, torch.arange(4)), Watch() as watch:  # had it drawn, it would be seen
-        F.dropout(compute())
-    assert watch.drew and seeds
+def test_what_drops_nothing_is_computed_at_once_and_counts_as_no_draw(compute):
+    """Nothing is seeded for it: the generator stands where it stood."""
+    with seeded(0):
+        position = Position()
+        with RecordDraws(0, torch.arange(4)), Watch() as watch:
+            found = compute()
+        assert not watch.drew and not position.moved() and torch.equal(found, compute())
+        with RecordDraws(0, torch.arange(4)), Watch() as watch:  # had it drawn, it would be seen
+            F.dropout(compute())
+        assert watch.drew and position.moved()
 
 
 def test_a_kernel_that_draws_by_itself_is_refused():
@@ -333,10 +334,24 @@ def draw_from_all():
 
 
 GLOBAL = {"random": random.random, "numpy": np.random.rand, "numpy, normal": np.random.randn, "torch": torch.randn}
-BACK = [(random, "setstate"), (np.random, "set_state"), (torch.random, "set_rng_state")]
+STREAMS = {
+    "random": (random.getstate, random.setstate),
+    "numpy": (np.random.get_state, np.random.set_state),
+    "torch": (torch.random.get_rng_state, torch.random.set_rng_state),
+}
 
 
-def assert_streams_go_on_as_if_nothing_had_been(*, raises):
+@contextlib.contextmanager
+def all_but(name, key):
+    """A plant: `seeded`, but one stream stays where it was left."""
+    get, put = STREAMS[name]
+    with seeded(key):
+        yield
+        left = get()
+    put(left)
+
+
+def assert_streams_go_on_as_if_nothing_had_been(*, raises, seeded=seeded):
     reseed(3)
     np.random.randn()  # of which numpy keeps a second one
     states = random.getstate(), torch.random.get_rng_state()
@@ -365,12 +380,10 @@ def test_seeding_gives_all_streams_back_even_after_an_error(raises):
 
 
 @pytest.mark.usefixtures("unmoved")
-@pytest.mark.parametrize(("owner", "name"), BACK, ids=["random", "numpy", "torch"])
-def test_a_stream_that_is_not_given_back_is_caught(owner, name):
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(owner, name, lambda state: None)
-        with pytest.raises(AssertionError):
-            assert_streams_go_on_as_if_nothing_had_been(raises=False)
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_stream_that_is_not_given_back_is_caught(name):
+    with pytest.raises(AssertionError):
+        assert_streams_go_on_as_if_nothing_had_been(raises=False, seeded=partial(all_but, name))
 
 
 def test_all_streams_follow_the_key():
@@ -382,34 +395,65 @@ def test_all_streams_follow_the_key():
     assert all(len({found[place][stream] for place in (0, 1, 3)}) == 3 for stream in range(3))
 
 
-@pytest.mark.usefixtures("unmoved")
-@pytest.mark.parametrize("name", GLOBAL)
-def test_a_position_sees_every_global_generator_move(name):
-    position = Position()
+def assert_every_move_is_seen(name, position):
     assert not position.moved() and not position.torch_moved()
     GLOBAL[name](*[1] * (name == "torch"))
     assert position.moved() and position.torch_moved() == (name == "torch")
 
 
 @pytest.mark.usefixtures("unmoved")
-@pytest.mark.parametrize(("owner", "name"), [(np.random, "get_state"), (random, "getstate")])
-def test_a_position_that_does_not_look_at_a_generator_is_caught(owner, name, monkeypatch):
-    state = np.random.get_state(legacy=False) if owner is np.random else random.getstate()
-    monkeypatch.setattr(owner, name, lambda **_: state)
+@pytest.mark.parametrize("name", GLOBAL)
+def test_a_position_sees_every_global_generator_move(name):
+    assert_every_move_is_seen(name, Position())
+
+
+class NotLooking(Position):
+    """A plant: for it, one stream is always where it was."""
+
+    def __init__(self, name):
+        super().__init__()
+        self._put, self._state = STREAMS[name][1], STREAMS[name][0]()
+
+    def moved(self):
+        self._put(self._state)
+        return super().moved()
+
+
+@pytest.mark.usefixtures("unmoved")
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_position_that_does_not_look_at_a_generator_is_caught(name):
     with pytest.raises(AssertionError):
-        test_a_position_sees_every_global_generator_move("numpy" if owner is np.random else "random")
+        assert_every_move_is_seen(name, NotLooking(name))
 
 
-def test_a_position_sees_the_generators_of_cuda_devices_move(monkeypatch):
-    states = [torch.zeros(16), torch.zeros(16)]
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [state.clone() for state in states])
-    position = Position()
+class Devices:
+    """What torch.cuda says of two devices, or of devices that nobody has used yet."""
+
+    def __init__(self, used):
+        self.used, self.states = used, [torch.zeros(16), torch.zeros(16)]
+
+    def is_initialized(self):
+        return self.used
+
+    def get_rng_state_all(self):
+        assert self.used  # asking would start the devices
+        return [state.clone() for state in self.states]
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_a_position_sees_the_generators_of_cuda_devices_move_if_they_are_in_use(used):
+    devices = Devices(used)
+    position = Position(devices)
     assert not position.torch_moved()
-    states[1][3] = 1
-    assert position.torch_moved() and position.moved()
-    monkeypatch.setattr(randomness, "_device_states", lambda: position._devices)  # one that does not look
-    assert not position.torch_moved()
+    devices.states[1][3] = 1
+    assert position.torch_moved() == position.moved() == used
+
+
+def test_a_position_sees_that_cuda_devices_came_into_use():
+    devices = Devices(False)
+    position = Position(devices)
+    devices.used = True
+    assert position.torch_moved()
 
 
 # Draws are noticed

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is public of a record: structure, types and shapes; and values of several kinds in that form."""
+"""The form of a record (structure, types and shapes, which are public) and synthetic values of that form."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -11,20 +11,20 @@ from torch import Tensor
 
 from dpquant.errors import DataError
 
-_GROWTH = 4.0  # each record is so many times the one before: a statistic over the batch then moves them all
+_GROWTH = 4.0  # ratio of successive records' sizes, so that one of them dominates any statistic over the batch
 FLOATS = ("normal", "unit", "positive", "signed unit", "counts", "binary", "negative")
 INTEGERS = ("zero one", "one two", "few", "many")
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """What is public of one value in a record.
+    """The public form of one value in a record.
 
     Attributes:
-      dtype: torch's; of Python's numbers, what they become.
-      shape: None where records differ.
-      type: of the value itself.
-      finish: makes such a value of a tensor.
+      dtype: of the tensor that the value is, or is converted to.
+      shape: None for each axis in which records may differ.
+      type: the value's class.
+      finish: converts a tensor to a value of this class.
     """
 
     dtype: torch.dtype
@@ -34,10 +34,10 @@ class Leaf:
 
     @classmethod
     def of(cls, value: Any) -> "Leaf | Unused":
-        """The leaf that a value is an example of.
+        """Return the form of a value.
 
         Raises:
-          DataError: nothing that a tensor could be made of.
+          DataError: the value cannot be converted to a tensor.
         """
         if isinstance(value, str | bytes | None):
             return Unused(type(value))
@@ -67,7 +67,13 @@ class Leaf:
         return same and fits
 
     def make(self, kind: str, index: int, generator: torch.Generator) -> Any:
-        """A value of some kind for the record of this number."""
+        """Return a synthetic value.
+
+        Args:
+          kind: one of `kinds`.
+          index: the record's number: 0, 1 or 2.
+          generator: of the values.
+        """
         shape = [1 if size is None else size for size in self.shape]
         if self.dtype == torch.bool:
             made = _integers("zero one", index, shape, generator).bool()
@@ -81,14 +87,14 @@ class Leaf:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of values that make a difference."""
+        """The kinds of values to try for this type."""
         if self.dtype == torch.bool or (self.dtype == torch.uint8 and len(self.shape) > 1):
             return ("any",)
         return FLOATS if self.dtype.is_floating_point or self.dtype.is_complex else INTEGERS
 
 
 def _finish(value: Any) -> Callable[[Tensor], Any]:
-    """Return what makes a value of the given one's type of a tensor."""
+    """Return the function that converts a tensor to a value of this one's class."""
     if isinstance(value, np.ndarray | np.generic):
         return lambda made: made.numpy().astype(value.dtype)[()]
     if isinstance(value, bool | int | float | list):
@@ -98,7 +104,13 @@ def _finish(value: Any) -> Callable[[Tensor], Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Unused:
-    """Text or None in a record: a file's name, for instance, which the collate function leaves out of the batch."""
+    """The form of text or None in a record, such as a file's name, which the collate function leaves out of the batch.
+
+    Attributes:
+      type: str, bytes or that of None.
+      shape: of a scalar.
+      kinds: one: there are no values to vary.
+    """
 
     type: type
     shape: tuple[int, ...] = ()
@@ -109,7 +121,7 @@ class Unused:
         return value is None or self.type is type(None) or type(value) is self.type
 
     def make(self, kind: str, index: int, generator: torch.Generator) -> Any:
-        """Empty text, or None."""
+        """Return empty text, or None."""
         return None if self.type is type(None) else self.type()
 
 

@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does this model, with this loss and this collate function, keep its examples apart? Tried before a record is used.
+"""Checks that a model, with its loss and collate function, keeps examples apart, before a private record is read.
 
-`refusals.check_trainable` refuses by type. Such a list can be evaded (a batch statistic in a forward method, a
-parameter used behind its module's back), so `check_isolation` runs the model on synthetic records a, b, c
-(`checks/synthetic.py`, `checks/probe.py`): what it makes of a, that is a's loss, a's gradient and, quantized, a's
-codes, may not change when b takes c's place, nor when a takes another place, and the gradient must be what autograd
-computes.
+`refusals.check_trainable` refuses known types of modules. That does not cover a batch statistic in a forward method, or
+a parameter used outside of its module. So `check_isolation` runs the model on synthetic records a, b, c
+(`checks/synthetic.py`, `checks/probe.py`) and compares the loss of a, its gradient and, quantized, its codes. They must
+not change when c replaces b in the batch, nor when a is in another row, and the gradient must be autograd's.
 
-A check that cannot see is worse than none. No comparison passes on NaN. Parameters are shaken a little, so that what
-begins at zero (a gate, an adapter) lets gradients through, and every trainable parameter has to be moved. And couplings
-are planted into this very model and batch, in every leaf of the batch that it uses, in activations and in the loss:
-each has to be seen, else the check says that it could not see.
+Each check is shown to be able to fail. No comparison passes on NaN. Parameters are perturbed a little, so that those
+that start at zero (a gate, an adapter) let gradients through, and every trainable parameter must get a nonzero
+gradient. Couplings are planted in this model and batch: in every leaf of the batch that is used, in activations and in
+the loss. If one of them is not seen, the check raises an error, because it could not have seen the model's own.
 
-A gradient jumps where round-off carries a ReLU's input across zero, or another pixel to the top of a maximum: with maps
-of 64x64 in half of the ResNets that were tried. So comparisons are made in float64, where that does not happen, unless
-the model cannot run in it.
+Comparisons are made in float64 if the model runs in it. In float32, round-off can carry a ReLU's input across zero, or
+make another pixel the maximum of a pooling window, and the gradient jumps: with maps of 64x64 that happened in half of
+the ResNets that were tried.
 """
 
 import contextlib
@@ -24,7 +23,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpquant.checks.probe import (
     FIXED,
@@ -36,12 +35,15 @@ from dpquant.checks.probe import (
     Probe,
     add_mean,
     blind,
+    buffers_of,
+    changed_buffer,
     identical,
     other_mode,
     piece_of,
+    restore_buffers,
     shaken,
 )
-from dpquant.checks.refusals import BY_PLACE, COUPLED, PADDED, NotFinite, explained
+from dpquant.checks.refusals import BUFFERS, BY_PLACE, COUNTS, COUPLED, FOLLOWS, PADDED, NotFinite, explained
 from dpquant.checks.synthetic import Specimens
 from dpquant.engine.batches import Microbatch
 from dpquant.engine.layers import (
@@ -58,26 +60,18 @@ from dpquant.engine.tape import check_examples_first, no_gradient
 from dpquant.errors import DataError, DPQuantError, ModelError
 from dpquant.formats import Precision
 
-_MOST_KINDS = 6  # kinds of values on which a model runs, tried until a check is not blind
+_MOST_KINDS = 6  # kinds of values on which a model runs: tried until the check sees what it plants
 _MOST_SHAKES = 5
-_BUFFERS = "Expected a forward pass to leave the model's buffers alone"
-_FOLLOWS = (
-    "A buffer that follows the data is released with the model, without noise. Remove it, or freeze it in evaluation."
-)
-_COUNTS = (
-    "It changes at every pass, whatever the data, so that it tells how many passes were made, which follows how many "
-    "records were drawn. Put its module in evaluation mode (spectral_norm stops there), or remove it."
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Findings:
-    """What the check found out about a model that passed it.
+    """Facts about a model that passed the check.
 
     Attributes:
       objective: the model and its loss, and whether they draw random numbers.
       macs: {quantizable layer: multiply-accumulates of its forward product, for one example}.
-      specimens: the synthetic records that it ran on.
+      specimens: the synthetic records that the model ran on.
     """
 
     objective: Objective
@@ -86,7 +80,11 @@ class Findings:
 
 
 def check_isolation(
-    objective: Objective, candidates: Iterable[Specimens], *, quantized: Sequence[Precision] = ()
+    objective: Objective,
+    candidates: Iterable[Specimens],
+    *,
+    quantized: Sequence[Precision] = (),
+    probe: type[Probe] = Probe,
 ) -> Findings:
     """Run the model on synthetic records, refuse it if its examples are coupled, and count its multiply-accumulates.
 
@@ -94,11 +92,12 @@ def check_isolation(
       objective: a prepared model and its loss. Parameters, modes and precisions and the global random streams are left
         as they were; buffers that the model fills at its first call are filled.
       candidates: synthetic records of several kinds; those that the model can run on are used.
-      quantized: the precisions in which all layers are tried besides full precision.
+      quantized: precisions in which all layers are also checked, besides full precision.
+      probe: makes the comparisons.
     Raises:
       ModelError: the model runs on none of the candidates; a parameter has no per-example gradient, or one that is not
         what autograd computes; one example's gradient or codes depend on another; a buffer or other state follows the
-        data; or the check was blind: a coupling that it planted itself had no effect.
+        data; or a coupling that the check planted itself was not seen.
       DataError: the collate function does not give one row for each record, or mixes records.
     Privacy: reads no data.
     """
@@ -113,7 +112,7 @@ def check_isolation(
             watched = dataclasses.replace(objective, drawing=Drawing(by_operator=True))
             macs = _count_macs(objective, specimens)
             try:
-                _check(watched, specimens, planted=True)
+                _check(watched, specimens, probe, planted=True)
             except Blind as problem:
                 unseen = problem
                 unclear.append(specimens)
@@ -124,7 +123,7 @@ def check_isolation(
             raise ModelError(str(unseen))
         others = [*unclear, *found.specimens.variations()]
         if quantized and quantizable_layers(model):
-            with shaken(model, torch.float32, 0):
+            with shaken(model, torch.float32, 0, probe.share):
                 for one in quantized:
                     set_precisions(model, dict.fromkeys(quantizable_layers(model), one))
                     _check_codes(found.objective, found.specimens)
@@ -132,7 +131,7 @@ def check_isolation(
                         _check_quantized_losses(found.objective, specimens)
         else:
             for specimens in others:
-                _check_kind(found.objective, specimens)
+                _check_kind(found.objective, specimens, probe)
         return found
     finally:
         set_precisions(model, precisions)
@@ -141,14 +140,14 @@ def check_isolation(
 
 
 def _usable(objective: Objective, candidates: Iterable[Specimens]) -> Iterator[Specimens]:
-    """The candidates on which the model runs with finite losses and gradients; at least one, or an error."""
+    """Yield the candidates on which the model runs with finite losses and gradients; raise an error if none."""
     first, any_usable = None, False
     for specimens in candidates:
         try:
             _run(objective, specimens)
         except DataError:  # the collate function's, or of the wrong number of rows
             raise
-        except Exception as error:  # whatever the user's code raises on values that are not of its domain
+        except Exception as error:  # the user's code may raise anything on values outside of its domain
             first = first or explained(error)
             continue
         any_usable = True
@@ -159,7 +158,7 @@ def _usable(objective: Objective, candidates: Iterable[Specimens]) -> Iterator[S
 
 
 def _run(objective: Objective, specimens: Specimens) -> None:
-    """One pass over the three records. Raises whatever the user's code raises, and NotFinite."""
+    """Run one pass over the three records; raises what the user's code raises, and NotFinite."""
     piece = piece_of(specimens, (0, 1, 2), torch.float32)
     found = gradients_of_rows(dataclasses.replace(objective, drawing=objective.drawing.unknown()), piece, key=KEY)
     squared_norms = {name: part.squared_norms() for name, part in found.parts.items()}
@@ -168,21 +167,21 @@ def _run(objective: Objective, specimens: Specimens) -> None:
         raise NotFinite
 
 
-def _check(objective: Objective, specimens: Specimens, *, planted: bool) -> None:
-    """Make all comparisons, in float64 if the model runs in it."""
+def _check(objective: Objective, specimens: Specimens, kind: type[Probe], *, planted: bool) -> None:
+    """Make all comparisons, in float64 if the model runs in it; perturb until every parameter gets a gradient."""
     trainable = set(objective.trainable())
     moved: set[str] = set()
     reached: set[str] = set()
     dtype = torch.float64
     for shake in range(_MOST_SHAKES):
         try:
-            probe = _compare(objective, specimens, dtype, shake, planted)
+            probe = _compare(objective, specimens, kind, dtype, shake, planted)
         except DPQuantError:
             raise
-        except Exception:  # a type that the model fixes by itself
+        except Exception:  # the model casts to a type of its own
             dtype = torch.float32
             try:
-                probe = _compare(objective, specimens, dtype, shake, planted)
+                probe = _compare(objective, specimens, kind, dtype, shake, planted)
             except DPQuantError:
                 raise
             except Exception as error:
@@ -194,42 +193,41 @@ def _check(objective: Objective, specimens: Specimens, *, planted: bool) -> None
     if missing := sorted(trainable - reached):
         raise no_gradient(missing[0])
     raise Blind(
-        f"Expected made-up records that give every trainable parameter a gradient; {min(trainable - moved)} got zero. "
-        "So the check could not see whether examples are kept apart. Freeze the parameter if it has no effect, or give "
-        "example= a few public or synthetic records."
+        f"Expected synthetic records that give every trainable parameter a gradient; {min(trainable - moved)} got "
+        "zero. So the check could not see whether examples are kept apart. Freeze the parameter if it has no effect, "
+        "or give example= a few public or synthetic records."
     )
 
 
-def _compare(objective: Objective, specimens: Specimens, dtype: torch.dtype, shake: int, planted: bool) -> Probe:
-    """The comparisons of one kind of records and one shake; the first ones that pass are planted against."""
-    model = objective.model
-    with shaken(model, dtype, shake):
-        before = buffers_of(model)
-        probe = Probe(objective, specimens, dtype)
+def _compare(
+    objective: Objective, specimens: Specimens, kind: type[Probe], dtype: torch.dtype, shake: int, planted: bool
+) -> Probe:
+    """Make the comparisons on one kind of records for one perturbation; couplings are planted at the first only."""
+    with shaken(objective.model, dtype, shake, kind.share):
+        probe = kind(objective, specimens, dtype)
         if planted:
             probe.check_collation()
-        probe.compare_company()
+        probe.compare_batchmates()
         if shake == 0:
             probe.compare_in_the_other_mode()
         if planted and shake == 0:
             probe.compare_further()
             probe.plant()
-        if changed := changed_buffer(model, before):
-            raise ModelError(f"{_BUFFERS}; got a change of {changed}. {_FOLLOWS}")
+        probe.compare_buffers()
         return probe
 
 
-def _check_kind(objective: Objective, specimens: Specimens) -> None:
+def _check_kind(objective: Objective, specimens: Specimens, kind: type[Probe]) -> None:
     """Compare the results of another kind of values in full precision, if the model runs on it."""
     try:
         _run(objective, specimens)
     except Exception:  # outside of the data's domain
         return
-    _check(objective, specimens, planted=False)
+    _check(objective, specimens, kind, planted=False)
 
 
 def _check_codes(objective: Objective, specimens: Specimens) -> None:
-    """Compare rows' codes, scales and losses in several companies, bit for bit: a batch scale shows, and padding."""
+    """Compare rows' codes, scales and losses among several batchmates, bit for bit: sees batch scales and padding."""
     if specimens.padded:
         raise ModelError(PADDED)
 
@@ -241,8 +239,8 @@ def _check_codes(objective: Objective, specimens: Specimens) -> None:
         return [values[row] for values in found]
 
     found = [results(order) for order in FIXED]
-    for (company, row), (other, _) in PLACES_FIXED:
-        here, there = of_row(found[company], row), of_row(found[other], row)
+    for (one, row), (other, _) in PLACES_FIXED:
+        here, there = of_row(found[one], row), of_row(found[other], row)
         if [values.shape for values in here] != [values.shape for values in there]:
             raise ModelError(PADDED)
         if not all(map(identical, here, there)):
@@ -250,8 +248,8 @@ def _check_codes(objective: Objective, specimens: Specimens) -> None:
     first = next(module for module in objective.model.modules() if isinstance(module, QuantizableLayer))
     handle = first.register_forward_hook(add_mean)
     try:
-        one, other = _losses_in(FIXED[::2], objective, specimens)
-        if identical(one[0], other[0]) and all(map(identical, *(of_row(results(order), 0) for order in FIXED[::2]))):
+        left, right = _losses_in(FIXED[::2], objective, specimens)
+        if identical(left[0], right[0]) and all(map(identical, *(of_row(results(order), 0) for order in FIXED[::2]))):
             raise blind("the codes of quantized layers")
     finally:
         handle.remove()
@@ -269,21 +267,24 @@ def _check_quantized_losses(objective: Objective, specimens: Specimens) -> None:
             return
         if specimens.padded:
             raise ModelError(PADDED)
-        for (company, row), (other, _) in PLACES_FIXED:
-            if not identical(found[company][row], found[other][row]):
+        for (one, row), (other, _) in PLACES_FIXED:
+            if not identical(found[one][row], found[other][row]):
                 raise ModelError(COUPLED)
 
 
-def _losses_in(companies: Iterable[Sequence[int]], objective: Objective, specimens: Specimens) -> list[Tensor]:
-    pieces = (piece_of(specimens, order, torch.float32) for order in companies)
+def _losses_in(orders: Iterable[Sequence[int]], objective: Objective, specimens: Specimens) -> list[Tensor]:
+    pieces = (piece_of(specimens, order, torch.float32) for order in orders)
     return [losses_of(objective, piece, key=KEY) for piece in pieces]
 
 
 def check_at_size(found: Findings, size: int) -> None:
-    """Other company and another place in a microbatch of the run's own size, by losses, as the model runs now.
+    """Compare a record's loss among other batchmates and in another row, in a microbatch of the run's own size.
 
+    Args:
+      found: about the model, which is checked in its current precisions.
+      size: examples of a microbatch.
     Raises:
-      ModelError: a's loss depends on the others or on its place, or the model does not run on so many examples.
+      ModelError: a's loss depends on the others or on its row, or the model does not run on so many examples.
     Privacy: reads no data.
     """
 
@@ -301,15 +302,21 @@ def check_at_size(found: Findings, size: int) -> None:
             ) from error
 
     quantized = any(layer.quantized for layer in quantizable_layers(found.objective.model).values())
-    first, other = loss(1, 0), loss(2, 0 if quantized else size - 1)  # elsewhere, a last bit can become another code
+    # in another row, round-off in the last bit can change a code: quantized, the row stays
+    first, other = loss(1, 0), loss(2, 0 if quantized else size - 1)
     if not abs(other - first) <= TOLERANCE * max(abs(first), SMALLEST_LOSS):
         raise ModelError(BY_PLACE if found.objective.drawing.seen else COUPLED)
 
 
 def keeps_apart(objective: Objective, piece: Microbatch, elsewhere: Microbatch, *, key: int) -> bool:
-    """Whether the first row comes out alike in two microbatches of one size: loss, gradient, and codes bit for bit.
+    """Whether the first row of two microbatches of one size has equal loss and gradient, and codes equal bit for bit.
 
-    Privacy: for a model that keeps examples apart the answer is always yes, so that it says nothing about the records.
+    Args:
+      objective: the model and its loss.
+      piece: a record and its batchmates.
+      elsewhere: the same record in the first row, among others.
+      key: of the step's random draws.
+    Privacy: always True for a model that keeps examples apart, so the answer depends on no record.
     """
     one, other = (gradients_of_rows(objective, batch, key=key).row(0) for batch in (piece, elsewhere))
     losses = float(one.losses[0]), float(other.losses[0])
@@ -327,7 +334,7 @@ def keeps_apart(objective: Objective, piece: Microbatch, elsewhere: Microbatch, 
 
 
 def _count_macs(objective: Objective, specimens: Specimens) -> dict[str, float]:
-    """One forward pass, counting; and the check that it leaves the buffers alone."""
+    """Count multiply-accumulates in one forward pass; raise ModelError if it changes a buffer."""
 
     def forward(order: Sequence[int]) -> None:
         with torch.no_grad(), seeded(KEY):
@@ -343,28 +350,5 @@ def _count_macs(objective: Objective, specimens: Specimens) -> dict[str, float]:
         restore_buffers(model, before)
         forward((2, 2, 2))
         follows = changed_buffer(model, one) is not None
-        raise ModelError(f"{_BUFFERS}; got a change of {changed}. {_FOLLOWS if follows else _COUNTS}")
+        raise ModelError(f"{BUFFERS}; got a change of {changed}. {FOLLOWS if follows else COUNTS}")
     return macs
-
-
-def buffers_of(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the model's buffers."""
-    return {name: buffer.clone() for name, buffer in model.named_buffers()}
-
-
-def changed_buffer(model: nn.Module, before: dict[str, Tensor]) -> str | None:
-    """The name of a buffer that is no longer what it was, or None."""
-    now = dict(model.named_buffers())
-    for name in {**before, **now}:
-        same = name in now and name in before and now[name].shape == before[name].shape
-        if not (same and torch.equal(now[name].nan_to_num(), before[name].nan_to_num())):
-            return name
-    return None
-
-
-def restore_buffers(model: nn.Module, before: dict[str, Tensor]) -> None:
-    """Put back the values of buffers that still have their shape."""
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            if name in before and buffer.shape == before[name].shape:
-                buffer.copy_(before[name])

@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model makes of one synthetic record in different company, and couplings that are planted to be seen.
+"""Compares a record's loss and gradient among different batchmates, and plants couplings to show that it sees them.
 
-Comparisons are of a record's loss and gradient. None passes on NaN: each is written so that it holds or fails.
+Every comparison is written so that it fails on NaN.
 """
 
 import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpquant.checks.refusals import BY_PLACE, COUPLED, KEEPS_STATE, MIXED
+from dpquant.checks.refusals import BUFFERS, BY_PLACE, COUPLED, FOLLOWS, KEEPS_STATE, MIXED
 from dpquant.checks.synthetic import Specimens
 from dpquant.engine.batches import Microbatch, leaves, with_leaves
 from dpquant.engine.passes import Objective, RowGradients, draws_key, gradients_of_rows, losses_of
@@ -23,26 +23,26 @@ from dpquant.engine.randomness import seeded
 from dpquant.engine.tape import no_gradient
 from dpquant.errors import DataError, ModelError
 
-KEY = 0  # of the synthetic records' draws: nothing private follows from them
-TOLERANCE, _FLOAT64_TOLERANCE = 1e-3, 1e-6  # of a loss or a gradient; rounding is a hundred times smaller
-SMALLEST_LOSS = 1e-3  # losses below it are compared as if they were as large
+KEY = 0  # of the random draws on synthetic records; not secret, because no private value is involved
+TOLERANCE, _FLOAT64_TOLERANCE = 1e-3, 1e-6  # relative, of a loss or a gradient; rounding is a hundred times smaller
+SMALLEST_LOSS = 1e-3  # differences of smaller losses are taken relative to this
 
-# Three companies in which each of a, b and c (0, 1, 2) meets others, once alone of its kind and once as a pair: so that
-# what follows the largest, the smallest or the middle one shows, whichever that is. Then each one's two places in them,
-# as (company, row); they differ or, for what has to be equal bit for bit, are the same.
+# Three batches of the records a, b and c (0, 1, 2). In two of them each record has other batchmates, once as the only
+# copy and once as one of two, so that a statistic that follows the largest, smallest or middle record is seen. Then the
+# two places of each record, as (batch, row): in different rows or, for comparisons bit for bit, in the same row.
 MOVED = ((0, 1, 1), (1, 2, 2), (0, 0, 2))
 PLACES_MOVED = (((0, 0), (2, 1)), ((0, 2), (1, 0)), ((1, 1), (2, 2)))
 FIXED = ((0, 1, 1), (2, 1, 2), (0, 0, 2))
 PLACES_FIXED = (((0, 0), (2, 0)), ((0, 1), (1, 1)), ((1, 2), (2, 2)))
-_PAIRS = ((0, 1), (0, 2))  # companies of a that a planted coupling has to tell apart
+_PAIRS = ((0, 1), (0, 2))  # batches of two in which a planted coupling has to change the results of a
 
 
 class Blind(ModelError):
-    """A coupling that was planted was not seen."""
+    """The check did not see a coupling that it planted itself."""
 
 
 def piece_of(specimens: Specimens, order: Sequence[int], dtype: torch.dtype) -> Microbatch:
-    """The specimens of these numbers as a microbatch; a specimen's number is its record id."""
+    """Return a microbatch of the specimens with these numbers, which are their record ids; floats in `dtype`."""
     batch = specimens.batch(order)
     if dtype == torch.float64:
         batch = with_leaves(batch, lambda leaf: leaf.double() if leaf.dtype == torch.float32 else leaf)
@@ -50,17 +50,18 @@ def piece_of(specimens: Specimens, order: Sequence[int], dtype: torch.dtype) -> 
 
 
 @contextlib.contextmanager
-def shaken(model: nn.Module, dtype: torch.dtype, seed: int) -> Iterator[None]:
-    """Parameters a little off, parameters and buffers in a type, until the block ends; then as before, in their memory.
+def shaken(model: nn.Module, dtype: torch.dtype, seed: int, share: float) -> Iterator[None]:
+    """Perturb parameters and convert parameters and buffers to a type until the block ends; then restore them in place.
 
-    Each entry moves by up to a tenth of itself, and zeros leave zero: a zero may be a gate that lets no gradient by.
+    Each entry changes by up to `share` of itself, a zero by up to `share`: a zero may be a gate that lets no gradient
+    through.
     """
     generator = torch.Generator().manual_seed(seed)
     parameters = set(model.parameters())
     kept = [(t, t.data) for t in (*model.parameters(), *model.buffers()) if t.dtype == torch.float32]
     for tensor, data in kept:
         if tensor in parameters:
-            noise = (0.2 * torch.rand(data.shape, generator=generator) - 0.1).to(data.device)
+            noise = (2 * share * torch.rand(data.shape, generator=generator) - share).to(data.device)
             data = data + torch.where(data == 0, noise, noise * data)
         tensor.data = data.to(dtype, copy=tensor not in parameters)
     try:
@@ -72,7 +73,7 @@ def shaken(model: nn.Module, dtype: torch.dtype, seed: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def other_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation in place of training, or training in place of evaluation, until the block ends."""
+    """Switch from training to evaluation, or back, until the block ends."""
     modes = {module: module.training for module in model.modules()}
     try:
         model.train(not model.training)
@@ -83,39 +84,55 @@ def other_mode(model: nn.Module) -> Iterator[None]:
 
 
 class Probe:
-    """What the model makes of a specimen in some company.
+    """Compares losses and gradients of specimens among different batchmates, for parameters as they are now.
 
     Attributes:
-      moved: names of the parameters that a comparison gave a gradient other than zero.
-      reached: names of the parameters whose modules got a gradient at all.
+      share: by which parameters are perturbed before they are probed, see `shaken`.
+      tolerances: largest relative difference of losses or gradients that count as equal, by type.
+      moved: names of the parameters that had a nonzero gradient in a comparison.
+      reached: names of the parameters whose modules received a gradient, zero or not.
     """
 
+    share: ClassVar[float] = 0.1
+    tolerances: ClassVar[dict[torch.dtype, float]] = {
+        torch.float32: TOLERANCE,
+        torch.float64: _FLOAT64_TOLERANCE,
+    }
+
     def __init__(self, objective: Objective, specimens: Specimens, dtype: torch.dtype):
+        """Take the gradients of the first batch.
+
+        Args:
+          objective: the model and its loss.
+          specimens: synthetic records.
+          dtype: of the model and of the batches' floats.
+        """
         self._objective, self._model, self._specimens = objective, objective.model, specimens
-        self._dtype, self._tolerance = dtype, _FLOAT64_TOLERANCE if dtype == torch.float64 else TOLERANCE
+        self._dtype, self._tolerance = dtype, self.tolerances[dtype]
+        self._buffers = buffers_of(objective.model)
         self.moved: set[str] = set()
         self.reached: set[str] = set()
         self._first = self._rows(MOVED[0])
 
-    def compare_company(self) -> None:
-        """Raise ModelError if the results of one change in other company and at another place."""
-        self._compare_in_companies([self._first, *map(self._rows, MOVED[1:])])
+    def compare_batchmates(self) -> None:
+        """Raise ModelError if a record's results change with its batchmates or its row."""
+        self._compare_in_batches([self._first, *map(self._rows, MOVED[1:])])
 
     def compare_in_the_other_mode(self) -> None:
-        """The same in the mode, training or evaluation, that the model is not in."""
+        """Compare batchmates in evaluation if the model is in training, and the other way round."""
         with other_mode(self._model):
-            self._compare_in_companies([*map(self._rows, MOVED)])
+            self._compare_in_batches([*map(self._rows, MOVED)])
 
     def compare_further(self) -> None:
-        """Raise ModelError if results change with the number of neighbours or the past, or are not autograd's."""
-        self._compare_with_autograd()
+        """Raise ModelError if results change with the batch size or with earlier calls, or differ from autograd's."""
+        self.compare_with_autograd()
         if not self._objective.drawing.seen:
             self._compare_with_one_alone()
-        if not self._close(self._first.losses[0], self._losses(MOVED[0])[0]):
+        if not self.close(self._first.losses[0], self._losses(MOVED[0])[0]):
             raise ModelError(KEEPS_STATE)
 
     def plant(self) -> None:
-        """Raise Blind unless couplings that are planted here are seen."""
+        """Plant couplings in the batch, in activations and in the loss; raise Blind if one of them is not seen."""
         used, modules = self._used()
         for number, path in used.items():
             if not self._sees(leaf=number):
@@ -127,8 +144,13 @@ class Probe:
         if not self._sees(loss=True):
             raise blind("the loss")
 
+    def compare_buffers(self) -> None:
+        """Raise ModelError if a buffer has changed since the probe was made."""
+        if changed := changed_buffer(self._model, self._buffers):
+            raise ModelError(f"{BUFFERS}; got a change of {changed}. {FOLLOWS}")
+
     def check_collation(self) -> None:
-        """A record's row of the batch may not change with the other records, unless it is padded."""
+        """Raise DataError if a record's row of the batch changes with the other records; padded rows may."""
         if self._specimens.padded:
             return
         for order, row in (((0, 1, 1), 0), ((0, 2, 2), 0), ((1, 0, 1), 1), ((2, 2, 0), 2)):
@@ -140,15 +162,15 @@ class Probe:
     def _piece(self, order: Sequence[int]) -> Microbatch:
         return piece_of(self._specimens, order, self._dtype)
 
-    def _compare_in_companies(self, found: Sequence[RowGradients]) -> None:
-        """Raise ModelError if the results of one differ in the companies; and note which parameters move."""
+    def _compare_in_batches(self, found: Sequence[RowGradients]) -> None:
+        """Raise ModelError if a record's results differ between the batches; note which parameters have gradients."""
         for rows in found:
             self.reached |= rows.parts.keys()
             new = (item for item in rows.parts.items() if item[0] not in self.moved)
             self.moved |= {name for name, part in new if bool(part.inner_products(part).any())}
         for one, other in PLACES_MOVED:
-            mine, theirs = (found[company].row(row) for company, row in (one, other))
-            if not self._alike(mine, theirs):
+            mine, theirs = (found[batch].row(row) for batch, row in (one, other))
+            if not self.alike(mine, theirs):
                 raise self._coupled()
 
     def _rows(self, order: Sequence[int], leaf: int | None = None) -> RowGradients:
@@ -163,25 +185,30 @@ class Probe:
             piece = dataclasses.replace(piece, data=_rolled(piece.data, leaf))
         return losses_of(self._objective, piece, key=KEY)
 
-    def _alike(self, one: RowGradients, other: RowGradients) -> bool:
-        """Whether both are the same example's, each of one row."""
-        return one.distance(other) <= self._tolerance * one.norm() and self._close(one.losses[0], other.losses[0])
+    def alike(self, one: RowGradients, other: RowGradients) -> bool:
+        """Whether two results of one row each have equal gradients and losses, up to the tolerance."""
+        return one.distance(other) <= self._tolerance * one.norm() and self.close(one.losses[0], other.losses[0])
 
-    def _close(self, one: Tensor, other: Tensor) -> bool:
+    def close(self, one: Tensor, other: Tensor) -> bool:
+        """Whether two losses are equal up to the tolerance."""
         scale = max(abs(float(one)), SMALLEST_LOSS)
         return abs(float(one) - float(other)) <= self._tolerance * scale
 
     def _coupled(self) -> ModelError:
-        """The error for two results that differ; says what they differ by."""
+        """Return the error for two results that differ, with the cause: state, random draws by row, or batchmates."""
         first, again = (self._rows(MOVED[0]).row(0) for _ in range(2))
-        if not self._alike(first, again):
+        if not self.alike(first, again):
             return ModelError(KEEPS_STATE)
-        if self._objective.drawing.seen and self._alike(self._rows((0, 0, 0)).row(0), first):
+        if self._objective.drawing.seen and self.alike(self._rows((0, 0, 0)).row(0), first):
             return ModelError(BY_PLACE)
         return ModelError(COUPLED)
 
-    def _compare_with_autograd(self) -> None:
-        """Catches a parameter whose use is not seen, and so not clipped for: tied by hand, or used elsewhere."""
+    def compare_with_autograd(self) -> None:
+        """Raise ModelError if a per-example gradient is not autograd's.
+
+        That is so where a parameter is used outside of its module, or tied by hand: part of its gradient would not be
+        clipped.
+        """
         trainable = self._objective.trainable()
         piece = self._piece(MOVED[0])
         with seeded(derived := draws_key(KEY)):
@@ -192,7 +219,7 @@ class Probe:
         ]
         norms = [float(reference.norm()) for reference in theirs]
         mine = self._first.row(0).parts
-        # a gradient that is zero but for round-off, as of a bias before a normalization, is held to the others' size
+        # a gradient that is zero up to round-off (a bias before a normalization) is compared at the others' scale
         smallest = 1e-3 * self._tolerance * max(1.0, *norms)
         for name, reference, norm in zip(trainable, theirs, norms, strict=True):
             gap = reference if name not in mine else reference - mine[name].per_example()[0]
@@ -206,16 +233,16 @@ class Probe:
                 )
 
     def _compare_with_one_alone(self) -> None:
-        """Catches what depends on how many examples there are."""
+        """Raise ModelError if a loss depends on the number of examples in the batch."""
         try:
             alone = self._losses((0,))
-        except Exception:  # a model that squeezes its first axis: no microbatch of a run has one row unless asked for
+        except Exception:  # a model that squeezes its first axis; a run has microbatches of one row only if asked for
             return
-        if not self._close(self._first.losses[0], alone[0]):
+        if not self.close(self._first.losses[0], alone[0]):
             raise ModelError(COUPLED)
 
     def _sees(self, *, leaf: int | None = None, module: nn.Module | None = None, loss: bool = False) -> bool:
-        """Whether a coupling in one place makes a's results depend on b and c."""
+        """Whether a coupling planted in one place changes the results of a between batches with b and with c."""
         with contextlib.ExitStack() as planted:
             if module is not None:
                 planted.callback(module.register_forward_hook(add_mean).remove)
@@ -225,17 +252,17 @@ class Probe:
                 coupled = lambda model, batch: add_mean(None, None, honest.loss_fn(model, batch))  # noqa: E731
                 self._objective = dataclasses.replace(honest, loss_fn=coupled)
             one, other = (self._losses(pair, leaf) for pair in _PAIRS)
-            if not self._close(one[0], other[0]):
+            if not self.close(one[0], other[0]):
                 return True
             one, other = (self._rows(pair, leaf).row(0) for pair in _PAIRS)
-            return not self._alike(one, other)
+            return not self.alike(one, other)
 
     def _used(self) -> tuple[dict[int, str], list[nn.Module]]:
-        """Where couplings can be planted: in leaves of the batch, by number and path, and in the outputs of modules.
+        """Return where couplings can be planted: {number of a leaf of the batch: its path}, and modules.
 
-        The leaves are those that enter any computation. The modules have trainable parameters of their own and return
-        a tensor of examples, as they are called. Not those whose output is the same for all records, such as learnt
-        positions: no mean of it couples anything.
+        The leaves are those that enter a computation. The modules, in the order of their calls, have trainable
+        parameters of their own and return a tensor of examples. A module whose output is the same for all records, such
+        as learnt positions, is left out: its mean couples nothing.
         """
         called: dict[nn.Module, None] = {}
 
@@ -258,22 +285,22 @@ class Probe:
 
 
 def add_mean(module: Any, inputs: Any, output: Any) -> Any:
-    """A coupling: each row gets a part of the batch's mean. A forward hook, or a loss' last step."""
+    """Add the batch's mean to each row: a coupling to plant as a forward hook or on a loss."""
     if isinstance(output, Tensor) and output.is_floating_point() and output.ndim:
         return output + output.detach().mean(0, keepdim=True)
     return output
 
 
 def _rolled(batch: Any, number: int) -> Any:
-    """A coupling: one leaf's rows move up by one, so that each example gets another's."""
+    """Move one leaf's rows up by one, so that each example gets another's: a coupling to plant in a batch."""
     numbers = itertools.count()
     return with_leaves(batch, lambda leaf: leaf.roll(1, 0) if next(numbers) == number else leaf)
 
 
 def blind(place: str) -> Blind:
-    """The error for a coupling that was planted in vain."""
+    """Return the error for a coupling that was planted and not seen."""
     return Blind(
-        f"Expected made-up records that would show a coupling of examples in {place}; one that was planted there had "
+        f"Expected synthetic records that would show a coupling of examples in {place}; one that was planted there had "
         "no effect. So the check could not see whether examples are kept apart. Give example= a few public or "
         "synthetic records that differ in every value, or leave out of the batch what has no effect."
     )
@@ -285,22 +312,22 @@ _CARRIES = {
         *("_to_copy", "alias", "clone", "detach", "expand", "permute", "select", "slice", "squeeze", "t"),
         *("transpose", "unsqueeze", "view", "_unsafe_view", "split", "unbind"),
     )
-}  # operators that pass values on
+}  # operators that return the values they are given, and compute nothing with them
 
 
 class _Watched(TorchDispatchMode):
-    """Notices which of some tensors, or what other shapes and types of them there are, enter a computation.
+    """Records which of some tensors enter a computation, also through views, copies and conversions of them.
 
     Attributes:
-      used: their numbers.
+      used: the numbers of these tensors.
     """
 
     def __init__(self, tensors: Sequence[Tensor]):
         super().__init__()
-        self._numbers: dict[int, set[int]] = {}  # by the memory that they are in
+        self._numbers: dict[int, set[int]] = {}  # by the address of their memory
         for number, tensor in enumerate(tensors):
             self._numbers.setdefault(_memory(tensor), set()).add(number)
-        self._kept = list(tensors)  # memory that was freed could come again
+        self._kept = list(tensors)  # alive, so that no address is used for another tensor
         self.used: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -324,3 +351,26 @@ def _memory(tensor: Tensor) -> int:
 def identical(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors have the same shape and values."""
     return one.shape == other.shape and torch.equal(one, other)
+
+
+def buffers_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of the model's buffers, by name."""
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def changed_buffer(model: nn.Module, before: dict[str, Tensor]) -> str | None:
+    """Return the name of a buffer that was added, removed or changed since `before`, or None."""
+    now = dict(model.named_buffers())
+    for name in {**before, **now}:
+        same = name in now and name in before and now[name].shape == before[name].shape
+        if not (same and torch.equal(now[name].nan_to_num(), before[name].nan_to_num())):
+            return name
+    return None
+
+
+def restore_buffers(model: nn.Module, before: dict[str, Tensor]) -> None:
+    """Restore the values of the buffers that have kept their shape since `before`."""
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name in before and buffer.shape == before[name].shape:
+                buffer.copy_(before[name])

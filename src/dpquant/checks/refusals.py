@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why a model cannot be trained privately, in words: by the types of its modules, or by what its code raised.
+"""Refuses models by the types of their modules, and turns an exception of a user's code into an error with its cause.
 
-An error names the cause, not the symptom, and what to do about it.
+Each error says what was found, why that is not private, and what to do.
 """
 
 import traceback
@@ -30,6 +30,14 @@ BY_PLACE = (
     "follow an example's place in the batch. A record that is removed moves the places of all others. Let the axis of "
     "examples come first where random numbers are drawn, or choose another microbatch_size if another axis has as many."
 )
+BUFFERS = "Expected a forward pass to leave the model's buffers alone"
+FOLLOWS = (
+    "A buffer that follows the data is released with the model, without noise. Remove it, or freeze it in evaluation."
+)
+COUNTS = (
+    "It changes at every pass, whatever the data, so that it tells how many passes were made, which follows how many "
+    "records were drawn. Put its module in evaluation mode (spectral_norm stops there), or remove it."
+)
 KEEPS_STATE = (
     "Expected what the model computes to depend on its parameters and its input; got a model that remembers what it "
     "was given before. What it remembers of records is never noised. Keep nothing from one call to the next."
@@ -37,10 +45,10 @@ KEEPS_STATE = (
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Refuse, by type and before any data is read, a model whose examples cannot be separated.
+    """Refuse a model with a module of a type whose examples cannot be separated, before any data is read.
 
     Raises:
-      ModelError: names the module's path, what is wrong and what to do.
+      ModelError: with the module's path, what is wrong and what to do.
     Privacy: reads no data.
     """
     for path, module in model.named_modules():
@@ -58,7 +66,7 @@ def check_trainable(model: nn.Module) -> None:
 
 
 def _problem(module: nn.Module) -> tuple[str, str] | None:
-    """(what is wrong, what to do), or None."""
+    """Return (what is wrong with a module, what to do), or None."""
     match module:
         case _ if type(module).__name__ == "OptimizedModule":  # naming its class would load torch's compiler
             return "torch.compile hides the layers", "Pass the module that was compiled, model._orig_mod"
@@ -95,13 +103,13 @@ def _problem(module: nn.Module) -> tuple[str, str] | None:
         case nn.Embedding() if module.max_norm is not None:
             return "max_norm changes the table by which records are looked up", "Set max_norm=None"
         case LazyModuleMixin() if module.has_uninitialized_params():
-            return "Its parameters have no shape yet", "Run one forward pass on made-up data first"
+            return "Its parameters have no shape yet", "Run one forward pass on synthetic data first"
         case _:
             return None
 
 
 def _computed_weight(module: nn.Module) -> bool:
-    """Whether torch computes a parameter of the module anew at each call."""
+    """Whether torch computes a parameter of the module from others at each call."""
     hooks = (type(hook).__name__ for hook in module._forward_pre_hooks.values())
     return parametrize.is_parametrized(module) or any(name in ("SpectralNorm", "WeightNorm") for name in hooks)
 
@@ -111,13 +119,13 @@ class NotFinite(Exception):
 
 
 _WAYS_OUT = (
-    "The records were made up. Make the model's input and output fit the records; or, where their values have a domain "
-    "of their own, give example= a few public or synthetic records."
+    "The records are synthetic. Make the model's input and output fit the records; or, where their values have a "
+    "domain of their own, give example= a few public or synthetic records."
 )
 
 
 def explained(error: Exception) -> DPQuantError:
-    """The error that says what is wrong with the model, from what its code raised on synthetic records."""
+    """Return the error that says why a model's code raised this exception on synthetic records."""
     if isinstance(error, DPQuantError):
         return error
     files = {frame.filename.replace("\\", "/") for frame in traceback.extract_tb(error.__traceback__)}
@@ -135,7 +143,7 @@ def explained(error: Exception) -> DPQuantError:
         )
     if isinstance(error, NotFinite):
         return ModelError(
-            "Expected losses and gradients that are finite on made-up records; got others for every kind of values "
+            "Expected losses and gradients that are finite on synthetic records; got others for every kind of values "
             f"that was tried. NaN would hide whether examples are kept apart. {_WAYS_OUT}"
         )
     refusal = ModelError(

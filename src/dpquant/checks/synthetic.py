@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Synthetic records: shaped like a data set's, with values of our own, to try a model on before a private one is used.
+"""Makes synthetic records in the form of a data set's, to try a model on before a private record is used.
 
-What a record's values mean is not known: pixels, amounts, counts, token ids, labels from 0 or from 1, masks, lengths.
-So there are several kinds of values, and the first on which model and loss run, with finite results, is taken. Three
-records are made of each kind, a, b and c: b and c differ in every leaf, so that putting one in the place of the other
-shows any influence that other examples of a batch have. Where no kind fits, the user gives example records.
+The meaning of a record's values is unknown: pixels, amounts, counts, token ids, labels from 0 or from 1, masks,
+lengths. So there are several kinds of values, and the check uses the first on which model and loss run with finite
+results. Of each kind there are three records, a, b and c. b and c differ in every leaf, so that replacing one by the
+other shows any influence on their batchmates. Where no kind fits, the user gives example records.
 
-Records may differ in length. Which axes may is found by giving the collate function records of different lengths. Such
-an axis gets a length of ours, because the length of the one record that shapes are taken from is private.
+Records may differ in length. The axes in which they may are found by giving the collate function records of different
+lengths. These axes get one of our own lengths, because the length of the record that the form is taken from is
+private.
 """
 
 import dataclasses
@@ -23,27 +24,27 @@ from dpquant.engine.batches import check_rows, leaves, to_device, with_leaves
 from dpquant.engine.randomness import RecordDraws, seeded
 from dpquant.errors import DataError, SettingError
 
-_VARIED = frozenset({"normal", "positive", "zero one", "few", "many"})  # kinds that a single leaf is varied to
+_VARIED = frozenset({"normal", "positive", "zero one", "few", "many"})  # kinds tried for one leaf at a time
 _MOST_COMBINATIONS = 200
 _LENGTHS = (16, 32, 64, 128, 8, 4, 256, 2)
 _LONGER, _SHORTER = 5, 2  # other lengths than n: n + 5 and n / 2
-_MOST_VALUES = 2**19  # in a leaf whose lengths are ours: a collate function may take any size along every axis
+_MOST_VALUES = 2**19  # in a leaf with lengths of our own: a collate function may accept any size along every axis
 
 Collate = Callable[[list], Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Specimens:
-    """Three synthetic records and the way to batches of them.
+    """Three synthetic records, and how to collate batches of them.
 
     Attributes:
       records: a, b and c.
-      collate: the user's.
-      device: where batches go.
-      form: what records have to look like, `Leaf`s in the place of values.
-      padded: whether the collate function gives a row another shape in the company of longer records.
-      kind: of the values, in words.
-      variations: the same with one leaf of another kind each.
+      collate: the user's collate function.
+      device: of the batches.
+      form: of the data set's records, a `Leaf` or `Unused` in the place of each value.
+      padded: whether the collate function gives a row another shape when it is collated with longer records.
+      kind: of the values, for messages.
+      variations: makes specimens that differ from these in the kind of one leaf.
     """
 
     records: tuple[Any, Any, Any]
@@ -55,10 +56,10 @@ class Specimens:
     variations: Callable[[], "Iterator[Specimens]"] = lambda: iter(())
 
     def batch(self, order: Sequence[int]) -> Any:
-        """The records of these numbers, collated, one row for each.
+        """Return the batch of the records with these numbers, one row for each.
 
         Raises:
-          DataError: some tensor has another number of rows.
+          DataError: a tensor of the batch has another number of rows.
         """
         with seeded(0), RecordDraws(0, torch.tensor(order)):
             batch = self.collate([self.records[number] for number in order])
@@ -67,15 +68,15 @@ class Specimens:
 
 
 def from_examples(examples: Any, collate: Collate, device: torch.device) -> Specimens:
-    """Specimens of records that the user gives: public ones, or synthetic ones of the data's own domain.
+    """Return specimens made of records that the user gives, public ones or synthetic ones of the data's own domain.
 
     Args:
       examples: a list or a map-style data set of at least two records.
-      collate: the user's.
-      device: where batches go.
+      collate: the user's collate function.
+      device: of the batches.
     Raises:
       SettingError: not a list or data set, or fewer than two records.
-      DataError: they are of different structure.
+      DataError: the records differ in structure or types.
     """
     if isinstance(examples, tuple) or not (hasattr(examples, "__getitem__") and hasattr(examples, "__len__")):
         raise SettingError(
@@ -103,17 +104,20 @@ def from_examples(examples: Any, collate: Collate, device: torch.device) -> Spec
     )
 
 
-def candidates(records: Sequence[Any], collate: Collate, device: torch.device) -> Iterator[Specimens]:
-    """Specimens of every kind, shaped like given records; first those whose leaves of a type have the same kind.
+def candidates(
+    records: Sequence[Any], collate: Collate, device: torch.device, *, most_values: int = _MOST_VALUES
+) -> Iterator[Specimens]:
+    """Yield specimens of every kind in the form of given records; first those with one kind for all leaves of a type.
 
     Args:
-      records: a few, at least one, that stand for all.
-      collate: the user's.
-      device: where batches go.
+      records: at least one record of the data set, for its form.
+      collate: the user's collate function.
+      device: of the batches.
+      most_values: in a leaf that has lengths of our own; longer specimens are left out.
     Raises:
-      DataError: a record that cannot be imitated, records of different forms, or a collate function that leaves some
-        records out.
-    Privacy: uses types and shapes only; of an axis in which records may differ, not even its size.
+      DataError: a record holds other values than tensors, numbers and text; records differ in form; or the collate
+        function leaves records out.
+    Privacy: uses types and shapes only, without the size of an axis in which records may differ.
     """
     form = with_leaves(records[0], Leaf.of)
     uniform, mixed = _combinations(form)
@@ -131,7 +135,7 @@ def candidates(records: Sequence[Any], collate: Collate, device: torch.device) -
         axes = free if length is not None else frozenset()
         lengths = (0, 0, 0) if length is None else (length, length + _LONGER, max(length // _SHORTER, 1))
         forms = [_resized(form, axes, size) for size in lengths]
-        if axes and any(math.prod(leaf.shape) > _MOST_VALUES for _, leaf in leaves(forms[1])):
+        if axes and any(math.prod(leaf.shape) > most_values for _, leaf in leaves(forms[1])):
             continue
 
         def specimens(
@@ -156,13 +160,13 @@ _Axes = frozenset[tuple[int, int]]  # (number of the leaf, axis)
 
 
 def _record(form: Any, kinds: Sequence[str], index: int) -> Any:
-    """The record of this number, with a kind of values for each leaf."""
+    """Return synthetic record number 0, 1 or 2, with a kind of values for each leaf."""
     generator, left = torch.Generator().manual_seed(index), iter(kinds)
     return with_leaves(form, lambda leaf: leaf.make(next(left), index, generator))
 
 
 def _combinations(form: Any) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
-    """Kinds for every leaf: the same for all leaves of a type; and others, as many as can be tried."""
+    """Return combinations of kinds, one kind a leaf: one kind for each type first, then others up to a limit."""
     choices = [leaf.kinds for _, leaf in leaves(form)]
     uniform = []
     for floats, integers in itertools.product(FLOATS, INTEGERS):
@@ -174,7 +178,7 @@ def _combinations(form: Any) -> tuple[list[tuple[str, ...]], list[tuple[str, ...
 
 
 def _varied(form: Any, kinds: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """The same kinds but for one leaf."""
+    """Return combinations that differ from this one in one leaf."""
     choices = [leaf.kinds for _, leaf in leaves(form)]
     return [
         (*kinds[:number], other, *kinds[number + 1 :])
@@ -185,7 +189,7 @@ def _varied(form: Any, kinds: tuple[str, ...]) -> list[tuple[str, ...]]:
 
 
 def _free_axes(form: Any, collate: Collate) -> _Axes:
-    """The axes in which records may differ, as far as the collate function goes: equal sizes are tried together."""
+    """Return the axes in which the collate function accepts different sizes; axes of equal size are tried together."""
     shapes = [leaf.shape for _, leaf in leaves(form)]
     axes = [(number, axis) for number, shape in enumerate(shapes) for axis in range(len(shape))]
     kinds = [leaf.kinds[0] for _, leaf in leaves(form)]
@@ -204,19 +208,19 @@ def _free_axes(form: Any, collate: Collate) -> _Axes:
 
 
 def _collates(records: Sequence[Any], collate: Collate) -> bool:
-    """Whether the records go into one batch with a row for each."""
+    """Whether the collate function makes a batch of the records, with one row for each."""
     try:
         with seeded(0):
             check_rows(collate(list(records)), len(records))
-    except Exception:  # whatever the user's function raises: records of these shapes do not go together
+    except Exception:  # the user's function may raise anything on records of different shapes
         return False
     return True
 
 
 def _check_collation(records: list[Any], collate: Collate) -> None:
-    """Raise DataError if the collate function gives another number of rows: records of any kind have to stay.
+    """Raise DataError if the collate function gives another number of rows than records.
 
-    What else it raises is of no interest here: a kind may be outside of the data's domain.
+    Other exceptions are ignored here: values of this kind may be outside of the data's domain.
     """
     try:
         with seeded(0):
@@ -227,7 +231,7 @@ def _check_collation(records: list[Any], collate: Collate) -> None:
 
 
 def _pads(records: Sequence[Any], collate: Collate) -> bool:
-    """Whether a record's row has another shape in the company of the others than in that of its copies."""
+    """Whether a record's row has another shape when it is collated with the others than with copies of itself."""
 
     def shapes(order: Sequence[int]) -> list[torch.Size]:
         with seeded(0):
@@ -240,7 +244,7 @@ def _pads(records: Sequence[Any], collate: Collate) -> bool:
 
 
 def _resized(form: Any, axes: _Axes, size: int | None) -> Any:
-    """The form with another size along some axes; None: any."""
+    """Return the form with this size along some axes; None: any size."""
     numbers = itertools.count()
 
     def changed(leaf: Leaf | Unused) -> Leaf | Unused:
@@ -254,10 +258,10 @@ def _resized(form: Any, axes: _Axes, size: int | None) -> Any:
 
 
 def _common(form: Any, other: Any) -> Any:
-    """The form that both records have: sizes in which they differ are free.
+    """Return the form that matches both records: None for each size in which they differ.
 
     Raises:
-      DataError: they differ in more.
+      DataError: they differ in more than sizes.
     """
     theirs = iter([leaf for _, leaf in leaves(other)])
 

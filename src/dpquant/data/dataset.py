@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets of images behind one shape, held in memory as whole numbers, with record ids that do not move.
+"""Loads data sets of images by name, in one form: pixels as integers in memory, and record ids that do not change.
 
-A record's id is its index. The order is fixed by the source: that of an IDX file, of torchvision's class, or, in an
-image folder, of the class names and then the paths. Keyed sampling and keyed rounding rely on it.
+A record's id is its index. The source fixes the order: an IDX file, torchvision's class, or, in an image folder, the
+class names and then the paths. Keyed sampling and keyed rounding depend on it.
 
-Pixels are normalised by constants declared public, (pixel / full scale - mean) / std: published ones for MNIST and
-Fashion-MNIST, a plain half for every other data set, in which no record has a say. The shape of an image, the classes
+Pixels are normalised by public constants, (pixel / full scale - mean) / std: published ones for MNIST and
+Fashion-MNIST, 0.5 and 0.5 for every other data set, so that no record decides them. The shape of an image, the classes
 and `public_size` are public too. The number of records of a user's own data set is private, so an image folder has no
 `public_size`. Other files under a known name keep the size that belongs to the name.
 
 A file in an image folder that cannot be decoded is still a record: all its pixels are NaN, so that its gradient is not
-finite and its contribution exactly zero. It is neither named nor reported, because an error that depends on one record
-tells about it. `Split.readable` says which records these are.
+finite and its contribution exactly zero. No message names or counts these files, because an error that depends on one
+record reveals something about it. `Split.readable` marks these records.
 
-This file knows no privacy mechanism. Its messages hold no record, no file name inside an image folder and no count of
+No privacy mechanism is used here. Messages contain no record, no file name inside an image folder and no count of
 records. Symbols: N records, B batch, C channels, H height, W width.
 """
 
@@ -70,12 +70,12 @@ _DOWNLOAD_FAILURES = (OSError, RuntimeError, EOFError, http.client.HTTPException
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Dataset:
-    """A data set and what is public about it.
+    """A data set and the public facts about it.
 
     Args:
-      name: As it was asked for.
+      name: As given to `load`.
       train: The private records.
-      test: Held out; whatever is measured on them is not covered by the guarantee.
+      test: Held out; what is measured on them is not covered by the guarantee.
       num_classes: Targets lie in [0, num_classes).
       input_shape: (C, H, W) of every input.
       class_names: One for each class, in the order of the targets.
@@ -110,25 +110,35 @@ def public_size(name: str) -> int | None:
     return PUBLIC_SIZES[name]
 
 
-def load(name: str, data_dir: Path | None = None, *, image_size: int | None = None, download: bool = True) -> Dataset:
-    """The data set of this name, whole, in memory.
+def load(
+    name: str,
+    data_dir: Path | None = None,
+    *,
+    image_size: int | None = None,
+    download: bool = True,
+    cache: Path | None = None,
+    debian: Path = DEBIAN_DATASETS,
+) -> Dataset:
+    """Load a data set into memory.
 
     `digits` comes with scikit-learn; in each class every fifth record is for test. `mnist`, `fashion-mnist`, `emnist`
     (balanced) and `emnist-letters` are IDX files, plain or .gz; `cifar10` and `gtsrb` are torchvision's. They are
-    looked for in data_dir, or else among Debian's data sets and in ~/.cache/dpquant, then downloaded by torchvision.
-    `image-folder:PATH` reads PATH/train/CLASS/* and PATH/test/CLASS/*; a class folder may be empty.
+    looked for in data_dir, or, without it, in debian and cache, then downloaded by torchvision. `image-folder:PATH`
+    reads PATH/train/CLASS/* and PATH/test/CLASS/*; a class folder may be empty.
 
-    The files of an image folder become RGB with 16 bits a channel, whatever they hold. Grey of 16 bits keeps them, and
-    is not stretched: what uses 12 of 16 bits stays dark. Everything else is read with 8. What is transparent is laid on
-    white. Floating-point numbers and integers of 32 bits do not say which number is white: such a file counts as one
-    that cannot be decoded, and a folder with no others is refused.
+    The files of an image folder become RGB with 16 bits a channel. Grey of 16 bits keeps its values and is not
+    stretched: an image that uses 12 of 16 bits stays dark. Everything else is read with 8 bits. Transparent images are
+    composed on white. Floating-point numbers and integers of 32 bits do not define which number is white: a file of
+    them counts as one that cannot be decoded, and a folder with no others is refused.
 
     Args:
       name: One of PUBLIC_SIZES, or `image-folder:PATH`.
-      data_dir: Where the files are, or go when downloaded.
+      data_dir: Folder of the files, and of downloads.
       image_size: Side in pixels of the square that images are resized to (bilinear, antialiased). None: as they are, or
         32 for image folders and gtsrb, whose images differ in size.
-      download: Whether the network may be asked for what is missing.
+      download: Whether missing files may be downloaded.
+      cache: Folder of files and downloads without data_dir; None: ~/.cache/dpquant.
+      debian: Folder of data sets that Debian's packages install.
     Returns: Inputs float32 [C, H, W], targets int64, in an order that never changes.
     Raises: DataError: unknown, missing, empty or malformed; SettingError: image_size is not positive.
     Privacy: per example; which error is raised does not depend on what a single image of an image folder holds.
@@ -139,15 +149,16 @@ def load(name: str, data_dir: Path | None = None, *, image_size: int | None = No
             f"Expected image_size >= 1; got image_size={image_size}. It is the side of the resized images in pixels. "
             "Leave it out to keep the data set's own size."
         )
+    home = data_dir or cache or Path.home() / ".cache" / "dpquant"
     match name:
         case "digits":
             train, test, class_names = _digits()
         case "cifar10":
-            train, test, class_names = _cifar10(data_dir or _cache(), download)
+            train, test, class_names = _cifar10(home, download)
         case "gtsrb":
-            train, test, class_names = _gtsrb(data_dir or _cache(), image_size or FOLDER_IMAGE_SIZE, download)
+            train, test, class_names = _gtsrb(home, image_size or FOLDER_IMAGE_SIZE, download)
         case _ if name in _IDX:
-            train, test, class_names = _idx(name, data_dir, download)
+            train, test, class_names = _idx(name, home, None if data_dir else debian, download)
         case _:
             folder = Path(name.removeprefix(FOLDER_PREFIX)).expanduser()
             train, test, class_names = image_folder(folder, image_size or FOLDER_IMAGE_SIZE)
@@ -167,12 +178,8 @@ def load(name: str, data_dir: Path | None = None, *, image_size: int | None = No
     )
 
 
-def _cache() -> Path:
-    return Path.home() / ".cache" / "dpquant"
-
-
 def _resized(split: Split, size: int) -> Split:
-    """The same records as squares of this side; image folders and gtsrb are such from the start."""
+    """Return the records resized to squares of this side; image folders and gtsrb have them already."""
     if split.pixels.shape[-2:] == (size, size):
         return split
     pixels = F.interpolate(split.pixels, (size, size), mode="bilinear", antialias=True)
@@ -182,7 +189,10 @@ def _resized(split: Split, size: int) -> Split:
 def _checked(
     pixels: Tensor, targets: Tensor, class_names: Sequence[str], where: str, full_scale: int = FULL_SCALE
 ) -> Split:
-    """A split of published records, refused where it is empty or contradicts itself."""
+    """Return a split of published records.
+
+    Raises: DataError: it is empty, numbers of images and labels differ, or a label is out of range.
+    """
     if len(pixels) == 0 or len(pixels) != len(targets):
         raise DataError(
             f"Expected {where} to hold at least one image and one label for each; it does not. "
@@ -200,7 +210,7 @@ _DIGITS = tuple(string.digits)
 
 
 def _digits() -> Loaded:
-    """1,797 digits of 8x8 pixels in 0..16; in each class, in scikit-learn's order, every fifth is for test."""
+    """Load 1,797 digits of 8x8 pixels in 0..16; in each class, in scikit-learn's order, every fifth is for test."""
     from sklearn.datasets import load_digits  # slow to import, and only this data set needs it
 
     pixels, labels = load_digits(return_X_y=True)
@@ -214,9 +224,9 @@ def _digits() -> Loaded:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _IdxSource:
-    """How the IDX files of one data set are named and what their bytes mean."""
+    """File names of one data set of IDX files, and the meaning of their bytes."""
 
-    train: str  # what comes before "-images-idx3-ubyte" and "-labels-idx1-ubyte"
+    train: str  # stem of the names: before "-images-idx3-ubyte" and "-labels-idx1-ubyte"
     test: str
     torchvision_class: str
     class_names: tuple[str, ...]
@@ -249,12 +259,11 @@ _IDX = MappingProxyType(
 )
 
 
-def _idx(name: str, data_dir: Path | None, download: bool) -> Loaded:
-    """A data set of four IDX files, from the first place that has them."""
+def _idx(name: str, home: Path, debian: Path | None, download: bool) -> Loaded:
+    """Load a data set of four IDX files from the first folder that has them."""
     source = _IDX[name]
-    home = data_dir or _cache()
-    raw = Path(source.torchvision_class) / "raw"  # where torchvision unpacks below its root
-    places = [home, home / raw] if data_dir else [DEBIAN_DATASETS / name, home, home / raw]
+    raw = Path(source.torchvision_class) / "raw"  # torchvision's folder below its root
+    places = [*([debian / name] if debian else []), home, home / raw]
     found = next((place for place in places if _idx_file(place, f"{source.train}-images-idx3-ubyte").is_file()), None)
     if found is None:
         split = {"split": source.train.split("-")[1]} if source.torchvision_class == "EMNIST" else {}
@@ -265,13 +274,13 @@ def _idx(name: str, data_dir: Path | None, download: bool) -> Loaded:
 
 
 def _idx_file(place: Path, stem: str) -> Path:
-    """Where the file of this name is or would be: compressed if there is such a file, else plain."""
+    """Return the path of a file: with .gz if that exists, else plain, whether or not it exists."""
     compressed = place / f"{stem}.gz"
     return compressed if compressed.is_file() else place / stem
 
 
 def _idx_split(place: Path, stem: str, source: _IdxSource) -> Split:
-    """The images and labels whose files begin with stem."""
+    """Read the images and labels of the files with this stem."""
     images = read_idx(_idx_file(place, f"{stem}-images-idx3-ubyte"), dimensions=3)
     labels = read_idx(_idx_file(place, f"{stem}-labels-idx1-ubyte"), dimensions=1)
     if source.transposed:
@@ -280,12 +289,12 @@ def _idx_split(place: Path, stem: str, source: _IdxSource) -> Split:
 
 
 def read_idx(path: Path, *, dimensions: int) -> Tensor:
-    """The bytes of an IDX file of unsigned bytes, plain or .gz.
+    """Read an IDX file of unsigned bytes, plain or .gz.
 
     Args:
       path: The file.
-      dimensions: How many it must have: 3 for images, 1 for labels.
-    Returns: uint8, of the shape that the header states.
+      dimensions: Their required number: 3 for images, 1 for labels.
+    Returns: uint8, of the shape in the header.
     Raises: DataError: unreadable, of another type, of another size than its header states, or empty.
     Source: Y. LeCun, "The MNIST database": magic 0x000008DD (DD dimensions), DD sizes, all big-endian, then the data.
     """
@@ -310,7 +319,7 @@ def read_idx(path: Path, *, dimensions: int) -> Tensor:
 def _torchvision(
     name: str, class_name: str, download: bool, **arguments: str | bool | Callable[[Image.Image], Tensor]
 ) -> Any:
-    """A data set object of torchvision, downloaded if need be; every way of not getting it is one DataError."""
+    """Return a data set object of torchvision, downloaded if necessary; any failure is a DataError."""
     from torchvision import datasets  # slow to import, and digits and image folders do without
 
     try:
@@ -327,7 +336,7 @@ def _torchvision(
 
 @contextlib.contextmanager
 def _patient_for(seconds: float) -> Iterator[None]:
-    """Network connections opened inside give up after this long: torchvision's own would wait for ever."""
+    """Set the default timeout of network connections until the block ends; torchvision sets none."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -336,9 +345,9 @@ def _patient_for(seconds: float) -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def _cifar10(root: Path, download: bool) -> Loaded:
-    """CIFAR-10 as torchvision reads it."""
-    sets = [_torchvision("cifar10", "CIFAR10", download, root=str(root), train=train) for train in (True, False)]
+def _cifar10(root: Path, download: bool, *, published: Callable[..., Any] = _torchvision) -> Loaded:
+    """Load CIFAR-10 as torchvision reads it, or whatever stands for torchvision."""
+    sets = [published("cifar10", "CIFAR10", download, root=str(root), train=train) for train in (True, False)]
     names = tuple(sets[0].classes)
     train, test = (
         _checked(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets), names, "cifar10")
@@ -348,7 +357,7 @@ def _cifar10(root: Path, download: bool) -> Loaded:
 
 
 def _gtsrb(root: Path, size: int, download: bool) -> Loaded:
-    """The German traffic signs as torchvision reads them, resized."""
+    """Load the German traffic signs as torchvision reads them, resized."""
     names = tuple(f"{label:05d}" for label in range(43))
     splits = []
     for name in ("train", "test"):

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image folders: files in folders named after their class, decoded to one shape.
+"""Reads image folders: files in folders named after their class, decoded to one shape.
 
 A file that cannot be decoded is still a record: all its pixels are NaN, so that its gradient is not finite and its
-contribution exactly zero. It is neither named nor reported, because an error that depends on one record tells about it.
+contribution exactly zero. No message names or counts these files, because an error that depends on one record reveals
+something about it.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,78 +24,15 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".p
 _BYTE_IN_16_BITS = 257  # exactly: 65,535 is 257 times 255
 _WHITE_IS_65535 = frozenset({"PNG", "PPM"})  # formats whose mode I, of 32 bits, holds samples of 16
 _MODES_WITH_ALPHA = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
-_DECODE_RUN = 256
+_DECODE_RUN = 256  # files that a thread decodes in a row
 
-
-def image_folder(folder: Path, size: int) -> Loaded:
-    """The user's own images: one record for each image file below train/CLASS and test/CLASS."""
-    train_names, test_names = _class_names(folder / "train"), _class_names(folder / "test")
-    if not train_names or train_names != test_names:
-        raise DataError(
-            f"Expected {folder} to hold train/ and test/, each with the same folders, one for each class; it does not. "
-            "A class is numbered by its folder's place. Add the missing folders: all but one may be empty."
-        )
-    train, test = (_folder_split(folder / split, train_names, size) for split in ("train", "test"))
-    return train, test, train_names
-
-
-def _class_names(folder: Path) -> tuple[str, ...]:
-    """The names of the folders in here, sorted; none where there is no such folder."""
-    if not folder.is_dir():
-        return ()
-    return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
-
-
-def _folder_split(folder: Path, class_names: Sequence[str], size: int) -> Split:
-    """Every image file of every class, decoded once; those that cannot be decoded are marked, not reported."""
-    files: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(class_names):
-        images = sorted(path for path in (folder / name).rglob("*") if _is_image(path))
-        files += images
-        labels += [label] * len(images)
-    pixels, readable = decode(files, size)
-    if not bool(readable.any()):
-        raise DataError(
-            f"Expected {folder} to hold at least one readable image; it holds none. There is nothing to train or test "
-            f"on. Add images: files count as such by their suffix, {', '.join(sorted(IMAGE_SUFFIXES))}."
-        )
-    return Split(pixels, torch.tensor(labels, dtype=torch.int64), readable=readable, full_scale=FULL_SCALE_16)
-
-
-def _is_image(path: Path) -> bool:
-    """Whether a file's name says that it is an image; hidden files, such as another system's droppings, are none."""
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
-
-
-def decode(files: Sequence[Path], size: int) -> tuple[Tensor, Tensor]:
-    """Every file as uint16 [N, 3, size, size], and which of them could be decoded; the others stay black.
-
-    Two threads, in runs of files: on two cores photographs of 500x400 decode 1.7 times as fast as in one thread, at
-    1,400 a second; thumbnails of 32x32, where the interpreter's lock is most of the work, 0.6 times, at 6,500.
-    """
-    pixels = torch.zeros((len(files), 3, size, size), dtype=torch.uint16)
-    readable = torch.zeros(len(files), dtype=torch.bool)
-
-    def decode_run(start: int) -> None:
-        for index in range(start, min(start + _DECODE_RUN, len(files))):
-            try:
-                with Image.open(files[index]) as image:
-                    pixels[index] = square(image, size)
-            except Exception:  # decoders raise what they like, and no record may stop the run or be told apart by it
-                continue
-            readable[index] = True
-
-    with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=2) as pool:
-        warnings.simplefilter("ignore")  # Pillow's warnings describe the record
-        list(pool.map(decode_run, range(0, len(files), _DECODE_RUN)))
-    return pixels, readable
+ToPixels = Callable[[Image.Image, int], Tensor]  # an image and the side in pixels -> uint16 [3, side, side]
 
 
 def square(image: Image.Image, size: int) -> Tensor:
-    """An image as RGB, uint16 [3, size, size], bilinear; Pillow's filter is antialiased when it shrinks.
+    """Convert an image to RGB, uint16 [3, size, size]: bilinear, by Pillow's filter, antialiased when it shrinks.
 
-    Raises: ValueError: the image does not say which number is white.
+    Raises: ValueError: the image does not define which number is white.
     """
     square = (size, size)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _WHITE_IS_65535):
@@ -106,10 +44,85 @@ def square(image: Image.Image, size: int) -> Tensor:
     return torch.from_numpy(np.array(resized).astype(np.uint16) * _BYTE_IN_16_BITS).permute(2, 0, 1)
 
 
+def image_folder(folder: Path, size: int, *, to_pixels: ToPixels = square) -> Loaded:
+    """Read the user's own images: one record for each image file below train/CLASS and test/CLASS.
+
+    Args:
+      folder: of train and test.
+      size: side of the images in pixels.
+      to_pixels: converts a decoded image; a file on which it raises counts as one that cannot be decoded.
+    Returns: training and test records, and class names.
+    Raises: DataError: folders are missing, or one of train and test has no readable image.
+    """
+    train_names, test_names = _class_names(folder / "train"), _class_names(folder / "test")
+    if not train_names or train_names != test_names:
+        raise DataError(
+            f"Expected {folder} to hold train/ and test/, each with the same folders, one for each class; it does not. "
+            "A class is numbered by its folder's place. Add the missing folders: all but one may be empty."
+        )
+    train, test = (_folder_split(folder / split, train_names, size, to_pixels) for split in ("train", "test"))
+    return train, test, train_names
+
+
+def _class_names(folder: Path) -> tuple[str, ...]:
+    """Return the sorted names of the visible folders inside; () if the folder does not exist."""
+    if not folder.is_dir():
+        return ()
+    return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
+
+
+def _folder_split(folder: Path, class_names: Sequence[str], size: int, to_pixels: ToPixels) -> Split:
+    """Decode the image files of every class, and mark those that cannot be decoded without reporting them."""
+    files: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(class_names):
+        images = sorted(path for path in (folder / name).rglob("*") if _is_image(path))
+        files += images
+        labels += [label] * len(images)
+    pixels, readable = decode(files, size, to_pixels)
+    if not bool(readable.any()):
+        raise DataError(
+            f"Expected {folder} to hold at least one readable image; it holds none. There is nothing to train or test "
+            f"on. Add images: files count as such by their suffix, {', '.join(sorted(IMAGE_SUFFIXES))}."
+        )
+    return Split(pixels, torch.tensor(labels, dtype=torch.int64), readable=readable, full_scale=FULL_SCALE_16)
+
+
+def _is_image(path: Path) -> bool:
+    """Whether a file has the suffix of an image and is not hidden (macOS leaves hidden files beside images)."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def decode(files: Sequence[Path], size: int, to_pixels: ToPixels = square) -> tuple[Tensor, Tensor]:
+    """Decode files to uint16 [N, 3, size, size], black where that fails, and bool [N]: whether it succeeded.
+
+    Two threads decode runs of files. On two cores that is 1.7 times as fast as one thread for photographs of 500x400
+    (1,400 a second), and 0.6 times for thumbnails of 32x32 (6,500 a second), which hold the interpreter's lock longer.
+    """
+    pixels = torch.zeros((len(files), 3, size, size), dtype=torch.uint16)
+    readable = torch.zeros(len(files), dtype=torch.bool)
+
+    def decode_run(start: int) -> None:
+        for index in range(start, min(start + _DECODE_RUN, len(files))):
+            try:
+                with Image.open(files[index]) as image:
+                    pixels[index] = to_pixels(image, size)
+            except (
+                Exception
+            ):  # decoders raise any type, and a record may neither stop the run nor be recognised by an error
+                continue
+            readable[index] = True
+
+    with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=2) as pool:
+        warnings.simplefilter("ignore")  # Pillow's warnings describe the record
+        list(pool.map(decode_run, range(0, len(files), _DECODE_RUN)))
+    return pixels, readable
+
+
 def _grey(image: Image.Image) -> np.ndarray:
-    """An image with one channel of up to 16 bits as float32, 65,535 for white."""
+    """Convert an image with one channel of up to 16 bits to float32, 65,535 for white."""
     values = np.array(image).astype(np.float32)
-    if isinstance(image, TiffImageFile):  # of which Pillow passes the numbers on as they are
+    if isinstance(image, TiffImageFile):  # Pillow does not scale its samples
         values *= FULL_SCALE_16 / (2 ** image.tag_v2[BITSPERSAMPLE][0] - 1)
         return values if image.tag_v2[PHOTOMETRIC_INTERPRETATION] else FULL_SCALE_16 - values
     if (see_through := image.info.get("transparency")) is not None:
@@ -118,7 +131,7 @@ def _grey(image: Image.Image) -> np.ndarray:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """An image of 8 bits as RGB; where it is transparent, white shows through."""
+    """Convert an image of 8 bits to RGB, composed on white where it is transparent."""
     if image.mode not in _MODES_WITH_ALPHA and "transparency" not in image.info:
         return image.convert("RGB")
     layer, canvas = image.convert("RGBA"), Image.new("RGB", image.size, "white")

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain torch networks for images, by name, and the user's own by `module:function`.
+"""Builds plain torch networks for images by name, and the user's own by `module:function`.
 
-Every network here can be trained privately as it is: where it normalises, it does so by GroupNorm, never over the
-batch. The networks know nothing of quantization or privacy. Parameters are initialised as torch does, from torch's
-global generator: the caller seeds it. Only the residual branches of ResNets begin smaller than in torch: their last
-GroupNorm's weight is 0.25 at first. In full precision that changes little; in four bits it is the difference between
-learning and not learning.
+Every network here can be trained privately without changes: it normalises by GroupNorm, never over the batch. Nothing
+here depends on quantization or privacy. Parameters are initialised as in torch, from torch's global generator, which
+the caller seeds. Only the residual branches of ResNets start smaller than in torch: the weight of their last GroupNorm
+is 0.25. In full precision that changes little; with four bits the networks do not learn without it.
 
-`lenet` and `cnn` are published for images of 28x28 and keep their form from there on: what is larger is pooled down
+`lenet` and `cnn` are published for images of 28x28 and keep their form from that size on: larger maps are pooled down
 before the first linear layer. Images with a side under 28 pixels (`digits` has 8) get variants whose kernels fit them.
 
 Sources: LeNet-5, LeCun et al. 1998; cnn, Papernot et al. 2020, arXiv:2007.14191; ResNet-18, He et al. 2016,
@@ -23,6 +22,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -32,22 +32,30 @@ NAMES = ("cnn", "lenet", "resnet18", "resnet18-cifar", "resnet50", "densenet121"
 
 _PUBLISHED_SIDE = 28
 _MAX_GROUPS = 32
-# channels a group where maps may be 1x1: of one or two values there, normalization leaves only signs
+# smallest number of channels in a group where maps may be 1x1: normalising one or two values leaves only their signs
 _DENSE_GROUP = 16
 _LAST_STAGE_GROUP = 4
 _CHANNEL_MULTIPLE = 8
-_BRANCH_SCALE = 0.25  # of residual branches at the start; docs/log.md has what 0, 0.1 and 1 gave
+_BRANCH_SCALE = 0.25  # initial scale of residual branches; results with 0, 0.1 and 1 are in docs/log.md
 
 
-def build(name: str, *, num_classes: int, input_shape: tuple[int, int, int], width: float = 1.0) -> nn.Module:
-    """A new network of this name that maps [B, C, H, W] to logits [B, num_classes].
+def build(
+    name: str,
+    *,
+    num_classes: int,
+    input_shape: tuple[int, int, int],
+    width: float = 1.0,
+    folder: Path | None = None,
+) -> nn.Module:
+    """Build a network that maps [B, C, H, W] to logits [B, num_classes].
 
     Args:
-      name: One of NAMES, or `module:function`, imported with the working directory on the path and called with
-        num_classes= and input_shape= as far as its signature takes them.
-      num_classes: How many logits.
+      name: One of NAMES, or `module:function`, imported with `folder` on the path and called with those of num_classes=
+        and input_shape= that its signature takes.
+      num_classes: Number of logits.
       input_shape: (C, H, W).
-      width: Factor on the numbers of channels, which a function of the user's own does without.
+      width: Factor on the numbers of channels; 1 for a function of the user's own.
+      folder: Of the user's modules; None: the working directory.
     Raises: ModelError: the name is unknown, or the function cannot be imported, called or gives no module.
       SettingError: width is out of range, or the network has none.
     Privacy: sees no data.
@@ -75,7 +83,7 @@ def build(name: str, *, num_classes: int, input_shape: tuple[int, int, int], wid
         case "densenet121":
             return _densenet121(channels, num_classes, width)
         case _ if ":" in name:
-            return _users_own(name, num_classes, input_shape)
+            return _users_own(name, num_classes, input_shape, folder or Path.cwd())
     close = difflib.get_close_matches(name, NAMES, n=1)
     hint = f"Did you mean {close[0]}? " if close else ""
     raise ModelError(
@@ -89,7 +97,7 @@ def _scaled(channels: int, width: float) -> int:
 
 
 def _cnn(channels: int, num_classes: int, width: float) -> nn.Module:
-    """Papernot et al.'s tanh network; the last pooling changes nothing at 28x28, where the map is 4x4 already."""
+    """Build Papernot et al.'s tanh network; the last pooling is the identity at 28x28, where the map is 4x4 already."""
     first, second, hidden = (_scaled(n, width) for n in (16, 32, 32))
     return nn.Sequential(
         nn.Conv2d(channels, first, kernel_size=8, stride=2, padding=2),
@@ -107,7 +115,7 @@ def _cnn(channels: int, num_classes: int, width: float) -> nn.Module:
 
 
 def _small_cnn(channels: int, num_classes: int, width: float) -> nn.Module:
-    """The same idea for small images: three 3x3 convolutions, the second of which halves the sides, then a 4x4 map."""
+    """Build a variant of `cnn` for small images: three 3x3 convolutions, the second with stride 2, then a 4x4 map."""
     first, second, hidden = (_scaled(n, width) for n in (16, 32, 32))
     return nn.Sequential(
         nn.Conv2d(channels, first, kernel_size=3, padding=1),
@@ -125,7 +133,7 @@ def _small_cnn(channels: int, num_classes: int, width: float) -> nn.Module:
 
 
 def _lenet(channels: int, num_classes: int, width: float, small: bool) -> nn.Module:
-    """LeNet-5 with tanh; for small images the second convolution is padded, so that its kernel fits."""
+    """Build LeNet-5 with tanh; for small images the second convolution is padded, so that its kernel fits."""
     first, second, hidden, last = (_scaled(n, width) for n in (6, 16, 120, 84))
     return nn.Sequential(
         nn.Conv2d(channels, first, kernel_size=5, padding=2),
@@ -145,23 +153,28 @@ def _lenet(channels: int, num_classes: int, width: float, small: bool) -> nn.Mod
 
 
 def _group_norm(channels: int, smallest: int = 1) -> nn.GroupNorm:
-    """GroupNorm with 32 groups, or the most that divide the channels into groups of at least `smallest`."""
+    """Build a GroupNorm of 32 groups, or of the most that divide the channels into groups of at least `smallest`."""
     return nn.GroupNorm(math.gcd(_MAX_GROUPS, channels, max(channels // smallest, 1)), channels)
 
 
 def _begin_quietly(last_norm: nn.Module) -> None:
-    """A residual branch begins as a quarter of its shortcut, since what it adds is what a quantizer disturbs most."""
+    """Scale a residual branch down at the start: quantization disturbs the sum with the shortcut most."""
     assert isinstance(last_norm, nn.GroupNorm)
     nn.init.constant_(last_norm.weight, _BRANCH_SCALE)
 
 
 def _in_eights(channels: int, width: float) -> int:
-    """The number of channels times the width, as a multiple of 8 that GroupNorm can divide."""
+    """Return the number of channels times the width, rounded to a multiple of 8, which GroupNorm can divide."""
     return max(1, round(channels * width / _CHANNEL_MULTIPLE)) * _CHANNEL_MULTIPLE
 
 
-def _torchvision_resnet(name: str, channels: int, num_classes: int, width: float) -> nn.Module:
-    """Torchvision's with GroupNorm; stem, stages and head are scaled, and the stem takes the images' channels."""
+def _torchvision_resnet(
+    name: str, channels: int, num_classes: int, width: float, last_stage_group: int = _LAST_STAGE_GROUP
+) -> nn.Module:
+    """Build torchvision's ResNet with GroupNorm; stem, stages and head are scaled, the stem takes the images' channels.
+
+    `last_stage_group` is the smallest number of channels in a group of the last stage.
+    """
     from torchvision.models import resnet  # slow to import, and only these networks need it
 
     block, depths = {
@@ -171,10 +184,10 @@ def _torchvision_resnet(name: str, channels: int, num_classes: int, width: float
     stem, last_stage = _in_eights(64, width), _in_eights(512, width)
 
     def norm(channels: int) -> nn.GroupNorm:
-        return _group_norm(channels, _LAST_STAGE_GROUP if channels >= last_stage else 1)
+        return _group_norm(channels, last_stage_group if channels >= last_stage else 1)
 
     class Scaled(resnet.ResNet):
-        def _make_layer(self, block, planes, *args, **kwargs):  # the first call finds the stem of width 1
+        def _make_layer(self, block, planes, *args, **kwargs):  # at the first call inplanes is the stem's at width 1
             self.inplanes = stem if planes == 64 else self.inplanes
             return super()._make_layer(block, _in_eights(planes, width), *args, **kwargs)
 
@@ -191,8 +204,11 @@ def _torchvision_resnet(name: str, channels: int, num_classes: int, width: float
     return model
 
 
-def _densenet121(channels: int, num_classes: int, width: float) -> nn.Module:
-    """Torchvision's with GroupNorm; growth and stem are scaled, and the stem takes the images' channels."""
+def _densenet121(channels: int, num_classes: int, width: float, group: int = _DENSE_GROUP) -> nn.Module:
+    """Build torchvision's DenseNet with GroupNorm; growth and stem are scaled, the stem takes the images' channels.
+
+    `group` is the smallest number of channels in a group.
+    """
     from torchvision.models import DenseNet
 
     stem = _in_eights(64, width)
@@ -200,7 +216,7 @@ def _densenet121(channels: int, num_classes: int, width: float) -> nn.Module:
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.BatchNorm2d):
-                setattr(parent, name, _group_norm(child.num_features, _DENSE_GROUP))
+                setattr(parent, name, _group_norm(child.num_features, group))
             elif isinstance(child, nn.AvgPool2d):
                 child.ceil_mode = True  # images below 32x32 are one pixel before the last pooling
     if channels != 3:
@@ -234,7 +250,7 @@ class _Block(nn.Module):
 
 
 def _resnet18_cifar(channels: int, num_classes: int, width: float) -> nn.Module:
-    """ResNet-18 for small images: a 3x3 stem of stride 1 and no max-pooling; channels are multiples of 8."""
+    """Build ResNet-18 for small images: a 3x3 stem of stride 1 and no max-pooling; channels are multiples of 8."""
     stages = [_in_eights(n, width) for n in (64, 128, 256, 512)]
     layers: list[nn.Module] = [
         nn.Conv2d(channels, stages[0], kernel_size=3, padding=1, bias=False),
@@ -248,10 +264,10 @@ def _resnet18_cifar(channels: int, num_classes: int, width: float) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, num_classes))
 
 
-def _users_own(name: str, num_classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
-    """What the function that `module:function` names returns, if it is a module."""
+def _users_own(name: str, num_classes: int, input_shape: tuple[int, int, int], folder: Path) -> nn.Module:
+    """Call the function that `module:function` names and return the module that it builds."""
     module_name, _, function_name = name.partition(":")
-    with _working_directory_on_path():
+    with _on_path(folder):
         function = _imported(name, module_name, function_name)
         offered = {"num_classes": num_classes, "input_shape": input_shape}
         model = function(**_accepted(name, function, offered))
@@ -264,19 +280,19 @@ def _users_own(name: str, num_classes: int, input_shape: tuple[int, int, int]) -
 
 
 @contextlib.contextmanager
-def _working_directory_on_path() -> Iterator[None]:
-    """Imports inside find the user's files first; afterwards the path is without it, but with what they have added."""
-    added = os.getcwd()
+def _on_path(folder: Path) -> Iterator[None]:
+    """Put a folder first on Python's path until the block ends; entries that the block adds stay."""
+    added = os.fsdecode(os.fsencode(folder))  # a new string: str(folder) may be on the path already
     sys.path.insert(0, added)
     try:
         yield
     finally:
-        # by identity: an equal entry is another's, who may import from it later
+        # by identity: the user's own code may have added an equal entry, to import from later
         sys.path[:] = [entry for entry in sys.path if entry is not added]
 
 
 def _imported(name: str, module_name: str, function_name: str) -> Callable[..., object]:
-    """The function, imported; whatever goes wrong in the user's file on the way is one ModelError."""
+    """Import the function; any exception of the user's module is a ModelError."""
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except Exception as error:
@@ -293,7 +309,10 @@ def _imported(name: str, module_name: str, function_name: str) -> Callable[..., 
 
 
 def _accepted(name: str, function: Callable[..., object], offered: dict[str, object]) -> dict[str, object]:
-    """Those of the offered arguments that the function's signature takes, which must be all that it needs."""
+    """Return those of the offered arguments that the function's signature takes.
+
+    Raises: ModelError: the function needs others.
+    """
     try:
         signature = inspect.signature(function)
         takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values())

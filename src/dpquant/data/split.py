@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training or the test records of a data set of images, in memory."""
+"""A split of a data set of images: its training or test records, in memory."""
 
 import math
 
@@ -7,16 +7,16 @@ import torch
 import torch.utils.data
 from torch import Tensor
 
-PLAIN_NORMALISATION = (0.5, 0.5)  # mean and standard deviation of pixels in 0..1, in which no record has a say
+PLAIN_NORMALISATION = (0.5, 0.5)  # mean and standard deviation of pixels in 0..1; depends on no record
 FULL_SCALE = 255
-FULL_SCALE_16 = 65_535  # of images from files: always, as what is stored may not depend on what a record holds
+FULL_SCALE_16 = 65_535  # of images from files, whatever their depth: a record may not decide the type of the others
 
 
 class Split(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     """The training or the test records of a data set: map-style, in memory, normalised when read.
 
-    An item is (image, target): float32 [C, H, W] and int64 scalar. `batch` gives many at once, bitwise what stacking
-    the items gives.
+    An item is (image, target): float32 [C, H, W] and int64 scalar. `batch` returns many at once, bitwise equal to the
+    stacked items.
 
     Args:
       pixels: Shape (N, C, H, W), uint8 or uint16.
@@ -44,16 +44,16 @@ class Split(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         return inputs[0], targets[0]
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
-        """The items of many records: what torch's DataLoader calls to fetch a batch."""
+        """Return the items of many records; torch's DataLoader calls this to fetch a batch."""
         inputs, targets = self.batch(torch.tensor(indices, dtype=torch.int64))
         return list(zip(inputs.unbind(), targets.unbind(), strict=True))
 
     def dpquant_batch(self, record_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """`batch`, as `make_private` asks a data set for one: by a name that means nothing else to anyone else."""
+        """Return `batch(record_ids)`: the method of data sets that collate themselves, see `make_private`."""
         return self.batch(record_ids)
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of the given records, collated; an empty batch keeps its shape.
+        """Return inputs and targets of the given records, collated; an empty batch keeps its shape.
 
         Args:
           indices: Shape (B,), int64, record ids.

@@ -12,6 +12,7 @@ Symbols: B examples, T positions, D features.
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from dpquant.engine.contributions import Contribution, Lookup, Materialised
 from dpquant.engine.group_norm import TapedGroupNorm
 from dpquant.errors import ModelError
 
-_TOLERANCE = 1e-3  # of an example's largest output; float32 rounding is a hundred times smaller
+TOLERANCE = 1e-3  # of an example's largest output; float32 rounding is a hundred times smaller
 
 Rule = Callable[[Any, Tensor, Tensor], dict[str, Contribution]]
 
@@ -53,21 +54,30 @@ def _of_embedding(module: nn.Embedding, x: Tensor, grad: Tensor) -> dict[str, Co
     return {"weight": Lookup(ids_BT, g_BTD, module.num_embeddings)}
 
 
-_RULES: dict[type[nn.Module], Rule] = {
-    nn.GroupNorm: _of_group_norm,
-    TapedGroupNorm: _of_group_norm,
-    nn.LayerNorm: _of_layer_norm,
-    nn.Embedding: _of_embedding,
-}
+RULES: Mapping[type[nn.Module], Rule] = MappingProxyType(
+    {
+        nn.GroupNorm: _of_group_norm,
+        TapedGroupNorm: _of_group_norm,
+        nn.LayerNorm: _of_layer_norm,
+        nn.Embedding: _of_embedding,
+    }
+)
 
 
-def has_formula(module: nn.Module) -> bool:
+def has_formula(module: nn.Module, rules: Mapping[type[nn.Module], Rule] = RULES) -> bool:
     """Whether the module's type, and not merely one of its base classes, has a closed formula."""
-    return type(module) in _RULES and "forward" not in module.__dict__
+    return type(module) in rules and "forward" not in module.__dict__
 
 
 def contributions_of(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor, grad: Tensor
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    output: Tensor,
+    grad: Tensor,
+    *,
+    rules: Mapping[type[nn.Module], Rule] = RULES,
+    tolerance: float = TOLERANCE,
 ) -> dict[str, Contribution]:
     """Return {parameter name inside the module: its per-example gradients}.
 
@@ -77,22 +87,30 @@ def contributions_of(
       kwargs: the others.
       output: what it gave, `(B, ...)`.
       grad: the loss' gradient at the output.
+      rules: closed formulas, by exact type.
+      tolerance: the largest difference between an example's output and its output when it is evaluated alone, relative
+        to its largest entry.
     Raises:
       ModelError: the module cannot be evaluated one example at a time, or not with the same result.
     Privacy: per example, reads no other row.
     """
-    if has_formula(module):
+    if has_formula(module, rules):
         try:
             (x,) = inspect.signature(module.forward).bind(*args, **kwargs).arguments.values()
         except (TypeError, ValueError):
             x = None
         if isinstance(x, Tensor):
-            return _RULES[type(module)](module, x.detach(), grad)
-    return _generally(module, args, kwargs, output, grad)
+            return rules[type(module)](module, x.detach(), grad)
+    return _generally(module, args, kwargs, output, grad, tolerance)
 
 
 def _generally(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor, grad: Tensor
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    output: Tensor,
+    grad: Tensor,
+    tolerance: float,
 ) -> dict[str, Contribution]:
     """Evaluate the module on one example at a time and differentiate it, vectorised where that is possible."""
     values, tree = pytree.tree_flatten((args, dict(kwargs)))
@@ -124,7 +142,7 @@ def _generally(
             gradients, again = differentiated(parameters, rows, grad)
     except (RuntimeError, NotImplementedError):  # an operator or control flow that cannot be vectorised
         gradients, again = _one_by_one(module, of_one, parameters, rows, grad)
-    if not _same(again.detach(), output.detach()):
+    if not _same(again.detach(), output.detach(), tolerance):
         raise _unlike(module)
     return {name.removeprefix("module."): Materialised(gradient.detach()) for name, gradient in gradients.items()}
 
@@ -165,12 +183,12 @@ def _one_by_one(
     return gradients, torch.stack(again)
 
 
-def _same(again: Tensor, output: Tensor) -> bool:
+def _same(again: Tensor, output: Tensor, tolerance: float) -> bool:
     """Whether each example's output came out as it was, where it is finite."""
     again_BN, output_BN = again.reshape(len(again), -1), output.reshape(len(output), -1)
     finite_B = output_BN.isfinite().all(1)
     gap_B = (again_BN - output_BN).abs().amax(1) if output_BN.shape[1] else again_BN.new_zeros(len(again))
-    close_B = gap_B <= _TOLERANCE * output_BN.abs().amax(1) if output_BN.shape[1] else gap_B == 0
+    close_B = gap_B <= tolerance * output_BN.abs().amax(1) if output_BN.shape[1] else gap_B == 0
     return bool((close_B | ~finite_B).all())
 
 

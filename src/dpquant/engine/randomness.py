@@ -69,13 +69,19 @@ def reseed(key: int) -> None:
 class Position:
     """Where the global generators stand, to see whether somebody has drawn from them."""
 
-    def __init__(self) -> None:
-        self._torch, self._devices = torch.random.get_rng_state(), _device_states()
+    def __init__(self, cuda: Any = torch.cuda) -> None:
+        """Note where they stand now.
+
+        Args:
+          cuda: `is_initialized()` and `get_rng_state_all()` of the devices, as torch.cuda has them.
+        """
+        self._cuda = cuda
+        self._torch, self._devices = torch.random.get_rng_state(), self._device_states()
         self._python, self._arrays = random.getstate(), np.random.get_state(legacy=False)
 
     def torch_moved(self) -> bool:
         """Whether one of torch's generators, on the CPU or on a CUDA device, has been drawn from since."""
-        devices = _device_states()
+        devices = self._device_states()
         same = len(devices) == len(self._devices) and all(map(torch.equal, devices, self._devices))
         return not same or not torch.equal(self._torch, torch.random.get_rng_state())
 
@@ -85,9 +91,8 @@ class Position:
         same = str(arrays) == str(self._arrays) and np.array_equal(arrays["state"]["key"], self._arrays["state"]["key"])
         return self.torch_moved() or not same or random.getstate() != self._python
 
-
-def _device_states() -> list[Tensor]:
-    return torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    def _device_states(self) -> list[Tensor]:
+        return self._cuda.get_rng_state_all() if self._cuda.is_initialized() else []
 
 
 class Watch(TorchDispatchMode):
