@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
+from dpquant.data.sizes import public_size
 from dpquant.errors import FormatError, SettingError
 from dpquant.formats import precision
 
@@ -238,10 +239,6 @@ def plan_of(settings: TrainSettings) -> "PrivacyPlan":
     from dpquant.privacy.plan import AnalysisPlan, PrivacyPlan  # loads the accountant, which --help does without
 
     if (records := settings.records) is None:
-        from dpquant.data.dataset import (
-            public_size,  # loads torch, which a plan with a given number of records does without
-        )
-
         records = public_size(settings.data)
     if settings.sample_rate is None and records is None:
         raise SettingError(
