@@ -21,9 +21,8 @@ from dpquant import prepare
 from dpquant.app.contenders import (
     NETWORKS,
     build_network,
-    default_image_size,
     example_losses,
-    made_up_examples,
+    synthetic_batch,
 )
 from dpquant.backends.cpu_int8 import INT8_ZERO_POINT, Int8Weight
 from dpquant.backends.geometry import Geometry
@@ -59,9 +58,9 @@ def main() -> None:
 
 def network(name: str, format: str, peak: float) -> list[dict]:
     """Every layer of a network, in microseconds an example."""
-    side = default_image_size(name)
+    side = NETWORKS[name].image_size
     model = prepare(build_network(name, side), format=format)
-    batch = made_up_examples(name, side, 2)
+    batch = synthetic_batch(name, side, 2)
     macs = count_macs(model, lambda: model(batch[0][:1]))
     times = layer_times(
         model, example_losses, batch, microbatch_size=MICROBATCH, expected_batch_size=BATCH, rounds=ROUNDS

@@ -18,7 +18,7 @@ from scipy import stats
 from torch import Tensor
 
 from dpquant.app.bench import Spread
-from dpquant.app.contenders import NETWORKS, build_network, default_image_size
+from dpquant.app.contenders import NETWORKS, build_network
 from dpquant.machine import Hardware
 from dpquant.privacy import noise as noise_module
 from dpquant.privacy.noise import NoiseSource
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     args = parser.parse_args()
 
-    network = build_network(args.model, default_image_size(args.model))
+    network = build_network(args.model, NETWORKS[args.model].image_size)
     shapes = {name: parameter.shape for name, parameter in network.named_parameters()}
     num_values = sum(shape.numel() for shape in shapes.values())
     check(shapes)

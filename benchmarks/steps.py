@@ -18,7 +18,7 @@ from dpquant.app.contenders import DESCRIPTIONS, NETWORKS, SIDES
 def main() -> None:
     """Measure what is missing, then draw."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--models", nargs="+", choices=list(NETWORKS), default=[n for n in NETWORKS if n != "mlp"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, os.cpu_count() or 1])
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--format", default="luq-fp4")

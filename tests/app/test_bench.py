@@ -12,7 +12,7 @@ import torch
 from dpquant.app import bench, contenders
 from dpquant.app.bench import BenchRecord, BenchSettings, Oracle, SideResult, Spread, gradient_of, measure, summed
 from dpquant.app.cli import run
-from dpquant.app.contenders import NETWORKS, SIDES, build_network, made_up_examples
+from dpquant.app.contenders import NETWORKS, SIDES, build_network, synthetic_batch
 from dpquant.errors import FormatError, ModelError, SettingError
 from dpquant.machine import Hardware, instructions_in
 
@@ -96,7 +96,7 @@ WRONG = {
 
 @pytest.fixture(scope="module")
 def oracle() -> Oracle:
-    return Oracle(build_network("cnn", 8), made_up_examples("cnn", 8, 6), TINY.of_step)
+    return Oracle(build_network("cnn", 8), synthetic_batch("cnn", 8, 6), TINY.of_step)
 
 
 @pytest.mark.parametrize(("name", "make", "said"), WRONG.values(), ids=WRONG)
@@ -134,7 +134,7 @@ def test_without_opacus_the_other_sides_are_measured(monkeypatch):
 
 
 def test_the_loop_is_the_definition_of_a_clipped_sum():
-    network, batch = build_network("cnn", 8), made_up_examples("cnn", 8, 3)
+    network, batch = build_network("cnn", 8), synthetic_batch("cnn", 8, 3)
     gradients = [gradient_of(network, tuple(part[i : i + 1] for part in batch)) for i in range(3)]
     bound = sorted(float(g.norm()) for g in gradients)[1]
     expected = sum(g * min(1.0, bound / float(g.norm())) for g in gradients)
@@ -178,6 +178,20 @@ def test_settings_that_cannot_be_measured_are_refused():
         BenchSettings(rounds=0)
     with pytest.raises(SettingError, match="image_size"):
         measure(BenchSettings(model="densenet121", image_size=16))
+    with pytest.raises(SettingError, match=r"image_size=16\. This one takes rows of a table"):
+        measure(BenchSettings(model="mlp", image_size=16))
+
+
+def test_a_network_of_tables_is_checked_and_timed_on_rows():
+    record = measure(BenchSettings(model="mlp", batch_size=6, rounds=1, threads=1))
+    assert {name: side.status for name, side in record.sides.items()} == dict.fromkeys(SIDES, "measured")
+    assert record.settings.image_size is None and record.settings.physical_batch_size == 4096
+
+
+def test_what_is_not_given_is_the_networks_own():
+    of_images, of_tables = BenchSettings(model="cnn"), BenchSettings(model="mlp")
+    assert (of_images.batch_size, of_images.image_size, of_images.physical_batch_size) == (32, 28, 32)
+    assert (of_tables.batch_size, of_tables.image_size, of_tables.physical_batch_size) == (4096, None, 4096)
 
 
 def test_hardware_names_what_decides_speed():
@@ -198,8 +212,9 @@ def test_a_busy_machine_is_noticed(load, busy):
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name != "resnet18-cifar"])
 def test_opacus_gets_the_same_network(name):
     """Without in-place operations, the function is the same."""
-    network, image_size = build_network(name, NETWORKS[name].smallest), NETWORKS[name].smallest
-    inputs, _, _ = made_up_examples(name, image_size, 2)
+    image_size = NETWORKS[name].image_size and NETWORKS[name].smallest
+    network = build_network(name, image_size)
+    inputs, _, _ = synthetic_batch(name, image_size, 2)
     with torch.no_grad():
         expected = network(inputs)
         torch.testing.assert_close(contenders.out_of_place(network)(inputs), expected)

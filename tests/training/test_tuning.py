@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
 import dpquant
-from dpquant.engine import clock, context, group_norm, layers, weight_gradients
 from dpquant.engine.layers import current_precisions
 from dpquant.errors import SettingError
+from dpquant.formats import precision
 from dpquant.training import tuning
 from dpquant.training.cost import LayerTimes
+from dpquant.training.impact import impact_sum
+from dpquant.training.tuning import Instruments
 from networks import loss
 
 
@@ -34,85 +38,35 @@ def test_every_layer_is_measured_and_the_model_is_left_as_it_was():
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
-class StoppedTime:
-    """A clock that only planted work moves on."""
+class Step:
+    """A clock that was read in a step: seconds by layer for each microbatch."""
 
-    def __init__(self, monkeypatch):
-        self.now = 0.0
-        self._monkeypatch = monkeypatch
-        monkeypatch.setattr(clock, "time", self)
-
-    def perf_counter(self):
-        return self.now
-
-    def slow_down(self, owner, name, seconds):
-        work = getattr(owner, name)
-
-        def slow(*args, **kwargs):
-            self.now += seconds
-            return work(*args, **kwargs)
-
-        self._monkeypatch.setattr(owner, name, slow)
+    def __init__(self, *microbatches):
+        self.microbatches = [{"0": seconds} for seconds in microbatches]
 
 
-@pytest.mark.parametrize(
-    ("owner", "name", "full", "quantized"),
-    [
-        (layers.QuantizableLayer, "quantize", 0, 2),  # activations and gradients
-        (context.Pass, "dense_weight", 1, 0),
-        (weight_gradients.Product, "squared_norms", 1, 1),
-        (weight_gradients.Product, "add_weighted", 1, 1),
-        (group_norm.TapedGroupNorm, "forward", 0, 0),
-    ],
-)
-def test_a_layer_answers_for_all_of_its_own_work_and_for_no_other(monkeypatch, owner, name, full, quantized):
-    torch.manual_seed(0)
-    model = dpquant.prepare(
-        nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 5))
-    )
-    batch = torch.randn(3, 2, 8, 8), torch.arange(3)
-    monkeypatch.setattr(weight_gradients.Product, "fastest", lambda self: self)  # keeps the operands
-    StoppedTime(monkeypatch).slow_down(owner, name, 8.0)
-    assert set(times_of(model, batch).values()) == {LayerTimes(full=full, quantized=quantized)}
+def assert_what_the_first_microbatch_prepares_counts_once_a_step(per_example):
+    """The first of eight examples takes 32 s more than each of the others, which take 16."""
+    for expected_batch_size, seconds in ((8, 48), (32, 48 + 3 * 16), (80, 48 + 9 * 16)):
+        took = per_example(Step(48.0, 16.0, 16.0), 8, expected_batch_size)
+        assert took == {"0": pytest.approx(seconds / expected_batch_size)}
 
 
-def test_products_that_nobody_times_would_be_seen(monkeypatch):
-    monkeypatch.setattr(layers, "_TimedConvolution", layers._Convolution)
+def test_what_the_first_microbatch_prepares_counts_once_a_step():
+    assert_what_the_first_microbatch_prepares_counts_once_a_step(tuning._seconds_per_example)
+
+
+def test_the_first_microbatch_counted_like_the_others_would_be_seen():
+    def as_if_all_were_alike(clock, size, expected_batch_size):
+        return {"0": sum(one["0"] for one in clock.microbatches) / len(clock.microbatches) / size}
+
     with pytest.raises(AssertionError):
-        test_a_layer_answers_for_all_of_its_own_work_and_for_no_other(
-            monkeypatch, layers.QuantizableLayer, "quantize", 0, 2
-        )
+        assert_what_the_first_microbatch_prepares_counts_once_a_step(as_if_all_were_alike)
 
 
-@pytest.mark.parametrize("expected_batch_size", [8, 32, 80])
-def test_what_the_first_microbatch_prepares_counts_once_a_step(monkeypatch, expected_batch_size):
-    model, batch = model_and_batch()
-    time = StoppedTime(monkeypatch)
-    time.slow_down(layers.QuantizableLayer, "quantize_weight", 8.0)
-    time.slow_down(layers.QuantizableLayer, "quantize", 4.0)
-    times = times_of(model, batch, expected_batch_size=expected_batch_size)
-    # twice a microbatch of eight, and once a step
-    assert [t.quantized for t in times.values()] == pytest.approx([1 + 8 / expected_batch_size] * 3)
-
-
-def test_the_first_microbatch_counted_like_the_others_would_be_seen(monkeypatch):
-    monkeypatch.setattr(tuning, "_seconds_per_example", lambda clock, size, _: _as_if_all_were_alike(clock, size))
-    with pytest.raises(AssertionError):
-        test_what_the_first_microbatch_prepares_counts_once_a_step(monkeypatch, 80)
-
-
-def _as_if_all_were_alike(clock, size):
-    together = {name: sum(one[name] for one in clock.microbatches) for name in clock.microbatches[0]}
-    return {name: seconds / len(clock.microbatches) / size for name, seconds in together.items()}
-
-
-def test_the_median_counts_and_the_first_round_does_not(monkeypatch):
-    model, batch = model_and_batch()
-    rounds = iter([9.0, 3.0, 4.0, 8.0])
-    monkeypatch.setattr(
-        tuning, "layer_times_once", lambda *a, **b: {"0": LayerTimes(full=(taken := next(rounds)), quantized=taken / 2)}
-    )
-    assert times_of(model, batch, rounds=3) == {"0": LayerTimes(full=4.0, quantized=2.0)}
+def test_the_median_counts_and_the_first_round_does_not():
+    rounds = [{"0": LayerTimes(full=seconds, quantized=seconds / 2)} for seconds in (9.0, 3.0, 4.0, 8.0)]
+    assert tuning.usual_times(rounds) == {"0": LayerTimes(full=4.0, quantized=2.0)}
 
 
 def test_a_layer_that_is_not_called_has_no_time():
@@ -122,114 +76,153 @@ def test_a_layer_that_is_not_called_has_no_time():
     assert list(times_of(model, batch)) == ["0", "2", "4"]
 
 
+def timed(seconds):
+    """Instruments by which a step in microbatches of some size takes `seconds(size)`."""
+    return Instruments(timed=lambda ways: {name: seconds(int(name)) for name in ways})
+
+
+def size_by(instruments, expected_batch_size=1e6, memory=None):
+    model, batch = model_and_batch()
+    size = tuning.fastest_microbatch_size(
+        model, loss, batch, {}, expected_batch_size=expected_batch_size, memory=memory, by=instruments
+    )
+    assert tuple(current_precisions(model)) == ()
+    return size
+
+
 @pytest.mark.parametrize(
     ("seconds", "expected"),
     [
-        (lambda size: 1 / size, 256),
+        (lambda size: 1 / size, 2**20),  # the whole batch
         (lambda size: float(size), 32),
         (lambda size: 1.0 if size < 64 else 0.5, 64),
         (lambda size: 0.99 ** (size / 32), 32),  # faster, but not worth its while
+        (lambda size: 1.05 ** -size.bit_length(), 256),  # and here not worth the memory
+        (lambda size: 1.15 ** -size.bit_length() if size <= 2048 else 9.0, 2048),
     ],
 )
-def test_microbatches_are_doubled_as_long_as_that_gains(monkeypatch, seconds, expected):
-    model, batch = model_and_batch()
-    monkeypatch.setattr(tuning, "timed", lambda ways: {name: seconds(int(name)) for name in ways})
-    size = tuning.fastest_microbatch_size(model, loss, batch, ["2"], expected_batch_size=1e6, memory=None)
-    assert size == expected and tuple(current_precisions(model)) == ()
+def test_microbatches_are_doubled_as_long_as_that_gains(seconds, expected):
+    assert size_by(timed(seconds)) == expected
 
 
-def test_a_small_batch_does_not_get_a_large_microbatch(monkeypatch):
-    model, batch = model_and_batch()
-    monkeypatch.setattr(tuning, "timed", lambda ways: {name: 1 / int(name) for name in ways})
-    assert tuning.fastest_microbatch_size(model, loss, batch, {}, expected_batch_size=20, memory=None) == 32
+@pytest.mark.parametrize("expected_batch_size", [20, 4096])
+def test_a_batch_is_the_largest_microbatch(expected_batch_size):
+    assert size_by(timed(lambda size: 1 / size), expected_batch_size) == max(32, expected_batch_size)
+
+
+def test_a_microbatch_that_the_batch_would_have_to_fill_up_has_to_gain_more():
     # 1.2 times as fast, but more of it would be filling
-    monkeypatch.setattr(tuning, "timed", lambda ways: {name: 1.2 ** -int(name).bit_length() for name in ways})
-    assert tuning.fastest_microbatch_size(model, loss, batch, {}, expected_batch_size=40, memory=None) == 32
+    assert size_by(timed(lambda size: 1.2 ** -size.bit_length()), 40) == 32
+    assert size_by(timed(lambda size: 1.2 ** -size.bit_length()), 1e6) > 32
 
 
-def test_without_a_budget_memory_is_not_looked_at(monkeypatch):
+def test_sizes_are_timed_on_the_same_examples_in_the_precisions_of_an_epoch():
     model, batch = model_and_batch()
-    monkeypatch.setattr(tuning, "timed", lambda ways: {name: 1.0 for name in ways})
-    for name in ("reset_peak", "memory_mib"):
-        monkeypatch.setattr(tuning, name, lambda: pytest.fail("not every system can tell"))
-    assert tuning.fastest_microbatch_size(model, loss, batch, {}, expected_batch_size=1e6, memory=None) == 32
+    steps = []
+
+    def watched(model, loss_fn, examples, *, microbatch_size, **_):
+        steps.append((len(examples[1]), microbatch_size, tuple(current_precisions(model))))
+
+    def each_once(ways):
+        for work in ways.values():
+            work()
+        return {name: 1 / int(name) for name in ways}
+
+    by = Instruments(clipped_sum=watched, timed=each_once)
+    precisions = {"2": precision("luq-fp4")}
+    assert (
+        tuning.fastest_microbatch_size(model, loss, batch, precisions, expected_batch_size=100, memory=None, by=by)
+        == 128
+    )
+    assert steps == [(64, 32, ("2",)), (64, 64, ("2",)), (128, 64, ("2",)), (128, 128, ("2",))]
+
+
+def test_without_a_budget_memory_is_not_looked_at():
+    def refuse():
+        pytest.fail("not every system can tell")
+
+    by = dataclasses.replace(timed(lambda size: 1.0), reset_peak=refuse, memory_mib=refuse)
+    assert size_by(by) == 32
     with pytest.raises(pytest.fail.Exception):
-        tuning.fastest_microbatch_size(model, loss, batch, {}, expected_batch_size=1e6, memory=1.0)
+        size_by(by, memory=1.0)
 
 
 class Memory:
     """A process that holds some GiB already, and of which each example of the largest pass takes 10 MB more."""
 
-    def __init__(self, monkeypatch, held=1.0, resets=True):
+    def __init__(self, held=1.0, resets=True):
         self.held = self.peak = held
-        resident = self.held if resets else self.held / 2
-        monkeypatch.setattr(tuning, "reset_peak", lambda: (resident * 1024, resets))
-        monkeypatch.setattr(tuning, "memory_mib", lambda: (0.0, self.peak * 1024))
-        monkeypatch.setattr(tuning, "_clipped_sum", lambda model, loss_fn, batch, size: self.take(size))
-        monkeypatch.setattr(tuning, "impact_sum", lambda *_, microbatch_size, **__: self.take(microbatch_size))
-        monkeypatch.setattr(tuning, "timed", lambda ways: {name: 1 / int(name) for name in ways})
+        self.by = Instruments(
+            timed=lambda ways: {name: 1 / int(name) for name in ways},
+            memory_mib=lambda: (0.0, self.peak * 1024),
+            reset_peak=lambda: ((self.held if resets else self.held / 2) * 1024, resets),
+            clipped_sum=self.take,
+            impact_sum=self.take,
+        )
 
-    def take(self, size):
-        self.peak = max(self.peak, self.held + size / 100)
-
-
-def fastest(model, batch, memory):
-    return tuning.fastest_microbatch_size(model, loss, batch, {}, expected_batch_size=1e6, memory=memory)
+    def take(self, *_, microbatch_size, **__):
+        self.peak = max(self.peak, self.held + microbatch_size / 100)
 
 
-def of_analysis(model, batch, memory):
-    return tuning.largest_analysis_size(model, loss, batch, ["2"], score="gradient", memory=memory)
+def fastest(by, memory):
+    return size_by(by, 512, memory)
 
 
-@pytest.mark.parametrize(("ask", "largest"), [(fastest, 256), (of_analysis, tuning.ANALYSIS_MICROBATCH)])
-def test_the_memory_budget_bounds_the_microbatch(ask, largest, monkeypatch):
+def of_analysis(by, memory):
+    return tuning.largest_analysis_size(*model_and_batch_for(loss), ["2"], score="gradient", memory=memory, by=by)
+
+
+def model_and_batch_for(loss_fn):
+    model, batch = model_and_batch()
+    return model, loss_fn, batch
+
+
+@pytest.mark.parametrize(("ask", "largest"), [(fastest, 512), (of_analysis, tuning.ANALYSIS_MICROBATCH)])
+def test_the_memory_budget_bounds_the_microbatch(ask, largest):
     for memory, expected in ((1.05, 4), (1.09, 8), (1.4, 32), (99.0, largest)):
-        process = Memory(monkeypatch)
-        assert ask(*model_and_batch(), memory) == expected
+        process = Memory()
+        assert ask(process.by, memory) == expected
         assert process.peak <= memory
 
 
-def refusal_of(ask, monkeypatch, held, resets=True, **planted):
-    Memory(monkeypatch, held, resets)
-    for name, value in planted.items():
-        monkeypatch.setattr(tuning, name, value)
+def refusal_of(ask, process, **planted):
     with pytest.raises(SettingError) as refusal:
-        ask(*model_and_batch(), 1.03)
+        ask(dataclasses.replace(process.by, **planted), 1.03)
     return str(refusal.value)
 
 
 @pytest.mark.parametrize("ask", [fastest, of_analysis])
-def test_too_little_memory_is_refused_without_telling_what_is_in_use(ask, monkeypatch):
+def test_too_little_memory_is_refused_without_telling_what_is_in_use(ask):
     """What is in use tells how many private records are in memory."""
-    refusals = {refusal_of(ask, monkeypatch, held) for held in (1.0, 7.25)}
+    refusals = {refusal_of(ask, Memory(held)) for held in (1.0, 7.25)}
     assert (
         len(refusals) == 1 and "memory=1.03. Besides" in str(refusals) and "needs 0.04 GiB with 4 ex" in str(refusals)
     )
     # a refusal that tells all of the peak is seen
-    assert refusal_of(ask, monkeypatch, 7.25, reset_peak=lambda: (0.0, True)) not in refusals
+    assert refusal_of(ask, Memory(7.25), reset_peak=lambda: (0.0, True)) not in refusals
 
 
 @pytest.mark.parametrize("ask", [fastest, of_analysis])
-def test_where_a_peak_is_not_counted_anew_it_counts_from_the_last_one_which_is_said(ask, monkeypatch):
-    refusal = refusal_of(ask, monkeypatch, 1.0, resets=False)
+def test_where_a_peak_is_not_counted_anew_it_counts_from_the_last_one_which_is_said(ask):
+    refusal = refusal_of(ask, Memory(resets=False))
     assert "goes on counting, it needs 0.04 GiB" in refusal
     # counted from what is resident, the last peak would be taken for the model's need
-    assert "needs 0.04" not in refusal_of(ask, monkeypatch, 1.0, resets=False, reset_peak=lambda: (512.0, True))
+    assert "needs 0.04" not in refusal_of(ask, Memory(resets=False), reset_peak=lambda: (512.0, True))
 
 
 @pytest.mark.parametrize("score", ["loss", "gradient"])
-def test_an_analysis_is_tried_as_it_will_run(score, monkeypatch):
+def test_an_analysis_is_tried_as_it_will_run(score):
     model, batch = model_and_batch()
     dpquant.set_policy(model, ["2"])
-    tried, honest = [], tuning.impact_sum
+    tried = []
 
     def watched(*arguments, **keywords):
         tried.append((len(keywords["record_ids"]), keywords["microbatch_size"], keywords["score"]))
-        return honest(*arguments, **keywords)
+        return impact_sum(*arguments, **keywords)
 
-    monkeypatch.setattr(tuning, "impact_sum", watched)
     before = torch.random.get_rng_state()
-    assert tuning.largest_analysis_size(model, loss, batch, ["2"], score=score, memory=99.0) == 64
+    by = Instruments(impact_sum=watched)
+    assert tuning.largest_analysis_size(model, loss, batch, ["2"], score=score, memory=99.0, by=by) == 64
     assert tried == [(size, size, score) for size in (4, 8, 16, 32, 64)]
     assert tuple(current_precisions(model)) == ("2",) and torch.equal(torch.random.get_rng_state(), before)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())

@@ -3,7 +3,7 @@
 
 Every layer is timed while all of them run in full precision and while all run quantized; whole steps in full precision
 give what lies beyond the layers; and `cost` predicts the step of any policy from that. Some policies are run for real,
-in turn with all that, so that prediction and measurement stand side by side. Examples are made up: of the data set
+in turn with all that, so that prediction and measurement stand side by side. Examples are synthetic: of the data set
 only the shape of an image, the number of classes and the public settings count.
 """
 
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
+from dpquant.app.synthetic import SyntheticRecords
 from dpquant.data import dataset as data
 from dpquant.engine.batches import Microbatch
 from dpquant.engine.passes import Objective
@@ -154,9 +154,9 @@ def assess(
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     watch("looking at the model")
-    private, made_up = _private(settings, rounds)
+    private, synthetic = _private(settings, rounds)
     turns = [(), *(largest_layers(private.macs, share) for share in SHARES)]
-    costs, steps = _times(private, made_up, turns, watch)
+    costs, steps = _times(private, synthetic, turns, watch)
     full_step = steps[()]
     model = CostModel(layers=costs, batch_size=settings.batch_size, full_step=full_step)
     if hardware == "fp4":
@@ -171,7 +171,7 @@ def assess(
         for names in turns
     ]
     watch("timing an analysis")
-    analysis = 0.0 if plan.analysis is None else _analysis_seconds(private, made_up, plan.analysis)
+    analysis = 0.0 if plan.analysis is None else _analysis_seconds(private, synthetic, plan.analysis)
     analyses = len(plan.analysis_epochs())
     step = _mean_step(settings, plan, private, model)
     full_run, quantized_run = plan.steps * full_step, plan.steps * step + analyses * analysis
@@ -218,31 +218,8 @@ class _InTurn(Policy):
         return self.turns[turn.epoch % len(self.turns)] if self.turns else tuple(turn.macs)
 
 
-class _MadeUp:
-    """Normal deviates as images, with labels: as many records as a batch has."""
-
-    def __init__(self, shape: tuple[int, int, int], num_classes: int, size: int):
-        generator = torch.Generator().manual_seed(0)
-        self._inputs = torch.randn(size, *shape, generator=generator)
-        self._targets = torch.randint(0, num_classes, (size,), generator=generator)
-
-    def __len__(self) -> int:
-        return len(self._inputs)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self._inputs[index], self._targets[index]
-
-    def batch(self, record_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The records, collated."""
-        return self._inputs[record_ids], self._targets[record_ids]
-
-    def first(self, count: int) -> tuple[Tensor, Tensor]:
-        """So many records; the same again where there are fewer."""
-        return self.batch(torch.arange(count) % len(self))
-
-
-def _private(settings: TrainSettings, rounds: int) -> tuple[PrivateTraining, _MadeUp]:
-    """A run of the settings' model on made-up records, every one of which is in every step: an epoch is a step."""
+def _private(settings: TrainSettings, rounds: int) -> tuple[PrivateTraining, SyntheticRecords]:
+    """A run of the settings' model on synthetic records, every one of which is in every step: an epoch is a step."""
     dataset = data.load(
         settings.data, Path(settings.data_dir) if settings.data_dir else None, image_size=settings.image_size
     )
@@ -256,11 +233,11 @@ def _private(settings: TrainSettings, rounds: int) -> tuple[PrivateTraining, _Ma
         expected_batch_size=size,
         steps=(len(SHARES) + 1) * (rounds + 1),
     )
-    made_up = _MadeUp(dataset.input_shape, dataset.num_classes, size)
+    synthetic = SyntheticRecords(dataset.input_shape, dataset.num_classes, size)
     private = make_private(
         model,
         optimizer_of(settings, model),
-        made_up,
+        synthetic,
         loss_fn=per_example_loss,
         plan=plan,
         policy=_InTurn(),
@@ -269,11 +246,11 @@ def _private(settings: TrainSettings, rounds: int) -> tuple[PrivateTraining, _Ma
         microbatch_size=settings.microbatch_size,
         memory=settings.memory,
     )
-    return private, made_up
+    return private, synthetic
 
 
 def _times(
-    private: PrivateTraining, made_up: _MadeUp, turns: list[tuple[str, ...]], watch: Callable[[str], None]
+    private: PrivateTraining, synthetic: SyntheticRecords, turns: list[tuple[str, ...]], watch: Callable[[str], None]
 ) -> tuple[dict[str, LayerCost], dict[tuple[str, ...], float]]:
     """{layer: its costs}, {quantized layers: seconds of a step}: medians of all rounds but the first.
 
@@ -291,9 +268,9 @@ def _times(
                 layer_times_once(
                     private.model,
                     per_example_loss,
-                    made_up.first(2),
+                    synthetic.first(2),
                     microbatch_size=private.execution.microbatch_size,
-                    expected_batch_size=len(made_up),
+                    expected_batch_size=len(synthetic),
                 )
             )
         for batch in epoch:
@@ -307,12 +284,12 @@ def _times(
     return costs, {names: statistics.median(seconds[1:]) for names, seconds in steps.items()}
 
 
-def _analysis_seconds(private: PrivateTraining, made_up: _MadeUp, analysis: AnalysisPlan) -> float:
+def _analysis_seconds(private: PrivateTraining, synthetic: SyntheticRecords, analysis: AnalysisPlan) -> float:
     """Seconds of an analysis, from a few examples."""
     began = time.perf_counter()
     impact_sum(
         Objective(private.model, per_example_loss),
-        [Microbatch(made_up.first(_ANALYSED), torch.arange(_ANALYSED), _ANALYSED)],
+        [Microbatch(synthetic.first(_ANALYSED), torch.arange(_ANALYSED), _ANALYSED)],
         names=list(private.macs),
         max_norm=1.0,
         keys=analysis_keys(0, 0),

@@ -50,7 +50,7 @@ from dpquant.app.contenders import (
     StepSettings,
     build_network,
     example_losses,
-    made_up_examples,
+    synthetic_batch,
 )
 from dpquant.engine.batches import take_rows
 from dpquant.engine.randomness import seeded
@@ -183,7 +183,7 @@ def measure(
     Returns: the record; a side that fails or does not run is in it, with the reason.
     Raises:
       ModelError, SettingError, FormatError: the settings cannot be measured.
-    Privacy: reads no data; examples are made up.
+    Privacy: reads no data; examples are synthetic.
     """
     hardware = Hardware.here()
     threads_before = torch.get_num_threads()
@@ -198,7 +198,7 @@ def measure(
     finally:
         torch.set_num_threads(threads_before)
     for name, seconds in times.items():
-        spread = Spread.of([s / settings.batch_size * 1e3 for s in seconds])
+        spread = Spread.of([s / settings.num_examples * 1e3 for s in seconds])
         results[name] = dataclasses.replace(results[name], ms_per_example=spread)
     return BenchRecord(
         dpquant=importlib.metadata.version("dpquant"),
@@ -221,8 +221,8 @@ def _checked(
     settings: BenchSettings, sides: Mapping[str, MakeSide], watch: Watch
 ) -> tuple[dict[str, SideResult], dict[str, Callable[[], None]]]:
     """What is known of each side before it is timed, and the steps of those that are right."""
-    network = build_network(settings.model, settings.side_length)
-    batch = made_up_examples(settings.model, settings.side_length, settings.batch_size)
+    network = build_network(settings.model, settings.image_size)
+    batch = synthetic_batch(settings.model, settings.image_size, settings.num_examples)
     watch("the sum of clipped gradients, one example at a time")
     oracle = Oracle(network, batch, settings.of_step)
     results, steps = {}, {}
@@ -368,9 +368,9 @@ def print_peak(argument: str) -> None:
     torch.set_num_threads(given["threads"])
     settings, make = BenchSettings(**given["settings"]), SIDES[given["side"]]
     warnings.simplefilter("ignore")
-    make(build_network("cnn", 8), made_up_examples("cnn", 8, 1), settings.of_step)()
-    network = build_network(settings.model, settings.side_length)
-    batch = made_up_examples(settings.model, settings.side_length, settings.batch_size)
+    make(build_network("cnn", 8), synthetic_batch("cnn", 8, 1), settings.of_step)()
+    network = build_network(settings.model, settings.image_size)
+    batch = synthetic_batch(settings.model, settings.image_size, settings.num_examples)
     before = forget_peak()
     step = make(network, batch, settings.of_step)
     forget_peak()  # in the trials by which ours chooses its microbatch

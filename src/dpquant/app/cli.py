@@ -245,15 +245,17 @@ def compare(
 
 @app.command()
 def bench(
-    model: Annotated[str, typer.Option(help="resnet18-cifar, resnet18, resnet50, densenet121, cnn, transformer")] = (
-        "resnet18-cifar"
-    ),
-    batch_size: Annotated[int, typer.Option(help="examples a step")] = 32,
+    model: Annotated[
+        str, typer.Option(help="resnet18-cifar, resnet18, resnet50, densenet121, cnn, transformer, mlp")
+    ] = ("resnet18-cifar"),
+    batch_size: Annotated[int | None, typer.Option(help="examples a step [32; mlp 4096]")] = None,
     image_size: Annotated[int | None, typer.Option(help="side of the images [the network's own]")] = None,
     format: Annotated[str, typer.Option(help="recipe of the quantized sides")] = "luq-fp4",
     threads: Annotated[int | None, typer.Option(help="threads to compute with [all cores]")] = None,
     rounds: Annotated[int, typer.Option(help="timed steps of every side")] = 3,
-    physical_batch_size: Annotated[int, typer.Option(help="examples that Opacus takes at once")] = 32,
+    physical_batch_size: Annotated[
+        int | None, typer.Option(help="examples that Opacus takes at once [32; mlp 4096]")
+    ] = None,
     memory: Annotated[bool, typer.Option("--memory", help="Measure peak memory too, each side by itself.")] = False,
     as_json: Json = False,
     out: Annotated[Path | None, typer.Option(help="Write the record here, as JSON.")] = None,

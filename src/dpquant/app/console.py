@@ -40,9 +40,9 @@ def print_run(console: Console, record: "RunRecord", folder: Path) -> None:
 
 def print_bench(console: Console, record: "BenchRecord") -> None:
     """The sides of a benchmark, how to read them, and the machine."""
-    settings = record.settings
-    side = settings.side_length
-    console.print(f"{settings.model}, {side}x{side}, batch {settings.batch_size}, {settings.format}\n", highlight=False)
+    settings, side = record.settings, record.settings.image_size
+    inputs = "" if side is None else f"{side}x{side}, "
+    console.print(f"{settings.model}, {inputs}batch {settings.batch_size}, {settings.format}\n", highlight=False)
     table = Table(box=None, pad_edge=False)
     header, *rows = record.table()
     for number, title in enumerate(header):

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpquant.app.synthetic import SyntheticRecords
 from dpquant.data import models
 from dpquant.engine.batches import take_rows
 from dpquant.engine.clip import clipped_sum
@@ -40,7 +41,6 @@ from dpquant.training.tuning import fastest_microbatch_size
 Batch = tuple[Tensor, Tensor, Tensor]  # inputs, labels, record ids
 Step = Callable[[], None]
 
-NUM_CLASSES = 10
 SHARE_OF_MOST = 0.9  # of the multiply-accumulates, the largest layers first
 
 
@@ -53,8 +53,8 @@ class StepSettings:
       physical_batch_size: examples that Opacus takes at once. Ours chooses for itself.
     """
 
-    format: str = "luq-fp4"
-    physical_batch_size: int = 32
+    format: str
+    physical_batch_size: int
     max_grad_norm: float = 1.0
     noise_multiplier: float = 1.0
     lr: float = 1e-3
@@ -66,25 +66,29 @@ class BenchSettings:
 
     Attributes:
       model: one of `NETWORKS`.
-      batch_size: of the logical batch, which every side turns into one step.
-      image_size: side of the images; None = the network's own.
+      batch_size: of the logical batch, which every side turns into one step; None = the network's own.
+      image_size: side of the images; None = the network's own. It is None for a network of tables.
       format: recipe of the quantized sides.
       threads: None = as torch is set.
       rounds: timed ones.
-      physical_batch_size: examples that Opacus takes at once. Ours chooses for itself.
+      physical_batch_size: examples that Opacus takes at once; None = as many as usual. Ours chooses for itself.
       memory: measure peak memory too.
     """
 
     model: str = "resnet18-cifar"
-    batch_size: int = 32
+    batch_size: int | None = None
     image_size: int | None = None
     format: str = "luq-fp4"
     threads: int | None = None
     rounds: int = 3
-    physical_batch_size: int = 32
+    physical_batch_size: int | None = None
     memory: bool = False
 
     def __post_init__(self) -> None:
+        network = _network(self.model)
+        for name in ("batch_size", "physical_batch_size", "image_size"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(network, name))
         for name in ("batch_size", "rounds", "threads", "physical_batch_size"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= 4096:
@@ -92,18 +96,17 @@ class BenchSettings:
                     f"Expected {name} in 1 .. 4096; got {name}={value}. It counts what is run. Pass a number in range."
                 )
         recipe(self.format)
-        if self.image_size is None:
-            object.__setattr__(self, "image_size", default_image_size(self.model))
 
     @property
-    def side_length(self) -> int:
-        """The images' side, with the network's own put in for None."""
-        assert self.image_size is not None
-        return self.image_size
+    def num_examples(self) -> int:
+        """The batch size, with the network's own put in for None."""
+        assert self.batch_size is not None
+        return self.batch_size
 
     @property
     def of_step(self) -> StepSettings:
         """What every side's step is told."""
+        assert self.physical_batch_size is not None
         return StepSettings(format=self.format, physical_batch_size=self.physical_batch_size)
 
 
@@ -119,7 +122,8 @@ def plain(model: nn.Module, batch: Batch, settings: StepSettings) -> Step:
     """Ordinary training: the mean gradient of the whole batch at once."""
     model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     inputs, labels, _ = batch
-    inputs = inputs.to(memory_format=torch.channels_last)
+    if inputs.dim() == 4:
+        inputs = inputs.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr)
 
     def step() -> None:
@@ -281,32 +285,38 @@ class _Transformer(nn.Module):
         return self.head(tokens_BTD.mean(1))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Network:
-    """A network's own image: channels, the side it is measured at, and the smallest that it takes."""
+    """What a network is measured on: images of some channels, or rows of a table, and how many at once.
+
+    Attributes:
+      channels: of an image; of a row, its columns.
+      image_size: the side of the images; None: the network takes rows.
+      smallest: the least side.
+      physical_batch_size: examples that Opacus takes at once.
+    """
 
     channels: int
-    image_size: int
-    smallest: int
+    image_size: int | None = 32
+    smallest: int = 8
+    num_classes: int = 10
+    batch_size: int = 32
+    physical_batch_size: int = 32
+
+    def input_shape(self, image_size: int | None) -> tuple[int, ...]:
+        """The shape of an input."""
+        return (self.channels,) if image_size is None else (self.channels, image_size, image_size)
 
 
 NETWORKS = {
-    "resnet18-cifar": _Network(3, 32, 8),
-    "resnet18": _Network(3, 32, 8),
-    "resnet50": _Network(3, 32, 8),
-    "densenet121": _Network(3, 32, 32),
-    "cnn": _Network(1, 28, 8),
-    "transformer": _Network(3, 32, 4),
+    "resnet18-cifar": _Network(channels=3),
+    "resnet18": _Network(channels=3),
+    "resnet50": _Network(channels=3),
+    "densenet121": _Network(channels=3, smallest=32),
+    "cnn": _Network(channels=1, image_size=28),
+    "transformer": _Network(channels=3, smallest=4),
+    "mlp": _Network(channels=30, image_size=None, num_classes=2, batch_size=4096, physical_batch_size=4096),
 }
-
-
-def default_image_size(name: str) -> int:
-    """The image side at which a network is measured.
-
-    Raises:
-      ModelError: the name is unknown.
-    """
-    return _network(name).image_size
 
 
 def _network(name: str) -> _Network:
@@ -318,34 +328,38 @@ def _network(name: str) -> _Network:
     return NETWORKS[name]
 
 
-def build_network(name: str, image_size: int) -> nn.Module:
-    """A network with parameters drawn from a fixed seed; every one normalises within an example.
+def build_network(name: str, image_size: int | None) -> nn.Module:
+    """Return a network with parameters drawn from a fixed seed; every one normalises within an example.
 
     Args:
       name: one of NETWORKS.
-      image_size: the side of its images.
+      image_size: the side of its images; None for rows of a table.
     Raises:
       ModelError: the name is unknown.
-      SettingError: the image is too small for the network.
+      SettingError: the image is too small for the network, or the network takes no images.
     """
     network = _network(name)
-    if image_size < network.smallest:
+    if (image_size is None) != (network.image_size is None):
+        raise SettingError(
+            f"Expected image_size for networks of images alone; got model={name}, image_size={image_size}. "
+            f"{'This one takes rows of a table. Leave it out' if image_size else 'This one takes images. Give it'}."
+        )
+    if image_size is not None and image_size < network.smallest:
         raise SettingError(
             f"Expected image_size >= {network.smallest} for model={name}; got image_size={image_size}. The network "
             "halves the sides until nothing is left. Pass a larger one."
         )
     with seeded(0):
         if name == "transformer":
-            return _Transformer(network.channels, NUM_CLASSES)
-        return models.build(name, num_classes=NUM_CLASSES, input_shape=(network.channels, image_size, image_size))
+            return _Transformer(network.channels, network.num_classes)
+        return models.build(name, num_classes=network.num_classes, input_shape=network.input_shape(image_size))
 
 
-def made_up_examples(name: str, image_size: int, batch_size: int) -> Batch:
-    """Normal deviates as images, with labels and record ids; the same at every call."""
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(batch_size, _network(name).channels, image_size, image_size, generator=generator)
-    labels = torch.randint(0, NUM_CLASSES, (batch_size,), generator=generator)
-    return inputs, labels, torch.arange(batch_size)
+def synthetic_batch(name: str, image_size: int | None, batch_size: int) -> Batch:
+    """Return normal deviates as inputs, with labels and record ids; the same at every call."""
+    network = _network(name)
+    records = SyntheticRecords(network.input_shape(image_size), network.num_classes, batch_size)
+    return *records.first(batch_size), torch.arange(batch_size)
 
 
 def out_of_place(model: nn.Module) -> nn.Module:

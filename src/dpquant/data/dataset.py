@@ -19,7 +19,6 @@ records. Symbols: N records, B batch, C channels, H height, W width.
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import gzip
 import http.client
@@ -42,27 +41,14 @@ from PIL import Image
 from torch import Tensor
 
 from dpquant.data.folders import image_folder, square
+from dpquant.data.sizes import FOLDER_PREFIX, public_size
 from dpquant.data.split import FULL_SCALE, FULL_SCALE_16, PLAIN_NORMALISATION, Loaded, Split
 from dpquant.errors import DataError, SettingError
 
 # (mean, standard deviation) that pixels in 0..1 are normalised by: published constants, or a plain half.
 NORMALISATION = MappingProxyType({"mnist": (0.1307, 0.3081), "fashion-mnist": (0.2860, 0.3530)})
-FOLDER_PREFIX = "image-folder:"
 FOLDER_IMAGE_SIZE = 32
 DEBIAN_DATASETS = Path("/usr/share/datasets")
-
-# The number of training records of each known data set, as published.
-PUBLIC_SIZES = MappingProxyType(
-    {
-        "digits": 1_442,
-        "mnist": 60_000,
-        "fashion-mnist": 60_000,
-        "emnist": 112_800,
-        "emnist-letters": 124_800,
-        "cifar10": 50_000,
-        "gtsrb": 26_640,
-    }
-)
 
 _DOWNLOAD_TIMEOUT_S = 10.0
 _DOWNLOAD_FAILURES = (OSError, RuntimeError, EOFError, http.client.HTTPException, tarfile.TarError, zipfile.BadZipFile)
@@ -91,25 +77,6 @@ class Dataset:
     public_size: int | None
 
 
-def public_size(name: str) -> int | None:
-    """The published number of training records, or None for an image folder, without touching any data.
-
-    Args:
-      name: As for `load`.
-    Raises: DataError: the name is unknown.
-    """
-    if name.startswith(FOLDER_PREFIX):
-        return None
-    if name not in PUBLIC_SIZES:
-        close = difflib.get_close_matches(name, PUBLIC_SIZES, n=1)
-        hint = f"Did you mean {close[0]}? " if close else ""
-        raise DataError(
-            f"Expected data to be one of {', '.join(PUBLIC_SIZES)} or {FOLDER_PREFIX}PATH; got data={name}. "
-            f"{hint}For images of your own, give {FOLDER_PREFIX}PATH with PATH/train/CLASS/* and PATH/test/CLASS/*."
-        )
-    return PUBLIC_SIZES[name]
-
-
 def load(
     name: str,
     data_dir: Path | None = None,
@@ -132,7 +99,7 @@ def load(
     them counts as one that cannot be decoded, and a folder with no others is refused.
 
     Args:
-      name: One of PUBLIC_SIZES, or `image-folder:PATH`.
+      name: One of `sizes.PUBLIC_SIZES`, or `image-folder:PATH`.
       data_dir: Folder of the files, and of downloads.
       image_size: Side in pixels of the square that images are resized to (bilinear, antialiased). None: as they are, or
         32 for image folders and gtsrb, whose images differ in size.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds plain torch networks for images by name, and the user's own by `module:function`.
+"""Builds plain torch networks for images and tables by name, and the user's own by `module:function`.
 
 Every network here can be trained privately without changes: it normalises by GroupNorm, never over the batch. Nothing
 here depends on quantization or privacy. Parameters are initialised as in torch, from torch's global generator, which
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from dpquant.errors import ModelError, SettingError
 
-NAMES = ("cnn", "lenet", "resnet18", "resnet18-cifar", "resnet50", "densenet121")
+NAMES = ("cnn", "lenet", "resnet18", "resnet18-cifar", "resnet50", "densenet121", "mlp")
 
 _PUBLISHED_SIDE = 28
 _MAX_GROUPS = 32
@@ -43,17 +43,17 @@ def build(
     name: str,
     *,
     num_classes: int,
-    input_shape: tuple[int, int, int],
+    input_shape: tuple[int, ...],
     width: float = 1.0,
     folder: Path | None = None,
 ) -> nn.Module:
-    """Build a network that maps [B, C, H, W] to logits [B, num_classes].
+    """Build a network that maps [B, *input_shape] to logits [B, num_classes].
 
     Args:
       name: One of NAMES, or `module:function`, imported with `folder` on the path and called with those of num_classes=
         and input_shape= that its signature takes.
       num_classes: Number of logits.
-      input_shape: (C, H, W).
+      input_shape: (C, H, W); of a row of a table (columns,), which mlp takes as well.
       width: Factor on the numbers of channels; 1 for a function of the user's own.
       folder: Of the user's modules; None: the working directory.
     Raises: ModelError: the name is unknown, or the function cannot be imported, called or gives no module.
@@ -69,9 +69,16 @@ def build(
             f"Expected width = 1 for model={name}; got width={width}. Your own function decides how wide the network "
             f"is. Leave it out, or choose one of {', '.join(NAMES)}."
         )
+    if name in NAMES and name != "mlp" and len(input_shape) != 3:
+        raise ModelError(
+            f"Expected images for model={name}; got input_shape={input_shape}. It convolves over rows and columns of "
+            "pixels. Use mlp for tables, or a function of your own."
+        )
     channels, *sides = input_shape
-    small = min(sides) < _PUBLISHED_SIDE
+    small = min(sides, default=0) < _PUBLISHED_SIDE
     match name:
+        case "mlp":
+            return _mlp(math.prod(input_shape), num_classes, width)
         case "cnn":
             return _small_cnn(channels, num_classes, width) if small else _cnn(channels, num_classes, width)
         case "lenet":
@@ -128,6 +135,19 @@ def _small_cnn(channels: int, num_classes: int, width: float) -> nn.Module:
         nn.Flatten(),
         nn.Linear(second * 16, hidden),
         nn.Tanh(),
+        nn.Linear(hidden, num_classes),
+    )
+
+
+def _mlp(inputs: int, num_classes: int, width: float) -> nn.Module:
+    """Two hidden layers of 128, as for the rows of a table."""
+    hidden = _scaled(128, width)
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(inputs, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, hidden),
+        nn.ReLU(),
         nn.Linear(hidden, num_classes),
     )
 
@@ -264,7 +284,7 @@ def _resnet18_cifar(channels: int, num_classes: int, width: float) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, num_classes))
 
 
-def _users_own(name: str, num_classes: int, input_shape: tuple[int, int, int], folder: Path) -> nn.Module:
+def _users_own(name: str, num_classes: int, input_shape: tuple[int, ...], folder: Path) -> nn.Module:
     """Call the function that `module:function` names and return the module that it builds."""
     module_name, _, function_name = name.partition(":")
     with _on_path(folder):

@@ -44,7 +44,9 @@ _NORM = _Rule(1e-15, 1e15, "Without a bound there is no sensitivity; float32 has
 _RULES = {
     "epsilon": _Rule(1e-3, 500, "Less cannot be computed well, more promises nothing. Values from 1 to 10 are usual."),
     "noise_multiplier": _Rule(
-        0.1, 1e9, "It is noise over sensitivity; too little hides nothing. Values near 1 are usual."
+        accounting.SMALLEST_NOISE,
+        1e9,
+        "It is noise over sensitivity; too little hides nothing. Values near 1 are usual.",
     ),
     "delta": _Rule(
         accounting.SMALLEST_DELTA,
@@ -107,7 +109,7 @@ class PrivacyPlan:
 
     Attributes:
       epsilon: the target; or what the planned run costs, if the noise was given.
-      noise_multiplier: training noise over sensitivity; calibrated, if epsilon was given.
+      noise_multiplier: training noise over sensitivity; calibrated, if epsilon was given, and then at least 0.1.
       delta: of the (epsilon, delta) guarantee; far below 1 / records.
       max_grad_norm: L2 norm that each example's gradient is clipped to.
       sample_rate: each record's probability to take part in a step.

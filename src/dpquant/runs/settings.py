@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
+from dpquant.data.sizes import public_size
 from dpquant.errors import FormatError, SettingError
 from dpquant.formats import precision
 
@@ -79,7 +80,9 @@ class TrainSettings:
     data: str = _setting("digits, fashion-mnist, mnist, emnist, cifar10, gtsrb or image-folder:PATH", "digits")
     data_dir: str | None = _setting("folder that holds the data set's files")
     image_size: int | None = _setting("side in pixels that images are resized to")
-    model: str = _setting("cnn, lenet, resnet18, resnet18-cifar, resnet50, densenet121 or your own module:function")
+    model: str = _setting(
+        "cnn, lenet, resnet18, resnet18-cifar, resnet50, densenet121, mlp or your own module:function"
+    )
     width: float = _setting("factor on the model's channels", 1.0)
     fix: bool = _setting("replace BatchNorm by GroupNorm", False)
     epsilon: float | None = _setting("privacy budget, training and analysis together [8, unless noise is given]")
@@ -238,10 +241,6 @@ def plan_of(settings: TrainSettings) -> "PrivacyPlan":
     from dpquant.privacy.plan import AnalysisPlan, PrivacyPlan  # loads the accountant, which --help does without
 
     if (records := settings.records) is None:
-        from dpquant.data.dataset import (
-            public_size,  # loads torch, which a plan with a given number of records does without
-        )
-
         records = public_size(settings.data)
     if settings.sample_rate is None and records is None:
         raise SettingError(

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many training records each published data set has. Loads no torch, so that a budget can be planned at once."""
+
+import difflib
+from types import MappingProxyType
+
+from dpquant.errors import DataError
+
+FOLDER_PREFIX = "image-folder:"
+
+# The number of training records of each known data set, as published.
+PUBLIC_SIZES = MappingProxyType(
+    {
+        "digits": 1_442,
+        "mnist": 60_000,
+        "fashion-mnist": 60_000,
+        "emnist": 112_800,
+        "emnist-letters": 124_800,
+        "cifar10": 50_000,
+        "gtsrb": 26_640,
+    }
+)
+
+
+def public_size(name: str) -> int | None:
+    """Return the published number of training records, or None for an image folder, without touching any data.
+
+    Args:
+      name: As for `dataset.load`.
+    Raises: DataError: the name is unknown.
+    """
+    if name.startswith(FOLDER_PREFIX):
+        return None
+    if name not in PUBLIC_SIZES:
+        close = difflib.get_close_matches(name, PUBLIC_SIZES, n=1)
+        hint = f"Did you mean {close[0]}? " if close else ""
+        raise DataError(
+            f"Expected data to be one of {', '.join(PUBLIC_SIZES)} or {FOLDER_PREFIX}PATH; got data={name}. "
+            f"{hint}For images of your own, give {FOLDER_PREFIX}PATH with PATH/train/CLASS/* and PATH/test/CLASS/*."
+        )
+    return PUBLIC_SIZES[name]
