@@ -120,7 +120,7 @@ def measured(model: nn.Module, data: TensorDataset, rounds: int) -> dict:
     optimizer = torch.optim.Adam(model.parameters())
     sized = [seconds(lambda: check_at_size(found, MICROBATCH)) for _ in range(rounds)]
     rehearsed = [
-        seconds(lambda: rehearse(optimizer, plan, found, microbatch_size=MICROBATCH, analysed=next(iter(found.macs))))
+        seconds(lambda: rehearse(optimizer, plan, found, size=MICROBATCH, analysed=next(iter(found.macs))))
         for _ in range(rounds)
     ]
     source = Records(data, default_collate, CPU, found.specimens)

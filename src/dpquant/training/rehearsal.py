@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpquant.backends.choose import Choices, Machine
 from dpquant.checks.isolation import Findings
 from dpquant.engine.batches import Microbatch
 from dpquant.engine.clip import clipped_sum_of
@@ -25,42 +26,46 @@ def rehearse(
     plan: PrivacyPlan,
     found: Findings,
     *,
-    microbatch_size: int,
+    size: int,
     analysed: str | None,
 ) -> None:
-    """Try the clipped sum, the noise, the optimizer and the analysis as a run will do them.
+    """Try the clipped sum, the noise, the optimizer and the analysis as a run will do them, on a few records.
+
+    Nothing is timed here: what is fastest for so few records says nothing about a run.
 
     Args:
       optimizer: the run's.
       plan: the run's.
       found: of the isolation check; its model has the precisions that an epoch will have.
-      microbatch_size: of the run.
+      size: examples a pass.
       analysed: name of a layer whose impact is measured; all are measured in the same way. None: there is no analysis.
     Raises:
       ModelError, SettingError: something that the run needs does not work.
     Privacy: reads no data and charges nothing; the noise that is drawn here is used for nothing else.
     """
-    order = [number % 3 for number in range(microbatch_size)]
-    piece = Microbatch(found.specimens.batch(order), torch.tensor(order), microbatch_size)
+    order = [number % 3 for number in range(size)]
+    piece = Microbatch(found.specimens.batch(order), torch.tensor(order), size)
+    untimed = Choices(machine=Machine(None), timed=lambda ways: dict.fromkeys(ways, 0.0))
     try:
-        clipped = clipped_sum_of(  # raises, where a step leaves out the records that do
-            found.objective, [piece], max_grad_norm=plan.max_grad_norm, key=0, complete=False
-        )
-        if plan.analysis is not None and analysed is not None:
-            impact_sum(
-                found.objective,
-                [piece],
-                names=[analysed],
-                max_norm=plan.analysis.max_norm,
-                keys=analysis_keys(0, 0),
-                score=plan.analysis.score,
+        with untimed.active():
+            clipped = clipped_sum_of(  # raises, where a step leaves out the records that do
+                found.objective, [piece], max_grad_norm=plan.max_grad_norm, key=0, complete=False
             )
-            plan.analysis_noise_std(plan.analysis.max_norm)
+            if plan.analysis is not None and analysed is not None:
+                impact_sum(
+                    found.objective,
+                    [piece],
+                    names=[analysed],
+                    max_norm=plan.analysis.max_norm,
+                    keys=analysis_keys(0, 0),
+                    score=plan.analysis.score,
+                )
+                plan.analysis_noise_std(plan.analysis.max_norm)
     except DPQuantError:
         raise
     except Exception as error:
         raise ModelError(
-            f"Expected a step on synthetic records to run with {microbatch_size} examples a backward pass; got a "
+            f"Expected a step on synthetic records to run with {size} examples a backward pass; got a "
             f"{type(error).__name__}: {error}."
         ) from error
     noise = NoiseSource()

@@ -37,6 +37,9 @@ from dpquant.training.setup import Setup
 from dpquant.training.state import RunState
 
 
+_REHEARSED = 3  # records of the step that is tried
+
+
 def make_private(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -204,26 +207,22 @@ def _first_records(train_set: MapDataset) -> list[Any]:
 
 
 def _try_all(setup: Setup, execution: Execution) -> None:
-    """Run on synthetic records all that steps and analyses will run, as the first epoch will run it."""
-    policy, found = setup.policy, setup.found
-    model = found.objective.model
+    """Run on synthetic records all that steps and analyses will run.
+
+    Losses in a microbatch of the run's own size, where no layer is chosen and round-off moves no code; then a step with
+    the first epoch's layers, on a few records: it takes the same paths for any number.
+    """
+    policy, found, size = setup.policy, setup.found, execution.microbatch_size
     layers = policy.choose(found.macs, None, epoch=0, key=0, excluded=execution.spared)
-    for names in ((), layers):
-        set_precisions(model, execution.precisions(found.macs, names))
-        try:
-            check_at_size(found, execution.microbatch_size)
-            if names or not layers:
-                rehearse(
-                    setup.optimizer,
-                    setup.plan,
-                    found,
-                    microbatch_size=execution.microbatch_size,
-                    analysed=next(iter(found.macs), None) if policy.needs_scores else None,
-                )
-        finally:
-            set_policy(model, ())
-        if not layers:
-            return
+    analysed = next(iter(found.macs), None) if policy.needs_scores else None
+    model = found.objective.model
+    try:
+        set_precisions(model, execution.precisions(found.macs, ()))
+        check_at_size(found, size)
+        set_precisions(model, execution.precisions(found.macs, layers))
+        rehearse(setup.optimizer, setup.plan, found, size=min(size, _REHEARSED), analysed=analysed)
+    finally:
+        set_policy(model, ())
 
 
 def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
