@@ -127,7 +127,7 @@ def measured(model: nn.Module, data: TensorDataset, rounds: int) -> dict:
     ids = torch.arange(MICROBATCH)
 
     def probe() -> None:
-        companies = source.company(ids, PROBED, 0)
+        companies = source.batchmates(ids, PROBED, 0)
         assert companies is not None and keeps_apart(found.objective, *companies, key=0)
 
     def microbatch() -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What quantizing gains layer by layer, and the smallest shapes that gain: `scripts/bench layers`.
 
-A layer's time is that of its three products, of its norm and of its part of the clipped sum, within a step on made-up
+A layer's time is that of its three products, of its norm and of its part of the clipped sum, within a step on synthetic
 inputs, in full precision and quantized. The limit is what its multiply-accumulates would take at the speed of this
 machine's fastest int8 convolution, measured in the same run. Writes benchmarks/results/<cpu>-<date>/layers.json.
 """

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dpquant.data import dataset as data
-from dpquant.engine.context import Pass
+from dpquant.engine.context import StepContext
 from dpquant.engine.layers import quantizable_layers, running, set_policy
 from experiments.ranking import NETWORKS, clipped_gradient, network, settings_and_data, trained
 from experiments.runner import RESULTS, Run, Site, new_figure
@@ -77,7 +77,7 @@ def _accuracy(model: nn.Module, split: data.Split) -> float:
     right, all_ids = 0, torch.arange(0, len(split), EVERY)
     for ids in all_ids.split(BATCH):
         inputs, targets = split.batch(ids)
-        with running(model, Pass(key=0, record_ids=ids)):
+        with running(model, StepContext(key=0, record_ids=ids)):
             right += int((model(inputs).argmax(1) == targets).sum())
     return right / len(all_ids)
 

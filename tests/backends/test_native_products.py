@@ -93,7 +93,7 @@ def test_weighted_sums_of_codes_are_those_of_products(convolution, batch, pieces
     for kernel in products._native.code_sum_kernels():
         total = torch.zeros(exact.shape[1:])
         for _ in range(2):
-            products.add_code_sums(*operands, geometry, weights, total, pieces=pieces, kernel=kernel)
+            products.add_code_sums(*operands, geometry, weights, total, bf16_terms=pieces, kernel=kernel)
         torch.testing.assert_close(total.double(), expected, rtol=0, atol=1e-5 * scale)
 
 
@@ -104,7 +104,7 @@ def test_one_piece_is_not_enough_for_a_code_of_seven_bits():
     weights, geometry = torch.rand(40, generator=generator).bfloat16().float(), Geometry()
     one, two = torch.zeros(2, 8, 8)
     for pieces, total in ((1, one), (2, two)):
-        products.add_code_sums(grad, x, geometry, weights, total, pieces=pieces)
+        products.add_code_sums(grad, x, geometry, weights, total, bf16_terms=pieces)
     assert (one - two).abs().max() > 1e-4 * two.abs().max()
 
 
@@ -138,7 +138,7 @@ def norms_in_torch(grad, x, geometry):
     return in_torch(grad, x, geometry).square().sum((1, 2))
 
 
-def add_in_torch(grad, x, geometry, weights_B, total, *, pieces):
+def add_in_torch(grad, x, geometry, weights_B, total, *, bf16_terms):
     total += torch.einsum("b,bod->od", weights_B.double(), in_torch(grad, x, geometry)).float()
 
 
@@ -147,8 +147,8 @@ def test_right_kernels_are_taken_and_wrong_ones_refused():
     assert not products.products_are_exact(lambda *args: products_in_torch(*args) + 1, norms_in_torch)
     assert not products.products_are_exact(products_in_torch, lambda *args: norms_in_torch(*args) + 1)
 
-    def one_more(grad, x, geometry, weights_B, total, *, pieces):
-        add_in_torch(grad, x, geometry, weights_B, total, pieces=pieces)
+    def one_more(grad, x, geometry, weights_B, total, *, bf16_terms):
+        add_in_torch(grad, x, geometry, weights_B, total, bf16_terms=bf16_terms)
         total += 1
 
     assert products.sums_are_exact(add_in_torch)

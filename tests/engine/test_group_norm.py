@@ -17,7 +17,7 @@ from dpquant.checks.isolation import check_isolation
 from dpquant.checks.refusals import check_trainable
 from dpquant.checks.synthetic import from_examples
 from dpquant.engine.clip import clipped_sum
-from dpquant.engine.context import Pass, twin_of
+from dpquant.engine.context import StepContext, twin_of
 from dpquant.engine.group_norm import TapedGroupNorm
 from dpquant.engine.layers import prepare, running
 from dpquant.native import kernels
@@ -463,7 +463,7 @@ def test_a_gradient_may_have_any_layout_and_a_parameter_any_strides():
 def test_without_a_tape_a_pass_leaves_it_to_torch():
     model, x = prepare(seeded(MODELS["affine"])), maps(3, 3, 6, 6)
     expected = model(x)
-    with running(model, Pass(key=0)):
+    with running(model, StepContext(key=0)):
         assert torch.equal(model(x), expected)
 
 

@@ -10,8 +10,8 @@ from torch import nn
 from dpquant.backends.doubles import SharedScale, Wrapped
 from dpquant.backends.quantize import quantize_rows
 from dpquant.backends.reference import Reference
+from dpquant.engine.context import StepContext
 from dpquant.engine.layers import (
-    Pass,
     QuantConv2d,
     QuantLinear,
     current_precisions,
@@ -129,7 +129,7 @@ def test_a_quantized_layer_multiplies_dequantized_operands(recipe, backend):
         return
     set_policy(layer, [""])
     x = torch.randn(3, 4, 7, 7, requires_grad=True)
-    run = Pass(key=5, record_ids=torch.tensor([7, 8, 9]))
+    run = StepContext(key=5, record_ids=torch.tensor([7, 8, 9]))
     with running(layer, run):
         y = layer(x)
         grad = torch.randn_like(y)
@@ -174,7 +174,7 @@ MIXED = [
 
 def products_of(layer, x, grad):
     """Forward, dgrad and wgrad of a layer `4 -> 6, 3x3` as it computes them."""
-    run = Pass(key=5, record_ids=torch.tensor([7, 8, 9]))
+    run = StepContext(key=5, record_ids=torch.tensor([7, 8, 9]))
     with running(layer, run):
         y = layer(x)
         return run, (y, *torch.autograd.grad(y, (x, layer.weight), grad))
@@ -227,7 +227,7 @@ def test_a_precision_that_the_backend_cannot_run_is_refused():
 
 
 def output(model, x, ids, key=3):
-    with running(model, Pass(key=key, record_ids=torch.as_tensor(ids, dtype=torch.int64))), torch.no_grad():
+    with running(model, StepContext(key=key, record_ids=torch.as_tensor(ids, dtype=torch.int64))), torch.no_grad():
         return model(x)
 
 
@@ -285,7 +285,7 @@ def test_each_call_of_a_reused_layer_draws_anew():
     layer = prepare(nn.Linear(64, 3))
     set_policy(layer, [""])
     x = torch.randn(2, 64)
-    with running(layer, Pass(key=0, record_ids=torch.arange(2))) as run, torch.no_grad():
+    with running(layer, StepContext(key=0, record_ids=torch.arange(2))) as run, torch.no_grad():
         first, second = layer(x), layer(x)
         run.begin(torch.arange(2))
         again = layer(x)
@@ -354,7 +354,7 @@ def test_a_policy_of_a_model_that_was_not_prepared_is_refused():
 
 def test_layers_leave_their_pass_even_after_an_error():
     model = prepare(Reused())
-    with pytest.raises(RuntimeError, match="planted"), running(model, Pass(key=0)):
+    with pytest.raises(RuntimeError, match="planted"), running(model, StepContext(key=0)):
         raise RuntimeError("planted")
     assert all(layer.current is None for layer in quantizable_layers(model).values())
 

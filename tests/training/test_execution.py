@@ -9,7 +9,7 @@ from dpquant.engine.passes import Objective
 from dpquant.errors import FormatError, SettingError
 from dpquant.formats import FULL_PRECISION, precision
 from dpquant.training import execution as execution_module
-from dpquant.training.execution import Execution, ExecutionRequest, decide, spared_layers
+from dpquant.training.execution import Execution, ExecutionRequest, choose_execution, layers_to_exclude
 from dpquant.training.tuning import ANALYSIS_MICROBATCH
 from networks import loss
 
@@ -41,7 +41,7 @@ def decided(
     model = dpquant.prepare(
         nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Linear(8, 5)), format=format, backend=prepared or backend
     )
-    execution = decide(
+    execution = choose_execution(
         Objective(model, loss),
         (torch.randn(2, 1, 4, 4), torch.arange(2)),
         policy=policy,
@@ -61,12 +61,12 @@ def decided(
 
 def test_layers_that_gain_nothing_are_spared_where_the_policy_has_others_to_choose_from():
     policy = dpquant.RotatePolicy(fraction=0.5)
-    assert spared_layers(policy, FOUR, {"a": 0.9, "b": 1.1, "c": 2.0, "d": 1.5}) == ("a",)
+    assert layers_to_exclude(policy, FOUR, {"a": 0.9, "b": 1.1, "c": 2.0, "d": 1.5}) == ("a",)
     no_choice_left = {"a": 0.9, "b": 0.9, "c": 2.0, "d": 1.5}
-    assert spared_layers(policy, FOUR, no_choice_left) == ()
-    assert spared_layers(policy, FOUR, {}) == ()
-    assert spared_layers(dpquant.AllPolicy(), FOUR, {"a": 0.9}) == ()
-    assert spared_layers(dpquant.StaticPolicy(names=("a", "b")), FOUR, {"a": 0.9}) == ()
+    assert layers_to_exclude(policy, FOUR, no_choice_left) == ()
+    assert layers_to_exclude(policy, FOUR, {}) == ()
+    assert layers_to_exclude(dpquant.AllPolicy(), FOUR, {"a": 0.9}) == ()
+    assert layers_to_exclude(dpquant.StaticPolicy(names=("a", "b")), FOUR, {"a": 0.9}) == ()
 
 
 def test_layers_that_are_not_chosen_get_the_rest():
@@ -92,7 +92,7 @@ def test_it_says_what_runs_how_and_why():
     assert str(decided(dpquant.NonePolicy())) == "8 examples a backward pass"
     slow = Execution(
         chosen=precision("int8"), rest=FULL_PRECISION, microbatch_size=8, analysis_microbatch_size=8,
-        gains={"a": 0.5, "b": 2.0}, spared=("a",), backend="int8", reason="exact on this processor",
+        gains={"a": 0.5, "b": 2.0}, excluded_layers=("a",), backend="int8", reason="exact on this processor",
     )  # fmt: skip
     assert str(slow).endswith("never quantized, as that takes longer: a (2.0 times)")
 
@@ -116,7 +116,7 @@ def test_only_auto_measures_gains():
 def test_microbatches_of_analyses_are_measured_where_memory_is_bounded_and_there_are_any(monkeypatch):
     asked = []
 
-    def largest(model, loss_fn, made_up, names, *, score, memory):
+    def largest(model, loss_fn, synthetic, names, *, score, memory):
         asked.append((names, score, memory))
         return 16
 

@@ -5,7 +5,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpquant.engine.batches import Microbatch, microbatches
-from dpquant.engine.context import Pass
+from dpquant.engine.context import StepContext
 from dpquant.engine.layers import current_precisions, prepare, quantizable_layers, running, set_policy
 from dpquant.engine.passes import Objective
 from dpquant.engine.randomness import Drawing
@@ -41,7 +41,7 @@ def brute_force(model, batch, max_norm, repeats):
 
     def losses(repeat, policy):
         set_policy(model, policy)
-        with running(model, Pass(key=derive_key(1, "analysis", 2, repeat), record_ids=ids)), torch.no_grad():
+        with running(model, StepContext(key=derive_key(1, "analysis", 2, repeat), record_ids=ids)), torch.no_grad():
             return loss(model, batch).double()
 
     full = losses(0, ())
@@ -85,7 +85,7 @@ def gradients_one_by_one(model, batch, repeat, policy):
     model.eval()
     rows = []
     for i in range(len(batch[1])):
-        run = Pass(key=derive_key(1, "analysis", 2, repeat), record_ids=torch.tensor([i]))
+        run = StepContext(key=derive_key(1, "analysis", 2, repeat), record_ids=torch.tensor([i]))
         with running(model, run):
             grads = torch.autograd.grad(loss(model, tuple(t[[i]] for t in batch)).sum(), list(model.parameters()))
         rows.append(torch.cat([grad.flatten() for grad in grads]))

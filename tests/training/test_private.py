@@ -228,7 +228,9 @@ def test_layers_rotate_and_the_model_is_in_full_precision_between_epochs():
             run.step(batch)
         assert not any(layer.quantized for layer in dpquant.quantizable_layers(run.model).values())
     assert [len(names) for names in run.policies()] == [2, 2, 2] and run.steps_taken == STEPS
-    assert set(run.macs) == {"0", "2", "5", "6"} and set(run.scores) == run.macs.keys() - set(run.execution.spared)
+    assert set(run.macs) == {"0", "2", "5", "6"} and set(run.scores) == run.macs.keys() - set(
+        run.execution.excluded_layers
+    )
     assert run.macs["0"] == 4 * 4 * 4 * 9 and run.macs["6"] == 40
 
 

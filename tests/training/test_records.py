@@ -276,7 +276,7 @@ def test_a_collate_functions_random_numbers_follow_from_key_and_record():
 
 def test_a_record_is_put_among_others_and_among_synthetic_ones():
     records = records_of(drawing(DRAWS["numpy"]))
-    piece, elsewhere = records.company(torch.tensor([6, 2, 9]), 4, 1)
+    piece, elsewhere = records.batchmates(torch.tensor([6, 2, 9]), 4, 1)
     assert [leaf[0].tolist() for _, leaf in leaves(piece.data)] == [
         leaf[0].tolist() for _, leaf in leaves(elsewhere.data)
     ]
@@ -287,9 +287,9 @@ def test_a_record_is_put_among_others_and_among_synthetic_ones():
 
 def test_the_record_in_two_companies_is_a_sound_one():
     records = records_of(Rows({6: BROKEN["nothing"]}))
-    piece, elsewhere = records.company(torch.tensor([6, 2]), 3, 1)
+    piece, elsewhere = records.batchmates(torch.tensor([6, 2]), 3, 1)
     assert piece.record_ids[0] == elsewhere.record_ids[0] == 2
-    assert records.company(torch.tensor([6]), 3, 1) is None
+    assert records.batchmates(torch.tensor([6]), 3, 1) is None
 
 
 # A data set that collates by itself.
@@ -320,9 +320,9 @@ def test_a_data_set_that_collates_itself_is_asked_for_full_microbatches():
     records = records_of(Self())
     records.check()
     assert_each_row_is_its_records(read(records, [7, 2, 9, 4, 11]), [7, 2, 9, 4, 11], 4)
-    piece, elsewhere = records.company(torch.tensor([6, 2]), 4, 1)
+    piece, elsewhere = records.batchmates(torch.tensor([6, 2]), 4, 1)
     assert torch.equal(piece.data[0][0], elsewhere.data[0][0]) and len(elsewhere.data[1]) == 4
-    assert records.company(torch.zeros(0).long(), 4, 1) is None
+    assert records.batchmates(torch.zeros(0).long(), 4, 1) is None
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ executions = st.builds(
     microbatch_size=counts,
     analysis_microbatch_size=counts,
     gains=st.dictionaries(names, numbers, max_size=3),
-    spared=st.lists(names, max_size=3).map(tuple),
+    excluded_layers=st.lists(names, max_size=3).map(tuple),
     backend=names,
     reason=names,
 )
@@ -61,7 +61,7 @@ states = st.builds(
 SOME = RunState(
     execution=Execution(
         chosen=precision(OWN), rest=FULL_PRECISION, microbatch_size=8, analysis_microbatch_size=4, gains={"a": 1.5},
-        spared=("b",), backend="int8", reason="",
+        excluded_layers=("b",), backend="int8", reason="",
     ),
     steps_taken=3, analyses_made=1, draws=5, scores={"a": 0.1}, policies=(("a", "c"), ()), ledger_head="f" * 64,
     choices={"question": 64}, broken="why",

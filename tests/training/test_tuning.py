@@ -66,7 +66,7 @@ def test_the_first_microbatch_counted_like_the_others_would_be_seen():
 
 def test_the_median_counts_and_the_first_round_does_not():
     rounds = [{"0": LayerTimes(full=seconds, quantized=seconds / 2)} for seconds in (9.0, 3.0, 4.0, 8.0)]
-    assert tuning.usual_times(rounds) == {"0": LayerTimes(full=4.0, quantized=2.0)}
+    assert tuning.median_times(rounds) == {"0": LayerTimes(full=4.0, quantized=2.0)}
 
 
 def test_a_layer_that_is_not_called_has_no_time():

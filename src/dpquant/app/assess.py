@@ -42,12 +42,12 @@ from dpquant.training.cost import (
     savings,
     warnings,
 )
-from dpquant.training.execution import spared_layers
+from dpquant.training.execution import layers_to_exclude
 from dpquant.training.impact import analysis_keys, impact_sum
 from dpquant.training.policies import Policy, Turn, largest_layers, noise_left
 from dpquant.training.private import PrivateTraining
 from dpquant.training.start import make_private
-from dpquant.training.tuning import layer_times_once, usual_times
+from dpquant.training.tuning import layer_times_once, median_times
 
 HARDWARE = ("here", "fp4")
 SHARES = (0.5, 0.9, 1.0)  # of the multiply-accumulates, largest layers first, that the measured policies quantize
@@ -279,7 +279,7 @@ def _times(
             steps.setdefault(epoch.policy, []).append(time.perf_counter() - began)
     costs = {
         name: LayerCost(macs=private.macs[name], full=seconds.full, quantized=seconds.quantized)
-        for name, seconds in usual_times(layers).items()
+        for name, seconds in median_times(layers).items()
     }
     return costs, {names: statistics.median(seconds[1:]) for names, seconds in steps.items()}
 
@@ -301,10 +301,10 @@ def _analysis_seconds(private: PrivateTraining, synthetic: SyntheticRecords, ana
 def _mean_step(settings: TrainSettings, plan: PrivacyPlan, private: PrivateTraining, model: CostModel) -> float:
     """Predicted seconds of a step, the mean over a run's epochs with the layers that its policy would choose."""
     policy, macs = policy_of(settings), private.macs
-    spared = spared_layers(policy, macs, private.execution.gains)
+    excluded = layers_to_exclude(policy, macs, private.execution.gains)
     epochs = range(plan.epochs)
     return statistics.mean(
-        model.step(policy.choose(macs, None, epoch=epoch, key=settings.seed, excluded=spared)) for epoch in epochs
+        model.step(policy.choose(macs, None, epoch=epoch, key=settings.seed, excluded=excluded)) for epoch in epochs
     )
 
 

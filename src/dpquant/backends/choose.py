@@ -41,7 +41,7 @@ class Choices:
     """The decisions of one run.
 
     Attributes:
-      made: {question: answer} of everything that was decided so far, as JSON has it.
+      made: {key: answer} of everything that was decided so far, as JSON has it.
     """
 
     def __init__(
@@ -62,26 +62,26 @@ class Choices:
         self.made: dict[str, Any] = {}
 
     def decide(
-        self, question: Hashable, measure: Callable[[], Any], *, valid: Callable[[Any], bool], lasting: bool = True
+        self, key: Hashable, measure: Callable[[], Any], *, valid: Callable[[Any], bool], lasting: bool = True
     ) -> Any:
-        """Return the answer to a question: of this run, of the run that was given, of this machine, or measured now.
+        """Return a decision: of this run, of the run that was given, of this machine, or measured now.
 
         Args:
-          question: identifies the decision, shapes included; its `repr` is what is kept.
+          key: identifies the decision, shapes included; its `repr` is what is kept.
           measure: decides it now. Its result can be written as JSON.
           valid: whether an answer from elsewhere makes sense here.
           lasting: the answer holds for later runs on this machine too.
         """
-        key = _key(question)
-        if key not in self.made:
+        text = _text(key)
+        if text not in self.made:
             known = [self._given, self.machine.answers] if lasting else [self._given]
-            found = [answers[key] for answers in known if key in answers and valid(answers[key])]
-            self.made[key] = found[0] if found else measure()
+            found = [answers[text] for answers in known if text in answers and valid(answers[text])]
+            self.made[text] = found[0] if found else measure()
             if lasting and not found:
-                self.machine.learn(key, self.made[key])
-        return self.made[key]
+                self.machine.learn(text, self.made[text])
+        return self.made[text]
 
-    def fastest(self, question: Hashable, ways: Ways) -> str:
+    def fastest(self, key: Hashable, ways: Ways) -> str:
         """`fastest` by these choices."""
         if len(ways) == 1:
             return next(iter(ways))
@@ -90,7 +90,7 @@ class Choices:
             seconds = (self._timed or timed)(ways)
             return min(ways, key=seconds.__getitem__)
 
-        return self.decide(question, measure, valid=lambda answer: answer in ways)
+        return self.decide(key, measure, valid=lambda answer: answer in ways)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -163,21 +163,19 @@ _alone = Choices()  # of what is computed outside of any run
 _machines: dict[str, Machine] = {}  # by where the cache is
 
 
-def decided(
-    question: Hashable, measure: Callable[[], Any], *, valid: Callable[[Any], bool], lasting: bool = True
-) -> Any:
+def decided(key: Hashable, measure: Callable[[], Any], *, valid: Callable[[Any], bool], lasting: bool = True) -> Any:
     """`Choices.decide` by the choices that are active."""
-    return (_active or _alone).decide(question, measure, valid=valid, lasting=lasting)
+    return (_active or _alone).decide(key, measure, valid=valid, lasting=lasting)
 
 
-def fastest(question: Hashable, ways: Ways) -> str:
+def fastest(key: Hashable, ways: Ways) -> str:
     """Return the name of the way that takes the least time.
 
     Args:
-      question: identifies the decision, shapes included.
+      key: identifies the decision, shapes included.
       ways: {name: does the work once}; at least one.
     """
-    return (_active or _alone).fastest(question, ways)
+    return (_active or _alone).fastest(key, ways)
 
 
 def timed(ways: Ways, *, rounds: int = _ROUNDS, clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
@@ -208,9 +206,9 @@ def timed(ways: Ways, *, rounds: int = _ROUNDS, clock: Callable[[], float] = tim
 
 
 @functools.cache
-def _key(question: Hashable) -> str:
+def _text(key: Hashable) -> str:
     """As it is kept. A step asks the same questions for every microbatch and layer, and `repr` takes its time."""
-    return repr(question)
+    return repr(key)
 
 
 def _answers(text: str) -> dict[str, Any]:

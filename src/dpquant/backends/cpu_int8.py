@@ -243,7 +243,7 @@ class CodeSum:
         self._total = torch.zeros(operands.shapes[1][1], operands.patch_size)
 
     def add(self, operands: Operands, weights_B: Tensor) -> None:
-        native.add_code_sums(*operands.codes, weights_B, self._total, pieces=self._bf16_terms)
+        native.add_code_sums(*operands.codes, weights_B, self._total, bf16_terms=self._bf16_terms)
 
     def value(self) -> Tensor:
         return in_weight_order(self._total, self._geometry)

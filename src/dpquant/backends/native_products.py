@@ -33,7 +33,12 @@ def direct_products(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
     products = grad.new_empty(len(x), grad.shape[1], math.prod(geometry.kernel) * channels)
     assert _native is not None
     _native.direct_products(
-        _memory(x), _memory(grad), products.numpy(), batch=len(x), groups=geometry.groups, **_walk(grad, x, geometry)
+        _memory(x),
+        _memory(grad),
+        products.numpy(),
+        batch=len(x),
+        groups=geometry.groups,
+        **_geometry_facts(grad, x, geometry),
     )
     return products
 
@@ -72,7 +77,7 @@ def _run_code_products(
     assert _native is not None
     _native.code_products(
         _memory(x), _memory(grad), None if products is None else products.numpy(), squares.numpy(),
-        kernel=kernel or _native.code_kernels()[0], **_walk(grad, x, geometry),
+        kernel=kernel or _native.code_kernels()[0], **_geometry_facts(grad, x, geometry),
     )  # fmt: skip
 
 
@@ -86,7 +91,7 @@ def add_code_products(
     assert _native is not None
     _native.add_code_products(
         _memory(x), _memory(grad), weights_B.contiguous().numpy(), totals.numpy(),
-        kernel=kernel or _native.code_kernels()[0], **_walk(grad, x, geometry),
+        kernel=kernel or _native.code_kernels()[0], **_geometry_facts(grad, x, geometry),
     )  # fmt: skip
 
 
@@ -96,7 +101,7 @@ def gram_norms(grad: Tensor, x: Tensor, geometry: Geometry, *, kernel: str | Non
     squares = torch.empty(len(x), dtype=torch.float64)
     _native.code_gram_norms(
         _memory(x), _memory(grad), squares.numpy(), kernel=kernel or _native.code_kernels()[0],
-        **_walk(grad, x, geometry),
+        **_geometry_facts(grad, x, geometry),
     )  # fmt: skip
     return squares
 
@@ -108,7 +113,7 @@ def add_code_sums(
     weights_B: Tensor,
     total: Tensor,
     *,
-    pieces: int,
+    bf16_terms: int,
     kernel: str | None = None,
 ) -> None:
     """Add these products, weighted and summed over examples, to a total `(O, D)` in place; see `has_code_sums`.
@@ -121,13 +126,13 @@ def add_code_sums(
       geometry: as of `code_norms`.
       weights_B: bfloat16 numbers, as float32.
       total: float32.
-      pieces: how many bfloat16 numbers add up to a weight times a code of grad, 1 or 2.
+      bf16_terms: how many bfloat16 numbers add up to a weight times a code of grad, 1 or 2.
       kernel: `amx` or `avx512`; None: the fastest that this processor has.
     """
     assert _native is not None
     _native.add_code_sums(
-        _memory(x), _memory(grad), weights_B.contiguous().numpy(), total.numpy(), pieces=pieces,
-        kernel=kernel or _native.code_sum_kernels()[0], **_walk(grad, x, geometry),
+        _memory(x), _memory(grad), weights_B.contiguous().numpy(), total.numpy(), pieces=bf16_terms,
+        kernel=kernel or _native.code_sum_kernels()[0], **_geometry_facts(grad, x, geometry),
     )  # fmt: skip
 
 
@@ -175,7 +180,7 @@ def sums_are_exact(add_sums: Callable[..., None]) -> bool:
     grad, x, geometry, exact = _largest_codes()
     weights_B = torch.tensor([1.0, 0.5])
     sums = torch.zeros(exact.shape[1:])
-    add_sums(grad, x, geometry, weights_B, sums, pieces=2)
+    add_sums(grad, x, geometry, weights_B, sums, bf16_terms=2)
     return torch.equal(sums.double(), (exact * weights_B[:, None, None]).sum(0))
 
 
@@ -198,7 +203,7 @@ def _memory(maps: Tensor) -> Any:
     return maps.numpy()
 
 
-def _walk(grad: Tensor, x: Tensor, geometry: Geometry) -> Any:
+def _geometry_facts(grad: Tensor, x: Tensor, geometry: Geometry) -> Any:
     """What all kernels are told of the convolution: an axis is (in, out, kernel, stride, padding, dilation)."""
     g = geometry
     rows, columns = zip(x.shape[2:], grad.shape[2:], g.kernel, g.stride, g.padding, g.dilation, strict=True)

@@ -141,7 +141,7 @@ def _squares_by_grams(x: Tensor, g: Tensor, operands: Operands) -> Tensor:
     g_BGTO = positions(g, geometry)
     if operands.num_positions == 1:
         patches = x.flatten(1)[:, None, None] if geometry.pointwise else im2col(x, geometry)
-        squares = [t.double().square_().sum((2, 3)) for t in (patches, g_BGTO)]
+        squares = [t.double().square().sum((2, 3)) for t in (patches, g_BGTO)]
         return (squares[0] * squares[1]).sum(1)
     with bfloat16_factors() if operands.bf16_terms else contextlib.nullcontext():
         grams = [_patch_grams(x, geometry).double(), (g_BGTO @ g_BGTO.transpose(2, 3)).double()]

@@ -24,7 +24,7 @@ from dpquant.backends.algebra import ROUND_OFF
 from dpquant.backends.malloc import working_memory
 from dpquant.engine.batches import Microbatch, check_rows, microbatches
 from dpquant.engine.clock import Clock
-from dpquant.engine.context import Pass
+from dpquant.engine.context import StepContext
 from dpquant.engine.layers import quantizable_layers, running
 from dpquant.engine.passes import Objective, Passes, PerExampleLoss
 from dpquant.engine.tape import GradientTape, taping
@@ -142,7 +142,7 @@ def clipped_sum_of(
     model, trainable = objective.model, objective.trainable()
     with (
         taping(model, trainable, clock=clock) as tape,
-        running(model, Pass(key=key, tape=tape, clock=clock)) as run,
+        running(model, StepContext(key=key, tape=tape, clock=clock)) as run,
     ):
         passes = Passes(objective, run, tape)
         found = False

@@ -86,7 +86,7 @@ class Replay:
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
-class Pass:
+class StepContext:
     """One logical step over a model: which records are in hand, which random stream rounds, who takes the gradients.
 
     Attributes:

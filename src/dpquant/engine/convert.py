@@ -202,7 +202,7 @@ def _problem(module: nn.Module, batch_norm: str) -> tuple[str, str] | None:
                 "Freeze it with requires_grad_(False), or replace it; attention can be built of Linear layers",
             )
         case _BatchNorm() if any(is_lazy(t) for t in (*module.parameters(), *module.buffers())):
-            return "Its parameters have no shape yet", "Run one forward pass on made-up data first"
+            return "Its parameters have no shape yet", "Run one forward pass on synthetic data first"
         case _BatchNorm() if type(module).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
             return "It is a BatchNorm with a forward method of its own", "Replace it by hand, by GroupNorm for instance"
         case _BatchNorm() if batch_norm == "freeze" and module.running_mean is None:

@@ -14,8 +14,8 @@ the products that they take part in run in different formats. The bias' gradient
 is no product. Scales are taken per example, never over the batch: a batch scale would make every example's gradient
 depend on every other, and clipping would bound nothing.
 
-A layer does not clip, sum or add noise: it hands (x, g) to the tape of the `Pass` that it runs in. Outside a pass it is
-an ordinary layer with straight-through gradients.
+A layer does not clip, sum or add noise: it hands (x, g) to the tape of the `StepContext` that it runs in. Outside of
+one it is an ordinary layer with straight-through gradients.
 
 Symbols: B examples, x activations, g output gradients, W weight, T output positions, s scale.
 """
@@ -34,7 +34,7 @@ from dpquant.backends.interface import Backend
 from dpquant.backends.qtensor import QTensor, code_values, scaled
 from dpquant.backends.quantize import quantize_rows
 from dpquant.backends.registry import resolve
-from dpquant.engine.context import Pass, twin_of
+from dpquant.engine.context import StepContext, twin_of
 from dpquant.engine.group_norm import TapedGroupNorm
 from dpquant.errors import ModelError, SettingError
 from dpquant.formats import FULL_PRECISION, Precision, Recipe, RoleFormat, precision
@@ -55,7 +55,7 @@ class QuantizableLayer(nn.Module):
     backend: Backend
     chosen: Precision
     precision: Precision
-    current: Pass | None
+    current: StepContext | None
 
     @property
     def quantized(self) -> bool:
@@ -67,7 +67,7 @@ class QuantizableLayer(nn.Module):
         """How the layer walks over its (already padded) input."""
         return Geometry()
 
-    def quantize_weight(self, run: Pass, role: RoleFormat, kept: str = "") -> QTensor:
+    def quantize_weight(self, run: StepContext, role: RoleFormat, kept: str = "") -> QTensor:
         """The codes of W `(O, C / G, *kernel)`, with one scale, or with one for each channel that is kept.
 
         W is public: its scales may see all of it.
@@ -82,7 +82,7 @@ class QuantizableLayer(nn.Module):
 
     def convolve(self, x: Tensor) -> Tensor:
         """The layer on an image batch `(B, C, H, W)`, inside the current pass or, without one, as an ordinary layer."""
-        run = self.current or Pass(key=0)
+        run = self.current or StepContext(key=0)
         if run.phase == "backward":
             raise ModelError(
                 "Expected no layer to be called during the backward pass; got activation checkpointing, which computes "
@@ -152,7 +152,7 @@ class _Convolution(torch.autograd.Function):
     """The three products. The gradient is straight-through: rounding counts as the identity."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, anchor, layer: QuantizableLayer, run: Pass):
+    def forward(ctx, x, weight, bias, anchor, layer: QuantizableLayer, run: StepContext):
         ctx.layer, ctx.run, ctx.call, ctx.precision = layer, run, run.next_call(layer), layer.precision
         ctx.size = x.shape[2:]
         ctx.geometry = geometry = layer.geometry.cropped(ctx.size)[0]
@@ -201,7 +201,7 @@ class _TimedConvolution(_Convolution):
     """The same under the pass' clock."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, anchor, layer: QuantizableLayer, run: Pass):
+    def forward(ctx, x, weight, bias, anchor, layer: QuantizableLayer, run: StepContext):
         assert run.clock is not None
         with run.clock.timing(layer.name):
             return _Convolution.forward(ctx, x, weight, bias, anchor, layer, run)
@@ -343,7 +343,7 @@ def count_macs(model: nn.Module, forward: Callable[[], object]) -> dict[str, flo
 
 
 @contextlib.contextmanager
-def running(model: nn.Module, run: Pass) -> Iterator[Pass]:
+def running(model: nn.Module, run: StepContext) -> Iterator[StepContext]:
     """All layers of the model that know passes work inside `run` until the block ends."""
     layers = quantizable_layers(model).values()
     norms = [module for module in model.modules() if isinstance(module, TapedGroupNorm)]

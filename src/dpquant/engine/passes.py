@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dpquant.backends.qtensor import QTensor
 from dpquant.engine.batches import Microbatch, take_rows
-from dpquant.engine.context import Pass
+from dpquant.engine.context import StepContext
 from dpquant.engine.contributions import Contribution
 from dpquant.engine.layers import running
 from dpquant.engine.randomness import Drawing, Position, seeded
@@ -62,7 +62,7 @@ class Objective:
 class Passes:
     """Forward and backward passes that leave a microbatch's per-example gradients on a tape."""
 
-    def __init__(self, objective: Objective, run: Pass, tape: GradientTape):
+    def __init__(self, objective: Objective, run: StepContext, tape: GradientTape):
         self._objective, self._run, self._tape = objective, run, tape
         self._key = draws_key(run.key)
 
@@ -180,7 +180,7 @@ def gradients_of_rows(objective: Objective, piece: Microbatch, *, key: int) -> R
     Privacy: per example; reads private data if the piece holds any, and nothing bounds it.
     """
     tapes = taping(objective.model, objective.trainable(), forming=False, keeping=True)
-    with tapes as tape, running(objective.model, Pass(key=key, tape=tape)) as run:
+    with tapes as tape, running(objective.model, StepContext(key=key, tape=tape)) as run:
         losses = Passes(objective, run, tape).over(piece)
         return RowGradients(losses.detach(), tape.contributions(), tape.operands)
 
@@ -190,7 +190,7 @@ def losses_of(objective: Objective, piece: Microbatch, *, key: int) -> Tensor:
     draws = draws_key(key)
 
     def forward() -> Tensor:
-        with running(objective.model, Pass(key=key, record_ids=piece.record_ids)):
+        with running(objective.model, StepContext(key=key, record_ids=piece.record_ids)):
             return objective.losses(piece)
 
     with torch.no_grad(), seeded(draws):

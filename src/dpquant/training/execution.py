@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a run is executed on this machine: precisions, microbatch, and which layers are not worth quantizing.
 
-Decided once, before any record is read, from made-up examples and times. None of it enters the accounting.
+Decided once, before any record is read, from synthetic examples and times. None of it enters the accounting.
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ class Execution:
       microbatch_size: examples a backward pass.
       analysis_microbatch_size: the same in analyses, which keep two sets of operands.
       gains: {layer: time in full precision over time quantized, measured here}; empty where it does not matter.
-      spared: layers that the policy may not choose, because they gain nothing.
+      excluded_layers: layers that the policy may not choose, because they gain nothing.
       backend: `simulate` or `int8`.
       reason: why that one; empty where nothing runs quantized.
     """
@@ -75,7 +75,7 @@ class Execution:
     microbatch_size: int
     analysis_microbatch_size: int
     gains: Mapping[str, float]
-    spared: tuple[str, ...]
+    excluded_layers: tuple[str, ...]
     backend: str
     reason: str
 
@@ -90,13 +90,15 @@ class Execution:
         if slower := [name for name, gain in self.gains.items() if gain < 1]:
             listed = ", ".join(f"{name} ({1 / self.gains[name]:.1f} times)" for name in slower)
             never = "never quantized, as that takes longer"
-            words.append(f"{never if self.spared else 'quantized when chosen, though that takes longer'}: {listed}")
+            words.append(
+                f"{never if self.excluded_layers else 'quantized when chosen, though that takes longer'}: {listed}"
+            )
         return "; ".join(words)
 
 
-def decide(
+def choose_execution(
     objective: Objective,
-    made_up: Any,
+    synthetic: Any,
     *,
     policy: Policy,
     macs: dict[str, float],
@@ -107,7 +109,7 @@ def decide(
 
     Args:
       objective: a prepared model and its loss.
-      made_up: a batch of made-up examples.
+      synthetic: a batch of synthetic examples.
       policy: which layers run quantized.
       macs: each layer's multiply-accumulates.
       plan: for the expected batch size of a step, and for what an analysis measures.
@@ -118,7 +120,7 @@ def decide(
     """
     model, loss_fn = objective.model, objective.loss_fn
     chosen, rest, memory = request.chosen, request.rest, request.memory
-    asked = _question(model, made_up, chosen, rest, plan)
+    asked = _question(model, synthetic, chosen, rest, plan)
     first = policy.choose(macs, None, epoch=0, key=0)
     precisions = {name: chosen if name in first else rest for name in macs}
     set_precisions(model, precisions)  # refuses what the backend cannot run
@@ -128,7 +130,7 @@ def decide(
         size = decided(
             ("examples a backward pass", asked, _digest(*first), memory),
             lambda: fastest_microbatch_size(
-                model, loss_fn, made_up, precisions, expected_batch_size=plan.expected_batch_size, memory=memory
+                model, loss_fn, synthetic, precisions, expected_batch_size=plan.expected_batch_size, memory=memory
             ),
             valid=_is_size,
             lasting=memory is None,  # what a process has in use differs
@@ -138,7 +140,7 @@ def decide(
         names, score = list(macs)[:1], plan.analysis.score
         analysis_microbatch_size = decided(
             ("examples a pass of an analysis", asked, score, memory),
-            lambda: largest_analysis_size(model, loss_fn, made_up, names, score=score, memory=memory),
+            lambda: largest_analysis_size(model, loss_fn, synthetic, names, score=score, memory=memory),
             valid=_is_size,
             lasting=False,
         )
@@ -148,7 +150,7 @@ def decide(
     if policy.quantizes and request.backend == "auto" and runs_on == "int8":
         gains = decided(
             ("gains of layers", asked, size),
-            partial(_gains, model, loss_fn, made_up, size, plan.expected_batch_size),
+            partial(_gains, model, loss_fn, synthetic, size, plan.expected_batch_size),
             valid=lambda gains: isinstance(gains, dict) and gains.keys() <= macs.keys(),
         )
     reason = ""
@@ -161,30 +163,30 @@ def decide(
         microbatch_size=size,
         analysis_microbatch_size=analysis_microbatch_size,
         gains=gains,
-        spared=() if rest.quantized else spared_layers(policy, macs, gains),
+        excluded_layers=() if rest.quantized else layers_to_exclude(policy, macs, gains),
         backend=runs_on,
         reason=reason,
     )
 
 
 def _gains(
-    model: nn.Module, loss_fn: PerExampleLoss, made_up: Any, microbatch_size: int, expected_batch_size: float
+    model: nn.Module, loss_fn: PerExampleLoss, synthetic: Any, microbatch_size: int, expected_batch_size: float
 ) -> dict[str, float]:
     """{layer: time in full precision over time quantized}."""
     times = layer_times(
-        model, loss_fn, made_up, microbatch_size=microbatch_size, expected_batch_size=expected_batch_size
+        model, loss_fn, synthetic, microbatch_size=microbatch_size, expected_batch_size=expected_batch_size
     )
     return {name: seconds.gain for name, seconds in times.items()}
 
 
-def _question(model: nn.Module, made_up: Any, chosen: Precision, rest: Precision, plan: PrivacyPlan) -> str:
+def _question(model: nn.Module, synthetic: Any, chosen: Precision, rest: Precision, plan: PrivacyPlan) -> str:
     """What times depend on, as far as it can be seen: modules, shapes, formats, batch, device, threads."""
     layers = quantizable_layers(model).values()
     return _digest(
         *(f"{name}: {type(module).__name__}" for name, module in model.named_modules()),
         *(f"{name}: {tuple(p.shape)} {p.requires_grad}" for name, p in model.named_parameters()),
         *(f"{layer.geometry} {layer.backend.name} {layer.weight.device}" for layer in layers),
-        *(f"{leaf.dtype} {tuple(leaf.shape[1:])}" for _, leaf in leaves(made_up)),
+        *(f"{leaf.dtype} {tuple(leaf.shape[1:])}" for _, leaf in leaves(synthetic)),
         *(chosen.name, rest.name, plan.expected_batch_size, torch.get_num_threads()),
     )
 
@@ -197,7 +199,7 @@ def _digest(*facts: object) -> str:
     return hashlib.sha256("\n".join(map(str, facts)).encode()).hexdigest()[:16]
 
 
-def spared_layers(policy: Policy, macs: dict[str, float], gains: Mapping[str, float]) -> tuple[str, ...]:
+def layers_to_exclude(policy: Policy, macs: dict[str, float], gains: Mapping[str, float]) -> tuple[str, ...]:
     """The layers that quantizing makes slower, if the others are more than the policy needs: it shall have a choice."""
     slower = [name for name in macs if gains.get(name, 1.0) < 1]
     chosen = set(policy.choose(macs, None, epoch=0, key=0, excluded=slower))

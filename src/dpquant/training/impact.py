@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from dpquant.engine.batches import Microbatch
 from dpquant.engine.clip import clip_factors
-from dpquant.engine.context import Pass, Replay
+from dpquant.engine.context import Replay, StepContext
 from dpquant.engine.contributions import Contribution
 from dpquant.engine.layers import (
     current_precisions,
@@ -149,7 +149,7 @@ def impact_vectors(objective: Objective, piece: Microbatch, names: Sequence[str]
                 replay.rewind(layers[policy[0]])
             else:
                 replay.remember()
-            with running(objective.model, Pass(key=key, record_ids=piece.record_ids, replay=replay)):
+            with running(objective.model, StepContext(key=key, record_ids=piece.record_ids, replay=replay)):
                 return objective.losses(piece).double().cpu()
 
         set_policy(objective.model, policy)

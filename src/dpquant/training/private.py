@@ -147,7 +147,7 @@ class PrivateTraining:
                 self.scores or None,
                 epoch=index,
                 key=derive_key(self._seed, "schedule"),
-                excluded=self.execution.spared,
+                excluded=self.execution.excluded_layers,
             )
             self._advance(policies=(*self._state.policies, layers))
             num_steps = min(self.plan.epoch_steps, self.plan.steps - self.steps_taken)
@@ -230,7 +230,7 @@ class PrivateTraining:
         """
         if self._probed or len(batch.record_ids) == 0:
             return
-        companies = self._records.company(batch.record_ids, _PROBED, key)
+        companies = self._records.batchmates(batch.record_ids, _PROBED, key)
         if companies is None:
             return
         self._probed = True
@@ -363,7 +363,7 @@ class PrivateTraining:
 
     def _score(self, batch: Batch) -> None:
         """Take the noisy mean of the batch's clipped impacts into the scores."""
-        names = [name for name in self.macs if name not in self.execution.spared]
+        names = [name for name in self.macs if name not in self.execution.excluded_layers]
         key = derive_key(self._mechanism.record_key, "analysis", batch.step)
         mine, size = self._group.share(batch.record_ids), self.execution.analysis_microbatch_size
         keys = analysis_keys(self._mechanism.record_key, batch.step, self._analysis.repeats)

@@ -129,7 +129,7 @@ class Records:
         sound = [row for row, record in enumerate(records) if self._is_sound(record)]
         return self._collated([records[row] for row in sound], record_ids[sound], size, key)
 
-    def company(self, record_ids: Tensor, size: int, key: int) -> tuple[Microbatch, Microbatch] | None:
+    def batchmates(self, record_ids: Tensor, size: int, key: int) -> tuple[Microbatch, Microbatch] | None:
         """Return a sound record among its batchmates and among synthetic ones; None where none is sound."""
         piece = self.microbatch(record_ids[:size], size, key)
         if piece is None:

@@ -28,14 +28,13 @@ from dpquant.formats import Precision, Recipe, precision
 from dpquant.privacy.mechanism import Mechanism
 from dpquant.privacy.plan import PrivacyPlan
 from dpquant.training.distributed import Alone, Group
-from dpquant.training.execution import Execution, ExecutionRequest, decide
+from dpquant.training.execution import Execution, ExecutionRequest, choose_execution
 from dpquant.training.policies import Policy
 from dpquant.training.private import PrivateTraining
 from dpquant.training.records import MapDataset, Records
 from dpquant.training.rehearsal import rehearse
 from dpquant.training.setup import Setup
 from dpquant.training.state import RunState
-
 
 _REHEARSED = 3  # records of the step that is tried
 
@@ -189,8 +188,10 @@ def _checked(request: Request) -> tuple[Setup, Records, Choices, Execution]:
     )
     choices = request.choices or Choices()
     with choices.active():
-        made_up = found.specimens.batch((0, 1, 2))
-        execution = decide(found.objective, made_up, policy=policy, macs=found.macs, plan=plan, request=wanted)
+        synthetic = found.specimens.batch((0, 1, 2))
+        execution = choose_execution(
+            found.objective, synthetic, policy=policy, macs=found.macs, plan=plan, request=wanted
+        )
         _try_all(setup, execution)
     return setup, records, choices, execution
 
@@ -213,7 +214,7 @@ def _try_all(setup: Setup, execution: Execution) -> None:
     the first epoch's layers, on a few records: it takes the same paths for any number.
     """
     policy, found, size = setup.policy, setup.found, execution.microbatch_size
-    layers = policy.choose(found.macs, None, epoch=0, key=0, excluded=execution.spared)
+    layers = policy.choose(found.macs, None, epoch=0, key=0, excluded=execution.excluded_layers)
     analysed = next(iter(found.macs), None) if policy.needs_scores else None
     model = found.objective.model
     try:

@@ -79,7 +79,11 @@ def _written(value: Any) -> Any:
 
 
 def _execution(read: dict[str, Any]) -> Execution:
-    known = {"chosen": _precision(read["chosen"]), "rest": _precision(read["rest"]), "spared": tuple(read["spared"])}
+    known = {
+        "chosen": _precision(read["chosen"]),
+        "rest": _precision(read["rest"]),
+        "excluded_layers": tuple(read["excluded_layers"]),
+    }
     return Execution(**{**read, **known})
 
 

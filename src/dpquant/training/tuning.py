@@ -96,7 +96,7 @@ def layer_times(
         )
         for _ in range(1 + rounds)
     ]
-    return usual_times(times)
+    return median_times(times)
 
 
 def layer_times_once(
@@ -140,7 +140,7 @@ def _seconds_per_example(clock: Clock, microbatch_size: int, expected_batch_size
     }
 
 
-def usual_times(rounds: Sequence[Mapping[str, LayerTimes]]) -> dict[str, LayerTimes]:
+def median_times(rounds: Sequence[Mapping[str, LayerTimes]]) -> dict[str, LayerTimes]:
     """Return medians over all rounds but the first, which fills caches and chooses the ways of the products."""
     return {
         name: LayerTimes(
