@@ -80,7 +80,9 @@ class TrainSettings:
     data: str = _setting("digits, fashion-mnist, mnist, emnist, cifar10, gtsrb or image-folder:PATH", "digits")
     data_dir: str | None = _setting("folder that holds the data set's files")
     image_size: int | None = _setting("side in pixels that images are resized to")
-    model: str = _setting("cnn, lenet, resnet18, resnet18-cifar, resnet50, densenet121, mlp or your own module:function")
+    model: str = _setting(
+        "cnn, lenet, resnet18, resnet18-cifar, resnet50, densenet121, mlp or your own module:function"
+    )
     width: float = _setting("factor on the model's channels", 1.0)
     fix: bool = _setting("replace BatchNorm by GroupNorm", False)
     epsilon: float | None = _setting("privacy budget, training and analysis together [8, unless noise is given]")
