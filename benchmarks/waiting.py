@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What it costs and gains that OpenMP's threads sleep while they wait, instead of spinning. `scripts/bench waiting`.
+"""What it costs and gains that OpenMP's threads sleep soon while they wait. `scripts/bench waiting`.
 
-Steps of a small and of a large network run with either policy, each in a process of its own, in turn: on the machine as
-it is, and beside as many processes that compute as there are cores. Given are the least and the median time of a step
-and its processor time, user and system. The load lasts for the seconds that are timed.
+Some operators run with each setting, in processes of their own that take turns: for some hundredths of a second
+whenever all processors have been idle for a moment, so that a machine with others on it can be used too; then beside as
+many processes that compute as there are processors. Given are the least and the usual microseconds of an operator.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
@@ -15,98 +14,132 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-POLICIES: dict[str, dict[str, str]] = {"spinning": {}, "sleeping": {"OMP_WAIT_POLICY": "passive"}}
-WORK = {"cnn": (64, "all"), "mlp": (4096, "full"), "resnet18": (64, "all")}  # network: batch size, side
+SETTINGS: dict[str, dict[str, str]] = {
+    "as OpenMP does": {},
+    "GOMP_SPINCOUNT=1000": {"GOMP_SPINCOUNT": "1000"},
+    "OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"},
+}
+BURST_S, MOMENT_S = 0.04, 0.06
+IDLE_SHARE = 0.8
+BUSY_TURNS = 4
+Times = dict[str, float]  # {operator: microseconds, the median of a burst}
 
 
 def main() -> None:
-    """Measure both policies on every network, without and with load; print and keep the table."""
+    """Measure every setting, when idle and when busy; print and keep the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", choices=list(WORK), default=list(WORK))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=2.0, help="timed in each process")
+    parser.add_argument("--seconds", type=float, default=120.0, help="to wait for moments in which nobody computes")
     parser.add_argument("--out", type=Path, default=None)
-    parser.add_argument("--steps-of", choices=list(WORK), default=None, help=argparse.SUPPRESS)  # what a child does
     args = parser.parse_args()
-    if args.steps_of is not None:
-        print(json.dumps(steps(args.steps_of, args.seconds)))
-        return
-    rows = []
-    for model in args.models:
-        for load in (0, os.cpu_count() or 1):
-            runs: dict[str, list[dict[str, list[float]]]] = {policy: [] for policy in POLICIES}
-            for _ in range(args.rounds):
-                for policy, variables in POLICIES.items():
-                    runs[policy].append(measured(model, args.seconds, variables, load))
-            for policy, results in runs.items():
-                wall = [ms for result in results for ms in result["wall_ms"]]
-                cpu = [ms for result in results for ms in result["cpu_ms"]]
-                row = {"model": model, "load": load, "policy": policy, "steps": len(wall), "wall_ms": min(wall)}
-                row |= {"wall_ms_median": statistics.median(wall), "cpu_ms": min(cpu)}
-                row |= {"cpu_ms_median": statistics.median(cpu)}
-                rows.append(row)
-                print(
-                    "  ".join(f"{v:10.2f}" if isinstance(v, float) else f"{v!s:10s}" for v in row.values()), flush=True
-                )
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
+    children = {name: Child({**inherited, **variables}) for name, variables in SETTINGS.items()}
+    results = {"idle": when_idle(children, args.seconds), "busy": when_busy(children)}
+    for child in children.values():
+        child.stop()
+    for when, by_setting in results.items():
+        for setting, bursts in by_setting.items():
+            words = [
+                f"{name} {min(all_times):.0f} {statistics.median(all_times):.0f}"
+                for name in (bursts[0] if bursts else ())
+                if (all_times := [burst[name] for burst in bursts])
+            ]
+            print(f"{when}, {setting}, {len(bursts)} bursts: {'; '.join(words)}")
 
     from benchmarks.results import folder_here
     from dpquant.machine import Hardware
 
-    record = {"hardware": dataclasses.asdict(Hardware.here()), "rows": rows}
+    record = {"hardware": dataclasses.asdict(Hardware.here()), "microseconds": results}
     (args.out or folder_here() / "waiting.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
-def measured(model: str, seconds: float, variables: dict[str, str], load: int) -> dict[str, list[float]]:
-    """Time steps in a process with these variables, beside `load` busy ones, which run while it is timed."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
-    command = [sys.executable, "-m", "benchmarks.waiting", "--steps-of", model, "--seconds", str(seconds)]
-    with subprocess.Popen(
-        command, env={**inherited, **variables}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as child:
-        assert child.stdout is not None
-        assert child.stdin is not None
-        child.stdout.readline()  # it is ready
-        with busy(load):
-            child.stdin.write("go\n")
-            child.stdin.flush()
-            return json.loads(child.stdout.readline())
+class Child:
+    """A process that runs operators for a moment whenever it is told to."""
+
+    def __init__(self, environment: dict[str, str]):
+        program = "from benchmarks.waiting import serve; serve()"
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", program], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
+        self._stdout.readline()  # it is ready
+
+    def burst(self) -> Times:
+        """Run the operators."""
+        self._stdin.write("\n")
+        self._stdin.flush()
+        return json.loads(self._stdout.readline())
+
+    def stop(self) -> None:
+        """End the process."""
+        self._stdin.close()
+        self._process.wait()
 
 
-@contextlib.contextmanager
-def busy(load: int) -> Iterator[None]:
-    """Keep so many processors busy until the block ends."""
-    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(load)]
+def when_idle(children: dict[str, Child], seconds: float) -> dict[str, list[Times]]:
+    """Let the children take turns at moments in which no processor has anything to do."""
+    results: dict[str, list[Times]] = {name: [] for name in children}
+    end, number = time.monotonic() + seconds, 0
+    while time.monotonic() < end:
+        before = ticks()
+        time.sleep(MOMENT_S)
+        now = ticks()
+        shares = [(n[0] - b[0]) / max(n[1] - b[1], 1) for n, b in zip(now, before, strict=True)]
+        if min(shares) >= IDLE_SHARE:
+            name = list(children)[number % len(children)]
+            results[name].append(children[name].burst())
+            number += 1
+    return results
+
+
+def when_busy(children: dict[str, Child]) -> dict[str, list[Times]]:
+    """Let the children take turns beside processes that compute, one for each processor."""
+    load = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
     try:
-        yield
+        return {name: [child.burst() for _ in range(BUSY_TURNS)] for name, child in children.items()}
     finally:
-        for process in processes:
+        for process in load:
             process.kill()
             process.wait()
 
 
-def steps(model: str, seconds: float) -> dict[str, list[float]]:
-    """Time steps of a network for some seconds, once a line on standard input has come; milliseconds of each."""
-    from dpquant.app.contenders import NETWORKS, SIDES, StepSettings, build_network, synthetic_batch
+def ticks() -> list[tuple[int, int]]:
+    """Clock ticks that each processor was idle, and all that passed."""
+    lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
+    counts = [[int(n) for n in line[1:9]] for line in lines if line[0].startswith("cpu") and line[0] != "cpu"]
+    return [(count[3] + count[4], sum(count)) for count in counts]
 
-    batch_size, side = WORK[model]
-    image_size = NETWORKS[model].image_size
-    settings = StepSettings(format="luq-fp4", physical_batch_size=batch_size)
-    step = SIDES[side](build_network(model, image_size), synthetic_batch(model, image_size, batch_size), settings)
-    for _ in range(3):
-        step()
-    print("ready", flush=True)
-    sys.stdin.readline()
-    times: dict[str, list[float]] = {"wall_ms": [], "cpu_ms": []}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times["wall_ms"]) < 2:
-        began = time.perf_counter(), time.process_time()
-        step()
-        times["wall_ms"].append((time.perf_counter() - began[0]) * 1e3)
-        times["cpu_ms"].append((time.process_time() - began[1]) * 1e3)
-    return times
+
+def serve() -> None:
+    """What a child does: run every operator for a burst at each line on standard input, and print its times."""
+    import torch
+
+    map_, matrix = torch.randn(2**17), torch.randn(256, 256)
+    convolution, images = torch.nn.Conv2d(16, 32, 3), torch.randn(64, 16, 16, 16)
+    operators: dict[str, Callable[[], object]] = {
+        "relu of 131,072": lambda: torch.relu(map_),
+        "256x256 @ 256x256": lambda: matrix @ matrix,
+        "convolution": lambda: convolution(images),
+    }
+    with torch.no_grad():
+        for work in operators.values():
+            work()
+        print("ready", flush=True)
+        for _ in sys.stdin:
+            print(json.dumps({name: usual(work) for name, work in operators.items()}), flush=True)
+
+
+def usual(work: Callable[[], object]) -> float:
+    """Microseconds that the work takes, the median over a burst."""
+    times, end = [], time.perf_counter() + BURST_S
+    while not times or time.perf_counter() < end:
+        began = time.perf_counter()
+        work()
+        times.append((time.perf_counter() - began) * 1e6)
+    return statistics.median(times)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 import contextlib
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 
 from doubles import interrupted
-from dpquant.app.cli import run
+from dpquant.app.cli import SPINS, run, sleep_soon
 from dpquant.privacy.accounting import epsilon
 from dpquant.privacy.events import Event
 from dpquant.privacy.ledger import Ledger
@@ -185,3 +188,39 @@ def test_every_verb_has_help_with_an_example(verb, capsys):
     assert run([verb, "--help"]) == 0
     printed = capsys.readouterr().out
     assert "Example: dpquant" in printed and "--max-grad-norm" in printed
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"GOMP_SPINCOUNT": SPINS}),
+        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+        ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
+    ],
+)
+def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise(given, expected):
+    sleep_soon(given)
+    assert given == expected
+
+
+def assert_set_before_torch_is_loaded(program):
+    """The program ends by printing the version; what OpenMP reads is set, and torch is not there yet."""
+    shown = "print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    check = f"import atexit, os, sys; atexit.register(lambda: {shown})"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    command = [sys.executable, "-c", f"{check}; sys.argv[1:] = ['--version']; {program}"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == f"{SPINS} False"
+
+
+def test_the_console_script_sets_it_before_torch_is_loaded():
+    assert_set_before_torch_is_loaded("from dpquant.cli import main; main()")
+
+
+@pytest.mark.parametrize(
+    "planted",
+    ["import torch; from dpquant.cli import main; main()", "from dpquant.app.cli import run; run(sys.argv[1:])"],
+)
+def test_setting_it_too_late_or_not_at_all_would_be_seen(planted):
+    with pytest.raises(AssertionError):
+        assert_set_before_torch_is_loaded(planted)

@@ -157,7 +157,7 @@ class Memory:
             memory_mib=lambda: (0.0, self.peak * 1024),
             reset_peak=lambda: ((self.held if resets else self.held / 2) * 1024, resets),
             clipped_sum=self.take,
-            impact_sum=self.take,
+            impact_sum=lambda objective, pieces, **_: self.take(microbatch_size=len(pieces[0].record_ids)),
         )
 
     def take(self, *_, microbatch_size, **__):
@@ -216,14 +216,14 @@ def test_an_analysis_is_tried_as_it_will_run(score):
     dpquant.set_policy(model, ["2"])
     tried = []
 
-    def watched(*arguments, **keywords):
-        tried.append((len(keywords["record_ids"]), keywords["microbatch_size"], keywords["score"]))
-        return impact_sum(*arguments, **keywords)
+    def watched(objective, pieces, **keywords):
+        tried.append(([piece.num_examples for piece in pieces], keywords["score"]))
+        return impact_sum(objective, pieces, **keywords)
 
     before = torch.random.get_rng_state()
     by = Instruments(impact_sum=watched)
     assert tuning.largest_analysis_size(model, loss, batch, ["2"], score=score, memory=99.0, by=by) == 64
-    assert tried == [(size, size, score) for size in (4, 8, 16, 32, 64)]
+    assert tried == [([size], score) for size in (4, 8, 16, 32, 64)]
     assert tuple(current_precisions(model)) == ("2",) and torch.equal(torch.random.get_rng_state(), before)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 

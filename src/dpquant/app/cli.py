@@ -10,10 +10,11 @@ import datetime
 import functools
 import importlib.metadata
 import inspect
+import os
 import shlex
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -30,6 +31,8 @@ BAD_INPUT = 2
 DIVERGED = 4
 INTERRUPTED = 130
 
+SPINS = "1000"  # some tens of microseconds, longer than from one operator to the next; `scripts/bench waiting`
+
 app = typer.Typer(
     name="dpquant",
     help="Differentially private training with dynamic quantization.",
@@ -45,7 +48,18 @@ class _Interrupted(Exception):
 
 def main() -> NoReturn:
     """The console script."""
+    sleep_soon(os.environ)
     sys.exit(run(sys.argv[1:]))
+
+
+def sleep_soon(environment: MutableMapping[str, str]) -> None:
+    """Let OpenMP's threads spin for microseconds before they sleep, unless the user has said how they should wait.
+
+    By default they spin for some ten milliseconds. Where others use the processors too, a thread then spins its time
+    away while the thread that it waits for cannot run. libgomp, which torch brings along, reads this when it is loaded.
+    """
+    if "OMP_WAIT_POLICY" not in environment:
+        environment.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 def run(arguments: list[str]) -> int:

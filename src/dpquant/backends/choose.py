@@ -31,7 +31,8 @@ CACHE = "DPQUANT_CACHE"
 
 _FORMAT = 1  # of both files; one of another format is not read
 _ROUNDS = 3
-_HOPELESS = 3  # times slower than the best so far: not run again
+_HOPELESS = 3  # times slower than the best in two rounds: not run again
+_HOPELESS_AT_ONCE = 30  # in the first: by less, a time slice that another process took could decide
 
 Ways = Mapping[str, Callable[[], object]]
 """{name: does the work once}."""
@@ -198,8 +199,9 @@ def timed(ways: Ways, *, rounds: int = _ROUNDS, clock: Callable[[], float] = tim
     for name, work in ways.items():
         work()  # fills caches, and makes the decisions that it depends on
         seconds[name] = seconds_of(work)
-    for _ in range(rounds - 1):
-        hopeful = [name for name in ways if seconds[name] <= _HOPELESS * min(seconds.values())]
+    for done in range(1, rounds):
+        limit = (_HOPELESS_AT_ONCE if done == 1 else _HOPELESS) * min(seconds.values())
+        hopeful = [name for name in ways if seconds[name] <= limit]
         for name in hopeful:
             seconds[name] = min(seconds[name], seconds_of(ways[name]))
     return seconds

@@ -48,6 +48,7 @@ class Instruments:
       reset_peak: counts the most from what is resident now, which it returns, and whether the system lets it.
       clipped_sum: a step's sum.
       impact_sum: an analysis' sum.
+      clock: makes a clock for the layers of a step.
     """
 
     timed: Callable[[Mapping[str, Callable[[], object]]], Mapping[str, float]] = timed
@@ -55,6 +56,7 @@ class Instruments:
     reset_peak: Callable[[], tuple[float, bool]] = reset_peak
     clipped_sum: Callable[..., object] = clipped_sum
     impact_sum: Callable[..., object] = impact_sum
+    clock: Callable[[], Clock] = Clock
 
     def peak(self) -> float:
         """Return the most that was resident, GiB."""
@@ -88,11 +90,17 @@ def layer_times(
     microbatch_size: int,
     expected_batch_size: float,
     rounds: int = 2,
+    by: Instruments = HERE,
 ) -> dict[str, LayerTimes]:
     """Return each layer's time within a step, the usual one of several rounds; arguments as of `layer_times_once`."""
     times = [
         layer_times_once(
-            model, loss_fn, batch, microbatch_size=microbatch_size, expected_batch_size=expected_batch_size
+            model,
+            loss_fn,
+            batch,
+            microbatch_size=microbatch_size,
+            expected_batch_size=expected_batch_size,
+            by=by,
         )
         for _ in range(1 + rounds)
     ]
@@ -100,7 +108,13 @@ def layer_times(
 
 
 def layer_times_once(
-    model: nn.Module, loss_fn: PerExampleLoss, batch: Any, *, microbatch_size: int, expected_batch_size: float
+    model: nn.Module,
+    loss_fn: PerExampleLoss,
+    batch: Any,
+    *,
+    microbatch_size: int,
+    expected_batch_size: float,
+    by: Instruments = HERE,
 ) -> dict[str, LayerTimes]:
     """Return each layer's time within a step, once while all run in full precision and once while all are quantized.
 
@@ -110,6 +124,7 @@ def layer_times_once(
       batch: synthetic; its rows are used again and again.
       microbatch_size: examples a backward pass.
       expected_batch_size: examples a step, over which a weight is quantized once.
+      by: the instruments; their clock measures.
     Returns: for every layer that is called.
     """
     before = current_precisions(model)
@@ -120,7 +135,7 @@ def layer_times_once(
     try:
         for names in ((), layers):
             set_policy(model, names)
-            clock = Clock()
+            clock = by.clock()
             _run(clipped_sum, model, loss_fn, examples, microbatch_size, clock)
             seconds.append(_seconds_per_example(clock, microbatch_size, expected_batch_size))
     finally:
@@ -240,8 +255,9 @@ def largest_analysis_size(
     while True:
         rows = torch.arange(size) % num_rows(batch)
         piece = Microbatch(take_rows(batch, rows), torch.arange(size), size)
-        objective = Objective(model, loss_fn)
-        by.impact_sum(objective, [piece], names=names, max_norm=1.0, keys=analysis_keys(0, 0), score=score)
+        by.impact_sum(
+            Objective(model, loss_fn), [piece], names=names, max_norm=1.0, keys=analysis_keys(0, 0), score=score
+        )
         used = by.peak()
         if used > memory and size == _SMALLEST:
             raise by.too_little(memory, used - start, f"{size} examples a pass of an analysis")
