@@ -20,6 +20,7 @@ from dpquant.engine.clip import clipped_sum
 from dpquant.engine.context import StepContext, twin_of
 from dpquant.engine.group_norm import TapedGroupNorm
 from dpquant.engine.layers import prepare, running
+from dpquant.engine.passes import Objective
 from dpquant.native import kernels
 
 EPS = 1e-5
@@ -313,7 +314,7 @@ def test_models_with_twins_pass_the_checks_of_isolation(name):
     assert any(isinstance(module, TapedGroupNorm) for module in model.modules())
     check_trainable(model)
     records = list(zip(maps(3, 3, 6, 6), torch.arange(3), strict=True))
-    check_isolation(model, loss_fn, [from_examples(records, default_collate, torch.device("cpu"))])
+    check_isolation(Objective(model, loss_fn), [from_examples(records, default_collate, torch.device("cpu"))])
 
 
 @native

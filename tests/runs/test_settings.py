@@ -6,7 +6,7 @@ import tomllib
 
 import pytest
 
-from dpquant.backends.cpu_int8 import BACKENDS
+from dpquant.backends.registry import BACKENDS
 from dpquant.errors import SettingError
 from dpquant.formats import RECIPES
 from dpquant.runs.settings import BACKENDS as SETTING_BACKENDS
@@ -75,7 +75,8 @@ def test_a_file_that_is_no_toml_is_one_error(tmp_path):
 
 def test_names_agree_with_the_library():
     assert (
-        all(TrainSettings.chosen({"format": name}).format == name for name in RECIPES) and BACKENDS == SETTING_BACKENDS
+        all(TrainSettings.chosen({"format": name}).format == name for name in RECIPES)
+        and ("auto", *BACKENDS) == SETTING_BACKENDS
     )
 
 

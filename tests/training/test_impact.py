@@ -61,20 +61,20 @@ def test_the_sum_is_that_of_full_forward_passes(name, max_norm, repeats):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
 
 
-class Convolutions(TorchDispatchMode):
-    """Counts the convolutions that are computed."""
+class Products(TorchDispatchMode):
+    """Counts the layers' products that are computed."""
 
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.overloadpacket is torch.ops.aten.convolution
+        self.count += func.overloadpacket in {getattr(torch.ops.aten, name) for name in ("convolution", "mm", "addmm")}
         return func(*args, **(kwargs or {}))
 
 
 def test_what_comes_before_the_quantized_layer_is_not_computed_again():
     model, batch = zoo()["residual"]
     model = prepare(model, backend="simulate")
-    with Convolutions() as computed:
+    with Products() as computed:
         measured(model, batch)
     assert computed.count == 3 + (3 + 2 + 1)  # the full-precision pass, then each policy from its layer on
 
