@@ -28,6 +28,7 @@ class GemmSum:
         self._enough_positions = enough_positions
         self._x: list[Tensor] = []
         self._g: list[Tensor] = []
+        self._positions = 0  # that wait
         self._total: Tensor | None = None
         self._in_patch_order = False
 
@@ -38,7 +39,8 @@ class GemmSum:
             return
         self._x.append(x)
         self._g.append(g * weights_B[:, None, None, None])
-        if sum(t[:, 0].numel() for t in self._g) >= self._enough_positions:
+        self._positions += g[:, 0].numel()
+        if self._positions >= self._enough_positions:
             self._flush()
 
     def value(self) -> Tensor:
@@ -52,7 +54,7 @@ class GemmSum:
 
     def _flush(self) -> None:
         x, g = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in (self._x, self._g))
-        self._x, self._g = [], []
+        self._x, self._g, self._positions = [], [], 0
         ways = {"convolution": self._add_convolution, "patches": self._add_patches, "bfloat16": self._add_terms}
         if not self._bf16_terms:
             del ways["bfloat16"]

@@ -41,6 +41,7 @@ from dpquant.backends.quantize import quantize_rows
 from dpquant.formats import Precision, RoleFormat
 
 _FLOAT32_EXACT = 2**24  # every integer up to here is a float32
+_FLOAT32_PART = 128  # values whose squares are summed in float32
 
 
 class ReferenceWeight:
@@ -141,13 +142,30 @@ def _squares_by_grams(x: Tensor, g: Tensor, operands: Operands) -> Tensor:
     g_BGTO = positions(g, geometry)
     if operands.num_positions == 1:
         patches = x.flatten(1)[:, None, None] if geometry.pointwise else im2col(x, geometry)
-        squares = [t.double().square().sum((2, 3)) for t in (patches, g_BGTO)]
-        return (squares[0] * squares[1]).sum(1)
+        squares_of = _code_lengths if operands.bf16_terms else _lengths
+        return (squares_of(patches) * squares_of(g_BGTO)).sum(1)
     with bfloat16_factors() if operands.bf16_terms else contextlib.nullcontext():
         grams = [_patch_grams(x, geometry).double(), (g_BGTO @ g_BGTO.transpose(2, 3)).double()]
     lengths = [gram.diagonal(dim1=2, dim2=3).sqrt() for gram in grams]
     margin_B = (lengths[0] * lengths[1]).sum((1, 2)).square()
     return (grams[0] * grams[1]).sum((1, 2, 3)) + ROUND_OFF * margin_B
+
+
+def _code_lengths(codes_BGTD: Tensor) -> Tensor:
+    """Return the sum of squares of each example's codes in a group, `(B, G)`, exactly."""
+    return codes_BGTD.double().square().sum((2, 3))
+
+
+def _lengths(values_BGTD: Tensor) -> Tensor:
+    """Return the sum of squares of each example's values in a group, float64 `(B, G)`.
+
+    Parts of at most 128 values are summed in float32, which loses less than a fourteenth of ROUND_OFF, and the parts in
+    float64: a float64 copy of all values takes longer than the sum.
+    """
+    features = values_BGTD.shape[3]
+    width = max(width for width in range(1, _FLOAT32_PART + 1) if features % width == 0)
+    parts = values_BGTD.unflatten(3, (-1, width))
+    return torch.linalg.vector_norm(parts, dim=4).double().square().sum((2, 3))
 
 
 def _patch_grams(x: Tensor, geometry: Geometry) -> Tensor:

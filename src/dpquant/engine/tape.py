@@ -69,7 +69,8 @@ class GradientTape:
             )
             self.add(layer.weight, gradient.evaluated() if self._forming else gradient)
         if layer.bias is not None:
-            self.add(layer.bias, Materialised(grad.flatten(2).sum(2)))
+            one_position = grad.shape[2:] == (1, 1)
+            self.add(layer.bias, Materialised(grad.flatten(1) if one_position else grad.flatten(2).sum(2)))
 
     def add(self, parameter: Tensor, contribution: Contribution) -> None:
         """One more contribution to a parameter's per-example gradients; a frozen parameter needs none."""
