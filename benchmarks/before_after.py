@@ -8,6 +8,9 @@ Both versions of the package are loaded in this process. Each trains the same ne
 the same mechanism_seed and the same choices: the older version decides first, and its decisions are given to the newer
 one. After every step the parameters have to be equal, bit for bit. Steps take turns, in an order that alternates, and
 the result is the quotient of the older version's time over the newer one's: above 1 the newer one is faster.
+
+With --close, parameters in full precision may differ by round-off; quantized they still have to be equal. Since linear
+layers that are called on `(B, D)` became matrix products, their sums end in other bits.
 """
 
 import argparse
@@ -119,7 +122,7 @@ def start(package: ModuleType, network: nn.Module, data: list, policy: str, choi
     return private, lambda: private.step(next(batches))
 
 
-def compared(old: dict[str, ModuleType], network: nn.Module, data: list, policy: str, steps: int) -> dict:
+def compared(old: dict[str, ModuleType], network: nn.Module, data: list, policy: str, steps: int, close: bool) -> dict:
     """Take steps in turns; raises AssertionError where parameters differ."""
     with as_dpquant(old):
         before, step_before = start(old["dpquant"], copy.deepcopy(network), data, policy, None)
@@ -136,7 +139,8 @@ def compared(old: dict[str, ModuleType], network: nn.Module, data: list, policy:
                 step()
                 seconds[name] = time.perf_counter() - began
         for (name, one), two in zip(before.model.named_parameters(), after.model.parameters(), strict=True):
-            assert torch.equal(one, two), f"{name} differs after {number + 2} steps"
+            same = torch.allclose(one, two, rtol=1e-3, atol=1e-5) if close else torch.equal(one, two)
+            assert same, f"{name} differs after {number + 2} steps"
         ratios.append(seconds["old"] / seconds["new"])
     spread = Spread.of(ratios)
     return {"old_over_new": dataclasses.asdict(spread), "steps_equal": steps + 1}
@@ -153,6 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--old", type=Path, required=True, help="a checkout of the older version")
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--close", action="store_true", help="round-off may differ in full precision")
     parser.add_argument("--only", default="", help="a network's name; its figures are printed and not kept")
     args = parser.parse_args()
     hardware, rows = Hardware.here(), {}
@@ -162,8 +167,13 @@ def main() -> None:
         if args.only not in ("", name):
             continue
         for policy in ("NonePolicy", "AllPolicy"):
-            rows[f"{name}, {policy}"] = row = compared(old, network, data, policy, args.steps)
-            print(f"{name}, {policy}: equal; old / new {Spread(**row['old_over_new'])}", flush=True)
+            close = args.close and policy == "NonePolicy"
+            rows[f"{name}, {policy}"] = row = compared(old, network, data, policy, args.steps, close)
+            row["equal"] = not close
+            print(
+                f"{name}, {policy}: {'close' if close else 'equal'}; old / new {Spread(**row['old_over_new'])}",
+                flush=True,
+            )
     if args.only:
         return
     path = folder_here() / "before_after.json"
