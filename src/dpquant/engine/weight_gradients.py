@@ -157,8 +157,8 @@ class LazyWeightGradient:
         methods, operands = self.methods(), self.operands
         shapes = (*operands.shapes, operands.bf16_terms)
         key = ("per-example weight gradients", operands.geometry, shapes, tuple(methods), torch.get_num_threads())
-        ways = {name: partial(self._try, method) for name, method in methods.items()}
-        return self.by(methods[fastest(key, ways)])
+        trials = {name: partial(self._try, method) for name, method in methods.items()}
+        return self.by(methods[fastest(key, trials)])
 
     def by(self, method: Method) -> "LazyWeightGradient | MaterialisedWeightGradient":
         """Compute the norms by a method. The result is materialised if the method materialises gradients."""
