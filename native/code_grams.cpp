@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The squared norm of each example's own weight gradient of number codes, exactly, by Gram matrices:
+// The squared norm of each example's weight gradient of number codes, exactly, by Gram matrices:
 //
 //     || sum over t of g[t] patch[t]^T ||^2 = sum over t, u of (g[t] . g[u]) (patch[t] . patch[u])
 //
-// for output positions t and u. dpquant/kernels.py states the meaning. Codes are uint8 with zero point 128, channels last.
+// for output positions t and u. dpquant/backends/native_products.py (`gram_norms`) defines the result. Codes are uint8 with
+// zero point 128, channels last.
 //
-// What two patches share is a sum over taps of what two pixels share, so that pixels meet once and nothing is unfolded.
-// Pixels that one tap sees lie `stride` apart: each phase (row and column modulo the stride) is laid out on a plane of its
-// own, wide enough for what reaches over the border, which is zero. All planes and the output have one pitch, so that a tap
-// is an offset. Grams are int32, their products float64.
+// The product of two patches is a sum over kernel taps of products of two pixels. So each pair of pixels is multiplied once
+// and im2col is not needed. The pixels that one tap reads lie `stride` apart: each phase (row and column modulo the stride)
+// is stored on a plane of its own, with a border of zeros for reads outside of the image. All planes and the output have the
+// same pitch, so a tap is an offset. Gram matrices are int32; their contraction is float64.
 //
 // Two kernels give the same integers: AMX tiles, and AVX-512 VNNI.
 
@@ -48,11 +49,11 @@ struct Walk {
 
 constexpr int64_t DEPTH = 64;  // bytes of a tile row
 
-// Vectors of signed bytes, and all their products with each other.
+// Vectors of signed bytes and their Gram matrix.
 struct Gram {
-    int64_t count = 0, depth = 0;   // of vectors, a multiple of 16; of bytes in one, a multiple of 64
+    int64_t count = 0, depth = 0;   // number of vectors, a multiple of 16; bytes per vector, a multiple of 64
     std::vector<int8_t> vectors;    // (count, depth)
-    std::vector<int32_t> quads;     // (depth / 4, count): the same, four bytes of each vector side by side
+    std::vector<int32_t> quads;     // (depth / 4, count): the vectors transposed, in groups of four bytes
     std::vector<int32_t> products;  // (count, count)
 
     void reset(int64_t new_count, int64_t new_depth) {
@@ -114,7 +115,8 @@ AMX void multiply_amx(Gram &gram) {
         }
 }
 
-// Unsigned times signed: every sum is too large by 128 times the sum of the vector on the right.
+// The instruction multiplies unsigned by signed bytes, so 128 is added to the left vector. Every sum is then too large by 128
+// times the sum of the right vector, which is subtracted.
 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))) void multiply_vnni(Gram &gram) {
     const __m512i flip = _mm512_set1_epi32(static_cast<int32_t>(0x80808080));
     for (int64_t j = 0; j < gram.count; j += 16) {

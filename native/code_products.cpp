@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Each example's own weight gradient on number codes, exactly, on int8 instructions:
+// Each example's weight gradient of number codes, exactly, on int8 instructions:
 //
 //     sum[o, i, j, c] = sum over h, w of (g[h, w, o] - 128) * (x[h * stride + i - padding, w * stride + j - padding, c] - 128)
 //
-// with nothing of x outside of the image. dpquant/kernels.py states the meaning (`unfolded`, `patch_products`). Codes are
-// uint8 with zero point 128, channels last. The caller makes sure that no sum leaves int32.
+// where x is zero outside of the image. dpquant/backends/algebra.py defines the result (`im2col`, `patch_products`). Codes are
+// uint8 with zero point 128, channels last. The caller ensures that no sum overflows int32.
 //
-// Each example is packed once: g as rows of outputs, signed, positions side by side; x as it is, unsigned, four positions
-// of a channel side by side, once for every kernel column. A kernel row is then an offset, so that a tap is a matrix
-// product of the two without copying. What lies outside of the image is packed as 128, which is zero; a sum of
-// signed g times unsigned x is too large by 128 times the sum of g, which is taken off at the end.
+// Each example is packed once: g as signed rows of outputs, with consecutive positions; x unsigned, as groups of four positions
+// of a channel, once per kernel column. A kernel row is then an offset, so a tap is a matrix product without further copies.
+// Positions outside of the image are packed as 128, the code of zero. A sum of signed g times unsigned x is too large by 128
+// times the sum of g, which is subtracted at the end.
 //
 // Two kernels give the same integers: AMX tiles, and AVX-512 VNNI. Symbols: O outputs, C channels, T positions in fours.
 
@@ -48,13 +48,13 @@ struct Shape {
     int64_t wide() const { return up_to(channels, LANES); }
     int64_t tall() const { return up_to(outputs, LANES); }
     int64_t depth() const { return rows.kernel * columns.kernel * channels; }
-    // Of a phase of the rows, with one more above and below.
+    // The rows of a phase, with one padding row above and one below.
     int64_t first_row() const { return rows.lowest() - 1; }
     int64_t plane_rows() const { return rows.out + rows.shift(rows.kernel - 1) + 2; }
     int64_t plane_fours() const { return plane_rows() * row_fours() + FOURS; }  // tiles may read past the last row
 };
 
-// An example, packed.
+// A packed example.
 struct Packed {
     std::vector<int8_t> g;         // (tall, fours * 4)
     std::vector<uint8_t> x;        // (kernel columns, row stride, plane_fours, wide, 4)
@@ -69,7 +69,7 @@ struct Packed {
 
 #ifdef HAS_TILES
 
-// Four positions of `channels` channels, side by side: out[c * 4 + k] = from[k][c].
+// Interleaves four positions of `channels` channels: out[c * 4 + k] = from[k][c].
 __attribute__((target("sse2"))) void interleave(const uint8_t *const from[4], int64_t channels, uint8_t *out) {
     int64_t c = 0;
     for (; c + 16 <= channels; c += 16) {
@@ -99,7 +99,7 @@ __attribute__((target("avx512f,avx512bw"))) void pack(const uint8_t *x, const ui
                 from[k] = w + k < s.columns.out ? g + (h * s.columns.out + w + k) * s.outputs : zeros.data();
             auto *to = reinterpret_cast<uint8_t *>(p.g_fours.data() + four * tall);
             interleave(from, s.outputs, to);
-            for (int64_t b = 0; b < s.outputs * 4; ++b) to[b] ^= 0x80;  // to signed; what lies outside is zero already
+            for (int64_t b = 0; b < s.outputs * 4; ++b) to[b] ^= 0x80;  // to signed; padding is zero already
         }
     auto *rows = reinterpret_cast<int32_t *>(p.g.data());
     const __m512i ones = _mm512_set1_epi8(1);
@@ -110,7 +110,7 @@ __attribute__((target("avx512f,avx512bw"))) void pack(const uint8_t *x, const ui
         for (int64_t four = 0; four < fours; four += FOURS) {
             const __m512i row = _mm512_i32gather_epi32(steps, p.g_fours.data() + four * tall + o, 4);
             _mm512_storeu_si512(rows + o * fours + four, row);
-            // bytes to pairs to fours: one times signed
+            // sums of g: bytes to pairs to fours, by products with one
             sums = _mm512_add_epi32(sums, _mm512_madd_epi16(_mm512_maddubs_epi16(ones, row), _mm512_set1_epi16(1)));
         }
         p.g_sums[o] = _mm512_reduce_add_epi32(sums);
@@ -143,10 +143,10 @@ __attribute__((target("avx512f,avx512bw"))) void pack(const uint8_t *x, const ui
         }
 }
 
-// Where sums go: the (outputs, channels) of one tap, as float32, and their squares in float64.
+// Takes the sums of one tap, (outputs, channels): stores or adds them as float32, and accumulates their squares in float64.
 struct Sink {
     float *out;  // of the tap; null: squares only
-    std::optional<float> weight;  // add the sums, so weighted, to what is there; none: write them
+    std::optional<float> weight;  // the sums times this weight are added to `out`; none: they are stored
     int64_t outputs, channels, depth;
     const int32_t *g_sums;
     __m512d squares;
@@ -169,7 +169,7 @@ struct Sink {
     }
 };
 
-// 16 or 32 outputs times 16 or 32 channels of one tap.
+// Computes the sums of 16 or 32 outputs by 16 or 32 channels of one tap.
 template <bool two_outputs, bool two_channels>
 AMX inline void amx_block(const int8_t *g, const uint8_t *x, int64_t fours, int64_t wide, int64_t o, int64_t c, Sink &sink) {
     _tile_zero(0);

@@ -4,13 +4,14 @@
 //
 //     total[o, i, j, c] += sum over b, h, w of weight[b] * (g[b, h, w, o] - 128) * (x[b, h', w', c] - 128)
 //
-// with h' = h * stride + i * dilation - padding, w' likewise, and nothing of x outside of the image. dpquant/kernels.py
-// states the meaning. Codes are uint8 with zero point 128, channels last; a weight is a bfloat16 number, so that weight
-// times code of g is a sum of at most two of them, and a code of x is one: products are exact and sums are float32.
+// with h' = h * stride + i * dilation - padding and the corresponding w'; x is zero outside of the image.
+// dpquant/backends/native_products.py (`add_code_sums`) defines the result. Codes are uint8 with zero point 128, channels last.
+// A weight is a bfloat16 number. A weight times a code of g is a sum of at most two bfloat16 numbers, and a code of x is one,
+// so products are exact. Sums are float32.
 //
-// Examples, not positions, are what a product sums along: at each position, tiles of 16 outputs by 32 examples meet tiles
-// of 32 examples by 16 channels. So a tap is another choice of positions, nothing is unfolded, and taps that meet only
-// padding are left out. The batch is worked off in pieces that stay in a core's cache.
+// The matrix products sum over examples, not over positions: at each position, tiles of 16 outputs by 32 examples are
+// multiplied by tiles of 32 examples by 16 channels. A tap only selects other positions, so im2col is not needed and taps that
+// read padding only are skipped. The batch is processed in pieces that fit in a core's second-level cache.
 //
 // Two kernels: AMX tiles, and AVX-512 with bfloat16.
 
@@ -53,7 +54,7 @@ struct Sum {
 constexpr int64_t TILE = 512, EXAMPLES = 32;     // bfloat16 numbers in a tile; examples in one
 constexpr int64_t CACHED = int64_t{3} << 19;  // bytes of tiles at once: most of a core's second-level cache
 
-// Some rows of some examples' maps, as tiles.
+// A piece of the batch: some rows of some examples' maps, packed as tiles.
 struct Piece {
     int64_t first_example, blocks;   // blocks of 32 examples
     int64_t first_row, end_row;      // of the output
@@ -62,7 +63,7 @@ struct Piece {
     uint16_t *x;                     // (input row, column, block, channel tile) of (16 pairs of examples, 16 channels, 2)
 };
 
-// 16 codes as float32; lanes that are not asked for are zero.
+// Loads 16 codes as float32; lanes outside of the mask are zero.
 AVX512 inline __m512 values(const uint8_t *codes, __mmask16 mask) {
     const __m128i bytes = _mm_mask_loadu_epi8(_mm_set1_epi8(static_cast<char>(0x80)), mask, codes);
     return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_cvtepu8_epi32(bytes), _mm512_set1_epi32(128)));
@@ -70,7 +71,7 @@ AVX512 inline __m512 values(const uint8_t *codes, __mmask16 mask) {
 
 AVX512 inline __m512i truncated(__m512 x) { return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(-65536)); }
 
-// Two rows of bfloat16 numbers, given in the upper halves of float32, side by side.
+// Interleaves two rows of bfloat16 numbers, which are given as the upper halves of float32.
 AVX512 inline __m512i paired(__m512i even, __m512i odd) { return _mm512_or_si512(_mm512_srli_epi32(even, 16), odd); }
 
 inline __mmask16 lanes(int64_t count) { return static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, 16)) - 1); }
@@ -128,7 +129,7 @@ AVX512 void pack_g(const Sum &s, const Piece &p, int64_t row) {
     }
 }
 
-// Add 16 by 16 sums to the total, as far as there are outputs and channels.
+// Adds 16 by 16 sums to the total, without those beyond the last output or channel.
 AVX512 void add(const Sum &s, const float *sums, int64_t o, int64_t c, int64_t tap) {
     const __mmask16 mask = lanes(s.channels - c);
     for (int64_t k = 0; k < std::min<int64_t>(16, s.outputs - o); ++k) {
@@ -137,7 +138,7 @@ AVX512 void add(const Sum &s, const float *sums, int64_t o, int64_t c, int64_t t
     }
 }
 
-// Two by two tiles of the total: outputs from o, channels from c, where there are so many.
+// Computes up to two by two tiles of the total, from output o and channel c.
 template <bool two_outputs, bool two_channels>
 AMX void amx_block(const Sum &s, const Piece &p, int64_t i, int64_t j, int64_t o, int64_t c) {
     _tile_zero(0);
@@ -197,7 +198,7 @@ AMX void amx_task(const Sum &s, const Piece &p, int64_t i, int64_t j, int64_t o)
     }
 }
 
-// One tile of the total.
+// Computes one tile of the total.
 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
 void bf16_block(const Sum &s, const Piece &p, int64_t i, int64_t j, int64_t o, int64_t c, float *sums) {
     const int64_t outputs = s.output_tiles(), channels = s.channel_tiles();

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Each example's own weight gradient in float32, straight from the two maps, with nothing unfolded:
+// Each example's weight gradient in float32, from the two maps without im2col:
 //
 //     out[b, o, i, j, c] = sum over h, w of g[b, h, w, o] * x[b, h * stride + i - padding, w * stride + j - padding, c]
 //
-// dpquant/kernels.py states the meaning (`unfolded`, `patch_products`); the order of the sum is this file's own. Maps are
-// channels last. A few rows of g meet the rows of x that they see while both are in the first-level cache; a tile of
-// outputs x input channels is held in registers while it takes in these rows.
+// dpquant/backends/algebra.py defines the result (`im2col`, `patch_products`); this file chooses the order of the sum. Maps are
+// channels last. A few rows of g are multiplied by the rows of x that they read while both are in the first-level cache; a tile
+// of outputs x input channels is accumulated in registers over these rows.
 //
 // Symbols: O output channels, C input channels, D = kernel rows * kernel columns * C.
 
@@ -34,7 +34,7 @@ struct Shape {
     int64_t depth() const { return rows.kernel * columns.kernel * channels; }
 };
 
-constexpr int64_t CACHED = 1 << 15;  // bytes of x that a block of rows may see
+constexpr int64_t CACHED = 1 << 15;  // bytes of x that a block of rows may read
 
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
 #define DIRECT 1
@@ -73,7 +73,7 @@ INLINE void tiles_of_outputs(const float *x, int64_t x_step, const float *g, int
     for (; o < outputs; ++o) tile<bytes, 1, n_vec>(x, x_step, g + o, g_step, count, out + o * depth, depth);
 }
 
-// One row of g against the row of x that kernel row i shows it, for all kernel columns.
+// Adds the products of one row of g and the row of x that kernel row i reads, for all kernel columns.
 template <int bytes, int most_vec, int most_out>
 INLINE void row(const float *x, const float *g, float *out, const Shape &s) {
     constexpr int lanes = Vector<bytes>::lanes;

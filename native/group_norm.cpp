@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Group normalization of channels-last maps, one example after the other, with every example's own parameter gradients.
-// dpquant/norms.py states the meaning. Sums run over blocks of positions in float32 and over blocks in float64.
+// Group normalization of channels-last maps, one example at a time, with per-example parameter gradients.
+// dpquant/engine/group_norm.py defines the result. Sums within a block of positions are float32, sums over blocks float64.
 //
 // Symbols: B examples, T positions, C channels, G groups; N = T * C / G elements of a group.
 
@@ -41,7 +41,7 @@ struct Map {
     double count() const { return static_cast<double>(positions * in_group()); }
 };
 
-// Values of each channel, reused by every example that a thread takes.
+// Buffers of one value per channel, reused for all examples of a thread.
 struct Scratch {
     std::vector<double> first, second;
     std::vector<float> a, b, c;
@@ -55,8 +55,8 @@ Scratch &scratch(int64_t channels) {
     return mine;
 }
 
-// body(start, positions, channel, width): the map in blocks of positions, each in strips of LANES channels while it is
-// in the nearest cache. The width is a constant for all strips but the last: sums over a strip can stay in registers.
+// Calls body(start, positions, channel, width) for blocks of positions, and within a block, which stays in the first-level
+// cache, for strips of LANES channels. All strips but the last have a constant width, so their sums can stay in registers.
 template <class Body>
 INLINE void for_strips(const Map &map, const Body &body) {
     for (int64_t begin = 0; begin < map.positions; begin += BLOCK) {
@@ -107,7 +107,7 @@ INLINE void gradient_sums(const float *g, const float *x, const Map &map, const 
     });
 }
 
-// The sum of a group's channels, in eight parts that do not wait for one another.
+// Sums a group's channels in eight independent parts, to hide the latency of additions.
 INLINE double sum_of(const double *values, int64_t count) {
     double parts[8] = {}, rest = 0;
     int64_t c = 0;
@@ -176,7 +176,7 @@ FOR_EVERY_X86 void backward(const float *g, const float *x, const float *gamma, 
             k[c] = static_cast<float>(level);
         }
     }
-    // Whole rows: with three maps in flight, memory is read faster in its own order than in strips.
+    // Whole rows, not strips: with three maps at once, sequential memory access is faster.
     for (int64_t t = 0; t < map.positions; ++t, g += map.channels, x += map.channels, grad_x += map.channels)
         for (int64_t c = 0; c < map.channels; ++c) grad_x[c] = a[c] * g[c] + (b[c] * x[c] + k[c]);
 }
@@ -184,7 +184,7 @@ FOR_EVERY_X86 void backward(const float *g, const float *x, const float *gamma, 
 using Floats = nb::ndarray<const float, nb::device::cpu>;
 using Out = nb::ndarray<float, nb::device::cpu>;
 
-// How many maps x holds.
+// Returns the number of maps in x.
 int64_t examples(const Floats &x, const Map &map) {
     const auto values = static_cast<int64_t>(x.size());
     const bool positive = map.positions > 0 && map.channels > 0 && map.groups > 0;

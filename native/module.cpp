@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The native module: each file binds its own functions. All of them are only speed; the Python module named in each file
-// says what is computed.
+// The native module: each file binds its own functions. They are optimisations only; the Python module named in each file
+// defines the results.
 
 #include <nanobind/nanobind.h>
 

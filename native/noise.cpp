@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Random words to float32 noise in one pass. It is only speed: dpquant/noise.py states the meaning, and this file must
-// agree with it bit for bit. It draws nothing, holds no state, knows no key, and takes every pair of words by itself.
+// Random words to float32 noise in one pass. It is an optimisation only: dpquant/privacy/noise.py defines the result, and this
+// file must agree with it bit for bit. It draws nothing, has no state and no key, and handles each pair of words independently.
 //
-// All arithmetic is float64, in the order of the meaning, by operations that IEEE 754 rounds correctly: every machine
-// gives the same bits. Integers become floats by their bits alone (SSE2 and AVX2 cannot convert 64-bit integers), and
-// nothing branches, so that the compiler makes vectors of whole iterations.
+// All arithmetic is float64, in the order of the definition, with operations that IEEE 754 rounds correctly, so all machines
+// give the same bits. Integers are converted to floats by bit operations (SSE2 and AVX2 cannot convert 64-bit integers), and
+// there are no branches, so that the compiler can vectorise whole iterations.
 //
 // Compile without fast-math and without contraction of a * b + c: both would change bits.
 
@@ -31,7 +31,7 @@ constexpr uint64_t TWO_POW_52 = 0x4330000000000000;  // or-ed with an integer be
 constexpr uint64_t SIGN = uint64_t{1} << 63;
 constexpr int MANTISSA_BITS = 52, DROPPED_BITS = 12;
 constexpr double LN2 = 0x1.62E42FEFA39EFp-1, HALF_PI = 0x1.921FB54442D18p+0;
-constexpr int64_t TILE = 4096;  // pairs that a thread takes at a time
+constexpr int64_t TILE = 4096;  // pairs per unit of work of a thread
 
 // 1, 1/3, 1/5, ...: atanh(s) / s in powers of s^2.
 constexpr double ATANH[] = {1.0,        1.0 / 3.0,  1.0 / 5.0,  1.0 / 7.0,  1.0 / 9.0,
@@ -49,12 +49,12 @@ INLINE double polynomial(const double (&coefficients)[count], double x) {
     return sum;
 }
 
-// dpquant.noise.cell_midpoints
+// dpquant.privacy.noise.cell_midpoints
 INLINE double cell_midpoint(uint64_t word) {
     return (std::bit_cast<double>((word >> DROPPED_BITS) | EXPONENT_OF_ONE) - 1.0) + 0x1p-53;
 }
 
-// dpquant.noise.log_of
+// dpquant.privacy.noise.log_of
 INLINE double log_of(double u) {
     const uint64_t bits = std::bit_cast<uint64_t>(u);
     const uint64_t biased = (bits - SQRT_HALF + EXPONENT_OF_ONE) >> MANTISSA_BITS;
@@ -64,7 +64,7 @@ INLINE double log_of(double u) {
     return exponent * LN2 + (s + s) * polynomial(ATANH, s * s);
 }
 
-// dpquant.noise.normals, for one pair.
+// dpquant.privacy.noise.normals, for one pair.
 INLINE void pair_of_normals(uint64_t a, uint64_t b, double *first, double *second) {
     const double length = std::sqrt(-2.0 * log_of(cell_midpoint(a)));
     const double radius = std::bit_cast<double>(std::bit_cast<uint64_t>(length) ^ ((b << 62) & SIGN));
@@ -91,7 +91,7 @@ void fill_noise(const uint64_t *words, int64_t count, double std, float *noise, 
         const int64_t start = tile * TILE;
         fill_pairs(words + 2 * start, std::min(TILE, pairs - start), std, noise + 2 * start);
     });
-    if (count % 2 != 0) {  // the last pair's second value is not asked for
+    if (count % 2 != 0) {  // the second value of the last pair is not used
         float last[2];
         fill_pairs(words + 2 * pairs, 1, std, last);
         noise[count - 1] = last[0];

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Loops on several threads: those that torch computes with, and no others. A second pool beside torch's would fight it for
-// the cores, so torch's OpenMP runtime is looked up in the process; where there is none, loops run on the calling thread.
+// Loops on the threads that torch computes with, and no others. A second thread pool beside torch's would compete with it for
+// the cores, so torch's OpenMP runtime is looked up in the process. If there is none, loops run on the calling thread.
 
 #pragma once
 
@@ -26,7 +26,7 @@
 
 namespace dpquant {
 
-// libgomp's entry for `#pragma omp parallel`: runs function(data) on so many threads and waits for all.
+// libgomp's entry for `#pragma omp parallel`: runs function(data) on `threads` threads and waits for all.
 using GompParallel = void (*)(void (*function)(void *), void *data, unsigned threads, unsigned flags);
 
 inline GompParallel gomp_parallel() {
@@ -38,7 +38,7 @@ inline GompParallel gomp_parallel() {
 #endif
 }
 
-// body(i) for i in 0 .. count - 1, each once, in any order, on up to `threads` threads. The body must not throw.
+// Calls body(i) for i in 0 .. count - 1, each once, in any order, on up to `threads` threads. The body must not throw.
 template <class Body>
 void parallel_for(int64_t count, int threads, const Body &body) {
     struct Work {

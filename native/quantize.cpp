@@ -1,20 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// One fused pass from float32 rows to one-byte codes and a scale per row. It is only speed: dpquant/quantizer.py states the
-// meaning, dpquant/streams.py the random bits, and this file must agree with both bit for bit. It holds no state, seeds
-// nothing, does not know torch and decides nothing. A row is read twice (its largest magnitude, then its codes), or once more for its
-// root mean square, while it is in the cache.
+// One fused pass from float32 rows to one-byte codes and a scale per row. It is an optimisation only: dpquant/backends/quantize.py
+// defines the codes and dpquant/rounding.py the random bits, and this file must agree with both bit for bit. It has no state, seeds
+// nothing and does not use torch. A row is read twice (largest magnitude, then codes), or three times with a root mean square, while
+// it is in the cache.
 //
-// What one record draws may not depend on how far another record's length pads the batch, so each line h of a map (C, H, W) draws
-// under its own key. Maps arrive channels last: a line is contiguous, and an element's index in it, w * C + c, is its place in
-// memory. Draws are laid out line by line, a tile at a time, before its codes are made: the loop over codes then runs on where a
-// line ends, and lines of 16 elements cost little more than long ones. For the same reason a map's root mean square is taken over
-// no line and no column behind its last that holds anything but zeros.
+// A record's draws must not depend on how far another record's length pads the batch, so each line h of a map (C, H, W) draws under
+// its own key. Maps are channels last: a line is contiguous, and an element's index in it, w * C + c, is its position in memory.
+// Draws are made line by line, one tile at a time, before the codes of the tile: the loop over codes then does not stop at ends of
+// lines, and lines of 16 elements cost little more than long ones. For the same reason a map's root mean square omits all lines and
+// columns after the last ones with a nonzero element.
 //
-// Symbols: top = what the largest code stands for; t = |x| * max_code / top, at most max_code; draw = 23 random bits; z = t, or t + 1 where t < 1.
+// Symbols: top = the value of the largest code; t = |x| * max_code / top, at most max_code; draw = 23 random bits; z = t, or t + 1
+// where t < 1.
 //
 // Both roundings are one addition on z. Since z >= 1, z is a multiple of 2^-23, and for t < 1 forming t + 1 has rounded t to
-// such a multiple just as the meaning demands (to nearest, ties to even).
+// such a multiple, as the definition requires (to nearest, ties to even).
 //   powers of two: adding the draw to z's mantissa carries into the exponent with probability mantissa / 2^23.
 //   uniform:       floor(t + draw / 2^23), in integers of 2^-23; t <= 127 keeps them below 2^31.
 //
@@ -44,15 +45,15 @@ constexpr uint32_t MANTISSA_BITS = 23;
 constexpr uint32_t ONE = 1u << MANTISSA_BITS;  // 1.0 in units of 2^-23
 constexpr uint32_t HALF = ONE / 2;             // as a draw: round to nearest, ties away from zero
 constexpr uint32_t MAGNITUDE = 0x7FFFFFFF;
-constexpr uint32_t INFINITY_BITS = 0x7F800000;  // magnitudes from here on are not finite
+constexpr uint32_t INFINITY_BITS = 0x7F800000;  // magnitudes from this value on are not finite
 constexpr float SMALLEST_ABSMAX = 0x1p-100f;    // below it max_code / top may overflow
-constexpr float UNITS = 32768.0f;               // the largest |x|, where the root mean square is formed
-constexpr int64_t TILE = 2048;                  // elements whose draws are made at once and stay in the fastest cache
-constexpr int32_t LANES = 16;                   // draws or values that are looked at side by side: 64 bytes
-constexpr int64_t LARGE = 1 << 16;              // a row from here on is worth sharing among threads
+constexpr float UNITS = 32768.0f;               // the largest |x| in the integer units of the root mean square
+constexpr int64_t TILE = 2048;                  // elements whose draws are made at a time; they stay in the first-level cache
+constexpr int32_t LANES = 16;                   // draws or values processed together: 64 bytes
+constexpr int64_t LARGE = 1 << 16;              // rows of at least this many elements are split among threads
 
-// How a row is cut: a map into lines of so many elements, `channels` a column, each line under its own key; any other row is one
-// line, under the row's key.
+// The division of a row into lines: a map has lines of `length` elements, `channels` per column, each with its own key. Any other
+// row is one line with the row's key.
 struct Lines {
     int64_t length, channels;
     bool own_keys;
@@ -64,7 +65,7 @@ struct Rule {
     int32_t zero_point;
 };
 
-// dpquant.streams.element_bits
+// dpquant.rounding.element_bits
 INLINE uint32_t element_bits(uint32_t index, uint32_t low, uint32_t high) {
     uint32_t h = index ^ low;
     h = (h ^ (h >> 16)) * 0x7FEB352Du;
@@ -73,7 +74,7 @@ INLINE uint32_t element_bits(uint32_t index, uint32_t low, uint32_t high) {
     return (h ^ (h >> 16)) >> (32 - MANTISSA_BITS);
 }
 
-// dpquant.streams.line_keys
+// dpquant.rounding.line_keys
 INLINE uint64_t line_key(uint64_t row_key, int64_t line) {
     uint64_t z = row_key + (static_cast<uint64_t>(line) + 1) * 0x9E3779B97F4A7C15u;
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
@@ -81,17 +82,17 @@ INLINE uint64_t line_key(uint64_t row_key, int64_t line) {
     return z ^ (z >> 31);
 }
 
-// The draws of a row's elements start .. start + count - 1. What follows them, up to LANES draws, is overwritten.
+// Makes the draws of a row's elements start .. start + count - 1. Up to LANES draws after them are overwritten.
 INLINE void fill_draws(uint32_t *draws, int64_t start, int32_t count, uint64_t row_key, Lines lines) {
     int64_t line = start / lines.length, index = start % lines.length;
     for (int32_t done = 0; done < count; ++line, index = 0) {
         const auto run = static_cast<int32_t>(std::min<int64_t>(lines.length - index, count - done));
         const uint64_t key = lines.own_keys ? line_key(row_key, line) : row_key;
         const auto low = static_cast<uint32_t>(key), high = static_cast<uint32_t>(key >> 32);
-        for (int32_t k = 0; k < run; k += LANES) {  // the next run overwrites what is too much
+        for (int32_t k = 0; k < run; k += LANES) {  // the next run overwrites the surplus draws
             const uint32_t first = static_cast<uint32_t>(index) + static_cast<uint32_t>(k);
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC unroll 1  // unrolled, gcc makes no vectors of it
+#pragma GCC unroll 1  // gcc does not vectorise it when it is unrolled
 #endif
             for (int32_t j = 0; j < LANES; ++j)
                 draws[done + k + j] = element_bits(first + static_cast<uint32_t>(j), low, high);
@@ -122,7 +123,7 @@ INLINE void tile_codes(const float *x, const uint32_t *draws, int32_t count, flo
     }
 }
 
-// Codes of a row's elements start .. start + count - 1, at most TILE; x and codes are where these lie.
+// Makes the codes of a row's elements start .. start + count - 1, at most TILE; x and codes point to the first of them.
 FOR_EVERY_X86 void quantize_tile(const float *x, int64_t start, int32_t count, float inverse, uint64_t row_key, Lines lines,
                                  Rule rule, uint8_t *codes) {
     uint32_t draws[TILE + LANES];
@@ -137,15 +138,16 @@ FOR_EVERY_X86 void quantize_tile(const float *x, int64_t start, int32_t count, f
         tile_codes<false, false>(x, draws, count, inverse, rule, codes);
 }
 
-// The largest |x| of a row. As integers, magnitudes order like floats, with infinity and then NaN above all others.
+// Returns the largest |x| of a row. As integers, magnitudes order like floats, with infinity and then NaN above all others.
 FOR_EVERY_X86 uint32_t largest_magnitude(const float *x, int64_t count) {
     uint32_t largest = 0;
     for (int64_t k = 0; k < count; ++k) largest = std::max(largest, std::bit_cast<uint32_t>(x[k]) & MAGNITUDE);
     return largest;
 }
 
-// The sum of squares of |x| in units of 1 / inverse, rounded to integers: the same in any order. No unit is above UNITS by more than
-// a float's last bit, so that the integer may be cut off in place of the float: gcc makes AVX2 vectors of that alone.
+// Returns the sum of squares of |x| in units of 1 / inverse, rounded to integers, so it does not depend on the order. No value
+// exceeds UNITS by more than a float's last bit, so the integer may be clamped instead of the float; gcc vectorises only the former
+// for AVX2.
 FOR_EVERY_X86 int64_t sum_of_squares(const float *x, int64_t count, float inverse) {
     int64_t total = 0;
     for (int64_t k = 0; k < count; ++k) {
@@ -156,7 +158,7 @@ FOR_EVERY_X86 int64_t sum_of_squares(const float *x, int64_t count, float invers
     return total;
 }
 
-// The place after the last of x's elements begin .. end - 1 that is not zero; begin if all are.
+// Returns the index after the last nonzero element of x[begin .. end - 1]; begin if all are zero.
 INLINE int64_t end_of_values(const float *x, int64_t begin, int64_t end) {
     for (; end - begin >= LANES; end -= LANES) {
         uint32_t seen = 0;
@@ -167,8 +169,8 @@ INLINE int64_t end_of_values(const float *x, int64_t begin, int64_t end) {
     return end;
 }
 
-// dpquant.quantizer._extents of a row that is not all zeros. The search goes backwards and ends where it meets a value of the last
-// column, which is at once in a row without padding.
+// dpquant.backends.quantize._extents of a row that is not all zeros. The search runs backwards and ends at the first nonzero value
+// in the last column; in a row without padding that is usually the first value.
 FOR_EVERY_X86 int64_t extent(const float *x, int64_t row_size, Lines lines) {
     if (!lines.own_keys) return row_size;
     const int64_t last = end_of_values(x, 0, row_size) - 1;
@@ -182,7 +184,7 @@ FOR_EVERY_X86 int64_t extent(const float *x, int64_t row_size, Lines lines) {
     return (last_line + 1) * width;
 }
 
-// What a row's top makes of it: its scale, and whether it has codes other than zero.
+// Sets the scale of a row from its top; returns whether the row can have codes other than zero.
 bool usable(float top, float max_code, float *scale) {
     const bool finite = std::bit_cast<uint32_t>(top) < INFINITY_BITS, usable = finite && top >= SMALLEST_ABSMAX;
     *scale = usable ? top / max_code : finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
@@ -191,7 +193,7 @@ bool usable(float top, float max_code, float *scale) {
 
 void quantize_rows(const float *x, const uint64_t *keys, int64_t rows, int64_t row_size, Lines lines, Rule rule,
                    uint8_t *codes, float *scale, std::optional<double> clip, int threads) {
-    // Threads share rows, so that a row is read twice while it is in the cache; or, where rows are few and long, tiles.
+    // Threads work on whole rows, so that a row stays in the cache between its reads; on tiles if rows are few and long.
     const int within = rows < threads && row_size >= LARGE ? threads : 1;
     parallel_for(rows, within > 1 ? 1 : threads, [&](int64_t row) {
         const float *values = x + row * row_size;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The AMX tile registers, and which instructions this processor and its kernel let us use.
+// The AMX tile registers, and the instruction sets that this processor and its operating system support.
 
 #pragma once
 
@@ -29,7 +29,7 @@ struct alignas(64) TileConfig {
     uint8_t rows[16] = {};
 };
 
-// gcc's intrinsics admit to touching eight bytes of a configuration; the barriers stand for all 64.
+// gcc's intrinsics declare access to only eight bytes of a configuration; the memory barriers cover all 64.
 AMX inline void save_tiles(TileConfig &config) {
     _tile_storeconfig(&config);
     asm volatile("" : : "r"(&config) : "memory");
@@ -39,7 +39,7 @@ AMX inline void load_tiles(const TileConfig &config) {
     _tile_loadconfig(&config);
 }
 
-// The tile registers, in 16 rows of 64 bytes, for as long as the object lives. The thread's own setting comes back.
+// Configures the tile registers as 16 rows of 64 bytes for the lifetime of the object, then restores the thread's own setting.
 class Tiles {
   public:
     Tiles() {
@@ -56,7 +56,7 @@ class Tiles {
     TileConfig before_;
 };
 
-// Tiles of bytes and of bfloat16, granted by the operating system.
+// Returns whether AMX tiles of bytes and bfloat16 exist and the operating system grants their use.
 inline bool amx_permitted() {
     static const bool permitted = [] {
         unsigned a = 0, b = 0, c = 0, d = 0;
@@ -67,7 +67,7 @@ inline bool amx_permitted() {
     return permitted;
 }
 
-// Rows of 16 double words become columns.
+// Transposes 16 rows of 16 double words.
 AVX512 inline void transpose(__m512i rows[16]) {
     __m512i a[16], b[16];
     for (int k = 0; k < 16; k += 2) {
@@ -97,7 +97,7 @@ namespace dpquant {
 
 using Kernels = std::vector<std::string>;  // names, fastest first
 
-// For exact products of codes.
+// Returns the kernels for exact products of codes.
 inline Kernels int8_kernels() {
     Kernels names;
 #ifdef HAS_TILES
@@ -107,7 +107,7 @@ inline Kernels int8_kernels() {
     return names;
 }
 
-// For products of bfloat16 numbers.
+// Returns the kernels for products of bfloat16 numbers.
 inline Kernels bfloat16_kernels() {
     Kernels names;
 #ifdef HAS_TILES

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loops of dpquant that profiling proved to matter. Python modules state what they compute."""
+"""The native kernels of dpquant: the loops in which profiling found time to be spent.
+
+Maps are channels last, which the kernels do not check. An axis of a convolution (`rows`, `columns`) is given as (in,
+out, kernel, stride, padding, dilation). The Python callers document the results.
+"""
 
 import numpy as np
 
 def fill_noise(words: np.ndarray, noise: np.ndarray, *, std: float, threads: int) -> None:
-    """Fill noise (n) with N(0, std^2) from n random words, or from n + 1 if n is odd."""
+    """Fill noise (n) with samples of N(0, std^2), from n random words if n is even, else from n + 1."""
 
 def quantize_rows(
     x: np.ndarray,
@@ -21,16 +25,16 @@ def quantize_rows(
     zero_point: int,
     threads: int,
 ) -> None:
-    """Fill codes (one byte each, in x's memory order) and scale (B) from the B rows of the dense x.
+    """Fill codes (one byte each, in x's memory order) and scale (B) from the B rows of x, whose memory has no gaps.
 
-    clip: the root mean squares that a row's largest code stands for, if that is less than its largest magnitude.
-    line: how many elements of a row draw under one line's key; None: all, under the row's own.
-    channels: how many elements of a line make a column. Lines and columns of zeros at a row's end are not in the mean,
-    unless line is None.
+    clip: saturation threshold of a row in root mean squares, at most its largest magnitude; None: no saturation.
+    line: number of elements per line key; None: all elements of a row draw under the row key.
+    channels: number of elements per column of a line. Unless line is None, the mean square omits lines and columns of
+    zeros at a row's end.
     """
 
 def code_kernels() -> list[str]:
-    """The kernels of `code_products` that this processor has, fastest first."""
+    """Return the names of the kernels of `code_products` that this processor supports, fastest first."""
 
 def code_products(
     x: np.ndarray,
@@ -45,9 +49,9 @@ def code_products(
     kernel: str,
     threads: int,
 ) -> None:
-    """Fill out (batch, outputs, kernel rows, kernel columns, channels), if given, and squares (batch).
+    """Materialise weight gradients of codes; fill squares (batch) with their squared norms.
 
-    squares are the sums of its squares; an axis is (in, out, kernel, stride, padding, dilation).
+    If out is given, fill it with the gradients: (batch, outputs, kernel rows, kernel columns, channels).
     """
 
 def add_code_products(
@@ -63,9 +67,9 @@ def add_code_products(
     kernel: str,
     threads: int,
 ) -> None:
-    """Add weights (batch) times the examples' products to totals (parts, outputs, kernel rows, columns, channels).
+    """Add the weighted gradients of `code_products` to totals (parts, outputs, kernel rows, kernel columns, channels).
 
-    Each part gets those of its share of the examples.
+    The examples are divided among the parts; each part sums its own.
     """
 
 def code_gram_norms(
@@ -80,10 +84,10 @@ def code_gram_norms(
     kernel: str,
     threads: int,
 ) -> None:
-    """Fill squares (batch) with the squared norms of the examples' products; kernels as of `code_products`."""
+    """Fill squares (batch) with the squared norms of `code_products`, by Gram matrices; with its kernels."""
 
 def code_sum_kernels() -> list[str]:
-    """The kernels of `add_code_sums` that this processor has, fastest first."""
+    """Return the names of the kernels of `add_code_sums` that this processor supports, fastest first."""
 
 def add_code_sums(
     x: np.ndarray,
@@ -99,13 +103,13 @@ def add_code_sums(
     kernel: str,
     threads: int,
 ) -> None:
-    """Add weights (batch) times the examples' products to total (outputs, kernel rows, kernel columns, channels).
+    """Add the weighted sum of the gradients of codes to total (outputs, kernel rows, kernel columns, channels).
 
-    pieces: how many bfloat16 numbers a weight times a code of g may need.
+    pieces: bfloat16 terms needed to represent a weight times a code of g exactly, 1 or 2.
     """
 
 def direct_products_available() -> bool:
-    """Whether this processor has a kernel for `direct_products`."""
+    """Return whether this processor supports the kernel of `direct_products`."""
 
 def direct_products(
     x: np.ndarray,
@@ -120,10 +124,7 @@ def direct_products(
     groups: int,
     threads: int,
 ) -> None:
-    """Fill out (batch, groups * outputs, kernel rows, kernel columns, channels) from channels-last maps.
-
-    An axis is (in, out, kernel, stride, padding, dilation).
-    """
+    """Fill out (batch, groups * outputs, kernel rows, kernel columns, channels) with weight gradients of values."""
 
 def group_norm(
     x: np.ndarray,
@@ -139,7 +140,7 @@ def group_norm(
     eps: float,
     threads: int,
 ) -> None:
-    """Fill y, and mean and rstd (B, G), from channels-last x (B, T, C)."""
+    """Fill y (B, T, C), mean (B, G) and rstd (B, G) from channels-last x (B, T, C)."""
 
 def group_norm_backward(
     g: np.ndarray,
@@ -156,4 +157,4 @@ def group_norm_backward(
     groups: int,
     threads: int,
 ) -> None:
-    """Fill grad_x, and grad_gamma and grad_beta (B, C), from channels-last g and x (B, T, C)."""
+    """Fill grad_x (B, T, C), grad_gamma (B, C) and grad_beta (B, C) from channels-last g and x (B, T, C)."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C++ kernels of `native/`, loaded once. `kernels` is None where they were not built, and `obstacle` then says why.
+"""The C++ kernels of `native/`, imported once. If they were not built, `kernels` is None and `obstacle` is the reason.
 
-Whoever uses a kernel has the same in torch or numpy, and takes that instead.
+Every caller of a kernel falls back to an equivalent computation in torch or NumPy.
 """
 
 try:

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random bits for stochastic rounding, as a function of what they are for: no generator, no state, nothing to store.
+"""Counter-based random bits for stochastic rounding: each draw is a function of a key and an index, without state.
 
     key       = derive_key(seed, "step", step, layer, role, ...)      one per tensor that is quantized
     row key   = row_keys(key, record ids)                             one per example
     line key  = line_keys(row keys, number of lines)                  one per line of an example's map `(C, H, W)`
     23 bits   = element_bits(row or line keys, element index)         one draw per element
 
-A record therefore gets the same draws whatever batch, order, thread or device handles it. Batches are padded to their
-longest record, and what one record draws may not depend on how long another is: else removing the longest would change
-all others' codes. So a map's element (c, h, w) is drawn by index w * C + c under the key of line h. Neither moves when
-the map is padded at the end of H or W; its row-major index would. A row that is no map draws by row-major index under
-its row key.
+A record's draws therefore do not depend on batch, order, thread or device. They must not depend on the length of other
+records either: batches are padded to their longest record, and otherwise removing the longest one would change the
+codes of all others. So element (c, h, w) of a map draws by index w * C + c under the key of line h. Padding the map at
+the end of H or W changes neither, while it would change a row-major index. A row that is not a map draws by row-major
+index under its row key.
 
 Construction. A row key is splitmix64 at counter record_id + 1 from state `key` (Steele, Lea, Flood 2014, "Fast
 splittable pseudorandom number generators"); a line key is splitmix64 at counter h + 1 from the row key as state. The
@@ -25,13 +25,13 @@ in front of each half. Every step is invertible, so h is a bijection of i, of lo
 over the whole range of any of them each of the 2^23 draws occurs exactly 2^9 times. Two 32-bit multiplies vectorise
 well; the native kernel computes the same bits.
 
-Privacy. The key must be secret and fresh for each run, as `private` derives it from the run's secret. Record ids are
-positions in the data set: without record k, all later records move up and get other draws. Under a secret key draws are
-exchangeable over records: a run without k has the same distribution if each remaining record is given the draws that it
-had with k, and then the sums differ by record k alone, which is clipped. Under a public key the guarantee would hold
-only between data sets in which all other records keep their ids. This is a fast hash and no cryptographic one: draws
-are never released, they only enter sums that are clipped per record and noised. The Poisson sampler and the noise must
-never draw from here.
+Privacy. The key must be secret and fresh for each run; `privacy/mechanism.py` derives it from the run's secret. Record
+ids are positions in the data set: without record k, all later records move by one position and get other draws. Under a
+secret key draws are exchangeable over records: the distribution of a run without k does not change if each remaining
+record is given the draws that it had in the run with k. The sums then differ by the clipped contribution of record k
+alone. Under a public key the guarantee would hold only between data sets in which all other records keep their ids.
+The hash is fast, not cryptographic. That suffices because draws are never released; they only enter sums that are
+clipped per record and noised. The Poisson sampler and the noise must not use it.
 """
 
 import hashlib
@@ -41,23 +41,23 @@ from torch import Tensor
 
 from dpquant.errors import SettingError
 
-DRAW_BITS = 23  # a draw is uniform on 0 .. 2^23 - 1: as many bits as a float32 has mantissa
-MAX_ELEMENTS = 2**32  # under one key; beyond it element indices would repeat
+DRAW_BITS = 23  # a draw is uniform on 0 .. 2^23 - 1; 23 is the number of mantissa bits of a float32
+MAX_ELEMENTS = 2**32  # under one key; draws are indexed by 32 bits, so more would repeat
 
 _LOW_32 = 0xFFFFFFFF
-_STEP = 0x9E3779B97F4A7C15 - 2**64  # between splitmix64's counters; a signed integer with these 64 bits
+_STEP = 0x9E3779B97F4A7C15 - 2**64  # increment of splitmix64's state, as a signed integer with these 64 bits
 
 
 def derive_key(*parts: int | str | bytes) -> int:
-    """A 64-bit key, 0 <= key < 2^64, that names `parts`: other parts, types or grouping give another key.
+    """Return a 64-bit key, 0 <= key < 2^64, for `parts`; other parts, types or grouping give another key.
 
     Args:
       parts: any mixture of integers (of any size), strings and bytes.
 
-    Returns: an integer from blake2b over the parts, each with its type and length in front.
+    Returns: the 8-byte blake2b hash of the parts, each preceded by its type and length, as an integer.
 
     Raises:
-      SettingError: a part is of another type.
+      SettingError: a part has another type.
 
     Privacy: post-processing.
     """
@@ -80,16 +80,16 @@ def derive_key(*parts: int | str | bytes) -> int:
 
 
 def row_keys(key: int, record_ids: Tensor) -> Tensor:
-    """One 64-bit key per record: splitmix64 at counter `record_id + 1` from state `key`.
+    """Return one 64-bit key per record: splitmix64 at counter `record_id + 1` from state `key`.
 
     Args:
-      key: 0 <= key < 2^64, as `derive_key` makes it.
+      key: 0 <= key < 2^64, from `derive_key`.
       record_ids: int64 `(B,)`.
 
     Returns: int64 `(B,)`, the key's 64 bits; distinct for distinct ids.
 
     Raises:
-      SettingError: the key is out of range, or the ids have another shape or type.
+      SettingError: the key is out of range, or the ids have another shape or dtype.
 
     Privacy: per example, reads no other row.
     """
@@ -106,13 +106,13 @@ def row_keys(key: int, record_ids: Tensor) -> Tensor:
 
 
 def line_keys(row_keys: Tensor, num_lines: int) -> Tensor:
-    """One 64-bit key per line of each row: splitmix64 at counter `line + 1`, with the row key as state.
+    """Return one 64-bit key per line of each row: splitmix64 at counter `line + 1`, with the row key as state.
 
     Args:
       row_keys: int64 `(B,)`.
-      num_lines: H.
+      num_lines: the number H of lines.
 
-    Returns: int64 `(B, H)`, the keys' 64 bits; distinct for distinct lines of one row, and the same for any H.
+    Returns: int64 `(B, H)`, the keys' 64 bits; distinct for distinct lines of one row. They do not depend on H.
 
     Privacy: per example, reads no other row.
     """
@@ -121,7 +121,7 @@ def line_keys(row_keys: Tensor, num_lines: int) -> Tensor:
 
 
 def element_bits(row_keys: Tensor, index: Tensor) -> Tensor:
-    """One 23-bit draw for each key and element index.
+    """Return one 23-bit draw for each key and element index.
 
     Args:
       row_keys: int64 `(B,)`, of rows or of lines.
@@ -141,17 +141,17 @@ def element_bits(row_keys: Tensor, index: Tensor) -> Tensor:
 
 
 def _finalized(z: Tensor) -> Tensor:
-    """splitmix64's bijection of 64 bits."""
+    """Apply splitmix64's finalizer, a bijection of 64 bits."""
     z = (z ^ _shifted_right(z, 30)) * _as_int64(0xBF58476D1CE4E5B9)
     z = (z ^ _shifted_right(z, 27)) * _as_int64(0x94D049BB133111EB)
     return z ^ _shifted_right(z, 31)
 
 
 def _as_int64(bits: int) -> int:
-    """The signed integer with the same 64 bits, as torch wants them."""
+    """Return the signed integer with these 64 bits, because torch has no arithmetic on uint64."""
     return bits - 2**64 if bits >= 2**63 else bits
 
 
 def _shifted_right(z: Tensor, count: int) -> Tensor:
-    """Logical shift of int64 bits: zeros come in from the left."""
+    """Shift int64 bits to the right logically: zeros are shifted in."""
     return (z >> count) & (2 ** (64 - count) - 1)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How codes are made and multiplied on a device. Knows no model, no privacy."""
+"""Quantization to number codes and exact products of codes, per device. Knows neither models nor privacy."""

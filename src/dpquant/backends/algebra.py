@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The products of a convolution in plain torch, on any device: forward, input gradient, per-example weight gradient.
 
-Dense algebra on floating-point tensors; nothing here knows codes, scales, layers or privacy. A linear layer is a 1x1
-convolution over its positions.
+All operands are dense floating-point tensors, which may hold integer codes. A linear layer is a 1x1 convolution
+over its positions. This module does not handle scales, layers or privacy.
 
 Symbols: B examples, C input channels, O output channels, G groups, H x W input size, T output positions, D patch size.
 """
@@ -21,14 +21,14 @@ from dpquant.backends.geometry import Geometry
 from dpquant.backends.workarounds import in_one_column, subsampled
 
 ROUND_OFF = 2.0**-17
-"""Norms are rounded up by it, factors down: more than float32 matrix products lose that add up 16,384 equal terms
-(5.4e-6 was measured). Terms that are added one after the other can lose more."""
+"""Relative margin for float32 round-off: norms are rounded up by it, clip factors down. It exceeds the largest error
+measured for a float32 matrix product over 16,384 equal terms, 5.4e-6. Sums of sequential additions can lose more."""
 
 
 def _is_matrix(operand: Tensor, geometry: Geometry) -> bool:
-    """Whether a matrix product is faster than torch's convolution: in float64, where that runs im2col, and on 1x1 maps.
+    """Return whether a matrix product is faster than torch's convolution, for a 1x1 convolution of this operand.
 
-    A linear layer that is called on `(B, D)` is a convolution of 1x1 maps.
+    It is faster in float64, where torch's convolution runs im2col, and on 1x1 maps: linear layers called on `(B, D)`.
     """
     return geometry.pointwise and (operand.dtype == torch.float64 or operand.shape[2:] == (1, 1))
 
@@ -36,7 +36,7 @@ def _is_matrix(operand: Tensor, geometry: Geometry) -> bool:
 def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """Convolve `(B, C, H, W)` with `(O, C / G, *kernel)` to `(B, O, H', W')`, in the operands' dtype."""
     if _is_matrix(x, geometry) and x.shape[2:] == (1, 1):
-        y = x.new_empty(len(x), len(weight), 1, 1)  # no view: what a layer gives may be overwritten in place
+        y = x.new_empty(len(x), len(weight), 1, 1)  # not a view: callers may modify a layer's output in place
         with torch.no_grad():
             if bias is None:
                 torch.mm(x.flatten(1), weight.flatten(1).t(), out=y.view(len(x), len(weight)))
@@ -55,7 +55,7 @@ def swap_in_out(weight: Tensor, groups: int) -> Tensor:
 
 
 def input_gradient(grad: Tensor, weight: Tensor, geometry: Geometry, size: tuple[int, int]) -> Tensor:
-    """The gradient of a convolution with respect to its input, in the dtype of its operands.
+    """Compute the gradient of a convolution with respect to its input, in the operands' dtype.
 
     Args:
       grad: `(B, O, H', W')`.
@@ -67,12 +67,12 @@ def input_gradient(grad: Tensor, weight: Tensor, geometry: Geometry, size: tuple
     if _is_matrix(grad, geometry):
         return (grad.permute(0, 2, 3, 1) @ weight.flatten(1)).permute(0, 3, 1, 2)
     shape = (grad.shape[0], weight.shape[1] * geometry.groups, *size)
-    x = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)  # for its layout
+    x = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)  # its layout counts
     return _convolution_backward(grad, x, weight, geometry, geometry.groups, [True, False, False])[0]
 
 
 def weight_gradient(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
-    """The weight gradient summed over the batch: grad `(B, O, H', W')`, x `(B, C, H, W)` -> `(O, C / G, *kernel)`."""
+    """Sum the weight gradient over the batch: grad `(B, O, H', W')`, x `(B, C, H, W)` -> `(O, C / G, *kernel)`."""
     x, geometry = subsampled(x, geometry)
     if geometry.pointwise:
         total = grad.transpose(0, 1).flatten(1) @ x.transpose(0, 1).flatten(1).t()
@@ -83,25 +83,25 @@ def weight_gradient(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
 
 
 def patch_products(grad_BGTO: Tensor, patches_BGTD: Tensor) -> Tensor:
-    """Form each example's own weight gradient, sum_t grad_t patch_t^T, never summed over examples.
+    """Materialise each example's weight gradient, sum_t grad_t patch_t^T; nothing is summed over examples.
 
     Args:
-      grad_BGTO: output gradients by group and position, float32: values or integer codes; from `positions`.
+      grad_BGTO: output gradients by group and position, from `positions`; float32 values or integer codes.
       patches_BGTD: the receptive field of each position, float32, from `im2col`.
-    Returns: `(B, O, D)` with D in patch order, float32; exact for codes whose sums stay within 2^24.
+    Returns: float32 `(B, O, D)`, D in patch order; exact for codes whose partial sums are at most 2^24.
     """
     return (grad_BGTO.transpose(2, 3) @ patches_BGTD).flatten(1, 2)
 
 
 def grouped_products(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
-    """Form the products of `patch_products` by one convolution whose groups are the examples.
+    """Materialise each example's weight gradient by one convolution whose groups are the examples.
 
-    Returns: `(B, O, C / G, *kernel)`, in weight order.
+    Returns: `(B, O, C / G, *kernel)`, in weight order; the values of `patch_products`.
     """
     x, geometry = subsampled(x, geometry)
     batch, channels = len(x), x.shape[1] // geometry.groups
     shape = (batch * grad.shape[1], channels, *geometry.kernel)
-    # the examples become channels of one image, which is contiguous only with channels before positions
+    # the examples become channels of one image; in a channels-last layout that would not be contiguous
     grads, xs = (t.contiguous().flatten(0, 1).unsqueeze(0) for t in (grad, x))
     weight = grad.new_empty(1).expand(shape)
     mask = [False, True, False]
@@ -110,19 +110,19 @@ def grouped_products(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
 
 
 def add_patch_products(grad: Tensor, x: Tensor, geometry: Geometry, total: Tensor | None) -> Tensor:
-    """Add the weight gradient, summed over the batch, to a total `(G, O / G, D)` in patch order, in place."""
+    """Add the weight gradient of the batch to `total`, `(G, O / G, D)` in patch order, in place; return it."""
     grad_GON = positions(grad, geometry).permute(1, 3, 0, 2).flatten(2)
     patches_GND = im2col(x, geometry).transpose(0, 1).flatten(1, 2)
     if total is None:
         return grad_GON @ patches_GND
-    if geometry.groups == 1:  # a batched product of one is not as fast
+    if geometry.groups == 1:  # a batched product with one batch is slower
         total[0].addmm_(grad_GON[0], patches_GND[0])
         return total
     return total.baddbmm_(grad_GON, patches_GND)
 
 
 def positions(grad: Tensor, geometry: Geometry) -> Tensor:
-    """Output gradients by group and position: `(B, O, H', W')` -> `(B, G, T, O / G)`."""
+    """Rearrange output gradients by group and position: `(B, O, H', W')` -> `(B, G, T, O / G)`."""
     return grad.flatten(2).unflatten(1, (geometry.groups, -1)).transpose(2, 3)
 
 
@@ -130,10 +130,10 @@ def positions(grad: Tensor, geometry: Geometry) -> Tensor:
 def bfloat16_factors() -> Iterator[None]:
     """Allow bfloat16 inputs with float32 accumulation in float32 matrix products until the block ends. Process-wide.
 
-    For inputs that are bfloat16 numbers already this changes nothing but the time. A processor without bfloat16
-    instructions goes on in float32.
+    If the inputs are bfloat16 numbers already, the products are the same and only the time changes. A processor without
+    bfloat16 instructions keeps computing in float32.
     """
-    setting = cast(Any, torch.backends.mkldnn).matmul  # made at run time
+    setting = cast(Any, torch.backends.mkldnn).matmul  # torch adds the attribute at run time
     before = setting.fp32_precision
     setting.fp32_precision = "bf16"
     try:
@@ -143,7 +143,7 @@ def bfloat16_factors() -> Iterator[None]:
 
 
 def in_weight_order(products: Tensor, geometry: Geometry) -> Tensor:
-    """`(..., O, D)` with D in patch order (kernel row, kernel column, channel) -> `(..., O, C / G, *kernel)`."""
+    """Reorder `(..., O, D)`, D in patch order (kernel row, kernel column, channel), to `(..., O, C / G, *kernel)`."""
     return products.unflatten(-1, (*geometry.kernel, -1)).movedim(-1, -3)
 
 
@@ -174,7 +174,8 @@ def im2col(x: Tensor, geometry: Geometry) -> Tensor:
 def patch_grams(x: Tensor, geometry: Geometry) -> Tensor:
     """Form the Gram matrix of the patches, patches @ patches^T of `im2col`: `(B, G, T, T)`.
 
-    It is a sum over taps of the Gram matrix of pixels, so that pixels are multiplied once and no im2col is needed.
+    It is a sum over kernel taps of shifted parts of the pixels' Gram matrix, so each pair of pixels is multiplied once
+    and im2col is not needed.
     """
     (top, left), (down, right), (step_down, step_right) = geometry.padding, geometry.stride, geometry.dilation
     x_BHWC = F.pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top))
@@ -199,8 +200,9 @@ def patch_grams(x: Tensor, geometry: Geometry) -> Tensor:
 def row_norms(gradients: Tensor) -> Tensor:
     """Return ||G_i||^2, float64 `(B,)`, of materialised gradients `(B, ...)`.
 
-    Rows are summed in float32, their squares in float64: nearly as exact as float64 throughout, without its copy.
+    The norm along the last axis is computed in float32, the sum of its squares in float64. That is nearly as exact as
+    float64 throughout and needs no float64 copy of the gradients.
     """
-    width = gradients.shape[-1] if gradients.ndim > 1 else 1  # a parameter may be one number
+    width = gradients.shape[-1] if gradients.ndim > 1 else 1  # the parameter may be a scalar
     rows = gradients.reshape(len(gradients), -1, width)
     return torch.linalg.vector_norm(rows, dim=2).double().square().sum(1)

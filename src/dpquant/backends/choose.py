@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decisions that are measured on this machine, kept so that a run can be repeated and the next one begins sooner.
+"""Autotuning: decisions measured on this machine, and their storage, so that runs repeat exactly and start faster.
 
-A decision answers a question: which of several ways to one sum is the fastest for some shapes, how many examples a
-backward pass takes, which layers gain from being quantized. It is made once and then kept, so that a run computes the
-same sums at every step. All of it is measured on synthetic operands: nothing here sees data.
+Decisions are, for instance, the fastest of several methods for some operand shapes, the number of examples per
+microbatch, and the layers that quantization makes faster. A decision is made once and then kept, so that a run computes
+the same sums at every step. Everything is measured on synthetic operands: decisions never depend on data.
 
-`Choices` are the decisions of a run. They are saved with it, and another run that is given them decides alike: with the
-same settings and the same mechanism_seed it computes the same bits. Decisions are also kept for this machine, in memory
-and in the user's cache directory, from where later runs take them. That file can be deleted at any time.
+`Choices` are the decisions of one run and are saved with it. Another run that is given them makes the same decisions;
+with equal settings and an equal mechanism_seed it computes the same bits. Decisions are also kept for this machine, in
+memory and in a file of the user's cache directory, where later runs find them. That file can be deleted at any time.
 """
 
 import contextlib
@@ -27,22 +27,22 @@ from dpquant.errors import DataError
 from dpquant.machine import processor
 
 CACHE = "DPQUANT_CACHE"
-"""Environment variable: the directory of the machine's file, or `off`."""
+"""Environment variable: the directory of this machine's file of decisions, or `off` for no file."""
 
-_FORMAT = 1  # of both files; one of another format is not read
+_FORMAT = 1  # of the files of a run and of a machine; files of another format are not read
 _ROUNDS = 3
-_HOPELESS = 3  # times slower than the best in two rounds: not run again
-_HOPELESS_AT_ONCE = 30  # in the first: by less, a time slice that another process took could decide
+_HOPELESS = 3  # a candidate more than this times slower than the best after two rounds is not timed again
+_HOPELESS_AT_ONCE = 30  # the same after one round: by less, a time slice of another process could decide
 
 Ways = Mapping[str, Callable[[], object]]
-"""{name: does the work once}."""
+"""Candidates: {name: a function that does the work once}."""
 
 
 class Choices:
     """The decisions of one run.
 
     Attributes:
-      made: {key: answer} of everything that was decided so far, as JSON has it.
+      made: {text of the key: decision}, all decisions so far, as JSON values.
     """
 
     def __init__(
@@ -52,12 +52,12 @@ class Choices:
         machine: "Machine | None" = None,
         timed: Callable[[Ways], Mapping[str, float]] | None = None,
     ):
-        """Begin with nothing decided.
+        """Begin without decisions.
 
         Args:
-          given: another run's decisions, which are taken where they are asked for.
-          machine: remembers decisions from run to run; None: the one of the user's cache directory.
-          timed: {name: seconds} of some ways, as `timed`, which None means.
+          given: decisions of another run, which take precedence over measuring.
+          machine: keeps decisions from run to run; None: the one of the user's cache directory.
+          timed: times candidates, {name: seconds}; None: the function `timed`.
         """
         self._given, self._own_machine, self._timed = dict(given or {}), machine, timed
         self.made: dict[str, Any] = {}
@@ -65,13 +65,13 @@ class Choices:
     def decide(
         self, key: Hashable, measure: Callable[[], Any], *, valid: Callable[[Any], bool], lasting: bool = True
     ) -> Any:
-        """Return a decision: of this run, of the run that was given, of this machine, or measured now.
+        """Return the decision for a key: from this run, else the given run, else this machine, else measured now.
 
         Args:
-          key: identifies the decision, shapes included; its `repr` is what is kept.
-          measure: decides it now. Its result can be written as JSON.
-          valid: whether an answer from elsewhere makes sense here.
-          lasting: the answer holds for later runs on this machine too.
+          key: identifies the decision (operation and operand shapes); its `repr` is the key in the files.
+          measure: makes the decision by measuring. Its result must be a JSON value.
+          valid: returns whether a decision from another run or from the machine's file is possible here.
+          lasting: True: the decision is also kept for later runs on this machine.
         """
         text = _text(key)
         if text not in self.made:
@@ -83,7 +83,7 @@ class Choices:
         return self.made[text]
 
     def fastest(self, key: Hashable, ways: Ways) -> str:
-        """`fastest` by these choices."""
+        """Return the name of the candidate that takes the least time; see the function `fastest`."""
         if len(ways) == 1:
             return next(iter(ways))
 
@@ -95,7 +95,7 @@ class Choices:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Decide by these choices until the block ends."""
+        """Use these choices in `decided` and `fastest` until the block ends; then save the machine's decisions."""
         global _active
         before, _active = _active, self
         try:
@@ -106,19 +106,19 @@ class Choices:
 
     @property
     def machine(self) -> "Machine":
-        """Remembers decisions from run to run."""
+        """The store that keeps decisions from run to run."""
         return self._own_machine or _machine()
 
     def to_json(self) -> str:
-        """The decisions as JSON, one a line, that `read` takes."""
+        """Return the decisions as JSON, one per line, in the format of `read`."""
         return json.dumps({"format": _FORMAT, "choices": self.made}, indent=1, sort_keys=True) + "\n"
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Choices of another run, from its file.
+        """Read the choices of another run from its file.
 
         Raises:
-          DataError: there is no such file, or it holds something else.
+          DataError: the file cannot be read, or does not hold choices.
         """
         try:
             return cls(_answers(path.read_text()))
@@ -130,19 +130,19 @@ class Choices:
 
 
 class Machine:
-    """What has been decided on this machine, in a file if there is one."""
+    """All decisions made on this machine, in memory and, if there is a path, in a file."""
 
     def __init__(self, path: Path | None):
-        """Read the file; None: nothing lasts longer than the process."""
+        """Read the file at `path`; None: decisions are kept for the life of the process only."""
         self._path, self._new = path, False
         self.answers: dict[str, Any] = self._read()
 
     def learn(self, key: str, answer: Any) -> None:
-        """One more answer."""
+        """Keep one more decision."""
         self.answers[key], self._new = answer, True
 
     def save(self) -> None:
-        """Write what is new beside what other processes have written. Where that fails, nothing is kept."""
+        """Merge new decisions into the file, which other processes write too. If that fails, the file stays as is."""
         if not self._new or self._path is None:
             return
         self._new = False
@@ -160,34 +160,34 @@ class Machine:
 
 
 _active: Choices | None = None
-_alone = Choices()  # of what is computed outside of any run
-_machines: dict[str, Machine] = {}  # by where the cache is
+_alone = Choices()  # decisions made outside of a run
+_machines: dict[str, Machine] = {}  # by cache directory
 
 
 def decided(key: Hashable, measure: Callable[[], Any], *, valid: Callable[[Any], bool], lasting: bool = True) -> Any:
-    """`Choices.decide` by the choices that are active."""
+    """Return the decision for a key by the active choices; see `Choices.decide`."""
     return (_active or _alone).decide(key, measure, valid=valid, lasting=lasting)
 
 
 def fastest(key: Hashable, ways: Ways) -> str:
-    """Return the name of the way that takes the least time.
+    """Return the name of the candidate that takes the least time, by the active choices.
 
     Args:
-      key: identifies the decision, shapes included.
-      ways: {name: does the work once}; at least one.
+      key: identifies the decision (operation and operand shapes); the result is kept under it.
+      ways: candidates, {name: a function that does the work once}; at least one.
     """
     return (_active or _alone).fastest(key, ways)
 
 
 def timed(ways: Ways, *, rounds: int = _ROUNDS, clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
-    """Return {name: seconds that the way took, at best}.
+    """Return {name: minimum of the measured seconds} of each candidate.
 
-    Ways are timed in rotation, so that a temporary slowdown of the machine affects all of them.
+    Candidates are timed in rotation, so that a temporary slowdown of the machine affects all of them.
 
     Args:
-      ways: {name: does the work once}.
-      rounds: how often each is timed, unless it is hopeless.
-      clock: seconds.
+      ways: candidates, {name: a function that does the work once}.
+      rounds: number of timings of each candidate. One more than 3 times slower than the best is not timed again.
+      clock: returns seconds.
     """
 
     def seconds_of(work: Callable[[], object]) -> float:
@@ -197,7 +197,7 @@ def timed(ways: Ways, *, rounds: int = _ROUNDS, clock: Callable[[], float] = tim
 
     seconds: dict[str, float] = {}
     for name, work in ways.items():
-        work()  # fills caches, and makes the decisions that it depends on
+        work()  # warm-up: fills caches, and makes decisions inside the work
         seconds[name] = seconds_of(work)
     for done in range(1, rounds):
         limit = (_HOPELESS_AT_ONCE if done == 1 else _HOPELESS) * min(seconds.values())
@@ -209,7 +209,7 @@ def timed(ways: Ways, *, rounds: int = _ROUNDS, clock: Callable[[], float] = tim
 
 @functools.cache
 def _text(key: Hashable) -> str:
-    """As it is kept. A step asks the same questions for every microbatch and layer, and `repr` takes its time."""
+    """Return the key's `repr`, cached: every step looks the same keys up for each microbatch and layer."""
     return repr(key)
 
 
@@ -221,7 +221,7 @@ def _answers(text: str) -> dict[str, Any]:
 
 
 def _machine() -> Machine:
-    """Of the cache directory that the environment names now."""
+    """Return the machine's decisions in the cache directory that the environment variable names now."""
     place = os.environ.get(CACHE, "")
     if place not in _machines:
         _machines[place] = Machine(file_in(place))
@@ -229,10 +229,10 @@ def _machine() -> Machine:
 
 
 def file_in(place: str) -> Path | None:
-    """Return where this processor's decisions are kept, with these versions: another decides otherwise.
+    """Return the path of the decisions for this processor and these versions of dpquant and torch; None: no file.
 
     Args:
-      place: a directory; empty for the user's cache directory; `off` for nowhere.
+      place: a directory; empty for the user's cache directory; `off` for no file.
     """
     if place == "off":
         return None

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backend for int8 instructions of a CPU, and whether its products are exact here.
+"""The backend for int8 instructions of a CPU, and the check that its products are exact on this processor.
 
-This is the only file that calls `torch.ops.onednn`. It gives the integers that `reference.ReferenceWeight` gives. For
-weight gradients it has, besides the reference's methods, the native kernels of `native_products.py`:
+It gives the same integers as `reference.ReferenceWeight`. No other file calls `torch.ops.onednn`. For weight gradients
+it adds these methods, on the native kernels of `native_products.py`, to those of the reference:
 
-    code norms   materialise G_i on int8 instructions for the norm only; the sum as in `code grams`
-    recompute    materialise G_i once for the norm and once more to be added; it is never kept
-    code grams   as `grams`, with the norm on int8 instructions; the sum on bfloat16 tiles, where there are such
+    code norms   norm: materialise each G_i on int8 instructions and discard it; sum: as in `code grams`
+    recompute    norm: as in `code norms`; sum: materialise each G_i a second time to add it
+    code grams   norm: as `grams`, on int8 instructions; sum: on bfloat16 instructions, or else as in `grams`
 
 Symbols: B examples, C input channels, O output channels, G groups, H x W input size.
 
 Sources: oneDNN's int8 convolution through `torch.ops.onednn.qconv2d_pointwise`, which takes activations as uint8 with a
-zero point: a code c in -127..127 travels as c + 128, zero padding included. All scales are 1, so that the int32
-accumulator comes out as a float32 and differs from the exact integer only by that one rounding (none below 2^24).
+zero point: a code c in -127..127 is passed as c + 128, also in zero padding. All scales are 1, so the result is the
+int32 accumulator converted to float32, and the conversion is its only rounding (none below 2^24).
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from dpquant.formats import Precision, RoleFormat
 
 
 class Int8Weight:
-    """A weight that is multiplied on int8 instructions; it is packed for each product on first use."""
+    """A weight whose codes are multiplied on int8 instructions; it is packed for each product on first use."""
 
     def __init__(self, weight: QTensor, geometry: Geometry):
         self._weight, self._scale = _PackedCodes(weight.codes), weight.scale
@@ -49,23 +49,23 @@ class Int8Weight:
         return y if bias is None else y.add_(bias[:, None, None])
 
     def input_gradient(self, grad: QTensor, size: tuple[int, int]) -> Tensor:
-        """Convolve the gradient with the transposed kernel, or with those of its taps that meet."""
+        """Return the input gradient: by phases for a stride without dilation, else by zero-stuffing the gradient."""
         by_phases = self._geometry.stride != (1, 1) and self._geometry.dilation == (1, 1)
         x = self._by_phases(grad.codes, size) if by_phases else self._by_stuffing(grad, size)
         return scaled(x, grad.scale, self._scale)
 
     def _by_phases(self, codes: Tensor, size: tuple[int, int]) -> Tensor:
-        """Input positions of one phase (row and column modulo the stride) meet the same taps: one convolution each."""
+        """Run one convolution per phase: input positions equal modulo the stride read the same kernel taps."""
         stride, padding = self._geometry.stride, self._geometry.padding
         channels = self._geometry.groups * self._weight.codes.shape[1]
         phases = list(itertools.product(*map(_phases, self._geometry.kernel, stride, padding, size)))
         full = torch.empty(len(codes), channels, *size, memory_format=torch.channels_last)
         if len(phases) < min(stride[0], size[0]) * min(stride[1], size[1]):
-            full.zero_()  # some positions meet no tap
+            full.zero_()  # positions of the other phases read no tap
         for rows, columns in phases:
             if (rows, columns) not in self._taps:
                 self._taps[rows, columns] = _PackedCodes(self._swapped[:, :, rows.taps][..., columns.taps].contiguous())
-            # what does not lie inside of the gradient on one side is padded on both: the other side's is cut off
+            # padding is equal on both sides, so the larger one is used on both and the surplus is cropped
             pad = rows.padding(codes.shape[2]), columns.padding(codes.shape[3])
             geometry = Geometry(kernel=(len(rows.taps), len(columns.taps)), padding=pad, groups=self._geometry.groups)
             part = self._taps[rows, columns].convolved(codes, geometry)
@@ -76,7 +76,7 @@ class Int8Weight:
         return full
 
     def _by_stuffing(self, grad: QTensor, size: tuple[int, int]) -> Tensor:
-        """A convolution of the zero-stuffed gradient with the flipped, transposed kernel."""
+        """Convolve the zero-stuffed gradient with the flipped, transposed kernel."""
         g, reach = self._geometry, self._geometry.reach
         padding = (max(reach[0] - g.padding[0], 0), max(reach[1] - g.padding[1], 0))
         crop = (max(g.padding[0] - reach[0], 0), max(g.padding[1] - reach[1], 0))
@@ -96,24 +96,28 @@ class Int8Weight:
 
 @dataclasses.dataclass(frozen=True)
 class _Phase:
-    """Along one axis: input position phase + stride * m gets sum_k gradient[m + first + k] * kernel[taps[k]]."""
+    """A phase of an axis: input position phase + stride * m gets sum_k gradient[m + first + k] * kernel[taps[k]].
+
+    Attributes:
+      count: number of positions m.
+    """
 
     phase: int
-    count: int  # of positions m
+    count: int
     taps: tuple[int, ...]
     first: int
 
     def padding(self, length: int) -> int:
-        """How many zeros are needed on either side of a gradient of `length`."""
+        """Return the zero padding, equal on both sides, that a gradient of this length needs."""
         last = self.count - 1 + self.first + len(self.taps) - 1
         return max(-self.first, last - (length - 1), 0)
 
 
 def _phases(kernel: int, stride: int, padding: int, size: int) -> list[_Phase]:
-    """The phases of an axis that meet any tap, for an input of `size`."""
+    """Return the phases of an axis that read at least one kernel tap, for an input of `size`."""
     found = []
     for phase in range(min(stride, size)):
-        # tap i of gradient position u meets input position stride * u - padding + i
+        # in the forward product, output position u reads input position stride * u - padding + i by tap i
         taps = tuple(i for i in reversed(range(kernel)) if (phase + padding - i) % stride == 0)
         if taps:
             count = (size - phase + stride - 1) // stride
@@ -122,7 +126,7 @@ def _phases(kernel: int, stride: int, padding: int, size: int) -> list[_Phase]:
 
 
 class _PackedCodes:
-    """Weight codes `(O, C / G, *kernel)`, packed as oneDNN wants them for each geometry that they meet."""
+    """Weight codes `(O, C / G, *kernel)`, packed by oneDNN once per geometry."""
 
     def __init__(self, codes: Tensor):
         self.codes = codes
@@ -131,7 +135,7 @@ class _PackedCodes:
         self._packed: dict[Geometry, Tensor] = {}
 
     def convolved(self, codes: Tensor, geometry: Geometry) -> Tensor:
-        """uint8 codes (zero point 128) `(B, C, H, W)` -> float32 accumulators `(B, O, H', W')`, channels last."""
+        """Convolve uint8 codes (zero point 128) to float32 accumulators `(B, O, H', W')`, channels last."""
         codes, g = around_corners(codes, geometry, zero=INT8_ZERO_POINT)
         if g not in self._packed:
             self._packed[g] = torch.ops.onednn.qconv_prepack(
@@ -144,7 +148,7 @@ class _PackedCodes:
 
 
 def _zero_stuffed(codes: Tensor, stride: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Codes spread `stride` apart on a plane of `size` that holds the code of zero elsewhere."""
+    """Return a plane of `size` with the codes placed `stride` apart and the code of zero elsewhere."""
     if stride == (1, 1) and codes.shape[2:] == size:
         return codes
     plane = torch.full((*codes.shape[:2], *size), INT8_ZERO_POINT, dtype=codes.dtype)
@@ -157,12 +161,12 @@ def _zero_stuffed(codes: Tensor, stride: tuple[int, int], size: tuple[int, int])
 
 @functools.cache
 def flaw_of_int8(max_code: int, packed: type[Int8Weight] = Int8Weight) -> str | None:
-    """What this machine's int8 convolution does instead of giving the exact integers for codes up to `max_code`.
+    """Check that this processor's int8 convolution is exact for codes up to `max_code`, forward and backward.
 
-    A processor without the right instructions, or told not to use them, may saturate full-range products (the pairs of
-    a 16-bit accumulator), so the check uses the largest codes, not random ones. Run once a process and code range.
+    Without VNNI or AMX instructions, or with them disabled, pairs of products are summed in 16 bits, which may
+    saturate. So the check uses the largest codes, not random ones. The result is cached for the process.
 
-    Returns: None if they are exact, forward and back.
+    Returns: None if the products are exact; else the flaw, in words that complete a sentence.
     """
     try:
         generator = torch.Generator().manual_seed(0)
@@ -186,12 +190,12 @@ def _with_zero_point(x: QTensor) -> QTensor:
 
 
 class CpuInt8(Reference):
-    """A CPU's int8 instructions; see `interface.Backend`."""
+    """The backend that multiplies codes on int8 instructions of a CPU; see `interface.Backend`."""
 
     name = "int8"
 
     def __init__(self, packed: type[Int8Weight] = Int8Weight):
-        """`packed` multiplies the codes; whether it is exact here is what `refusal` finds out."""
+        """Make a backend whose weights are `packed`; `refusal` checks whether its products are exact here."""
         self._packed = packed
 
     def refusal(self, precision: Precision, device: torch.device) -> str | None:
@@ -226,17 +230,17 @@ class CpuInt8(Reference):
 
 
 def norms_by_codes(operands: Operands) -> Norms:
-    """Form each gradient on int8 instructions, exactly, and keep its norm only."""
+    """Compute squared norms by materialising each gradient exactly on int8 instructions and discarding it."""
     return Norms(squares_B=native.code_norms(*operands.codes))
 
 
 def norms_by_code_grams(operands: Operands) -> Norms:
-    """Contract Gram matrices of codes on int8 instructions, exactly."""
+    """Compute squared norms by contracting Gram matrices of codes, exactly, on int8 instructions."""
     return Norms(squares_B=native.gram_norms(*operands.codes))
 
 
 class CodeSum:
-    """An accumulator of codes on bfloat16 tiles, by the native kernel."""
+    """An accumulator of products of codes on bfloat16 instructions (AMX or AVX-512), by the native kernel."""
 
     def __init__(self, operands: Operands):
         self._geometry, self._bf16_terms = operands.geometry, operands.bf16_terms
@@ -250,7 +254,7 @@ class CodeSum:
 
 
 class RecomputedSum:
-    """An accumulator that forms each gradient again on int8 instructions to add it, by the native kernel."""
+    """An accumulator that materialises each gradient again on int8 instructions to add it, by the native kernel."""
 
     def __init__(self, operands: Operands):
         self._geometry = operands.geometry

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backends with one planted mistake each: what a test, or an experiment, hands to the code that has to notice.
+"""Backends with one planted bug each, for tests and experiments that show that a check catches the bug.
 
-NOT PRIVATE, or WRONG: no registry lists them, and no run may train on them.
+NOT PRIVATE, or WRONG: they are not in the registry, and no run may train on them.
 """
 
 import dataclasses
@@ -26,10 +26,11 @@ from dpquant.formats import Precision, RoleFormat
 
 
 class Wrapped:
-    """Does what another backend does; a subclass changes one thing.
+    """Delegates to another backend; a subclass overrides one method.
 
     Attributes:
-      name: says what is changed, and of which backend.
+      inner: the other backend.
+      name: the name of the subclass and of the other backend.
     """
 
     def __init__(self, inner: Backend):
@@ -50,9 +51,9 @@ class Wrapped:
 
 
 class SharedScale(Wrapped):
-    """NOT PRIVATE: one scale over all examples of the batch, so that the largest one decides how all others round.
+    """NOT PRIVATE: one scale for the whole batch, so that the largest example decides how all others are rounded.
 
-    No clip norm bounds what one example changes then.
+    Clipping then does not bound the influence of an example.
     """
 
     def quantize(self, x: Tensor, role: RoleFormat, row_keys: Tensor) -> QTensor:
@@ -64,7 +65,7 @@ class SharedScale(Wrapped):
 
 
 class OffByOne(Wrapped):
-    """WRONG: every accumulator of a product is too large by one, and so is every element of a weight gradient."""
+    """WRONG: adds one to every accumulator of a product, and to every element of a summed weight gradient."""
 
     def pack(self, weight: QTensor, geometry: Geometry, *, max_code: int) -> PackedWeight:
         return _OffByOneWeight(self.inner.pack(weight, geometry, max_code=max_code), weight.scale)
@@ -91,7 +92,7 @@ class _OffByOneWeight:
 
 
 def _off_by_one_norms(inner: NormKernel) -> NormKernel:
-    """The right norms; of gradients, where they are materialised, that are not."""
+    """Return a kernel with correct norms whose materialised gradients, if any, are too large by one."""
 
     def norms(operands: Operands, /) -> Norms:
         found = inner(operands)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weighted sum of weight gradients from operands, by matrix products over the positions of many examples."""
+"""The weighted sum of weight gradients, computed from operands by matrix products over many examples' positions."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -13,15 +13,15 @@ from dpquant.backends.choose import fastest
 from dpquant.backends.geometry import Geometry
 from dpquant.backends.interface import Operands
 
-_AT_ONCE = 2**23  # bytes of im2col
-_ENOUGH_POSITIONS = 2048  # from here on a matrix product over positions takes no less time for each
+_AT_ONCE = 2**23  # bytes of im2col output formed at a time
+_ENOUGH_POSITIONS = 2048  # with more, a matrix product takes no less time per position
 
 
 class GemmSum:
     """An accumulator that buffers operands until one large matrix product is efficient."""
 
     def __init__(self, operands: Operands, /, *, enough_positions: int = _ENOUGH_POSITIONS):
-        """Begin an empty sum for operands of these shapes, whose values are not read; it buffers so many positions."""
+        """Begin an empty sum for operands of these shapes (values are not read); `enough_positions` are buffered."""
         x, g = operands.values
         self._shapes, self._like = (x.shape[1:], g.shape[1:]), {"dtype": x.dtype, "device": x.device}
         self._geometry, self._bf16_terms = operands.geometry, operands.bf16_terms
@@ -33,7 +33,7 @@ class GemmSum:
         self._in_patch_order = False
 
     def add(self, operands: Operands, weights_B: Tensor) -> None:
-        """Buffer one more microbatch; it may have no examples."""
+        """Buffer one microbatch of operands, which may be empty."""
         x, g = operands.values
         if g.numel() == 0:
             return
@@ -44,7 +44,7 @@ class GemmSum:
             self._flush()
 
     def value(self) -> Tensor:
-        """Return the sum of all so far, in weight order."""
+        """Return the sum of all microbatches so far, `(O, C / G, *kernel)`."""
         if self._x:
             self._flush()
         if self._total is None:
@@ -55,22 +55,22 @@ class GemmSum:
     def _flush(self) -> None:
         x, g = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in (self._x, self._g))
         self._x, self._g, self._positions = [], [], 0
-        ways = {"convolution": self._add_convolution, "patches": self._add_patches, "bfloat16": self._add_terms}
+        methods = {"convolution": self._add_convolution, "patches": self._add_patches, "bfloat16": self._add_terms}
         if not self._bf16_terms:
-            del ways["bfloat16"]
+            del methods["bfloat16"]
         key = ("summed weight gradient", self._geometry, (*self._shapes, self._bf16_terms), torch.get_num_threads())
-        name = fastest(key, {name: partial(self._try, way) for name, way in ways.items()})
+        name = fastest(key, {name: partial(self._try, method) for name, method in methods.items()})
         self._in_patch_order = name != "convolution"
-        self._total = ways[name](g, x, self._total)
+        self._total = methods[name](g, x, self._total)
 
-    def _try(self, way: Callable[[Tensor, Tensor, Tensor | None], Tensor | None]) -> None:
-        """Run a way on synthetic operands: neither the values that wait here nor their number may decide."""
+    def _try(self, method: Callable[[Tensor, Tensor, Tensor | None], Tensor | None]) -> None:
+        """Run a method on synthetic operands, so that neither values nor number of examples affect the choice."""
         num_examples = math.ceil(self._enough_positions / math.prod(self._shapes[1][1:]))
         x, g = (
             torch.ones(num_examples, *shape, **self._like).contiguous(memory_format=torch.channels_last)
             for shape in self._shapes
         )
-        way(g, x, None)
+        method(g, x, None)
 
     def _add_convolution(self, g: Tensor, x: Tensor, total: Tensor | None) -> Tensor:
         product = weight_gradient(g, x, self._geometry)
@@ -82,7 +82,7 @@ class GemmSum:
         return total
 
     def _add_terms(self, g: Tensor, x: Tensor, total: Tensor | None) -> Tensor | None:
-        """Add g as a sum of bfloat16 numbers."""
+        """Add patch products with g split into one or two bfloat16 terms, whose sum it is exactly."""
         with bfloat16_factors():
             if self._bf16_terms == 2:
                 high = g.bfloat16().float()
@@ -92,7 +92,7 @@ class GemmSum:
 
 
 def slices(geometry: Geometry, x: Tensor, g: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the operands a few examples at a time: the result of im2col is large, and best used while it is cached."""
+    """Yield the operands a few examples at a time, so that the im2col output of each slice stays in a cache."""
     patch_bytes = 4 * x.shape[1] * math.prod(geometry.kernel) * math.prod(g.shape[2:])
     step = max(_AT_ONCE // patch_bytes, 1)
     return zip(x.split(step), g.split(step), strict=True)

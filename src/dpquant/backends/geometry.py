@@ -23,9 +23,11 @@ class Geometry:
     def cropped(self, size: tuple[int, int]) -> tuple["Geometry", tuple[slice, slice]]:
         """Crop the kernel taps that only read padding for inputs of `size`.
 
-        A 3x3 kernel on a 1x1 image is a 1x1 kernel: nine times less of everything.
+        A 3x3 kernel on a 1x1 image becomes a 1x1 kernel, with a ninth of the weight and of the work.
 
-        Returns: the smaller geometry, and the rows and columns of the kernel that stay.
+        Args:
+          size: (H, W) of the input.
+        Returns: the smaller geometry, and the kernel rows and columns that are kept.
         """
         rows, columns = (
             _met(*axis) for axis in zip(size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
@@ -41,13 +43,13 @@ class Geometry:
 
     @property
     def pointwise(self) -> bool:
-        """True for a 1x1 convolution that visits every position once: a matrix product over positions."""
+        """True for a 1x1 convolution without stride, padding or groups, which is a matrix product over positions."""
         return self == Geometry(groups=self.groups) and self.groups == 1
 
 
 @functools.cache
 def _met(size: int, kernel: int, stride: int, padding: int, dilation: int) -> slice:
-    """Along one axis: from the first to the last tap that meets the image, where the others can be left out."""
+    """Return the taps of an axis that read the image, first to last; all taps if cropping would change the outputs."""
     outputs = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
     met = [
         tap
@@ -56,7 +58,7 @@ def _met(size: int, kernel: int, stride: int, padding: int, dilation: int) -> sl
     ]
     if met:
         count, start = met[-1] + 1 - met[0], padding - met[0] * dilation
-        # padding is the same on both sides: it has to give as many outputs as before
+        # padding is equal on both sides, so the cropped kernel may give another number of outputs
         if start >= 0 and (size + 2 * start - dilation * (count - 1) - 1) // stride + 1 == outputs:
             return slice(met[0], met[-1] + 1)
     return slice(0, kernel)

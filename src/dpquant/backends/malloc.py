@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps the memory that a training step works in from one step to the next.
+"""Keep the heap pages of a training step for the next step, rather than returning them to the operating system.
 
-glibc gives large freed blocks back to the kernel, and a step frees all of its blocks, microbatch by microbatch. Getting
-them anew, page by page and zeroed, costs a quarter to two thirds of a step, most where the machine is virtual. So while
-a step runs nothing is given back, and between steps its free blocks are held here, out of the reach of the rest of the
-program, whose own memory is managed as before. What the program itself frees between steps, the results of the last
-step among it, is left to it: were it held, the heap would grow by as much at every step.
+glibc returns large freed blocks to the operating system, and a step frees all of its blocks after each microbatch.
+Mapping them again, page by page and zeroed, was measured to take a quarter to two thirds of a step, most on virtual
+machines (docs/performance.md, "Memory of the process"). So while a step runs, no page is returned. Between steps, its
+free blocks are held by this module, where the rest of the program cannot allocate them; the program's own memory is
+managed as before. Memory that the program frees between steps, for instance the results of the last step, is not held:
+if it were, the heap would grow by that much at every step.
 
-Only for the main thread and glibc 2.33 or newer; elsewhere nothing is done. Source: mallopt(3), mallinfo(3).
+Works for the main thread and glibc 2.33 or newer; elsewhere it does nothing. Source: mallopt(3), mallinfo(3).
 """
 
 import contextlib
@@ -17,20 +18,20 @@ import platform
 import threading
 from collections.abc import Callable, Iterator
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of parameters in malloc.h
-_NEVER = 2**31 - 1  # bytes; the largest value there is
-_USUAL = {_MMAP_THRESHOLD: 2**25, _TRIM_THRESHOLD: 2**26}  # where glibc's own adaptation ends, once blocks are large
-_LARGEST, _SMALLEST = 2**30, 2**20  # blocks that are held, bytes
-_MAPPED = 2  # flag in the word before a block that does not come from the heap
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of mallopt, from malloc.h
+_NEVER = 2**31 - 1  # bytes; the largest value that mallopt accepts
+_USUAL = {_MMAP_THRESHOLD: 2**25, _TRIM_THRESHOLD: 2**26}  # the maxima of glibc's dynamic thresholds
+_LARGEST, _SMALLEST = 2**30, 2**20  # bytes of a held block
+_MAPPED = 2  # flag in the word before a block: it is a mapping of its own, not in the heap
 
-_held: dict[int, int] = {}  # block: size
+_held: dict[int, int] = {}  # {address of a held block: its size}
 _depth = 0
-_free = 0  # bytes of the heap that were free when the step began, apart from what was held
-_used = 0  # bytes of the heap that were in use then
+_free = 0  # free bytes of the heap when the step began, held blocks excluded
+_used = 0  # used bytes of the heap then, held blocks excluded
 
 
 class _Info(ctypes.Structure):
-    """struct mallinfo2."""
+    """The struct mallinfo2 of malloc.h."""
 
     _fields_ = tuple(
         (name, ctypes.c_size_t)
@@ -51,10 +52,12 @@ class _Info(ctypes.Structure):
 
 @contextlib.contextmanager
 def working_memory(hold: Callable[[ctypes.CDLL], None] | None = None) -> Iterator[None]:
-    """Until the block ends, memory comes from what the last such block has used, and stays.
+    """Reuse the memory of the last block under this context, and keep it for the next one.
 
-    What the block leaves alive is not held: let all of its large objects die in it. `hold` takes free blocks when it
-    ends; None: so many that the heap does not grow.
+    Objects that outlive the block are not held, so free all large objects inside it. Blocks can be nested.
+
+    Args:
+      hold: takes free blocks from the heap when the block ends; None: as many as possible without growing the heap.
     """
     global _depth
     libc = _glibc()
@@ -73,7 +76,7 @@ def working_memory(hold: Callable[[ctypes.CDLL], None] | None = None) -> Iterato
 
 
 def give_back() -> None:
-    """Return to the system what is held and free: the next step needs less than the last."""
+    """Return all held and free memory to the operating system: call it if the next step needs less than the last."""
     libc = _glibc()
     if libc is None or threading.current_thread() is not threading.main_thread():
         return
@@ -82,7 +85,7 @@ def give_back() -> None:
 
 
 def _release(libc: ctypes.CDLL) -> None:
-    """Large blocks come from the heap from now on and stay in it; what was held is free."""
+    """Free the held blocks, allocate large blocks from the heap from now on, and return none to the system."""
     global _free, _used
     now = libc.mallinfo2()
     _free, _used = now.fordblks, now.uordblks - sum(_held.values())
@@ -92,10 +95,11 @@ def _release(libc: ctypes.CDLL) -> None:
 
 
 def _hold(libc: ctypes.CDLL) -> None:
-    """Take the heap's free blocks, the largest first, without making the heap grow; then let glibc do as usual.
+    """Allocate the heap's free blocks, the largest first, without growing the heap; then restore glibc's thresholds.
 
-    As much stays free as the program works in between steps: what was free before the step, but for the last step's
-    results, which die between steps. A block that fits nowhere in the heap becomes a mapping of its own here.
+    Some memory stays free for the program between steps: as much as was free before this step, less the results of the
+    step, which are freed between steps. A block that fits nowhere in the heap becomes a mapping of its own; it is freed
+    at once, and a smaller block is tried.
     """
     libc.mallopt(_MMAP_THRESHOLD, _SMALLEST)
     now = libc.mallinfo2()
@@ -121,7 +125,7 @@ def _let_go(libc: ctypes.CDLL) -> None:
 
 @functools.cache
 def _glibc() -> ctypes.CDLL | None:
-    """The process's C library, if it is one that this works with."""
+    """Return the process's C library if it is a glibc that this module supports, else None."""
     if platform.libc_ver()[0] != "glibc":
         return None
     libc = ctypes.CDLL(None)
@@ -135,7 +139,7 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 def _in_charge(libc: ctypes.CDLL) -> bool:
-    """Whether malloc is glibc's own: another allocator may have been put in its place."""
+    """Return whether malloc is glibc's own: another allocator may be preloaded."""
     before = libc.mallinfo2()
     block = libc.malloc(_SMALLEST)
     after = libc.mallinfo2()

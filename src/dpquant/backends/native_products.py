@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weight gradients on the native kernels: of values per example, of number codes per example and summed over a batch.
+"""Weight gradients on the native kernels: of values per example, and of codes per example or summed over a batch.
 
-What they compute is `algebra.patch_products`: G_i = sum_t g_it x_it^T, in patch order (kernel row, kernel column,
-channel). All operands are channels last and on a CPU; codes are uint8 with zero point 128. Sums of codes are exact
-integers, as long as the functions that ask (`has_...`) say yes; nothing here knows of scales, layers or privacy.
+The kernels compute the products of `algebra.patch_products`, G_i = sum_t g_it x_it^T, in patch order (kernel row,
+kernel column, channel). All operands are channels last and on the CPU; codes are uint8 with zero point 128. Products of
+codes are exact integers if the corresponding `has_...` function returns True. Scales are not handled here.
 
 Symbols: B examples, T positions, C channels, O outputs, D = kernel size times C.
 """
@@ -23,12 +23,19 @@ from dpquant.native import kernels as _native
 
 INT8_ZERO_POINT = 128
 
-_MOST_POSITIONS = 2**16  # int32 holds so many products of a signed and an unsigned byte
-_MOST_TERMS = 2**17  # and so many of two signed bytes
+_MOST_POSITIONS = 2**16  # int32 holds a sum of this many products of a signed and an unsigned byte
+_MOST_TERMS = 2**17  # int32 holds a sum of this many products of two signed bytes
 
 
 def direct_products(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
-    """The products of values straight from two maps: `(B, O, D)`, groups included; see `has_direct_products`."""
+    """Materialise each example's weight gradient of values without im2col; see `has_direct_products`.
+
+    Args:
+      grad: output gradient, float32 `(B, O, H', W')`, channels last.
+      x: input, float32 `(B, C, H, W)`, channels last.
+      geometry: of the convolution; groups are supported.
+    Returns: float32 `(B, O, D)`, D in patch order within a group.
+    """
     channels = x.shape[1] // geometry.groups
     products = grad.new_empty(len(x), grad.shape[1], math.prod(geometry.kernel) * channels)
     assert _native is not None
@@ -44,20 +51,20 @@ def direct_products(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
 
 
 def has_direct_products(x: Tensor) -> bool:
-    """Whether `direct_products` can run here on x, codes or values."""
+    """Return whether `direct_products` can run on x on this machine; codes are converted to float32 first."""
     able = _native is not None and x.device.type == "cpu" and _native.direct_products_available()
     return able and x.dtype != torch.float64
 
 
 def code_norms(grad: Tensor, x: Tensor, geometry: Geometry, *, kernel: str | None = None) -> Tensor:
-    """The squared norms, float64 `(B,)`, of such products of codes, on int8 instructions; see `has_code_products`.
+    """Compute the squared norms of weight gradients of codes on int8 instructions; see `has_code_products`.
 
     Args:
-      grad: codes of the output gradient, uint8 with zero point 128, channels last.
-      x: codes of the input, likewise.
-      geometry: without groups.
+      grad: codes of the output gradient, uint8 with zero point 128, `(B, O, H', W')`, channels last.
+      x: codes of the input, uint8 with zero point 128, `(B, C, H, W)`, channels last.
+      geometry: of the convolution, without groups.
       kernel: `amx` or `vnni`; None: the fastest that this processor has.
-    Returns: of the exact integers, each rounded once to float32.
+    Returns: float64 `(B,)`; the exact integers of each gradient are rounded once to float32 before they are squared.
     """
     squares = torch.empty(len(x), dtype=torch.float64)
     _run_code_products(grad, x, geometry, squares, None, kernel)
@@ -65,7 +72,7 @@ def code_norms(grad: Tensor, x: Tensor, geometry: Geometry, *, kernel: str | Non
 
 
 def code_products(grad: Tensor, x: Tensor, geometry: Geometry, *, kernel: str | None = None) -> Tensor:
-    """The products, `(B, O, D)`, exact integers rounded once to float32; arguments as of `code_norms`."""
+    """Materialise the weight gradients of `code_norms`, float32 `(B, O, D)`: exact integers, rounded once."""
     products = torch.empty(len(x), grad.shape[1], math.prod(geometry.kernel) * x.shape[1])
     _run_code_products(grad, x, geometry, torch.empty(len(x), dtype=torch.float64), products, kernel)
     return products
@@ -84,9 +91,15 @@ def _run_code_products(
 def add_code_products(
     grad: Tensor, x: Tensor, geometry: Geometry, weights_B: Tensor, totals: Tensor, *, kernel: str | None = None
 ) -> None:
-    """Add these products, weighted and summed over examples, to totals `(threads, O, D)` in place.
+    """Add the weighted sum over examples of the weight gradients of codes to `totals`, in place.
 
-    Each thread adds to its own total. The other arguments are those of `code_norms`; weights_B is float32.
+    Args:
+      grad: as in `code_norms`.
+      x: as in `code_norms`.
+      geometry: as in `code_norms`.
+      weights_B: float32 `(B,)`.
+      totals: float32 `(threads, O, D)`; each thread adds its examples to its own total.
+      kernel: as in `code_norms`.
     """
     assert _native is not None
     _native.add_code_products(
@@ -96,7 +109,7 @@ def add_code_products(
 
 
 def gram_norms(grad: Tensor, x: Tensor, geometry: Geometry, *, kernel: str | None = None) -> Tensor:
-    """The same squared norms by Gram matrices, fast where positions are few; arguments as of `code_norms`."""
+    """Compute the squared norms of `code_norms` by Gram matrices, which is fast if there are few positions."""
     assert _native is not None
     squares = torch.empty(len(x), dtype=torch.float64)
     _native.code_gram_norms(
@@ -116,17 +129,17 @@ def add_code_sums(
     bf16_terms: int,
     kernel: str | None = None,
 ) -> None:
-    """Add these products, weighted and summed over examples, to a total `(O, D)` in place; see `has_code_sums`.
+    """Add the weighted sum over examples of the weight gradients of codes to `total`, in place; see `has_code_sums`.
 
-    Sums are float32 sums of exact products.
+    The products are exact and are accumulated in float32.
 
     Args:
-      grad: as of `code_norms`.
-      x: as of `code_norms`.
-      geometry: as of `code_norms`.
-      weights_B: bfloat16 numbers, as float32.
-      total: float32.
-      bf16_terms: how many bfloat16 numbers add up to a weight times a code of grad, 1 or 2.
+      grad: as in `code_norms`.
+      x: as in `code_norms`.
+      geometry: as in `code_norms`.
+      weights_B: float32 `(B,)`, each of which is a bfloat16 number.
+      total: float32 `(O, D)`.
+      bf16_terms: bfloat16 terms needed to represent a weight times a code of grad exactly, 1 or 2.
       kernel: `amx` or `avx512`; None: the fastest that this processor has.
     """
     assert _native is not None
@@ -137,29 +150,29 @@ def add_code_sums(
 
 
 def has_code_products(x: QTensor, num_positions: int, geometry: Geometry) -> bool:
-    """Whether `code_products` and its kin can run on x here, and give the exact integers."""
+    """Return whether the int8 kernels of products support x on this machine and are exact for this many positions."""
     return _takes(x, geometry) and num_positions <= _MOST_POSITIONS and _code_products_run()
 
 
 def has_gram_norms(x: QTensor, grad: QTensor, geometry: Geometry) -> bool:
-    """Whether `gram_norms` can run on these operands here, and multiplies exact integers."""
+    """Return whether `gram_norms` supports the operands on this machine and its Gram matrices are exact."""
     terms = max(x.codes.shape[1] * math.prod(geometry.kernel), grad.codes.shape[1])
     return has_code_products(x, math.prod(grad.codes.shape[2:]), geometry) and terms <= _MOST_TERMS
 
 
 def has_code_sums(x: QTensor, geometry: Geometry) -> bool:
-    """Whether `add_code_sums` can run on x here, and its products are exact."""
+    """Return whether `add_code_sums` supports x on this machine and its products are exact."""
     return _takes(x, geometry) and _code_sums_run()
 
 
 def _takes(x: QTensor, geometry: Geometry) -> bool:
-    """Whether codes and walk are such as the kernels of codes take."""
+    """Return True for uint8 codes (zero point 128) on the CPU and a convolution without groups."""
     return x.zero_point == INT8_ZERO_POINT and x.codes.device.type == "cpu" and geometry.groups == 1
 
 
 @functools.cache
 def _code_products_run() -> bool:
-    """Whether the kernels that would be taken exist and are exact."""
+    """Return whether this processor has int8 kernels and the fastest of them are exact."""
     return _native is not None and bool(_native.code_kernels()) and products_are_exact(code_products, gram_norms)
 
 
@@ -169,14 +182,14 @@ def _code_sums_run() -> bool:
 
 
 def products_are_exact(products: Callable[..., Tensor], norms: Callable[..., Tensor]) -> bool:
-    """Whether these, as `code_products` and `gram_norms`, give the exact integers for the largest codes."""
+    """Return whether two functions like `code_products` and `gram_norms` are exact for the largest codes."""
     grad, x, geometry, exact = _largest_codes()
     found = products(grad, x, geometry), norms(grad, x, geometry)
     return torch.equal(found[0], exact.float()) and torch.equal(found[1], exact.square().sum((1, 2)))
 
 
 def sums_are_exact(add_sums: Callable[..., None]) -> bool:
-    """Whether this, as `add_code_sums`, adds exactly while float32 has all bits of the sums."""
+    """Return whether a function like `add_code_sums` is exact for sums that float32 can represent."""
     grad, x, geometry, exact = _largest_codes()
     weights_B = torch.tensor([1.0, 0.5])
     sums = torch.zeros(exact.shape[1:])
@@ -185,7 +198,7 @@ def sums_are_exact(add_sums: Callable[..., None]) -> bool:
 
 
 def _largest_codes() -> tuple[Tensor, Tensor, Geometry, Tensor]:
-    """Codes of +-127 on maps of odd sizes, and their products in float64."""
+    """Return operands with codes of +-127 on maps of odd sizes, and their exact products in float64."""
     geometry = Geometry(kernel=(3, 3), stride=(2, 1), padding=(1, 1))
     generator = torch.Generator().manual_seed(0)
     x, grad = (
@@ -198,13 +211,13 @@ def _largest_codes() -> tuple[Tensor, Tensor, Geometry, Tensor]:
 
 
 def _memory(maps: Tensor) -> Any:
-    """The array of a map whose channels are last, as the kernels take it for granted."""
+    """Return a NumPy view of a channels-last tensor; asserts the layout, which the kernels do not check."""
     assert len(maps) == 0 or maps.is_contiguous(memory_format=torch.channels_last)
     return maps.numpy()
 
 
 def _geometry_facts(grad: Tensor, x: Tensor, geometry: Geometry) -> Any:
-    """What all kernels are told of the convolution: an axis is (in, out, kernel, stride, padding, dilation)."""
+    """Return the kernels' arguments for a convolution; an axis is (in, out, kernel, stride, padding, dilation)."""
     g = geometry
     rows, columns = zip(x.shape[2:], grad.shape[2:], g.kernel, g.stride, g.padding, g.dilation, strict=True)
     return {

@@ -11,9 +11,9 @@ class QTensor:
     """Codes with one scale per row: the value of an element is (code - zero_point) * scale.
 
     Attributes:
-      codes: int8; uint8 with a zero point; or float8. The shape and memory format of what was quantized.
-      scale: float32 `(B,)`, or `(1,)` when the whole tensor is one row. 0: the row is zero. NaN: it was not finite.
-      zero_point: what was added to the codes.
+      codes: int8, uint8 with a zero point, or float8; in the shape and memory format of the quantized tensor.
+      scale: float32 `(B,)`, or `(1,)` if the whole tensor is one row. 0: the row is zero. NaN: it was not finite.
+      zero_point: the offset that was added to the codes.
     """
 
     codes: Tensor
@@ -21,11 +21,11 @@ class QTensor:
     zero_point: int = 0
 
     def take(self, rows: Tensor) -> "QTensor":
-        """Some of the rows."""
+        """Return the codes and scales of some rows, given by index."""
         return dataclasses.replace(self, codes=self.codes[rows], scale=self.scale[rows])
 
     def dequantize(self) -> Tensor:
-        """The values that the codes stand for: float32, shape of codes.
+        """Return the values (code - zero_point) * scale, float32, in the shape of the codes.
 
         Privacy: per example, reads no other row.
         """
@@ -34,11 +34,11 @@ class QTensor:
 
 
 Operand = Tensor | QTensor
-"""What a product takes: values, or codes with their scales."""
+"""An operand of a product: float values, or codes with their scales."""
 
 
 def code_values(operand: Operand) -> Tensor:
-    """Return codes as float32 `(B, ...)` without their zero point; a plain tensor is returned as it is."""
+    """Return codes as float32 `(B, ...)` without zero point and scale; a plain tensor is returned unchanged."""
     if isinstance(operand, Tensor):
         return operand
     values = operand.codes.float()
@@ -50,7 +50,8 @@ def scaled(values: Tensor, scale_B: Tensor, scale_C: Tensor) -> Tensor:
 
     Args:
       values: float32 `(B, C, H, W)`.
-      scale_B: of the examples.
-      scale_C: of the channels, `(C,)` or `(1,)`.
+      scale_B: scales of the examples, `(B,)`.
+      scale_C: scales of the channels, `(C,)` or `(1,)`.
+    Returns: `values`.
     """
     return values.mul_((scale_B[:, None] * scale_C)[:, :, None, None])

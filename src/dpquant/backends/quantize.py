@@ -1,24 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors to number codes and back: `quantize_rows` for layers, `quantize` for people.
+"""Quantization of tensors to number codes: `quantize_rows` for layers, `quantize` for users.
 
-A row is one example. Its scale is taken over that row alone: a scale shared over the batch would let one example change
-all others' gradients, and clipping would bound nothing. Weights are released already, so a whole weight may be one row.
+A row is one example, and its scale is computed from that row alone. With a scale shared over the batch, one example
+could change the gradients of all others, and clipping would not bound its influence. Weights hold released values only,
+so a whole weight may be one row.
 
-The torch code in this file is the meaning; the native kernel is only speed and gives the same bits. For each element x:
+The torch code in this file is the definition; the native kernel gives the same bits and is faster. For each element x:
 
     t      = min(|x| * (max_code / top), max_code)                               in float32
     n, f   = floor(t / quantum(t)), the fraction in units of 2^-23               to nearest, ties to even
     up     = f + draw >= 2^23             draw: 23 random bits (stochastic), or 2^22 (nearest, ties away from zero)
     code   = sign(x) * min((n + up) * quantum(t), max_code)                      scale = top / max_code
 
-so E[code * scale] = x up to float32 rounding when rounding is stochastic and top = absmax, the largest |x| of the row.
-A role may ask for a lower top, a multiple of the row's root mean square: fewer levels are spent on a few large values,
-which are cut off. The mean is over integers, |x| in units of absmax / 2^15, so that it is exact in any order. And a row
-without negative values may take the format's codes of one sign, which are twice as many.
-Zeros that pad a map at the end of H or W change neither its draws nor its scale: batches are padded to their longest
-record, whose length may not show in what the others contribute. So a map's root mean square is taken over its lines and
-columns up to the last ones that hold anything but zeros. Where these are all, it is over all elements.
-Nothing here clips gradients, adds noise or chooses a format.
+If rounding is stochastic and top = absmax, the largest |x| of the row, then E[code * scale] = x up to float32 rounding.
+A role may set a lower top, `clip` times the row's root mean square (RMS), and saturate the few larger values; the codes
+are then closer together. The RMS is computed from integers, |x| in units of absmax / 2^15, so that its sum is exact in
+any order. For rows without negative values a role may use the format's one-sided codes, which are twice as many.
+
+An example with axes (C, H, W) is a map. Zeros that pad it at the end of H or W change neither its draws nor its scale.
+Batches are padded to their longest record, and the length of one record must not affect the contributions of others. So
+the RMS of a map is taken over its lines and columns up to the last ones with a nonzero element.
+This module does not clip gradients, add noise or choose a format.
 
 Symbols: B rows, x values, t magnitudes in code units.
 Source: LUQ (Chmiel et al. 2021, arXiv:2112.10769), equations 10 and 12, with alpha = absmax / 64.
@@ -52,9 +54,9 @@ from dpquant.rounding import DRAW_BITS, MAX_ELEMENTS, derive_key, element_bits, 
 from dpquant.rounding import row_keys as keys_of_rows
 
 KERNELS = ("auto", "torch", "native")
-SMALLEST_ABSMAX = 2.0**-100  # rows below it become zero: max_code / absmax could overflow
+SMALLEST_ABSMAX = 2.0**-100  # rows with a smaller absmax become zero, because max_code / absmax could overflow
 
-_UNITS = 2.0**15  # the largest |x| of a row, where its root mean square is formed
+_UNITS = 2.0**15  # the largest |x| of a row, in the integer units in which its RMS is computed
 _HALF = 2 ** (DRAW_BITS - 1)
 _ONE = 2**DRAW_BITS
 _NATIVE_FORMATS = (E3M0, INT4, INT4.one_sided, INT8)
@@ -62,7 +64,7 @@ _FLOAT_CODES = {FP8_E4M3: torch.float8_e4m3fn, FP8_E5M2: torch.float8_e5m2}
 
 
 def native_available() -> bool:
-    """Whether the native kernel was built with this installation."""
+    """Return whether the native kernel was built with this installation."""
     return _native is not None
 
 
@@ -76,18 +78,18 @@ def quantize(
     rounding: Rounding | None = None,
     kernel: str = "auto",
 ) -> QTensor:
-    """The codes of x in a format, with one scale per example or one for all.
+    """Quantize x to codes of a format, with one scale per example or one for all of x.
 
-    The same key, record id and position in the example give the same draw, whatever the batch.
+    An element's rounding draw depends on the key, the record id and the position within the example, not on the batch.
 
     Args:
       x: float32 `(B, ...)`.
-      format: a recipe (its activation role is used), a recipe's or format's name, or a format. A name that both have
-        means the recipe.
-      key: any integer; names the stream of rounding draws.
-      record_ids: int64 `(B,)`; None = 0..B-1. Not used without `per_example`.
-      per_example: one scale for each row of x. False is for tensors that are public, such as weights.
-      rounding: None = the recipe's; stochastic if `format` is no recipe.
+      format: a recipe (its activation role is used), a format, or the name of either. If a recipe and a format have
+        the same name, it means the recipe.
+      key: any integer; selects the stream of rounding draws.
+      record_ids: int64 `(B,)`; None = 0..B-1. Ignored if `per_example` is False.
+      per_example: True: one scale for each row of x. False: one scale for all of x, for public tensors such as weights.
+      rounding: None = that of the recipe, or stochastic if `format` is not a recipe.
       kernel: "auto", "torch" or "native"; all give the same bits.
 
     Returns: a QTensor of x's shape. A zero row has scale 0; a row that is not finite has codes 0 and scale NaN.
@@ -96,7 +98,7 @@ def quantize(
       FormatError: the format is unknown, or cannot run on the kernel.
       SettingError: x is not float32 or has no rows, or an argument has the wrong shape or type.
 
-    Privacy: per example, reads no other row; with `per_example=False` every row reads all of x.
+    Privacy: per example, reads no other row. With `per_example=False` the code of every element depends on all of x.
 
     Source: LUQ, arXiv:2112.10769, equations 10 and 12.
 
@@ -118,7 +120,7 @@ def quantize(
     elif record_ids is None:
         record_ids = torch.arange(len(x), device=x.device)
     keys = keys_of_rows(derive_key("quantize", key), record_ids)
-    rows = x if per_example else x.reshape(1, -1)  # a whole tensor is no map
+    rows = x if per_example else x.reshape(1, -1)  # flattened: one row without line and column axes
     q = quantize_rows(rows, role, keys, kernel=kernel)
     return q if per_example else dataclasses.replace(q, codes=q.codes.view(x.shape))
 
@@ -134,23 +136,23 @@ def quantize_rows(
     """Quantize each row of x with the row's own scale.
 
     An element's draw depends on its row key and its place in the row, not on the memory format. With four axes
-    `(B, C, H, W)` the place is line h and index w * C + c in it, which stay when the batch is padded at the end of H or
-    W; else it is the row-major position. Nor does the scale change then: see `clip`.
+    `(B, C, H, W)` the place is line h and index w * C + c within it; otherwise it is the row-major position. Padding
+    four-axis batches with zeros at the end of H or W changes neither draws nor scales.
 
     Args:
       x: float32 `(B, ...)`; contiguous or, with four axes, channels last. Other layouts are made contiguous. With four
-        axes the native kernel works channels last and copies what is not.
-      role: which codes there are, how values are rounded to them, and where the scale comes from. With four axes, the
-        mean of a clip is over none of the lines and columns of zeros at a row's end.
+        axes the native kernel needs channels last and copies other layouts.
+      role: the format of the codes, the rounding and the rule for the scale. With four axes, the RMS of a clip omits
+        lines and columns of zeros at the end of H and W.
       row_keys: int64 `(B,)` on x's device, from `rounding.row_keys`.
-      zero_point: 0 for int8 codes; 128 for uint8 codes that hold code + 128, as int8 convolutions take them.
+      zero_point: 0 for int8 codes; 128 for uint8 codes that store code + 128, the input of int8 convolutions.
       kernel: "auto", "torch" or "native"; all give the same bits.
 
     Returns: a QTensor of x's shape and memory format. A row whose absmax is below 2^-100 has codes 0 and scale 0; a row
       that is not finite has codes 0 and scale NaN, so that this example, and no other, becomes NaN downstream.
 
     Raises:
-      FormatError: the format has no code type here, or cannot run on the kernel.
+      FormatError: no dtype stores the format's codes, or the kernel does not support the format.
       SettingError: x is not float32, the keys do not match its rows, or an argument is out of range.
 
     Privacy: per example, reads no other row.
@@ -179,7 +181,7 @@ def quantize_rows(
 
 
 def _clipped_top(x: Tensor, largest: Tensor, clip: float) -> Tensor:
-    """What each row's largest code stands for, `(B,)`: `clip` root mean squares, but not more than the largest |x|."""
+    """Return the saturation threshold of each row, `(B,)`: `clip` times its RMS, at most its largest |x|."""
     magnitudes = x.reshape(len(x), -1).abs()
     known = largest.isfinite() & (largest >= SMALLEST_ABSMAX)
     units = torch.where(known[:, None], magnitudes * (torch.full_like(largest, _UNITS) / largest)[:, None], 0.0)
@@ -189,11 +191,11 @@ def _clipped_top(x: Tensor, largest: Tensor, clip: float) -> Tensor:
 
 
 def _extents(x: Tensor) -> Tensor:
-    """How many elements each row's mean is over, `(B,)`.
+    """Return the number of elements over which the mean square of each row is taken, `(B,)`.
 
-    Of a map, C times the lines and the columns up to the last ones that hold anything but zeros: padding to the longest
-    record of the batch adds lines and columns of zeros behind them, and a mean over those would change the record's own
-    scale. Any other row has no such end, and counts in full.
+    For a map it is C * lines * columns, counted up to the last line and the last column with a nonzero element. Padding
+    to the longest record of the batch appends lines and columns of zeros; if they counted, a record's scale would
+    depend on its batchmates. For rows without four axes it is the number of all elements.
     """
     if x.ndim != 4:
         return torch.full((len(x),), x[0].numel(), device=x.device)
@@ -206,7 +208,7 @@ def _extents(x: Tensor) -> Tensor:
 
 
 def _fill_torch(codes: Tensor, x: Tensor, role: RoleFormat, row_keys: Tensor, zero_point: int) -> Tensor:
-    """Fill `codes` and return the scales: the meaning of quantization, on any device."""
+    """Fill `codes` and return the scales, `(B,)`: the definition of quantization, on any device."""
     rows = x.reshape(len(x), -1)
     largest = rows.abs().amax(dim=1)
     top = largest if role.clip is None else _clipped_top(x, largest, role.clip)
@@ -226,7 +228,7 @@ def _fill_torch(codes: Tensor, x: Tensor, role: RoleFormat, row_keys: Tensor, ze
 
 
 def _draws(x: Tensor, row_keys: Tensor) -> Tensor:
-    """The draw of each element of x, `(B, n)`, in row-major order."""
+    """Return the draw of each element of x, int64 `(B, n)`, in row-major order."""
     line_size = _line_size(x)
     if line_size is None:
         return element_bits(row_keys, torch.arange(x[0].numel(), device=x.device))
@@ -237,26 +239,26 @@ def _draws(x: Tensor, row_keys: Tensor) -> Tensor:
 
 
 def _line_size(x: Tensor) -> int | None:
-    """How many elements of a row draw under one line's key; None: all of them, under the row's own."""
+    """Return the number of elements per line key, W * C; None if all elements draw under the row key (no map)."""
     return x.shape[1] * x.shape[3] if x.ndim == 4 else None
 
 
 def _quantum(t: Tensor, format: NumberFormat) -> Tensor:
-    """The spacing of codes at t >= 0, made from float32's exponent field so that it is exact."""
+    """Return the spacing of codes at t >= 0, computed exactly from float32's exponent field."""
     exponent = ((t.view(torch.int32) >> 23) - 127).clamp(min=format.min_exponent)
     return ((exponent - format.mantissa_bits + 127) << 23).view(torch.float32)
 
 
 def _fill_native(codes: Tensor, x: Tensor, role: RoleFormat, row_keys: Tensor, zero_point: int) -> Tensor:
-    """Fill `codes` and return the scales: the same bits in one pass."""
+    """Fill `codes` and return the scales, `(B,)`, by the native kernel: the bits of `_fill_torch` in one pass."""
     scale = x.new_empty(len(x))
     filled = codes
-    if x.ndim == 4 and not x.is_contiguous(memory_format=torch.channels_last):  # the kernel wants lines in one piece
+    if x.ndim == 4 and not x.is_contiguous(memory_format=torch.channels_last):  # the kernel needs contiguous lines
         x = x.contiguous(memory_format=torch.channels_last)
         filled = torch.empty_like(x, dtype=codes.dtype)
     assert _native is not None
     _native.quantize_rows(
-        x.numpy(),  # views of the same memory; numpy's cross into C++ faster than torch's
+        x.numpy(),  # NumPy views: binding them to C++ takes less time than binding tensors
         row_keys.contiguous().numpy(),
         filled.view(torch.uint8).numpy(),
         scale.numpy(),
@@ -275,14 +277,14 @@ def _fill_native(codes: Tensor, x: Tensor, role: RoleFormat, row_keys: Tensor, z
 
 
 def _dense(x: Tensor) -> Tensor:
-    """The tensor itself if its memory has no gaps and one of the two known orders, else a contiguous copy."""
+    """Return the tensor itself if it is contiguous or channels last, else a contiguous copy."""
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
         return x
     return x.contiguous()
 
 
 def _runs_native(format: NumberFormat, device: torch.device, kernel: str) -> bool:
-    """Whether the kernel runs this. It knows powers of two and uniform integers, on the CPU."""
+    """Return whether to use the native kernel, which supports powers of two and uniform integers on the CPU."""
     able = device.type == "cpu" and format in _NATIVE_FORMATS
     if kernel == "torch" or (kernel == "auto" and not able):
         return False
@@ -304,7 +306,7 @@ def _runs_native(format: NumberFormat, device: torch.device, kernel: str) -> boo
 
 @functools.cache
 def _warn_of_missing_kernel() -> None:
-    """Say once that quantization will be slow, and what to do."""
+    """Warn, once per process, that quantization will be slow, and say what to do."""
     warnings.warn(
         "dpquant was installed without its native kernel: quantization gives the same codes, but many times slower. "
         "Install a C++ compiler and Python's headers, then reinstall dpquant.",
@@ -314,7 +316,7 @@ def _warn_of_missing_kernel() -> None:
 
 
 def _role(format: str | NumberFormat | Recipe) -> RoleFormat:
-    """Format and rounding meant by what the user wrote."""
+    """Return the role (format, rounding, scale) for a format argument of `quantize`."""
     if isinstance(format, str):
         format = RECIPES[format] if format in RECIPES else _format_named(format)
     if isinstance(format, Recipe):
@@ -323,7 +325,7 @@ def _role(format: str | NumberFormat | Recipe) -> RoleFormat:
 
 
 def _code_dtype(format: NumberFormat, zero_point: int) -> torch.dtype:
-    """The type that stores the format's codes."""
+    """Return the dtype that stores the format's codes; raise FormatError if there is none."""
     if format.fits_int8:
         return torch.uint8 if zero_point else torch.int8
     if zero_point:
@@ -340,7 +342,7 @@ def _code_dtype(format: NumberFormat, zero_point: int) -> torch.dtype:
 
 
 def _check(x: Tensor, row_keys: Tensor, zero_point: int, kernel: str) -> None:
-    """Raise SettingError unless the arguments of quantize_rows agree."""
+    """Raise SettingError if the arguments of `quantize_rows` are invalid."""
     if x.dtype != torch.float32 or x.ndim == 0:
         raise SettingError(
             f"Expected x of type float32 and shape (B, ...); got x of {x.dtype}, {x.ndim} axes. Rounding is defined on "
@@ -370,7 +372,7 @@ def _check(x: Tensor, row_keys: Tensor, zero_point: int, kernel: str) -> None:
 
 
 def _format_named(name: str) -> NumberFormat:
-    """The format of that name, or an error that lists formats and recipes."""
+    """Return the format of a name; raise FormatError, with all formats and recipes, if it is unknown."""
     try:
         return number_format(name)
     except FormatError as error:

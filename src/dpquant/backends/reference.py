@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference backend: the meaning of a quantized layer, in plain torch on any device.
+"""The reference backend: the definition of a quantized layer, in plain torch on any device.
 
-Codes are multiplied as floating-point numbers, exactly; every other backend gives the same integers faster. Weight
-gradients are normed and summed by
+Codes are multiplied exactly, as floating-point numbers; every other backend gives the same integers faster. The methods
+for norms and sums of weight gradients are:
 
-    patches   materialise G_i for all examples at once, by a batched product over im2col
+    patches   materialise G_i for all examples at once, by a batched matrix product over im2col
     groups    materialise G_i by one convolution whose groups are the examples
-    direct    materialise G_i straight from the maps, by the native kernel
-    grams     <x_i x_i^T, g_i g_i^T> is the squared norm; the sum is one matrix product over all positions of all
-              examples. Nothing of the weight's size exists per example: best where there are few positions
+    direct    materialise G_i without im2col, by the native kernel
+    grams     norm: contract Gram matrices, <x_i x_i^T, g_i g_i^T>; sum: one matrix product over all positions of all
+              examples. No tensor of the weight's size exists per example. Best if there are few positions
 
 Symbols: B examples, T positions, D patch size, O output channels, G groups, C channels.
 Source: book-keeping, Bu et al., arXiv 2210.00038; Gram norms, Goodfellow, arXiv 1510.01799.
@@ -40,12 +40,12 @@ from dpquant.backends.qtensor import QTensor, code_values, scaled
 from dpquant.backends.quantize import quantize_rows
 from dpquant.formats import Precision, RoleFormat
 
-_FLOAT32_EXACT = 2**24  # every integer up to here is a float32
+_FLOAT32_EXACT = 2**24  # float32 represents every integer up to this one
 _FLOAT32_PART = 128  # values whose squares are summed in float32
 
 
 class ReferenceWeight:
-    """A weight whose codes are multiplied as floating-point numbers: exact for integer codes, on every device."""
+    """A weight whose codes are multiplied as floating-point numbers, which is exact for integer codes on any device."""
 
     def __init__(self, weight: QTensor, geometry: Geometry, max_code: int):
         self._codes, self._scale = code_values(weight), weight.scale
@@ -67,14 +67,14 @@ class ReferenceWeight:
 
 
 def _exact_dtype(operand: QTensor, num_terms: int, max_code: int) -> torch.dtype:
-    """float32 where every partial sum of `num_terms` integer products is one, else float64. fp8 sums in float32."""
+    """Return float32 if it represents every partial sum of `num_terms` products, else float64; float32 for fp8."""
     if operand.codes.dtype.is_floating_point or num_terms * max_code**2 <= _FLOAT32_EXACT:
         return torch.float32
     return torch.float64
 
 
 class Reference:
-    """Plain torch on any device; see `interface.Backend`."""
+    """The backend in plain torch, for any device; see `interface.Backend`."""
 
     name = "simulate"
 
@@ -100,7 +100,7 @@ class Reference:
 
 
 def costs(operands: Operands) -> tuple[int, int]:
-    """Return the multiply-accumulates of a materialised gradient and of its Gram matrices, over the positions T."""
+    """Return the multiply-accumulates of materialising a gradient and of its Gram matrices, both divided by T."""
     outputs, patch = operands.shapes[1][1], operands.patch_size
     return outputs * patch, operands.num_positions * (outputs + patch)
 
@@ -110,19 +110,19 @@ def _memory(operands: Operands) -> Tensor:
 
 
 def materialise_by_patches(operands: Operands) -> Norms:
-    """Form the gradients by a batched product over im2col, in patch order."""
+    """Materialise the gradients by a batched matrix product over im2col, in patch order."""
     x, g = operands.values
     return _formed(patch_products(positions(g, operands.geometry), im2col(x, operands.geometry)), in_patch_order=True)
 
 
 def materialise_by_groups(operands: Operands) -> Norms:
-    """Form the gradients by a grouped convolution, in weight order."""
+    """Materialise the gradients by a grouped convolution, in weight order."""
     x, g = operands.values
     return _formed(grouped_products(g, x, operands.geometry), in_patch_order=False)
 
 
 def materialise_directly(operands: Operands) -> Norms:
-    """Form the gradients without im2col, by the native kernel, in patch order."""
+    """Materialise the gradients without im2col, by the native kernel, in patch order."""
     x, g = operands.values
     return _formed(native.direct_products(g, x, operands.geometry), in_patch_order=True)
 
@@ -132,7 +132,7 @@ def _formed(gradients: Tensor, *, in_patch_order: bool) -> Norms:
 
 
 def norms_by_grams(operands: Operands) -> Norms:
-    """Contract Gram matrices, <x_i x_i^T, g_i g_i^T>, in float64, with a margin for the Grams' own round-off."""
+    """Contract Gram matrices, <x_i x_i^T, g_i g_i^T>, in float64, plus a margin for round-off in the Gram matrices."""
     pieces = slices(operands.geometry, *operands.values)
     return Norms(squares_B=torch.cat([_squares_by_grams(x, g, operands) for x, g in pieces]))
 
@@ -171,5 +171,5 @@ def _lengths(values_BGTD: Tensor) -> Tensor:
 def _patch_grams(x: Tensor, geometry: Geometry) -> Tensor:
     if geometry.stride == (1, 1) and geometry.kernel != (1, 1):
         return patch_grams(x, geometry)
-    patches = im2col(x, geometry)  # not much larger than x itself
+    patches = im2col(x, geometry)  # with a stride or a 1x1 kernel these are not much larger than x
     return patches @ patches.transpose(2, 3)

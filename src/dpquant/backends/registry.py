@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backends by name, and which one a precision runs on here. To add a backend: a file of its own, and its line here.
+"""The backends by name, and the choice of one for a device. To add a backend, write its file and add it to `BACKENDS`.
 
-`auto` takes the last backend that has no reason to refuse; the first never refuses.
+`auto` chooses the last backend that does not refuse; the first one never refuses.
 """
 
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ def resolve(backend: str | Backend, precisions: Sequence[Precision], device: tor
     """Return the backend that runs all of these precisions on a device.
 
     Args:
-      backend: `auto`, the name of one, or a backend.
+      backend: `auto`, the name of a backend, or a backend.
       precisions: of the layers.
-      device: where the model lives.
+      device: of the model.
     Raises:
-      FormatError: the backend is unknown, or the one that was asked for cannot give exact results here.
+      FormatError: the backend is unknown, or cannot run one of the precisions exactly on this machine.
     """
     if backend == "auto":
         return next(one for one in reversed(BACKENDS.values()) if refusal(one, precisions, device) is None)
@@ -43,12 +43,12 @@ def resolve(backend: str | Backend, precisions: Sequence[Precision], device: tor
 
 
 def refusal(backend: Backend, precisions: Sequence[Precision], device: torch.device) -> str | None:
-    """Say why a backend cannot run one of these precisions on a device exactly; None: it can."""
+    """Return the reason why a backend cannot run one of these precisions exactly on a device, or None."""
     return next(filter(None, (backend.refusal(precision, device) for precision in precisions)), None)
 
 
 def reason_for(backend: Backend, precisions: Sequence[Precision], device: torch.device) -> str:
-    """Say why `auto` has come to this backend: the refusal of the one that comes after it, or that it is exact."""
+    """Return why `auto` chose this backend: a refusal by one that comes after it in the registry, or its exactness."""
     names = list(BACKENDS)
     later = names[names.index(backend.name) + 1 :]
     reasons = [refusal(BACKENDS[name], precisions, device) for name in later]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convolutions rewritten into equivalent ones: workarounds for bugs of oneDNN, and a layout that fills vector lanes.
+"""Convolutions rewritten into equivalent ones: workarounds for oneDNN bugs, and a layout that fills vector lanes.
 
-The bugs were found by comparing random convolutions with exact sums (torch 2.14.1). `zero` is the value that stands for
-zero.
+The bugs were found by comparing random convolutions with exact sums (torch 2.14.1). Operands are codes or values; the
+argument `zero` is the stored number that represents zero (the zero point of codes), used for padding.
 """
 
 import dataclasses
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from dpquant.backends.geometry import Geometry
 
-_LANES = 16  # channels that a kernel takes at once
+_LANES = 16  # channels that a vector instruction processes at once
 
 
 def around_corners(codes: Tensor, g: Geometry, *, zero: int) -> tuple[Tensor, Geometry]:
-    """Rewrite geometries for which oneDNN's int8 convolution gives wrong sums: two cases are known.
+    """Rewrite geometries for which oneDNN's int8 convolution is wrong (two known cases); return others unchanged.
 
-    It miscounts the zero point of a window all of whose inputs lie in the padding (possible where the padding exceeds
-    the reach, or the kernel is dilated): the input is padded beforehand. The other case is `in_one_column`'s.
+    It miscounts the zero point for a window that lies entirely in the padding, which is possible if the padding exceeds
+    `Geometry.reach` or the kernel is dilated. The input is then padded beforehand. `in_one_column` has the other case.
     """
     codes, g = in_one_column(codes, g, zero=zero)
     empty_window = g.padding != (0, 0) and (
@@ -36,7 +36,7 @@ def around_corners(codes: Tensor, g: Geometry, *, zero: int) -> tuple[Tensor, Ge
 def in_one_column(x: Tensor, g: Geometry, *, zero: int) -> tuple[Tensor, Geometry]:
     """If the output has a single column, crop the input and use column stride 1; else return the arguments unchanged.
 
-    oneDNN reads wrong rows otherwise: with int8 always, with float32 where there is one channel.
+    oneDNN reads wrong rows for a single column with a larger stride: always in int8, with one channel in float32 too.
     """
     if g.stride[1] == 1 or x.shape[3] + 2 * g.padding[1] - g.reach[1] - 1 >= g.stride[1]:
         return x, g
@@ -50,10 +50,10 @@ def _padded(x: Tensor, g: Geometry, zero: int) -> Tensor:
 
 
 def subsampled(x: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
-    """Subsample the input of a strided 1x1 convolution and return the equivalent stride-1 geometry; others unchanged.
+    """Subsample the input of a strided 1x1 convolution and return the equivalent stride-1 geometry.
 
-    oneDNN's own way past the strides writes beyond its workspace where channels are fewer than a vector holds: a crash
-    or a wrong gradient (uxlfoundation/oneDNN, issue 6035).
+    Other convolutions are returned unchanged. oneDNN's own subsampling writes beyond its workspace if there are fewer
+    channels than vector lanes, which gives a crash or a wrong gradient (uxlfoundation/oneDNN, issue 6035).
     """
     if geometry.kernel != (1, 1) or geometry.padding != (0, 0):
         return x, geometry
@@ -63,15 +63,15 @@ def subsampled(x: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
 
 
 def columns_as_channels(x: Tensor, geometry: Geometry, *, zero: int) -> tuple[Tensor, Geometry]:
-    """Move kernel columns into the channel axis where channels are too few to fill the vector lanes.
+    """Move kernel columns into the channel axis if there are few channels, so that they fill the vector lanes.
 
-    The order inside a patch stays the same.
+    The patch order (kernel row, kernel column, channel) is preserved.
 
     Args:
       x: `(B, C, H, W)`, channels last.
-      geometry: without groups.
-      zero: the value that stands for zero.
-    Returns: an equivalent input, channels last, and its geometry; the arguments where nothing is gained.
+      geometry: of the convolution, without groups.
+      zero: the stored number that represents zero.
+    Returns: an equivalent input, channels last, and its geometry; the arguments if they fill as many lanes already.
     """
     channels, width = x.shape[1], geometry.kernel[1]
     lanes = math.ceil(channels / _LANES) * width

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Per-example gradients of a model. Knows no budget."""
+"""Per-example gradients of a model, and the sum of them clipped. Knows neither budget nor noise."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches as trees of tensors whose first axis is the record, and the microbatches that they are worked off in.
+"""Batches as trees of tensors whose first axis is the record, and their division into microbatches.
 
-A batch is a tensor, or tuples, lists and mappings of batches. Any `collections.abc.Mapping` counts, such as the
-`BatchEncoding` of Hugging Face's tokenizers, which is no dict. Nothing here knows models or privacy.
+A batch is a tensor, or a tuple, list or mapping of batches. Every `collections.abc.Mapping` is accepted, because the
+`BatchEncoding` of Hugging Face's tokenizers is a mapping but not a dict. This module knows neither models nor privacy.
 """
 
 import copy
@@ -18,12 +18,12 @@ from dpquant.errors import DataError, SettingError
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Microbatch:
-    """Records that one forward and backward pass takes.
+    """The records that one forward and backward pass processes.
 
     Attributes:
-      data: the batch, `size` rows.
+      data: the batch; each of its tensors has `size` rows.
       record_ids: int64 `(size,)`.
-      num_examples: the first so many rows count; the others are copies that fill the microbatch up.
+      num_examples: number of leading rows that count. The rows after them are copies that pad the microbatch.
     """
 
     data: Any
@@ -32,35 +32,36 @@ class Microbatch:
 
 
 def microbatches(batch: Any, record_ids: Tensor, size: int) -> Iterator[Microbatch]:
-    """Cut a batch into microbatches of exactly `size` rows."""
+    """Yield the microbatches of a batch, each of exactly `size` rows; `filled_up` pads the last one."""
     for rows, num_examples in filled_up(len(record_ids), size):
         yield Microbatch(take_rows(batch, rows), record_ids[rows], num_examples)
 
 
 def filled_up(count: int, size: int) -> Iterator[tuple[Tensor, int]]:
-    """For each microbatch of `count` examples: int64 `(size,)` positions of its rows, and how many of them count.
+    """Yield, for each microbatch of `count` examples, the int64 `(size,)` positions of its rows and how many count.
 
-    The last one is filled up with its own last example, which counts once. An operator may sum in another order when it
-    is given another number of examples, and stochastic rounding makes a different code of a last bit. Were microbatches
-    only as long as need be, a record that comes or goes would change what the others contribute.
+    The last microbatch is padded with copies of its last example, and the copies do not count. The padding keeps
+    examples independent: an operator may sum in another order for another number of rows, and stochastic rounding can
+    turn a different last bit into a different code. If the last microbatch were shorter, adding or removing one record
+    would change what the other records contribute.
     """
     for start in range(0, count, size):
         yield torch.arange(start, start + size).clamp_(max=count - 1), min(size, count - start)
 
 
 def is_numbers(value: Any) -> bool:
-    """Whether something is a list of plain numbers, which is one leaf of a record: token ids, for instance."""
+    """Return whether a value is a non-empty list of plain numbers, for instance token ids: one leaf of a record."""
     return isinstance(value, list) and bool(value) and all(isinstance(one, bool | int | float) for one in value)
 
 
 def with_leaves(batch: Any, change: Callable[[Any], Any]) -> Any:
-    """Return a batch of the same tuples, lists and mappings, with everything else in it changed."""
+    """Apply `change` to every leaf of a batch; return the results in the same tuples, lists and mappings."""
     match batch:
         case list() if is_numbers(batch):
             return change(batch)
         case dict():
             return {key: with_leaves(value, change) for key, value in batch.items()}
-        case MutableMapping():  # a copy keeps the class and whatever else it carries
+        case MutableMapping():  # a copy keeps the class and its other attributes
             changed = copy.copy(batch)
             for key, value in batch.items():
                 changed[key] = with_leaves(value, change)
@@ -75,7 +76,7 @@ def with_leaves(batch: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def leaves(batch: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (path, leaf) for everything in a batch that is not a tuple, list or mapping; the path is for messages."""
+    """Yield (path, leaf) for every leaf: lists of numbers, and all but tuples, lists, mappings. Errors show paths."""
     match batch:
         case list() if is_numbers(batch):
             yield path, batch
@@ -90,10 +91,10 @@ def leaves(batch: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def take_rows(batch: Any, rows: slice | Tensor) -> Any:
-    """Return the same rows of every tensor of a batch.
+    """Return the batch with these rows of each of its tensors.
 
     Raises:
-      SettingError: something in the batch is no tensor.
+      SettingError: a leaf of the batch is not a tensor.
     """
 
     def taken(leaf: Any) -> Tensor:
@@ -112,21 +113,22 @@ def _no_tensor(leaf: Any) -> SettingError:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Return the batch with all of its tensors on a device."""
+    """Return the batch with its tensors moved to a device; other leaves stay as they are."""
     return with_leaves(batch, lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf)
 
 
 def num_rows(batch: Any) -> int:
-    """Return the length of some tensor of a batch, all of which `check_rows` holds to be equally long."""
+    """Return the number of rows of a batch, read from its first tensor; `check_rows` checks that all have as many."""
     return next(len(leaf) for _, leaf in leaves(batch) if isinstance(leaf, Tensor))
 
 
 def check_rows(batch: Any, count: int) -> None:
-    """Refuse a batch some tensor of which has not one row for each of `count` records.
+    """Check that every tensor of a batch has one row for each of `count` records.
 
     Raises:
-      SettingError: something in the batch is no tensor, or there is nothing in it.
-      DataError: another number of rows. The message tells none: how many records were drawn is private.
+      SettingError: a leaf of the batch is not a tensor, or the batch has no leaves.
+      DataError: a tensor has another number of rows. The message gives no number: how many records were drawn is
+        private.
     """
     found = list(leaves(batch))
     if not found:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sum of clipped per-example gradients of a model, from one forward and one backward pass.
+"""The sum of clipped per-example gradients of a model, from one forward and one backward pass per microbatch.
 
-The norm that is clipped must be the norm of what is summed. A second backward pass would redraw the stochastic
-rounding, so there is none: layers leave their operands on a tape, every example's squared norm is taken from those,
-then the clipped sum from the same operands (book-keeping; Bu et al., arXiv 2210.00038; `engine/contributions.py` has
-the algebra).
+The clip factor must be computed from the norm of exactly those gradients that are summed. A second backward pass would
+redraw the stochastic rounding and give other gradients. So layers record the operands of their weight gradients on a
+tape during the one backward pass; the squared norm of each example and the clipped sum are both computed from these
+operands (book-keeping; Bu et al., arXiv 2210.00038; `engine/contributions.py` has the algebra).
 
-Trainable parameters are detached while the passes run (`engine/tape.py`): no gradient that is not clipped ever exists
-on the model. An example whose gradient is not finite contributes exactly zero.
+Trainable parameters are detached while the passes run (`engine/tape.py`), so the model never holds an unclipped
+gradient. An example whose gradient is not finite contributes exactly zero.
 
 Symbols: B examples, O output channels, C clip norm, G_i the whole gradient of example i, c_i its clip factor.
 """
@@ -31,22 +31,24 @@ from dpquant.engine.tape import GradientTape, taping
 from dpquant.errors import ModelError, SettingError
 from dpquant.rounding import derive_key
 
-_SMALLEST_NORMAL = torch.finfo(torch.float32).tiny  # below it, rounding to float32 could double a factor
+_SMALLEST_NORMAL = torch.finfo(torch.float32).tiny  # rounding a smaller factor to float32 could double it
 
 MICROBATCH = 128
-"""Examples a backward pass, by default. On two networks of three it is within 2 % of the best of 64, 128 and 256; where
-weights outweigh activations (ResNet18 on 32x32 images) 256 takes 15 % less. A run measures its own."""
+"""Default number of examples per microbatch. When it was chosen, three networks were timed at 64, 128 and 256: 128 was
+within 2 % of the best on two; on the third, whose weights outweigh its activations (ResNet18 on 32x32 images), 256 took
+15 % less time. A run measures its own size (`training/tuning.py`)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ClippedSum:
-    """A sum over examples of clipped gradients, before noise.
+    """The sum over examples of clipped gradients, before noise.
 
     Attributes:
       grads: {parameter name: float32 tensor of the parameter's shape}.
-      sensitivity: L2 norm by which adding or removing one record can change `grads` as one vector.
-    Privacy: reads private data and is not private itself; release it only through noise of std proportional to
-      `sensitivity`.
+      sensitivity: upper bound on the L2 norm of the change of `grads`, as one vector, when one record is added or
+        removed.
+    Privacy: computed from private data and not private itself. Release it only after adding noise whose standard
+      deviation is proportional to `sensitivity`.
     """
 
     grads: dict[str, Tensor]
@@ -65,32 +67,33 @@ def clipped_sum(
     microbatch_size: int = MICROBATCH,
     clock: Clock | None = None,
 ) -> ClippedSum:
-    """The sum over a batch of per-example gradients, each scaled to at most `max_grad_norm`.
+    """Return the sum over a batch of per-example gradients, each scaled to a norm of at most `max_grad_norm`.
 
-    Example i's contribution depends on the model, on its own record and on its own draws (rounding, dropout), which are
-    fixed by (seed, step, record id): on nothing else. So the sum over any two batches that differ in one record, the
-    others keeping their ids, differs by at most `max_grad_norm`. Where ids are positions and a record is removed, the
-    others' ids move: then the same bound needs draws that nobody knows, that is a secret seed (`engine/randomness.py`).
-    Every microbatch has the same size, filled up where need be, so that an example's own contribution does not depend
-    on how many others there are. Another size changes memory and time, and the last bits of every sum; where layers run
-    quantized after others that do not, a last bit can become another code.
+    Example i's contribution depends only on the model, on its own record and on its own draws (rounding, dropout), and
+    the draws are fixed by (seed, step, record id). Hence the sums over two batches that differ in one record differ by
+    at most `max_grad_norm` if the other records keep their ids. If ids are positions, removing a record moves the ids
+    of the records after it; the bound then holds for a secret seed only (`engine/randomness.py` has the argument).
+
+    All microbatches have the same size (the last one is padded), so an example's contribution does not depend on how
+    many other examples there are. Another microbatch size changes memory, time and the last bits of every sum. Where a
+    quantized layer follows one in full precision, a different last bit can give a different code.
 
     Args:
-      model: a prepared model (`dpquant.prepare`), trainable privately (`check_trainable`).
+      model: a prepared model (`dpquant.prepare`) that can be trained privately (`check_trainable`).
       loss_fn: `(model, batch) -> Tensor (B,)`, the loss of each example.
       batch: tensors whose first axis is the example, or tuples, lists and mappings of them.
-      max_grad_norm: C > 0.
-      record_ids: int64 `(B,)`: the identity of each example.
-      step: the logical step; another step draws anew.
-      seed: of the draws; secret wherever record ids can move.
-      microbatch_size: examples a backward pass. Fewer examples are filled up, so that their number changes nothing.
-      clock: if given, gets each layer's seconds: its three products, quantization included, and its norm and sum.
-    Returns: ClippedSum with sensitivity C; zeros for an empty batch.
+      max_grad_norm: the clipping norm C > 0.
+      record_ids: int64 `(B,)`, the identity of each example.
+      step: the logical step. Each step has its own draws.
+      seed: seeds the draws. Keep it secret if record ids can move.
+      microbatch_size: examples per forward and backward pass. Smaller batches are padded to it.
+      clock: if given, receives each layer's seconds: its three products, quantization included, its norm and its sum.
+    Returns: a ClippedSum with sensitivity C; zeros for an empty batch.
     Raises:
-      SettingError: an argument out of range, or a loss that is not one number per example.
-      DataError: a tensor of the batch has not one row for each record id.
+      SettingError: an argument is out of range, or the loss is not one number per example.
+      DataError: a tensor of the batch does not have one row for each record id.
       ModelError: a parameter's per-example gradients cannot be computed.
-    Privacy: per example; no noise is added here.
+    Privacy: per example. No noise is added here, and no event is charged.
     Source: Abadi et al., arXiv 1607.00133, Algorithm 1 (clipping); algorithm of DPQuant, arXiv 2509.03472.
     """
     if not (isinstance(max_grad_norm, int | float) and 0 < max_grad_norm < math.inf):
@@ -112,7 +115,7 @@ def clipped_sum(
 
 
 def step_key(seed: int, step: int) -> int:
-    """The key of all draws of a logical step: as secret as the seed is."""
+    """Return the 64-bit key of all draws of a logical step. It is as secret as the seed."""
     return derive_key(seed, "step", step)
 
 
@@ -126,18 +129,19 @@ def clipped_sum_of(
     complete: bool = True,
     clock: Clock | None = None,
 ) -> ClippedSum:
-    """`clipped_sum` of microbatches that exist already, or are read when their turn comes.
+    """Return what `clipped_sum` returns, for microbatches that are given or produced one after the other.
 
     Args:
       objective: model and loss.
       pieces: microbatches of one size.
-      max_grad_norm: as of `clipped_sum`.
+      max_grad_norm: the clipping norm C.
       key: of the step's draws, from `step_key`.
-      leaves_out: a record on which model or loss raise contributes nothing, silently, since an error would tell about
-        it. Otherwise what they raise is passed on.
-      complete: a parameter that no microbatch reached is an error. Otherwise its sum is zero, as in a step in which its
-        layer is dropped at random.
-      clock: as of `clipped_sum`.
+      leaves_out: True: a record on which the model or the loss raises contributes zero and no error is shown, because
+        an error would reveal that the record was drawn. False: the exception propagates.
+      complete: True: a parameter that no microbatch reached is an error. False: its sum is zero, as in a step in which
+        its layer is dropped at random.
+      clock: as in `clipped_sum`.
+    Privacy: per example. No noise is added here, and no event is charged.
     """
     model, trainable = objective.model, objective.trainable()
     with (
@@ -155,7 +159,7 @@ def clipped_sum_of(
 
 
 def _add_clipped(tape: GradientTape, max_grad_norm: float, size: int, num_examples: int) -> None:
-    """Add sum_i c_i G_i of the microbatch of `size` on the tape to its totals; its first `num_examples` count."""
+    """Add sum_i c_i G_i of the microbatch on the tape to the totals. The first `num_examples` of `size` rows count."""
     parts = tape.contributions()
     if not parts:
         return
@@ -169,12 +173,13 @@ def _add_clipped(tape: GradientTape, max_grad_norm: float, size: int, num_exampl
 
 
 def clip_factors(squared_norms_B: Tensor, max_grad_norm: float) -> tuple[Tensor, Tensor]:
-    """c_i = min(1, C / ||G_i||), rounded down to float32, and which examples are finite.
+    """Return the clip factors c_i = min(1, C / ||G_i||), rounded down, and which examples have a finite norm.
 
     Args:
-      squared_norms_B: float64 `(B,)`.
-      max_grad_norm: C.
-    Returns: c_i float32 `(B,)`, 0 for an example that is not finite; finite, bool `(B,)`.
+      squared_norms_B: ||G_i||^2, float64 `(B,)`.
+      max_grad_norm: the clipping norm C.
+    Returns: c_i, float32 `(B,)`, 0 where the norm is not finite; bool `(B,)`, True where it is finite.
+    Privacy: per example.
     """
     finite_B = squared_norms_B.isfinite()
     norms_B = squared_norms_B.clamp(min=0).sqrt()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the time of a step goes, layer by layer, while the step runs.
+"""Wall time of each layer within a step, measured while the step runs.
 
-A layer that runs alone is not what it is in a step: caches are empty, memory comes anew from the kernel, and something
-has to make its output's gradient. So layers are timed where they are.
+Layers are not timed in isolation, because an isolated layer does not take the time that it takes in a step: caches are
+in another state, memory is freshly mapped by the operating system, and a synthetic output gradient is needed.
 """
 
 import collections
@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 
 
 class Clock:
-    """Adds up seconds by name, microbatch by microbatch: the first one prepares the weights for all of them.
+    """Accumulates wall time per name and microbatch. The first microbatch of a step also packs the weights.
 
     Attributes:
-      microbatches: {name: seconds} of each, in their order.
+      microbatches: {name: seconds} of each microbatch, in the order in which they ran.
     """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter):
@@ -24,12 +24,12 @@ class Clock:
         self.microbatches: list[dict[str, float]] = []
 
     def begin(self) -> None:
-        """What is timed from now on belongs to the next microbatch."""
+        """Begin the next microbatch; later timings are added to it."""
         self.microbatches.append(collections.defaultdict(float))
 
     @contextlib.contextmanager
     def timing(self, name: str) -> Iterator[None]:
-        """What the block takes counts for the name."""
+        """Add the wall time of the block to the seconds of `name`."""
         began = self._now()
         try:
             yield

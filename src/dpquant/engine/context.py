@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The context of one logical step over a model: which records are in hand, which key rounds, who takes the gradients.
+"""The context of one logical step: rounding key, current record ids, gradient tape and the cache of packed weights.
 
-A model's layers find it while it is `running` (`layers.py`). What is made of weights is kept in it for the whole step.
+`layers.running` attaches the context to the layers of a model.
 """
 
 import collections
@@ -26,7 +26,7 @@ Twin = TypeVar("Twin", bound=nn.Module)
 
 
 def twin_of(kind: type[Twin], module: nn.Module, **attributes: Any) -> Twin:
-    """Return a module of another kind with the module's own parameters, hooks and settings, and some attributes."""
+    """Return a module of class `kind` that shares all attributes of `module` (parameters, hooks), plus `attributes`."""
     twin = kind.__new__(kind)
     twin.__dict__.update(module.__dict__)
     for name, value in attributes.items():
@@ -35,24 +35,24 @@ def twin_of(kind: type[Twin], module: nn.Module, **attributes: Any) -> Twin:
 
 
 class Tape(Protocol):
-    """Where layers leave, during a backward pass, what each example's gradient is made of."""
+    """Receives per-example gradient operands from layers during the backward pass."""
 
     anchor: Tensor  # a scalar that requires a gradient, so that backward reaches layers whose parameters are detached
-    listening: bool  # False while a module is evaluated again, apart from the model
+    listening: bool  # False while a module is evaluated again outside the model's forward pass
 
     def add(self, parameter: Tensor, contribution: Materialised) -> None:
-        """One call's per-example gradients of a parameter."""
+        """Take the per-example gradients of a parameter from one call of its module."""
         ...
 
     def record(self, layer: "QuantizableLayer", x: Tensor | QTensor, g: Tensor | QTensor, grad: Tensor) -> None:
-        """One call's operands: the weight gradient is scale_i sum_t g_it x_it^T, the bias gradient sum_t grad_it."""
+        """Take the operands of one call: weight gradient scale_i sum_t g_it x_it^T, bias gradient sum_t grad_it."""
         ...
 
 
 class Replay:
-    """Outputs of the quantizable layers of a forward pass, in the order of their calls, to be used again.
+    """Stores the outputs of quantizable layers in one forward pass and replays them in later passes, in call order.
 
-    A forward pass that differs from the remembered one only from some layer on need not compute what comes before it.
+    If a later pass differs from the stored one only from some layer on, the layers before it need not be computed.
     """
 
     def __init__(self):
@@ -63,23 +63,23 @@ class Replay:
         self._remembering = False
 
     def remember(self) -> None:
-        """The next forward pass is stored."""
+        """Store the outputs of the next forward pass."""
         self._outputs, self._first_call = [], {}
         self._position, self._until, self._remembering = 0, 0, True
 
     def rewind(self, layer: nn.Module) -> None:
-        """The next forward pass takes stored outputs for all calls before the first call of `layer`."""
+        """Replay stored outputs in the next forward pass, for all calls before the first call of `layer`."""
         self._position, self._remembering = 0, False
         self._until = self._first_call.get(layer, len(self._outputs))
 
     def stored(self) -> Tensor | None:
-        """The output of the coming call, if it is to be taken from the store; a copy, because callers work in place."""
+        """Return a copy (callers work in place) of the next call's stored output, or None if it must be computed."""
         self._position += 1
         known = not self._remembering and self._position <= self._until
         return self._outputs[self._position - 1].clone() if known else None
 
     def store(self, layer: nn.Module, output: Tensor) -> None:
-        """Keep the output of the call just made, while remembering."""
+        """Store the output of the last call if this pass is being stored."""
         if self._remembering:
             self._first_call.setdefault(layer, len(self._outputs))
             self._outputs.append(output.clone())
@@ -87,15 +87,15 @@ class Replay:
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class StepContext:
-    """One logical step over a model: which records are in hand, which random stream rounds, who takes the gradients.
+    """Context of one logical step: rounding key, current record ids, gradient tape and packed-weight cache.
 
     Attributes:
-      key: 64 bits that, with layer, role, call and record id, fix every rounding draw of the step.
-      record_ids: int64 `(B,)`, of the microbatch in hand; None = 0..B-1.
-      tape: takes the operands of per-example gradients; None = ordinary autograd.
-      replay: outputs to be remembered or used again; None = compute everything.
-      clock: measures what each layer's products take; None = nothing is measured.
-      phase: under a tape, whether the losses are being computed (`forward`) or differentiated (`backward`).
+      key: 64 bits. Together with layer, role, call and record id it fixes every rounding draw of the step.
+      record_ids: int64 `(B,)`, of the current microbatch; None = 0..B-1.
+      tape: receives the operands of per-example gradients; None = ordinary autograd.
+      replay: stores or replays layer outputs; None = compute every layer.
+      clock: times each layer's products; None = no timing.
+      phase: under a tape, `forward` while the losses are computed and `backward` while they are differentiated.
     """
 
     key: int
@@ -110,24 +110,24 @@ class StepContext:
     _calls: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
     def begin(self, record_ids: Tensor) -> None:
-        """Take the next microbatch; the packed weights stay."""
+        """Begin the next microbatch. Packed weights are kept."""
         self.record_ids = record_ids
         self._calls.clear()
         if self.clock is not None:
             self.clock.begin()
 
     def next_call(self, layer: nn.Module) -> int:
-        """How many times `layer` has been called on this microbatch before: a reused layer draws anew at each call."""
+        """Count a call of `layer` on this microbatch; return its number from 0, which selects the rounding draws."""
         self._calls[layer] += 1
         return self._calls[layer] - 1
 
     def draw_keys(self, layer: "QuantizableLayer", role: str, call: int, batch_size: int) -> Tensor:
-        """One key per example for the rounding draws of a role in a layer: int64 `(B,)`."""
+        """Return one key per example, int64 `(B,)`, for the rounding draws of one role in one call of a layer."""
         ids = self.record_ids if self.record_ids is not None else torch.arange(batch_size)
         return row_keys(derive_key(self.key, layer.name, role, call), ids)
 
     def dense_weight(self, layer: "QuantizableLayer", weight: Tensor, size: tuple[int, int]) -> Tensor:
-        """The layer's weight `(O, C / G, *taps)` for inputs of `size`, in their layout; made once."""
+        """Return the weight cropped for inputs of `size`, `(O, C / G, *taps)`, channels last; cached for the step."""
         geometry, taps = layer.geometry.cropped(size)
         if (layer, geometry) not in self._dense_weights:
             self._dense_weights[layer, geometry] = weight[:, :, *taps].contiguous(memory_format=torch.channels_last)
@@ -136,13 +136,14 @@ class StepContext:
     def packed_weight(
         self, layer: "QuantizableLayer", recipe: Recipe, size: tuple[int, int], *, side: str
     ) -> PackedWeight:
-        """Return the layer's quantized weight, packed for inputs of `size`; made once.
+        """Return the layer's quantized weight, packed for inputs of `size`; cached for the whole step.
 
         Args:
-          layer: whose weight.
+          layer: the layer whose weight is packed.
           recipe: of the product.
           size: (H, W) of the layer's input.
-          side: whose channels the product keeps, and may have a scale each: `output` (forward) or `input` (dgrad).
+          side: the weight's channel axis that the product does not sum over, `output` (forward) or `input` (dgrad).
+            Per-channel scales are scales of these channels.
         """
         kept = side if recipe.weight.per_channel else ""
         geometry, taps = layer.geometry.cropped(size)

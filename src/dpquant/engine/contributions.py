@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The per-example gradients of one parameter, from one call of the module that owns it, evaluated as late as possible.
+"""Per-example gradients of one parameter from one call of its module, evaluated lazily.
 
-A contribution can say every example's squared norm, and add the examples' gradients, weighted, to a total. What it
-holds in between is its own affair: the gradients, or operands that give them (`engine/weight_gradients.py`). Norm and
-sum are of the same gradients, so that what was clipped is what is summed. Nothing here knows of clipping.
+A contribution computes each example's squared norm and adds the weighted gradients to a sum. It stores either the
+materialised gradients or the operands that they are products of (`engine/weight_gradients.py`). Norm and sum are
+computed from the same gradients, so clip factors apply to the gradients that are summed. This module does not clip.
 
-Symbols: B examples, T positions, D features, S pairs of an example and a table row that it looks up.
+Symbols: B examples, T positions, D features, S (example, table row) pairs with at least one lookup.
 Source: book-keeping, Bu et al., arXiv 2210.00038.
 """
 
@@ -19,39 +19,39 @@ from torch import Tensor
 
 from dpquant.backends.algebra import ROUND_OFF, row_norms
 
-_FLOAT64_AT_ONCE = 2**17  # numbers: a copy of so many stays in a cache
+_FLOAT64_AT_ONCE = 2**17  # elements; a float64 copy of that many takes 1 MiB, which stays in a cache
 
 
 class Contribution(Protocol):
-    """The per-example gradients of one parameter from one call of a layer, evaluated as late as possible."""
+    """The per-example gradients G_i of one parameter from one call of its module, evaluated lazily."""
 
     def squared_norms(self) -> Tensor:
-        """||G_i||^2, float64 `(B,)`, never less than the true value of what the sum adds up."""
+        """Return ||G_i||^2, float64 `(B,)`, rounded up: never less than the squared norm of what the sum adds."""
         ...
 
     def per_example(self) -> Tensor:
-        """G_i, float32 `(B, *parameter shape)`."""
+        """Return the materialised G_i, float32 `(B, *parameter shape)`."""
         ...
 
     def inner_products(self, other: "Contribution") -> Tensor:
-        """<G_i, G'_i> with other gradients of the same parameter and examples, `(B,)`."""
+        """Return <G_i, G'_i> with other gradients of the same parameter and examples, `(B,)`."""
         ...
 
     def squared_distances(self, other: "Contribution") -> Tensor:
-        """||G_i - G'_i||^2 from other gradients of the same parameter and as many examples, float64 `(B,)`."""
+        """Return ||G_i - G'_i||^2 to other gradients of the same parameter and number of examples, float64 `(B,)`."""
         ...
 
     @property
     def kind(self) -> Hashable:
-        """What contributions to the same parameter must share to be added to one sum."""
+        """A key: contributions to one parameter can be added to the same `WeightedSum` if their kinds are equal."""
         ...
 
     def begin_sum(self) -> "WeightedSum[Self]":
-        """An empty sum of gradients of this kind."""
+        """Return an empty sum that takes contributions of this kind."""
         ...
 
     def take(self, rows: Tensor) -> "Contribution":
-        """The same for some of the examples."""
+        """Return the contribution restricted to these examples, given by index."""
         ...
 
 
@@ -59,25 +59,25 @@ Part = TypeVar("Part", contravariant=True)
 
 
 class WeightedSum(Protocol[Part]):
-    """A weighted sum of one parameter's per-example gradients, over any number of microbatches."""
+    """Accumulates the weighted sum of one parameter's per-example gradients over any number of microbatches."""
 
     def add(self, part: Part, weights_B: Tensor) -> None:
-        """Add sum_i w_i G_i, float32 weights `(B,)`."""
+        """Add sum_i w_i G_i; the weights are float32 `(B,)`."""
         ...
 
     def value(self) -> Tensor:
-        """The sum so far, float32, of the parameter's shape."""
+        """Return the sum so far, float32, in the parameter's shape."""
         ...
 
 
 def distances(one: Contribution, other: Contribution) -> Tensor:
-    """`Contribution.squared_distances` of any two, by forming both."""
+    """Return ||G_i - G'_i||^2, float64 `(B,)`, by materialising both: works for any two kinds of contributions."""
     return Materialised(one.per_example() - other.per_example()).squared_norms()
 
 
 @dataclasses.dataclass
 class Materialised:
-    """Materialised gradients, `(B, *parameter shape)`."""
+    """Materialised per-example gradients, shape `(B, *parameter shape)`."""
 
     gradients: Tensor
 
@@ -101,7 +101,7 @@ class Materialised:
         return DenseSum(self.gradients)
 
     def factors(self, weights_B: Tensor) -> Tensor:
-        """What the gradients are multiplied by where their examples have these weights, `(B,)`."""
+        """Return the factors `(B,)` of the stored gradients for these example weights: here the weights themselves."""
         return weights_B
 
     def take(self, rows: Tensor) -> "Materialised":
@@ -112,7 +112,7 @@ class DenseSum:
     """The weighted sum of materialised gradients, by matrix-vector products."""
 
     def __init__(self, gradients: Tensor, finish: Callable[[Tensor], Tensor] = lambda total: total):
-        """Begin a sum of gradients of this shape; `finish` gives the total the parameter's shape."""
+        """Begin an empty sum of gradients of this shape; `finish` converts the total to the parameter's shape."""
         self._total, self._finish = gradients.new_zeros(gradients.shape[1:]), finish
 
     def add(self, part: Materialised, weights_B: Tensor) -> None:
@@ -124,7 +124,7 @@ class DenseSum:
 
 
 class TableSum:
-    """The weighted sum of lookups, in a table of the embedding's shape."""
+    """The weighted sum of embedding gradients, in a table of the embedding's shape."""
 
     def __init__(self, total: Tensor):
         self._total = total
@@ -137,17 +137,17 @@ class TableSum:
 
 
 class Lookup:
-    """The gradient of an embedding table: rows `g` added at positions `ids`.
+    """Per-example gradients of an embedding table, stored as output gradients `g` and looked-up rows `ids`.
 
-    An example's positions are added up first, one sum for each table row that it looks up. Its norm is the norm of
-    these sums, and they are what is added to the total. This takes memory for the positions only: not for the table's
-    rows, nor for pairs of positions.
+    Within an example, the gradients of all positions that look up the same row are summed first. The norm is the norm
+    of these row sums, and the row sums are added to the total. Memory grows with the number of positions, but neither
+    with the size of the table nor with pairs of positions.
 
     Args:
-      ids_BT: the row that each position looks up, int32 or int64, in [0, num_rows).
-      g_BTD: what each position adds to its row.
-      num_rows: of the table.
-      float64_at_once: numbers of which float64 copies are made at a time.
+      ids_BT: the table row that each position looks up, int32 or int64, in [0, num_rows).
+      g_BTD: the output gradient of each position, which is added to its row.
+      num_rows: number of rows of the table.
+      float64_at_once: number of elements that are copied to float64 at a time.
     """
 
     def __init__(self, ids_BT: Tensor, g_BTD: Tensor, num_rows: int, *, float64_at_once: int = _FLOAT64_AT_ONCE):
@@ -156,15 +156,15 @@ class Lookup:
 
     @staticmethod
     def merged(lookups: Sequence["Lookup"]) -> "Lookup":
-        """The gradient of one table from several calls on the same examples, as that of one call."""
+        """Return the per-example gradients of one table, summed over several calls on the same examples."""
         ids, g = (torch.cat(parts, 1) for parts in zip(*((lookup._ids, lookup._g) for lookup in lookups), strict=True))
         return Lookup(ids, g, lookups[0]._num_rows)
 
     def squared_norms(self) -> Tensor:
         keys_S, sums_SD = self._sums
-        # From the float32 sums, not from the exact ones: a sum that float32 cannot hold is infinite here too.
+        # Squares of the float32 row sums, not of exact ones: a sum that overflows float32 is infinite here too.
         squares_S = torch.cat([sums.double().square().sum(1) for sums in sums_SD.split(self._at_once)])
-        # Rounded up, so that the exact sums, which float32 may have made smaller, are no longer than said either.
+        # Rounded up, so that it also bounds the exact sums, which rounding to float32 may have made smaller.
         return self._by_example(keys_S, squares_S) * (1 + ROUND_OFF)
 
     def per_example(self) -> Tensor:
@@ -192,7 +192,7 @@ class Lookup:
         return TableSum(self._g.new_zeros(self._num_rows, self._g.shape[2]))
 
     def weighted_rows(self, weights_B: Tensor) -> tuple[Tensor, Tensor]:
-        """The row of the table that each pair of an example and a row adds to, `(S,)`, and what, `(S, D)`."""
+        """Return the table row of each (example, row) pair, `(S,)`, and its weighted row sum, `(S, D)`."""
         keys_S, sums_SD = self._sums
         weights_S = weights_B.to(sums_SD.dtype)[keys_S // self._num_rows]
         return keys_S % self._num_rows, sums_SD * weights_S[:, None]
@@ -201,9 +201,9 @@ class Lookup:
         return Lookup(self._ids[rows], self._g[rows], self._num_rows)
 
     def _aligned(self, other: "Lookup") -> tuple[Tensor, Tensor, Tensor]:
-        """The pairs that one of both looks up at least, and what each adds there.
+        """Return the keys of all (example, row) pairs that either has, and the row sums of both, zero where missing.
 
-        Those of one are kept: a product of zero and infinity shall be seen.
+        Pairs that only one of them has are kept, so that an infinite sum times a missing one gives NaN.
         """
         keys, places = torch.cat([self._sums[0], other._sums[0]]).unique(return_inverse=True)
         ours, theirs = (
@@ -216,10 +216,11 @@ class Lookup:
 
     @functools.cached_property
     def _sums(self) -> tuple[Tensor, Tensor]:
-        """One for every pair of an example and a row that it looks up: the pair's key, and what is added there.
+        """The keys `(S,)`, example * num_rows + row, and row sums `(S, D)` of all (example, row) pairs with a lookup.
 
-        Keys `(S,)` are example * num_rows + row. Sums `(S, D)` are of float64 numbers, as float32 loses 1.5e-4 of
-        16,384 equal terms, and of some examples at a time, as float64 copies of all would not stay in a cache.
+        Positions are summed in float64: float32 loses 1.5e-4 of a sum of 16,384 equal terms (the case of
+        `tests/engine/test_contributions.py`). A few examples are summed at a time, as float64 copies of all examples
+        would not stay in a cache.
         """
         keys, sums = [], []
         firsts = torch.arange(len(self._ids), device=self._ids.device)[:, None] * self._num_rows
@@ -234,9 +235,9 @@ class Lookup:
 
     @property
     def _at_once(self) -> int:
-        """How many rows of D features are float64 at a time."""
+        """The number of rows of D features that are copied to float64 at a time."""
         return max(self._float64_at_once // max(self._g.shape[2], 1), 1)
 
     def _by_example(self, keys: Tensor, values: Tensor) -> Tensor:
-        """The sum of each example's values, `(B,)`."""
+        """Sum the values of each example's pairs: `(B,)`."""
         return values.new_zeros(len(self._ids)).index_add_(0, keys // self._num_rows, values)

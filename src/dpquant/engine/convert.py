@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns a model into one that can be trained privately (`fix`), and a trained one back into plain layers (`restore`).
+"""Replace layers that mix examples (`fix`), and turn a trained model's layers back into torch's own (`restore`).
 
-BatchNorm normalises by statistics over the batch, so no example has a gradient of its own. `fix` puts one of these in
-its place:
+BatchNorm normalises by statistics over the batch, so per-example gradients do not exist. `fix` replaces it by one of:
 
-    group    GroupNorm, statistics of one example over a group of channels and all positions; learnt values are dropped
-    freeze   y = x scale + shift,  scale = weight / sqrt(var + eps),  shift = bias - mean scale,  of the running
-             statistics: what BatchNorm computes in evaluation
+    group    GroupNorm: statistics of one example, over a group of channels and all positions. The learnt weight and
+             bias of the BatchNorm are dropped
+    freeze   y = x scale + shift,  scale = weight / sqrt(var + eps),  shift = bias - mean scale,  from the running
+             statistics: the function that BatchNorm computes in evaluation mode
 
-For `group`, 2-D and 3-D norms get gcd(32, C) groups, as Opacus' fixer chooses, so that results with either can be
-compared. A 1-D norm may see vectors, one value a channel. There, what a group of one value gives is always zero, and of
-two always -1 and 1, through which no gradient passes: two-layer networks with groups of two stay at chance on
-handwritten digits. So groups keep at least 16 channels where there are as many, and one or two channels are scaled and
-shifted only.
+With `group`, 2-D and 3-D norms get gcd(32, C) groups. Opacus' fixer chooses the same number, so results can be
+compared. A 1-D norm may see vectors, with one value per channel. Normalising a group of one value always gives 0, and a
+group of two values always -1 and 1; no gradient passes through either (measured: two-layer networks with groups of two
+stay at chance on handwritten digits). So groups get at least 16 channels if there are that many, and a norm of one or
+two channels becomes a scale and shift without normalization.
 
 Symbols: B examples, C channels. Sources: Wu and He, arXiv 1803.08494; opacus/validators/batch_norm.py.
 """
@@ -32,21 +32,21 @@ from dpquant.engine.layers import QuantConv2d, QuantLinear
 from dpquant.errors import ModelError, SettingError
 
 _MAX_GROUPS = 32
-_VECTOR_GROUP = 16  # channels a group where a channel may be one value; `data/models.py` chooses so for maps of 1x1
-_TOO_FEW = 2  # channels of which a normalization of vectors leaves nothing but signs
+_VECTOR_GROUP = 16  # channels per group where a channel may be one value; `data/models.py` does the same for 1x1 maps
+_TOO_FEW = 2  # normalising vectors of at most this many channels leaves only signs
 _CHOICES = ("group", "freeze")
 _PLAIN = {QuantConv2d: nn.Conv2d, QuantLinear: nn.Linear, TapedGroupNorm: nn.GroupNorm}
-_OF_TWINS = ("name", "backend", "chosen", "precision", "current", "tape")  # attributes that only twins have
+_OF_TWINS = ("name", "backend", "chosen", "precision", "current", "tape")  # attributes that torch's layers lack
 
 
 class FrozenBatchNorm(nn.Module):
-    """BatchNorm with fixed statistics, as one scale and one shift a channel; nothing in it is trained.
+    """BatchNorm with fixed statistics: one scale and one shift per channel. It has no parameters.
 
     Attributes:
       scale, shift: buffers `(C,)`.
 
-    Privacy: per example, reads no other row. The statistics count as public: take them from a model that was trained on
-      public data.
+    Privacy: per example, reads no other row. The statistics are treated as public: take them from a model that was
+      trained on public data.
     """
 
     scale: Tensor
@@ -59,7 +59,7 @@ class FrozenBatchNorm(nn.Module):
 
     @classmethod
     def of(cls, norm: _BatchNorm) -> "FrozenBatchNorm":
-        """What the norm computes in evaluation; it must keep running statistics."""
+        """Build the equivalent of a norm in evaluation mode; the norm must keep running statistics."""
         assert norm.running_mean is not None and norm.running_var is not None
         with torch.no_grad():
             scale = torch.rsqrt(norm.running_var + norm.eps)
@@ -77,10 +77,10 @@ class FrozenBatchNorm(nn.Module):
 
 
 class ChannelAffine(nn.Module):
-    """A trained scale and shift a channel, without a normalization.
+    """A trained scale and shift per channel, without normalization.
 
     Attributes:
-      weight, bias: `(C,)`; None where the norm had none.
+      weight, bias: `(C,)`; None if the replaced norm had none.
 
     Privacy: per example, reads no other row.
     """
@@ -101,21 +101,22 @@ class ChannelAffine(nn.Module):
 
 
 def fix(model: nn.Module, *, batch_norm: Literal["group", "freeze"] = "group") -> nn.Module:
-    """Return a copy of the model in which nothing mixes the examples of a batch by normalization.
+    """Return a copy of the model whose normalization layers do not mix the examples of a batch.
 
-    Every BatchNorm is replaced; InstanceNorm loses its running statistics, which would keep raw data, and normalises in
-    evaluation as in training. All other modules, their weights and what they compute stay as they are. Make the
-    optimizer from the copy's parameters. Hooks on a replaced module are not carried over.
+    Every BatchNorm is replaced. Every InstanceNorm loses its running statistics, which would store raw data, and
+    normalises in evaluation mode as in training mode. All other modules, their weights and their functions are
+    unchanged. The given model is not modified. Make the optimizer from the copy's parameters. Hooks on a replaced
+    module are not copied.
 
     Args:
       model: any module.
-      batch_norm: `group` puts a new GroupNorm in a BatchNorm's place (its learnt values are dropped); `freeze` a
-        FrozenBatchNorm, for a backbone that was trained on public data.
-    Returns: the copy; what was frozen or in evaluation mode is so in the copy.
+      batch_norm: `group` replaces BatchNorm by a new GroupNorm and drops the learnt weight and bias. `freeze` replaces
+        it by a FrozenBatchNorm, for a backbone that was trained on public data.
+    Returns: the copy. Frozen parameters stay frozen, and modules in evaluation mode stay in it.
     Raises:
-      ModelError: not a module, a wrapper around a model, or a module without a private equivalent.
-      SettingError: batch_norm is neither.
-    Privacy: reads no data. `freeze` takes the running statistics for public; of a model trained on private data they
+      ModelError: model is not a module, is a wrapper around a model, or has a module without a private equivalent.
+      SettingError: batch_norm is neither `group` nor `freeze`.
+    Privacy: reads no data. `freeze` treats the running statistics as public; those of a model trained on private data
       are not.
     """
     _check_module(model)
@@ -140,7 +141,7 @@ def fix(model: nn.Module, *, batch_norm: Literal["group", "freeze"] = "group") -
             replacements[module].train(module.training)
         elif isinstance(module, _InstanceNorm):
             module.track_running_stats = False
-            # torch would go on updating statistics that are there
+            # torch updates statistics that exist even if they are not tracked
             module.running_mean = module.running_var = module.num_batches_tracked = None
     for parent in list(fixed.modules()):
         for name, child in parent._modules.items():
@@ -152,16 +153,16 @@ def fix(model: nn.Module, *, batch_norm: Literal["group", "freeze"] = "group") -
 def restore(model: nn.Module) -> nn.Module:
     """Turn a prepared model's layers back into torch's own Conv2d, Linear and GroupNorm, in full precision.
 
-    The model is changed in place and returned. Modules, parameters, hooks and settings are the same objects, so what is
-    shared stays shared. Without dpquant's layers a model can be scripted, exported, pickled and differentiated by
-    `torch.func` like any other. The norms that `fix` may have put in, FrozenBatchNorm and ChannelAffine, stay. Call it
-    when training is over, or on a copy.
+    The model is changed in place and returned. Modules, parameters, hooks and settings are the same objects as before,
+    so shared modules stay shared. Without dpquant's layers a model can be scripted, exported, pickled and
+    differentiated by `torch.func`. Modules that `fix` has put in (FrozenBatchNorm, ChannelAffine) are kept. Call it
+    after training, or on a copy.
 
     Args:
-      model: a model that `prepare` or `make_private` has worked on; any other is left as it is.
+      model: a model that `prepare` or `make_private` has changed; any other model is left as it is.
     Returns: the model.
     Raises:
-      ModelError: not a module.
+      ModelError: model is not a module.
     Privacy: reads no data.
     """
     _check_module(model)
@@ -179,7 +180,7 @@ def _check_module(model: nn.Module) -> None:
 
 
 def _check_convertible(path: str, module: nn.Module, batch_norm: str) -> None:
-    """Refuse a module that has no private equivalent, by its place in the model."""
+    """Raise ModelError, with the module's path, if a module has no private equivalent."""
     if problem := _problem(module, batch_norm):
         what, remedy = problem
         raise ModelError(
@@ -188,7 +189,7 @@ def _check_convertible(path: str, module: nn.Module, batch_norm: str) -> None:
 
 
 def _problem(module: nn.Module, batch_norm: str) -> tuple[str, str] | None:
-    """(what is wrong, what to do), or None."""
+    """Return (problem, remedy) if a module has no private equivalent, else None."""
     if "_orig_mod" in module._modules:  # torch.compile's wrapper, whose class is slow to import
         return "It is compiled for the modules that it has now", "Pass model._orig_mod, and compile afterwards"
     match module:
@@ -212,7 +213,7 @@ def _problem(module: nn.Module, batch_norm: str) -> tuple[str, str] | None:
 
 
 def _replacement(norm: _BatchNorm, batch_norm: str) -> nn.Module:
-    """What takes the norm's place."""
+    """Build the module that replaces a BatchNorm."""
     if batch_norm == "freeze":
         return FrozenBatchNorm.of(norm)
     weight, bias = _fresh(norm.weight, 1.0), _fresh(norm.bias, 0.0)
@@ -231,7 +232,7 @@ def _replacement(norm: _BatchNorm, batch_norm: str) -> nn.Module:
 
 
 def _fresh(parameter: nn.Parameter | None, value: float) -> nn.Parameter | None:
-    """A parameter that begins at the value, of the other's shape, type and device, and as frozen as that."""
+    """Return a new parameter filled with `value`, like `parameter` in shape, dtype, device and requires_grad."""
     if parameter is None:
         return None
     return nn.Parameter(torch.full_like(parameter, value), requires_grad=parameter.requires_grad)

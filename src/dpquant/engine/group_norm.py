@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GroupNorm that hands over every example's own parameter gradients in the pass that computes them anyway.
+"""GroupNorm whose backward pass puts per-example parameter gradients on the tape.
 
     y = gamma (x - mean) rstd + beta,     mean and rstd over a group's channels and all positions of one example
     gamma's gradient of example i  = sum_t grad_it (x_it - mean_i) rstd_i,      beta's  = sum_t grad_it
 
-torch's own operator sums them over the batch. `prepare` puts this twin in a GroupNorm's place: the same parameters, the
-same state_dict, the same function. Native code runs it on channels-last maps in main memory; everything else goes
-through torch's operator and the listener in `engine/clip.py`.
+The backward pass forms these sums per example anyway, but torch's operator adds them over the batch. `prepare` replaces
+each GroupNorm by this twin, which has the same parameters, state_dict and function. A native kernel computes it for
+channels-last float32 maps on the CPU. All other inputs go through torch's operator, and the hooks of `engine/tape.py`
+record their gradients.
 
 Symbols: B examples, T positions, C channels, G groups. Source: Wu and He, arXiv 1803.08494.
 """
@@ -22,11 +23,11 @@ from dpquant.native import kernels
 
 
 class TapedGroupNorm(nn.GroupNorm):
-    """A GroupNorm that knows the tape of the pass that it runs in.
+    """A GroupNorm that records its parameters' per-example gradients on a tape, where the native kernel runs.
 
     Attributes:
-      tape: takes the parameters' per-example gradients; None = an ordinary GroupNorm.
-      kernels: the native module, or what stands in for it; None = there is none, and torch computes everything.
+      tape: receives the parameters' per-example gradients; None = the layer behaves as an ordinary GroupNorm.
+      kernels: the native module, or a test double of it; None = not built, and torch's operator is used.
 
     Privacy: per example, reads no other row.
     """
@@ -35,7 +36,7 @@ class TapedGroupNorm(nn.GroupNorm):
     kernels: Any = kernels
 
     def records(self, x: Tensor) -> bool:
-        """Whether the layer puts x's gradients on the tape by itself."""
+        """Return whether the layer itself records the gradients of a call on x; else the tape's hooks must."""
         return self.tape is not None and self.tape.listening and self._runs_native(x)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -45,14 +46,14 @@ class TapedGroupNorm(nn.GroupNorm):
         return super().forward(input)
 
     def _runs_native(self, x: Tensor) -> bool:
-        """Whether the kernel knows x. A wrong number of channels is left to torch, whose error says what is wrong."""
+        """Return whether the native kernel takes x. A wrong number of channels goes to torch, which raises an error."""
         able = self.kernels is not None and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
         fits = x.ndim == 4 and x.shape[1] == self.num_channels
         return able and fits and x.is_contiguous(memory_format=torch.channels_last)
 
 
 class _GroupNorm(torch.autograd.Function):
-    """The kernel, forward and backward. Only the input's gradient flows on; the parameters' go to the tape."""
+    """Runs the kernel forward and backward. Backward returns the input gradient; parameter gradients go to the tape."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, anchor, layer: TapedGroupNorm, tape: Tape | None):
@@ -82,12 +83,12 @@ class _GroupNorm(torch.autograd.Function):
 
 
 def _array(parameter: Tensor | None) -> Any:
-    """The parameter's memory; None where the layer has no such parameter."""
+    """Return the parameter as a contiguous NumPy array; None if the layer has no such parameter."""
     return None if parameter is None else parameter.detach().contiguous().numpy()
 
 
 def _sizes(x: Tensor, layer: TapedGroupNorm) -> dict[str, int]:
-    """What the kernel is told about x's layout."""
+    """Return the kernel's arguments for x's sizes and the number of threads."""
     return {
         "positions": x.shape[2] * x.shape[3],
         "channels": x.shape[1],

@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conv2d and Linear whose three products can run on number codes, and the switch that says which of them do.
+"""Quantizable twins of Conv2d and Linear, whose three products can run on number codes.
 
-`prepare` puts a quantizable twin in the place of every Conv2d and Linear: the same parameters, the same state_dict. A
-twin in full precision computes what the original computes. A quantized twin computes (algorithm: DPQuant, arXiv
-2509.03472), unless its precision leaves one of the three products in full
+`prepare` replaces every Conv2d and Linear by its twin: a subclass with the same parameters and state_dict. A twin in
+full precision computes what the original computes. A quantized twin computes these three products (algorithm: DPQuant,
+arXiv 2509.03472), except those that its precision keeps in float32:
 
     forward   y_i  = s(x_i) s(W) conv(code(x_i), code(W)) + b
     dgrad     gx_i = s(g_i) s(W) conv_transpose(code(g_i), code(W))
     wgrad     G_i  = s(g_i) s(x_i) sum_t code(g_it) code(x_it)^T
 
-x is quantized once and its codes are kept for wgrad; W once per logical step; g once, for both dgrad and wgrad: unless
-the products that they take part in run in different formats. The bias' gradient sums the incoming gradient itself: it
-is no product. Scales are taken per example, never over the batch: a batch scale would make every example's gradient
-depend on every other, and clipping would bound nothing.
+x is quantized once, and its codes are kept for wgrad. W is quantized once per logical step. g is quantized once, for
+both dgrad and wgrad. Only if two products use an operand in different formats, it is quantized once per format. The
+bias gradient is the sum of the output gradient before quantization. Scales of x and g are taken per example, never over
+the batch: with a batch-wide scale each example's gradient would depend on every other example, and clipping would not
+bound an example's influence.
 
-A layer does not clip, sum or add noise: it hands (x, g) to the tape of the `StepContext` that it runs in. Outside of
-one it is an ordinary layer with straight-through gradients.
+A layer hands (x, g) to the tape of the `StepContext` in which it runs. It does not clip, sum over examples or add
+noise. Without a step context it is an ordinary layer with straight-through gradients.
 
 Symbols: B examples, x activations, g output gradients, W weight, T output positions, s scale.
 """
@@ -42,11 +43,14 @@ from dpquant.rounding import derive_key, row_keys
 
 
 class QuantizableLayer(nn.Module):
-    """What the quantizable twins share: a backend, a precision, and the pass that they run in.
+    """Base class of the quantizable twins: a layer with a backend, a precision and a step context.
 
     Attributes:
-      chosen: the precision in which the layer runs where a policy has chosen it.
-      precision: the one in which it runs now.
+      name: of the layer in its model; it selects the layer's rounding draws.
+      backend: quantizes the layer's operands and multiplies their codes.
+      chosen: the precision of the layer when a policy selects it (`set_policy`).
+      precision: the current precision.
+      current: the step context in which the layer runs; None = an ordinary layer.
     """
 
     weight: Tensor
@@ -59,18 +63,23 @@ class QuantizableLayer(nn.Module):
 
     @property
     def quantized(self) -> bool:
-        """Whether some of the layer's products run quantized now."""
+        """Whether at least one of the layer's products runs quantized in its current precision."""
         return self.precision.quantized
 
     @property
     def geometry(self) -> Geometry:
-        """How the layer walks over its (already padded) input."""
+        """Kernel, stride, padding, dilation and groups of the layer as a convolution of its (already padded) input."""
         return Geometry()
 
     def quantize_weight(self, run: StepContext, role: RoleFormat, kept: str = "") -> QTensor:
-        """The codes of W `(O, C / G, *kernel)`, with one scale, or with one for each channel that is kept.
+        """Quantize W to codes `(O, C / G, *kernel)`, with one scale, or with one scale per kept channel.
 
-        W is public: its scales may see all of it.
+        W holds released values only, so a scale may depend on all of it.
+
+        Args:
+          run: the step, whose key fixes the rounding draws.
+          role: the format of the codes and their rounding.
+          kept: the channels that get a scale each, `output` or `input`; empty: one scale for all of W.
         """
         weight = self.weight.detach().reshape(self.weight.shape[0], -1, *self.geometry.kernel)
         weight = swap_in_out(weight, self.geometry.groups) if kept == "input" else weight
@@ -81,7 +90,11 @@ class QuantizableLayer(nn.Module):
         return QTensor(codes=swap_in_out(codes, self.geometry.groups) if kept == "input" else codes, scale=q.scale)
 
     def convolve(self, x: Tensor) -> Tensor:
-        """The layer on an image batch `(B, C, H, W)`, inside the current pass or, without one, as an ordinary layer."""
+        """Apply the convolution to x `(B, C, H, W)`; return `(B, O, H', W')`.
+
+        Within a step context with a tape, backward records the operands of the per-example gradients. Otherwise the
+        layer behaves as an ordinary one, with straight-through gradients.
+        """
         run = self.current or StepContext(key=0)
         if run.phase == "backward":
             raise ModelError(
@@ -93,7 +106,7 @@ class QuantizableLayer(nn.Module):
             return stored
         weight = self.weight.view(self.weight.shape[0], -1, *self.geometry.kernel)
         anchor = run.tape.anchor if run.tape is not None else None
-        x = x.contiguous(memory_format=torch.channels_last)  # the layout of every fast operator, pooling included
+        x = x.contiguous(memory_format=torch.channels_last)  # the layout of all fast operators, pooling included
         convolution = _Convolution if run.clock is None else _TimedConvolution
         y = cast(Tensor, convolution.apply(x, weight, self.bias, anchor, self, run))
         if run.replay is not None:
@@ -105,7 +118,7 @@ class QuantizableLayer(nn.Module):
 
 
 class QuantConv2d(QuantizableLayer, nn.Conv2d):
-    """A Conv2d whose products can run quantized: any stride, padding, dilation, groups and padding mode."""
+    """A Conv2d whose products can run quantized, with any stride, padding, dilation, groups and padding mode."""
 
     @property
     def geometry(self) -> Geometry:
@@ -123,7 +136,7 @@ class QuantConv2d(QuantizableLayer, nn.Conv2d):
 
     @property
     def _pads_inside(self) -> bool:
-        """Zero padding, equal on both sides, is part of the convolution; any other is laid around the input first."""
+        """Whether the convolution pads by itself: with zeros, equally on both sides. Else `forward` pads before."""
         return self.padding_mode == "zeros" and not isinstance(self.padding, str)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -134,7 +147,7 @@ class QuantConv2d(QuantizableLayer, nn.Conv2d):
 
 
 class QuantLinear(QuantizableLayer, nn.Linear):
-    """A Linear whose products can run quantized: a 1x1 convolution over its T leading positions."""
+    """A Linear whose products can run quantized. It is computed as a 1x1 convolution over T positions."""
 
     def forward(self, input: Tensor) -> Tensor:
         if input.ndim < 2 or input.shape[-1] != self.in_features:
@@ -149,7 +162,7 @@ class QuantLinear(QuantizableLayer, nn.Linear):
 
 
 class _Convolution(torch.autograd.Function):
-    """The three products. The gradient is straight-through: rounding counts as the identity."""
+    """Computes the three products of a layer. Gradients are straight-through: rounding is treated as the identity."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, anchor, layer: QuantizableLayer, run: StepContext):
@@ -165,7 +178,7 @@ class _Convolution(torch.autograd.Function):
             y = convolved(x, weight, bias, geometry)
         else:
             y = run.packed_weight(layer, recipe, ctx.size, side="output").forward(codes, bias)
-        return y.clone() if y._is_view() else y  # autograd lets nobody overwrite a view that was made in here
+        return y.clone() if y._is_view() else y  # autograd forbids to modify a view made in here in place
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
@@ -198,7 +211,7 @@ class _Convolution(torch.autograd.Function):
 
 
 class _TimedConvolution(_Convolution):
-    """The same under the pass' clock."""
+    """`_Convolution` whose wall time is added to the clock of the step context."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, anchor, layer: QuantizableLayer, run: StepContext):
@@ -213,7 +226,7 @@ class _TimedConvolution(_Convolution):
 
 
 def _codes(ctx, role: str, x: Tensor, *recipes: Recipe | None) -> list[Any]:
-    """An operand's QTensor in each of the recipes, made once for each format; None where there is no recipe."""
+    """Return an operand's QTensor for each recipe, quantized once per format; None for a recipe that is None."""
     made: dict[RoleFormat, QTensor] = {}
     formats: list[RoleFormat | None] = [recipe and getattr(recipe, role) for recipe in recipes]
     for wanted in filter(None, formats):
@@ -233,21 +246,21 @@ _TWINS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
 def prepare(
     model: nn.Module, *, format: str | Recipe | Precision = "luq-fp4", backend: str | Backend = "auto"
 ) -> nn.Module:
-    """The model with a quantizable twin in place of every Conv2d and Linear, all in full precision until `set_policy`.
+    """Replace every Conv2d and Linear of a model by its quantizable twin, and every GroupNorm by a `TapedGroupNorm`.
 
-    The model is changed in place and returned (a model that is itself a Conv2d or Linear comes back as its twin).
-    Parameters are the same objects, so an optimizer made before stays valid, and the state_dict has the same keys and
-    values. Preparing again changes recipe and backend.
+    All layers run in full precision until `set_policy` or `set_precisions`. The model is changed in place and returned;
+    if it is itself a Conv2d, Linear or GroupNorm, its twin is returned. Parameters are the same objects, so an existing
+    optimizer stays valid, and the state_dict has the same keys and values. A second call changes recipe and backend.
 
     Args:
       model: any module with float32 parameters.
-      format: of chosen layers: a recipe's name (`luq-fp4`, `luq`, `int8`, `fp8`), a `Recipe`, or a `Precision` of the
-        three products; the text of all of them is explained in `dpquant.formats`.
+      format: of the layers that a policy selects: a recipe's name (`luq-fp4`, `luq`, `int8`, `fp8`), a `Recipe`, or a
+        `Precision` of the three products; `dpquant.formats` explains all names.
       backend: `auto`, `simulate` (any device), `int8` (a CPU whose int8 convolution is exact), or a `Backend`.
     Returns: the prepared model.
     Raises:
-      FormatError: recipe or backend unknown, or the recipe cannot run on the backend.
-      ModelError: not a module, or parameters that are not float32.
+      FormatError: the recipe or the backend is unknown, or the recipe cannot run on the backend.
+      ModelError: model is not a module, or has parameters that are not float32.
     Privacy: reads no data.
     """
     if not isinstance(model, nn.Module):
@@ -276,12 +289,12 @@ def prepare(
 
 
 def quantizable_layers(model: nn.Module) -> dict[str, QuantizableLayer]:
-    """The layers of a prepared model that can run quantized, by name, in the order in which the model defines them."""
+    """Return {name: layer} of a prepared model's quantizable layers, in the order in which the model defines them."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizableLayer)}
 
 
 def set_policy(model: nn.Module, names: Iterable[str]) -> None:
-    """Make exactly these layers run in the model's `format` from now on; () puts all in full precision.
+    """Run exactly these layers in the `format` given to `prepare`, all others in full precision; () quantizes none.
 
     Raises:
       SettingError: a name is not a quantizable layer of the model.
@@ -292,7 +305,7 @@ def set_policy(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def set_precisions(model: nn.Module, precisions: Mapping[str, Precision]) -> None:
-    """Give each of these layers its own precision from now on; all others run in full.
+    """Set the precision of each of these layers; all other layers run in full precision.
 
     Raises:
       SettingError: a name is not a quantizable layer of the model.
@@ -312,16 +325,16 @@ def set_precisions(model: nn.Module, precisions: Mapping[str, Precision]) -> Non
 
 
 def current_precisions(model: nn.Module) -> dict[str, Precision]:
-    """{name: precision} of the layers that run quantized now."""
+    """Return {name: precision} of the layers that currently run quantized."""
     return {name: layer.precision for name, layer in quantizable_layers(model).items() if layer.quantized}
 
 
 def count_macs(model: nn.Module, forward: Callable[[], object]) -> dict[str, float]:
-    """Return {quantizable layer: multiply-accumulates of its forward product, for one example}.
+    """Return {quantizable layer's name: multiply-accumulates of its forward product for one example}.
 
     Args:
       model: a prepared model.
-      forward: runs it once, on a batch; no graph is kept.
+      forward: runs the model once on a batch; it is called without autograd.
     """
     layers = quantizable_layers(model)
     macs = dict.fromkeys(layers, 0.0)
@@ -344,7 +357,7 @@ def count_macs(model: nn.Module, forward: Callable[[], object]) -> dict[str, flo
 
 @contextlib.contextmanager
 def running(model: nn.Module, run: StepContext) -> Iterator[StepContext]:
-    """All layers of the model that know passes work inside `run` until the block ends."""
+    """Attach a step context to every quantizable layer, and its tape to every GroupNorm twin, until the block ends."""
     layers = quantizable_layers(model).values()
     norms = [module for module in model.modules() if isinstance(module, TapedGroupNorm)]
     for layer in layers:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forward and backward passes over microbatches that leave every example's gradients on a tape.
+"""Forward and backward passes over microbatches that record every example's gradients on a tape.
 
-There is one pass each: a second one would redraw the stochastic rounding.
+Each microbatch has one forward and one backward pass: a second one would redraw the stochastic rounding.
 """
 
 import dataclasses
@@ -26,12 +26,12 @@ PerExampleLoss = Callable[[nn.Module, Any], Tensor]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Objective:
-    """What is minimised: a model, the loss that it is trained by, and what is known of its random draws.
+    """The function that is minimised: a model, its loss, and how their random numbers are drawn.
 
     Attributes:
       model: a prepared model.
       loss_fn: `(model, batch) -> Tensor (B,)`, one loss per example.
-      drawing: whether they draw random numbers; nothing is known by default.
+      drawing: makes random numbers of model and loss follow from records, and remembers whether they draw any.
     """
 
     model: nn.Module
@@ -39,7 +39,7 @@ class Objective:
     drawing: Drawing = dataclasses.field(default_factory=Drawing)
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters that require a gradient, by name."""
+        """Return {name: parameter} of the parameters that require a gradient."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def losses(self, piece: Microbatch) -> Tensor:
@@ -47,7 +47,7 @@ class Objective:
 
         Raises:
           SettingError: the loss is not one number per example.
-        Privacy: per example, as far as model and loss keep examples apart.
+        Privacy: per example, if model and loss keep examples apart. This is not checked here.
         """
         losses = self.loss_fn(self.model, piece.data)
         if not isinstance(losses, Tensor) or losses.shape != (len(piece.record_ids),):
@@ -60,28 +60,32 @@ class Objective:
 
 
 class Passes:
-    """Forward and backward passes that leave a microbatch's per-example gradients on a tape."""
+    """Runs forward and backward passes that record a microbatch's per-example gradients on a tape."""
 
     def __init__(self, objective: Objective, run: StepContext, tape: GradientTape):
         self._objective, self._run, self._tape = objective, run, tape
         self._key = draws_key(run.key)
 
     def over(self, piece: Microbatch) -> Tensor:
-        """Differentiate the sum of the losses that count; returns all of them."""
+        """Differentiate the sum of the losses of the rows that count; return the losses of all rows, `(B,)`."""
         with seeded(self._key):
             losses = self._objective.drawing.by_record(lambda: self._forward(piece), self._key, piece.record_ids)
             self._backward(losses[: piece.num_examples].sum())
         return losses
 
     def over_all_rows(self, piece: Microbatch) -> Microbatch:
-        """The same, for `over_sound_rows`' result."""
+        """Differentiate the sum of the losses that count, as `over`; return the microbatch. Exceptions propagate."""
         self.over(piece)
         return piece
 
     def over_sound_rows(self, piece: Microbatch) -> Microbatch | None:
-        """The same without the rows on which it raises; None if it raises on all.
+        """Differentiate the losses of the rows on which model and loss do not raise.
 
-        Whether a row is left out is decided by the row alone, in a microbatch of its copies.
+        Whether a row is left out depends on that row alone: it is tried in a microbatch of its copies.
+
+        Returns: the microbatch of the remaining rows, padded to the same size; None if no row remains.
+        Raises:
+          ModelError: model or loss raise on rows together that they run on alone.
         """
         if self._runs_on(piece):
             return piece
@@ -124,25 +128,25 @@ class Passes:
 
 
 def copies(piece: Microbatch, row: int) -> Microbatch:
-    """A microbatch of the same size with one row of a microbatch in every place."""
+    """Return a microbatch of the same size whose rows are all copies of one row; one of them counts."""
     rows = torch.full((len(piece.record_ids),), row)
     return Microbatch(take_rows(piece.data, rows), piece.record_ids[rows], 1)
 
 
 def caused_by_records(error: Exception) -> bool:
-    """Whether model and loss raised because of what they were given, not for want of memory or by our refusal."""
+    """Return whether an exception may be due to the records: it is neither out-of-memory nor an error of dpquant."""
     out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
     return not isinstance(error, DPQuantError) and not out_of_memory
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RowGradients:
-    """What the rows of a microbatch give.
+    """Losses, unclipped gradients and quantized operands of the rows of a microbatch.
 
     Attributes:
       losses: `(B,)`.
-      parts: {parameter name: gradients of the rows' losses, not clipped}, without parameters that got none.
-      operands: of quantized layers: the rows' codes and scales, in the order of the calls.
+      parts: {parameter name: per-example gradients, not clipped}; parameters that got no gradient are missing.
+      operands: codes and scales of the quantized layers' operands, in the order of the calls.
     """
 
     losses: Tensor
@@ -150,17 +154,17 @@ class RowGradients:
     operands: list[QTensor]
 
     def row(self, row: int) -> "RowGradients":
-        """The same of one row."""
+        """Return losses, gradients and operands of one row."""
         rows = torch.tensor([row])
         parts = {name: part.take(rows) for name, part in self.parts.items()}
         return RowGradients(self.losses[[row]], parts, [operand.take(rows) for operand in self.operands])
 
     def norm(self) -> float:
-        """The L2 norm of all gradients as one vector, rounded up."""
+        """Return the L2 norm of the gradients of all rows and parameters as one vector, rounded up."""
         return sum(float(part.squared_norms().sum()) for part in self.parts.values()) ** 0.5
 
     def distance(self, other: "RowGradients") -> float:
-        """The L2 norm of the difference of all gradients; a parameter that got none has zero."""
+        """Return the L2 norm of the difference of all gradients; a missing gradient counts as zero."""
         squares = 0.0
         for name in self.parts.keys() | other.parts.keys():
             pair = [rows.parts[name] for rows in (self, other) if name in rows.parts]
@@ -169,15 +173,15 @@ class RowGradients:
 
 
 def gradients_of_rows(objective: Objective, piece: Microbatch, *, key: int) -> RowGradients:
-    """Differentiate all losses of a microbatch at once, as a step does, and keep what it leaves.
+    """Compute the per-example gradients of a microbatch in one backward pass, as a step does, without clipping them.
 
     Args:
-      objective: of the run.
-      piece: the microbatch, all of whose rows count.
+      objective: model and loss.
+      piece: a microbatch all of whose rows count.
       key: of the step's draws, 64 bits.
     Raises:
-      SettingError, ModelError: as of `clipped_sum`.
-    Privacy: per example; reads private data if the piece holds any, and nothing bounds it.
+      SettingError, ModelError: as in `clipped_sum`.
+    Privacy: per example and not clipped: the result has no sensitivity bound and must not be released.
     """
     tapes = taping(objective.model, objective.trainable(), forming=False, keeping=True)
     with tapes as tape, running(objective.model, StepContext(key=key, tape=tape)) as run:
@@ -186,7 +190,7 @@ def gradients_of_rows(objective: Objective, piece: Microbatch, *, key: int) -> R
 
 
 def losses_of(objective: Objective, piece: Microbatch, *, key: int) -> Tensor:
-    """Compute the losses of a microbatch `(B,)`, with the draws of `gradients_of_rows`, whose arguments these are."""
+    """Compute the losses `(B,)` of a microbatch, with the same draws as `gradients_of_rows` for the same arguments."""
     draws = draws_key(key)
 
     def forward() -> Tensor:
@@ -198,5 +202,5 @@ def losses_of(objective: Objective, piece: Microbatch, *, key: int) -> Tensor:
 
 
 def draws_key(key: int) -> int:
-    """Of what the model draws by itself in a step."""
+    """Return the key of the random numbers that model and loss draw themselves in a step (dropout, for instance)."""
     return derive_key(key, "draws")

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The per-example gradients of a module's own parameters, from one call of the module and its output's gradient.
+"""Per-example gradients of a module's own parameters, from one call of the module and the gradient of its output.
 
-A few types have a closed formula. It holds for exactly those types: a subclass with a forward of its own, or a module
-that was called otherwise than with one tensor, computes something else. Everything that has no formula is evaluated
-again, one example at a time, with all of the arguments that it was called with, and differentiated. That evaluation has
-to give the output that the call gave, else the module depends on more than its arguments and is refused.
+A few module types have a closed formula. A formula is used for exactly its type and for a call with one tensor, because
+a subclass or a call with other arguments may compute something else. Every other module is evaluated again, one example
+at a time, with the arguments of the call, and differentiated. If that evaluation does not reproduce the output of the
+call, the module depends on more than its arguments, and it is refused.
 
 Symbols: B examples, T positions, D features.
 """
@@ -24,7 +24,7 @@ from dpquant.engine.contributions import Contribution, Lookup, Materialised
 from dpquant.engine.group_norm import TapedGroupNorm
 from dpquant.errors import ModelError
 
-TOLERANCE = 1e-3  # of an example's largest output; float32 rounding is a hundred times smaller
+TOLERANCE = 1e-3  # relative to an example's largest output; float32 rounding errors are about a hundred times smaller
 
 Rule = Callable[[Any, Tensor, Tensor], dict[str, Contribution]]
 
@@ -65,7 +65,7 @@ RULES: Mapping[type[nn.Module], Rule] = MappingProxyType(
 
 
 def has_formula(module: nn.Module, rules: Mapping[type[nn.Module], Rule] = RULES) -> bool:
-    """Whether the module's type, and not merely one of its base classes, has a closed formula."""
+    """Return whether exactly the module's type has a closed formula; a formula of a base class does not count."""
     return type(module) in rules and "forward" not in module.__dict__
 
 
@@ -82,16 +82,16 @@ def contributions_of(
     """Return {parameter name inside the module: its per-example gradients}.
 
     Args:
-      module: that was called.
-      args: positional, that it was called with.
-      kwargs: the others.
-      output: what it gave, `(B, ...)`.
-      grad: the loss' gradient at the output.
+      module: the module that was called.
+      args: positional arguments of the call.
+      kwargs: keyword arguments of the call.
+      output: result of the call, `(B, ...)`.
+      grad: gradient of the loss with respect to `output`, of its shape.
       rules: closed formulas, by exact type.
-      tolerance: the largest difference between an example's output and its output when it is evaluated alone, relative
-        to its largest entry.
+      tolerance: largest allowed difference between an example's output in the call and its output when it is evaluated
+        alone, relative to the largest entry of its output.
     Raises:
-      ModelError: the module cannot be evaluated one example at a time, or not with the same result.
+      ModelError: the module cannot be evaluated one example at a time, or gives another output then.
     Privacy: per example, reads no other row.
     """
     if has_formula(module, rules):
@@ -112,7 +112,7 @@ def _generally(
     grad: Tensor,
     tolerance: float,
 ) -> dict[str, Contribution]:
-    """Evaluate the module on one example at a time and differentiate it, vectorised where that is possible."""
+    """Return a module's gradients by evaluating it on one example at a time, vectorised by vmap where that works."""
     values, tree = pytree.tree_flatten((args, dict(kwargs)))
     values = [value.detach() if isinstance(value, Tensor) else value for value in values]
     count = len(grad)
@@ -137,10 +137,10 @@ def _generally(
 
     try:
         with torch.enable_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's word that an operator is vectorised slowly
+            warnings.simplefilter("ignore")  # torch warns of operators that vmap runs slowly
             differentiated = torch.func.vmap(torch.func.grad(of_one, has_aux=True), (None, 0, 0), randomness="error")
             gradients, again = differentiated(parameters, rows, grad)
-    except (RuntimeError, NotImplementedError):  # an operator or control flow that cannot be vectorised
+    except (RuntimeError, NotImplementedError):  # vmap does not support an operator or data-dependent control flow
         gradients, again = _one_by_one(module, of_one, parameters, rows, grad)
     if not _same(again.detach(), output.detach(), tolerance):
         raise _unlike(module)
@@ -148,7 +148,7 @@ def _generally(
 
 
 class _Bare(nn.Module):
-    """A module without its hooks: they have changed the arguments already, and come after the output."""
+    """Calls a module without its hooks: the recorded arguments and output lie between pre-hooks and other hooks."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -161,7 +161,7 @@ class _Bare(nn.Module):
 def _one_by_one(
     module: nn.Module, of_one: Callable, parameters: dict[str, Tensor], rows: list[Tensor], grad: Tensor
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The same by plain autograd: slower, for every module that runs on a single example."""
+    """Return gradients and outputs of all examples by a loop of autograd: slow, but supports all operators."""
     found, again = [], []
     try:
         with torch.enable_grad():
@@ -184,7 +184,7 @@ def _one_by_one(
 
 
 def _same(again: Tensor, output: Tensor, tolerance: float) -> bool:
-    """Whether each example's output came out as it was, where it is finite."""
+    """Return whether every finite example's output agrees with its output in the call, within the tolerance."""
     again_BN, output_BN = again.reshape(len(again), -1), output.reshape(len(output), -1)
     finite_B = output_BN.isfinite().all(1)
     gap_B = (again_BN - output_BN).abs().amax(1) if output_BN.shape[1] else again_BN.new_zeros(len(again))

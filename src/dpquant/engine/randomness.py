@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random numbers that a user's model, data set or collate function draws: dropout, layer drop, augmentation.
+"""Keyed random numbers for a user's model, data set and collate function: dropout, layer drop, augmentation.
 
-They must not follow from a public seed and a position. Without one record all later records stand one place earlier; if
-they then meet other dropout masks, all their gradients change, and the clipped sum moves by much more than C. So every
-draw is made a function of the run's secret key, the step, and either the record or nothing else:
+These random numbers must not be a function of a public seed and a position. Removing one record moves all later records
+by one position; if they then get other dropout masks, all of their gradients change, and the clipped sum changes by
+much more than C. So every draw is a function of the run's secret key, the step, and either the record or nothing else:
 
     a draw with an axis of examples   the part of example i follows from (key, step, number of the draw, record id i)
-    any other draw                    follows from (key, step, number of the draw): the same in every microbatch
+    any other draw                    follows from (key, step, number of the draw): equal in every microbatch
 
-Why that suffices: given the shared draws, an example's contribution is a function of its record and of draws that are
-independent of all others'. Give each record that stays the draws it had: the two sums then differ by the one record's
-contribution, at most C, and since nobody sees the draws, the mixture over them is as private as each of its parts.
-Torch's CPU generator keeps 32 bits of a seed. That is enough here: an example's seed is its own, and another record's
-masks say nothing about it.
+Why this preserves the sensitivity: given the shared draws, an example's contribution is a function of its record and of
+draws that are independent of those of all other examples. Couple the two runs so that each remaining record has equal
+draws in both. The sums then differ by the contribution of one record, at most C. The draws are secret, so the mechanism
+is a mixture over them, and a mixture is at least as private as each of its components.
+Torch's CPU generator uses only 32 bits of a seed. That suffices here: each example has its own seed, and the masks of
+one record reveal nothing about those of another.
 
-The global generators of torch, numpy and random are given back as they were. Generators that a user's code owns are
-replaced where torch is told of them, and out of reach where they are numpy's.
+The global generators of torch, numpy and random are restored afterwards. A torch generator of the user's own is
+replaced when it is passed to a torch operator. A numpy generator of the user's own cannot be intercepted.
 """
 
 import contextlib
@@ -33,14 +34,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dpquant.errors import ModelError
 from dpquant.rounding import derive_key, row_keys
 
-_SEED_BITS = 2**32 - 1  # of a seed, torch's CPU generator keeps these
-_DROPS = ("dropout_p", "dropout")  # what kernels call the share that they drop
+_SEED_BITS = 2**32 - 1  # torch's CPU generator uses these bits of a seed
+_DROPS = ("dropout_p", "dropout")  # arguments of fused kernels that give the dropout rate
 _DRAW_ALONG_THE_LAST_AXIS = {torch.ops.aten.multinomial, torch.ops.aten._sample_dirichlet}
 
 
 @contextlib.contextmanager
 def seeded(key: int) -> Iterator[None]:
-    """Seed the global generators of torch, numpy and random from a key until the block ends; then give them back.
+    """Seed the global generators of torch, numpy and random from a key, and restore them when the block ends.
 
     Privacy: reads no data.
     """
@@ -58,7 +59,7 @@ def seeded(key: int) -> Iterator[None]:
 
 
 def reseed(key: int) -> None:
-    """Seed the global generators; only inside of `seeded`."""
+    """Seed the global generators from a key. Call it only within `seeded`, which restores them."""
     random.seed(key)
     np.random.seed([key >> 32 & _SEED_BITS, key & _SEED_BITS])
     torch.default_generator.manual_seed(key)
@@ -67,26 +68,26 @@ def reseed(key: int) -> None:
 
 
 class Position:
-    """Where the global generators stand, to see whether somebody has drawn from them."""
+    """Snapshot of the states of the global generators, to detect whether numbers were drawn since."""
 
     def __init__(self, cuda: Any = torch.cuda) -> None:
-        """Note where they stand now.
+        """Take a snapshot of all states.
 
         Args:
-          cuda: `is_initialized()` and `get_rng_state_all()` of the devices, as torch.cuda has them.
+          cuda: an object with `is_initialized()` and `get_rng_state_all()` like torch.cuda.
         """
         self._cuda = cuda
         self._torch, self._devices = torch.random.get_rng_state(), self._device_states()
         self._python, self._arrays = random.getstate(), np.random.get_state(legacy=False)
 
     def torch_moved(self) -> bool:
-        """Whether one of torch's generators, on the CPU or on a CUDA device, has been drawn from since."""
+        """Return whether a global torch generator, of the CPU or a CUDA device, has changed since the snapshot."""
         devices = self._device_states()
         same = len(devices) == len(self._devices) and all(map(torch.equal, devices, self._devices))
         return not same or not torch.equal(self._torch, torch.random.get_rng_state())
 
     def moved(self) -> bool:
-        """Whether any of torch's, numpy's and Python's has been drawn from since."""
+        """Return whether a global generator of torch, numpy or Python has changed since the snapshot."""
         arrays = np.random.get_state(legacy=False)
         same = str(arrays) == str(self._arrays) and np.array_equal(arrays["state"]["key"], self._arrays["state"]["key"])
         return self.torch_moved() or not same or random.getstate() != self._python
@@ -96,10 +97,10 @@ class Position:
 
 
 class Watch(TorchDispatchMode):
-    """Notices whether torch draws random numbers, from a user's own generators too. It slows every operator down.
+    """Detects whether torch operators draw random numbers, also from a user's own generators. It slows all operators.
 
     Attributes:
-      drew: whether anything was drawn.
+      drew: whether a random operator has run.
     """
 
     drew = False
@@ -110,15 +111,16 @@ class Watch(TorchDispatchMode):
 
 
 class RecordDraws(TorchDispatchMode):
-    """While it is active, torch's random operators draw as this file's head says.
+    """While active, makes torch's random operators draw each example's part from a key of its record id.
 
-    The axis of examples is the first that has as many entries as there are examples, or the first axis if it is a
-    multiple (heads or views of an example that follow each other). Where that is a mistake, an example's draws depend
-    on its place: the isolation check and the probe of each epoch see it.
+    The axis of examples is the first axis whose size is the number of examples; else the first axis, if its size is a
+    multiple of it (consecutive heads or views of one example). An operator without such an axis draws equal numbers in
+    every microbatch. If an axis is taken for the axis of examples by mistake, an example's draws depend on its position
+    in the batch; the isolation check and the probe of each epoch detect that.
     """
 
     def __init__(self, key: int, record_ids: Tensor):
-        """Draws for the rows of one microbatch.
+        """Prepare the draws of the rows of one microbatch.
 
         Args:
           key: 64 bits, secret, of the step.
@@ -156,11 +158,11 @@ class RecordDraws(TorchDispatchMode):
 
 
 def _draws(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether a call of an operator draws: attention and dropout are tagged even where they drop nothing."""
+    """Return whether an operator call draws. Attention and dropout are tagged as random even if they drop nothing."""
     if torch.Tag.nondeterministic_seeded not in func.tags:
         return False
     if not any(isinstance(one.type, torch.TensorType) for one in func._schema.returns):
-        return False  # a choice between kernels
+        return False  # it only selects a kernel
     for place, argument in enumerate(func._schema.arguments):
         if argument.name in (*_DROPS, "train", "training"):
             given = args[place] if place < len(args) else kwargs.get(argument.name, argument.default_value)
@@ -170,7 +172,7 @@ def _draws(func: Any, args: Any, kwargs: Any) -> bool:
 
 
 def _refuse_fused(func: Any) -> None:
-    """Refuse dropout that a kernel draws by itself and draws again in its backward pass."""
+    """Raise ModelError for a kernel with built-in dropout, which draws its mask itself and again in backward."""
     if any(argument.name in _DROPS for argument in func._schema.arguments):
         raise ModelError(
             f"Expected dropout whose random numbers can be given to each example; got {func.name()}, a kernel that "
@@ -179,12 +181,12 @@ def _refuse_fused(func: Any) -> None:
 
 
 def _without_generator(value: Any) -> Any:
-    """The argument itself; None, which means the default generator, in place of a user's own."""
+    """Return the argument, or None (torch's default generator) if it is a generator of the user's own."""
     return None if isinstance(value, torch.Generator) else value
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> Any | None:
-    """The argument that an operator writes its result to and returns; None where it returns something new."""
+    """Return the argument that an operator writes its result to and returns; None if it returns a new tensor."""
     returned = func._schema.returns[0].alias_info
     if returned is None or not returned.is_write:
         return None
@@ -196,13 +198,13 @@ def _written(func: Any, args: Any, kwargs: Any) -> Any | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Drawn:
-    """How what an operator draws is divided into examples.
+    """The division of a random operator's output into examples.
 
     Attributes:
-      axis: of the examples.
-      width: how many entries of the axis belong to one.
-      count: the number of examples.
-      ndim: axes of what is drawn.
+      axis: the axis of examples.
+      width: entries of that axis per example.
+      count: number of examples.
+      ndim: number of axes of the output.
     """
 
     axis: int
@@ -212,7 +214,7 @@ class _Drawn:
 
     @classmethod
     def of(cls, func: Any, args: Any, kwargs: Any, count: int) -> "_Drawn | None":
-        """None: there is no axis of examples."""
+        """Find the axis of examples in an operator call; None if there is none."""
         shape = _drawn_shape(args, kwargs)
         candidates = shape[:-1] if func.overloadpacket in _DRAW_ALONG_THE_LAST_AXIS else shape
         if count in candidates:
@@ -222,7 +224,7 @@ class _Drawn:
         return None
 
     def part(self, value: Any, row: int) -> Any:
-        """What of an argument belongs to one example. Axes are counted from the last: what is missing is broadcast."""
+        """Return one example's part of an argument. Axes are aligned from the last one, as in broadcasting."""
         if isinstance(value, Tensor):
             axis = self.axis - self.ndim + value.ndim
             if axis < 0 or value.shape[axis] != self.width * self.count:
@@ -234,7 +236,7 @@ class _Drawn:
 
 
 def _drawn_shape(args: Any, kwargs: Any) -> tuple[int, ...]:
-    """The shape of what is drawn: a list of sizes, or that of all tensors together."""
+    """Return the output's shape: the sizes among the arguments, else the broadcast shape of all tensors."""
     values = [*args, *(value for name, value in kwargs.items() if name != "out")]
     for value in values:
         if _is_sizes(value):
@@ -242,7 +244,7 @@ def _drawn_shape(args: Any, kwargs: Any) -> tuple[int, ...]:
     shapes = [value.shape for value in values if isinstance(value, Tensor)]
     try:
         return tuple(torch.broadcast_shapes(*shapes))
-    except RuntimeError:  # operands of another kind, as of attention
+    except RuntimeError:  # operands that do not broadcast, as those of attention
         return tuple(shapes[0])
 
 
@@ -252,28 +254,29 @@ def _is_sizes(value: Any) -> bool:
 
 @dataclasses.dataclass
 class Drawing:
-    """Makes what a computation draws follow from records, once it was seen to draw, as with dropout.
+    """Makes the random numbers of a computation follow from record ids, once it has been seen to draw any.
 
     Attributes:
-      seen: True from the first draw on. From then on draws are made record by record, which takes time.
-      by_operator: whether the next computation is watched operator by operator, once: slow, and it sees draws from a
-        user's own generators too. Otherwise only the global generators are looked at.
+      seen: whether the computation has been seen to draw. If so, numbers are drawn record by record, which is slower.
+      by_operator: whether the next computation is watched operator by operator. This is slow, is done once, and detects
+        draws from a user's own torch generators too. Otherwise only the global generators are compared.
     """
 
     seen: bool = False
     by_operator: bool = False
 
     def unknown(self) -> Self:
-        """Return one of the same kind that has seen nothing, for a computation in another mode."""
+        """Return a new instance of this class that has seen no draws, for a computation in another mode."""
         return type(self)()
 
     def by_record(self, compute: Callable[[], Tensor], key: int, record_ids: Tensor) -> Tensor:
-        """Compute something whose random numbers follow from records; only inside of `seeded(key)`.
+        """Run a computation with random numbers that follow from record ids. Call it only within `seeded(key)`.
 
         Args:
-          compute: what is computed, for instance losses. It is called again if it is seen to draw for the first time.
+          compute: the computation, for instance of losses. It runs a second time when it first is seen to draw.
           key: of the draws.
           record_ids: int64 `(B,)`, of the rows.
+        Returns: the result of `compute`.
         """
         if not self.seen:
             position, watch = Position(), Watch()
@@ -284,7 +287,7 @@ class Drawing:
                 return computed
             self.seen = True
             reseed(key)
-        # fused attention on a CUDA device draws its dropout by place
+        # fused attention on a CUDA device draws its dropout mask by position
         plain = sdpa_kernel(SDPBackend.MATH) if torch.cuda.is_initialized() else contextlib.nullcontext()
         with plain, RecordDraws(key, record_ids):
             return compute()

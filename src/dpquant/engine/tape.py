@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tape on which a backward pass leaves every example's parameter gradients, and the hooks that put them there.
+"""The tape on which a backward pass records every example's parameter gradients, and the hooks that record them.
 
-Trainable parameters are detached while a tape is in place: no gradient that is not clipped ever exists on the model.
-A parameter without a per-example gradient is an error. Nothing here knows of clipping.
+Trainable parameters are detached while a tape is in place, so the model never holds an unclipped gradient. A trainable
+parameter without a per-example gradient is an error. This module does not clip.
 
 Symbols: B examples, G_i the gradient of example i.
 """
@@ -25,11 +25,12 @@ from dpquant.errors import ModelError
 
 
 class GradientTape:
-    """Collects contributions during a backward pass and adds them up, weighted.
+    """Collects contributions during a backward pass, computes their norms and accumulates their weighted sums.
 
-    forming: weight gradients may be formed at once, where that makes norm and sum faster; else operands are kept.
-    keeping: codes and scales are kept, to be compared with those in another microbatch.
-    clock: measures what norms and sums take, under the name of the module that owns the parameter; None: nothing does.
+    Attributes:
+      anchor: a scalar that requires a gradient; added to outputs and losses, it makes backward reach every layer.
+      listening: False while a module is evaluated again outside the model's forward pass.
+      operands: codes and scales of the current microbatch, if they are kept.
     """
 
     def __init__(
@@ -41,8 +42,18 @@ class GradientTape:
         keeping: bool,
         clock: Clock | None,
     ):
+        """Make an empty tape.
+
+        Args:
+          names: {trainable parameter: its name}.
+          device: of the model.
+          forming: weight gradients may be materialised at once, if that makes norm and sum faster; else their operands
+            are kept.
+          keeping: keep the operands' codes and scales, to compare them with those of another microbatch.
+          clock: times norms and sums under the name of the module that owns the parameter; None = no timing.
+        """
         self.anchor = torch.zeros((), device=device, requires_grad=True)
-        self._names = names  # of the trainable parameters
+        self._names = names
         self._forming, self._keeping, self._clock = forming, keeping, clock
         self._contributions: dict[str, list[Contribution]] = {}
         self._sums: dict[tuple[str, Hashable], WeightedSum[Any]] = {}
@@ -50,18 +61,18 @@ class GradientTape:
         self.listening = True
 
     def rewind(self) -> None:
-        """Forget the last microbatch."""
+        """Discard the contributions of the last microbatch; sums are kept."""
         self._contributions = {name: [] for name in self._names.values()}
         self.operands = []
 
     def owns(self, module: nn.Module) -> bool:
-        """Whether some trainable parameter is the module's own."""
+        """Return whether the module itself, not a child, has a trainable parameter."""
         return any(p in self._names for p in module.parameters(recurse=False))
 
     def record(self, layer: QuantizableLayer, x: Tensor | QTensor, g: Tensor | QTensor, grad: Tensor) -> None:
         if self._keeping:
             self.operands += [operand for operand in (x, g) if isinstance(operand, QTensor)]
-        if layer.weight in self._names:  # spares a frozen layer the operands' copies
+        if layer.weight in self._names:  # else the operands of a frozen layer would be copied for nothing
             recipe = layer.precision.wgrad
             bits = 0 if recipe is None else recipe.gradient.format.significant_bits
             gradient = LazyWeightGradient.of(
@@ -73,12 +84,12 @@ class GradientTape:
             self.add(layer.bias, Materialised(grad.flatten(1) if one_position else grad.flatten(2).sum(2)))
 
     def add(self, parameter: Tensor, contribution: Contribution) -> None:
-        """One more contribution to a parameter's per-example gradients; a frozen parameter needs none."""
+        """Record a contribution to a parameter's per-example gradients. Those of a frozen parameter are ignored."""
         if parameter in self._names:
             self._contributions[self._names[parameter]].append(contribution)
 
     def add_up(self, parts: Mapping[str, Contribution], weights_B: Tensor) -> None:
-        """Add sum_i w_i G_i to the totals."""
+        """Add sum_i w_i G_i of each parameter to its total."""
         for name, part in parts.items():
             with self._timing(name):
                 if (name, part.kind) not in self._sums:
@@ -86,11 +97,11 @@ class GradientTape:
                 self._sums[name, part.kind].add(part, weights_B)
 
     def contributions(self) -> dict[str, Contribution]:
-        """{parameter name: the microbatch's gradients}, without parameters that got none."""
+        """Return {parameter name: gradients of the current microbatch}; parameters that got none are missing."""
         return {name: _one_contribution(found) for name, found in self._contributions.items() if found}
 
     def totals(self, trainable: Mapping[str, nn.Parameter], complete: bool) -> dict[str, Tensor]:
-        """{parameter name: the sum over all microbatches}; where there is none, zero or, if complete, an error."""
+        """Return {parameter name: sum over all microbatches}; without a sum it is zero or, if `complete`, an error."""
         totals: dict[str, Tensor] = {}
         for (name, _), one in self._sums.items():
             totals[name] = one.value() if name not in totals else totals[name] + one.value()
@@ -99,7 +110,7 @@ class GradientTape:
         return {name: totals[name] if name in totals else torch.zeros_like(p) for name, p in trainable.items()}
 
     def squared_norms(self, parts: Mapping[str, Contribution], size: int) -> Tensor:
-        """Each example's squared norm over all parameters, float64 `(B,)`."""
+        """Return each example's squared norm over all parameters, float64 `(B,)`."""
         squared_norms: dict[str, Tensor] = {}
         for name, part in parts.items():
             with self._timing(name):
@@ -112,10 +123,10 @@ class GradientTape:
 
 
 def check_examples_first(squared_norms: Mapping[str, Tensor], size: int) -> None:
-    """Refuse per-example gradients of some parameter that are not of `size` examples.
+    """Check that the per-example gradients of every parameter are of `size` examples.
 
     Raises:
-      ModelError: a module's input had another first axis than the examples.
+      ModelError: the first axis of a module's input is not the axis of examples.
     """
     for name, norms in squared_norms.items():
         if len(norms) != size:
@@ -127,7 +138,7 @@ def check_examples_first(squared_norms: Mapping[str, Tensor], size: int) -> None
 
 
 def _one_contribution(found: list[Contribution]) -> Contribution:
-    """A parameter used once keeps its operands, as do lookups; else one that is shared or reused is formed."""
+    """Merge the contributions to one parameter: one is kept as it is, lookups are joined, others materialised."""
     if len(found) == 1:
         return found[0]
     lookups = [one for one in found if isinstance(one, Lookup)]
@@ -137,7 +148,7 @@ def _one_contribution(found: list[Contribution]) -> Contribution:
 
 
 def no_gradient(name: str) -> ModelError:
-    """The error for a parameter that no module call reached."""
+    """Return the error for a trainable parameter that got no per-example gradient."""
     return ModelError(
         f"Expected every trainable parameter to get a per-example gradient; {name} got none. Its module was "
         "not called, or its output does not reach the loss, or the parameter is used outside its module. "
@@ -154,11 +165,11 @@ def taping(
     keeping: bool = False,
     clock: Clock | None = None,
 ) -> Iterator[GradientTape]:
-    """Detach all parameters and listen to the modules that own any, until the block ends."""
+    """Detach trainable parameters and hook the modules that own them until the block ends; options as of the tape."""
     device = next((p.device for p in trainable.values()), torch.device("cpu"))
     names: dict[Tensor, str] = {p: name for name, p in trainable.items()}
     tape = GradientTape(names, device, forming=forming, keeping=keeping, clock=clock)
-    # ours comes first, so that it sees what the module gave before other hooks change it
+    # prepended, so that it sees the module's output before other hooks change it
     handles = [
         module.register_forward_hook(_listener(tape), prepend=True, with_kwargs=True)
         for module in model.modules()
@@ -176,7 +187,7 @@ def taping(
 
 
 def _listener(tape: GradientTape) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]:
-    """A forward hook that, once the output's gradient is known, records the module's per-example gradients."""
+    """Return a forward hook that records the module's per-example gradients once its output's gradient is known."""
 
     def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         x = args[0] if args else kwargs.get("input")
@@ -197,15 +208,15 @@ def _listener(tape: GradientTape) -> Callable[[nn.Module, tuple[Any, ...], dict[
             )
         plain = (
             output.detach() if has_formula(module) else output.detach().clone()
-        )  # to be compared: may be overwritten
+        )  # compared later: the model may overwrite it
         if not output.requires_grad:
             output = output + tape.anchor
 
         def record(grad: Tensor) -> None:
-            tape.listening = False  # the module may be evaluated again
+            tape.listening = False  # `contributions_of` may call the module again
             own = dict(module.named_parameters(recurse=False))
             for name, contribution in contributions_of(module, args, kwargs, plain, grad).items():
-                if name in own:  # a norm may have no bias
+                if name in own:  # a formula may give a bias that the module lacks
                     tape.add(own[name], contribution)
             tape.listening = True
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The per-example gradients of a layer's weight, from the layer's operands, by the method that is fastest here.
+"""Per-example gradients of a layer's weight in lazy form, with norm and sum by the fastest method on this machine.
 
     G_i = s_i sum_t g_it x_it^T          x_it: the receptive field of output position t
 
-A backend has several methods to the squared norms and to the sum of c_i G_i (`backends/interface.py`). Which one is
-taken is timed, once for every shape, on synthetic operands (`backends/choose.py`). Norm and sum belong to the same
-operands and, where the layer is quantized, to the same codes: there the factor c_i s_i is rounded down to a bfloat16,
-on every backend and by every method, so that a factor times a code is a sum of one or two bfloat16 numbers and a matrix
-product can run on them, exactly.
+A backend has several methods for the squared norms ||G_i||^2 and the sum of c_i G_i (`backends/interface.py`). The
+fastest one is chosen by timing them on synthetic operands, once per shape (`backends/choose.py`). Norm and sum use the
+same operands and, if the layer is quantized, the same codes. For codes, every backend and method rounds the factor
+c_i s_i down to a bfloat16. A factor times a code is then exactly a sum of one or two bfloat16 numbers, on which matrix
+products can run without further rounding of their inputs.
 
 Symbols: B examples, T positions, D patch size, O output channels, G groups, C channels.
 """
@@ -29,7 +29,7 @@ from dpquant.backends.qtensor import Operand, QTensor, code_values
 from dpquant.backends.reference import materialise_by_patches, norms_by_grams
 from dpquant.engine.contributions import Contribution, DenseSum, Materialised, WeightedSum, distances
 
-_HOPELESS = 3  # times the multiplications of the cheapest method: not timed
+_HOPELESS = 3  # a method with more than this times the multiplications of the cheapest one is not timed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +38,8 @@ class KernelCrop:
 
     Attributes:
       shape: of the weight, `(O, C / G, *kernel)` or `(O, C)`.
-      kernel: of the weight.
-      taps: rows and columns of the kernel that the gradients are of.
+      kernel: (height, width) of the full kernel.
+      taps: rows and columns of the kernel that the gradients belong to.
     """
 
     shape: torch.Size
@@ -47,7 +47,7 @@ class KernelCrop:
     taps: tuple[slice, slice]
 
     def full(self, gradients: Tensor) -> Tensor:
-        """`(..., O, C / G, *taps)` -> `(..., *shape)`."""
+        """Return gradients `(..., O, C / G, *taps)` as gradients of the weight, `(..., *shape)`."""
         (top, bottom), (left, right) = (
             (taps.start, size - taps.stop) for taps, size in zip(self.taps, self.kernel, strict=True)
         )
@@ -57,14 +57,14 @@ class KernelCrop:
 
 @dataclasses.dataclass(kw_only=True)
 class MaterialisedWeightGradient(Materialised):
-    """Weight gradients that a norm kernel has materialised, of values or of codes without their scales.
+    """Weight gradients that a norm kernel has materialised: products of values, or of codes without their scales.
 
     Attributes:
-      gradients: `(B, O, C / G, *taps)`, or `(B, O, D)` in patch order where `patches` is given.
-      squares_B: their squared norms, without scales.
-      scale_B: of the codes; None: values.
-      patches: the geometry whose patch order it is; None: weight order.
-      crop: where they belong in the weight.
+      gradients: `(B, O, C / G, *taps)`, or `(B, O, D)` in patch order if `patches` is given.
+      squares_B: squared norms of `gradients`, float64 `(B,)`.
+      scale_B: each example's scale of the products of codes, `(B,)`; None: products of values.
+      patches: the geometry that defines the patch order; None: weight order.
+      crop: the part of the weight that the gradients belong to.
     """
 
     squares_B: Tensor
@@ -104,14 +104,14 @@ def _in_weight(gradients: Tensor, patches: Geometry | None, crop: KernelCrop) ->
 
 @dataclasses.dataclass(kw_only=True)
 class LazyWeightGradient:
-    """Weight gradients as their operands, never materialised unless somebody asks for them.
+    """Weight gradients in lazy form: stored as their operands, and materialised only on request.
 
     Attributes:
       operands: x and g.
-      crop: where the gradients belong in the weight.
-      backend: whose methods can be taken.
-      method: that was chosen, once `evaluated`; None before.
-      squares_B: the squared norms without scales, once evaluated.
+      crop: the part of the weight that the gradients belong to.
+      backend: supplies the methods for norm and sum.
+      method: the method by which the norms were computed; None before `evaluated` or `by`.
+      squares_B: squared norms without scales, float64 `(B,)`; None before `evaluated` or `by`.
     """
 
     operands: Operands
@@ -124,22 +124,22 @@ class LazyWeightGradient:
     def of(
         cls, x: Operand, g: Operand, geometry: Geometry, shape: torch.Size, *, backend: Backend, significant_bits: int
     ) -> "LazyWeightGradient":
-        """Take a layer's operands.
+        """Make the weight gradients of one call of a layer. If only one of x and g is codes, both are used as values.
 
         Args:
-          x: the layer's input.
-          g: the gradient of its output; codes that meet values, or the other way round, count as values.
-          geometry: the layer's.
-          shape: its weight's.
-          backend: its backend.
-          significant_bits: of g's codes, if it has any.
+          x: input of the layer.
+          g: gradient of its output.
+          geometry: of the layer.
+          shape: of its weight.
+          backend: of the layer.
+          significant_bits: of g's codes; not used for values.
         """
         bf16_terms = 0
         if isinstance(x, QTensor) and isinstance(g, QTensor):
-            # eight bits of the factor and one of the code are eight; and eight and up to seven fit in two eights
+            # a bfloat16 has 8 significant bits: factor (8 bits) times code (1 bit) fits in one, times 7 bits in two
             bf16_terms = 1 if significant_bits == 1 else 2
         else:
-            # detached: the graph holds the tape, so that a tape that held the graph would never be freed
+            # detached: the autograd graph refers to the tape, so a tape that refers to the graph is never freed
             x, g = (code_values(t).detach().contiguous(memory_format=torch.channels_last) for t in (x, g))
         height, width = shape_of(x)[2:]
         cropped, taps = geometry.cropped((height, width))
@@ -147,21 +147,21 @@ class LazyWeightGradient:
         return cls(operands=operands, crop=KernelCrop(shape, geometry.kernel, taps), backend=backend)
 
     def methods(self) -> dict[str, Method]:
-        """The methods that can be taken here and are not clearly slower than another, by name."""
+        """Return {name: method} of the methods that support the operands and are not clearly slower than another."""
         methods = self.backend.methods(self.operands)
         least = min((method.cost for method in methods if method.cost is not None), default=0.0)
         return {one.name: one for one in methods if one.cost is None or one.cost <= _HOPELESS * least}
 
     def evaluated(self) -> "LazyWeightGradient | MaterialisedWeightGradient":
-        """Compute the norms by the method whose norms and sum take the least time here."""
+        """Compute the norms by the method whose norms and sum together take the least time on this machine."""
         methods, operands = self.methods(), self.operands
         shapes = (*operands.shapes, operands.bf16_terms)
         key = ("per-example weight gradients", operands.geometry, shapes, tuple(methods), torch.get_num_threads())
-        ways = {name: partial(self._try, method) for name, method in methods.items()}
-        return self.by(methods[fastest(key, ways)])
+        trials = {name: partial(self._try, method) for name, method in methods.items()}
+        return self.by(methods[fastest(key, trials)])
 
     def by(self, method: Method) -> "LazyWeightGradient | MaterialisedWeightGradient":
-        """Compute the norms by a method."""
+        """Compute the norms by a method. The result is materialised if the method materialises gradients."""
         norms = method.norms(self.operands)
         if norms.gradients is not None:
             return self._materialised(norms.gradients, norms)
@@ -177,7 +177,7 @@ class LazyWeightGradient:
         )
 
     def _try(self, method: Method) -> None:
-        """Do all that a method is asked for, on synthetic operands of these shapes."""
+        """Compute norms and sum by a method on synthetic operands of these shapes, to be timed."""
         synthetic = dataclasses.replace(self, operands=self.operands.synthetic(), squares_B=None)
         part = synthetic.by(method)
         part.squared_norms()
@@ -199,7 +199,7 @@ class LazyWeightGradient:
         return self._materialised(norms.gradients, norms).per_example()
 
     def inner_products(self, other: Contribution) -> Tensor:
-        """With other operands: by what their positions share, or by forming both, whichever multiplies less."""
+        """Contract Gram matrices between the positions of both, or materialise both, whichever multiplies less."""
         if not isinstance(other, LazyWeightGradient):
             return (self.per_example() * other.per_example()).flatten(1).sum(1)
         (x_BGTD, g_BGTO), (x2_BGTD, g2_BGTO) = (
@@ -218,7 +218,7 @@ class LazyWeightGradient:
         return products_B
 
     def squared_distances(self, other: Contribution) -> Tensor:
-        """With other operands: by what all positions of both share, or by forming the difference, in float64."""
+        """Compute in float64, by Gram matrices over the positions of both or by materialising the difference."""
         if not isinstance(other, LazyWeightGradient):
             return distances(self, other)
         x, g = [], []
@@ -232,10 +232,10 @@ class LazyWeightGradient:
             squares = (x_BGTD @ x_BGTD.transpose(2, 3)) * (g_BGTO @ g_BGTO.transpose(2, 3))
         else:
             squares = (g_BGTO.transpose(2, 3) @ x_BGTD).square()
-        return squares.sum((1, 2, 3)).clamp(min=0)  # round-off
+        return squares.sum((1, 2, 3)).clamp(min=0)  # round-off may make it negative
 
     def begin_sum(self) -> "WeightSum":
-        method = self.method or self.backend.methods(self.operands)[-1]  # nothing was timed
+        method = self.method or self.backend.methods(self.operands)[-1]  # not evaluated: no method was timed
         return WeightSum(method.sum(self.operands), self.crop)
 
     def take(self, rows: Tensor) -> "LazyWeightGradient":
@@ -244,7 +244,7 @@ class LazyWeightGradient:
 
 
 class WeightSum:
-    """The weighted sum of lazy weight gradients, by a backend's accumulator."""
+    """Accumulates the weighted sum of lazy weight gradients by a backend's accumulator."""
 
     def __init__(self, accumulator: Accumulator, crop: KernelCrop):
         self._accumulator, self._crop = accumulator, crop
@@ -257,7 +257,7 @@ class WeightSum:
 
 
 def scaled_weights(weights_B: Tensor, scale_B: Tensor | None) -> Tensor:
-    """The factors of codes: w_i s_i, rounded towards zero to a bfloat16; without scales, w_i itself."""
+    """Return the factors of products of codes, w_i s_i rounded towards zero to bfloat16; without scales, w_i."""
     if scale_B is None:
         return weights_B
     return ((weights_B * scale_B).view(torch.int32) & -(2**16)).view(torch.float32)
