@@ -156,12 +156,12 @@ class Memory:
             timed=lambda ways: {name: 1 / int(name) for name in ways},
             memory_mib=lambda: (0.0, self.peak * 1024),
             reset_peak=lambda: ((self.held if resets else self.held / 2) * 1024, resets),
-            clipped_sum=self.take,
-            impact_sum=self.take,
+            clipped_sum=lambda *_, microbatch_size, **__: self.take(microbatch_size),
+            impact_sum=lambda _, pieces, **__: self.take(*(len(piece.record_ids) for piece in pieces)),
         )
 
-    def take(self, *_, microbatch_size, **__):
-        self.peak = max(self.peak, self.held + microbatch_size / 100)
+    def take(self, num_examples):
+        self.peak = max(self.peak, self.held + num_examples / 100)
 
 
 def fastest(by, memory):
@@ -216,9 +216,9 @@ def test_an_analysis_is_tried_as_it_will_run(score):
     dpquant.set_policy(model, ["2"])
     tried = []
 
-    def watched(*arguments, **keywords):
-        tried.append((len(keywords["record_ids"]), keywords["microbatch_size"], keywords["score"]))
-        return impact_sum(*arguments, **keywords)
+    def watched(objective, pieces, *, score, **keywords):
+        tried.extend((piece.num_examples, len(piece.record_ids), score) for piece in pieces)
+        return impact_sum(objective, pieces, score=score, **keywords)
 
     before = torch.random.get_rng_state()
     by = Instruments(impact_sum=watched)
