@@ -156,12 +156,12 @@ class Memory:
             timed=lambda ways: {name: 1 / int(name) for name in ways},
             memory_mib=lambda: (0.0, self.peak * 1024),
             reset_peak=lambda: ((self.held if resets else self.held / 2) * 1024, resets),
-            clipped_sum=lambda *_, microbatch_size, **__: self.take(microbatch_size),
-            impact_sum=lambda _, pieces, **__: self.take(*(len(piece.record_ids) for piece in pieces)),
+            clipped_sum=self.take,
+            impact_sum=lambda objective, pieces, **_: self.take(microbatch_size=len(pieces[0].record_ids)),
         )
 
-    def take(self, num_examples):
-        self.peak = max(self.peak, self.held + num_examples / 100)
+    def take(self, *_, microbatch_size, **__):
+        self.peak = max(self.peak, self.held + microbatch_size / 100)
 
 
 def fastest(by, memory):
@@ -216,14 +216,14 @@ def test_an_analysis_is_tried_as_it_will_run(score):
     dpquant.set_policy(model, ["2"])
     tried = []
 
-    def watched(objective, pieces, *, score, **keywords):
-        tried.extend((piece.num_examples, len(piece.record_ids), score) for piece in pieces)
-        return impact_sum(objective, pieces, score=score, **keywords)
+    def watched(objective, pieces, **keywords):
+        tried.append(([piece.num_examples for piece in pieces], keywords["score"]))
+        return impact_sum(objective, pieces, **keywords)
 
     before = torch.random.get_rng_state()
     by = Instruments(impact_sum=watched)
     assert tuning.largest_analysis_size(model, loss, batch, ["2"], score=score, memory=99.0, by=by) == 64
-    assert tried == [(size, size, score) for size in (4, 8, 16, 32, 64)]
+    assert tried == [([size], score) for size in (4, 8, 16, 32, 64)]
     assert tuple(current_precisions(model)) == ("2",) and torch.equal(torch.random.get_rng_state(), before)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 

@@ -19,7 +19,7 @@ from dpquant.backends.interface import Backend
 from dpquant.backends.registry import reason_for
 from dpquant.engine.batches import leaves
 from dpquant.engine.layers import QuantizableLayer, quantizable_layers, set_policy, set_precisions
-from dpquant.engine.passes import Objective, PerExampleLoss
+from dpquant.engine.passes import Objective
 from dpquant.errors import SettingError
 from dpquant.formats import FULL_PRECISION, Precision
 from dpquant.privacy.plan import PrivacyPlan
@@ -142,7 +142,7 @@ def choose_execution(
     """
     model, loss_fn = objective.model, objective.loss_fn
     chosen, rest, memory = request.chosen, request.rest, request.memory
-    facts = _facts(model, synthetic, chosen, rest, plan)
+    facts = _facts(model, synthetic, request, plan)
     first = policy.choose(macs, None, epoch=0, key=0)
     precisions = {name: chosen if name in first else rest for name in macs}
     set_precisions(model, precisions)  # refuses what the backend cannot run
@@ -178,7 +178,7 @@ def choose_execution(
     if policy.quantizes and request.backend == "auto" and runs_on == "int8":
         gains = decided(
             ("gains of layers", facts, size),
-            partial(_gains, model, loss_fn, synthetic, size, plan.expected_batch_size),
+            partial(_gains, objective, synthetic, size, plan.expected_batch_size, by),
             valid=lambda gains: isinstance(gains, dict) and gains.keys() <= macs.keys(),
         )
     return Execution(
@@ -213,16 +213,21 @@ def backend_reason(
 
 
 def _gains(
-    model: nn.Module, loss_fn: PerExampleLoss, synthetic: Any, microbatch_size: int, expected_batch_size: float
+    objective: Objective, synthetic: Any, microbatch_size: int, expected_batch_size: float, by: Instruments
 ) -> dict[str, float]:
     """Return {layer: time in full precision over time quantized}."""
     times = layer_times(
-        model, loss_fn, synthetic, microbatch_size=microbatch_size, expected_batch_size=expected_batch_size
+        objective.model,
+        objective.loss_fn,
+        synthetic,
+        microbatch_size=microbatch_size,
+        expected_batch_size=expected_batch_size,
+        by=by,
     )
     return {name: seconds.gain for name, seconds in times.items()}
 
 
-def _facts(model: nn.Module, synthetic: Any, chosen: Precision, rest: Precision, plan: PrivacyPlan) -> str:
+def _facts(model: nn.Module, synthetic: Any, request: ExecutionRequest, plan: PrivacyPlan) -> str:
     """Return a digest of the facts on which times depend: modules, shapes, formats, batch, device, threads."""
     layers = quantizable_layers(model).values()
     return _digest(
@@ -230,7 +235,7 @@ def _facts(model: nn.Module, synthetic: Any, chosen: Precision, rest: Precision,
         *(f"{name}: {tuple(p.shape)} {p.requires_grad}" for name, p in model.named_parameters()),
         *(f"{layer.geometry} {layer.backend.name} {layer.weight.device}" for layer in layers),
         *(f"{leaf.dtype} {tuple(leaf.shape[1:])}" for _, leaf in leaves(synthetic)),
-        *(chosen.name, rest.name, plan.expected_batch_size, torch.get_num_threads()),
+        *(request.chosen.name, request.rest.name, plan.expected_batch_size, torch.get_num_threads()),
     )
 
 
