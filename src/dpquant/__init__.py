@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Differentially private training with dynamic quantization (DPQuant). Names are looked up when they are first used."""
+"""Differentially private training with dynamic quantization (DPQuant).
+
+A public name imports its module when it is first used, so that `import dpquant` loads no torch.
+"""
 
 import importlib
 from typing import TYPE_CHECKING
@@ -20,9 +23,12 @@ if TYPE_CHECKING:
         ModelError,
         SettingError,
     )
-    from dpquant.formats import Recipe
+    from dpquant.formats import Precision, Recipe
     from dpquant.privacy.events import Event
+    from dpquant.privacy.ledger import Ledger
     from dpquant.privacy.plan import AnalysisPlan, PrivacyPlan
+    from dpquant.runs.record import RunRecord
+    from dpquant.runs.sinks import Sink
     from dpquant.training.policies import (
         AllPolicy,
         DPQuantPolicy,
@@ -46,16 +52,20 @@ _HOMES = {
     "DivergedError": "errors",
     "Event": "privacy.events",
     "FormatError": "errors",
+    "Ledger": "privacy.ledger",
     "LedgerError": "errors",
     "ModelError": "errors",
     "NonePolicy": "training.policies",
+    "Precision": "formats",
     "PrioritisePolicy": "training.policies",
     "PrivacyPlan": "privacy.plan",
     "PrivateTraining": "training.private",
     "QTensor": "backends.qtensor",
     "Recipe": "formats",
     "RotatePolicy": "training.policies",
+    "RunRecord": "runs.record",
     "SettingError": "errors",
+    "Sink": "runs.sinks",
     "StaticPolicy": "training.policies",
     "clipped_sum": "engine.clip",
     "fix": "engine.convert",
@@ -77,16 +87,20 @@ __all__ = [
     "DivergedError",
     "Event",
     "FormatError",
+    "Ledger",
     "LedgerError",
     "ModelError",
     "NonePolicy",
+    "Precision",
     "PrioritisePolicy",
     "PrivacyPlan",
     "PrivateTraining",
     "QTensor",
     "Recipe",
     "RotatePolicy",
+    "RunRecord",
     "SettingError",
+    "Sink",
     "StaticPolicy",
     "clipped_sum",
     "fix",

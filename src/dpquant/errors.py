@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What dpquant raises. Every class is a DPQuantError and also the builtin that a caller would expect.
+"""Exceptions of dpquant. Each class is a DPQuantError and also the builtin exception that a caller would expect.
 
     DPQuantError
     ├── SettingError   (ValueError)    a setting is out of range, or settings contradict each other
     ├── FormatError    (ValueError)    a number format or recipe is unknown or cannot run on this backend
     ├── ModelError     (ValueError)    the model cannot be trained privately
     ├── DataError      (ValueError)    a data set is missing, empty or unreadable
-    ├── BudgetError    (RuntimeError)  the planned privacy budget is spent, or cannot be met
+    ├── BudgetError    (RuntimeError)  the planned privacy budget is spent
     ├── DivergedError  (RuntimeError)  a run's parameters did not stay finite
-    └── LedgerError    (RuntimeError)  the ledger cannot be written or does not agree with itself
+    └── LedgerError    (RuntimeError)  the ledger cannot be read or written, or its lines do not match their hashes
 
 Messages follow one form: `Expected <name> <rule>; got <name>=<value>. <Why it matters>. <What to do>.`
-They name shapes, dtypes, module paths and settings, never data, nor the realised size of a Poisson batch.
+They name shapes, dtypes, module paths and settings. They never contain data or the realised size of a Poisson batch.
 """
 
 
 class DPQuantError(Exception):
-    """The root of everything that dpquant raises on purpose."""
+    """Base class of every exception that dpquant raises on purpose."""
 
 
 class SettingError(DPQuantError, ValueError):
@@ -36,12 +36,12 @@ class DataError(DPQuantError, ValueError):
 
 
 class BudgetError(DPQuantError, RuntimeError):
-    """The planned privacy budget is spent."""
+    """The planned privacy budget is spent, or an epoch takes no step and so can never spend it."""
 
 
 class DivergedError(DPQuantError, RuntimeError):
-    """A run's parameters did not stay finite. What was charged until then stays charged."""
+    """A run's parameters are no longer finite. What was charged until then stays charged."""
 
 
 class LedgerError(DPQuantError, RuntimeError):
-    """The ledger cannot be written, or does not agree with itself."""
+    """The ledger cannot be read or written, or its lines do not match their hashes."""

@@ -4,13 +4,19 @@ import torch
 from torch import nn
 
 import dpquant
+from dpquant.backends.registry import reason_for
 from dpquant.engine.layers import current_precisions
 from dpquant.engine.passes import Objective
 from dpquant.errors import FormatError, SettingError
 from dpquant.formats import FULL_PRECISION, precision
-from dpquant.training import execution as execution_module
-from dpquant.training.execution import Execution, ExecutionRequest, choose_execution, layers_to_exclude
-from dpquant.training.tuning import ANALYSIS_MICROBATCH
+from dpquant.training.execution import (
+    Execution,
+    ExecutionRequest,
+    backend_reason,
+    choose_execution,
+    layers_to_exclude,
+)
+from dpquant.training.tuning import ANALYSIS_MICROBATCH, HERE, Instruments
 from networks import loss
 
 FOUR = dict.fromkeys("abcd", 1.0)
@@ -33,9 +39,9 @@ def decided(
     rest="full",
     backend="simulate",
     prepared=None,
-    microbatch_size=8,
     analysis=None,
     memory=None,
+    by=HERE,
 ):
     torch.manual_seed(0)
     model = dpquant.prepare(
@@ -51,9 +57,10 @@ def decided(
             chosen=precision(format),
             rest=precision(rest),
             backend=backend,
-            microbatch_size=None if memory else microbatch_size,
+            microbatch_size=None if memory else 8,
             memory=memory,
         ),
+        by=by,
     )
     assert current_precisions(model) == {}
     return execution
@@ -97,14 +104,28 @@ def test_it_says_what_runs_how_and_why():
     assert str(slow).endswith("never quantized, as that takes longer: a (2.0 times)")
 
 
-def test_the_reason_is_that_of_every_precision_in_use(monkeypatch):
-    policy, codes = dpquant.StaticPolicy(names=("2",)), "the recipe's codes are not int8"
-    assert decided(policy, backend="auto", prepared="simulate", format="fp8").reason == codes
-    assert decided(policy, backend="auto", prepared="simulate", rest="fp8").reason == codes
+CODES = "the recipe's codes are not int8"
+
+
+def assert_the_reason_is_that_of_every_precision_in_use(reason_for):
+    layer, policy = dpquant.prepare(nn.Linear(16, 8), backend="simulate"), dpquant.StaticPolicy(names=("2",))
+    for chosen, rest in (("fp8", "full"), ("luq-fp4", "fp8")):
+        request = ExecutionRequest(chosen=precision(chosen), rest=precision(rest))
+        assert backend_reason(layer, policy, request, reason_for=reason_for) == CODES
+
+
+def test_the_reason_is_that_of_every_precision_in_use():
+    assert_the_reason_is_that_of_every_precision_in_use(reason_for)
+    policy = dpquant.StaticPolicy(names=("2",))
+    assert decided(policy, backend="auto", prepared="simulate", rest="fp8").reason == CODES
     assert decided(dpquant.NonePolicy(), backend="auto", prepared="simulate", format="fp8").reason == ""
-    honest = execution_module.reason_for  # one that looks at the chosen layers alone would be seen
-    monkeypatch.setattr(execution_module, "reason_for", lambda backend, used, device: honest(backend, used[:1], device))
-    assert decided(policy, backend="auto", prepared="simulate", rest="fp8").reason != codes
+
+
+def test_a_reason_that_looks_at_the_chosen_layers_alone_would_be_seen():
+    with pytest.raises(AssertionError):
+        assert_the_reason_is_that_of_every_precision_in_use(
+            lambda backend, used, device: reason_for(backend, used[:1], device)
+        )
 
 
 def test_only_auto_measures_gains():
@@ -113,21 +134,35 @@ def test_only_auto_measures_gains():
     assert auto.gains.keys() == ({"1", "2"} if auto.backend == "int8" else set())
 
 
-def test_microbatches_of_analyses_are_measured_where_memory_is_bounded_and_there_are_any(monkeypatch):
-    asked = []
+class Analyses:
+    """Keeps which analyses were tried; each of their examples takes 10 MB more."""
 
-    def largest(model, loss_fn, synthetic, names, *, score, memory):
-        asked.append((names, score, memory))
-        return 16
+    def __init__(self):
+        self.tried = []
+        self.peak = 0.0
+        self.by = Instruments(
+            timed=lambda works: dict.fromkeys(works, 1.0),
+            memory_mib=lambda: (0.0, self.peak * 1024),
+            reset_peak=lambda: (0.0, True),
+            clipped_sum=lambda *_, **__: None,
+            impact_sum=self.take,
+        )
 
-    monkeypatch.setattr(execution_module, "largest_analysis_size", largest)
-    by_impact = dpquant.DPQuantPolicy(fraction=0.5)
-    bounded = decided(by_impact, analysis=ANALYSIS, memory=1e3)
-    assert bounded.analysis_microbatch_size == 16 and asked == [(["1"], ANALYSIS.score, 1e3)]
+    def take(self, objective, pieces, *, names, score, **_):
+        self.tried.append((names, score))
+        self.peak = sum(piece.num_examples for piece in pieces) / 100
+
+
+def test_microbatches_of_analyses_are_measured_where_memory_is_bounded_and_there_are_any():
+    by_impact, analyses = dpquant.DPQuantPolicy(fraction=0.5), Analyses()
+    bounded = decided(by_impact, analysis=ANALYSIS, memory=0.25, by=analyses.by)
+    assert bounded.analysis_microbatch_size == 16
+    assert analyses.tried == [(["1"], ANALYSIS.score)] * 3  # of 4, 8 and 16 examples
     for policy, analysis, memory in (
         (by_impact, ANALYSIS, None),
-        (by_impact, None, 1e3),
-        (dpquant.RotatePolicy(fraction=0.5), ANALYSIS, 1e3),
+        (by_impact, None, 0.25),
+        (dpquant.RotatePolicy(fraction=0.5), ANALYSIS, 0.25),
     ):
-        assert decided(policy, analysis=analysis, memory=memory).analysis_microbatch_size == ANALYSIS_MICROBATCH
-    assert len(asked) == 1
+        untried = Analyses()
+        execution = decided(policy, analysis=analysis, memory=memory, by=untried.by)
+        assert execution.analysis_microbatch_size == ANALYSIS_MICROBATCH and untried.tried == []

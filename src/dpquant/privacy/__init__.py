@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Secrets, chance, and the budget. Knows no model."""
+"""Secret keys, sampling, noise and the privacy budget. Imports nothing that knows a model."""

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Events in, epsilon out; and back: the noise that meets an epsilon. The only file that knows dp_accounting.
+"""Privacy accounting: epsilon of given events, and calibration of the noise to a given epsilon.
 
-An event is `count` releases of a Poisson-subsampled Gaussian mechanism. Adjacency: one record is added or removed.
-Epsilon depends on what was released and not on how it was grouped or ordered, so equal releases are merged and counted
-before they are composed (composing step by step is hundreds of times slower, and no different).
+This is the only file that imports dp_accounting. An event is `count` releases of a Poisson-subsampled Gaussian
+mechanism. Neighbouring data sets differ by one record, added or removed. Epsilon does not depend on how releases are
+grouped or ordered, so equal releases are merged and counted before they are composed. Composing step by step gives the
+same epsilon and takes hundreds of times longer.
 
-Two accountants, both of them upper bounds:
-    pld  privacy loss distributions on a grid of 1e-3, rounded to the pessimistic side: what we claim
-    rdp  Renyi differential privacy: a check by other mathematics, usually a tenth above
-Where a release loses far less than the grid's 1e-3, rounding adds up: at q = 0.02, sigma = 50 and 10,000 steps `pld`
-says 0.18 and `rdp` 0.15. Both are true. Nothing here reads data or decides what to release.
+Two accountants, both of which give upper bounds:
+    pld  privacy loss distributions on a grid of 1e-3, rounded to the pessimistic side: the epsilon that is claimed
+    rdp  Renyi differential privacy: a check by independent mathematics, usually a tenth above
+Where one release loses far less than the grid's 1e-3, the rounding adds up: at q = 0.02, sigma = 50 and 10,000 steps
+`pld` gives 0.18 and `rdp` 0.15. Both are valid. Nothing here reads data or decides what to release.
 
-A coarser grid says a little more and takes a fraction of the time. Calibration goes most of its way on one; what it
-returns has been measured on the grid of 1e-3.
+A coarser grid gives a slightly larger epsilon in a fraction of the time. Calibration starts on a coarse grid; its
+result is always evaluated on the grid of 1e-3.
 
 Symbols: q sample rate, sigma noise multiplier (noise over sensitivity). Sources: Abadi et al., arXiv 1607.00133;
 Mironov et al., arXiv 1908.10530; Doroshenko et al., arXiv 2207.04380 (connect the dots).
@@ -36,14 +37,14 @@ from dpquant.privacy.events import Event
 
 GRID = 1e-3
 SMALLEST_DELTA = (
-    1e-12  # below it the mass that the PLD accountant cuts off (1e-15 a composition) is no longer negligible
+    1e-12  # below it the mass that the PLD accountant truncates (1e-15 a composition) is no longer negligible
 )
 SMALLEST_NOISE, _LARGEST_NOISE = 0.1, 2.0**30  # noise multipliers between which calibration searches
-_COARSE, _FINE = 1e-2, 1e-5  # by which a calibrated epsilon may lie below its target, relative to it
-_FIRST_GUESS, _USUAL_SLOPE = 1.0, -1.5  # a noise multiplier, and d log epsilon / d log sigma about there
-_LARGEST_STEP = math.log(8)  # in log sigma: far from the target a slope says little
-_SECANTS = 8  # tried before the bracket is halved
-_SAME_NOISE = 1e-9  # relative; it ends a search where epsilon jumps over its target
+_COARSE, _FINE = 1e-2, 1e-5  # relative tolerance: a calibrated epsilon may be this much below its target
+_FIRST_GUESS, _USUAL_SLOPE = 1.0, -1.5  # a noise multiplier, and a rough d log epsilon / d log sigma near it
+_LARGEST_STEP = math.log(8)  # in log sigma; far from the target the local slope is a poor guide
+_SECANTS = 8  # secant steps before the search bisects
+_SAME_NOISE = 1e-9  # relative width of the bracket that ends a search where epsilon jumps over its target
 
 _Release = tuple[float, float, int]  # q, sigma, count
 _Accountant = Literal["pld", "rdp"]
@@ -57,15 +58,15 @@ class _Solution(NamedTuple):
 
 
 def epsilon(events: Iterable[Event], delta: float, accountant: _Accountant = "pld") -> float:
-    """The epsilon at which all events together are (epsilon, delta)-differentially private.
+    """Return the epsilon at which all events together are (epsilon, delta)-differentially private.
 
-    No event costs 0; a release without noise costs infinity. Grouping and order make no difference.
+    Without events epsilon is 0; with a release without noise it is infinite. Grouping and order make no difference.
 
     Args:
       events: everything that was released from one data set.
-      delta: in [1e-12, 1).
-      accountant: `pld` (what is claimed) or `rdp` (a check).
-    Returns: an upper bound, >= 0; add or remove one record.
+      delta: of the (epsilon, delta) guarantee, in [1e-12, 1).
+      accountant: `pld`, whose epsilon is claimed, or `rdp`, a check.
+    Returns: an upper bound, >= 0, for data sets that differ by one record, added or removed.
     Raises:
       SettingError: delta out of range, or an unknown accountant.
     Privacy: post-processing.
@@ -88,13 +89,14 @@ def calibrate(target: float, delta: float, *, sample_rate: float, steps: int, fi
 
     Args:
       target: epsilon, > 0.
-      delta: in [1e-12, 1).
+      delta: of the (epsilon, delta) guarantee, in [1e-12, 1).
       sample_rate: of the training steps, in (0, 1].
-      steps: how many, >= 1.
-      fixed: what else is released from the same data: the analyses.
-    Returns: sigma >= 0.1 with target * (1 - 1e-5) <= epsilon(...) <= target by `pld`; epsilon may be less at 0.1.
+      steps: number of training steps, >= 1.
+      fixed: all other releases from the same data: the analyses.
+    Returns: sigma >= 0.1 with target * (1 - 1e-5) <= epsilon(...) <= target by `pld`. At sigma = 0.1 epsilon may be
+      less.
     Raises:
-      SettingError: the fixed events alone cost the target, or leave too little of it.
+      SettingError: the fixed events alone cost the target or more, or leave too little of it.
     Privacy: post-processing.
     """
     fixed = tuple(fixed)
@@ -108,12 +110,12 @@ def calibrate(target: float, delta: float, *, sample_rate: float, steps: int, fi
 
 
 def version() -> str:
-    """The accountant's name and version, for statements."""
+    """Return the accountant's name and version, for statements."""
     return f"dp_accounting {importlib.metadata.version('dp-accounting')}"
 
 
 def _merged(events: Iterable[Event]) -> tuple[_Release, ...]:
-    """Equal releases counted together, in an order that does not depend on history."""
+    """Return equal releases counted together, sorted, so that their order does not depend on the history of a run."""
     counts: Counter[tuple[float, float]] = Counter()
     for event in events:
         counts[float(event.sample_rate), float(event.noise_multiplier)] += event.count
@@ -141,7 +143,7 @@ def _calibrate(target: float, delta: float, sample_rate: float, steps: int, fixe
 
     guess = _Solution(_FIRST_GUESS, _USUAL_SLOPE)
     coarse_grid = GRID * max(1.0, target)  # a thousandth of the target
-    # where the fixed events take nearly all of it, no noise may meet the target on the coarse grid
+    # where the fixed events cost nearly the whole target, no noise meets it on the coarse grid: keep the first guess
     guess = _least_noise(functools.partial(cost, grid=coarse_grid), target, _COARSE, guess) or guess
     found = _least_noise(functools.partial(cost, grid=GRID), target, _FINE, guess)
     if found is None:
@@ -153,19 +155,19 @@ def _calibrate(target: float, delta: float, sample_rate: float, steps: int, fixe
 
 
 def _least_noise(cost: Callable[[float], float], target: float, tolerance: float, guess: _Solution) -> _Solution | None:
-    """Return the smallest sigma whose cost is at most the target, by secants in log sigma and log epsilon.
+    """Return the smallest sigma whose cost is at most the target, by the secant method in log sigma and log epsilon.
 
-    In logarithms epsilon is nearly a straight line, so that a few calls of the accountant are enough.
+    The logarithm of epsilon is nearly linear in the logarithm of sigma, so a few calls of the accountant are enough.
 
     Args:
-      cost: epsilon of sigma; it falls.
+      cost: epsilon as a function of sigma, decreasing.
       target: epsilon, > 0.
-      tolerance: by which the cost may lie below the target, relative to it.
-      guess: where to begin, and with which slope.
-    Returns: None where not even the largest sigma meets the target.
+      tolerance: relative amount by which the cost may be below the target.
+      guess: the first sigma, and the slope there.
+    Returns: a solution; None where not even the largest sigma meets the target.
     """
     aim = math.log(target * (1 - tolerance / 2))
-    low, high = 0.0, math.inf  # the largest sigma so far that costs too much, the smallest that does not
+    low, high = 0.0, math.inf  # bracket: the largest sigma known to cost too much, the smallest known not to
     (sigma, slope), before = guess, None
     for number in itertools.count():
         spent = cost(sigma)
@@ -186,7 +188,7 @@ def _least_noise(cost: Callable[[float], float], target: float, tolerance: float
         step = min(max((aim - here[1]) / slope, -_LARGEST_STEP), _LARGEST_STEP)
         sigma = min(max(sigma * math.exp(step), SMALLEST_NOISE), _LARGEST_NOISE)
         if not low < sigma < high or (number >= _SECANTS and low > 0 and high < math.inf):
-            sigma = math.sqrt(low * high)  # where epsilon jumps, secants close in from one side and for ever
+            sigma = math.sqrt(low * high)  # bisect: where epsilon jumps, secants approach from one side without end
 
 
 def _composed(releases: Iterable[_Release]) -> dp_accounting.DpEvent:
@@ -202,10 +204,11 @@ def _composed(releases: Iterable[_Release]) -> dp_accounting.DpEvent:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without two words about what does no harm.
+    """Suppress two harmless warnings of dp_accounting within the block.
 
-    An RDP order that does not converge is left out, and epsilon stays an upper bound. Beyond epsilon = 700 the PLD
-    accountant divides by a mass near exp(-700), and the infinity that it may then return is one too.
+    An RDP order that does not converge is left out by the accountant, and epsilon remains an upper bound. Beyond
+    epsilon = 700 the PLD accountant divides by a mass near exp(-700); if it then returns infinity, that is an upper
+    bound too.
     """
 
     def keep(record: logging.LogRecord) -> bool:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is charged: releases of a sampled Gaussian mechanism. The plan plans them, the ledger keeps them, and the
-accountant composes them.
+"""Events: releases of a Poisson-subsampled Gaussian mechanism.
 
-Neighbouring data sets differ by one record that is added or removed.
+The plan lists events in advance, the ledger records them, and the accountant composes them. Neighbouring data sets
+differ by one record, added or removed.
 """
 
 import dataclasses
@@ -17,14 +17,14 @@ Kind = Literal["train", "analysis"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Event:
-    """`count` releases of one mechanism: Poisson sampling, clipped sum, Gaussian noise.
+    """A number of equal releases of one mechanism: Poisson sampling, clipped sum, Gaussian noise.
 
     Attributes:
-      kind: what was released: noised gradients (`train`) or noised impacts (`analysis`).
-      sample_rate: each record's probability to take part in a release, in (0, 1].
-      noise_multiplier: the noise's standard deviation over the sum's L2 sensitivity, >= 0.
-      count: how many releases, >= 0.
-      research: the randomness came from a given seed, so that the release is not private whatever its noise.
+      kind: `train` for noised gradients, `analysis` for noised impacts.
+      sample_rate: probability with which each record takes part in a release, in (0, 1].
+      noise_multiplier: standard deviation of the noise over the sum's L2 sensitivity, >= 0.
+      count: number of releases, >= 0.
+      research: True if the randomness came from a given seed; then the release is not private, whatever its noise.
     Raises:
       SettingError: a value out of range.
     """
@@ -51,7 +51,7 @@ class Event:
 
 
 def merged(events: Iterable[Event]) -> list[Event]:
-    """Count equal releases together, in the order of their first event."""
+    """Return the events with equal releases counted together, in the order of their first event."""
     counts: dict[Event, int] = {}
     for event in events:
         release = dataclasses.replace(event, count=1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was charged: an append-only file, written ahead of every use of data.
+"""The ledger: an append-only file of charges, written before each use of data.
 
 `charge` returns only when its line is on disk, and only then may data be read. A crash can therefore waste budget but
 never hide a release. One line is one charge, in JSON:
@@ -7,12 +7,13 @@ never hide a release. One line is one charge, in JSON:
     {"seq": 0, "kind": "train", "sample_rate": 0.05, "noise_multiplier": 1.1, "count": 1, "research": false,
      "previous": <hash of the line before, or zeros>, "hash": <sha256 of the line without this field>}
 
-Reading recomputes every line: a changed, removed, inserted or swapped line is an error. Two things are not. A torn last
-line is left out: its charge had not returned, so nothing was done under it. And a chain cannot know that whole lines
-are missing at its end; compare the head's hash with the one in a report. The chain finds accidents and careless edits.
-It is no signature.
+Reading recomputes the hash of every line, so that a changed, removed, inserted or swapped line is an error. Two changes
+are not errors. A torn last line is ignored: its charge had not returned, so no data was read under it. And a chain
+cannot show that whole lines are missing at its end; to find that, compare the hash of the last line with the one in a
+report. The chain finds accidents and careless edits. It is not a signature: whoever rewrites the whole file can
+recompute it.
 
-The ledger keeps what it is told and computes no epsilon.
+The ledger records what it is told and computes no epsilon.
 """
 
 import dataclasses
@@ -24,24 +25,24 @@ from pathlib import Path
 from dpquant.errors import LedgerError, SettingError
 from dpquant.privacy.events import Event, Kind, merged
 
-NO_HASH = "0" * 64  # what the first line names as the one before it
+NO_HASH = "0" * 64  # `previous` of the first line, and the head of an empty ledger
 
 
 class Ledger:
-    """An open ledger; with a file, every charge is on disk before `charge` returns.
+    """An open ledger. With a file, every charge is on disk before `charge` returns.
 
     Attributes:
-      path: the file, or None.
-      research: marks every charge as not private.
-      head: hash of the last line.
+      path: the file; None keeps charges in memory only.
+      research: whether every charge is marked as not private.
+      head: hash of the last line; zeros before the first charge.
     """
 
     def __init__(self, path: Path | None = None, *, research: bool = False):
-        """A new, empty ledger.
+        """Open a new, empty ledger.
 
         Args:
           path: file to create, or an empty one; None keeps charges in memory only.
-          research: the run's sampling or noise can be repeated from a seed.
+          research: True if the run's sampling or noise comes from a given seed.
         Raises:
           LedgerError: the file cannot be written, or already holds charges.
         """
@@ -53,10 +54,10 @@ class Ledger:
 
     @classmethod
     def read(cls, path: Path) -> list[Event]:
-        """The events in a file, one a line, verified. The file is left as it is.
+        """Verify a ledger file and return its events, one a line. The file is not changed.
 
         Raises:
-          LedgerError: the file cannot be read, or a line is not what was written there.
+          LedgerError: the file cannot be read, or a line is not as it was written.
         Privacy: post-processing.
         """
         try:
@@ -65,7 +66,7 @@ class Ledger:
             raise LedgerError(
                 f"Expected a readable ledger; got {path}: {error.strerror or error}. Check the path."
             ) from error
-        if b"}" in tail:  # a line ends with its only brace, so this one is whole and must be right; else it is torn
+        if b"}" in tail:  # a line ends with its only closing brace: this one is whole and is verified; else it is torn
             lines.append(tail)
         events, previous = [], NO_HASH
         for seq, line in enumerate(lines):
@@ -88,16 +89,16 @@ class Ledger:
         noise_multiplier: float,
         count: int = 1,
     ) -> None:
-        """Record releases that are about to happen. Once this returns they are paid for, whatever happens next.
+        """Record releases that are about to happen. Once this returns they are charged, whatever happens next.
 
         Args:
           kind: `train` or `analysis`.
-          sample_rate: in (0, 1].
-          noise_multiplier: >= 0.
-          count: >= 1.
+          sample_rate: probability with which each record takes part in a release, in (0, 1].
+          noise_multiplier: standard deviation of the noise over the sensitivity, >= 0.
+          count: number of releases, >= 1.
         Raises:
           SettingError: a value out of range.
-          LedgerError: the line could not be brought to disk: do not touch the data.
+          LedgerError: the line is not safely on disk. The caller must not read any data.
         Privacy: charges `count` events.
         """
         event = Event(
@@ -128,14 +129,14 @@ class Ledger:
                         f"Expected a new or empty ledger; got {path}, which holds charges. They belong to another run. "
                         "Choose another place."
                     )
-            if os.name == "posix":  # Windows opens no folder: there the name is as safe as the file system makes it
+            if os.name == "posix":  # Windows cannot open folders; there the file system alone keeps the name
                 self._sync_folder(path.parent)
         except OSError as error:
             raise self._unwritable(path, error) from error
 
     @staticmethod
     def _sync_folder(folder: Path) -> None:
-        """The file's name must survive a crash too."""
+        """Flush a folder to disk, so that the names of its files survive a crash."""
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -143,7 +144,7 @@ class Ledger:
             os.close(descriptor)
 
     def _append(self, path: Path, line: bytes) -> None:
-        binary = getattr(os, "O_BINARY", 0)  # else Windows writes an end of line as two bytes
+        binary = getattr(os, "O_BINARY", 0)  # without it, Windows writes an end of line as two bytes
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | binary)
             try:
@@ -170,7 +171,7 @@ class Ledger:
 
 
 def _line(seq: int, event: Event, previous: str) -> tuple[bytes, str]:
-    """A line without its end, and its hash. Floats are written so that they read back as they were."""
+    """Return a line without its newline, and its hash. Every float reads back as the same number."""
     entry = {"seq": seq, **dataclasses.asdict(event), "previous": previous}
     digest = hashlib.sha256(json.dumps(entry).encode()).hexdigest()
     return json.dumps({**entry, "hash": digest}).encode(), digest

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What makes a run private, in one place: what draws records, what hides sums, what charges, and a secret.
+"""The parts that make a run private: a sampler, a noise source, a ledger and a secret key.
 
     mechanism = Mechanism.secret(Path("run/ledger.jsonl"))      # fresh from the operating system
     mechanism = Mechanism.repeatable(7, None)                   # for research: the ledger says that it is not private
 
-A run is given its mechanism and makes no part of it. Whoever resumes a run, spreads it over several processes or tests
-it hands in parts of their own: the protocols below say what is asked of them.
+A run is given its mechanism and creates no part of it. Code that resumes a run, runs it on several processes or tests
+it passes its own parts, which implement the protocols below.
 """
 
 import dataclasses
@@ -24,33 +24,33 @@ from dpquant.privacy.secret import SecretKey
 
 
 class Sampler(Protocol):
-    """Draws the records of a step, as `PoissonSampler` does."""
+    """A source of Poisson batches: `PoissonSampler`, for one."""
 
     @property
     def secure(self) -> bool:
-        """False if the draws can be repeated by somebody who guesses a seed."""
+        """False if somebody who guesses a seed can repeat the draws."""
         ...
 
     def draw(self, num_records: int, sample_rate: float, *, stream: str, step: int, attempt: int) -> Tensor:
-        """Return the ids of the records drawn, int64 `(B,)`, as `PoissonSampler.draw`."""
+        """Return the ids of the records drawn, int64 `(B,)`. Arguments are those of `PoissonSampler.draw`."""
         ...
 
 
 class Noise(Protocol):
-    """Draws Gaussian noise, as `NoiseSource` does."""
+    """A source of Gaussian noise: `NoiseSource`, for one."""
 
     @property
     def secure(self) -> bool:
-        """False if the noise can be repeated by somebody who guesses a seed."""
+        """False if somebody who guesses a seed can repeat the noise."""
         ...
 
     def gaussian(self, shape: Sequence[int], std: float, *, stream: str, step: int, attempt: int, name: str) -> Tensor:
-        """Return independent N(0, std^2) entries, float32, as `NoiseSource.gaussian`."""
+        """Return independent N(0, std^2) entries, float32. Arguments are those of `NoiseSource.gaussian`."""
         ...
 
 
 class Charges(Protocol):
-    """Keeps what is charged, as `Ledger` does."""
+    """A record of charges: `Ledger`, for one."""
 
     @property
     def research(self) -> bool:
@@ -63,25 +63,26 @@ class Charges(Protocol):
         ...
 
     def charge(self, *, kind: Kind, sample_rate: float, noise_multiplier: float, count: int = 1) -> None:
-        """Record releases that are about to happen, as `Ledger.charge`."""
+        """Record releases that are about to happen. Arguments are those of `Ledger.charge`."""
         ...
 
     def events(self) -> list[Event]:
-        """Return everything charged so far."""
+        """Return every event charged so far."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mechanism:
-    """What draws, what hides, and what charges, of one run.
+    """The sampler, noise source, ledger and secret key of one run.
 
     Attributes:
       sampler: draws the records of each step and analysis.
-      noise: hides their sums.
-      ledger: is charged before either is used.
-      record_key: 64 bits, secret: key of everything that a record draws (rounding, dropout, augmentation).
+      noise: gives the noise that is added to their sums.
+      ledger: is charged before sampler and noise are used.
+      record_key: 64 bits, secret: key of every random number that is drawn for a record (rounding, dropout,
+        augmentation).
     Raises:
-      SettingError: draws can be repeated, and the ledger does not say so.
+      SettingError: sampler or noise can be repeated, and the ledger is not marked as research.
     """
 
     sampler: Sampler
@@ -98,7 +99,7 @@ class Mechanism:
 
     @property
     def secure(self) -> bool:
-        """False if sampling or noise can be repeated: then nothing is private."""
+        """False if sampling or noise can be repeated. Then the run is not private."""
         return self.sampler.secure and self.noise.secure and not self.ledger.research
 
     @classmethod
@@ -106,7 +107,7 @@ class Mechanism:
         """Return a mechanism with randomness fresh from the operating system.
 
         Args:
-          ledger: file for the charges, new or empty; its folder is made. None keeps them in memory.
+          ledger: file for the charges, new or empty; its folder is created. None keeps them in memory.
         Raises:
           LedgerError: the file cannot be written, or already holds charges.
         Privacy: reads no data and charges nothing.
@@ -117,13 +118,24 @@ class Mechanism:
     def repeatable(cls, seed: int, ledger: Path | None) -> Self:
         """Return a mechanism whose draws can be repeated, for research. NOT PRIVATE, and the ledger says so.
 
-        Args and errors as of `secret`.
+        Args:
+          seed: decides all draws.
+          ledger: file for the charges, as for `secret`.
+        Raises:
+          LedgerError: the file cannot be written, or already holds charges.
         """
         return cls.keyed(SecretKey.from_seed(seed), ledger)
 
     @classmethod
     def keyed(cls, key: SecretKey, ledger: Path | None) -> Self:
-        """Return a mechanism all of whose randomness follows from one key; other arguments as of `secret`."""
+        """Return a mechanism that derives all of its randomness from one key.
+
+        Args:
+          key: the key; the ledger is marked as research unless it is secure.
+          ledger: file for the charges, as for `secret`.
+        Raises:
+          LedgerError: the file cannot be written, or already holds charges.
+        """
         return cls(
             sampler=PoissonSampler(key),
             noise=NoiseSource(key),
@@ -133,7 +145,7 @@ class Mechanism:
 
 
 def _opened(path: Path | None, *, research: bool) -> Ledger:
-    """Return a new ledger, in a folder that is made where there is none."""
+    """Open a new ledger, and create its folder if there is none."""
     if path is not None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

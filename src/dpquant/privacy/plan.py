@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plan: the one place where sampling, sensitivity, noise and accounting are joined, before any data is touched.
+"""The privacy plan: sampling, sensitivity, noise and accounting of a run, joined before any data is read.
 
     plan = PrivacyPlan(epsilon=8.0, delta=1e-5, max_grad_norm=1.0, sample_rate=1024 / 60_000, expected_batch_size=1024,
                        steps=1172, analysis=AnalysisPlan(count=10, sample_rate=256 / 60_000, expected_batch_size=256,
                                                          noise_multiplier=2.0, max_norm=1.0))
-    plan.noise_multiplier    # so that training and analyses together cost 8.0
+    plan.noise_multiplier    # calibrated: training and analyses together cost epsilon = 8.0
 
-Every setting is public: rates and batch sizes are literals, never computed from the private data set, whose size would
-otherwise scale the released gradients. A plan holds no speed setting and nothing in it changes during a run, so what
-was calibrated is what is spent. It draws no noise and reads no data; it says how much noise there has to be.
+Every setting is public. Sample rates and batch sizes are literals, never computed from the private data set, because
+the size of the data set would then scale the released gradients. A plan holds no speed setting and does not change
+during a run, so the calibrated budget is the budget that is spent. A plan draws no noise and reads no data; it only
+says how large the noise must be.
 
 This file loads no torch, so that a budget can be planned on any machine.
 
@@ -26,13 +27,13 @@ from dpquant.errors import SettingError
 from dpquant.privacy import accounting
 from dpquant.privacy.events import Event
 
-Score = Literal["loss", "gradient"]  # what a layer's impact is measured by
+Score = Literal["loss", "gradient"]  # the quantity whose change defines a layer's impact
 
-LARGE_DELTA = 1e-2  # from here on the guarantee says little, however small the data set
+LARGE_DELTA = 1e-2  # a larger delta is a weak guarantee for a data set of any size
 
 
 class _Rule(NamedTuple):
-    """Between which values a setting makes sense, and what to know and do otherwise."""
+    """Range of a setting, with the advice that its error message gives."""
 
     low: float
     high: float
@@ -40,7 +41,9 @@ class _Rule(NamedTuple):
     number: type[int] | type[float] = float
 
 
-_NORM = _Rule(1e-15, 1e15, "Without a bound there is no sensitivity; float32 has to hold it. Pass a clipping norm.")
+_NORM = _Rule(
+    1e-15, 1e15, "Without a bound there is no sensitivity, and float32 must be able to hold it. Pass a clipping norm."
+)
 _RULES = {
     "epsilon": _Rule(1e-3, 500, "Less cannot be computed well, more promises nothing. Values from 1 to 10 are usual."),
     "noise_multiplier": _Rule(
@@ -56,30 +59,32 @@ _RULES = {
     "max_grad_norm": _NORM,
     "max_norm": _NORM,
     "sample_rate": _Rule(
-        1e-12, 1, "With this probability a record is drawn. Pass expected_batch_size over a public data set size."
+        1e-12,
+        1,
+        "It is the probability with which a record is drawn. Pass expected_batch_size over a public data set size.",
     ),
     "expected_batch_size": _Rule(
         1e-9, 1e15, "Noised sums are divided by it. Pass a public number: sample_rate times a public data set size."
     ),
     "steps": _Rule(1, 1e6, "They fix the privacy budget. Plan at least one.", int),
-    "count": _Rule(0, 1e6, "So many analyses are made. Plan one for every few epochs.", int),
-    "repeats": _Rule(1, 1e4, "So many roundings are averaged. Use 1, or a few.", int),
+    "count": _Rule(0, 1e6, "It is the number of analyses. Plan one for every few epochs.", int),
+    "repeats": _Rule(1, 1e4, "It is the number of roundings that are averaged. Use 1, or a few.", int),
 }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnalysisPlan:
-    """The private measurements of impact that the schedule lives on.
+    """Settings of the analyses: private measurements of each layer's impact, from which policies choose layers.
 
     Attributes:
-      count: how many, spread evenly over the epochs, the first before any step.
-      sample_rate: each record's probability to take part in one, in (0, 1].
-      expected_batch_size: public number that the noised sum of impacts is divided by.
-      noise_multiplier: noise over sensitivity, >= 0.1.
-      max_norm: L2 norm that each example's impact vector is clipped to, in units of the score.
-      repeats: rounding draws averaged before the clip; costs time, not privacy.
-      score: what an impact is measured by: `gradient`, 1 - the cosine of an example's gradient with a layer quantized
-        and in full precision; or `loss`, the paper's.
+      count: number of analyses, spread evenly over the epochs; the first comes before any step.
+      sample_rate: probability with which each record takes part in an analysis, in (0, 1].
+      expected_batch_size: public number by which the noised sum of impacts is divided.
+      noise_multiplier: standard deviation of the noise over the sensitivity, >= 0.1.
+      max_norm: L2 norm to which each example's impact vector is clipped, in units of the score.
+      repeats: number of roundings that are averaged before clipping; costs time, not privacy.
+      score: `gradient`: an impact is 1 - cosine between an example's gradients with the layer quantized and in full
+        precision. `loss`: an impact is the increase of an example's loss, as in the paper.
     Raises:
       SettingError: a value out of range.
     """
@@ -105,17 +110,17 @@ class AnalysisPlan:
 
 @dataclasses.dataclass(frozen=True, init=False)
 class PrivacyPlan:
-    """What a run may spend and how. Give epsilon, and the noise is calibrated; or give the noise, and read epsilon.
+    """The privacy budget of a run. Given epsilon, the noise is calibrated; given the noise, epsilon is computed.
 
     Attributes:
-      epsilon: the target; or what the planned run costs, if the noise was given.
-      noise_multiplier: training noise over sensitivity; calibrated, if epsilon was given, and then at least 0.1.
-      delta: of the (epsilon, delta) guarantee; far below 1 / records.
-      max_grad_norm: L2 norm that each example's gradient is clipped to.
-      sample_rate: each record's probability to take part in a step.
-      expected_batch_size: public number that the noised sum of gradients is divided by.
-      steps: how many.
-      analysis: the measurements that the schedule needs, or None.
+      epsilon: the target; if the noise was given, the cost of the planned run.
+      noise_multiplier: standard deviation of the training noise over the sensitivity; at least 0.1.
+      delta: of the (epsilon, delta) guarantee; should be far below 1 / records.
+      max_grad_norm: L2 norm to which each example's gradient is clipped.
+      sample_rate: probability with which each record takes part in a step.
+      expected_batch_size: public number by which the noised sum of gradients is divided.
+      steps: number of training steps.
+      analysis: settings of the analyses; None if there are none.
     """
 
     epsilon: float
@@ -139,16 +144,16 @@ class PrivacyPlan:
         steps: int,
         analysis: AnalysisPlan | None = None,
     ):
-        """Check every setting and calibrate.
+        """Check every setting and calibrate the noise.
 
         Args:
-          epsilon: of training and analyses together, in [1e-3, 500].
-          noise_multiplier: instead of epsilon, in [0.1, 1e9].
-          delta: in [1e-12, 0.5]; above 1e-2 with a warning.
-          max_grad_norm: > 0.
-          sample_rate: in (0, 1].
-          expected_batch_size: > 0.
-          steps: >= 1.
+          epsilon: target for training and analyses together, in [1e-3, 500].
+          noise_multiplier: in [0.1, 1e9]; given instead of epsilon.
+          delta: in [1e-12, 0.5]; a value above 1e-2 gives a warning.
+          max_grad_norm: in [1e-15, 1e15].
+          sample_rate: in [1e-12, 1].
+          expected_batch_size: in [1e-9, 1e15].
+          steps: in [1, 1e6].
           analysis: None for policies that need no scores.
         Raises:
           SettingError: a value out of range, both or neither of epsilon and noise_multiplier, more analyses than
@@ -186,25 +191,25 @@ class PrivacyPlan:
 
     @property
     def epoch_steps(self) -> int:
-        """Steps in an epoch: 1 / sample_rate, rounded."""
+        """Number of steps in an epoch: 1 / sample_rate, rounded."""
         return max(1, round(1 / self.sample_rate))
 
     @property
     def epochs(self) -> int:
-        """Epochs, of which the last may be shorter."""
+        """Number of epochs, of which the last may be shorter."""
         return -(-self.steps // self.epoch_steps)
 
     def analysis_epochs(self) -> tuple[int, ...]:
-        """The epochs, from 0, that begin with an analysis."""
+        """Return the indices of the epochs that begin with an analysis, counted from 0."""
         count = 0 if self.analysis is None else self.analysis.count
         return tuple(i * self.epochs // count for i in range(count))
 
     def train_noise_std(self, sensitivity: float) -> float:
-        """Standard deviation of the noise on a sum of gradients, in its units."""
+        """Return the standard deviation of the noise on a sum of gradients, in units of the sum."""
         return self.noise_multiplier * sensitivity
 
     def analysis_noise_std(self, sensitivity: float) -> float:
-        """Standard deviation of the noise on a sum of impacts, in its units.
+        """Return the standard deviation of the noise on a sum of impacts, in units of the sum.
 
         Raises:
           SettingError: no analysis is planned.
@@ -214,17 +219,17 @@ class PrivacyPlan:
         return self.analysis.noise_multiplier * sensitivity
 
     def events(self) -> list[Event]:
-        """What will be released if the run goes to its end."""
+        """Return the events of a complete run."""
         return self._events(self.steps, len(self.analysis_epochs()))
 
     def epsilon_spent(self, *, steps: int | None = None, analyses: int | None = None) -> float:
-        """Epsilon at the plan's delta after so many steps and analyses.
+        """Return epsilon at the plan's delta after the given numbers of steps and analyses.
 
         Args:
-          steps: taken; None for all that are planned.
-          analyses: made; None for all that are planned.
+          steps: training steps taken; None for all planned steps.
+          analyses: analyses made; None for all planned analyses.
         Raises:
-          SettingError: a negative number, or analyses that are not planned.
+          SettingError: a negative number, or analyses in a plan without any.
         Privacy: post-processing.
         """
         steps = self.steps if steps is None else steps
@@ -232,12 +237,12 @@ class PrivacyPlan:
         return accounting.epsilon(self._events(steps, analyses), self.delta)
 
     def analysis_share(self) -> float:
-        """The part of the planned epsilon that would be saved without analyses, in [0, 1]."""
+        """Return the share of the planned epsilon that a run without analyses would save, in [0, 1]."""
         total = self.epsilon_spent()
         return (total - self.epsilon_spent(analyses=0)) / total if total > 0 else 0.0
 
     def table(self) -> list[tuple[str, str]]:
-        """The budget as rows (what, how much), for people."""
+        """Return the budget as rows (name, value) of text."""
         rows = [
             ("sample rate", f"{self.sample_rate:.6g}"),
             ("expected batch size", f"{self.expected_batch_size:g}"),
@@ -262,10 +267,10 @@ class PrivacyPlan:
         ]
 
     def to_json(self) -> str:
-        """The budget as JSON, with numbers as numbers, for programs.
+        """Return the budget as JSON with typed values, for programs.
 
-        `epsilon` is what everything that is planned costs at `delta`, and `analysis_share` the part of it that the
-        analyses cost. `analysis` is null where none is planned; so is a number that is not finite.
+        `epsilon` is the cost of the whole plan at `delta`. `analysis_share` is the share of it that a run without
+        analyses would save. `analysis` is null if none is planned. A number that is not finite is null.
         """
         facts = {
             "epsilon": self.epsilon_spent(),
@@ -283,11 +288,11 @@ class PrivacyPlan:
         return json.dumps(known, indent=2) + "\n"
 
     def statement(self, *, events: Sequence[Event] | None = None, secure: bool = True) -> str:
-        """What is guaranteed after these releases, and what is not, in words.
+        """Return the privacy statement: what is guaranteed after these releases and what is not, in words.
 
         Args:
-          events: what was released, as the ledger has it; None for all that is planned.
-          secure: False if sampling or noise came from a seed.
+          events: the releases, from the ledger; None for those of a complete run.
+          secure: False if sampling or noise came from a given seed.
         Privacy: post-processing.
         """
         events = self.events() if events is None else events
@@ -318,7 +323,7 @@ class PrivacyPlan:
         return "\n".join(lines)
 
     def _events(self, steps: int, analyses: int) -> list[Event]:
-        """Events of so many steps and analyses; without steps none that needs the noise multiplier to be known yet."""
+        """Return the events of some steps and analyses. Without steps it also works before the noise is calibrated."""
         if analyses and self.analysis is None:
             raise SettingError(f"Expected an analysis in the plan; got analysis=None, analyses={analyses}. Plan one.")
         planned: list[tuple[Literal["train", "analysis"], PrivacyPlan | AnalysisPlan | None, int]] = [
@@ -332,7 +337,7 @@ class PrivacyPlan:
         ]
 
     def _described(self, event: Event) -> str:
-        """An event in words."""
+        """Return an event in words."""
         if event.kind == "train":
             what = f"{event.count} training steps, gradients clipped to {self.max_grad_norm:g}"
         else:
@@ -355,9 +360,13 @@ class PrivacyPlan:
 
 
 def _checked(name: str, value: Any, prefix: str = "") -> float:
-    """The setting as a Python number, or the error that says what it should have been."""
+    """Return a setting as a Python number.
+
+    Raises:
+      SettingError: it is out of range, or not a number of the right type.
+    """
     rule = _RULES[name]
-    scalar = value.item() if getattr(value, "ndim", None) == 0 else value  # numpy's and torch's scalars
+    scalar = value.item() if getattr(value, "ndim", None) == 0 else value  # a scalar of numpy or torch
     if isinstance(scalar, bool) or not isinstance(scalar, int | rule.number) or not rule.low <= scalar <= rule.high:
         kind = "to be a whole number in" if rule.number is int else "in"
         raise SettingError(
@@ -367,6 +376,6 @@ def _checked(name: str, value: Any, prefix: str = "") -> float:
 
 
 def rounded_up(epsilon: float, digits: int = 4) -> str:
-    """An epsilon with so many decimals, never less than the number itself: it is an upper bound and stays one."""
+    """Return an epsilon with `digits` decimals, rounded up, because an upper bound must remain one."""
     unit = 10**digits
     return f"{math.ceil(epsilon * unit) / unit:.{digits}f}" if math.isfinite(epsilon) else "infinity"

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Secret randomness: one key from the operating system, and for every purpose an unpredictable stream of its own.
+"""Secret randomness: one key from the operating system, and an unpredictable stream of bits for every purpose.
 
     stream(purpose) = AES-128(subkey, 0), AES-128(subkey, 1), ...,    subkey = blake2b(secret, purpose)
 
-The sampler and the noise draw from here and from nowhere else. There is no state to store or to repeat by accident: a
-stream is a function of the secret and of what it is for. Rounding, dropout and augmentation use fast hashes
-(`dpquant.rounding`), under a key from here, because what they draw for a record follows its place in the data set.
-Scheduling is public.
+Sampler and noise take all of their bits from here. There is no state to store, or to repeat by accident: a stream is a
+function of the secret and of its purpose. Rounding, dropout and augmentation use fast hashes (`dpquant.rounding`) under
+a key that is derived here. The random numbers of a record depend on its position in the data set, so they have to be
+secret too. The layer schedule uses a public seed instead.
 
-AES is the `cryptography` package's, that is OpenSSL's: under a nanosecond for 8 bytes where the processor has
-instructions for it.
+AES is that of the `cryptography` package, which is OpenSSL's: under a nanosecond for 8 bytes where the processor has
+AES instructions.
 
 Sources: AES in counter mode, NIST SP 800-38A, section 6.5; keyed BLAKE2b, RFC 7693.
 """
@@ -25,20 +25,20 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from dpquant.errors import SettingError
 
 SECRET_BYTES = 16
-_ZEROS = bytes(2**19)  # counter mode adds the stream to a message; added to zeros, it is the stream
+_ZEROS = bytes(2**19)  # counter mode XORs the stream with a message; with zeros, the result is the stream itself
 
 
 class RandomStream:
-    """The bits for one purpose, read from their beginning. Made by `SecretKey.stream`."""
+    """The random bits for one purpose, read in order. Made by `SecretKey.stream`."""
 
     def __init__(self, subkey: bytes):
         self._cipher = Cipher(algorithms.AES(subkey), modes.CTR(bytes(16))).encryptor()
 
     def words(self, count: int) -> np.ndarray:
-        """The next `count` words.
+        """Return the next `count` words.
 
         Args:
-          count: how many; some ten thousand at a time are quickest.
+          count: number of words; tens of thousands at a time are fastest.
         Returns: uint64 `(count,)`, uniform on 0 .. 2^64 - 1; may be read-only.
         Privacy: reads no data.
         """
@@ -46,25 +46,25 @@ class RandomStream:
         while num_bytes > len(_ZEROS):
             pieces.append(self._cipher.update(_ZEROS))
             num_bytes -= len(_ZEROS)
-        pieces.append(self._cipher.update(_ZEROS[:num_bytes]))  # a slice of everything is no copy
+        pieces.append(self._cipher.update(_ZEROS[:num_bytes]))  # no copy where the slice is the whole buffer
         stream = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         return np.frombuffer(stream, "<u8").astype(np.uint64, copy=False)
 
 
 class SecretKey:
-    """16 bytes that nobody else knows. Who has them can undo a run's privacy: they stay in memory, for that run only.
+    """A secret key of 16 bytes. Whoever has it can undo a run's privacy, so it stays in memory, for that run only.
 
     Attributes:
       secure: False if the bytes came from a seed that a person chose, which can be guessed.
     """
 
     def __init__(self, secret: bytes | None = None):
-        """A key.
+        """Make a key.
 
         Args:
           secret: 16 uniform bytes; None takes fresh ones from the operating system.
         Raises:
-          SettingError: another number of bytes.
+          SettingError: secret has another length.
         """
         if secret is not None and len(secret) != SECRET_BYTES:
             raise SettingError(
@@ -76,44 +76,45 @@ class SecretKey:
 
     @classmethod
     def from_seed(cls, seed: int) -> Self:
-        """A key that can be made again, for research. NOT PRIVATE: whoever guesses the seed knows every draw."""
+        """Return the key of a seed, for research. NOT PRIVATE: whoever guesses the seed knows every draw."""
         key = cls(hashlib.blake2b(str(seed).encode(), digest_size=SECRET_BYTES, person=b"dpquant.seed").digest())
         key.secure = False
         return key
 
     def integer(self, *purpose: str | int) -> int:
-        """64 bits for one purpose, as a number: a key for draws that are hashes (`dpquant.rounding`)."""
+        """Return 64 bits for one purpose as an integer, for use as a key of hashes (`dpquant.rounding`)."""
         return int(self.stream("integer", *purpose).words(1)[0])
 
     def __reduce__(self) -> NoReturn:
-        """A key stays in memory: a copy of it in a file would undo the run's privacy."""
+        """Refuse to copy or pickle the key: a copy of it in a file would undo the run's privacy."""
         raise SettingError("Expected a secret key to stay in memory; got a copy or a pickle of it. Make another key.")
 
     def stream(self, *purpose: str | int) -> RandomStream:
-        """The bits for one purpose, from their beginning.
+        """Return the stream of random bits for one purpose, from its beginning.
 
         Args:
-          purpose: what the bits are for. Other parts, types, order or grouping give an independent stream.
-        Returns: a stream of AES-128 blocks. Keys and counters are big-endian, as the standard has them; each block is
-        two little-endian words.
+          purpose: names and numbers. Purposes that differ in a part, its type, order or grouping give independent
+            streams.
+        Returns: a stream of AES-128 blocks. Counters are big-endian, as in the standard; each block is two
+          little-endian words.
         Privacy: reads no data.
         """
-        message = json.dumps(purpose).encode()  # tells ("a", 11) from ("a1", 1) and from ("a", "11")
+        message = json.dumps(purpose).encode()  # distinguishes ("a", 11) from ("a1", 1) and from ("a", "11")
         return RandomStream(
             hashlib.blake2b(message, key=self._secret, digest_size=16, person=b"dpquant.stream").digest()
         )
 
 
 class Keyed:
-    """What is random as a function of a secret key: noise, and who takes part in a step."""
+    """Base class of `PoissonSampler` and `NoiseSource`: randomness as a function of a secret key."""
 
     def __init__(self, key: SecretKey | None = None):
-        """Take a key; None makes a fresh one."""
+        """Keep a key; None makes a fresh one."""
         self._key = SecretKey() if key is None else key
 
     @classmethod
     def from_seed(cls, seed: int) -> Self:
-        """Return one whose draws can be repeated, for research. NOT PRIVATE."""
+        """Return an instance whose draws can be repeated, for research. NOT PRIVATE."""
         return cls(SecretKey.from_seed(seed))
 
     @property

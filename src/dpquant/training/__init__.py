@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A private run: the only room that reads private records."""
+"""Private training runs. This is the only room that reads private records."""

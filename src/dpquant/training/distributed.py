@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a run's processes meet. One process alone has nobody to meet, and that is the default.
+"""Processes of a run, and what they exchange. By default a run has one process and exchanges nothing.
 
-    charge       every process, its own ledger; the first one's is the file                  then `barrier`
-    draw         the same secret key on every process: the same records, nothing is sent
+    charge       every process charges its own ledger, of which the first process' is the file; then `barrier`
+    draw         the same secret key on every process gives the same records; nothing is sent
     share        each process takes every size-th record of the batch
-    clipped sum  of its share; then `add`: every process has the sum over the whole batch
-    noise        the same key, the same bits on every process: nothing is sent
-    optimizer    the same step everywhere
+    clipped sum  of the process' share; then `add` gives every process the sum over the whole batch
+    noise        the same key gives the same bits on every process; nothing is sent
+    optimizer    takes the same step on every process
 
-The number of processes enters `share` and nothing else: neither the sampling rate, nor the clip norm, nor the noise,
-nor what the sum is divided by. A process without a record adds zeros.
+The number of processes enters `share` and nothing else: not the sampling rate, the clipping norm, the noise, or the
+divisor of the sum. A process without a record adds zeros.
 """
 
 from collections.abc import Mapping
@@ -19,11 +19,11 @@ from torch import Tensor
 
 
 class Group(Protocol):
-    """The processes of one run, seen from one of them.
+    """The processes of one run, as one of them sees them.
 
     Attributes:
-      rank: of this process, from 0. The first one's ledger, execution and choices hold for all.
-      size: how many there are.
+      rank: number of this process, from 0. Ledger file, execution and choices are those of process 0.
+      size: number of processes.
     """
 
     @property
@@ -33,7 +33,7 @@ class Group(Protocol):
     def size(self) -> int: ...
 
     def share(self, record_ids: Tensor) -> Tensor:
-        """Return this process' part of a batch.
+        """Return this process' share of a batch.
 
         Args:
           record_ids: int64 `(B,)`, the same on every process.
@@ -42,25 +42,26 @@ class Group(Protocol):
         ...
 
     def add(self, sums: Mapping[str, Tensor]) -> None:
-        """Replace tensors by their sums over all processes, in place and bit for bit alike on each.
+        """Replace tensors by their sums over all processes, in place, with the same bits on every process.
 
         Args:
-          sums: {name: tensor}, of the same names, shapes and types on every process.
-        Privacy: per example; what is sent holds clipped sums without noise, so its way has to be trusted.
+          sums: {name: tensor}, with the same names, shapes and dtypes on every process.
+        Privacy: per example. The tensors that are sent are clipped sums without noise, so the connection must be
+          trusted.
         """
         ...
 
     def from_first(self, value: bytes) -> bytes:
-        """Return the first process' value."""
+        """Return the value of process 0."""
         ...
 
     def barrier(self) -> None:
-        """Return once every process has come here."""
+        """Return once every process has called this."""
         ...
 
 
 class Alone:
-    """The group of one process."""
+    """A group of one process, which exchanges nothing."""
 
     rank, size = 0, 1
 
@@ -69,11 +70,11 @@ class Alone:
         return record_ids
 
     def add(self, sums: Mapping[str, Tensor]) -> None:
-        """Leave the sums as they are."""
+        """Do nothing: the sums are complete."""
 
     def from_first(self, value: bytes) -> bytes:
         """Return the value itself."""
         return value
 
     def barrier(self) -> None:
-        """Return at once."""
+        """Return immediately."""

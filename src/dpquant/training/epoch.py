@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user loops over: an epoch, and the batches that the plan's sampler draws in it."""
+"""Epochs and batches of a private run, over which the user loops."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,11 +10,13 @@ from dpquant.errors import SettingError
 
 
 class Batch:
-    """One logical Poisson batch: the ids of the records that were drawn, and their collated data once it is asked for.
+    """One Poisson batch: the ids of the records that were drawn, and their data, which is loaded on access.
 
     Attributes:
-      record_ids: int64 `(B,)`. B varies, may be 0, and is private.
-      step: the logical step that the batch was drawn for.
+      record_ids: int64 `(B,)`. B is random, may be 0, and is private.
+      step: number of the step for which the batch was drawn.
+      attempt: number of the draw; a step that is drawn for again has another one.
+    Privacy: per example; nothing of a batch is released.
     """
 
     def __init__(self, record_ids: Tensor, step: int, attempt: int, load: Callable[[Tensor], Any]):
@@ -23,16 +25,16 @@ class Batch:
 
     @property
     def data(self) -> Any:
-        """The sound records, collated; reads private data. `()` if there is none."""
+        """The collated records without the broken ones; `()` if none is left. Reads private data."""
         return self._load(self.record_ids)
 
 
 class Epoch:
-    """One epoch's batches, with the layers that run quantized in it.
+    """One epoch: its batches, and the layers that run quantized in it.
 
     Attributes:
-      index: from 0.
-      policy: names of the quantized layers.
+      index: number of the epoch, from 0.
+      policy: names of the layers that run quantized.
     """
 
     def __init__(self, index: int, policy: tuple[str, ...], num_steps: int, batches: Callable[[], Iterator[Batch]]):
@@ -43,10 +45,10 @@ class Epoch:
         return self._num_steps
 
     def __iter__(self) -> Iterator[Batch]:
-        """Draw the epoch's batches, each to be stepped with before the next.
+        """Draw the epoch's batches one by one. Call `private.step` with each before taking the next.
 
         Raises:
-          SettingError: the epoch was iterated before: its steps would be taken again under the same policy.
+          SettingError: the epoch has been iterated before; its steps are planned once.
         """
         if self._begun:
             raise SettingError(

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a run is executed on this machine: precisions, microbatch, and which layers are not worth quantizing.
+"""Execution of a run on this machine: precisions, microbatch sizes, and layers that are not worth quantizing.
 
-Decided once, before any record is read, from synthetic examples and times. None of it enters the accounting.
+`choose_execution` decides once, before any record is read, by timing synthetic examples. No decision enters the
+accounting.
 """
 
 import dataclasses
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,27 +18,36 @@ from dpquant.backends.choose import decided
 from dpquant.backends.interface import Backend
 from dpquant.backends.registry import reason_for
 from dpquant.engine.batches import leaves
-from dpquant.engine.layers import quantizable_layers, set_policy, set_precisions
-from dpquant.engine.passes import Objective, PerExampleLoss
+from dpquant.engine.layers import QuantizableLayer, quantizable_layers, set_policy, set_precisions
+from dpquant.engine.passes import Objective
 from dpquant.errors import SettingError
 from dpquant.formats import FULL_PRECISION, Precision
 from dpquant.privacy.plan import PrivacyPlan
 from dpquant.training.policies import Policy
-from dpquant.training.tuning import ANALYSIS_MICROBATCH, fastest_microbatch_size, largest_analysis_size, layer_times
+from dpquant.training.tuning import (
+    ANALYSIS_MICROBATCH,
+    HERE,
+    Instruments,
+    fastest_microbatch_size,
+    largest_analysis_size,
+    layer_times,
+)
+
+ReasonFor = Callable[[Backend, Sequence[Precision], torch.device], str]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExecutionRequest:
-    """What the user asks of a run's execution.
+    """Execution settings that the user gives.
 
     Attributes:
       chosen: precision of the layers that the policy chooses.
-      rest: precision of the others.
-      backend: `auto`, the name of one, or a backend; only `auto` spares layers.
-      microbatch_size: examples a backward pass; None to measure which is the fastest.
-      memory: GiB that the process may use at its peak; None: no limit.
+      rest: precision of all other layers.
+      backend: `auto`, the name of a backend, or a backend. Only `auto` excludes layers.
+      microbatch_size: examples a backward pass; None measures which size is the fastest.
+      memory: largest peak memory of the process, GiB; None sets no limit.
     Raises:
-      SettingError: a microbatch without examples, or both microbatch_size and memory.
+      SettingError: microbatch_size is below 1, or both microbatch_size and memory are given.
     """
 
     chosen: Precision
@@ -58,16 +68,18 @@ class ExecutionRequest:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Execution:
-    """What runs how, and why.
+    """Execution decisions for one run, with reasons.
 
     Attributes:
-      chosen, rest: the precisions of layers that the policy has chosen, and of the others.
+      chosen: precision of the layers that the policy chooses.
+      rest: precision of all other layers.
       microbatch_size: examples a backward pass.
-      analysis_microbatch_size: the same in analyses, which keep two sets of operands.
-      gains: {layer: time in full precision over time quantized, measured here}; empty where it does not matter.
-      excluded_layers: layers that the policy may not choose, because they gain nothing.
+      analysis_microbatch_size: examples a pass of an analysis, which keeps two sets of operands.
+      gains: {layer: time in full precision over time quantized, measured on this machine}; empty if no layer can be
+        excluded.
+      excluded_layers: layers that the policy may not choose, because quantizing them saves no time.
       backend: `simulate` or `int8`.
-      reason: why that one; empty where nothing runs quantized.
+      reason: why this backend is used; empty where no layer runs quantized.
     """
 
     chosen: Precision
@@ -80,7 +92,12 @@ class Execution:
     reason: str
 
     def precisions(self, names: Collection[str], layers: Collection[str]) -> dict[str, Precision]:
-        """Each layer's precision where some of them are chosen."""
+        """Return each layer's precision.
+
+        Args:
+          names: all quantizable layers.
+          layers: those of them that the policy has chosen.
+        """
         return {name: self.chosen if name in layers else self.rest for name in names}
 
     def __str__(self) -> str:
@@ -104,23 +121,28 @@ def choose_execution(
     macs: dict[str, float],
     plan: PrivacyPlan,
     request: ExecutionRequest,
+    by: Instruments = HERE,
 ) -> Execution:
-    """Measure what is not given.
+    """Choose microbatch sizes and excluded layers, measuring whatever the request leaves open.
+
+    The model's backend is fixed already; this records why it is used. All layers are in full precision afterwards.
 
     Args:
       objective: a prepared model and its loss.
       synthetic: a batch of synthetic examples.
       policy: which layers run quantized.
-      macs: each layer's multiply-accumulates.
-      plan: for the expected batch size of a step, and for what an analysis measures.
-      request: what is given, and what is left to measurements.
+      macs: {layer: multiply-accumulates of its forward product, for one example}.
+      plan: gives the expected batch size of a step, and the score of an analysis.
+      request: the user's settings.
+      by: measures time and memory.
     Raises:
-      SettingError: the policy names layers that do not exist, or the memory does not suffice.
+      SettingError: the policy names layers that do not exist, or the memory is too little.
       FormatError: the model's backend cannot run a precision.
+    Privacy: reads no data.
     """
     model, loss_fn = objective.model, objective.loss_fn
     chosen, rest, memory = request.chosen, request.rest, request.memory
-    asked = _question(model, synthetic, chosen, rest, plan)
+    facts = _facts(model, synthetic, request, plan)
     first = policy.choose(macs, None, epoch=0, key=0)
     precisions = {name: chosen if name in first else rest for name in macs}
     set_precisions(model, precisions)  # refuses what the backend cannot run
@@ -128,19 +150,25 @@ def choose_execution(
     size = request.microbatch_size
     if size is None:
         size = decided(
-            ("examples a backward pass", asked, _digest(*first), memory),
+            ("examples a backward pass", facts, _digest(*first), memory),
             lambda: fastest_microbatch_size(
-                model, loss_fn, synthetic, precisions, expected_batch_size=plan.expected_batch_size, memory=memory
+                model,
+                loss_fn,
+                synthetic,
+                precisions,
+                expected_batch_size=plan.expected_batch_size,
+                memory=memory,
+                by=by,
             ),
             valid=_is_size,
-            lasting=memory is None,  # what a process has in use differs
+            lasting=memory is None,  # with a limit, the answer depends on what this process holds already
         )
     analysis_microbatch_size = ANALYSIS_MICROBATCH
     if memory is not None and policy.needs_scores and plan.analysis is not None:
         names, score = list(macs)[:1], plan.analysis.score
         analysis_microbatch_size = decided(
-            ("examples a pass of an analysis", asked, score, memory),
-            lambda: largest_analysis_size(model, loss_fn, synthetic, names, score=score, memory=memory),
+            ("examples a pass of an analysis", facts, score, memory),
+            lambda: largest_analysis_size(model, loss_fn, synthetic, names, score=score, memory=memory, by=by),
             valid=_is_size,
             lasting=False,
         )
@@ -149,14 +177,10 @@ def choose_execution(
     gains: dict[str, float] = {}
     if policy.quantizes and request.backend == "auto" and runs_on == "int8":
         gains = decided(
-            ("gains of layers", asked, size),
-            partial(_gains, model, loss_fn, synthetic, size, plan.expected_batch_size),
+            ("gains of layers", facts, size),
+            partial(_gains, objective, synthetic, size, plan.expected_batch_size, by),
             valid=lambda gains: isinstance(gains, dict) and gains.keys() <= macs.keys(),
         )
-    reason = ""
-    if layer is not None and (policy.quantizes or rest.quantized):
-        used = [one for one in (chosen, rest) if one.quantized]
-        reason = "asked for" if request.backend != "auto" else reason_for(layer.backend, used, layer.weight.device)
     return Execution(
         chosen=chosen,
         rest=rest,
@@ -165,29 +189,53 @@ def choose_execution(
         gains=gains,
         excluded_layers=() if rest.quantized else layers_to_exclude(policy, macs, gains),
         backend=runs_on,
-        reason=reason,
+        reason=backend_reason(layer, policy, request),
     )
 
 
+def backend_reason(
+    layer: QuantizableLayer | None, policy: Policy, request: ExecutionRequest, *, reason_for: ReasonFor = reason_for
+) -> str:
+    """Return why a run uses its backend; empty where no layer runs quantized.
+
+    Args:
+      layer: one of the model's quantizable layers, which all have the same backend; None if there is none.
+      policy: which layers run quantized.
+      request: the user's settings.
+      reason_for: says why `auto` comes to a backend, as `backends.registry.reason_for`.
+    """
+    if layer is None or not (policy.quantizes or request.rest.quantized):
+        return ""
+    if request.backend != "auto":
+        return "asked for"
+    used = [one for one in (request.chosen, request.rest) if one.quantized]
+    return reason_for(layer.backend, used, layer.weight.device)
+
+
 def _gains(
-    model: nn.Module, loss_fn: PerExampleLoss, synthetic: Any, microbatch_size: int, expected_batch_size: float
+    objective: Objective, synthetic: Any, microbatch_size: int, expected_batch_size: float, by: Instruments
 ) -> dict[str, float]:
-    """{layer: time in full precision over time quantized}."""
+    """Return {layer: time in full precision over time quantized}."""
     times = layer_times(
-        model, loss_fn, synthetic, microbatch_size=microbatch_size, expected_batch_size=expected_batch_size
+        objective.model,
+        objective.loss_fn,
+        synthetic,
+        microbatch_size=microbatch_size,
+        expected_batch_size=expected_batch_size,
+        by=by,
     )
     return {name: seconds.gain for name, seconds in times.items()}
 
 
-def _question(model: nn.Module, synthetic: Any, chosen: Precision, rest: Precision, plan: PrivacyPlan) -> str:
-    """What times depend on, as far as it can be seen: modules, shapes, formats, batch, device, threads."""
+def _facts(model: nn.Module, synthetic: Any, request: ExecutionRequest, plan: PrivacyPlan) -> str:
+    """Return a digest of the facts on which times depend: modules, shapes, formats, batch, device, threads."""
     layers = quantizable_layers(model).values()
     return _digest(
         *(f"{name}: {type(module).__name__}" for name, module in model.named_modules()),
         *(f"{name}: {tuple(p.shape)} {p.requires_grad}" for name, p in model.named_parameters()),
         *(f"{layer.geometry} {layer.backend.name} {layer.weight.device}" for layer in layers),
         *(f"{leaf.dtype} {tuple(leaf.shape[1:])}" for _, leaf in leaves(synthetic)),
-        *(chosen.name, rest.name, plan.expected_batch_size, torch.get_num_threads()),
+        *(request.chosen.name, request.rest.name, plan.expected_batch_size, torch.get_num_threads()),
     )
 
 
@@ -200,7 +248,13 @@ def _digest(*facts: object) -> str:
 
 
 def layers_to_exclude(policy: Policy, macs: dict[str, float], gains: Mapping[str, float]) -> tuple[str, ...]:
-    """The layers that quantizing makes slower, if the others are more than the policy needs: it shall have a choice."""
+    """Return the layers that quantization slows down, if more others remain than the policy needs in an epoch; else ().
+
+    Args:
+      policy: which layers run quantized.
+      macs: {layer: multiply-accumulates of its forward product, for one example}.
+      gains: {layer: time in full precision over time quantized}; a layer that is missing counts as not slower.
+    """
     slower = [name for name in macs if gains.get(name, 1.0) < 1]
     chosen = set(policy.choose(macs, None, epoch=0, key=0, excluded=slower))
     return tuple(slower) if chosen < macs.keys() - set(slower) else ()

@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a layer's quantization costs: the impact vector of a batch, clipped per example and summed.
+"""Impact of quantizing each layer: per-example impact vectors, clipped and summed over a batch.
 
-For example i and policy p (by default: one policy per quantizable layer, that layer alone quantized), the mean over
-rounding repeats of
+A policy p quantizes some layers; here each policy quantizes one layer alone. For example i, the mean over rounding
+repeats of
 
     v_i[p] = loss_i(model with p quantized) - loss_i(model in full precision)       score "loss", the paper's
     v_i[p] = 1 - cosine(gradient of loss_i with p quantized, in full precision)     score "gradient"
 
-and the sum is over clip_C(v_i). The loss sees the forward product only; the gradient's direction, which is what is left
-of a gradient once it is clipped, sees all three. Each v_i depends on the public model, on record i and on its own
-rounding draws, so adding or removing one record moves the sum by at most C. The paper clips the aggregated vector
-instead, which has sensitivity 2 C: two vectors of a ball can be its diameter apart. (The paper calls this quantity
-"loss sensitivity"; here `sensitivity` is the privacy bound and nothing else.) No model update happens inside;
-parameters, buffers, modes, policy and random streams are left bitwise as they were.
+is its impact vector v_i, and the sum is over clip_C(v_i). The loss depends on the forward product only. The gradient's
+direction, which is what remains of a gradient once it is clipped, depends on all three products. Each v_i depends on
+the public model, on record i and on the record's own roundings, so adding or removing one record moves the sum by at
+most C. The paper clips the aggregated vector instead, which has sensitivity 2 C: two vectors in a ball of radius C can
+be 2 C apart. (The paper calls this quantity "loss sensitivity"; here `sensitivity` is the privacy bound and nothing
+else.) Nothing here updates the model. Parameters, buffers, modes, precisions and random streams are left bitwise
+unchanged.
 
-Symbols: B examples, P policies, C clip norm, v impact. Source: DPQuant, arXiv 2509.03472, corrected as said above; the
-gradient's score is our own.
+Symbols: B examples, P policies, C clipping norm, v impact. Source: DPQuant, arXiv 2509.03472, with the correction
+above; the gradient score is our own.
 """
 
 import contextlib
@@ -49,9 +50,9 @@ class ImpactSum:
     """A sum over examples of clipped impact vectors, before noise.
 
     Attributes:
-      impacts: float64 `(P,)`, in units of the loss, in the order of the names asked for.
-      sensitivity: L2 norm by which adding or removing one record can change `impacts`.
-    Privacy: reads private data and is not private itself.
+      impacts: float64 `(P,)`, in units of the score, in the order of the names given.
+      sensitivity: largest L2 norm by which adding or removing one record can change `impacts`.
+    Privacy: computed from private data, and not private itself.
     """
 
     impacts: Tensor
@@ -67,21 +68,21 @@ def impact_sum(
     keys: Sequence[int],
     score: Score = "loss",
 ) -> ImpactSum:
-    """Sum per-example impact vectors over a batch, each scaled to at most `max_norm`.
+    """Sum per-example impact vectors over a batch, each clipped to norm `max_norm`.
 
-    In evaluation mode (no dropout). For the loss there are forward passes only, and the one that quantizes a layer
-    takes everything before that layer from the full-precision pass: on average half of the products are computed. The
-    gradient takes a forward and a backward pass for each policy. A record on which model or loss raise contributes
-    nothing, silently: an error would tell about it.
+    The model runs in evaluation mode, without dropout. The loss score needs forward passes only. The pass that
+    quantizes a layer reuses the full-precision outputs of all layers before it, which saves half of the products on
+    average. The gradient score needs a forward and a backward pass for each policy. A record on which model or loss
+    raise contributes nothing and raises nothing, because an error would reveal that it is there.
 
     Args:
       objective: a prepared model and its loss.
-      pieces: microbatches of one size; none gives zeros.
-      names: layers, one policy each.
+      pieces: microbatches of one size; without any, the sum is zero.
+      names: layers, one policy for each.
       max_norm: C > 0, in units of the score.
-      keys: of the rounding draws, from `analysis_keys`; impacts are averaged over them before the clip.
-      score: what is compared, the loss or the gradient's direction.
-    Returns: ImpactSum with sensitivity `max_norm`. An example with an impact that is not finite contributes zero.
+      keys: keys of the roundings, from `analysis_keys`. Impacts are averaged over them before clipping.
+      score: `loss` or `gradient`.
+    Returns: ImpactSum with sensitivity `max_norm`. An example whose impact vector is not finite contributes zero.
     Raises:
       SettingError: an argument out of range, or a name that is not a quantizable layer.
     Privacy: per example; no noise is added here.
@@ -105,18 +106,22 @@ def impact_sum(
 
 
 def analysis_keys(seed: int, step: int, repeats: int = 1) -> list[int]:
-    """Return the keys of an analysis' rounding draws, one for each repeat: as secret as the seed is.
+    """Return the keys of an analysis' roundings, one for each repeat. They are as secret as the seed.
 
     Args:
-      seed: of the draws.
-      step: the number of the analysis; another number draws other roundings.
-      repeats: how many roundings are averaged.
+      seed: an integer from which the keys are derived; secret in a private run.
+      step: number of the analysis; each analysis has other keys.
+      repeats: number of roundings that are averaged.
     """
     return [derive_key(seed, "analysis", step, repeat) for repeat in range(repeats)]
 
 
 def _of_sound_rows(of: Callable[[Microbatch], Tensor], piece: Microbatch, width: int) -> Tensor:
-    """The rows' vectors `(B, P)`; NaN for a row on which the model raises, which the row alone decides."""
+    """Return the rows' vectors `(B, P)`, NaN for a row on which the model raises.
+
+    If the model raises on the batch, each row is run alone, filled up with copies of itself, so that no other row
+    decides whether it counts.
+    """
     try:
         return of(piece)
     except Exception as error:
@@ -135,10 +140,11 @@ def _of_sound_rows(of: Callable[[Microbatch], Tensor], piece: Microbatch, width:
 
 
 def impact_vectors(objective: Objective, piece: Microbatch, names: Sequence[str], keys: Sequence[int]) -> Tensor:
-    """Compute each example's own impacts v on the loss, not clipped; arguments as of `impact_sum`.
+    """Compute each example's impacts v on its loss, without clipping.
 
+    Args: as for `impact_sum`, with one microbatch.
     Returns: float64 `(B, P)`.
-    Privacy: per example; reads private data, and nothing bounds it.
+    Privacy: per example and unbounded.
     """
     layers, replay = quantizable_layers(objective.model), Replay()
     v_BP = torch.zeros(len(piece.record_ids), len(names), dtype=torch.float64)
@@ -156,7 +162,7 @@ def impact_vectors(objective: Objective, piece: Microbatch, names: Sequence[str]
         with seeded(key):
             return drawing.by_record(forward, key, piece.record_ids)
 
-    drawing = objective.drawing.unknown()  # in evaluation mode
+    drawing = objective.drawing.unknown()  # evaluation mode may draw differently than training
     with _undisturbed(objective.model), torch.no_grad():
         full_precision_B = losses(keys[0], ())
         for column, name in enumerate(names):
@@ -168,12 +174,15 @@ def impact_vectors(objective: Objective, piece: Microbatch, names: Sequence[str]
 def gradient_impact_vectors(
     objective: Objective, piece: Microbatch, names: Sequence[str], keys: Sequence[int]
 ) -> Tensor:
-    """Compute each example's own impacts v on its gradient's direction; arguments as of `impact_sum`.
+    """Compute each example's impacts v on the direction of its gradient, without clipping.
 
+    Args: as for `impact_sum`, with one microbatch.
     Returns: float64 `(B, P)`, in [0, 2]; NaN where a gradient is zero or not finite.
-    Privacy: per example; reads private data, and nothing but the cosine's range bounds it.
+    Privacy: per example; bounded only by the range of the cosine.
     """
-    evaluated = dataclasses.replace(objective, drawing=objective.drawing.unknown())  # in evaluation mode
+    evaluated = dataclasses.replace(
+        objective, drawing=objective.drawing.unknown()
+    )  # evaluation mode may draw differently than training
     whole = dataclasses.replace(piece, num_examples=len(piece.record_ids))
 
     def gradients(key: int, policy: Sequence[str]) -> dict[str, Contribution]:
@@ -198,7 +207,7 @@ def gradient_impact_vectors(
 
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; modes and policy are given back as they were."""
+    """Put the model into evaluation mode within the block; afterwards restore its modes and precisions."""
     precisions, modes = current_precisions(model), {module: module.training for module in model.modules()}
     model.eval()
     try:

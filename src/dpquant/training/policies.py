@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layers run quantized in an epoch: arithmetic on released scores, and a coin of its own.
+"""Policies: which layers run quantized in an epoch.
 
-Everything here is post-processing: it sees layer names, their multiply-accumulates (MACs) and private scores, never
-data or a model. The coin is a function of (key, epoch) and is not secret; sampling and noise draw elsewhere.
+Everything here is post-processing: a policy sees layer names, multiply-accumulates (MACs) and private scores, never
+data or a model. Policies that draw layers use a random generator that is a function of (key, epoch) and is not secret.
+It is independent of sampling and noise.
 
 The `dpquant` policy draws layers one after the other, without replacement, with probabilities
 
     pi_l proportional to exp(-beta * z_l),    z = (score - mean) / standard deviation
 
-until the epoch's budget is met. Scores are divided by their spread so that one beta serves every model. The draw is
-Gumbel top-k: the order of -beta * z_l + Gumbel_l is the order of such draws. beta = 0 leaves pure rotation.
+until the epoch's budget of quantized layers is met. Scores are divided by their standard deviation so that one beta
+suits every model. The draw is Gumbel top-k: sorting the layers by -beta * z_l + Gumbel_l gives the order of the draws.
+With beta = 0 the draw is uniform, which is pure rotation.
 
 Symbols: L layers, k of them quantized, fraction = k / L, beta inverse temperature. Source: DPQuant, arXiv 2509.03472;
 Gumbel top-k: Kool, van Hoof and Welling, arXiv 1903.06059.
@@ -26,14 +28,14 @@ import numpy as np
 
 from dpquant.errors import SettingError
 
-_ROUNDING = 1e-9  # of sums and products of floats: 0.6 of 5 layers are 3, not 4
+_ROUNDING = 1e-9  # tolerance for float round-off: 0.6 of 5 layers is 3 layers, not 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Turn:
-    """What a policy may look at when an epoch begins: released numbers only.
+    """Input of a policy at the beginning of an epoch: released numbers only.
 
-    Attributes: as the arguments of `Policy.choose`.
+    Attributes: the arguments of `Policy.choose`.
     """
 
     macs: Mapping[str, float]
@@ -44,11 +46,11 @@ class Turn:
 
 
 class Policy(abc.ABC):
-    """Chooses an epoch's layers. A policy of your own defines `pick`.
+    """Base class of policies, which choose the layers of an epoch. A policy of your own defines `pick`.
 
     Attributes:
-      needs_scores: the choice gets better with measured impacts: the run should make analyses.
-      quantizes: some layer may run quantized.
+      needs_scores: whether the policy uses measured impacts, so that the run has to make analyses.
+      quantizes: whether any layer may run quantized.
       ema: weight of the newest analysis in the scores, in (0, 1].
     """
 
@@ -57,7 +59,7 @@ class Policy(abc.ABC):
 
     @property
     def quantizes(self) -> bool:
-        """False if the model always runs in full precision."""
+        """Whether any layer may run quantized; False if the model always runs in full precision."""
         return True
 
     def choose(
@@ -69,57 +71,59 @@ class Policy(abc.ABC):
         key: int,
         excluded: Collection[str] = (),
     ) -> tuple[str, ...]:
-        """The layers that run quantized in an epoch.
+        """Return the layers that run quantized in an epoch.
 
         Args:
-          macs: each quantizable layer's multiply-accumulates for one example, in forward order.
-          scores: each layer's impact, but for the excluded, higher is worse; None before the first analysis, which
-            makes all layers equal.
-          epoch: from 0.
-          key: of the schedule's coin, 0 <= key < 2^64.
-          excluded: layers that stay in full precision, unless they were named; shares count them all the same.
-        Returns: names in forward order; the same for the same arguments.
+          macs: {quantizable layer: multiply-accumulates for one example}, in forward order.
+          scores: {layer that is not excluded: its impact}, where higher is worse. None before the first analysis; then
+            all layers count as equal.
+          epoch: number of the epoch, from 0.
+          key: seed of the random generator, 0 <= key < 2^64.
+          excluded: layers that stay in full precision unless the policy names them. Fractions and shares of
+            multiply-accumulates refer to all layers, including these.
+        Returns: names in forward order. Equal arguments give equal names.
         Raises:
-          SettingError: a named layer does not exist, or scores are not one finite number for each layer.
+          SettingError: a named layer does not exist, or scores are not one finite number for each layer that is not
+            excluded.
         Privacy: post-processing.
         """
         return self.pick(Turn(macs=macs, scores=scores, epoch=epoch, key=key, excluded=excluded))
 
     @abc.abstractmethod
     def pick(self, turn: Turn) -> tuple[str, ...]:
-        """What `choose` returns, for its arguments."""
+        """Return the layers that run quantized in an epoch, in forward order; called by `choose`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NonePolicy(Policy):
-    """Full precision throughout."""
+    """Never quantizes a layer."""
 
     @property
     def quantizes(self) -> bool:
-        """Never."""
+        """False."""
         return False
 
     def pick(self, turn: Turn) -> tuple[str, ...]:
-        """No layer."""
+        """Return no layer."""
         return ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AllPolicy(Policy):
-    """Every layer, all the time."""
+    """Quantizes every layer in every epoch."""
 
     def pick(self, turn: Turn) -> tuple[str, ...]:
-        """All layers."""
+        """Return all layers that are not excluded."""
         return tuple(name for name in turn.macs if name not in turn.excluded)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _BudgetPolicy(Policy):
-    """A policy with a budget: exactly one of two.
+    """Base class of policies with a budget of quantized layers, given by exactly one of two settings.
 
     Attributes:
-      fraction: of the layers, in (0, 1]; the smallest number of layers that reaches it.
-      macs: share of the model's multiply-accumulates, in (0, 1]; layers are taken in turn until they reach it.
+      fraction: fraction of the layers, in (0, 1]; rounded up to a whole number of layers.
+      macs: share of the model's multiply-accumulates, in (0, 1]; layers are added in order until they reach it.
     """
 
     _budgets: ClassVar[tuple[str, ...]] = ("fraction", "macs")
@@ -138,7 +142,7 @@ class _BudgetPolicy(Policy):
         _check_share("macs", self.macs)
 
     def _spend(self, order: Sequence[str], macs: Mapping[str, float]) -> tuple[str, ...]:
-        """The first layers of an order that meet the budget, in forward order; all where they cannot."""
+        """Return the first layers of `order` that meet the budget, in forward order; all if they are too few."""
         if self.fraction is not None:
             count = math.ceil(self.fraction * len(macs) - _ROUNDING)
         else:
@@ -146,18 +150,18 @@ class _BudgetPolicy(Policy):
             work = macs if any(macs.values()) else dict.fromkeys(macs, 1.0)
             target = sum(work.values()) * (self.macs - _ROUNDING)
             covered = itertools.accumulate((work[name] for name in order), initial=0.0)
-            count = sum(before < target for before in covered)  # a layer is taken while what came before is too little
+            count = sum(before < target for before in covered)  # a layer is added while those before it fall short
         chosen = set(order[:count])
         return tuple(name for name in macs if name in chosen)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StaticPolicy(_BudgetPolicy):
-    """The same layers in every epoch: named ones, or a random set. The paper's baseline.
+    """Quantizes one set of layers in all epochs, named or random. The paper's baseline.
 
     Attributes:
-      names: the layers; instead of a budget.
-      seed: of the random set, >= 0.
+      names: the layers; given instead of a budget.
+      seed: seed of the random set, >= 0.
     """
 
     _budgets: ClassVar[tuple[str, ...]] = ("names", "fraction", "macs")
@@ -167,7 +171,9 @@ class StaticPolicy(_BudgetPolicy):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.seed < 0:
-            raise SettingError(f"Expected seed >= 0; got seed={self.seed}. numpy takes no other. Choose another seed.")
+            raise SettingError(
+                f"Expected seed >= 0; got seed={self.seed}. numpy accepts no negative seed. Choose another seed."
+            )
         if isinstance(self.names, str):
             raise SettingError(
                 f"Expected names to be a collection of layer names; got names={self.names!r}. A string is a collection "
@@ -178,13 +184,13 @@ class StaticPolicy(_BudgetPolicy):
 
     @property
     def quantizes(self) -> bool:
-        """Unless an empty collection was named."""
+        """Whether any layer may run quantized; False if `names` is empty."""
         return self.names is None or len(self.names) > 0
 
     def pick(self, turn: Turn) -> tuple[str, ...]:
-        """The named layers, or those that `seed` draws."""
+        """Return the named layers, or the random set."""
         if self.names is None:
-            return self._spend(_drawn(_free(turn), _coin(self.seed, 0)), turn.macs)
+            return self._spend(_drawn(_free(turn), _generator(self.seed, 0)), turn.macs)
         if unknown := [name for name in self.names if name not in turn.macs]:
             raise SettingError(
                 f"Expected names of quantizable layers; got names with {unknown[0]!r}. Known: {', '.join(turn.macs)}. "
@@ -195,19 +201,19 @@ class StaticPolicy(_BudgetPolicy):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RotatePolicy(_BudgetPolicy):
-    """Other layers in every epoch, drawn uniformly: the paper's probabilistic layer sampling."""
+    """Draws layers uniformly in every epoch: the paper's probabilistic layer sampling."""
 
     def pick(self, turn: Turn) -> tuple[str, ...]:
-        """Layers drawn uniformly, anew in every epoch."""
-        return self._spend(_drawn(_free(turn), _coin(turn.key, turn.epoch)), turn.macs)
+        """Return layers drawn uniformly for this epoch."""
+        return self._spend(_drawn(_free(turn), _generator(turn.key, turn.epoch)), turn.macs)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _ScoredPolicy(_BudgetPolicy):
-    """A policy that looks at scores.
+    """Base class of policies that use scores.
 
     Attributes:
-      ema: weight of the newest analysis, in (0, 1]; 1 forgets the earlier ones.
+      ema: weight of the newest analysis in the scores, in (0, 1]; with 1, earlier analyses have no weight.
     """
 
     needs_scores: ClassVar[bool] = True
@@ -220,21 +226,22 @@ class _ScoredPolicy(_BudgetPolicy):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrioritisePolicy(_ScoredPolicy):
-    """The layers with the lowest scores, without a coin; in case of a tie, earlier ones."""
+    """Quantizes the layers with the lowest scores, without randomness; of equal scores, the earlier layer."""
 
     def pick(self, turn: Turn) -> tuple[str, ...]:
-        """The layers with the lowest scores."""
+        """Return the layers with the lowest scores."""
         known = _checked_scores(turn)
         return self._spend(sorted(known, key=known.__getitem__), turn.macs)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DPQuantPolicy(_ScoredPolicy):
-    """Other layers in every epoch, harmless ones more often.
+    """Draws layers in every epoch, those with low scores with higher probability.
 
     Attributes:
-      beta: how much the scores count, >= 0; 0 is rotation, large is prioritising. The default still rotates on networks
-        of few layers, where 3, the command line's, hardly does.
+      beta: influence of the scores, >= 0. With 0 the policy rotates uniformly; with a large value it always takes the
+        layers with the lowest scores. On networks of few layers the default still rotates, while 3, the command line's
+        default, hardly does.
     """
 
     beta: float = 1.0
@@ -244,17 +251,17 @@ class DPQuantPolicy(_ScoredPolicy):
         _check_beta(self.beta)
 
     def pick(self, turn: Turn) -> tuple[str, ...]:
-        """Layers drawn by exp(-beta * normalised score), anew in every epoch."""
+        """Return layers drawn for this epoch with weights exp(-beta * normalised score)."""
         logits = _logits(_checked_scores(turn), self.beta)
-        return self._spend(_drawn(logits, _coin(turn.key, turn.epoch)), turn.macs)
+        return self._spend(_drawn(logits, _generator(turn.key, turn.epoch)), turn.macs)
 
 
 def probabilities(scores: Mapping[str, float], beta: float) -> dict[str, float]:
-    """Each layer's probability to be the first one drawn; they sum to one.
+    """Return {layer: probability that it is drawn first} under `DPQuantPolicy`; probabilities sum to one.
 
     Args:
-      scores: each layer's impact, finite.
-      beta: >= 0.
+      scores: {layer: impact}, finite.
+      beta: influence of the scores, >= 0.
     Raises:
       SettingError: beta is negative or not finite.
     Privacy: post-processing.
@@ -268,23 +275,23 @@ def probabilities(scores: Mapping[str, float], beta: float) -> dict[str, float]:
 
 
 def ema(previous: Mapping[str, float], new: Mapping[str, float], weight: float) -> dict[str, float]:
-    """Exponential moving average: `(1 - weight) * previous + weight * new`; with no previous scores, the new ones.
+    """Return the moving average `(1 - weight) * previous + weight * new`; without previous scores, `new`.
 
     Args:
-      previous: scores so far, empty before the first analysis.
-      new: what the newest analysis measured.
-      weight: of the new, in (0, 1].
+      previous: {layer: score so far}; empty before the first analysis.
+      new: {layer: noised impact of the newest analysis}.
+      weight: weight of the new impacts, in (0, 1].
     Privacy: post-processing.
     """
     return {name: (1 - weight) * previous[name] + weight * score if previous else score for name, score in new.items()}
 
 
 def largest_layers(macs: Mapping[str, float], share: float) -> tuple[str, ...]:
-    """The fewest layers, largest first, that cover a share of the multiply-accumulates; in forward order.
+    """Return the largest layers that together cover a share of the multiply-accumulates, in forward order.
 
     Args:
-      macs: each layer's.
-      share: 1 is all layers, 0 is none.
+      macs: {layer: multiply-accumulates}, in forward order.
+      share: 1 gives all layers, 0 gives none.
     """
     chosen: set[str] = set()
     for name in sorted(macs, key=lambda name: macs[name], reverse=True):
@@ -295,39 +302,44 @@ def largest_layers(macs: Mapping[str, float], share: float) -> tuple[str, ...]:
 
 
 def noise_left(count: int, weight: float) -> float:
-    """Standard deviation of the noise on scores smoothed over `count` analyses, in units of one analysis' noise."""
+    """Return the noise's standard deviation in scores averaged over `count` analyses, in units of one analysis' noise.
+
+    Args:
+      count: number of analyses.
+      weight: weight of the newest analysis, as `Policy.ema`.
+    """
     newer = sum((weight * (1 - weight) ** k) ** 2 for k in range(count - 1))
     return math.sqrt(newer + (1 - weight) ** (2 * max(count - 1, 0)))
 
 
 def _free(turn: Turn) -> dict[str, float]:
-    """Zeros for the layers that may be chosen."""
+    """Return {layer that may be chosen: 0.0}, in forward order."""
     return {name: 0.0 for name in turn.macs if name not in turn.excluded}
 
 
 def _logits(scores: Mapping[str, float], beta: float) -> dict[str, float]:
-    """-beta * z: scores in units of their own spread. Equal scores have none, and are all zero."""
+    """Return {layer: -beta * z}, z the score in standard deviations from the mean; zeros if all scores are equal."""
     if len(set(scores.values())) < 2:
         return dict.fromkeys(scores, 0.0)
     values = np.array(list(scores.values()))
-    values = values / np.abs(values).max()  # so that squares neither overflow nor vanish
+    values = values / np.abs(values).max()  # so that squares neither overflow nor underflow
     z = (values - values.mean()) / values.std()
     return dict(zip(scores, (-beta * z).tolist(), strict=True))
 
 
-def _drawn(logits: Mapping[str, float], coin: np.random.Generator) -> list[str]:
-    """All names, in the order in which drawing without replacement would take them."""
-    keys = np.array(list(logits.values())) + coin.gumbel(size=len(logits))
+def _drawn(logits: Mapping[str, float], generator: np.random.Generator) -> list[str]:
+    """Return all names in the order of a weighted draw without replacement."""
+    keys = np.array(list(logits.values())) + generator.gumbel(size=len(logits))
     names = list(logits)
     return [names[i] for i in np.argsort(-keys, kind="stable")]
 
 
-def _coin(key: int, epoch: int) -> np.random.Generator:
+def _generator(key: int, epoch: int) -> np.random.Generator:
     return np.random.default_rng([key, epoch])
 
 
 def _checked_scores(turn: Turn) -> dict[str, float]:
-    """One score for each layer that may be chosen, in forward order."""
+    """Return {layer that may be chosen: its score}, in forward order; zeros before the first analysis."""
     free, scores = _free(turn), turn.scores
     if scores is None:
         return free

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A private training run in progress; `start.make_private` begins one.
+"""A private training run in progress. `start.make_private` starts one:
 
     private = make_private(model, optimizer, train_set, loss_fn=..., plan=plan, policy=DPQuantPolicy(fraction=0.9))
     for epoch in private.epochs():
@@ -8,12 +8,13 @@
     print(private.statement())
 
 A step charges the ledger, then reads the records that the plan's sampler drew, sums their clipped gradients, adds noise
-and lets the optimizer move. Sampling, sensitivity, noise and accounting come from one plan; speed settings cannot
-change them. What samples, hides and charges is the run's `Mechanism`; its other processes are met in its `Group`.
+and calls the optimizer. Sampling, sensitivity, noise and accounting come from one plan; settings that affect speed
+cannot change them. The run's `Mechanism` samples, adds noise and charges. Its `Group` connects it to the other
+processes.
 
-All randomness that the records meet follows from one secret key, fresh from the operating system: which records are
-drawn, the noise, rounding, and what model and data set draw by themselves (dropout, augmentation). The public `seed`
-is of the schedule alone. The global random streams belong to the user and stay as they are.
+All random numbers that touch records are derived from one secret key, fresh from the operating system: which records
+are drawn, the noise, rounding, and the draws of model and data set (dropout, augmentation). The public `seed` decides
+the layer schedule alone. The global random generators belong to the user and are left unchanged.
 """
 
 import dataclasses
@@ -50,24 +51,24 @@ from dpquant.training.records import Records
 from dpquant.training.setup import Setup
 from dpquant.training.state import RunState
 
-_PROBED = 8  # records of an epoch that are compared in two companies
+_PROBED = 8  # records in each of the two batches in which one record's gradients are compared, once an epoch
 
 
 class PrivateTraining:
     """A private training run in progress. Make it with `make_private`.
 
     Attributes:
-      model: the prepared model; in full precision between epochs, so that evaluation sees what will be deployed.
+      model: the prepared model. Between epochs it is in full precision, as it will be deployed, for evaluation.
       optimizer, plan, policy: as given.
       backend: `simulate` or `int8`.
-      execution: precisions, microbatch, which layers are spared, and why.
-      choices: what was decided by measuring on this machine, so far; given to another run, it decides alike.
+      execution: precisions, microbatch sizes and excluded layers, with reasons.
+      choices: decisions measured on this machine so far. Another run that is given them makes the same decisions.
       macs: {layer: multiply-accumulates of its forward product, for one example}.
-      scores: {layer: smoothed private impact}, empty before the first analysis.
-      steps_taken, analyses_made: what has been charged.
-      state: where the run stands, as one value.
-      seconds_train, seconds_analysis: wall time so far.
-      secure: False if the mechanism's randomness came from a given seed: then nothing is private.
+      scores: {layer: smoothed private impact}; empty before the first analysis.
+      steps_taken, analyses_made: numbers of charged steps and analyses.
+      state: state of the run, as one value.
+      seconds_train, seconds_analysis: wall time so far; depends on the private batch sizes and is not for release.
+      secure: False if sampling or noise came from a given seed. Then the run is not private.
     """
 
     def __init__(
@@ -79,14 +80,14 @@ class PrivateTraining:
         mechanism: Mechanism,
         group: Group,
     ):
-        """Join the parts of a run; `start.begin` makes and checks them.
+        """Join the parts of a run. `start.begin` makes and checks them.
 
         Args:
-          setup: what is trained, and by which rules.
+          setup: model, optimizer, plan and policy.
           records: the private data set.
-          state: where the run stands; of a new run, nothing but its execution.
-          choices: what was decided by measuring, so far.
-          mechanism: what samples, hides and charges.
+          state: state from which the run continues; for a new run, only its execution is set.
+          choices: decisions measured so far.
+          mechanism: sampler, noise, ledger and secret key.
           group: the processes of the run.
         """
         self.model, self.optimizer = setup.found.objective.model, setup.optimizer
@@ -101,7 +102,7 @@ class PrivateTraining:
 
     @property
     def state(self) -> RunState:
-        """Where the run stands, as a value that stays as it is. Privacy: post-processing."""
+        """State of the run, as an immutable value. Privacy: post-processing."""
         head, made = self._mechanism.ledger.head, dict(self.choices.made)
         return dataclasses.replace(self._state, ledger_head=head, choices=made)
 
@@ -130,11 +131,11 @@ class PrivateTraining:
         return dict(self._state.scores)
 
     def epochs(self) -> Iterator[Epoch]:
-        """Epochs until the plan's steps are spent. Beginning one may run the analysis and chooses its layers.
+        """Yield epochs until the planned steps are taken, each after its analysis, if planned, and choice of layers.
 
         Raises:
-          BudgetError: an epoch was left without a single step, so that the plan would never end.
-          SettingError: a batch was drawn and not stepped with.
+          BudgetError: no step was taken in an epoch, so that the loop would never end.
+          SettingError: a batch was drawn, but `step` was not called with it.
         Privacy: an analysis charges one event; the choice of layers is post-processing.
         """
         while self.steps_taken < self.plan.steps:
@@ -160,16 +161,17 @@ class PrivateTraining:
                 )
 
     def step(self, batch: Batch) -> None:
-        """Charge, clip, sum, add noise, and let the optimizer move (algorithm: Abadi et al., arXiv 1607.00133).
+        """Take one step of DP-SGD: charge, clip, sum, add noise, and call the optimizer.
 
         Args:
-          batch: the one that the epoch has just drawn; each can be used once.
+          batch: the batch that the epoch has just drawn; each can be used once.
         Raises:
-          BudgetError: the planned steps are spent.
-          SettingError: not the batch that the sampler drew last.
-          ModelError, DataError: the model does not keep examples apart after all, or the step failed. What was charged
+          BudgetError: all planned steps have been taken.
+          SettingError: the batch is not the one that the sampler drew last.
+          ModelError, DataError: the model turns out not to keep examples apart, or the step failed. What was charged
             stays charged.
         Privacy: charges one training event, before any record is read.
+        Source: Abadi et al., arXiv 1607.00133, Algorithm 1.
         """
         self._refuse_if_broken()
         if self.steps_taken >= self.plan.steps:
@@ -190,7 +192,7 @@ class PrivateTraining:
         self.seconds_train += time.perf_counter() - began
 
     def _descend(self, batch: Batch) -> None:
-        """Let the optimizer move along the noisy mean of the clipped gradients."""
+        """Step the optimizer with the noisy mean of the clipped gradients."""
         key = self._key_of(batch.step)
         self._probe(batch, key)
         mine = self._group.share(batch.record_ids)
@@ -208,11 +210,11 @@ class PrivateTraining:
         self.optimizer.step()
 
     def _key_of(self, step: int) -> int:
-        """The secret key of all draws of a step's records."""
+        """Return the secret key of all random numbers that are drawn for records in a step."""
         return step_key(self._mechanism.record_key, step)
 
     def _clipped_sum(self, pieces: Iterable[Microbatch], key: int) -> ClippedSum:
-        """Return the sum of the records' clipped gradients, those left out on which model or loss raise."""
+        """Return the sum of the records' clipped gradients, without records on which model or loss raise."""
         return clipped_sum_of(
             self._objective,
             pieces,
@@ -223,35 +225,35 @@ class PrivateTraining:
         )
 
     def _probe(self, batch: Batch, key: int) -> None:
-        """Once an epoch, compare a record's gradient with its gradient among other batchmates.
+        """Check once an epoch that a record's gradient does not depend on the other records of its batch.
 
-        For a model that keeps examples apart the outcome is always the same, so that nothing is released. All
-        processes of a group compare the same record, so that they give up together.
+        For a model that keeps examples apart the check always passes, so its outcome releases nothing. All processes of
+        a group check the same record, so that they all stop at the same step.
         """
         if self._probed or len(batch.record_ids) == 0:
             return
-        companies = self._records.batchmates(batch.record_ids, _PROBED, key)
-        if companies is None:
+        pieces = self._records.batchmates(batch.record_ids, _PROBED, key)
+        if pieces is None:
             return
         self._probed = True
         try:
-            apart = keeps_apart(self._objective, *companies, key=key)
+            apart = keeps_apart(self._objective, *pieces, key=key)
         except DPQuantError:
             raise
-        except Exception:  # a record that the model does not run on, which contributes nothing
+        except Exception:  # the model does not run on this record, which then contributes nothing
             return
         if not apart:
             self._give_up("one record's gradient depends on the other records of its batch")
             self._refuse_if_broken()
 
     def _check_buffers(self) -> None:
-        """Put buffers back that have changed since the run began, and give up: they kept something of records."""
+        """Stop the run if a buffer has changed since it began, and restore it: it holds information on records."""
         if changed := changed_buffer(self.model, self._buffers):
             restore_buffers(self.model, self._buffers)
             self._give_up(f"its buffer {changed} has begun to change, and what it kept of records was not noised")
 
     def _give_up(self, reason: str) -> None:
-        """What the run assumes of the model is not so: no step is taken any more, and the statement says so."""
+        """Stop the run, because the model violates what epsilon assumes: no more steps; the statement says why."""
         broken = (
             f"Expected a model that keeps examples apart; {reason}. The check on synthetic records could not see it, "
             "and the epsilon of this run DOES NOT HOLD: release nothing of it. Make the model, the loss and collate_fn "
@@ -260,11 +262,12 @@ class PrivateTraining:
         self._advance(broken=self._state.broken or broken)
 
     def _refuse_if_broken(self) -> None:
+        """Raise a ModelError if the run has been stopped."""
         if self._state.broken:
             raise ModelError(self._state.broken)
 
     def _without_details(self, work: Callable[[], None]) -> None:
-        """Do what reads private records. An exception of foreign code is replaced by one that holds no data."""
+        """Run `work`, which reads private records; replace a foreign exception by one that contains no data."""
         failed = None
         try:
             with working_memory(), self.choices.active(), torch.inference_mode(False), torch.enable_grad():
@@ -273,7 +276,7 @@ class PrivateTraining:
             raise
         except Exception as error:
             failed = type(error).__name__
-        if failed is not None:  # raised out here, so that the other one is not attached to it
+        if failed is not None:  # raised outside of `except`, so that the original exception is not attached to it
             raise ModelError(
                 f"Expected a step to run as it did on synthetic records; got a {failed}. Its message is withheld, "
                 "because it may hold data. What was charged stays charged. Look for what differs from a synthetic "
@@ -281,24 +284,24 @@ class PrivateTraining:
             )
 
     def epsilon_spent(self) -> float:
-        """Epsilon at the plan's delta of everything in the ledger. Privacy: post-processing."""
+        """Return epsilon, at the plan's delta, of everything in the ledger. Privacy: post-processing."""
         return accounting.epsilon(self.events(), self.plan.delta)
 
     def events(self) -> list[Event]:
-        """Return what was charged so far, as an accountant composes it."""
+        """Return the events charged so far, equal releases counted together."""
         return self._mechanism.ledger.events()
 
     def policies(self) -> list[tuple[str, ...]]:
-        """For each epoch begun, the names of the layers that ran quantized."""
+        """Return, for each epoch begun, the names of the layers that run quantized."""
         return list(self._state.policies)
 
     def statement(self) -> str:
-        """What is guaranteed, and what is not, in words."""
+        """Return the privacy statement: what is guaranteed and what is not, in words."""
         statement = self.plan.statement(events=self.events(), secure=self.secure)
         return f"DOES NOT HOLD: {self._state.broken}\n{statement}" if self._state.broken else statement
 
     def _run(self, layers: tuple[str, ...], num_steps: int) -> Iterator[Batch]:
-        """Draw batches one by one, with the epoch's layers quantized; afterwards the model is in full precision."""
+        """Draw an epoch's batches one by one, with its layers quantized; afterwards return to full precision."""
         self._probed = False
         set_precisions(self.model, self.execution.precisions(self.macs, layers))
         try:
@@ -312,17 +315,17 @@ class PrivateTraining:
         self._refuse_if_broken()
 
     def _refuse_what_was_skipped(self) -> None:
-        """A batch that is drawn is stepped with, however few records are in it: the accounting counts every draw."""
+        """Raise a SettingError if a drawn batch was skipped, even an empty one: the accounting counts every draw."""
         self._refuse_if_broken()
         if self._drawn is not None:
             raise SettingError(
-                "Expected every batch that an epoch draws to be stepped with; got one that was skipped. To skip some, "
-                "such as empty ones, changes the distribution of the others, which epsilon counts on. Call "
+                "Expected every batch that an epoch draws to be stepped with; got one that was skipped. Skipping "
+                "batches, empty ones included, changes the distribution of the others, on which epsilon depends. Call "
                 "private.step(batch) for every batch: an empty one is a step of noise."
             )
 
     def _charge(self, kind: Kind, planned: PrivacyPlan | AnalysisPlan) -> None:
-        """Charge one event. Once this returns it is paid for, on every process."""
+        """Charge one event. Once this returns it is charged on every process."""
         self._mechanism.ledger.charge(
             kind=kind, sample_rate=planned.sample_rate, noise_multiplier=planned.noise_multiplier
         )
@@ -332,7 +335,7 @@ class PrivateTraining:
         self._state = dataclasses.replace(self._state, **changes)
 
     def _draw(self, stream: Kind, planned: PrivacyPlan | AnalysisPlan, step: int) -> Batch:
-        """Return a Poisson batch. A step that is drawn for again has another attempt, and so other records."""
+        """Draw a Poisson batch. A step that is drawn for again has another attempt number, and so other records."""
         self._advance(draws=self._state.draws + 1)
         attempt = self._state.draws
         ids = self._mechanism.sampler.draw(
@@ -341,7 +344,7 @@ class PrivateTraining:
         return Batch(ids, step, attempt, lambda ids: self._all_of(ids, step))
 
     def _all_of(self, record_ids: Tensor, step: int) -> Any:
-        """What the user sees of a batch: all of its sound records at once."""
+        """Return the collated records of a batch, without the broken ones, for `Batch.data`; `()` if none is left."""
         if len(record_ids) == 0:
             return ()
         found = self._records.microbatch(record_ids, len(record_ids), self._key_of(step))
@@ -353,7 +356,7 @@ class PrivateTraining:
         return self.plan.analysis
 
     def _analyse(self) -> None:
-        """Measure every layer's impact privately: one draw, one vector, one event."""
+        """Measure the impact of every layer that is not excluded, privately: one draw, one vector, one event."""
         began, number = time.perf_counter(), self.analyses_made
         self._charge("analysis", self._analysis)
         self._advance(analyses_made=number + 1)
@@ -362,7 +365,7 @@ class PrivateTraining:
         self.seconds_analysis += time.perf_counter() - began
 
     def _score(self, batch: Batch) -> None:
-        """Take the noisy mean of the batch's clipped impacts into the scores."""
+        """Update the scores with the noisy mean of the batch's clipped impacts."""
         names = [name for name in self.macs if name not in self.execution.excluded_layers]
         key = derive_key(self._mechanism.record_key, "analysis", batch.step)
         mine, size = self._group.share(batch.record_ids), self.execution.analysis_microbatch_size
@@ -378,7 +381,7 @@ class PrivateTraining:
         self._advance(scores=ema(self._state.scores, new, self.policy.ema))
 
     def _impact_sum(self, pieces: Iterable[Microbatch], names: Sequence[str], keys: Sequence[int]) -> ImpactSum:
-        """Return the sum of the records' clipped impacts; `keys` are of their draws, and secret."""
+        """Return the sum of the records' clipped impacts; `keys` are the secret keys of their roundings."""
         return impact_sum(
             self._objective,
             pieces,

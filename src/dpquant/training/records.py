@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From record ids to microbatches: reads private records, a microbatch at a time, and leaves out what is broken.
+"""Loading of private records: from record ids to collated microbatches, without broken records.
 
-A record that cannot be read, or that has not the structure, types and shapes that the data set's records have, is left
-out: it contributes nothing, and nobody is told, because an error that depends on one record tells about it. Each record
-is judged by itself, so that what the others contribute does not change.
+A record is broken if it cannot be read, or if its structure, types or shapes differ from those of the data set's
+records. It contributes nothing and raises nothing, because an error that depends on one record reveals that it is
+there. Each record is judged by itself, so that a broken one does not change what the others contribute.
 
-A data set may draw random numbers when it is read (augmentation), and so may a collate function. Those draws follow
-from a secret key and the record's id, not from the global generators (`engine/randomness.py`).
+A data set may draw random numbers when it is read (augmentation), and so may a collate function. These numbers are
+derived from a secret key and the record's id, not from the global generators (`engine/randomness.py`).
 """
 
 import contextlib
@@ -25,9 +25,9 @@ from dpquant.rounding import derive_key
 
 
 class MapDataset(Protocol):
-    """A map-style data set: record i is the same record in every epoch.
+    """A map-style data set: index i refers to the same record in every epoch.
 
-    Where there is torch's `__getitems__(indices)`, it is used to read several records at once.
+    If it has torch's `__getitems__(indices)`, this is used to read several records at once.
     """
 
     def __len__(self) -> int: ...
@@ -37,19 +37,19 @@ class MapDataset(Protocol):
 
 @runtime_checkable
 class Collated(Protocol):
-    """A data set that collates records itself, faster than one by one; all of its records have one form."""
+    """A data set that reads and collates several records at once; all of its records have equal types and shapes."""
 
     def dpquant_batch(self, record_ids: Tensor, /) -> Any:
-        """The records of these ids, int64 `(B,)`, as a batch with a row for each."""
+        """Return a batch with one row for each of the ids, int64 `(B,)`."""
         ...
 
 
 class _Broken:
-    """Stands for a record that could not be read."""
+    """Placeholder for a record that could not be read."""
 
 
 class Records:
-    """A private data set, as the steps of a run read it."""
+    """A private data set, read in microbatches."""
 
     def __init__(
         self, data_set: MapDataset, collate: Callable[[list], Any], device: torch.device, specimens: Specimens
@@ -57,10 +57,10 @@ class Records:
         """Wrap a data set.
 
         Args:
-          data_set: the user's.
+          data_set: the user's data set.
           collate: list of records -> batch.
-          device: where batches go.
-          specimens: synthetic records, which tell what a record looks like.
+          device: device of the batches.
+          specimens: synthetic records, which define the structure, types and shapes of a record.
         """
         self._data_set, self._collate, self._device, self._specimens = data_set, collate, device, specimens
         self._reads_at_random, self._watched = False, False
@@ -70,11 +70,13 @@ class Records:
         return len(self._data_set)
 
     def check(self) -> None:
-        """Refuse a data set whose records the synthetic ones do not look like, collated by itself or not.
+        """Check that the data set's records have the structure, types and shapes of the synthetic ones.
+
+        A data set that collates records itself is checked on a batch of its first record, three times.
 
         Raises:
-          DataError: another number of rows, another structure, type or shape.
-        Privacy: looks at the first records' types and shapes.
+          DataError: they have not, or a batch has not one row for each record.
+        Privacy: uses types and shapes of the first records, which are public.
         """
         if not isinstance(self._data_set, Collated):
             first = self._read(range(min(len(self), 3)), key=0)
@@ -104,14 +106,16 @@ class Records:
             )
 
     def microbatches(self, record_ids: Tensor, size: int, key: int) -> Iterator[Microbatch]:
-        """Read and collate records, `size` at a time; a microbatch of fewer is filled up with copies of its last.
+        """Read and collate records, `size` at a time; fill a smaller microbatch up with copies of its last record.
 
         Args:
           record_ids: int64 `(B,)`.
           size: rows of each microbatch.
-          key: of what data set and collate function draw: secret, of the step.
+          key: secret key of the step, for the random numbers of data set and collate function.
+        Returns: microbatches; broken records are missing from them.
         Raises:
           DataError: the collate function does not give one row for each record.
+        Privacy: per example.
         """
         for ids in record_ids.split(size):
             piece = self.microbatch(ids, size, key)
@@ -119,7 +123,10 @@ class Records:
                 yield piece
 
     def microbatch(self, record_ids: Tensor, size: int, key: int) -> Microbatch | None:
-        """One microbatch of at most `size` records; None if there are none, or all of them are broken."""
+        """Return one microbatch of at most `size` records; None if there are none, or all of them are broken.
+
+        Args, errors and privacy: as for `microbatches`.
+        """
         if len(record_ids) == 0:
             return None
         if isinstance(self._data_set, Collated):
@@ -130,30 +137,46 @@ class Records:
         return self._collated([records[row] for row in sound], record_ids[sound], size, key)
 
     def batchmates(self, record_ids: Tensor, size: int, key: int) -> tuple[Microbatch, Microbatch] | None:
-        """Return a sound record among its batchmates and among synthetic ones; None where none is sound."""
+        """Return two microbatches with one sound record in the first row; None if all records are broken.
+
+        In the first its batchmates are the records that were drawn with it, in the second they are synthetic.
+
+        Args:
+          record_ids: int64 `(B,)`; the first `size` are used.
+          size: rows of each microbatch.
+          key: secret key of the step, for the random numbers of data set and collate function.
+        Privacy: per example.
+        """
         piece = self.microbatch(record_ids[:size], size, key)
         if piece is None:
             return None
         ids = torch.cat([piece.record_ids[:1], -1 - torch.arange(1, size)])
         numbers = [1 + row % 2 for row in range(size - 1)]
         if isinstance(self._data_set, Collated):
-            strangers = iter([leaf for leaf in _tensors(self._specimens.batch(numbers))])
-            data = with_leaves(take_rows(piece.data, slice(0, 1)), lambda leaf: torch.cat([leaf, next(strangers)]))
+            synthetic = iter(_tensors(self._specimens.batch(numbers)))
+            data = with_leaves(take_rows(piece.data, slice(0, 1)), lambda leaf: torch.cat([leaf, next(synthetic)]))
             return piece, Microbatch(data, ids, 1)
         record = self._read(piece.record_ids[:1].tolist(), key)[0]
         together = [record, *(self._specimens.records[number] for number in numbers)]
         return piece, Microbatch(self._collate_at(together, ids, key), ids, 1)
 
     def _is_sound(self, record: Any) -> bool:
+        """Whether a record has the structure, types and shapes of the synthetic ones."""
         return matches(self._specimens.form, record)
 
     def _read(self, indices: Sequence[int], key: int) -> list[Any]:
-        """The records; draws follow from key and id once the data set was seen to draw."""
+        """Read records, with a placeholder for each that cannot be read.
+
+        Once the data set has been seen to draw random numbers, records are read one by one, and each one's numbers
+        are derived from the key and its id.
+        """
         key = derive_key(key, "read")
         with seeded(key):
             if not self._reads_at_random:
                 position, watch = Position(), Watch()
-                with contextlib.nullcontext() if self._watched else watch:  # once: it sees generators of one's own
+                with (
+                    contextlib.nullcontext() if self._watched else watch
+                ):  # only once, as it is slow; it also sees a user's own generators
                     records = self._several(indices)
                 self._watched = True
                 if not position.moved() and not watch.drew:
@@ -162,17 +185,18 @@ class Records:
             return [self._with_draws_of_its_own(index, derive_key(key, index)) for index in indices]
 
     def _with_draws_of_its_own(self, index: int, key: int) -> Any:
-        """A record whose draws follow from the key; only inside of `seeded`."""
+        """Read a record, with random numbers derived from the key. Call only within `seeded`."""
         reseed(key)
         with RecordDraws(key, torch.zeros(1, dtype=torch.int64)):
             return self._one(index)
 
     def _several(self, indices: Sequence[int]) -> list[Any]:
+        """Read records at once if the data set can and none of them raises, else one by one."""
         several = getattr(self._data_set, "__getitems__", None)
         if several is not None:
             try:
                 records = list(several(list(indices)))
-            except Exception as error:  # of one record; the others are read by themselves
+            except Exception as error:  # caused by one record: read each by itself
                 if isinstance(error, MemoryError):
                     raise
             else:
@@ -181,15 +205,16 @@ class Records:
         return [self._one(index) for index in indices]
 
     def _one(self, index: int) -> Any:
+        """Read one record, or return a placeholder."""
         try:
             return self._data_set[index]
-        except Exception as error:  # a record may not stop the run or be told apart by it
+        except Exception as error:  # an error would reveal that this record is there
             if isinstance(error, MemoryError):
                 raise
             return _Broken()
 
     def _collated(self, records: list[Any], record_ids: Tensor, size: int, key: int) -> Microbatch | None:
-        """A microbatch of sound records; those on which the collate function raises are left out."""
+        """Collate sound records into a microbatch, without those on which the collate function raises."""
         kept = list(range(len(records)))
         if not kept:
             return None
@@ -207,7 +232,7 @@ class Records:
         return Microbatch(batch, _filled(record_ids[kept], size), len(kept))
 
     def _tried(self, records: list[Any], record_ids: Tensor, size: int, key: int) -> Any | None:
-        """The batch, filled up; None where the collate function raises."""
+        """Collate records, filled up to `size` with copies of the last; return None if the collate function raises."""
         filled = records + records[-1:] * (size - len(records))
         try:
             return self._collate_at(filled, _filled(record_ids, size), key)
@@ -219,21 +244,25 @@ class Records:
             return None
 
     def _collate_at(self, records: list[Any], record_ids: Tensor, key: int) -> Any:
+        """Collate records, with random numbers derived from the key and the records' ids."""
         key = derive_key(key, "collate")
         with seeded(key):
             batch = self._collates_at_random.by_record(lambda: self._collate(records), key, record_ids)
         return self._checked(batch, len(records))
 
     def _checked(self, batch: Any, count: int) -> Any:
+        """Return a batch on the device, once it is known to have `count` rows."""
         check_rows(batch, count)
         return to_device(batch, self._device)
 
 
 def _filled(record_ids: Tensor, size: int) -> Tensor:
+    """Return ids `(size,)`, filled up with copies of the last one."""
     return torch.cat([record_ids, record_ids[-1:].expand(size - len(record_ids))])
 
 
 def _tensors(batch: Any) -> list[Tensor]:
+    """Return the tensors of a batch, in order."""
     found: list[Tensor] = []
     with_leaves(batch, found.append)
     return found

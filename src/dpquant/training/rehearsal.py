@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole step on synthetic records before the first charge: what can fail in a run fails here, and costs nothing.
+"""A trial step on synthetic records before the first charge, so that a run that would fail costs no budget.
 
-The optimizer's step is tried on a copy of it, with parameters of its own, so that neither the model nor the optimizer's
-state moves. Nothing here sees a private record.
+The optimizer's step is tried on a copy with its own parameters, so that neither the model nor the optimizer's state
+changes. Nothing here reads a private record.
 """
 
 import copy
@@ -29,26 +29,27 @@ def rehearse(
     size: int,
     analysed: str | None,
 ) -> None:
-    """Try the clipped sum, the noise, the optimizer and the analysis as a run will do them, on a few records.
+    """Try the clipped sum, the analysis, the noise and the optimizer of a run, on a few synthetic records.
 
-    Nothing is timed here: what is fastest for so few records says nothing about a run.
+    Nothing is autotuned here, because the fastest method for a few records is not the fastest for a run.
 
     Args:
-      optimizer: the run's.
-      plan: the run's.
-      found: of the isolation check; its model has the precisions that an epoch will have.
+      optimizer: the run's optimizer.
+      plan: the run's plan.
+      found: findings of the isolation check; their model has the precisions of an epoch.
       size: examples a pass.
-      analysed: name of a layer whose impact is measured; all are measured in the same way. None: there is no analysis.
+      analysed: name of the layer whose impact is measured; one is enough, because all are measured in the same manner.
+        None if the run makes no analysis.
     Raises:
-      ModelError, SettingError: something that the run needs does not work.
-    Privacy: reads no data and charges nothing; the noise that is drawn here is used for nothing else.
+      ModelError, SettingError: a part of the step fails.
+    Privacy: reads no private data and charges nothing. The noise that is drawn is used for nothing else.
     """
     order = [number % 3 for number in range(size)]
     piece = Microbatch(found.specimens.batch(order), torch.tensor(order), size)
-    untimed = Choices(machine=Machine(None), timed=lambda ways: dict.fromkeys(ways, 0.0))
+    untimed = Choices(machine=Machine(None), timed=lambda methods: dict.fromkeys(methods, 0.0))
     try:
         with untimed.active():
-            clipped = clipped_sum_of(  # raises, where a step leaves out the records that do
+            clipped = clipped_sum_of(  # raises where model or loss do; a step would leave the record out
                 found.objective, [piece], max_grad_norm=plan.max_grad_norm, key=0, complete=False
             )
             if plan.analysis is not None and analysed is not None:
@@ -78,7 +79,7 @@ def rehearse(
 
 
 def _try_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, gradients: dict[str, Tensor]) -> None:
-    """One step of a copy of the optimizer, on copies of the parameters."""
+    """Take one step with a copy of the optimizer, on copies of the parameters."""
     rule = "Expected optimizer to step on a dense gradient, with step() alone, as private.step calls it"
     names = {p: name for name, p in model.named_parameters()}
     originals = [p for group in optimizer.param_groups for p in group["params"]]
@@ -95,7 +96,7 @@ def _try_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, gradients
         copied.grad = None if gradient is None else gradient.clone()
     try:
         with torch.enable_grad():
-            type(twin).step(twin)  # a scheduler replaces the instance's own step by one that moves the original
+            type(twin).step(twin)  # a scheduler replaces the instance's `step` by one that steps the original optimizer
     except TypeError as error:
         raise SettingError(
             f"{rule}; got a {type(error).__name__} from {type(optimizer).__name__}: {error}. An optimizer that "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What travels together through the start of a run and into it."""
+"""Model, optimizer, plan and policy of a run, as one value."""
 
 import dataclasses
 
@@ -12,14 +12,14 @@ from dpquant.training.policies import Policy
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Setup:
-    """What a run trains, and by which rules. Nothing of it changes while the run goes on but what the optimizer moves.
+    """Parts of a run that stay the same while it goes on, except for the parameters and the optimizer's state.
 
     Attributes:
       optimizer: of the model's trainable parameters.
       plan: the privacy settings.
-      policy: which layers run quantized.
-      seed: of the schedule; public.
-      found: of the isolation check; its objective is the prepared model and the loss.
+      policy: chooses the layers that run quantized.
+      seed: seed of the layer schedule; public.
+      found: findings of the isolation check; their objective is the prepared model and its loss.
     """
 
     optimizer: torch.optim.Optimizer

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The library's face: a model, an optimizer, a data set and a plan become a private training run (`private.py`).
+"""Start of a private run: a model, an optimizer, a data set and a plan become a `PrivateTraining` (`private.py`).
 
-`make_private` is what users call. `begin` does the work, for whoever brings a mechanism, a group of processes or a kind
-of run of their own. Everything that can fail is tried here, on synthetic records, before the first charge; the ledger's
-file is made last.
+Users call `make_private`. It calls `begin`, which also accepts a mechanism, a group of processes or a subclass of
+`PrivateTraining`. Everything that can fail is tried here on synthetic records, before the first charge. The ledger's
+file is created last.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from dpquant.training.rehearsal import rehearse
 from dpquant.training.setup import Setup
 from dpquant.training.state import RunState
 
-_REHEARSED = 3  # records of the step that is tried
+_REHEARSED = 3  # records in the trial step
 
 
 def make_private(
@@ -62,32 +62,40 @@ def make_private(
     """Check everything, prepare the model, and return a run that `plan` accounts for.
 
     Args:
-      model: the user's own; its Conv2d and Linear layers are replaced in place by quantizable twins.
-      optimizer: any torch optimizer over the model's trainable parameters. It is fed the noised gradient.
-      train_set: map-style. If it has a `dpquant_batch(record_ids)`, that gives the collated data; else its items, read
-        by `__getitems__` where there is one, are collated. Records that cannot be read, or that have another structure,
-        type or shape than the data set's, contribute nothing, and nobody is told.
+      model: the user's model. Its Conv2d and Linear layers are replaced in place by quantizable layers.
+      optimizer: a torch optimizer of the model's trainable parameters. It receives the noised gradient.
+      train_set: a map-style data set. If it has a `dpquant_batch(record_ids)`, that gives collated batches; else its
+        records are read, by `__getitems__` if there is one, and collated. A record that cannot be read, or whose
+        structure, types or shapes differ from the data set's, contributes nothing and raises nothing.
       loss_fn: `(model, batch) -> Tensor (B,)`, one loss per example.
-      plan: the privacy settings.
-      policy: which layers run quantized.
-      format: what the chosen layers run in, as for `dpquant.prepare`.
-      rest: what all other layers run in; `full/luq-fp4/luq-fp4` quantizes their backward products alone.
-      backend: `auto`, `simulate` or `int8`, as for `dpquant.prepare`. Where `auto` takes int8, layers that gain nothing
-        from it on this machine stay in full precision, as long as the policy has a choice among the others.
-      seed: of the schedule; never of sampling, noise, rounding, dropout or augmentation, which are secret.
-      ledger: file to write charges to, ahead of each use of data; its folder is made. None keeps them in memory.
-      collate_fn: list of items -> batch, a row for each item. Rows are padded to a length that the item alone decides.
-      microbatch_size: examples a backward pass; None measures which is the fastest.
-      memory: that the process may use at its peak, GiB, by which the microbatches of steps and analyses are chosen; it
-        does not bound records that are longer than the synthetic ones. None: no limit.
-      mechanism_seed: makes everything that is secret repeatable for research. The run is then NOT PRIVATE and says so.
-      example: a list or data set of a few public or synthetic records, at least two, that differ in every value. The
-        model is tried on them instead of on generated ones, whose values may be outside of the data's domain.
-      choices: of an earlier run, from its choices.json: what was measured there is not measured again. With the same
-        settings and the same mechanism_seed the run computes the same bits. None takes what this machine remembers.
+      plan: sampling, clipping, noise and number of steps.
+      policy: chooses the layers that run quantized in each epoch.
+      format: precision of the chosen layers, as for `dpquant.prepare`.
+      rest: precision of all other layers; `full/luq-fp4/luq-fp4` quantizes their backward products only.
+      backend: `auto`, `simulate` or `int8`, as for `dpquant.prepare`. If `auto` takes int8, layers that run slower in
+        it on this machine stay in full precision, provided that the policy can still choose among the others.
+      seed: public seed of the layer schedule. Sampling, noise, rounding, dropout and augmentation do not depend on it.
+      ledger: file for charges, written before each use of data; its folder is created. None keeps them in memory.
+      collate_fn: list of records -> batch, one row for each. If it pads rows, the length may depend on that row alone.
+      microbatch_size: examples a backward pass; None measures which size is the fastest.
+      memory: largest peak memory of the process, GiB; limits the microbatches of steps and analyses. It does not
+        account for records that are longer than the synthetic ones. None sets no limit.
+      mechanism_seed: seed that replaces the secret key, to repeat runs for research. The run is then NOT PRIVATE, and
+        its statement says so.
+      example: a list or data set of at least two public or synthetic records that differ in every value. The model is
+        checked on them instead of on generated records, whose values may be outside of the data's domain.
+      choices: decisions of an earlier run, from its choices.json, which are then not measured again. With the same
+        settings and the same mechanism_seed the run computes the same bits. None uses the decisions stored on this
+        machine.
+    Returns: a run that has charged nothing yet.
     Raises:
-      ModelError, SettingError, DataError, FormatError, LedgerError: before any record's values are used. A step on
-        synthetic records has then been tried, the optimizer's part in it included.
+      ModelError: the model cannot be trained privately.
+      SettingError: an argument is out of range, or arguments contradict each other.
+      DataError: the data set is empty or not map-style, its records cannot be read or collated, or they differ from
+        `example` in structure, types or shapes.
+      FormatError: a format is unknown, or the backend cannot run it.
+      LedgerError: the ledger's file cannot be created.
+    Privacy: uses types and shapes of the first records, and no values. Charges nothing.
     """
     request = Request(
         model=model,
@@ -115,7 +123,7 @@ def make_private(
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
-    """What a run is to be: the arguments of `make_private`, less those of its mechanism."""
+    """Arguments of `make_private` without those of the mechanism; `execution` holds those on precision and speed."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -145,11 +153,13 @@ def begin(
     """Check everything, prepare the model, and return a run.
 
     Args:
-      request: what the run is to be.
-      make_mechanism: gives what samples, hides and charges. It is called once, after every check: it may make files.
-      group: the processes of the run; None: this one alone.
-      make_run: joins the parts; `PrivateTraining`, or a subclass.
-    Raises: as `make_private`.
+      request: model, data set and settings of the run.
+      make_mechanism: makes sampler, noise, ledger and key. It is called once, after all checks, because it may create
+        files.
+      group: the processes of the run; None for one process.
+      make_run: `PrivateTraining`, or a subclass.
+    Raises: the errors of `make_private`.
+    Privacy: uses types and shapes of the first records, and no values. Charges nothing.
     """
     setup, records, choices, execution = _checked(request)
     group = group or Alone()
@@ -158,7 +168,7 @@ def begin(
 
 
 def _checked(request: Request) -> tuple[Setup, Records, Choices, Execution]:
-    """Refuse what cannot be trained privately; prepare the model, decide how it runs, and try all that a run does."""
+    """Check the request, prepare the model, choose its execution, and try a step on synthetic records."""
     model, train_set, plan, policy = request.model, request.train_set, request.plan, request.policy
     check_trainable(model)
     _check_optimizer(model, request.optimizer)
@@ -197,7 +207,7 @@ def _checked(request: Request) -> tuple[Setup, Records, Choices, Execution]:
 
 
 def _first_records(train_set: MapDataset) -> list[Any]:
-    """The records whose types and shapes stand for all."""
+    """Return the first records, whose types and shapes define those of all records."""
     try:
         return [train_set[index] for index in range(min(len(train_set), 3))]
     except Exception as error:
@@ -208,10 +218,11 @@ def _first_records(train_set: MapDataset) -> list[Any]:
 
 
 def _try_all(setup: Setup, execution: Execution) -> None:
-    """Run on synthetic records all that steps and analyses will run.
+    """Try on synthetic records everything that steps and analyses will run.
 
-    Losses in a microbatch of the run's own size, where no layer is chosen and round-off moves no code; then a step with
-    the first epoch's layers, on a few records: it takes the same paths for any number.
+    First the losses are checked in a microbatch of the run's own size. No layer is chosen for it, because round-off of
+    a full-precision layer could change the codes of a quantized one. Then a step is tried with the first epoch's
+    layers on a few records; any number of records takes the same code paths.
     """
     policy, found, size = setup.policy, setup.found, execution.microbatch_size
     layers = policy.choose(found.macs, None, epoch=0, key=0, excluded=execution.excluded_layers)
@@ -227,6 +238,7 @@ def _try_all(setup: Setup, execution: Execution) -> None:
 
 
 def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer that holds other parameters, lacks a trainable one, or needs several gradients a step."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise SettingError(f"Expected optimizer to be a torch.optim.Optimizer; got a {type(optimizer).__name__}.")
     if isinstance(optimizer, torch.optim.LBFGS):
@@ -246,6 +258,7 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
 
 
 def _check_data_set(train_set: MapDataset) -> None:
+    """Refuse a data set that is not map-style, or is empty."""
     if isinstance(train_set, IterableDataset) or not (
         hasattr(train_set, "__getitem__") and hasattr(train_set, "__len__")
     ):

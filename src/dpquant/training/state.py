@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a run stands: all that it needs in order to go on, beside the parameters and the optimizer's state.
+"""State of a run between two steps: everything that it needs to continue, besides parameters and optimizer state.
 
-A state holds released numbers and public facts alone: how many steps and analyses were taken, scores, the layers of
-each epoch, the head of the ledger, and what was measured on this machine. There is no key in it.
+A state holds only released numbers and public facts: the numbers of steps and analyses, scores, the layers of each
+epoch, the hash of the ledger's last line, and decisions measured on this machine. It holds no key.
 """
 
 import dataclasses
@@ -16,23 +16,26 @@ from dpquant.formats import NumberFormat, Precision, Recipe, RoleFormat, Roundin
 from dpquant.privacy.ledger import NO_HASH
 from dpquant.training.execution import Execution
 
-_FORMAT = 1  # of the JSON; another one is not read
+_FORMAT = 1  # format number of the JSON; other formats are refused
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunState:
-    """A run between two steps.
+    """State of a run between two steps.
 
     Attributes:
-      execution: precisions, microbatch sizes and spared layers: what was measured decides what is allowed.
-      steps_taken, analyses_made: what has been charged.
-      draws: batches that were drawn so far. It numbers attempts: a step that is drawn for again has another one.
-      scores: {layer: smoothed private impact}, empty before the first analysis.
-      policies: for each epoch begun, the names of the layers that ran quantized.
+      execution: precisions, microbatch sizes and excluded layers. A run that continues must not measure them again,
+        because scores exist only for the layers that were not excluded.
+      steps_taken: number of training steps charged.
+      analyses_made: number of analyses charged.
+      draws: number of batches drawn so far, which is the attempt number of the last one. A step that is drawn for again
+        therefore has another attempt number.
+      scores: {layer: smoothed private impact}; empty before the first analysis.
+      policies: for each epoch begun, the names of the layers that run quantized.
       ledger_head: hash of the ledger's last line.
-      choices: what was decided by measuring, as of `Choices.made`.
-      broken: why epsilon does not hold after all; empty as long as it does.
-    Privacy: post-processing of what the ledger was charged for.
+      choices: decisions measured on this machine, from `Choices.made`.
+      broken: reason why epsilon does not hold after all; empty as long as it holds.
+    Privacy: post-processing of charged releases.
     """
 
     execution: Execution
@@ -46,15 +49,15 @@ class RunState:
     broken: str = ""
 
     def to_json(self) -> str:
-        """Return the state as JSON that `from_json` takes. Floats read back as they were."""
+        """Return the state as JSON for `from_json`. Every float reads back as the same number."""
         return json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, default=_written) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Return the state that was written as `text`.
+        """Return the state that `to_json` wrote as `text`.
 
         Raises:
-          DataError: it is no state, or one of another format.
+          DataError: the text is not a state, or has another format number.
         """
         try:
             read = json.loads(text)
@@ -72,13 +75,14 @@ class RunState:
 
 
 def _written(value: Any) -> Any:
-    """What JSON has no form for."""
+    """Return a value that JSON cannot represent, an enum, as its own value."""
     if isinstance(value, enum.Enum):
         return value.value
     raise TypeError(f"a {type(value).__name__}")
 
 
 def _execution(read: dict[str, Any]) -> Execution:
+    """Return the execution that was written as `read`."""
     known = {
         "chosen": _precision(read["chosen"]),
         "rest": _precision(read["rest"]),
@@ -88,7 +92,7 @@ def _execution(read: dict[str, Any]) -> Execution:
 
 
 def _precision(read: dict[str, Any]) -> Precision:
-    """Recipes are written out whole: a user's own may have any name."""
+    """Return the precision that was written as `read`, with whole recipes: a user's own recipe has no known name."""
     return Precision(**{product: None if one is None else _recipe(one) for product, one in read.items()})
 
 

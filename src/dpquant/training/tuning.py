@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run measures on this machine before it begins: which layers gain from being quantized, how many examples a
-backward pass should take, and how much memory that needs.
+"""Measurements before a run: the time of each layer, the fastest microbatch size, and the memory that a size needs.
 
-All of it is measured on synthetic data: the choices depend on shapes and on the machine, never on a record.
+All measurements use synthetic data. Their results depend on shapes and on the machine, never on a private record.
 """
 
 import dataclasses
@@ -29,25 +28,26 @@ from dpquant.privacy.plan import Score
 from dpquant.training.cost import LayerTimes
 from dpquant.training.impact import analysis_keys, impact_sum
 
-# microbatches: the smallest, the first that is tried, the last whose memory costs little
+# microbatch sizes: the smallest, the first that is tried, and the size above which memory counts
 _SMALLEST, _FIRST, _USUAL = 4, 32, 256
-_WORTHWHILE = 1.03  # speed-up for which a microbatch is doubled
-_WORTH_MEMORY = 1.1  # and from 256 on, where the memory that it takes begins to count
-ANALYSIS_MICROBATCH = 64  # examples a pass of an analysis, where memory is not bounded
-_TIMED_MICROBATCHES = 3  # in which layers are timed
-_MIB = 2**10  # in a GiB
+_WORTHWHILE = 1.03  # speed-up of a step for which the microbatch is doubled
+_WORTH_MEMORY = 1.1  # the same from _USUAL on, where a doubled microbatch costs much memory
+ANALYSIS_MICROBATCH = 64  # examples a pass of an analysis; fewer only where memory is limited
+_TIMED_MICROBATCHES = 3  # at most this many microbatches are timed in a round
+_MIB = 2**10  # MiB in a GiB
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Instruments:
-    """What is measured, and by what: a step and an analysis, time and memory.
+    """Functions that measure time and memory, and the functions that are measured. Tests pass their own.
 
     Attributes:
-      timed: {name: seconds} of {name: work}.
-      memory_mib: MiB that are resident now, and the most that ever were.
-      reset_peak: counts the most from what is resident now, which it returns, and whether the system lets it.
-      clipped_sum: a step's sum.
-      impact_sum: an analysis' sum.
+      timed: takes {name: function}, returns {name: seconds of a call}.
+      memory_mib: returns the resident memory of the process and its peak, MiB.
+      reset_peak: resets the peak to the resident memory. Returns the resident memory, MiB, and whether the system
+        allows the reset.
+      clipped_sum: the sum of a training step.
+      impact_sum: the sum of an analysis.
       clock: makes a clock for the layers of a step.
     """
 
@@ -59,16 +59,24 @@ class Instruments:
     clock: Callable[[], Clock] = Clock
 
     def peak(self) -> float:
-        """Return the most that was resident, GiB."""
+        """Return the peak of the resident memory, GiB."""
         return self.memory_mib()[1] / _MIB
 
     def start(self) -> float:
-        """Return the GiB from which a peak is counted: what is resident or, where it cannot be reset, the last peak."""
+        """Reset the peak and return it, GiB: the resident memory or, where the system allows no reset, the old peak."""
         resident, reset = self.reset_peak()
         return (resident if reset else self.memory_mib()[1]) / _MIB
 
     def too_little(self, memory: float, needed: float, what: str) -> SettingError:
-        """Return an error with what synthetic records need, not with what is in use: that tells of private ones."""
+        """Return an error that states how much memory synthetic records need.
+
+        It does not state how much memory is in use, which depends on private records.
+
+        Args:
+          memory: the limit, GiB.
+          needed: peak above the memory at the start, GiB.
+          what: the smallest pass that was tried, in words.
+        """
         held = "what the process holds already"
         if not self.reset_peak()[1]:
             held = "the most that the process has held before, which this system goes on counting,"
@@ -79,7 +87,7 @@ class Instruments:
 
 
 HERE = Instruments()
-"""The instruments of this process."""
+"""Instruments that measure this process."""
 
 
 def layer_times(
@@ -92,7 +100,13 @@ def layer_times(
     rounds: int = 2,
     by: Instruments = HERE,
 ) -> dict[str, LayerTimes]:
-    """Return each layer's time within a step, the usual one of several rounds; arguments as of `layer_times_once`."""
+    """Return each layer's time within a step, the median over several rounds.
+
+    Args: as for `layer_times_once`, and
+      rounds: number of rounds that count; one more warms up.
+    Returns: {layer: its times}, for every layer that is called.
+    Privacy: reads no private data, as long as `batch` is synthetic.
+    """
     times = [
         layer_times_once(
             model,
@@ -116,16 +130,18 @@ def layer_times_once(
     expected_batch_size: float,
     by: Instruments = HERE,
 ) -> dict[str, LayerTimes]:
-    """Return each layer's time within a step, once while all run in full precision and once while all are quantized.
+    """Time each layer within a step, once with all layers in full precision and once with all layers quantized.
+
+    The model's precisions are restored afterwards.
 
     Args:
       model: a prepared model.
       loss_fn: `(model, batch) -> Tensor (B,)`.
-      batch: synthetic; its rows are used again and again.
+      batch: a synthetic batch; its rows are repeated to fill the microbatches.
       microbatch_size: examples a backward pass.
-      expected_batch_size: examples a step, over which a weight is quantized once.
-      by: the instruments; their clock measures.
-    Returns: for every layer that is called.
+      expected_batch_size: examples a step. A weight is quantized once a step, so its time is spread over them.
+      by: makes the clock that measures.
+    Returns: {layer: its times}, for every layer that is called.
     """
     before = current_precisions(model)
     num_microbatches = min(max(round(expected_batch_size / microbatch_size), 1), _TIMED_MICROBATCHES)
@@ -145,7 +161,11 @@ def layer_times_once(
 
 
 def _seconds_per_example(clock: Clock, microbatch_size: int, expected_batch_size: float) -> dict[str, float]:
-    """By layer, in a step whose first microbatch is as the first that was timed, and all others as the others."""
+    """Return {layer: seconds an example}, averaged over a whole step.
+
+    A step has one first microbatch, which also quantizes and packs the weights. All others take the mean time of the
+    later microbatches on the clock.
+    """
     first, *later = clock.microbatches
     num_later = max(expected_batch_size / microbatch_size, 1.0) - 1
     return {
@@ -156,7 +176,7 @@ def _seconds_per_example(clock: Clock, microbatch_size: int, expected_batch_size
 
 
 def median_times(rounds: Sequence[Mapping[str, LayerTimes]]) -> dict[str, LayerTimes]:
-    """Return medians over all rounds but the first, which fills caches and chooses the ways of the products."""
+    """Return medians over all rounds but the first, which fills caches and autotunes the products."""
     return {
         name: LayerTimes(
             full=statistics.median(times[name].full for times in rounds[1:]),
@@ -176,19 +196,21 @@ def fastest_microbatch_size(
     memory: float | None,
     by: Instruments = HERE,
 ) -> int:
-    """Return the number of examples a backward pass with which a step takes the least time, within the memory.
+    """Return the microbatch size with which a step takes the least time within the memory limit.
 
-    It is doubled as long as that gains and fits, up to the whole batch: a network of small layers gains up to there. A
-    batch fills its last microbatch up, which counts against large ones.
+    The size is doubled as long as that saves time and fits, up to the whole batch: networks of small layers gain up to
+    there. The last microbatch of a batch is filled up with copies, half of it on average; larger sizes have to gain
+    enough to make up for these.
 
     Args:
       model: a prepared model.
       loss_fn: `(model, batch) -> Tensor (B,)`.
-      batch: synthetic; its rows are used again and again.
-      precisions: of the layers that run quantized, as in an epoch.
+      batch: a synthetic batch; its rows are repeated to fill the microbatches.
+      precisions: {layer: its precision}, as in an epoch.
       expected_batch_size: examples a step.
-      memory: that the process may use at its peak, GiB; None: no limit.
-      by: measures.
+      memory: largest peak memory of the process, GiB; None sets no limit.
+      by: measures time and memory.
+    Returns: examples a backward pass.
     Raises:
       SettingError: not even the smallest microbatch fits.
     """
@@ -201,7 +223,7 @@ def fastest_microbatch_size(
         _run(by.clipped_sum, model, loss_fn, take_rows(batch, rows), size)
 
     def peak(size: int) -> float:
-        """GiB in use so far, once microbatches of this size have been tried: most where nothing is quantized."""
+        """Return the peak GiB after a full-precision pass at this size, which needs more than a quantized one."""
         run(size, size, {})
         return by.peak()
 
@@ -211,11 +233,12 @@ def fastest_microbatch_size(
         if memory is not None and used > memory:
             raise by.too_little(memory, used - start, f"{size} examples a backward pass")
         while size < expected_batch_size:
-            # what is in use grows at most in proportion to the examples
+            # the memory above `start` at most doubles with the size
             if memory is not None and used + (used - start) > memory:
                 break
             used = 0.0 if memory is None else peak(2 * size)
             seconds = by.timed({str(number): partial(run, number, 2 * size, precisions) for number in (size, 2 * size)})
+            # rows of a batch with size 2 n over those with size n, where half a microbatch is filled up on average
             filled_up = (1 + size / expected_batch_size) / (1 + size / 2 / expected_batch_size)
             worthwhile = filled_up * (_WORTHWHILE if size < _USUAL else _WORTH_MEMORY)
             if size >= _FIRST and seconds[str(size)] < worthwhile * seconds[str(2 * size)]:
@@ -223,7 +246,7 @@ def fastest_microbatch_size(
             size *= 2
     finally:
         set_precisions(model, before)
-        give_back()  # a run with smaller microbatches does not need what the largest one took
+        give_back()  # return the memory of the largest size that was tried, which the run may not need
     return size
 
 
@@ -237,18 +260,20 @@ def largest_analysis_size(
     memory: float,
     by: Instruments = HERE,
 ) -> int:
-    """Return the largest number of examples a pass with which an analysis stays within the memory.
+    """Return the largest microbatch size with which an analysis stays within the memory limit.
 
     Args:
       model: a prepared model.
       loss_fn: `(model, batch) -> Tensor (B,)`.
-      batch: synthetic; its rows are used again and again.
-      names: a layer whose impact is measured; each takes the same memory, one after the other.
-      score: what an impact is measured by.
-      memory: that the process may use at its peak, GiB.
-      by: measures.
+      batch: a synthetic batch; its rows are repeated to fill the microbatches.
+      names: layers whose impact is measured; one is enough, because layers are measured one after the other and need
+        the same memory.
+      score: `loss` or `gradient`.
+      memory: largest peak memory of the process, GiB.
+      by: measures memory.
+    Returns: examples a pass, at most `ANALYSIS_MICROBATCH`.
     Raises:
-      SettingError: not even the smallest number fits.
+      SettingError: not even the smallest microbatch fits.
     """
     start = by.start()
     size, used = _SMALLEST, 0.0
@@ -274,7 +299,7 @@ def _run(
     size: int,
     clock: Clock | None = None,
 ) -> None:
-    """Compute a step's sum over a batch, in microbatches of a size."""
+    """Compute the sum of a training step over a batch, in microbatches of `size` examples."""
     ids = torch.arange(num_rows(batch))
     with seeded(0):
         clipped_sum(
