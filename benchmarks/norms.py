@@ -112,7 +112,7 @@ def medians(case: Case, rounds: int) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="GroupNorm: the fused loops beside torch's operators")
+    parser = argparse.ArgumentParser(description="GroupNorm: the fused loops against torch's operators")
     parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; microseconds an example")

@@ -81,8 +81,8 @@ def _commands(commands: Mapping[str, str]) -> tuple[str, dict[str, str]]:
         programs[row], _, options = command.partition(" train ")
         words = options.rsplit(" --seed ", 1)[0].split()
         pairs[row] = list(zip(words[::2], words[1::2], strict=True))
-    alike = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*pairs.values(), strict=False))
-    common = [column[0] for column in alike]
+    shared = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*pairs.values(), strict=False))
+    common = [column[0] for column in shared]
     others = {row: "" if program == "dpquant" else f"({program}) " for row, program in programs.items()}
     return _text(dict(common).items()), {row: others[row] + _text(found[len(common) :]) for row, found in pairs.items()}
 

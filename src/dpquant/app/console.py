@@ -102,7 +102,7 @@ def print_assessment(console: Console, found: "Assessment") -> None:
         f"A run of these settings, analyses included, is {found.speedup:.2f} times as fast as in full precision.",
         "Quantized layers are taken as measured here."
         if found.profile == "here"
-        else "Quantized layers are taken to run four times as fast, as FP4 beside FP16; quantizing is taken as free.",
+        else "Quantized layers are taken to run four times as fast, as FP4 against FP16; quantizing is taken as free.",
         f"The paper's model (4-bit work four times as fast, 90 % of it): {assumed} of a step cannot be sped up; "
         f"{found.paper_here:.2f} times with the {found.overhead:.0%} measured here.",
     ]
