@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compares steps with OpenMP threads that sleep while they wait, and that spin: `scripts/bench waiting`.
+"""What it costs and gains that OpenMP's threads sleep while they wait, instead of spinning. `scripts/bench waiting`.
 
-Steps of several networks run with either policy, each in a separate process, in turns: without other load, and against
-as many busy processes as there are cores. The results are minimum and median of a step's wall time and processor time
-(user and system). The load runs only while steps are timed.
+Steps of a small and of a large network run with either policy, each in a process of its own, in turn: on the machine as
+it is, and beside as many processes that compute as there are cores. Given are the least and the median time of a step
+and its processor time, user and system. The load lasts for the seconds that are timed.
 """
 
 import argparse
@@ -19,21 +19,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 POLICIES: dict[str, dict[str, str]] = {"spinning": {}, "sleeping": {"OMP_WAIT_POLICY": "passive"}}
-WORK = {
-    "cnn": (64, "all"),
-    "mlp": (4096, "full"),
-    "resnet18": (64, "all"),
-}  # network: (batch size, side of the benchmark)
+WORK = {"cnn": (64, "all"), "mlp": (4096, "full"), "resnet18": (64, "all")}  # network: batch size, side
 
 
 def main() -> None:
-    """Measure both policies on every network, without and with load; print and write the table."""
+    """Measure both policies on every network, without and with load; print and keep the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=list(WORK), default=list(WORK))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of timing in each process")
+    parser.add_argument("--seconds", type=float, default=2.0, help="timed in each process")
     parser.add_argument("--out", type=Path, default=None)
-    parser.add_argument("--steps-of", choices=list(WORK), default=None, help=argparse.SUPPRESS)  # for child processes
+    parser.add_argument("--steps-of", choices=list(WORK), default=None, help=argparse.SUPPRESS)  # what a child does
     args = parser.parse_args()
     if args.steps_of is not None:
         print(json.dumps(steps(args.steps_of, args.seconds)))
@@ -64,7 +60,7 @@ def main() -> None:
 
 
 def measured(model: str, seconds: float, variables: dict[str, str], load: int) -> dict[str, list[float]]:
-    """Time steps in a process with these environment variables, against `load` busy processes."""
+    """Time steps in a process with these variables, beside `load` busy ones, which run while it is timed."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
     command = [sys.executable, "-m", "benchmarks.waiting", "--steps-of", model, "--seconds", str(seconds)]
     with subprocess.Popen(
@@ -81,7 +77,7 @@ def measured(model: str, seconds: float, variables: dict[str, str], load: int) -
 
 @contextlib.contextmanager
 def busy(load: int) -> Iterator[None]:
-    """Context: `load` processes keep processors busy."""
+    """Keep so many processors busy until the block ends."""
     processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(load)]
     try:
         yield
@@ -92,7 +88,7 @@ def busy(load: int) -> Iterator[None]:
 
 
 def steps(model: str, seconds: float) -> dict[str, list[float]]:
-    """Wait for a line on standard input, time steps for some seconds, and return the milliseconds of each."""
+    """Time steps of a network for some seconds, once a line on standard input has come; milliseconds of each."""
     from dpquant.app.contenders import NETWORKS, SIDES, StepSettings, build_network, synthetic_batch
 
     batch_size, side = WORK[model]
