@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measurements whose results are kept, by machine and date: `scripts/bench NAME`."""
+"""Benchmarks, run by `scripts/bench NAME`. Results are stored by machine and date."""

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a refactoring kept every bit, and what it did to the time of a step.
+"""Compares two versions of the package: checks that they compute equal bits, and times their steps.
 
     git worktree add ../before COMMIT
     scripts/bench before_after --old ../before
 
-Both versions of the package are loaded in this process. Each trains the same networks from the same parameters, with
-the same mechanism_seed and the same choices: the older version decides first, and its decisions are given to the newer
-one. After every step the parameters have to be equal, bit for bit. Steps take turns, in an order that alternates, and
-the result is the quotient of the older version's time over the newer one's: above 1 the newer one is faster.
+Both versions are loaded in this process and train the same networks from the same parameters, with the same
+mechanism_seed and the same choices: the older version decides first, and its decisions are given to the newer one.
+After every step the parameters must be equal, bit for bit. The versions take steps in turns, in alternating order. The
+result is the older version's time over the newer one's: above 1 the newer one is faster.
 
-With --close, parameters in full precision may differ by round-off; quantized they still have to be equal. Since linear
+With --close, parameters in full precision may differ by round-off; quantized they must still be equal. Since linear
 layers that are called on `(B, D)` became matrix products, their sums end in other bits.
 """
 
@@ -56,7 +56,7 @@ class Words(nn.Module):
 
 
 def networks() -> Iterator[tuple[str, nn.Module, list[tuple[Tensor, int]]]]:
-    """(name, network, records)."""
+    """Yield (name, network, records)."""
     torch.manual_seed(0)
     images = torch.randn(RECORDS, 3, 32, 32)
     for name, width in (("cnn", 1.0), ("resnet18-cifar", 0.25)):
@@ -75,7 +75,7 @@ def loss(model: nn.Module, batch: Any) -> Tensor:
 
 @contextlib.contextmanager
 def as_dpquant(modules: dict[str, ModuleType]) -> Iterator[None]:
-    """`dpquant` means these modules until the block ends."""
+    """Context: `import dpquant` gives these modules."""
     ours = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "dpquant"}
     sys.modules.update(modules)
     try:
@@ -87,11 +87,13 @@ def as_dpquant(modules: dict[str, ModuleType]) -> Iterator[None]:
 
 
 def load(checkout: Path) -> dict[str, ModuleType]:
-    """All modules of another checkout's package, beside the native kernels of this one."""
+    """Return {name: module} of another checkout's package, with the native kernels of this one."""
     package = checkout / "src" / "dpquant"
     modules: dict[str, ModuleType] = {}
     finders = sys.meta_path[:]
-    sys.meta_path[:] = [finder for finder in finders if "editable" not in type(finder).__module__]  # it knows only ours
+    sys.meta_path[:] = [
+        finder for finder in finders if "editable" not in type(finder).__module__
+    ]  # the editable finder knows only this checkout
     try:
         with as_dpquant(modules):
             spec = importlib.util.spec_from_file_location("dpquant", package / "__init__.py")
@@ -109,7 +111,7 @@ def load(checkout: Path) -> dict[str, ModuleType]:
 
 
 def start(package: ModuleType, network: nn.Module, data: list, policy: str, choices: Any) -> tuple[Any, Callable]:
-    """A run of this version of the package, and a function that takes its next step."""
+    """Return a run of a version of the package, and a function that takes its next step."""
     plan = package.PrivacyPlan(
         noise_multiplier=1.0, delta=1e-5, max_grad_norm=1.0, sample_rate=BATCH / RECORDS, expected_batch_size=BATCH,
         steps=10_000,
@@ -123,7 +125,11 @@ def start(package: ModuleType, network: nn.Module, data: list, policy: str, choi
 
 
 def compared(old: dict[str, ModuleType], network: nn.Module, data: list, policy: str, steps: int, close: bool) -> dict:
-    """Take steps in turns; raises AssertionError where parameters differ."""
+    """Take steps of both versions in turns and return the ratio of their times.
+
+    Raises:
+      AssertionError: parameters differ after a step.
+    """
     with as_dpquant(old):
         before, step_before = start(old["dpquant"], copy.deepcopy(network), data, policy, None)
         step_before()
@@ -153,7 +159,7 @@ def dpquant_choices(made: dict[str, Any]) -> Any:
 
 
 def main() -> None:
-    """Compare, print, keep."""
+    """Compare, print, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--old", type=Path, required=True, help="a checkout of the older version")
     parser.add_argument("--steps", type=int, default=12)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What it costs to be sure that examples are kept apart: the check at the start, and each epoch's probe.
+"""Time of checking that examples are kept apart: the check at the start, and the probe in each epoch.
 
     scripts/bench checks
 
-For each network: seconds of the check on synthetic records (`isolation.check_isolation`), of the same at the run's own
-microbatch size and of the rehearsed step; and the probe's time over that of an epoch of 59 steps of 1024 records, which
-is the time of a microbatch times their number. Probe and microbatch take turns. A network whose examples are coupled
-has to be refused in the same process.
+For each network this measures the seconds of the check on synthetic records (`isolation.check_isolation`), of the check
+at the run's microbatch size (`check_at_size`) and of the rehearsed step. It also measures the probe's time over that of
+an epoch of 59 steps of 1024 records, extrapolated from one microbatch; probe and microbatch take turns. A network whose
+examples are coupled must be refused in the same process.
 """
 
 import argparse
@@ -40,7 +40,7 @@ CPU = torch.device("cpu")
 
 
 class Block(nn.Module):
-    """A transformer's encoder block, its attention made of linear layers."""
+    """Transformer encoder block with attention built of linear layers."""
 
     def __init__(self, width: int, heads: int, inner: int):
         super().__init__()
@@ -57,7 +57,7 @@ class Block(nn.Module):
 
 
 class Text(nn.Module):
-    """As large as MiniLM: six blocks of width 384, 30,522 words, 22.7 million parameters."""
+    """Text model of MiniLM's size: six blocks of width 384, 30,522 words, 22.7 million parameters."""
 
     def __init__(self, words: int = 30_522, width: int = 384):
         super().__init__()
@@ -70,7 +70,7 @@ class Text(nn.Module):
 
 
 def networks() -> Iterator[tuple[str, nn.Module, TensorDataset]]:
-    """(name, network, records)."""
+    """Yield (name, network, records)."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 2, (256,), generator=generator)
     images = torch.randn(256, 3, 32, 32, generator=generator)
@@ -91,14 +91,18 @@ def coupled(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """That some work takes."""
+    """Return the seconds that a call takes."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
 
 
 def measured(model: nn.Module, data: TensorDataset, rounds: int) -> dict:
-    """All figures of one network."""
+    """Return all figures of one network.
+
+    Raises:
+      AssertionError: the check accepts coupled losses.
+    """
     model = dpquant.prepare(model)
     luq = precision("luq-fp4")
 
@@ -127,8 +131,8 @@ def measured(model: nn.Module, data: TensorDataset, rounds: int) -> dict:
     ids = torch.arange(MICROBATCH)
 
     def probe() -> None:
-        companies = source.batchmates(ids, PROBED, 0)
-        assert companies is not None and keeps_apart(found.objective, *companies, key=0)
+        batches = source.batchmates(ids, PROBED, 0)
+        assert batches is not None and keeps_apart(found.objective, *batches, key=0)
 
     def microbatch() -> None:
         pieces = source.microbatches(ids, MICROBATCH, 0)
@@ -149,7 +153,7 @@ def measured(model: nn.Module, data: TensorDataset, rounds: int) -> dict:
 
 
 def main() -> None:
-    """Measure, print, keep."""
+    """Measure, print, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
@@ -158,7 +162,7 @@ def main() -> None:
     for name, model, data in networks():
         rows[name] = row = measured(model, data, args.rounds)
         print(
-            f"{name}: check {row['check_seconds']['median']:.1f} s, all that is tried at the start "
+            f"{name}: check {row['check_seconds']['median']:.1f} s, all trials at the start "
             f"{row['start_seconds']:.1f} s, probe {row['probe_share_of_an_epoch']['median']:.2%} of an epoch",
             flush=True,
         )

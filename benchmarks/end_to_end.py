@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole runs of `dpquant train`, with and without quantized layers, in turn: `scripts/bench end_to_end --folder DIR`.
+"""Times whole runs of `dpquant train` with and without quantized layers, in turns.
 
-Everything counts: the start of the process, data loading, the measurements at the start, analyses, noise, evaluation.
-DIR holds train/CLASS/* and test/CLASS/*. Adds to benchmarks/results/<cpu>-<date>/
-end_to_end.json, a list of pairs of runs.
+    scripts/bench end_to_end --folder DIR
+
+The time includes the start of the process, data loading, measurements at the start, analyses, noise and evaluation. DIR
+holds train/CLASS/* and test/CLASS/*. Each pair of runs is appended to benchmarks/results/<cpu>-<date>/end_to_end.json.
 """
 
 import argparse
@@ -30,8 +31,8 @@ KEPT = (
 
 
 def main() -> None:
-    """Run both policies in turn and add the pairs to the file."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Run both policies in turns and append the pairs to the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="of the images")
     parser.add_argument("--records", default="39209", help="public number of training records [that of GTSRB]")
     parser.add_argument("--model", default="resnet18-cifar")
@@ -56,7 +57,7 @@ def main() -> None:
 
 
 def timed_run(options: list[str]) -> dict:
-    """A run's wall time, process start included, and what its record and its timings say."""
+    """Return the wall time of a run in seconds, process start included, and facts of its record and timings."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         program = str(Path(sys.executable).with_name("dpquant"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How time and memory of a step grow with the batch, the images and the threads. `scripts/bench growth`."""
+"""Time and memory of a step by batch size, image size and number of threads: `scripts/bench growth`."""
 
 import argparse
 import os
@@ -14,11 +14,11 @@ from benchmarks.results import COLOURS, caption, folder_here, measure_all, media
 from dpquant.app.bench import BenchSettings
 from dpquant.app.contenders import DESCRIPTIONS, NETWORKS, SIDES
 
-BATCH_SIZE, IMAGE_SIZE = 64, 32  # of the measurements in which the other grows
+BATCH_SIZE, IMAGE_SIZE = 64, 32  # fixed while the other one varies
 
 
 def main() -> None:
-    """Measure what is missing, then draw one plot for each network."""
+    """Measure what the results file lacks, then draw one plot for each network."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=list(NETWORKS), default=["resnet18-cifar", "cnn", "transformer"])
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[16, 64, 256])
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Time an example and peak memory, over the batch at one image size and over the images at one batch size."""
+    """Plot time per example and peak memory against batch size at one image size, and the reverse."""
     figure, axes = plt.subplots(2, 2, figsize=(10, 7.5))
     fewest = min(row["threads"] for row in rows)
     columns = ("batch_size", "image_size", IMAGE_SIZE), ("image_size", "batch_size", BATCH_SIZE)

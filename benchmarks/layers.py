@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What quantizing gains layer by layer, and the smallest shapes that gain: `scripts/bench layers`.
+"""Speed-up of each layer by quantization, and the smallest shapes that run faster: `scripts/bench layers`.
 
-A layer's time is that of its three products, of its norm and of its part of the clipped sum, within a step on synthetic
-inputs, in full precision and quantized. The limit is what its multiply-accumulates would take at the speed of this
-machine's fastest int8 convolution, measured in the same run. Writes benchmarks/results/<cpu>-<date>/layers.json.
+A layer's time includes its three products, its norm and its part of the clipped sum, within a step on synthetic inputs,
+in full precision and quantized. The limit is the time of its multiply-accumulates at the speed of the machine's fastest
+int8 convolution, measured in the same run. Writes benchmarks/results/<cpu>-<date>/layers.json.
 """
 
 import argparse
@@ -36,7 +36,7 @@ MICROBATCH, BATCH, ROUNDS = 64, 256, 3
 
 
 def main() -> None:
-    """Measure the layers of a network and a grid of convolutions; print and keep both tables."""
+    """Measure the layers of a network and a grid of convolutions; print and write both tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=list(NETWORKS), default="resnet18-cifar")
     parser.add_argument("--format", default="luq-fp4")
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def network(name: str, format: str, peak: float) -> list[dict]:
-    """Every layer of a network, in microseconds an example."""
+    """Return seconds per example and limit of every layer of a network, and print them in microseconds."""
     side = NETWORKS[name].image_size
     model = prepare(build_network(name, side), format=format)
     batch = synthetic_batch(name, side, 2)
@@ -78,7 +78,7 @@ def network(name: str, format: str, peak: float) -> list[dict]:
 
 
 def grid(format: str) -> list[dict]:
-    """Gains of convolutions with as many outputs as channels, stride 1, by channels, kernel and side of the map."""
+    """Return the speed-ups of stride-1 convolutions by channels (in and out), kernel size and map size."""
     rows = []
     for kernel in KERNELS:
         print(f"\ngain of a {kernel}x{kernel} convolution; channels down, side of the map across")
@@ -91,7 +91,7 @@ def grid(format: str) -> list[dict]:
 
 
 def gain(channels: int, side: int, kernel: int, format: str) -> float:
-    """Time in full precision over time quantized, of a layer into whose input a gradient flows."""
+    """Return time in full precision over time quantized of a convolution whose input needs a gradient."""
     conv = nn.Conv2d(channels, max(channels, 16), kernel, padding=kernel // 2, bias=False)
     model = prepare(nn.Sequential(conv), format=format)
 
@@ -104,7 +104,7 @@ def gain(channels: int, side: int, kernel: int, format: str) -> float:
 
 
 def int8_peak() -> float:
-    """Multiply-accumulates a second of an int8 convolution that has everything its way."""
+    """Return the multiply-accumulates per second of an int8 convolution of a shape that suits the hardware."""
     codes = torch.full((32, 256, 16, 16), INT8_ZERO_POINT + 1, dtype=torch.uint8)
     codes = codes.contiguous(memory_format=torch.channels_last)
     x = QTensor(codes=codes, scale=torch.ones(32), zero_point=INT8_ZERO_POINT)
@@ -114,7 +114,7 @@ def int8_peak() -> float:
 
 
 def best(work: Callable[[], object], repeats: int = 9) -> float:
-    """Seconds that the work takes, at best."""
+    """Return the minimum seconds of a call over the repeats."""
     work()
     seconds = []
     for _ in range(repeats):

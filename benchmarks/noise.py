@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step's noise costs: time for each value. `scripts/bench noise`.
+"""Time of a step's noise, per value: `scripts/bench noise`.
 
 Three sources take turns in one process: numpy's ziggurat on randomgen's AES counter (dpquant's former noise), dpquant's
-with its native kernel, and without it. All draw one tensor for each parameter of the network. The same run checks that
-each source's values are normal with the stated deviation, and that the kernel changes no bit.
+noise with its native kernel, and without it. Each draws one tensor for each parameter of the network. The same run
+checks that each source's values are normal with the stated deviation, and that the kernel does not change any bit.
 """
 
 import argparse
@@ -24,28 +24,28 @@ from dpquant.privacy import noise as noise_module
 from dpquant.privacy.noise import NoiseSource
 
 STD = 0.37
-ALPHA = 1e-6  # of refusing a source that is right
+ALPHA = 1e-6  # probability of refusing a correct source
 
 Shapes = dict[str, torch.Size]
 Source = Callable[[Shapes, int], Iterator[Tensor]]
 
 
 def ziggurat(shapes: Shapes, step: int) -> Iterator[Tensor]:
-    """Normals by numpy on AES in counter mode, one generator for each tensor."""
+    """Yield normal values by numpy on AES in counter mode, with one generator for each tensor."""
     for number, shape in enumerate(shapes.values()):
         generator = np.random.Generator(AESCounter(key=(step << 64) + number, counter=0))
         yield torch.from_numpy(np.asarray(STD * generator.standard_normal(tuple(shape)), dtype=np.float32))
 
 
 def box_muller(shapes: Shapes, step: int) -> Iterator[Tensor]:
-    """dpquant's noise."""
+    """Yield dpquant's noise."""
     source = NoiseSource.from_seed(0)
     for name, shape in shapes.items():
         yield source.gaussian(shape, STD, stream="train", step=step, attempt=0, name=name)
 
 
 def without_kernel(shapes: Shapes, step: int) -> Iterator[Tensor]:
-    """dpquant's noise where no native kernel was built."""
+    """Yield dpquant's noise as it is computed without the native kernel."""
     kernel, noise_module._native = noise_module._native, None
     try:
         yield from box_muller(shapes, step)
@@ -61,7 +61,7 @@ SOURCES: dict[str, Source] = {
 
 
 def check(shapes: Shapes) -> None:
-    """Raise AssertionError unless every source is normal, and dpquant's the same with and without the kernel."""
+    """Raise AssertionError unless every source is normal, and dpquant's values equal with and without the kernel."""
     for name, source in SOURCES.items():
         z = torch.cat([noise.flatten() for noise in source(shapes, 0)]).double().numpy() / STD
         bound = stats.norm.isf(ALPHA / 2)
@@ -73,7 +73,7 @@ def check(shapes: Shapes) -> None:
 
 
 def timed(shapes: Shapes, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every source in each round, taking turns; the round before the first does not count."""
+    """Return {source: seconds of each round}; sources take turns, and a first round is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in SOURCES}
     for number in range(rounds + 1):
         for name, source in SOURCES.items():
@@ -86,7 +86,7 @@ def timed(shapes: Shapes, rounds: int) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    """Check, measure, print."""
+    """Check the sources, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(NETWORKS), default="resnet18")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, os.cpu_count() or 1])

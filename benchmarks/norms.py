@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GroupNorm in a private step: the fused loops beside torch's operators, in turns, on the maps of residual networks.
+"""Times GroupNorm in a private step: fused loops against torch's operators, in turns, on maps of residual networks.
 
     python -m benchmarks.norms [--rounds 15]
 
-torch's side is what a step does without the loops: forward, backward, then each example's gradients of weight and bias
-from the normalised input. Both are compared with float64 before they are timed. Numbers are medians, in microseconds an
-example; `copy` is one pass that reads and writes such a map.
+torch's side does the work of a step without the fused loops: forward, backward, then each example's gradients of weight
+and bias from the normalised input. Both sides are compared with float64 before they are timed. Figures are medians in
+microseconds per example; `copy` is one pass that reads and writes a map of the same size.
 """
 
 import argparse
@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpquant.backends.malloc import working_memory
-from dpquant.engine.contributions import Formed, contributions_of
+from dpquant.engine.context import twin_of
+from dpquant.engine.contributions import Materialised
 from dpquant.engine.group_norm import TapedGroupNorm
+from dpquant.engine.per_example import contributions_of
 
 SHAPES = [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)]
 BATCH_SIZES = (16, 64)
@@ -28,19 +30,19 @@ COLUMNS = ("copy", "forward", "torch forward", "backward", "torch backward", "to
 
 
 class Kept:
-    """A tape that keeps the last gradients of each parameter."""
+    """Tape that stores the last contribution of each parameter."""
 
     anchor, listening = torch.zeros((), requires_grad=True), True
 
     def __init__(self):
-        self.kept: dict[Tensor, Formed] = {}
+        self.kept: dict[Tensor, Materialised] = {}
 
-    def add(self, parameter: Tensor, contribution: Formed) -> None:
+    def add(self, parameter: Tensor, contribution: Materialised) -> None:
         self.kept[parameter] = contribution
 
 
 class Case:
-    """One shape and batch size, with both sides' calls."""
+    """Calls of both sides for one shape and batch size."""
 
     def __init__(self, batch: int, shape: tuple[int, int, int]):
         generator = torch.Generator().manual_seed(0)
@@ -51,8 +53,8 @@ class Case:
         self.norm = torch.nn.GroupNorm(GROUPS, shape[0], eps=EPS).requires_grad_(False)
         for parameter in self.norm.parameters():
             parameter.normal_(generator=generator)
-        self.fused, self.tape = TapedGroupNorm.twin_of(self.norm), Kept()
-        self.fused.tape = self.tape
+        self.tape = Kept()
+        self.fused = twin_of(TapedGroupNorm, self.norm, tape=self.tape)
         self.leaf = self.x.clone().requires_grad_()
         self.y = self.torch_y = self.leaf
 
@@ -75,11 +77,11 @@ class Case:
         return torch.autograd.grad(self.torch_y, self.leaf, self.grad)[0]
 
     def torch_per_example(self) -> tuple[Tensor, ...]:
-        parts = contributions_of(self.norm, self.x, self.grad)
+        parts = contributions_of(self.norm, (self.x,), {}, self.torch_y.detach(), self.grad)
         return parts["weight"].per_example(), parts["bias"].per_example()
 
     def check(self) -> None:
-        """Compare both sides with float64."""
+        """Compare both sides with float64; exit with an error if one is wrong."""
         x, grad = self.x.double().requires_grad_(), self.grad.double()
         y = F.group_norm(x, GROUPS, self.norm.weight.double(), self.norm.bias.double(), EPS)
         (grad_x,) = torch.autograd.grad(y, x, grad)
@@ -103,14 +105,14 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def medians(case: Case, rounds: int) -> list[float]:
-    """Microseconds an example for each column, measured in turns."""
+    """Return the median microseconds per example for each column; the calls take turns."""
     calls = [getattr(case, column.replace(" ", "_")) for column in COLUMNS]
     times = [[seconds(call) for call in calls] for _ in range(rounds)]
     return [statistics.median(column) * 1e6 / len(case.x) for column in zip(*times, strict=True)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="GroupNorm: the fused loops beside torch's operators")
+    parser = argparse.ArgumentParser(description="GroupNorm: the fused loops against torch's operators")
     parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; microseconds an example")

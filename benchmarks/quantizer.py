@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What quantizing costs: time an element in each format, by the native kernel and in torch. `scripts/bench quantizer`.
+"""Time of quantizing, per element and format, by the native kernel and in torch: `scripts/bench quantizer`.
 
-Formats and kernels take turns in one process, on a layer's activations after ReLU, channels last. The same run checks
-that both kernels give the same bits. `e3m0~` beside the others shows what a clip (@) and codes of one sign (+) add.
-Each line of W * C elements draws under a key of its own: `--shape 64 8 2048 1` shows what short lines cost.
+Formats and kernels take turns in one process, on synthetic activations after ReLU, channels last. The same run checks
+that both kernels give equal bits. Comparing the formats shows the cost of a clip (@) and of unsigned codes (+). Each
+line of W * C elements has its own random key: `--shape 64 8 2048 1` shows the cost of short lines.
 """
 
 import argparse
@@ -29,18 +29,18 @@ KERNELS = ("native", "torch")
 
 
 def quantized(x: torch.Tensor, role: RoleFormat, kernel: str) -> QTensor:
-    """All rows of x."""
+    """Return x quantized by a kernel, with one scale per row."""
     return quantize_rows(x, role, row_keys(0, torch.arange(len(x))), kernel=kernel)
 
 
 def check(x: torch.Tensor, role: RoleFormat) -> None:
-    """Raise AssertionError unless both kernels give the same bits."""
+    """Raise AssertionError unless both kernels give equal bits."""
     first, second = (quantized(x, role, kernel) for kernel in KERNELS)
     assert torch.equal(first.codes, second.codes) and torch.equal(first.scale, second.scale), role
 
 
 def main() -> None:
-    """Check, measure, print, keep."""
+    """Check the kernels, measure, print, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", nargs="+", type=int, default=[1, os.cpu_count() or 1])
     parser.add_argument("--rounds", type=int, default=11)
@@ -60,11 +60,11 @@ def main() -> None:
         seconds: dict[tuple[str, str], list[float]] = {(text, kernel): [] for text in roles for kernel in KERNELS}
         for number in range(args.rounds + 1):
             for (text, kernel), mine in seconds.items():
-                with working_memory():  # as in a step: what a call allocates is there already
+                with working_memory():  # as in a step: allocations reuse freed pages
                     start = time.perf_counter()
                     quantized(x, roles[text], kernel)
                     took = time.perf_counter() - start
-                if number:  # the round before the first does not count
+                if number:  # the first round is a warm-up
                     mine.append(took)
         for text in roles:
             both = [seconds[text, kernel] for kernel in KERNELS]

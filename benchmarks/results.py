@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where results are kept, and how they are read back: benchmarks/results/<cpu>-<date>/<name>.json and .png."""
+"""Writes and reads results: benchmarks/results/<cpu>-<date>/<name>.json and .png."""
 
 import dataclasses
 import datetime
@@ -23,16 +23,16 @@ COLOURS = {
 
 
 def folder_here() -> Path:
-    """The folder of this machine and day, made if need be."""
+    """Return the folder of results of this machine and day; create it if it is missing."""
     folder = Path(__file__).parent / "results" / f"{Hardware.here().slug}-{datetime.date.today():%Y-%m-%d}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def measure_all(table: Iterable[BenchSettings], path: Path) -> list[dict]:
-    """Measure what the file does not hold yet, and return every row of the table in its order.
+    """Measure the settings that the file lacks, and return the rows of all settings in order.
 
-    The file is written after each measurement, so that an interrupted one can be started again.
+    The file is written after each measurement, so that an interrupted benchmark can continue.
     """
     done: list[dict] = json.loads(path.read_text()) if path.exists() else []
     rows = []
@@ -51,26 +51,26 @@ def measure_all(table: Iterable[BenchSettings], path: Path) -> list[dict]:
 
 
 def _measured(settings: BenchSettings) -> dict:
-    """A row from a process of its own: what other networks leave of a heap slows a small one down."""
+    """Return a row, measured in a separate process: a heap used by other networks slows a small one down."""
     options = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
     command = [str(Path(sys.executable).parent / "dpquant"), "bench", "--json"]
     command += ["--memory"] if options.pop("memory") else []
     for name, value in options.items():
         command += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if result.returncode not in (0, 1):  # 1: some side is wrong, which the row says
+    if result.returncode not in (0, 1):  # 1: a side failed its check, which the row records
         raise SystemExit(f"{' '.join(command)} failed")
     return json.loads(result.stdout)
 
 
 def median(row: dict, side: str, field: str) -> float | None:
-    """A side's time or memory in a row; None where it was not measured."""
+    """Return a side's time or memory in a row; None if it was not measured."""
     value = row["sides"].get(side, {}).get(field)
     return value["median"] if isinstance(value, dict) else value
 
 
 def caption(rows: list[dict]) -> str:
-    """The machine, for under a plot."""
+    """Return a line about machine and versions, for the foot of a plot."""
     machine, first = rows[0]["hardware"], rows[0]
     busy = "; OTHER WORK WAS RUNNING" if any(row["busy"] for row in rows) else ""
     return (

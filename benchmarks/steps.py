@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every network, one thread and two: time and peak memory of a step, each side. `scripts/bench steps`."""
+"""Time and peak memory of each side's step, by network and number of threads: `scripts/bench steps`."""
 
 import argparse
 import os
@@ -16,7 +16,7 @@ from dpquant.app.contenders import DESCRIPTIONS, NETWORKS, SIDES
 
 
 def main() -> None:
-    """Measure what is missing, then draw."""
+    """Measure what the results file lacks, then draw one plot per number of threads."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=list(NETWORKS), default=[n for n in NETWORKS if n != "mlp"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, os.cpu_count() or 1])
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Bars of each side for each network, relative to plain PyTorch: time above, memory below."""
+    """Plot bars of each side for each network, relative to plain PyTorch: time above, memory below."""
     figure, axes = plt.subplots(2, 1, figsize=(10, 7.5))
     panels = ("ms_per_example", "time of a step / plain PyTorch's"), ("peak_mib", "peak memory of a step / plain's")
     for axis, (field, label) in zip(axes, panels, strict=True):
@@ -68,7 +68,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def _over_plain(row: dict, side: str, field: str) -> float | None:
-    """A side's figure over plain PyTorch's; None where either is missing."""
+    """Return a side's figure over plain PyTorch's; None if either is missing."""
     own, plain = median(row, side, field), median(row, "plain", field)
     return own / plain if own is not None and plain else None
 

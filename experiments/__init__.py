@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One file per table or figure; results, with the commands that made them, under results/."""
+"""Experiments of docs/paper.md: one file per table or figure; results/ has the results with their commands."""

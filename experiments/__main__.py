@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The experiments, as far as time allows.
+"""Runs experiments, up to a time limit.
 
     python -m experiments all --hours 8 --gtsrb DIR --cifar10 DIR
     python -m experiments baselines formats
 
 DIR holds train/CLASS/* and test/CLASS/* (GTSRB: 39,209 and 12,630 images of 43 classes, 32 x 32; CIFAR-10: 50,000 and
 10,000 of 10). Fashion-MNIST's IDX files are found where Debian's dataset-fashion-mnist puts them, else downloaded.
-Whatever is done already is not repeated; results go to experiments/results. With --hours, the first runs of every
-table come first: an unfinished table lists what is missing.
+Finished runs are not repeated; results go to experiments/results. A table runs all rows at the first seed before other
+seeds. With --hours, a table that is not finished lists its missing runs.
 """
 
 import argparse
@@ -35,15 +35,15 @@ SCRIPTS = (
     "damage",
     "pareto",
     "paper",
-)  # paper last: it writes down what the others found
+)  # paper last: it writes the others' results into docs/paper.md
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", choices=("all", *TABLES, *SCRIPTS), metavar="NAME", help="or all")
     parser.add_argument("--hours", type=float, default=float("inf"), help="no run begins later than this")
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
-    parser.add_argument("--continue", dest="keep", action="store_true", help="what the results hold counts as done")
+    parser.add_argument("--jobs", type=int, default=2, help="parallel runs")
+    parser.add_argument("--continue", dest="keep", action="store_true", help="count runs in the results as done")
     parser.add_argument("--work", type=Path, default=Path("runs/experiments"))
     for name in FOLDERS:
         parser.add_argument(f"--{name.lower()}", type=Path, help=f"folder of {name}")

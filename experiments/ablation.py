@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""E2: what each half of dpquant gives. Rotation alone, prioritising alone (deterministic), both; beta and ema swept.
+"""E2: ablation of dpquant: rotation alone, prioritising alone (deterministic), and both; sweeps of beta and ema.
 
-The paper gives neither beta nor the moving average's weight.
+The paper states neither beta nor the weight of the moving average.
 """
 
 from experiments.runner import Table

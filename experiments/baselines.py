@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """E1: full precision, static random subsets, rotation and dpquant, at several shares of the layers and budgets.
 
-The paper's main table (DPQuant, arXiv 2509.03472). A static row's spread is over subsets: its seed draws the subset.
+This is the main table of the paper (DPQuant, arXiv 2509.03472). A static policy draws its subset from the seed, so that
+the spread of a static row is over subsets.
 """
 
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from experiments.settings import CIFAR10, FASHION, GTSRB, ONE_SEED, SEEDS, SHORT
 
 
 def _rows(*choices: str) -> dict[str, str]:
-    """{policy and fraction: options}."""
+    """Return {choice: options} for choices of a policy and a fraction."""
     pairs = {choice: choice.split() for choice in choices}
     return {choice: f"--policy {policy} --fraction {fraction}" for choice, (policy, fraction) in pairs.items()}
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""E4: why four bits hurt private training more. SGD beside DP-SGD, each with and without luq-fp4 in every layer.
+"""E4: why four bits cost private training more. Compares SGD and DP-SGD, each in full precision and in luq-fp4.
 
-After every epoch a probe of training records gives, in full precision: norms and largest entries of per-example
-gradients, the variance that the quantizer would add to the layers' activations and output gradients, and for private
-runs how large the noise is beside a batch's clipped gradients. The probe is not private: these figures explain, and no
-run releases them.
+After every epoch a few training records are evaluated in full precision (the probe). It gives norms and largest entries
+of per-example gradients, the variance that the quantizer would add to the layers' activations and output gradients,
+and, for private runs, the noise relative to a batch's clipped gradients. The probe is not private: its figures
+explain results on public data, and no run releases them.
 """
 
 import dataclasses
@@ -29,11 +29,11 @@ from experiments.settings import EPSILON, GTSRB, SGD, SHORT
 from experiments.variance import exact_variance, operands
 
 PROBED, MICROBATCH = 64, 256
-ORDINARY_LR = 0.1  # of unclipped gradients, which are longer
+ORDINARY_LR = 0.1  # for unclipped gradients, which have larger norms
 
 
 def run(site: Site) -> None:
-    """Train four times; write results/damage.json and .png."""
+    """Train four times; write results/damage.json and results/damage.png."""
     options = site.here(f"{GTSRB} {SHORT} {EPSILON} {SGD}", "damage")
     if options is None:
         return
@@ -55,7 +55,7 @@ def run(site: Site) -> None:
 
 
 def _ordinary(settings: TrainSettings, dataset: data.Dataset) -> Iterator[tuple[nn.Module, float]]:
-    """After each epoch the model, and no noise: the same optimizer at its usual rate on means of whole gradients."""
+    """Yield the model and 0 (no noise) after each epoch of ordinary SGD, on means of unclipped gradients."""
     settings = dataclasses.replace(settings, lr=ORDINARY_LR)
     model = prepare(model_of(settings, dataset), format=settings.format)
     optimizer = optimizer_of(settings, model)
@@ -71,7 +71,7 @@ def _ordinary(settings: TrainSettings, dataset: data.Dataset) -> Iterator[tuple[
 
 
 def _private(settings: TrainSettings, dataset: data.Dataset) -> Iterator[tuple[nn.Module, float]]:
-    """After each epoch the model, and the standard deviation of the noise on a batch's summed gradient."""
+    """Yield the model and the standard deviation of the noise on a batch's summed gradient after each private epoch."""
     model = model_of(settings, dataset)
     private = make_private(
         model,
@@ -90,7 +90,7 @@ def _private(settings: TrainSettings, dataset: data.Dataset) -> Iterator[tuple[n
 
 
 def _probe(model: nn.Module, dataset: data.Dataset, settings: TrainSettings, noise_std: float) -> dict:
-    """Medians over examples and layers, and the noise over the root mean square of a batch's clipped gradient."""
+    """Return the figures of one probe: medians over examples and layers, and the noise relative to the clipped sum."""
     ids = torch.arange(0, len(dataset.train), len(dataset.train) // PROBED)[:PROBED]
     inputs, targets = dataset.train.batch(ids)
     gradients = [gradient_of(model, (inputs[[i]], targets[[i]], ids[[i]])) for i in range(PROBED)]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""E8, without training: how true to full precision a trained network stays when all of its layers run in a format.
+"""E8 without a run per format: compares a trained network with all layers in a format to full precision.
 
-The network is trained privately in full precision. For each format: the cosine between the clipped gradients' sum of
-some training records and the same in full precision, and the accuracy on a part of the test set. No format needs a run
-of its own; with other records, cosines move by up to a tenth. (Not private.)
+The network is trained privately in full precision. For each format this measures the cosine between the sum of clipped
+gradients of some training records in the format and in full precision, and the accuracy on a part of the test set. With
+other records, cosines differ by up to a tenth. The measurement is not private.
 """
 
 import json
@@ -19,8 +19,8 @@ from experiments.ranking import NETWORKS, clipped_gradient, network, settings_an
 from experiments.runner import RESULTS, Run, Site, new_figure
 
 NETWORK = "ResNet18, GTSRB"
-RECORDS, EVERY, BATCH = 512, 4, 256  # of the training set; of the test set every so many; examples a pass
-A = "int4@2.5#"  # weights while activations change
+RECORDS, EVERY, BATCH = 512, 4, 256  # training records; every 4th test record; examples per pass
+A = "int4@2.5#"  # format of the weights where activations vary
 FORMATS = {
     "int8": "int8",
     "luq-fp4": "luq-fp4",
@@ -44,7 +44,7 @@ FORMATS = {
 
 
 def run(site: Site) -> None:
-    """Measure every format; write results/fidelity.json and .png."""
+    """Measure every format; write results/fidelity.json and results/fidelity.png."""
     training = Run(NETWORK, 0, NETWORKS[NETWORK])
     folder = trained(training, site)
     if folder is None:
@@ -52,7 +52,7 @@ def run(site: Site) -> None:
     settings, dataset = settings_and_data(folder)
 
     def measured(format: str, *, quantized: bool) -> tuple[Tensor, float]:
-        """The clipped gradients' sum, and the accuracy, with all layers in a format or with none."""
+        """Return the sum of clipped gradients and the accuracy, with all layers or no layer quantized to a format."""
         model = network(folder, settings, dataset, format)
         set_policy(model, quantizable_layers(model) if quantized else ())
         ids = torch.arange(0, len(dataset.train), len(dataset.train) // RECORDS)[:RECORDS]
@@ -73,7 +73,7 @@ def run(site: Site) -> None:
 
 @torch.no_grad()
 def _accuracy(model: nn.Module, split: data.Split) -> float:
-    """The share of some test records that the model, as it is, gets right."""
+    """Return the accuracy on every `EVERY`-th record, with the layers quantized as they are set."""
     right, all_ids = 0, torch.arange(0, len(split), EVERY)
     for ids in all_ids.split(BATCH):
         inputs, targets = split.batch(ids)

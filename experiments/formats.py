@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""E8: formats, and which operand and which product does the damage. Every layer, all the time, but for the last rows.
+"""E8: accuracy by format, by quantized operand and by quantized product. All layers are quantized but in the last rows.
 
-An operand alone is quantized to E3M0 while the other two are int8, which costs next to nothing.
+A row for one operand quantizes it to E3M0 and the other two to int8, which costs almost no accuracy.
 """
 
 from experiments.runner import Table

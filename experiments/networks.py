@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""E1 for the larger networks: torchvision's ResNet50 and DenseNet121, a quarter as wide, for fewer epochs."""
+"""E1 for the larger networks: torchvision's ResNet50 and DenseNet121, a quarter of the width, fewer epochs."""
 
 from experiments.runner import Table
 from experiments.settings import EPSILON, GTSRB, ONE_SEED, SHORT

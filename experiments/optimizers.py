@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""E7: the main row under DP-SGD, DP-Adam and DP-AdamW."""
+"""E7: full precision and dpquant on half of the layers, with DP-SGD, DP-Adam and DP-AdamW."""
 
 from experiments.runner import Table
 from experiments.settings import EPSILON, GTSRB, ONE_SEED, SGD, SHORT

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts the results of the tables into docs/paper.md, the paper's own figures beside them.
+"""Writes the tables of results into docs/paper.md, with the paper's figures next to ours.
 
-Between `<!-- results: NAME -->` and `<!-- end -->` stands what results/NAME.json says; the rest is written by hand.
+The text between `<!-- results: NAME -->` and `<!-- end -->` is generated from results/NAME.json; the rest is written by
+hand.
 """
 
 import itertools
@@ -35,13 +36,13 @@ PAPER = {
 
 
 def run(site: Site) -> None:
-    """Write the page again."""
+    """Rewrite the tables of docs/paper.md."""
     PAGE.write_text(refreshed(PAGE.read_text()))
     print(f"wrote {PAGE.name}")
 
 
 def refreshed(page: str, results: Path = RESULTS) -> str:
-    """The page with its tables as the results in a directory say now."""
+    """Return the page with its tables generated from the results in a directory."""
     return PLACES.sub(lambda place: place[1] + _table(place[2], results) + place[3], page)
 
 
@@ -71,17 +72,17 @@ def _table(name: str, folder: Path) -> str:
 
 
 def _commands(commands: Mapping[str, str]) -> tuple[str, dict[str, str]]:
-    """The options that all commands begin with, and {row: what it has beyond them}, its program if that is another.
+    """Return the options that all commands begin with, and {row: its other options, with its program if not dpquant}.
 
-    Of an option that is given twice, the last counts.
+    If an option is given twice, the last value counts.
     """
     programs, pairs = {}, {}
     for row, command in commands.items():
         programs[row], _, options = command.partition(" train ")
         words = options.rsplit(" --seed ", 1)[0].split()
         pairs[row] = list(zip(words[::2], words[1::2], strict=True))
-    alike = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*pairs.values(), strict=False))
-    common = [column[0] for column in alike]
+    shared = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*pairs.values(), strict=False))
+    common = [column[0] for column in shared]
     others = {row: "" if program == "dpquant" else f"({program}) " for row, program in programs.items()}
     return _text(dict(common).items()), {row: others[row] + _text(found[len(common) :]) for row, found in pairs.items()}
 

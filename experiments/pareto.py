@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""E9: accuracy over the time of a step. Every row of the tables on GTSRB, random subsets and dpquant among them.
+"""E9: accuracy against the time of a step, for every row of the GTSRB tables.
 
-The time here is a step in full precision, 1, changed by what each layer's time changes in the precision that it ran in,
-epoch by epoch, in units of the full-precision step that was measured in turn with it. On four-bit hardware a
-multiply-accumulate in four bits takes a quarter of one in full precision, in eight bits half of it, and nothing else
-takes time: the paper's assumption.
+Times are in units of a step in full precision. The time on this machine is 1, plus each layer's difference between its
+time in the precision that it ran in and in full precision, averaged over the epochs. The difference is divided by the
+full-precision step measured in the same rounds. The time on four-bit hardware follows the paper's assumption: a
+multiply-accumulate takes a quarter of its time in four bits, half of it in eight bits, and nothing else takes time.
 
-Times are measured when this runs, so the machine must be idle then.
+Times are measured when this runs, so the machine must be idle.
 """
 
 import dataclasses
@@ -19,14 +19,14 @@ from experiments.runner import RESULTS, Site, new_figure, settings_of
 from experiments.settings import GTSRB
 
 MEASURED = ("baselines-gtsrb", "schedules")
-ROUNDS = 20  # of timings
+ROUNDS = 20  # of timings of each layer and step
 COLOURS = {"static": "tab:blue", "rotate": "tab:orange", "dpquant": "tab:green"}
-LOST = 0.5  # points of accuracy that the cheapest schedule may lose
-FOUR_BITS, EIGHT_BITS = 0.25, 0.5  # of the time of a multiply-accumulate in full precision
+LOST = 0.5  # points of accuracy that the cheapest schedule may lose against full precision
+FOUR_BITS, EIGHT_BITS = 0.25, 0.5  # time of a multiply-accumulate over its time in full precision
 
 
 def run(site: Site) -> None:
-    """Time every precision that the tables' runs used; write results/pareto.json and .png."""
+    """Time every precision that the tables' runs used; write results/pareto.json and results/pareto.png."""
     records = {}
     for table in MEASURED:
         path = RESULTS / f"{table}.json"
@@ -64,7 +64,7 @@ def run(site: Site) -> None:
 
 
 def _row(runs: list[dict], assessed: dict[str, Assessment]) -> dict:
-    """Means over seeds; times in units of a full-precision step."""
+    """Return a row's accuracy and step times, means over seeds; times are in units of a full-precision step."""
     accuracies = [100 * run["accuracy_test"] for run in runs]
     return {
         "accuracy": statistics.mean(accuracies),
@@ -75,7 +75,7 @@ def _row(runs: list[dict], assessed: dict[str, Assessment]) -> dict:
 
 
 def _step(run: dict, assessed: dict[str, Assessment]) -> float:
-    """A run's mean step here, as predicted."""
+    """Return the predicted mean time of a run's steps on this machine."""
     step = 1.0
     for layer in run["layers"]:
         chosen = layer["times_quantized"] / run["epochs"]
@@ -88,20 +88,20 @@ def _step(run: dict, assessed: dict[str, Assessment]) -> float:
 
 
 def _step_in_four_bits(run: dict) -> float:
-    """A run's mean step where only multiply-accumulates take time."""
+    """Return the mean time of a run's steps if only multiply-accumulates take time."""
     four = run["four_bit_fraction_macs"]
     eight = run["quantized_fraction_macs"] - four
     return 1 - four * (1 - FOUR_BITS) - eight * (1 - EIGHT_BITS)
 
 
 def _cheapest(rows: dict[str, dict], axis: str) -> str:
-    """The row that takes least time among those that lose little."""
+    """Return the fastest row among those that lose at most `LOST` points."""
     least = rows["full precision"]["accuracy"] - LOST
     return min((row for row in rows if rows[row]["accuracy"] >= least), key=lambda row: rows[row][axis])
 
 
 def _draw(rows: dict[str, dict]) -> None:
-    """Both axes side by side; the points are numbered, and the legend says what the numbers are."""
+    """Plot accuracy against both step times, with numbered points and a legend of the numbers."""
     figure, axes = new_figure(columns=2)
     titles = {"step_here": "measured here", "step_four_bits": "with four-bit products four times as fast"}
     for axis, (field, title) in zip(axes, titles.items(), strict=True):

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""dpquant train with scales over the whole microbatch. NOT PRIVATE: it shows what per-example scales cost or gain.
+"""Runs `dpquant train` with scales over the whole microbatch, to compare with per-example scales. NOT PRIVATE.
 
     python -m experiments.per_tensor train OPTIONS
 
-One example's largest value then decides every other example's rounding, so that no clipping bounds what it changes. The
-checks that examples are kept apart would refuse it, so they are left out. The record of such a run has no epsilon, and
-names the backend that shares scales. Leave --backend out.
+With these scales one example's largest value decides the rounding of every other example, so that clipping does not
+bound its influence. The checks that examples are kept apart would refuse the run, so they are disabled. The record of
+the run has no epsilon, and names the backend that shares scales. OPTIONS must not include --backend.
 """
 
 import json
@@ -23,7 +23,7 @@ NOT_PRIVATE = "NOT PRIVATE, whatever was printed before: scales were taken over 
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command line of `dpquant` with shared scales, and take the promise out of its record."""
+    """Run the command line of `dpquant` with shared scales, and remove epsilon and statement from its record."""
     with (
         mock.patch.dict(BACKENDS, shared_scales(), clear=True),
         mock.patch.object(isolation, "_check_codes"),
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
 
 
 def shared_scales() -> dict[str, SharedScale]:
-    """Every backend, each with one scale over the batch."""
+    """Return {name: backend} with one scale over the batch, for every backend."""
     doubles = [SharedScale(backend) for backend in BACKENDS.values()]
     return {double.name: double for double in doubles}
 

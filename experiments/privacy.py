@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""E3: budgets, and what the analyses' settings do to their share of epsilon and to accuracy."""
+"""E3: accuracy at several epsilons; accuracy and the analyses' share of epsilon by the settings of the analyses."""
 
 from experiments.ablation import ROWS
 from experiments.baselines import MAIN

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""E6: does the private ranking find the layers that an exhaustive, non-private measurement finds?
+"""E6: compares the private ranking of layers with an exhaustive, non-private ranking.
 
-A network is trained privately in full precision. Then very many training records' impact vectors are computed (not
-private), and the private analysis is drawn from those vectors many times: Poisson sample, clip, sum, noise. What is
-shown is the rank correlation of such an analysis with the mean over all records and several roundings, against the
-share of epsilon that one analysis an epoch would take; for the loss and for the gradient's direction.
+A network is trained privately in full precision. Then the impact vectors of thousands of training records are computed
+(not private), and the private analysis is simulated from these vectors many times: Poisson sample, clip, sum, noise.
+The result is the rank correlation of a simulated analysis with the mean over all records and several roundings, against
+the share of epsilon of one analysis per epoch; for the loss and for the gradient's direction.
 
-Beside it, what both scores stand for: how much of the clipped gradients' sum is lost, along its own direction, where a
-layer alone runs quantized in all three products. (Not private either.)
+Also measured is the quantity that both scores approximate: the loss of the sum of clipped gradients, along its own
+direction, if one layer runs quantized in all three products (not private).
 """
 
 import dataclasses
@@ -39,14 +39,14 @@ NETWORKS = {
     "ResNet18, GTSRB": f"{GTSRB} {SHORT} {EPSILON} --policy none",
 }
 SCORES = {"loss": impact_vectors, "gradient": gradient_impact_vectors}
-RECORDS = {"loss": 8192, "gradient": 2048}  # measured
-REPEATS, DRAWS, MICROBATCH = 2, 400, 16  # roundings of each, simulated analyses, examples a pass
+RECORDS = {"loss": 8192, "gradient": 2048}  # whose impact vectors are computed
+REPEATS, DRAWS, MICROBATCH = 2, 400, 16  # roundings of each record, simulated analyses, examples per pass
 BATCHES, NOISES = (64, 256, 1024), (0.5, 2.0, 8.0)
 NORMS = {"loss": (0.05, 0.25, 1.0), "gradient": (0.25, 1.0, 2.0)}
 
 
 def run(site: Site) -> None:
-    """Measure what can be measured here; write results/ranking.json and .png."""
+    """Measure the networks whose data are available; write results/ranking.json and results/ranking.png."""
     results = {}
     for title, options in NETWORKS.items():
         training = Run(title, 0, options)
@@ -59,27 +59,27 @@ def run(site: Site) -> None:
 
 
 def trained(training: Run, site: Site) -> Path | None:
-    """The directory of a run, trained if need be: a record alone does not do. None if it cannot be had here and now."""
+    """Return the directory of a run with its model, after training it if necessary; None if it cannot be trained."""
     dataclasses.replace(site, kept={}).do([training])
     folder = training.folder(site.work)
     return folder if (folder / "record.json").exists() else None
 
 
 def settings_and_data(folder: Path) -> tuple[TrainSettings, data.Dataset]:
-    """A run's settings and its data set."""
+    """Return the settings and the data set of a run."""
     settings = TrainSettings.chosen(from_toml(folder / "config.toml"))
     return settings, data.load(settings.data, image_size=settings.image_size)
 
 
 def network(folder: Path, settings: TrainSettings, dataset: data.Dataset, format: str) -> nn.Module:
-    """A run's network, prepared for a format and in evaluation mode."""
+    """Return the network of a run, prepared for a format, in evaluation mode."""
     model = model_of(settings, dataset)
     load_model(model, folder / "model.safetensors")
     return prepare(model.eval(), format=format)
 
 
 def _network(folder: Path) -> dict:
-    """Impacts of a trained network's layers by each score, and how well cheaper analyses rank them."""
+    """Return the impacts of a trained network's layers by each score, and the rank correlations of private analyses."""
     settings, dataset = settings_and_data(folder)
     model = network(folder, settings, dataset, "luq-fp4")
     names = list(quantizable_layers(model))
@@ -93,7 +93,7 @@ def _network(folder: Path) -> dict:
 
 
 def _score(score: str, settings: TrainSettings, model, split, ids, names: list[str], lost_P: list[float]) -> dict:
-    """The exhaustive measurement by one score, and simulated analyses beside it."""
+    """Return the exhaustive impacts by one score, and the rank correlations of simulated analyses with them."""
     vectors_RNP = np.stack([_vectors(score, model, split, ids, names, repeat) for repeat in range(REPEATS)])
     exhaustive_P = np.nanmean(vectors_RNP, (0, 1))
     analyses = []
@@ -122,7 +122,7 @@ def _score(score: str, settings: TrainSettings, model, split, ids, names: list[s
 
 
 def _vectors(score: str, model, split, ids, names, repeat: int) -> np.ndarray:
-    """Impact vectors (N, P), not clipped."""
+    """Return unclipped impact vectors `(N, P)` of N records and P layers."""
     pieces = [
         SCORES[score](model, per_example_loss, split.batch(piece), names, piece, step=repeat, seed=0)
         for piece in ids.split(MICROBATCH)
@@ -133,7 +133,7 @@ def _vectors(score: str, model, split, ids, names, repeat: int) -> np.ndarray:
 def clipped_gradient(
     model: nn.Module, split: data.Split, ids: Tensor, max_grad_norm: float, microbatch_size: int | None = None
 ) -> Tensor:
-    """The sum of some records' clipped gradients, all parameters in one vector."""
+    """Return the sum of the clipped gradients of some records, all parameters in one vector."""
     found = clipped_sum(
         model,
         per_example_loss,
@@ -148,7 +148,7 @@ def clipped_gradient(
 
 
 def _gradient_lost(model, split, ids, names, max_grad_norm: float) -> list[float]:
-    """1 - <S_p, S> / <S, S>, S the clipped gradients' sum in full precision and S_p with layer p quantized."""
+    """Return 1 - <S_p, S> / <S, S> for each layer p; S is the clipped sum in full precision, S_p with p quantized."""
     sums = []
     for policy in [(), *((name,) for name in names)]:
         set_policy(model, policy)
@@ -159,7 +159,7 @@ def _gradient_lost(model, split, ids, names, max_grad_norm: float) -> list[float
 
 
 def _simulated(vectors_NP: np.ndarray, batch: int, noise: float, norm: float) -> np.ndarray:
-    """Results (DRAWS, P) of analyses of so many expected records."""
+    """Return the results `(DRAWS, P)` of simulated analyses with expected batch size `batch`."""
     random = np.random.default_rng(0)
     clipped_NP = vectors_NP * np.minimum(1, norm / np.maximum(np.linalg.norm(vectors_NP, axis=1), 1e-30))[:, None]
     drawn_DN = random.random((DRAWS, len(vectors_NP))) < batch / len(vectors_NP)
@@ -167,7 +167,7 @@ def _simulated(vectors_NP: np.ndarray, batch: int, noise: float, norm: float) ->
 
 
 def _share(settings: TrainSettings, batch: int, noise: float, norm: float) -> float:
-    """The analyses' part of epsilon, one an epoch; 1 where they alone would overrun it."""
+    """Return the share of epsilon of one analysis per epoch; 1 if the analyses alone exceed epsilon."""
     analysed = dataclasses.replace(
         settings,
         policy="dpquant",

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs `dpquant train` for tables of settings and seeds, side by side, and can be interrupted and started again.
+"""Runs `dpquant train` for tables of settings and seeds, in parallel; it can be interrupted and started again.
 
-Every run is the command line that a user would type. A run whose record exists is not repeated, and tables that share a
-run share its directory. What is kept of a run is its record, and how long it trained: the data are public, so that its
-times tell nothing that is not known.
+Every run is a command line of `dpquant train`. A run whose record exists is not repeated, and tables that share a run
+share its directory. The results keep each run's record and training times. The times may be kept here because the data
+sets are public.
 """
 
 import concurrent.futures
@@ -28,22 +28,22 @@ from dpquant.runs.settings import TrainSettings
 
 RESULTS = Path(__file__).parent / "results"
 FOLDERS = ("GTSRB", "CIFAR10")  # placeholders in options for the folders of data sets
-SECONDS = ("seconds_train", "seconds_analysis")  # kept of a run's times
+SECONDS = ("seconds_train", "seconds_analysis")  # the timings that the results keep
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-    """Runs that belong together.
+    """Runs that are compared in one table.
 
     Attributes:
-      name: of the files of results.
-      title: of the picture.
+      name: name of the files of results.
+      title: title of the plot.
       common: options of every run.
-      rows: {what is shown: options}.
-      seeds: every row is run at each.
+      rows: {row: its options}.
+      seeds: seeds at which every row is run.
       once: more rows, run at the first seed only.
-      draw: makes the picture, from {row: records}; None: accuracies over epochs.
-      programs: {row: module that takes the place of `dpquant`}.
+      draw: draws the plot from {row: records}; None: accuracies over epochs.
+      programs: {row: module that is run instead of `dpquant`}.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Table:
     programs: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def runs(self) -> list["Run"]:
-        """Seed by seed, so that an interrupted table has every row."""
+        """Return all runs, ordered by seed, so that an interrupted table has every row."""
         first, *others = self.seeds
         return [
             Run(row, seed, f"{self.common} {options}", self.programs.get(row))
@@ -67,7 +67,7 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One row of a table, at one seed."""
+    """Run of one row of a table at one seed."""
 
     row: str
     seed: int
@@ -76,27 +76,27 @@ class Run:
 
     @property
     def command(self) -> str:
-        """What a user would type."""
+        """Return the command line of the run, with RUN for its directory."""
         program = "dpquant" if self.program is None else f"python -m {self.program}"
         return f"{program} train {' '.join(self.options.split())} --seed {self.seed} --out RUN"
 
     def folder(self, work: Path) -> Path:
-        """The run's own directory."""
+        """Return the directory of the run."""
         return work / hashlib.sha256(self.command.encode()).hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Site:
-    """Where and for how long experiments run.
+    """Directories, data and time limit of the experiments.
 
     Attributes:
       work: directory of all runs.
       folders: {placeholder: folder of the data set}.
-      jobs: runs side by side, which share the cores.
-      deadline: no run begins after it, in seconds of `time.monotonic`.
-      kept: {command: record} of runs made elsewhere that count as done.
+      jobs: number of parallel runs, which share the cores.
+      deadline: `time.monotonic` after which no run begins.
+      kept: {command: record} of runs on other machines that count as done.
       results: directory of the tables' results.
-      launch: runs a command, as `subprocess.run` does.
+      launch: runs a command, with the arguments of `subprocess.run`.
     """
 
     work: Path
@@ -108,12 +108,12 @@ class Site:
     launch: Callable[..., subprocess.CompletedProcess] = subprocess.run
 
     def do(self, runs: Sequence[Run]) -> None:
-        """Do what is not done yet and can begin before the deadline."""
+        """Perform the runs that are not done and can begin before the deadline."""
         with concurrent.futures.ThreadPoolExecutor(self.jobs) as pool:
             list(pool.map(self._do, runs))
 
     def records(self, runs: Sequence[Run]) -> dict[str, list[dict]]:
-        """{row: records, by seed} of the runs that are done."""
+        """Return {row: records in the order of the runs} of the runs that are done."""
         found: dict[str, list[dict]] = {}
         for run in runs:
             if (record := self.record(run)) is not None:
@@ -121,7 +121,7 @@ class Site:
         return found
 
     def record(self, run: Run) -> dict | None:
-        """What is kept of a run, which says nothing of where its data lay; None before it is done."""
+        """Return a run's record with its times, and placeholders for the folders of data; None if it is not done."""
         path = run.folder(self.work) / "record.json"
         if path.exists():
             text = path.read_text()
@@ -133,7 +133,7 @@ class Site:
         return self.kept.get(run.command)
 
     def here(self, options: str, title: str) -> str | None:
-        """Options with the folders of data sets in place; None, and a word, where a folder is not given."""
+        """Return options with the folders of data sets inserted. If one is not given, print so and return None."""
         for placeholder, folder in self.folders.items():
             options = options.replace(f"image-folder:{placeholder}", f"image-folder:{folder}")
         missing = [name for name in FOLDERS if f"image-folder:{name}" in options]
@@ -153,7 +153,7 @@ class Site:
         if run.program is not None:
             program = [sys.executable, "-m", run.program]
         command = [*program, "train", *shlex.split(options), "--seed", str(run.seed), "--out", str(out)]
-        if out.exists():  # of a run that was interrupted
+        if out.exists():  # an interrupted run left it
             out.rename(out.with_name(f"{out.name}-interrupted-{time.time_ns()}"))
         environment = {**os.environ, "OMP_NUM_THREADS": threads}
         began = time.monotonic()
@@ -167,14 +167,14 @@ class Site:
 
 
 def committed(results: Path = RESULTS) -> dict[str, dict]:
-    """{command: record} of all runs that the results hold, less those whose record lacks something."""
+    """Return {command: record} of all runs in the results whose record is complete."""
     tables = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
     runs = [run for table in tables for records in table.get("records", {}).values() for run in records]
     return {run["command"]: run for run in runs if set(SECONDS) <= run.keys() and record_of(run) is not None}
 
 
 def record_of(run: Mapping) -> RunRecord | None:
-    """Return what is kept of a run as a record; None where it lacks a field, as a very old one does."""
+    """Return the record of a run in the results; None if it lacks a field, as very old ones do."""
     try:
         return RunRecord.from_json(json.dumps(run))
     except DataError:
@@ -182,7 +182,7 @@ def record_of(run: Mapping) -> RunRecord | None:
 
 
 def settings_of(options: str) -> TrainSettings:
-    """What `dpquant train` makes of options."""
+    """Return the settings that `dpquant train` makes of options."""
     hints = typing.get_type_hints(TrainSettings)
     words = shlex.split(options)
     given = {}
@@ -194,7 +194,7 @@ def settings_of(options: str) -> TrainSettings:
 
 
 def do_table(table: Table, site: Site) -> dict[str, dict]:
-    """Run a table as far as time allows, and write its results: {row: summary}."""
+    """Perform the runs of a table before the deadline, write its results and return {row: summary}."""
     runs = table.runs()
     site.do(runs)
     records = site.records(runs)
@@ -216,7 +216,7 @@ def do_table(table: Table, site: Site) -> dict[str, dict]:
 
 
 def summary(records: Mapping[str, list[dict]]) -> dict[str, dict]:
-    """{row: test accuracy in percent (mean, sample standard deviation, 95 % interval, each seed), and what it cost}."""
+    """Return {row: test accuracy in percent (mean, standard deviation, 95 % interval, each seed), epsilon and time}."""
     rows = {}
     for row, runs in records.items():
         accuracies = [100 * run["accuracy_test"] for run in runs]
@@ -238,7 +238,7 @@ def summary(records: Mapping[str, list[dict]]) -> dict[str, dict]:
 
 
 def draw_curves(table: Table, records: Mapping[str, list[dict]], path: Path) -> None:
-    """Test accuracy over epochs."""
+    """Plot test accuracy over epochs."""
     accuracies = {
         row: [RunRecord.from_json(json.dumps(run)).accuracy_per_epoch for run in runs] for row, runs in records.items()
     }
@@ -246,7 +246,7 @@ def draw_curves(table: Table, records: Mapping[str, list[dict]], path: Path) -> 
 
 
 def new_figure(columns: int = 1):
-    """A figure that needs no display, and its axes."""
+    """Return a figure that needs no display, and its axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

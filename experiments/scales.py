@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the true epsilon costs or gains: scales per example beside scales per tensor, which are not private."""
+"""Accuracy with scales per example and with scales per tensor, which are not private."""
 
 from experiments.runner import Table
 from experiments.settings import EPSILON, GTSRB, ONE_SEED

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Beyond luq-fp4 and full precision: recipes, with the part of the multiply-accumulates that runs in four bits.
+"""Schedules with recipes other than luq-fp4, and the share of the multiply-accumulates that they run in four bits.
 
-"int4-clip" is the uniform format, to nearest, for weights and activations, with scales below the largest value, and
-E3M0 for output gradients. "rest int8" runs the layers that are not chosen in int8: a recipe for each layer.
+"int4-clip" is a uniform format with nearest rounding and scales below the largest value for weights and activations,
+and E3M0 for output gradients. "rest int8" runs the layers in int8 that the policy does not choose.
 """
 
 from experiments.runner import Table

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""E5: the quantizer's variance on a real network's activations and output gradients, measured and by the exact formula.
+"""E5: variance of the quantizer on activations and output gradients of a network, measured and by the exact formula.
 
-For E3M0 with stochastic rounding, in units of the values' own mean square. Beside it the variance that a scale over the
-whole batch would have (which is not private: one example would change all others' rounding).
+The format is E3M0 with stochastic rounding, and variances are in units of the mean square of the values. For comparison
+the variance with one scale over the batch is computed, which is not private: one example would change the rounding of
+all others.
 """
 
 import json
@@ -21,7 +22,7 @@ EXAMPLES, DRAWS = 256, 200
 
 
 def run(site: Site) -> None:
-    """Write results/variance.json and .png."""
+    """Measure; write results/variance.json and results/variance.png."""
     torch.manual_seed(0)
     split = data.load("fashion-mnist").train
     model = build("resnet18", num_classes=10, input_shape=(1, 28, 28))
@@ -54,7 +55,7 @@ def run(site: Site) -> None:
 
 
 def exact_variance(x_BN: torch.Tensor) -> torch.Tensor:
-    """Of stochastic rounding to E3M0, element by element, with one scale a row: the terms of Proposition 1."""
+    """Return each element's variance under stochastic rounding to E3M0, one scale per row: terms of Proposition 1."""
     magnitude = x_BN.abs().double()
     unit = magnitude.amax(1, keepdim=True).clamp(min=1e-300) / E3M0.max_code
     below = torch.exp2(torch.log2((magnitude / unit).clamp(min=1)).floor()) * unit
@@ -63,7 +64,7 @@ def exact_variance(x_BN: torch.Tensor) -> torch.Tensor:
 
 
 def measured_variance(x: torch.Tensor) -> torch.Tensor:
-    """The sum over elements of the mean squared error of many draws."""
+    """Return the mean over `DRAWS` draws of the squared error, summed over elements."""
     role = RoleFormat(format=E3M0, rounding=Rounding.STOCHASTIC)
     total = torch.zeros((), dtype=torch.float64)
     for draw in range(DRAWS):
@@ -74,7 +75,7 @@ def measured_variance(x: torch.Tensor) -> torch.Tensor:
 
 
 def operands(model, inputs, targets) -> dict[str, dict[str, torch.Tensor]]:
-    """{layer: its input and its output's gradient, `activation` and `gradient`} of the sum of losses."""
+    """Return {layer: {"activation": its input, "gradient": the gradient of the summed losses by its output}}."""
     found: dict[str, dict[str, torch.Tensor]] = {}
     handles = []
     for name, module in model.named_modules():

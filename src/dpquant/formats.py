@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Number formats and recipes: frozen facts, no arithmetic on tensors and no torch.
+"""Number formats, recipes and precisions: immutable descriptions, without tensors and without torch.
 
-A value is `code * scale`; a format says which codes there are. One rule covers all of them: near a magnitude t the
-codes are spaced by
+A value is `code * scale`, and a format defines the set of codes. One rule covers all formats: near a magnitude t the
+spacing of the codes is
 
     quantum(t) = 2^(max(floor(log2 t), min_exponent) - mantissa_bits),        and |code| <= max_code.
 
-Below 2^(min_exponent + 1) the spacing is constant (a floating-point format's subnormals); a uniform integer format is
-one that never leaves this range. A recipe names a format and a rounding for each role: weight, activation, output
-gradient. A precision says which recipe each of a layer's three products runs in, or that it runs in full precision.
+Below 2^(min_exponent + 1) the spacing is constant (the subnormals of a floating-point format). In a uniform integer
+format all codes lie in this range. A recipe gives a format and a rounding to each role: weight, activation and output
+gradient. A precision gives a recipe, or full precision, to each of a layer's three products.
 
 Users write them as text:
 
-    role         a format's name; then ~ for stochastic rounding, @ and a clip,        int8, e3m0~, int4@2.5#, int4@4+
-                 + for codes of one sign where that is all there is, # for a
-                 scale a channel
+    role         the name of a format; then ~ for stochastic rounding, @ and a clip,   int8, e3m0~, int4@2.5#, int4@4+
+                 + for unsigned codes in rows without negative values, # for a
+                 scale per channel
     recipe       a name, or the roles of weight, activation and gradient               luq-fp4, int4,int4,e3m0~
-    precision    full, a recipe, or what forward, dgrad and wgrad run in               full/luq-fp4/luq-fp4
+    precision    full, a recipe, or those of forward, dgrad and wgrad                  full/luq-fp4/luq-fp4
 
 Sources: E3M0 from LUQ (Chmiel et al. 2021, arXiv:2112.10769), with alpha = absmax / 64 so that 15 values fit 4 bits;
 the FP8 formats from OCP 8-bit Floating Point Specification (OFP8), revision 1.0.
@@ -36,23 +36,23 @@ _ROLE = re.compile(
 
 
 class Rounding(enum.Enum):
-    """How a value between two codes becomes one of them."""
+    """Rule by which a value between two codes is rounded to one of them."""
 
-    STOCHASTIC = "stochastic"  # up with probability equal to the fraction: unbiased
-    NEAREST = "nearest"  # to the nearer one; a tie goes away from zero
+    STOCHASTIC = "stochastic"  # up with probability equal to the fraction, which is unbiased
+    NEAREST = "nearest"  # to the nearer code; ties away from zero
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NumberFormat:
-    """Which codes there are: a sign, `exponent_bits` and `mantissa_bits`. Signed codes are symmetric about zero.
+    """Set of codes of a number format. Signed codes are symmetric about zero.
 
     Attributes:
       name: as users write it.
-      exponent_bits: 0 for a uniform integer format.
-      mantissa_bits: of a uniform integer format, all bits but the sign.
-      min_exponent: floor(log2) of the largest magnitudes that are spaced like zero's neighbours.
-      max_code: the largest magnitude.
-      signed: False: there is no sign, and no code below zero.
+      exponent_bits: number of exponent bits; 0 for a uniform integer format.
+      mantissa_bits: number of mantissa bits; in a uniform integer format, all bits but the sign.
+      min_exponent: floor(log2) of the largest magnitudes that have the same spacing as the codes next to zero.
+      max_code: the largest magnitude of a code.
+      signed: whether codes have a sign bit; without it no code is negative.
 
     Raises:
       FormatError: the numbers do not describe a format.
@@ -79,26 +79,26 @@ class NumberFormat:
 
     @property
     def bits(self) -> int:
-        """Bits of a code, its sign's included."""
+        """Return the number of bits of a code, including the sign."""
         return self.signed + self.exponent_bits + self.mantissa_bits
 
     @property
     def significant_bits(self) -> int:
-        """How many bits a code's magnitude has from its first one on: 1 for powers of two."""
+        """Return the number of significant bits of a magnitude: 1 if all codes are powers of two."""
         return self.mantissa_bits + (self.exponent_bits > 0)
 
     @property
     def fits_int8(self) -> bool:
-        """Whether every code is an integer in -127..127."""
+        """Return whether every code is an integer in -127..127."""
         return self.min_exponent >= self.mantissa_bits and self.max_code <= 127
 
     def quantum(self, magnitude: float) -> float:
-        """The distance from the code at or below `magnitude` >= 0 to the next one up."""
+        """Return the distance from the largest code <= `magnitude` to the next larger code; `magnitude` >= 0."""
         exponent = math.frexp(magnitude)[1] - 1 if magnitude > 0 else self.min_exponent
         return math.ldexp(1.0, max(exponent, self.min_exponent) - self.mantissa_bits)
 
     def levels(self) -> tuple[float, ...]:
-        """Every code, ascending."""
+        """Return all codes in ascending order."""
         magnitudes = [0.0]
         while magnitudes[-1] < self.max_code:
             magnitudes.append(magnitudes[-1] + self.quantum(magnitudes[-1]))
@@ -106,7 +106,7 @@ class NumberFormat:
 
     @property
     def one_sided(self) -> "NumberFormat":
-        """The uniform format of as many bits whose sign is one more bit of magnitude.
+        """Return the unsigned uniform format with the same number of bits: the sign bit becomes a magnitude bit.
 
         Raises:
           FormatError: the format is not uniform.
@@ -128,19 +128,23 @@ class NumberFormat:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoleFormat:
-    """The format and the rounding of one role, and where its scale comes from.
+    """Format, rounding and scale rule of one role.
+
+    A row is a set of values with one scale: an example of an activation or gradient, a weight, or a channel of it.
 
     Attributes:
-      clip: what the largest code stands for, in root mean squares of the row, if its largest magnitude is not less;
-        what lies beyond is cut off, which is biased. The mean runs over the lines and columns up to the last that is
-        not zero, so that padding changes nothing. None: the largest magnitude.
-      per_channel: a weight's scale for each output channel, or for each input channel where it meets output gradients;
-        else one for the whole weight.
-      one_sided: a row without negative values, as after ReLU, takes `format.one_sided`: twice as many levels.
+      format: the number format.
+      rounding: the rounding rule.
+      clip: the largest code represents `clip` times the root mean square of the row, but at most its largest magnitude.
+        Larger values saturate, which is biased. The mean square is over the lines and columns up to the last one that
+        is not zero, so that padding does not change it. None: the largest code represents the largest magnitude.
+      per_channel: a weight has one scale per output channel, or per input channel in the product with output gradients;
+        otherwise it has a single scale.
+      one_sided: a row without negative values, as after ReLU, uses `format.one_sided`, which has twice as many levels.
 
     Raises:
-      FormatError: `format` is no NumberFormat, `rounding` no Rounding, `clip` not above zero, or codes of one sign do
-        not fit int8.
+      FormatError: `format` is not a NumberFormat, `rounding` is not a Rounding, `clip` is not above zero, or the
+        one-sided codes do not fit int8.
     """
 
     format: NumberFormat
@@ -170,22 +174,22 @@ class RoleFormat:
 
     @property
     def max_code(self) -> int:
-        """The largest magnitude of a code."""
+        """Return the largest magnitude of a code."""
         return self.format.one_sided.max_code if self.one_sided else self.format.max_code
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a user picks by `format=`: for each operand of a quantized layer its format and rounding.
+    """Format and rounding of each operand of a quantized layer. Users choose a recipe by `format=`.
 
     Attributes:
       name: as users write it and as records show it.
-      weight: the layer's weight; one scale for the whole tensor.
-      activation: the layer's input; one scale per example.
-      gradient: the gradient of the layer's output; one scale per example.
+      weight: of the layer's weight, which has one scale, or one per channel (`RoleFormat.per_channel`).
+      activation: of the layer's input, which has one scale per example.
+      gradient: of the gradient of the layer's output, which has one scale per example.
 
     Raises:
-      FormatError: the name is empty, or a role is no RoleFormat.
+      FormatError: the name is empty, a role is not a RoleFormat, or a role other than the weight is per channel.
     """
 
     name: str
@@ -213,34 +217,34 @@ class Recipe:
 
     @property
     def roles(self) -> tuple[RoleFormat, RoleFormat, RoleFormat]:
-        """Weight, activation, gradient."""
+        """Return the roles weight, activation and gradient."""
         return self.weight, self.activation, self.gradient
 
     @property
     def product_bits(self) -> tuple[int, int, int]:
-        """Bits of the wider operand of each product: forward, dgrad, wgrad."""
+        """Return the number of bits of the wider operand of forward, dgrad and wgrad."""
         weight, activation, gradient = (role.format.bits for role in self.roles)
         return max(weight, activation), max(weight, gradient), max(activation, gradient)
 
     @property
     def fits_int8(self) -> bool:
-        """Whether the codes of every role are integers in -127..127, so that int8 hardware multiplies them."""
+        """Return whether the codes of all roles are integers in -127..127, which int8 instructions can multiply."""
         return all(role.format.fits_int8 for role in self.roles)
 
     @property
     def max_code(self) -> int:
-        """The largest magnitude of any role's codes."""
+        """Return the largest magnitude of a code of any role."""
         return max(role.max_code for role in self.roles)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Precision:
-    """What each of a layer's three products runs in: a recipe, or None for full precision.
+    """Recipe of each of a layer's three products; None: full precision.
 
     Attributes:
-      forward: of activations with the weight.
-      dgrad: of output gradients with the weight.
-      wgrad: of output gradients with activations, per example.
+      forward: of the product of activations and weight, which gives the output.
+      dgrad: of the product of output gradients and weight, which gives the input gradient.
+      wgrad: of the product of output gradients and activations, which gives each example's weight gradient.
     """
 
     forward: Recipe | None = None
@@ -249,32 +253,35 @@ class Precision:
 
     @property
     def recipes(self) -> tuple[Recipe | None, Recipe | None, Recipe | None]:
-        """Of forward, dgrad, wgrad."""
+        """Return the recipes of forward, dgrad and wgrad."""
         return self.forward, self.dgrad, self.wgrad
 
     @property
     def quantized(self) -> bool:
-        """Whether any product runs quantized."""
+        """Return whether any product runs quantized."""
         return any(self.recipes)
 
     @property
     def name(self) -> str:
-        """As users write it."""
+        """Return the precision as users write it."""
         names = ["full" if recipe is None else recipe.name for recipe in self.recipes]
         return names[0] if len(set(names)) == 1 else "/".join(names)
 
     @property
     def fits_int8(self) -> bool:
-        """Whether all codes are integers in -127..127."""
+        """Return whether all codes are integers in -127..127."""
         return all(recipe is None or recipe.fits_int8 for recipe in self.recipes)
 
     @property
     def max_code(self) -> int:
-        """The largest magnitude of any code; 0 in full precision."""
+        """Return the largest magnitude of any code; 0 in full precision."""
         return max((recipe.max_code for recipe in self.recipes if recipe is not None), default=0)
 
     def share(self, most_bits: int = 8) -> float:
-        """The part of the layer's multiplications whose operands have at most so many bits; products weigh alike."""
+        """Return the share of the multiplications whose operands have at most `most_bits` bits: 0, 1/3, 2/3 or 1.
+
+        The three products have equal numbers of multiplications.
+        """
         bits = [recipe.product_bits[i] for i, recipe in enumerate(self.recipes) if recipe is not None]
         return sum(b <= most_bits for b in bits) / 3
 
@@ -290,7 +297,7 @@ FORMATS = {number_format.name: number_format for number_format in (E3M0, INT4, I
 
 
 def _recipe(name: str, forward: NumberFormat, rounding: Rounding, gradient: NumberFormat) -> Recipe:
-    """One format and rounding for both forward operands, stochastic rounding for the gradient."""
+    """Return a recipe with one format and rounding for weight and activation, and a stochastically rounded gradient."""
     operand = RoleFormat(format=forward, rounding=rounding)
     output_gradient = RoleFormat(format=gradient, rounding=Rounding.STOCHASTIC)
     return Recipe(name=name, weight=operand, activation=operand, gradient=output_gradient)
@@ -300,8 +307,8 @@ RECIPES = {
     entry.name: entry
     for entry in (
         _recipe("luq-fp4", E3M0, Rounding.STOCHASTIC, E3M0),  # DPQuant
-        _recipe("luq", INT4, Rounding.NEAREST, E3M0),  # LUQ as published
-        Recipe(  # the same four bits with levels where most values are
+        _recipe("luq", INT4, Rounding.NEAREST, E3M0),  # LUQ as published, but for the scale: absmax / 64
+        Recipe(  # four bits, with uniform levels in the range of most values; measured in docs/paper.md, E8
             name="int4-clip",
             weight=RoleFormat(format=INT4, rounding=Rounding.NEAREST, clip=2.5, per_channel=True),
             activation=RoleFormat(format=INT4, rounding=Rounding.NEAREST, clip=4.0, one_sided=True),
@@ -314,10 +321,10 @@ RECIPES = {
 
 
 def number_format(name: str) -> NumberFormat:
-    """The format of that name.
+    """Return the format with this name.
 
     Raises:
-      FormatError: there is none; the message lists the known ones.
+      FormatError: the name is unknown. The message lists the known ones.
     """
     if name not in FORMATS:
         raise FormatError(
@@ -328,10 +335,10 @@ def number_format(name: str) -> NumberFormat:
 
 
 def recipe(name: str | Recipe) -> Recipe:
-    """The recipe of that name, or made of three roles; a Recipe is returned as it is.
+    """Return the recipe with this name, or with these three roles; return a Recipe unchanged.
 
     Raises:
-      FormatError: there is none; the message lists the known ones.
+      FormatError: the text is neither. The message lists the known names.
     """
     if isinstance(name, Recipe):
         return name
@@ -349,10 +356,12 @@ def recipe(name: str | Recipe) -> Recipe:
 
 
 def precision(text: str | Recipe | Precision) -> Precision:
-    """What a user has written: `full`, a recipe, or what forward, dgrad and wgrad run in, with slashes between them.
+    """Return the precision that a text describes; return a Precision unchanged.
 
+    Args:
+      text: `full`, a recipe, or those of forward, dgrad and wgrad, separated by slashes.
     Raises:
-      FormatError: it cannot be read; the message says what is known.
+      FormatError: the text describes no precision. The message says what is known.
     """
     if isinstance(text, Precision):
         return text
@@ -368,7 +377,7 @@ def precision(text: str | Recipe | Precision) -> Precision:
 
 
 def _role(text: str) -> RoleFormat | None:
-    """What is written as `int8`, `e3m0~` or `int4@2.5#`; None if it cannot be read."""
+    """Return the role that a text such as `int8`, `e3m0~` or `int4@2.5#` describes; None if it describes none."""
     parts = _ROLE.fullmatch(text)
     if parts is None or parts["name"] not in FORMATS:
         return None

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
 import json
 
 import pytest
+import torch
 
-from dpquant.app import assess as module
-from dpquant.app.assess import assess
+from dpquant.app.assess import Usage, assess
 from dpquant.app.cli import run
+from dpquant.data import dataset as data
 from dpquant.errors import SettingError
 from dpquant.runs.settings import TrainSettings
 from dpquant.runs.train import train
@@ -29,7 +31,7 @@ def test_it_predicts_and_measures_the_same_policies():
 
 
 def test_the_prediction_is_made_of_what_was_measured():
-    found = assess(settings(policy="all"), rounds=1, runs_per_month=30, cost_per_hour=2)
+    found = assess(settings(policy="all"), rounds=1, usage=Usage(runs_per_month=30, cost_per_hour=2))
     saved = found.batch_size * sum(layer.full - layer.quantized for layer in found.layers.values())
     assert found.policies[-1].predicted == pytest.approx(found.full_step - saved)
     assert found.speedup == pytest.approx(found.full_step / found.policies[-1].predicted)
@@ -63,18 +65,36 @@ def test_impacts_come_from_a_run(tmp_path):
     assert found.impacts.keys() == found.layers.keys()
 
 
-def test_no_record_is_read(monkeypatch):
-    for split in ("batch", "__getitem__"):
-        monkeypatch.setattr(
-            f"dpquant.data.dataset.Split.{split}", lambda *a: pytest.fail("a record was read"), raising=False
-        )
-    assess(settings(policy="rotate"), rounds=1)
+class Closed:
+    """A split of which nothing may be read: neither a record nor how many there are."""
+
+    def __getattr__(self, name):
+        pytest.fail(f"{name} was read")
+
+    def __len__(self):
+        pytest.fail("the number of records was read")
+
+    def __getitem__(self, index):
+        pytest.fail("a record was read")
 
 
-def test_that_a_record_is_read_would_be_seen(monkeypatch):
-    monkeypatch.setattr("dpquant.data.dataset.Split.batch", lambda *a: pytest.fail("a record was read"))
-    with pytest.raises(pytest.fail.Exception):
-        module.data.load("digits").train.batch(module.torch.arange(2))
+def closed(name, data_dir, **options):
+    return dataclasses.replace(data.load(name, data_dir, **options), train=Closed(), test=Closed())
+
+
+def test_no_record_is_read():
+    assess(settings(policy="rotate"), rounds=1, load=closed)
+
+
+@pytest.mark.parametrize(
+    "read", [lambda split: split.batch(torch.arange(2)), lambda split: split.pixels, lambda split: split[0], len]
+)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_that_a_record_is_read_would_be_seen(read, split):
+    """The same assessment, which also reads the data once."""
+    dataset = closed("digits", None, image_size=None)
+    with pytest.raises(pytest.fail.Exception, match="read"):
+        assess(settings(), rounds=1, load=lambda *a, **k: dataset, watch=lambda what: read(getattr(dataset, split)))
 
 
 def test_a_rest_that_it_does_not_time_is_refused():
@@ -82,12 +102,18 @@ def test_a_rest_that_it_does_not_time_is_refused():
         assess(settings(rest="int8"))
 
 
-@pytest.mark.parametrize(
-    "change", [{"hardware": "tpu"}, {"rounds": 0}, {"runs_per_month": -1.0}, {"cost_per_hour": float("inf")}]
-)
+@pytest.mark.parametrize("change", [{"hardware": "tpu"}, {"rounds": 0}])
 def test_bad_arguments_are_refused(change):
     with pytest.raises(SettingError, match=next(iter(change))):
         assess(settings(), **change)
+
+
+@pytest.mark.parametrize("change", [{"runs_per_month": -1.0}, {"cost_per_hour": float("inf")}])
+def test_bad_usage_is_refused(change):
+    with pytest.raises(SettingError, match=next(iter(change))):
+        Usage(**change)
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in change.items()]
+    assert run(["assess", *options]) == 2
 
 
 def test_the_verb_prints_layers_steps_and_the_papers_model(capsys):

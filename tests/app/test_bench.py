@@ -11,7 +11,7 @@ import torch
 
 from dpquant.app import bench, contenders
 from dpquant.app.bench import BenchRecord, BenchSettings, Oracle, SideResult, Spread, gradient_of, measure, summed
-from dpquant.app.cli import run
+from dpquant.app.cli import report_bench, run
 from dpquant.app.contenders import NETWORKS, SIDES, build_network, synthetic_batch
 from dpquant.errors import FormatError, ModelError, SettingError
 from dpquant.machine import Hardware, instructions_in
@@ -231,12 +231,11 @@ def test_the_verb_prints_one_table(capsys, tmp_path):
     assert json.loads((tmp_path / "bench.json").read_text())["settings"]["model"] == "cnn"
 
 
-def test_the_verb_fails_where_a_side_is_wrong(capsys, monkeypatch, record):
-    monkeypatch.setattr(
-        bench, "measure", lambda *a, **k: dataclasses.replace(record, sides={"x": SideResult(status="wrong")})
-    )
-    assert run(["bench", "--json"]) == 1
-    assert json.loads(capsys.readouterr().out)["sides"]["x"]["status"] == "wrong"
+@pytest.mark.parametrize(("status", "code"), [("wrong", 1), ("measured", 0), ("does not run", 0)])
+def test_the_exit_code_says_whether_a_side_is_wrong(status, code, capsys, record):
+    found = dataclasses.replace(record, sides={"x": SideResult(status=status)})
+    assert report_bench(found, None, as_json=True) == code
+    assert json.loads(capsys.readouterr().out)["sides"]["x"]["status"] == status
 
 
 @pytest.mark.parametrize("wrong", [["--model", "resnet19"], ["--rounds", "0"], ["--out", "/nowhere/x.json"]])

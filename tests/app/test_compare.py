@@ -34,7 +34,7 @@ def test_every_policy_is_run_at_every_seed(compared):
     assert {name: len(row.accuracies) for name, row in comparison.rows.items()} == {"none": 2, "rotate": 2}
     none, rotated = comparison.rows["none"], comparison.rows["rotate"]
     assert none.quantized_fraction_macs == 0 < rotated.four_bit_fraction_macs
-    assert none.epsilon <= 8 and rotated.half_width > 0
+    assert none.epsilon <= 8 and rotated.half_width == half_width(rotated.accuracies)
     written = json.loads((out / "compare.json").read_text())["rows"]["none"]
     assert written["mean"] == none.mean
     assert none.seconds > 0 and "seconds" not in written, "times are not for release"

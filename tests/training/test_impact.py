@@ -79,8 +79,7 @@ def test_what_comes_before_the_quantized_layer_is_not_computed_again():
     model = prepare(model, backend="simulate")
     with Products() as computed:
         measured(model, batch)
-    # of two convolutions (the head is a matrix product): the full-precision pass, then each policy from its layer on
-    assert computed.count == 2 + (2 + 1 + 0)
+    assert computed.count == 3 + (3 + 2 + 1)  # the full-precision pass, then each policy from its layer on
 
 
 def gradients_one_by_one(model, batch, repeat, policy):

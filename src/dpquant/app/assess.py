@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`dpquant assess`: what quantizing would gain for a model on this machine, predicted and measured, before training.
+"""`dpquant assess`: predicts and measures, before training, how much faster quantized layers make a run here.
 
-Every layer is timed while all of them run in full precision and while all run quantized; whole steps in full precision
-give what lies beyond the layers; and `cost` predicts the step of any policy from that. Some policies are run for real,
-in turn with all that, so that prediction and measurement stand side by side. Examples are synthetic: of the data set
-only the shape of an image, the number of classes and the public settings count.
+Each layer is timed twice: while all layers run in full precision, and while all run quantized. Whole steps in full
+precision give the time that no layer accounts for (the overhead). From these figures `training/cost.py` predicts the
+step of any policy. A few policies are also run, in rotation with the other measurements, and their measured steps are
+reported next to the predicted ones. Examples are synthetic: of the data set only the shape of an image and the number
+of classes are used.
 """
 
 import dataclasses
@@ -50,19 +51,20 @@ from dpquant.training.start import make_private
 from dpquant.training.tuning import layer_times_once, median_times
 
 HARDWARE = ("here", "fp4")
-SHARES = (0.5, 0.9, 1.0)  # of the multiply-accumulates, largest layers first, that the measured policies quantize
-_ANALYSED = 64  # examples whose impacts are measured to see how long that takes
+# Shares of the multiply-accumulates that the measured policies quantize, largest layers first
+SHARES = (0.5, 0.9, 1.0)
+_ANALYSED = 64  # examples on which an analysis is timed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyTimes:
-    """Seconds of a step under one policy.
+    """Predicted and measured time of a step under one policy.
 
     Attributes:
-      layers: that run quantized.
-      share_of_macs: theirs.
-      predicted: by the cost model.
-      measured: the median of whole steps here; None for hardware that is not here.
+      layers: names of the layers that run quantized.
+      share_of_macs: their share of the multiply-accumulates, in 0..1.
+      predicted: seconds of a step by the cost model.
+      measured: median seconds of whole steps on this machine; None for the `fp4` profile, which cannot be measured.
     """
 
     layers: tuple[str, ...]
@@ -72,23 +74,47 @@ class PolicyTimes:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Assessment:
-    """What there is to gain.
+class Usage:
+    """Use of a machine for one kind of run.
 
     Attributes:
+      runs_per_month: number of runs in a month, >= 0; with 0 no savings are computed.
+      cost_per_hour: of the machine, >= 0, in any currency.
+    Raises:
+      SettingError: a value is negative or not finite.
+    """
+
+    runs_per_month: float = 0.0
+    cost_per_hour: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if not 0 <= value < float("inf"):
+                raise SettingError(f"Expected {name} >= 0 and finite; got {name}={value}. It multiplies what is saved.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Assessment:
+    """Result of `assess`.
+
+    Attributes:
+      model: as in the settings.
+      format: number format of the quantized layers.
+      batch_size: expected size of a batch, in examples.
       hardware: this machine.
-      profile: whose quantized layers are predicted: `here`, as measured; `fp4`, four times as fast as full precision.
-      layers: their costs on that hardware.
-      impacts: {layer: last private impact} of the run that was given; empty without one.
-      full_step: seconds of a step in full precision, measured here.
-      overhead: the part of it that no layer accounts for.
-      analysis: seconds of one analysis, estimated from a few examples; 0 where the policy needs none.
-      policies: at several shares of the multiply-accumulates.
-      speedup: of a whole run of the settings, analyses included, over one in full precision.
-      paper: {speed-up: overhead of a step behind it} of the paper's model at 90 %, and `paper_here`, that model's
-        speed-up with the overhead that was measured here.
-      saved: in a month; None where no runs were given.
-      warnings: signs that it will not pay.
+      profile: `here`: quantized layers take the time measured on this machine. `fp4`: they take a quarter of their
+        time in full precision.
+      layers: {layer: its cost under that profile}.
+      impacts: {layer: last private impact} of the earlier run; empty without an earlier run.
+      full_step: seconds of a step in full precision, measured on this machine.
+      overhead: share of `full_step` that no layer accounts for, in 0..1.
+      analysis: seconds of one analysis, estimated from a few examples; 0 if the policy needs no analyses.
+      policies: predicted and measured steps at several shares of the multiply-accumulates.
+      speedup: time of a run in full precision over the predicted time of a run of the settings, analyses included.
+      paper: {speed-up: overhead that gives it} by the paper's model with 90 % of the work quantized.
+      paper_here: speed-up by that model with the measured overhead.
+      saved: hours and money saved in a month; None if no runs per month were given.
+      warnings: reasons why quantizing may not pay off under these settings.
     """
 
     model: str
@@ -109,7 +135,7 @@ class Assessment:
     warnings: Sequence[str]
 
     def to_json(self) -> str:
-        """As JSON."""
+        """Return the assessment as JSON."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
 
@@ -118,24 +144,25 @@ def assess(
     *,
     hardware: str = "here",
     run: Path | None = None,
-    runs_per_month: float = 0.0,
-    cost_per_hour: float = 0.0,
+    usage: Usage | None = None,
     rounds: int = 8,
     watch: Callable[[str], None] = lambda what: None,
+    load: Callable[..., data.Dataset] = data.load,
 ) -> Assessment:
-    """Measure the layers and whole steps of a run that these settings would start.
+    """Measure the layers and whole steps of a run of these settings, and predict its speed-up.
 
     Args:
       settings: as for `train`.
-      hardware: `here` or `fp4`, of the predictions.
-      run: directory of an earlier run of the same model, for its layers' impacts.
-      runs_per_month: how often such a run is made.
-      cost_per_hour: of the machine, in any currency.
-      rounds: timings of every layer and steps of each policy.
-      watch: told in a few words what happens now.
+      hardware: profile of the predictions: `here` or `fp4` (see `Assessment.profile`).
+      run: directory of an earlier run of the same model, which gives the layers' impacts.
+      usage: how often the run is repeated and what the machine costs, which gives the savings.
+      rounds: number of timings of each layer and of steps of each policy, >= 1.
+      watch: called with a few words about each stage when it begins.
+      load: loads the data set, with the arguments of `data.load`.
+    Returns: the assessment.
     Raises:
       DPQuantError: the settings cannot be run, or an argument is out of range.
-    Privacy: reads the shape of the data set's images; the values of no record.
+    Privacy: uses the shape of the data set's images, the number of classes and no record's values; charges nothing.
     """
     if hardware not in HARDWARE:
         raise SettingError(f"Expected hardware to be one of {', '.join(HARDWARE)}; got hardware={hardware}.")
@@ -146,15 +173,15 @@ def assess(
         )
     if rounds < 1:
         raise SettingError(f"Expected rounds >= 1; got rounds={rounds}. The first is not counted, so one more is run.")
-    for name, value in {"runs_per_month": runs_per_month, "cost_per_hour": cost_per_hour}.items():
-        if not 0 <= value < float("inf"):
-            raise SettingError(f"Expected {name} >= 0 and finite; got {name}={value}. It multiplies what is saved.")
     record = None if run is None else RunRecord.read(run / RECORD)
     plan = plan_of(settings)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     watch("looking at the model")
-    private, synthetic = _private(settings, rounds)
+    dataset = load(
+        settings.data, Path(settings.data_dir) if settings.data_dir else None, image_size=settings.image_size
+    )
+    private, synthetic = _private(settings, dataset, rounds)
     turns = [(), *(largest_layers(private.macs, share) for share in SHARES)]
     costs, steps = _times(private, synthetic, turns, watch)
     full_step = steps[()]
@@ -192,8 +219,8 @@ def assess(
         paper={speedup: overhead_behind(speedup, PAPER_SHARE) for speedup in PAPER_SPEEDUPS},
         paper_here=paper_speedup(PAPER_SHARE, overhead=model.overhead),
         saved=(
-            savings(full_run, quantized_run, runs_per_month=runs_per_month, cost_per_hour=cost_per_hour)
-            if runs_per_month
+            savings(full_run, quantized_run, runs_per_month=usage.runs_per_month, cost_per_hour=usage.cost_per_hour)
+            if usage is not None and usage.runs_per_month
             else None
         ),
         warnings=warnings(
@@ -206,7 +233,7 @@ def assess(
 
 
 class _InTurn(Policy):
-    """One policy after the other, so that whatever slows the machine down meets all of them."""
+    """Policy that takes a given list of layer sets in rotation, so that a temporary slowdown affects all of them."""
 
     needs_scores: ClassVar[bool] = False
 
@@ -214,15 +241,15 @@ class _InTurn(Policy):
         self.turns: list[tuple[str, ...]] = []
 
     def pick(self, turn: Turn) -> tuple[str, ...]:
-        """The epoch's turn; all layers before the turns are known."""
+        """Return the layer set of the epoch; all layers while `turns` is empty."""
         return self.turns[turn.epoch % len(self.turns)] if self.turns else tuple(turn.macs)
 
 
-def _private(settings: TrainSettings, rounds: int) -> tuple[PrivateTraining, SyntheticRecords]:
-    """A run of the settings' model on synthetic records, every one of which is in every step: an epoch is a step."""
-    dataset = data.load(
-        settings.data, Path(settings.data_dir) if settings.data_dir else None, image_size=settings.image_size
-    )
+def _private(settings: TrainSettings, dataset: data.Dataset, rounds: int) -> tuple[PrivateTraining, SyntheticRecords]:
+    """Return a run of the settings' model on synthetic records, and the records.
+
+    The sampling rate is 1: every step takes all records, and an epoch is one step.
+    """
     model = model_of(settings, dataset)
     size = max(round(settings.batch_size), 1)
     plan = PrivacyPlan(
@@ -252,9 +279,9 @@ def _private(settings: TrainSettings, rounds: int) -> tuple[PrivateTraining, Syn
 def _times(
     private: PrivateTraining, synthetic: SyntheticRecords, turns: list[tuple[str, ...]], watch: Callable[[str], None]
 ) -> tuple[dict[str, LayerCost], dict[tuple[str, ...], float]]:
-    """{layer: its costs}, {quantized layers: seconds of a step}: medians of all rounds but the first.
+    """Return {layer: its costs} and {quantized layers: seconds of a step}, medians over all rounds but the first.
 
-    Every round has all layers and all turns, because the speed of many a machine drifts.
+    Every round times all layers and all turns, because the speed of a machine drifts.
     """
     assert isinstance(private.policy, _InTurn)
     private.policy.turns = turns
@@ -285,7 +312,7 @@ def _times(
 
 
 def _analysis_seconds(private: PrivateTraining, synthetic: SyntheticRecords, analysis: AnalysisPlan) -> float:
-    """Seconds of an analysis, from a few examples."""
+    """Return the seconds of one analysis, extrapolated from a few examples."""
     began = time.perf_counter()
     impact_sum(
         Objective(private.model, per_example_loss),
@@ -299,7 +326,7 @@ def _analysis_seconds(private: PrivateTraining, synthetic: SyntheticRecords, ana
 
 
 def _mean_step(settings: TrainSettings, plan: PrivacyPlan, private: PrivateTraining, model: CostModel) -> float:
-    """Predicted seconds of a step, the mean over a run's epochs with the layers that its policy would choose."""
+    """Return the predicted seconds of a step, averaged over the epochs with the layers that the policy chooses."""
     policy, macs = policy_of(settings), private.macs
     excluded = layers_to_exclude(policy, macs, private.execution.gains)
     epochs = range(plan.epochs)
@@ -309,7 +336,7 @@ def _mean_step(settings: TrainSettings, plan: PrivacyPlan, private: PrivateTrain
 
 
 def _score_noise(settings: TrainSettings, plan: PrivacyPlan, analyses: int) -> float | None:
-    """Standard deviation of the noise on a run's last, smoothed impacts."""
+    """Return the standard deviation of the noise on a run's last smoothed impacts; None without analyses."""
     if plan.analysis is None:
         return None
     one = plan.analysis_noise_std(plan.analysis.max_norm) / plan.analysis.expected_batch_size

@@ -1,28 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast a private training step is on this machine, beside PyTorch and Opacus; and whether each side is right.
+"""`dpquant bench`: times a private training step against PyTorch and Opacus, and checks each side before timing it.
 
-All sides run in one process, one step each per round, in an order that turns by one place every round; a first round
-warms up. What a machine does in the background then falls on all sides alike, and the result is the quotient of two
-sides' times in the same round: its median and quartiles over the rounds.
+A side is one implementation of the step (`contenders.py`). All sides run in one process, one step each per round. The
+order of the sides rotates by one place every round, and a first round warms up. Background work of the machine then
+affects all sides alike. The result is the ratio of two sides' times in the same round: its median and quartiles over
+the rounds.
 
-Before anything is timed, the very steps are checked. Without noise a step with learning rate a moves the parameters by
--a/B sum_i c_i g_i, so the sum is read off the parameters and compared with a loop over single examples in plain torch.
+Before a side is timed, its step is checked. Without noise, a step with learning rate a moves the parameters by
+-a/B sum_i c_i g_i. The sum is therefore computed from the change of the parameters and compared with the result of a
+loop over single examples in plain torch.
 
-    full precision   ||c_i g_i - loop|| / ||loop|| < 1e-4    one example at a time, the median of some
+    full precision   ||c_i g_i - loop|| / ||loop|| < 1e-4    one example at a time, median over a few
                      ||sum - loop|| / ||loop|| < 5e-2        one physical batch
-    quantized        the cosine of c_i g_i with the loop's is at least 0.1: rounding is random, so values differ
-    private          ||c_i g_i|| <= C, and another record in one's place changes the sum by no more than 2C
+    quantized        the cosine between c_i g_i and the loop's is >= 0.1: rounding is stochastic, so values differ
+    private          ||c_i g_i|| <= C, and replacing one record by another changes the sum by at most 2C
 
-with c_i = min(1, C / ||g_i||), or 1 where nothing is private. A batch may differ by more than its examples do, because
-a convolution rounds otherwise at another batch size: a value at the kink of a ReLU then falls on its other side, and
-one of 512 values that does so moves an example's gradient by a twentieth. C is the median of some examples' norms, so
-that some are clipped and some are not. A side that fails is reported as wrong and not timed.
+with c_i = min(1, C / ||g_i||), or 1 for a side that is not private. The bound for a batch is looser than for single
+examples, because a convolution may sum in another order at another batch size. A value near the kink of a ReLU can
+then change sign, and one of 512 values that does so moves an example's gradient by a twentieth. C is the median norm of
+a few examples, so that some of them are clipped and some are not. A side that fails is reported as wrong, not timed.
 
-Peak memory is taken in a process of its own for each side: the most that is resident while the side is set up and takes
-two steps, less what is resident before, when network and data are in place and the side has taken a step of a tiny
-network, so that the libraries it needs are loaded.
+Peak memory is measured in a separate process for each side. It is the peak of resident memory while the side is set up
+and takes two steps, minus resident memory before. By then network and data are in memory, and the side has taken a step
+of a tiny network, which loads its libraries.
 
-Symbols: B examples, g_i gradient of example i, C clip norm.
+Symbols: B examples, g_i gradient of example i, C clipping norm.
 """
 
 import copy
@@ -58,7 +60,7 @@ from dpquant.machine import Hardware, forget_peak, memory_mib
 
 Watch = Callable[[str], None]
 
-# Quotients of two sides' times; above 1, the second is faster.
+# Pairs of sides whose times are divided, first over second; above 1, the second is faster.
 RATIOS = (
     ("plain", "full"),
     ("plain", "most"),
@@ -76,16 +78,16 @@ RATIOS = (
 _NOT_PRIVATE, _QUANTIZED = ("plain",), ("most", "all")
 _TOLERANCE = 1e-4  # float32 sums in another order differ by a hundredth of it
 _BATCH_TOLERANCE = 5e-2
-_NORM_TOLERANCE = 1e-4  # Opacus takes norms in float32, and with many parameters they come out too small
+_NORM_TOLERANCE = 1e-4  # Opacus computes norms in float32, which are too small for networks with many parameters
 _SMALLEST_COSINE = 0.1
-_LARGE_RECORD = 100.0
-_FEW = 3  # examples of which each is also taken alone
-_LARGE_STEP = 2.0**20  # so that parameters of size 1 do not round away what is read off them
+_LARGE_RECORD = 100.0  # factor on the inputs of the record that replaces another
+_FEW = 3  # examples that are also checked one at a time
+_LARGE_STEP = 2.0**20  # learning rate: the step must not be lost to round-off beside parameters of size 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spread:
-    """The median of some values, and their quartiles."""
+    """Median and quartiles."""
 
     low: float
     median: float
@@ -93,7 +95,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """The spread of at least one value."""
+        """Return the median and the quartiles of one or more values."""
         if len(values) == 1:
             return cls(low=values[0], median=values[0], high=values[0])
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -105,13 +107,14 @@ class Spread:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SideResult:
-    """One side.
+    """Result of one side.
 
     Attributes:
-      status: `measured`, `wrong` (it computes something else, and was not timed) or `does not run`.
-      reason: what is wrong, or why it does not run; empty otherwise.
-      error: relative, of the sum that its step is made of; None where it was not compared.
-      peak_mib: memory of a step beyond network and data; None where it was not measured.
+      status: `measured`, `wrong` (the check failed, and it was not timed) or `does not run`.
+      reason: which check failed, or why the side does not run; empty otherwise.
+      error: relative error of a clipped gradient, median over a few examples; None if values were not compared.
+      ms_per_example: time of a step over its examples, in milliseconds; None if it was not timed.
+      peak_mib: peak memory of a step beyond network and data, in MiB; None if it was not measured.
     """
 
     status: str
@@ -123,12 +126,17 @@ class SideResult:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchRecord:
-    """One measurement: where, what, and what came out.
+    """One benchmark result with its environment.
 
     Attributes:
-      threads: that torch computed with.
-      busy: other work was running when it began; its timings are not to be trusted.
-      ratios: {"a/b": time of a over time of b, in the same round}.
+      dpquant, opacus: versions.
+      date: end of the measurement, in UTC.
+      hardware: the machine.
+      threads: number of threads that torch used.
+      busy: other work was running when the measurement began, so that its timings are unreliable.
+      settings: as given.
+      sides: {name: result}.
+      ratios: {"a/b": time of a over time of b in the same round}, for the pairs in `RATIOS` that were timed.
     """
 
     dpquant: str
@@ -143,15 +151,15 @@ class BenchRecord:
 
     @property
     def wrong(self) -> tuple[str, ...]:
-        """The sides that compute something else than they should."""
+        """Return the names of the sides that failed their check."""
         return tuple(name for name, side in self.sides.items() if side.status == "wrong")
 
     def to_json(self) -> str:
-        """The record as JSON."""
+        """Return the record as JSON."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     def table(self) -> list[tuple[str, ...]]:
-        """A header and one row a side, as text: median time, quotients with plain's and Opacus' time, memory, check."""
+        """Return a header and one row per side, as text: time, plain's and Opacus' time over it, memory, check."""
         rows = [("side", "ms/example", "plain / this", "Opacus / this", "MiB", "check")]
         for name, side in self.sides.items():
             rows.append(
@@ -174,13 +182,13 @@ class BenchRecord:
 def measure(
     settings: BenchSettings, *, watch: Watch = lambda what: None, sides: Mapping[str, MakeSide] = SIDES
 ) -> BenchRecord:
-    """Check every side, then time those that are right, in turn.
+    """Check every side, then time in rotation those that pass.
 
     Args:
-      settings: what to measure.
-      watch: told in a few words what happens now.
-      sides: what to compare, by name.
-    Returns: the record; a side that fails or does not run is in it, with the reason.
+      settings: network, batch and number of rounds.
+      watch: called with a few words about each stage when it begins.
+      sides: {name: function that makes the side's step}.
+    Returns: the record. A side that fails its check or does not run is in it, with the reason.
     Raises:
       ModelError, SettingError, FormatError: the settings cannot be measured.
     Privacy: reads no data; examples are synthetic.
@@ -191,7 +199,7 @@ def measure(
         torch.set_num_threads(settings.threads)
     try:
         with warnings.catch_warnings(), seeded(0):
-            warnings.simplefilter("ignore")  # Opacus warns of its hooks and of its random numbers, at every step
+            warnings.simplefilter("ignore")  # Opacus warns about its hooks and its random numbers at every step
             results, steps = _checked(settings, sides, watch)
             times = _timed(steps, settings.rounds, watch)
             threads = torch.get_num_threads()
@@ -220,7 +228,7 @@ def measure(
 def _checked(
     settings: BenchSettings, sides: Mapping[str, MakeSide], watch: Watch
 ) -> tuple[dict[str, SideResult], dict[str, Callable[[], None]]]:
-    """What is known of each side before it is timed, and the steps of those that are right."""
+    """Return {side: result of its check} and {side: its step}, the latter for the sides that pass."""
     network = build_network(settings.model, settings.image_size)
     batch = synthetic_batch(settings.model, settings.image_size, settings.num_examples)
     watch("the sum of clipped gradients, one example at a time")
@@ -232,7 +240,7 @@ def _checked(
             reason, error = oracle.judge(name, make)
             if not reason:
                 steps[name] = make(copy.deepcopy(network), batch, settings.of_step)
-        except Exception as failure:  # another library's, for any reason that it may have
+        except Exception as failure:  # another library may raise anything
             first_line = (str(failure).strip() or "no message").splitlines()[0]
             results[name] = SideResult(status="does not run", reason=f"{type(failure).__name__}: {first_line}")
             continue
@@ -244,7 +252,7 @@ def _checked(
 
 
 def _timed(steps: Mapping[str, Callable[[], None]], rounds: int, watch: Watch) -> dict[str, list[float]]:
-    """Seconds of every side in each round; the round before the first does not count."""
+    """Return {side: seconds of its step in each round}. One more round is run first, to warm up, and not counted."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     for number in range(rounds + 1):
@@ -262,10 +270,10 @@ def _timed(steps: Mapping[str, Callable[[], None]], rounds: int, watch: Watch) -
 
 
 class Oracle:
-    """Gradients by a loop over examples in plain torch, and whether what a side's step makes of them is right."""
+    """Reference gradients from a loop over examples in plain torch, and the checks of a side against them."""
 
     def __init__(self, network: nn.Module, batch: Batch, settings: StepSettings) -> None:
-        """Takes the first physical batch, and of it a few examples to be looked at one at a time."""
+        """Compute the reference for the first physical batch, and for a few of its examples one at a time."""
         self._network = network
         self._batch: Batch = take_rows(batch, slice(settings.physical_batch_size))
         self._few: list[Batch] = [take_rows(batch, slice(i, i + 1)) for i in range(min(_FEW, len(batch[1])))]
@@ -275,7 +283,10 @@ class Oracle:
         self._sums = {limit: summed(network, self._batch, limit) for limit in (bound, math.inf)}
 
     def judge(self, name: str, make: MakeSide) -> tuple[str, float | None]:
-        """What is wrong with a side, empty if nothing is; and its relative error, None for a quantized one."""
+        """Return the check that a side fails, as a phrase, and its relative error.
+
+        The phrase is empty if the side passes. The error is None if values were not compared, as for quantized sides.
+        """
         bound = math.inf if name in _NOT_PRIVATE else self._settings.max_grad_norm
         alone = [self._sum_of(make, example) for example in self._few]
         expected = [gradient * _factor(gradient, bound) for gradient in self._gradients]
@@ -297,7 +308,7 @@ class Oracle:
         return "", error
 
     def _sum_of(self, make: MakeSide, batch: Batch) -> Tensor:
-        """The sum over the batch that one step of the side is made of, read off the parameters."""
+        """Return the sum `(P,)` over the batch in one step of the side, computed from the change of the parameters."""
         network = copy.deepcopy(self._network)
         parameters = list(network.parameters())
         before = _flat(parameters)
@@ -305,7 +316,7 @@ class Oracle:
         return (before - _flat(parameters)) * (len(batch[1]) / self._settings.lr)
 
     def _change_of_neighbour(self, make: MakeSide) -> float:
-        """By how much the sum changes where a large record takes the last one's place, in a batch of the same size."""
+        """Return the norm of the change of the sum when a large record replaces the last one of a small batch."""
         inputs, labels, ids = (torch.cat(parts) for parts in zip(*self._few, strict=True))
         others = inputs.clone(), labels.clone(), ids.clone()
         others[0][-1] *= -_LARGE_RECORD
@@ -314,12 +325,12 @@ class Oracle:
 
 
 def gradient_of(network: nn.Module, example: Batch) -> Tensor:
-    """The gradient of one example's loss as one vector `(P,)`, by autograd."""
+    """Return the gradient of one example's loss by autograd, flattened to `(P,)`."""
     return _flat(torch.autograd.grad(example_losses(network, example).sum(), list(network.parameters())))
 
 
 def summed(network: nn.Module, batch: Batch, max_grad_norm: float) -> Tensor:
-    """sum_i min(1, C / ||g_i||) g_i as one vector `(P,)`, from one backward pass for each example."""
+    """Return sum_i min(1, C / ||g_i||) g_i, flattened to `(P,)`, from one backward pass per example."""
     total = torch.zeros(sum(p.numel() for p in network.parameters()))
     for i in range(len(batch[1])):
         gradient = gradient_of(network, take_rows(batch, slice(i, i + 1)))
@@ -351,10 +362,9 @@ def _norm(vector: Tensor) -> float:
 
 
 def peak_mib(settings: BenchSettings, side: str) -> float | None:
-    """Peak memory of a side's step beyond network and data, in MiB, from a process of its own; None if it fails.
+    """Return the peak memory of a side's step beyond network and data, in MiB; None if the side fails.
 
-    The system's own record of a process' peak is used on Linux, where it is read from the process' status: the one in
-    `getrusage` starts from the parent's peak there. It does on no other system, so `getrusage` serves those.
+    A separate process measures it, and reads its own status on Linux: `getrusage` starts from the parent's peak there.
     """
     argument = json.dumps({"settings": dataclasses.asdict(settings), "side": side, "threads": torch.get_num_threads()})
     program = "import sys; from dpquant.app.bench import print_peak; print_peak(sys.argv[1])"
@@ -363,7 +373,7 @@ def peak_mib(settings: BenchSettings, side: str) -> float | None:
 
 
 def print_peak(argument: str) -> None:
-    """What the process that `peak_mib` starts does: take two steps, print MiB."""
+    """Take two steps of a side and print their peak memory in MiB: the program that `peak_mib` runs."""
     given = json.loads(argument)
     torch.set_num_threads(given["threads"])
     settings, make = BenchSettings(**given["settings"]), SIDES[given["side"]]
@@ -373,7 +383,7 @@ def print_peak(argument: str) -> None:
     batch = synthetic_batch(settings.model, settings.image_size, settings.num_examples)
     before = forget_peak()
     step = make(network, batch, settings.of_step)
-    forget_peak()  # in the trials by which ours chooses its microbatch
+    forget_peak()  # of the trials by which dpquant chooses its microbatch
     for _ in range(2):
         step()
     print(max(memory_mib()[1] - before, 0.0))

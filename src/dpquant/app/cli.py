@@ -26,6 +26,9 @@ from dpquant.app.console import ProgressBar, print_assessment, print_bench, prin
 from dpquant.errors import DivergedError, DPQuantError, SettingError
 from dpquant.runs.settings import BY_DATA, GENERAL, TrainSettings, from_toml, plan_of
 
+if typing.TYPE_CHECKING:
+    from dpquant.app.bench import BenchRecord
+
 WRONG_RESULT = 1
 BAD_INPUT = 2
 DIVERGED = 4
@@ -209,6 +212,7 @@ def assess(
 
     Example: dpquant assess resnet18 --data gtsrb --policy dpquant --macs 0.9 --runs-per-month 100 --cost-per-hour 0.4
     """
+    from dpquant.app.assess import Usage
     from dpquant.app.assess import assess as assessment_of
 
     named = {} if model is None else {"model": model}
@@ -216,8 +220,7 @@ def assess(
         _settings({**given, **named}, config),
         hardware=hardware,
         run=run,
-        runs_per_month=runs_per_month,
-        cost_per_hour=cost_per_hour,
+        usage=Usage(runs_per_month=runs_per_month, cost_per_hour=cost_per_hour),
         rounds=rounds,
         watch=lambda what: print(what, file=sys.stderr, flush=True),
     )
@@ -298,6 +301,11 @@ def bench(
             "measurement. Make the folder first."
         )
     record = measure(settings, watch=lambda what: print(what, file=sys.stderr, flush=True))
+    return report_bench(record, out, as_json=as_json)
+
+
+def report_bench(record: "BenchRecord", out: Path | None, *, as_json: bool) -> int:
+    """Write a benchmark's record to `out` if it is given, print it, and return the exit code of `dpquant bench`."""
     if out is not None:
         out.write_text(record.to_json())
     if as_json:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`dpquant compare`: the same private training under several policies, seed by seed, on one budget each.
+"""`dpquant compare`: trains privately under several policies and seeds, each run on a budget of its own.
 
-Every run is one that `dpquant train` would make, in a directory of its own, and is not repeated if it is there. A run
-that was interrupted is moved aside and repeated. Means come with confidence intervals of Student's t over the seeds.
-Whoever sees all of the runs has seen them all: what they cost together is stated beside what each cost alone, and is
-composed from every ledger in the directory, those of interrupted runs included.
+Each run is one of `dpquant train`, in its own directory. A finished run is read, not repeated; an interrupted run is
+moved aside and repeated. Means over seeds have confidence intervals by Student's t. The runs train on the same records,
+so their privacy losses add up: the epsilon of all runs together is reported next to the epsilon of one run. It composes
+every ledger in the directory, including those of interrupted runs.
 """
 
 import dataclasses
@@ -31,15 +31,16 @@ CONFIDENCE = 0.95
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One policy.
+    """Results of one policy over all seeds.
 
     Attributes:
-      accuracies: of the test set, by seed, in 0..1.
-      half_width: of the mean's confidence interval; None from a single seed.
-      epsilon: of one run.
-      quantized_fraction_macs, four_bit_fraction_macs: as in a run's record, means over seeds.
-      seconds: of training and analyses, means over seeds; None where a run's times are not there. The operator's, not
-        for release.
+      accuracies: test accuracy of each seed's run, in 0..1.
+      mean: mean of the accuracies.
+      half_width: half the width of the mean's confidence interval; None for a single seed.
+      epsilon: largest epsilon of a single run.
+      quantized_fraction_macs, four_bit_fraction_macs: as in `RunRecord`, means over seeds.
+      seconds: time of training and analyses, mean over seeds; None if the timings of a run are missing. For the
+        operator only, not for release.
     """
 
     accuracies: tuple[float, ...]
@@ -52,7 +53,7 @@ class Row:
 
     @classmethod
     def of(cls, records: Sequence[RunRecord], timings: Sequence[Timings | None]) -> "Row":
-        """What the runs of one policy give together."""
+        """Return the row of one policy from the records and timings of its runs, one per seed."""
         seconds = [found.seconds_train + found.seconds_analysis for found in timings if found is not None]
         accuracies = tuple(record.accuracy_test for record in records)
         return cls(
@@ -68,10 +69,13 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """All policies, and what all runs cost together.
+    """Result of `compare`.
 
     Attributes:
-      epsilon_together: of everything that was charged in the directory, at `delta`.
+      settings: of all runs, except for policy and seed.
+      rows: {policy: its results}.
+      epsilon_together: epsilon at `delta` of everything that was charged in the directory.
+      delta: of the settings.
     """
 
     settings: TrainSettings
@@ -80,7 +84,7 @@ class Comparison:
     delta: float
 
     def to_json(self) -> str:
-        """As JSON, without the rows' seconds, which are not for release."""
+        """Return the comparison as JSON, without the seconds of the rows, which are not for release."""
         fields = dataclasses.asdict(self)
         for row in fields["rows"].values():
             del row["seconds"]
@@ -99,17 +103,18 @@ def compare(
     """Train under every policy at seeds 0 .. num_seeds - 1; write out/compare.json and out/compare.png.
 
     Args:
-      settings: of all runs; their policy and seed are replaced.
+      settings: of all runs; policy and seed are replaced.
       policies: names, as for `train`.
-      num_seeds: >= 1.
-      out: directory; runs that are in it are read, not repeated. Only one comparison at a time may work in it.
-      watch: told in a few words what happens now.
-      train: makes a run, as `runs.train.train` does.
+      num_seeds: number of runs of each policy, >= 1.
+      out: directory. Finished runs in it are read, not repeated. Only one comparison at a time may use it.
+      watch: called with a few words about each run when it begins.
+      train: performs a run, with the arguments of `runs.train.train`.
+    Returns: the comparison, as written.
     Raises:
       SettingError: an unknown policy, no seeds, or a directory that holds runs of other settings.
-      LedgerError: a ledger in the directory cannot be read or does not agree with itself.
+      LedgerError: a ledger in the directory is missing, unreadable or inconsistent.
       DPQuantError: as `train`.
-    Privacy: each run charges its own ledger; `epsilon_together` composes all that are in `out`.
+    Privacy: each run charges its own ledger; `epsilon_together` composes all ledgers in `out`.
     """
     if not policies or num_seeds < 1:
         raise SettingError(
@@ -158,7 +163,7 @@ def compare(
 
 
 def _moved_aside(folder: Path) -> Path | None:
-    """Move a run that was interrupted out of the way, and return where it is now; None where none was interrupted."""
+    """Rename the directory of an interrupted run and return its new path; None if no run was interrupted."""
     if not (folder / LEDGER).exists():
         return None
     places = (folder.with_name(f"{folder.name}.interrupted-{number}") for number in itertools.count(1))
@@ -166,17 +171,21 @@ def _moved_aside(folder: Path) -> Path | None:
 
 
 def charged_in(out: Path, finished: Iterable[str]) -> list[Event]:
-    """What was charged in a directory of runs: by the finished ones, each of which must have a ledger, and by others.
+    """Return all events that were charged by the runs in a directory.
 
+    Args:
+      out: directory of run directories. Ledgers of interrupted runs count too.
+      finished: names of finished runs, each of which must have a ledger.
     Raises:
-      LedgerError: a ledger is missing, cannot be read or does not agree with itself.
+      LedgerError: a ledger is missing, unreadable or inconsistent.
+    Privacy: post-processing.
     """
     ledgers = {out / name / LEDGER for name in finished} | set(out.glob(f"*/{LEDGER}"))
     return [event for ledger in sorted(ledgers) for event in Ledger.read(ledger)]
 
 
 def half_width(values: Sequence[float]) -> float | None:
-    """Of the mean's confidence interval, by Student's t; None for a single value."""
+    """Return half the width of the mean's 95 % confidence interval, by Student's t; None for a single value."""
     if len(values) < 2:
         return None
     quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
@@ -184,12 +193,12 @@ def half_width(values: Sequence[float]) -> float | None:
 
 
 def draw_accuracies(accuracies: Mapping[str, Sequence[Sequence[float]]], path: Path, title: str = "") -> None:
-    """Test accuracy over epochs: a line for each row's mean, a band from its lowest to its highest seed.
+    """Plot test accuracy over epochs: one line for each row's mean, with a band from its lowest to its highest seed.
 
     Args:
-      accuracies: {row: for every seed, one number in 0..1 an epoch}.
-      path: of the PNG.
-      title: of the picture.
+      accuracies: {row: for each seed, the accuracy of each epoch in 0..1}.
+      path: of the PNG file to write.
+      title: of the plot.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

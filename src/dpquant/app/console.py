@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the verbs of `dpquant` print: tables and a progress bar.
+"""Prints the results of `dpquant`'s verbs as tables, and shows a progress bar.
 
-Importing this file loads neither torch nor the accountant, which `dpquant --help` does without.
+Importing this file loads neither torch nor the accountant, so that `dpquant --help` answers at once.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def print_run(console: Console, record: "RunRecord", folder: Path) -> None:
-    """The end of a training run, and its privacy statement."""
+    """Print the results of a training run and its privacy statement."""
     from dpquant.privacy.plan import rounded_up
 
     result = Table(show_header=False, box=None)
@@ -32,14 +32,14 @@ def print_run(console: Console, record: "RunRecord", folder: Path) -> None:
         "ran quantized",
         f"{record.quantized_fraction_layers:.0%} of layers, {record.quantized_fraction_macs:.0%} of MACs",
     )
-    result.add_row("how it ran", record.execution)
+    result.add_row("execution", record.execution)
     result.add_row("run directory", str(folder))
     console.print(result)
     console.print(f"\n{record.statement}", markup=False, highlight=False)
 
 
 def print_bench(console: Console, record: "BenchRecord") -> None:
-    """The sides of a benchmark, how to read them, and the machine."""
+    """Print the table of a benchmark, an explanation of its columns, and the machine."""
     settings, side = record.settings, record.settings.image_size
     inputs = "" if side is None else f"{side}x{side}, "
     console.print(f"{settings.model}, {inputs}batch {settings.batch_size}, {settings.format}\n", highlight=False)
@@ -65,7 +65,7 @@ def print_bench(console: Console, record: "BenchRecord") -> None:
 
 
 def print_assessment(console: Console, found: "Assessment") -> None:
-    """Layers, steps, what a whole run gains, what the paper assumes, and warnings."""
+    """Print an assessment: layers, steps, the speed-up of a whole run, the paper's model, and warnings."""
     layers = Table(box=None, pad_edge=False)
     titles = ("layer", "million MACs", "share of time", "gain", "last impact")
     for number, title in enumerate(titles):
@@ -79,7 +79,7 @@ def print_assessment(console: Console, found: "Assessment") -> None:
             f"{found.impacts[name]:.2g}" if name in found.impacts else "-",
         )
     steps = Table(box=None, pad_edge=False)
-    for number, title in enumerate(("layers quantized", "MACs", "predicted s", "measured s", "speed-up", "off by")):
+    for number, title in enumerate(("layers quantized", "MACs", "predicted s", "measured s", "speed-up", "error")):
         steps.add_column(title, justify="right" if number else "left")
     for policy in found.policies:
         seconds = policy.predicted if policy.measured is None else policy.measured
@@ -102,7 +102,7 @@ def print_assessment(console: Console, found: "Assessment") -> None:
         f"A run of these settings, analyses included, is {found.speedup:.2f} times as fast as in full precision.",
         "Quantized layers are taken as measured here."
         if found.profile == "here"
-        else "Quantized layers are taken to run four times as fast, as FP4 beside FP16; quantizing is taken as free.",
+        else "Quantized layers are taken to run four times as fast, as FP4 against FP16; quantizing is taken as free.",
         f"The paper's model (4-bit work four times as fast, 90 % of it): {assumed} of a step cannot be sped up; "
         f"{found.paper_here:.2f} times with the {found.overhead:.0%} measured here.",
     ]
@@ -114,7 +114,7 @@ def print_assessment(console: Console, found: "Assessment") -> None:
 
 
 def print_comparison(console: Console, comparison: "Comparison", folder: Path) -> None:
-    """One row a policy, and what all runs cost together."""
+    """Print one row per policy, and the epsilon of all runs together."""
     from dpquant.privacy.plan import rounded_up
 
     table = Table(box=None, pad_edge=False)
@@ -142,7 +142,7 @@ def print_comparison(console: Console, comparison: "Comparison", folder: Path) -
 
 
 def print_budget(console: Console, budget: "PrivacyPlan") -> None:
-    """The plan's table."""
+    """Print the table of a privacy plan."""
     table = Table(title="privacy budget", show_header=False)
     for what, how_much in budget.table():
         table.add_row(what, how_much)
@@ -150,7 +150,10 @@ def print_budget(console: Console, budget: "PrivacyPlan") -> None:
 
 
 class ProgressBar:
-    """A sink that prints the budget when the run starts, so that a refused one prints only its error; then a bar."""
+    """Sink that prints the budget when the run starts, then shows a progress bar.
+
+    The budget is not printed earlier, so that a refused run prints nothing but its error.
+    """
 
     def __init__(self, console: Console):
         self._console = console
@@ -196,7 +199,7 @@ class ProgressBar:
         self._bar.tasks[self._task].fields.update(shown)
 
     def epoch_ended(self, epoch: "EpochRecord") -> None:
-        """The next step shows its accuracy."""
+        """Do nothing: the next step shows the epoch's accuracy."""
 
     def finished(self, record: "RunRecord") -> None:
-        """The verb prints the record."""
+        """Do nothing: the verb prints the record."""

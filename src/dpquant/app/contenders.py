@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `bench` compares: one training step of the same network in PyTorch, in Opacus and here; and the networks.
+"""Sides of `dpquant bench`: one training step of the same network in PyTorch, Opacus and dpquant; and the networks.
 
-A side is a function from a network, a batch and a `StepSettings` to a step without arguments. Every side ends in the
-same torch.optim.SGD, so what a step does to the parameters is the side's meaning, and `bench` checks just that:
+A side is a function that takes a network, a batch and a `StepSettings` and returns a step, a function without
+arguments. Every side ends in the same torch.optim.SGD, so the step is defined by its effect on the parameters p, which
+`bench` checks:
 
     plain                p -= lr * (1/B) sum_i g_i                                     ordinary training, not private
-    opacus, ghost,       p -= lr * (1/B) (sum_i g_i min(1, C / ||g_i||) + C sigma z)   DP-SGD; z normal
+    opacus, ghost,       p -= lr * (1/B) (sum_i g_i min(1, C / ||g_i||) + C sigma z)   DP-SGD; z standard normal
     full, most, all
 
-Each side gets what suits it: PyTorch channels-last tensors; Opacus physical batches (its BatchMemoryManager), and a
-network without in-place operations, which its hooks refuse. Noise is torch's for every private side.
+Each side runs under the conditions that are fast for it. PyTorch gets channels-last tensors. Opacus gets physical
+batches (its BatchMemoryManager), and a network without in-place operations, which its hooks refuse. The noise of every
+private side comes from torch's generator.
 
-Symbols: B examples, g_i gradient of example i, C max_grad_norm, sigma noise_multiplier.
+Symbols: B examples, g_i gradient of example i, C clipping norm (max_grad_norm), sigma noise_multiplier.
 Source: Abadi et al. 2016, arXiv:1607.00133, Algorithm 1; Opacus, arXiv:2109.12298; ghost clipping, Li et al. 2021,
 arXiv:2110.05679.
 """
@@ -41,16 +43,19 @@ from dpquant.training.tuning import fastest_microbatch_size
 Batch = tuple[Tensor, Tensor, Tensor]  # inputs, labels, record ids
 Step = Callable[[], None]
 
-SHARE_OF_MOST = 0.9  # of the multiply-accumulates, the largest layers first
+SHARE_OF_MOST = 0.9  # share of the multiply-accumulates that side `most` quantizes, largest layers first
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepSettings:
-    """What a step is told.
+    """Settings of one side's step.
 
     Attributes:
-      format: the recipe of the quantized sides.
-      physical_batch_size: examples that Opacus takes at once. Ours chooses for itself.
+      format: recipe of the quantized sides.
+      physical_batch_size: examples in a physical batch of Opacus. dpquant chooses its microbatch size by timing.
+      max_grad_norm: clipping norm C of the private sides.
+      noise_multiplier: sigma of the private sides.
+      lr: learning rate of SGD.
     """
 
     format: str
@@ -62,17 +67,19 @@ class StepSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchSettings:
-    """What is measured.
+    """Settings of a benchmark. None: the network's default, unless stated otherwise.
 
     Attributes:
       model: one of `NETWORKS`.
-      batch_size: of the logical batch, which every side turns into one step; None = the network's own.
-      image_size: side of the images; None = the network's own. It is None for a network of tables.
+      batch_size: examples in the logical batch of a step.
+      image_size: height and width of the images in pixels; None for a network that takes rows of a table.
       format: recipe of the quantized sides.
-      threads: None = as torch is set.
-      rounds: timed ones.
-      physical_batch_size: examples that Opacus takes at once; None = as many as usual. Ours chooses for itself.
-      memory: measure peak memory too.
+      threads: number of threads; None: as torch is set.
+      rounds: number of timed rounds.
+      physical_batch_size: examples in a physical batch of Opacus. dpquant chooses its microbatch size by timing.
+      memory: also measure peak memory.
+    Raises:
+      ModelError, SettingError, FormatError: an unknown network, a number out of range, an unknown format.
     """
 
     model: str = "resnet18-cifar"
@@ -99,13 +106,13 @@ class BenchSettings:
 
     @property
     def num_examples(self) -> int:
-        """The batch size, with the network's own put in for None."""
+        """Return the batch size, which is never None after construction."""
         assert self.batch_size is not None
         return self.batch_size
 
     @property
     def of_step(self) -> StepSettings:
-        """What every side's step is told."""
+        """Return the settings of each side's step."""
         assert self.physical_batch_size is not None
         return StepSettings(format=self.format, physical_batch_size=self.physical_batch_size)
 
@@ -114,12 +121,12 @@ MakeSide = Callable[[nn.Module, Batch, StepSettings], Step]
 
 
 def example_losses(model: nn.Module, batch: Any) -> Tensor:
-    """Cross-entropy of each example."""
+    """Return the cross-entropy of each example, `(B,)`."""
     return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
 def plain(model: nn.Module, batch: Batch, settings: StepSettings) -> Step:
-    """Ordinary training: the mean gradient of the whole batch at once."""
+    """Make a step of ordinary training: the mean gradient of the whole batch in one pass. Not private."""
     model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     inputs, labels, _ = batch
     if inputs.dim() == 4:
@@ -135,7 +142,7 @@ def plain(model: nn.Module, batch: Batch, settings: StepSettings) -> Step:
 
 
 def opacus_hooks(model: nn.Module, batch: Batch, settings: StepSettings) -> Step:
-    """Opacus as `make_private` sets it up: per-example gradients of every parameter, then one sum."""
+    """Make a step of Opacus as its `make_private` sets it up: materialises all per-example gradients, then sums."""
     from opacus import GradSampleModule
     from opacus.optimizers import DPOptimizer
 
@@ -159,7 +166,7 @@ def opacus_hooks(model: nn.Module, batch: Batch, settings: StepSettings) -> Step
 
 
 def opacus_ghost(model: nn.Module, batch: Batch, settings: StepSettings) -> Step:
-    """Opacus' `grad_sample_mode="ghost"`: norms first, then a second backward pass of the reweighted losses."""
+    """Make a step of Opacus with `grad_sample_mode="ghost"`: norms, then a second backward pass of weighted losses."""
     from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSampleModuleFastGradientClipping
     from opacus.optimizers.optimizer_fast_gradient_clipping import DPOptimizerFastGradientClipping
     from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
@@ -189,7 +196,7 @@ def opacus_ghost(model: nn.Module, batch: Batch, settings: StepSettings) -> Step
 
 
 def ours(model: nn.Module, batch: Batch, settings: StepSettings, *, share: float) -> Step:
-    """DP-SGD by dpquant with layers quantized, largest first, until `share` of the multiply-accumulates is covered."""
+    """Make a step of dpquant's DP-SGD that quantizes the largest layers up to `share` of the multiply-accumulates."""
     model = prepare(model, format=settings.format, backend="auto")
     macs = count_macs(model, lambda: model(take_rows(batch, slice(1))[0]))
     set_policy(model, largest_layers(macs, share))
@@ -241,7 +248,7 @@ DESCRIPTIONS = {
 
 
 def _pieces(batch: Batch, settings: StepSettings) -> Iterator[tuple[Batch, bool]]:
-    """Physical batches, and whether each is the last."""
+    """Yield each physical batch, and whether it is the last."""
     size = settings.physical_batch_size
     for start in range(0, len(batch[1]), size):
         yield take_rows(batch, slice(start, start + size)), start + size >= len(batch[1])
@@ -251,7 +258,7 @@ def _pieces(batch: Batch, settings: StepSettings) -> Iterator[tuple[Batch, bool]
 
 
 class _Attention(nn.Module):
-    """Multi-head self-attention built of Linear layers: every engine has per-example gradients for those."""
+    """Multi-head self-attention built of Linear layers, for which every side has per-example gradients."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -265,9 +272,9 @@ class _Attention(nn.Module):
 
 
 class _Transformer(nn.Module):
-    """One pre-norm transformer block over an image's 4x4 patches, and the mean of its positions.
+    """One pre-norm transformer block over the 4x4 patches of an image, then the mean over positions.
 
-    There are no learnt positions: a bare parameter has no per-example gradient in Opacus, and costs little.
+    It has no learnt position embedding: Opacus has no per-example gradient for a bare parameter.
     """
 
     def __init__(self, channels: int, num_classes: int, width: int = 256, heads: int = 4, patch: int = 4) -> None:
@@ -287,13 +294,15 @@ class _Transformer(nn.Module):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Network:
-    """What a network is measured on: images of some channels, or rows of a table, and how many at once.
+    """Inputs and default sizes of one network.
 
     Attributes:
-      channels: of an image; of a row, its columns.
-      image_size: the side of the images; None: the network takes rows.
-      smallest: the least side.
-      physical_batch_size: examples that Opacus takes at once.
+      channels: channels of an image, or columns of a table.
+      image_size: default height and width of the images; None: the network takes rows of a table.
+      smallest: smallest image size that the network can process.
+      num_classes: number of outputs.
+      batch_size: default number of examples in a logical batch.
+      physical_batch_size: default number of examples in a physical batch of Opacus.
     """
 
     channels: int
@@ -304,7 +313,7 @@ class _Network:
     physical_batch_size: int = 32
 
     def input_shape(self, image_size: int | None) -> tuple[int, ...]:
-        """The shape of an input."""
+        """Return the shape of one input."""
         return (self.channels,) if image_size is None else (self.channels, image_size, image_size)
 
 
@@ -329,11 +338,11 @@ def _network(name: str) -> _Network:
 
 
 def build_network(name: str, image_size: int | None) -> nn.Module:
-    """Return a network with parameters drawn from a fixed seed; every one normalises within an example.
+    """Return a network with parameters drawn from a fixed seed. None of the networks mixes examples.
 
     Args:
       name: one of NETWORKS.
-      image_size: the side of its images; None for rows of a table.
+      image_size: height and width of its images; None for rows of a table.
     Raises:
       ModelError: the name is unknown.
       SettingError: the image is too small for the network, or the network takes no images.
@@ -356,14 +365,14 @@ def build_network(name: str, image_size: int | None) -> nn.Module:
 
 
 def synthetic_batch(name: str, image_size: int | None, batch_size: int) -> Batch:
-    """Return normal deviates as inputs, with labels and record ids; the same at every call."""
+    """Return a batch of standard normal inputs with labels and record ids; equal arguments give equal values."""
     network = _network(name)
     records = SyntheticRecords(network.input_shape(image_size), network.num_classes, batch_size)
     return *records.first(batch_size), torch.arange(batch_size)
 
 
 def out_of_place(model: nn.Module) -> nn.Module:
-    """The same network without in-place ReLU and `+=`, which Opacus' hooks refuse. Changes torchvision's in place."""
+    """Make a network's ReLU and `+=` out-of-place, as Opacus' hooks need, and return it. Changes `model` itself."""
     for module in model.modules():
         if isinstance(module, nn.ReLU):
             module.inplace = False

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Synthetic classified records for measuring speed: `assess` trains on them, `bench` takes its batch from them."""
+"""Synthetic labelled records for measuring speed: `assess` trains on them, `bench` takes its batch from them."""
 
 from collections.abc import Sequence
 
@@ -8,12 +8,14 @@ from torch import Tensor
 
 
 class SyntheticRecords:
-    """A map-style data set of normal deviates with labels in [0, num_classes); the same values every time.
+    """Map-style data set of standard normal inputs, float32, and uniform labels in [0, num_classes), int64.
+
+    The generator's seed is fixed: two data sets with equal arguments hold equal values.
 
     Args:
-      shape: of an input.
-      num_classes: of labels.
-      size: how many records.
+      shape: shape of one input.
+      num_classes: number of classes.
+      size: number of records.
     """
 
     def __init__(self, shape: Sequence[int], num_classes: int, size: int):
@@ -28,6 +30,6 @@ class SyntheticRecords:
         return self._inputs[index], self._labels[index]
 
     def first(self, count: int) -> tuple[Tensor, Tensor]:
-        """Return inputs and labels of so many records, collated; the same ones again where there are fewer."""
+        """Return inputs `(count, *shape)` and labels `(count,)` of the first `count` records, repeated if fewer."""
         record_ids = torch.arange(count) % len(self)
         return self._inputs[record_ids], self._labels[record_ids]

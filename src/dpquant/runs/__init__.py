@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run and its directory."""
+"""A training run and its directory."""

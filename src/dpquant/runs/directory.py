@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a run directory: their names, and how each is written, whole or not at all."""
+"""Files of a run directory: their names, and writing each of them completely or not at all."""
 
 import contextlib
 import os
@@ -24,12 +24,12 @@ MODEL, RECORD, TIMINGS, CHOICES = "model.safetensors", "record.json", "timings.j
 
 
 class Charged(NamedTuple):
-    """What a run has spent.
+    """Privacy budget that a run has spent.
 
     Attributes:
       steps: training steps that were charged.
-      epsilon: of everything that was charged, at the plan's delta.
-      research: some of it came from a seed, so that epsilon is no guarantee.
+      epsilon: epsilon of everything that was charged, at the plan's delta.
+      research: noise or sampling of an event was drawn from a seed, so that epsilon is no guarantee.
     """
 
     steps: int
@@ -38,15 +38,15 @@ class Charged(NamedTuple):
 
 
 def charged(ledger: Path, plan: PrivacyPlan) -> Charged:
-    """Return what a run has spent so far, by its ledger's own lines.
+    """Return the budget that a run has spent so far, computed from its ledger file.
 
-    The file is the truth even of a run that was stopped half-way: a charge is there before its data is used.
+    This holds for a run that was stopped, too: an event is written before its data is used.
 
     Args:
-      ledger: the run's file; a missing one holds no charges.
-      plan: of that run, for delta.
+      ledger: path of the run's ledger; a missing file holds no events.
+      plan: of the run, for delta.
     Raises:
-      LedgerError: the file does not agree with itself.
+      LedgerError: the file is unreadable or inconsistent.
     Privacy: post-processing.
     """
     events = Ledger.read(ledger) if ledger.exists() else []
@@ -58,7 +58,7 @@ def charged(ledger: Path, plan: PrivacyPlan) -> Charged:
 
 
 class RunDirectory:
-    """Writer of a run's files. `train` makes one of its `out`, unless it is handed another.
+    """Writer of a run's files. `train` constructs one from `out` by default.
 
     Attributes:
       path: of the directory.
@@ -69,15 +69,15 @@ class RunDirectory:
         self._is_new = not os.path.exists(path)
 
     def check_place(self) -> None:
-        """Refuse a place that is neither new nor empty, or cannot be made: it is made when all else is checked.
+        """Check that the directory is new or empty and can be created. It is not created yet.
 
         Raises:
-          SettingError: another place is needed.
+          SettingError: the path is not empty, not a directory, or cannot be written to.
         """
         path = self.path
         if not self._is_new and (not path.is_dir() or any(path.iterdir())):
             raise SettingError(f"Expected out to be a new or empty directory; got out={path}. Name another one.")
-        # os.path.exists is also False where a folder above may not be looked into, when Path.exists would raise
+        # Where a parent folder may not be read, os.path.exists returns False and Path.exists raises
         nearest = next(folder for folder in (path.absolute(), *path.absolute().parents) if os.path.exists(folder))
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             raise SettingError(
@@ -86,21 +86,21 @@ class RunDirectory:
             )
 
     def begin(self, settings: TrainSettings, model: nn.Module, choices: Choices) -> None:
-        """Try to save the model, then write what is known before the first charge.
+        """Try to save the model, then write settings and choices. To be called before the first charge.
 
         Raises:
-          ModelError: the model cannot be saved, or comes back as another.
-          OSError, SafetensorError: there is no room.
+          ModelError: the model cannot be saved, or loading it back changes it.
+          OSError, SafetensorError: a file cannot be written.
         """
         self.try_saving(model)
         (self.path / CONFIG).write_text(settings.to_toml())
         self._write_choices(choices)
 
     def keep(self, model: nn.Module, choices: Choices, timings: Timings) -> None:
-        """Write what there is after an epoch, each file whole or not at all.
+        """Write model, timings and choices after an epoch, each file completely or not at all.
 
         Raises:
-          OSError, SafetensorError: there is no room.
+          OSError, SafetensorError: a file cannot be written.
         """
         with replacing(self.path / MODEL) as draft:
             self.save(model, draft)
@@ -108,32 +108,32 @@ class RunDirectory:
         self._write_choices(choices)
 
     def end(self, record: RunRecord, timings: Timings) -> None:
-        """Write the record, and the times of the whole run.
+        """Write the record and the timings of the whole run.
 
         Raises:
-          OSError: there is no room.
+          OSError: a file cannot be written.
         """
         timings.write(self.path / TIMINGS)
         record.write(self.path / RECORD)
 
     def take_back(self) -> None:
-        """Remove what a run wrote that was refused before its first charge."""
+        """Remove the files of a run that was refused before its first charge, and the directory if it was new."""
         for name in (CONFIG, LEDGER, CHOICES):
             (self.path / name).unlink(missing_ok=True)
         if self._is_new:
-            with contextlib.suppress(OSError):  # what else is there stays
+            with contextlib.suppress(OSError):  # the directory is not empty: other files stay
                 self.path.rmdir()
 
     def save(self, model: nn.Module, path: Path) -> None:
-        """Save a model's parameters and buffers; of parameters that are one tensor, one is in the file."""
+        """Save a model's parameters and buffers. A tensor that several names share is saved once."""
         save_model(model, str(path))
 
     def try_saving(self, model: nn.Module) -> None:
-        """Save the model to where it will be kept and load it back.
+        """Save the model to a trial file in the directory, load it back and compare all bytes.
 
         Raises:
-          ModelError: it cannot be saved, or comes back as another.
-          OSError, SafetensorError: there is no room.
+          ModelError: the model cannot be saved, or loading it back changes it.
+          OSError, SafetensorError: the file cannot be written.
         """
         draft = self.path / f"{MODEL}.trial"
         try:
@@ -143,7 +143,7 @@ class RunDirectory:
             changed = [name for name, t in model.state_dict().items() if not torch.equal(before[name], _bytes(t))]
         except (OSError, SafetensorError):
             raise
-        except Exception as error:  # safetensors and a user's own state_dict raise what they like
+        except Exception as error:  # safetensors and a user's state_dict may raise anything
             raise ModelError(
                 f"Expected a model that safetensors can save and load back; got a {type(error).__name__}: {error}. A "
                 "model that cannot be saved would be lost after training. Let its state_dict hold whole tensors only."
@@ -161,12 +161,12 @@ class RunDirectory:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """Copy a tensor's bytes: two tensors of NaN differ as numbers."""
+    """Return a copy of a tensor's bytes: as numbers, NaN would differ from itself."""
     return tensor.detach().cpu().reshape(-1).clone().view(torch.uint8)
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line that is on disk when this returns."""
+    """Append a line to a file and flush it to disk before returning."""
     with path.open("a") as file:
         file.write(line + "\n")
         file.flush()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How good a model is: the loss that it is trained by, which model is tested, and its accuracy on a test set."""
+"""Training loss, test accuracy, and the model that is tested (the trained one or an average of its parameters)."""
 
 import contextlib
 from collections.abc import Iterator
@@ -26,13 +26,16 @@ def per_example_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 def accuracy(
     model: nn.Module, split: data.Split, *, batch_size: int = EVALUATION_BATCH, records: int | None = None
 ) -> float:
-    """Return the share of a split's records that the model gets right in evaluation mode; unreadable ones are wrong.
+    """Return the share of a split's records that the model classifies correctly, in 0..1.
+
+    An unreadable record counts as wrong.
 
     Args:
-      model: every module's mode is given back as it was.
+      model: runs in evaluation mode; afterwards every module is in its former mode.
       split: of a data set.
-      batch_size: records a forward pass.
-      records: count only so many, the first; None counts all.
+      batch_size: records per forward pass.
+      records: evaluate the first `records` records only; None evaluates all.
+    Privacy: no mechanism; on private records the result is not private.
     """
     all_ids, right = torch.arange(len(split))[:records], 0
     with working_memory(), evaluating(model):
@@ -44,7 +47,7 @@ def accuracy(
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluate within the block. Afterwards every module has its own mode back: a user may have frozen some of them."""
+    """Context: the model is in evaluation mode. On exit every module returns to its own mode, as some may be frozen."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -55,12 +58,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def check_evaluation(model: nn.Module, test: data.Split) -> None:
-    """Evaluate a few test records before anything is charged. What the error says may quote one, so it is left out."""
+    """Evaluate a few test records, to find errors before anything is charged.
+
+    Raises:
+      ModelError: evaluation fails. The message leaves out the text of the error, which may quote a record.
+    """
     try:
         accuracy(model, test, records=_TRIED)
     except DPQuantError:
         raise
-    except Exception as error:  # a user's model raises what it likes
+    except Exception as error:  # a user's model may raise anything
         raise ModelError(
             f"Expected a model that maps test records to logits in evaluation mode; got a {type(error).__name__}. "
             "Accuracy is measured after every epoch. Make the model run in evaluation mode."
@@ -68,20 +75,21 @@ def check_evaluation(model: nn.Module, test: data.Split) -> None:
 
 
 class Tested:
-    """The model that is tested and saved: the one in training, or its average over steps, which is post-processing.
+    """Model that is tested and saved: the model in training, or an exponential moving average of its parameters.
 
-    The average forgets exponentially (De et al. 2022, arXiv:2204.13650): it sees less of the noise than the last step.
+    The average has less noise than the last parameters (De et al. 2022, arXiv:2204.13650).
 
     Attributes:
-      model: as the steps so far have made it.
+      model: the model to test, current after each `update`.
+    Privacy: post-processing.
     """
 
     def __init__(self, model: nn.Module, past: float):
-        """Begin with a model in training; `past` is the weight of the past in the average, 0: no average."""
+        """Start from a model in training. `past` is the decay of the average, in [0, 1); 0: no average."""
         self._average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(past)) if past else None
         self.model = model if self._average is None else self._average.module
 
     def update(self, model: nn.Module) -> None:
-        """Take in the parameters after a step."""
+        """Update the average with the model's parameters after a step."""
         if self._average is not None:
             self._average.update_parameters(model)

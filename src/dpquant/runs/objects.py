@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model, optimizer and learning rates that the settings name. Each is tried before a run begins."""
+"""Builds model, optimizer and learning-rate schedule from the settings, and checks each before a run begins."""
 
 import math
 from collections.abc import Callable
@@ -18,11 +18,11 @@ from dpquant.runs.settings import TrainSettings
 
 
 def model_of(settings: TrainSettings, dataset: data.Dataset) -> nn.Module:
-    """Build the settings' model for a data set, its parameters drawn from the settings' seed.
+    """Build the settings' model for a data set, with parameters drawn from the settings' seed.
 
     Raises:
-      ModelError: it is unknown, cannot be trained privately, or has not one output for each class.
-      SettingError: a width that it does not have.
+      ModelError: the model is unknown, cannot be trained privately, or does not have one output for each class.
+      SettingError: the model cannot have the width.
     """
     torch.manual_seed(settings.seed)
     model = models.build(
@@ -36,7 +36,11 @@ def model_of(settings: TrainSettings, dataset: data.Dataset) -> nn.Module:
 
 
 def _check_outputs(model: nn.Module, dataset: data.Dataset) -> None:
-    """Check on blank images, in training and in evaluation, that there is one logit for each class."""
+    """Check on blank images that the model returns one logit per class, in training and in evaluation mode.
+
+    Raises:
+      ModelError: it does not, or it raises.
+    """
     rule = f"Expected model to map images of shape {dataset.input_shape} to {dataset.num_classes} logits"
     blank = torch.zeros(2, *dataset.input_shape)
     try:
@@ -57,7 +61,7 @@ def _check_outputs(model: nn.Module, dataset: data.Dataset) -> None:
 
 
 def optimizer_of(settings: TrainSettings, model: nn.Module) -> torch.optim.Optimizer:
-    """Build the settings' optimizer of the model's trainable parameters."""
+    """Build the settings' optimizer for the model's trainable parameters."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     match settings.optimizer:
         case "sgd":
@@ -76,7 +80,7 @@ def schedule_of(
     """Build the settings' learning-rate schedule over the plan's steps.
 
     Raises:
-      SettingError: some step has no finite rate.
+      SettingError: the learning rate of a step is not a finite number >= 0.
     """
     factor = lr_factor(settings.lr_schedule, steps)
     check_lr_factor(factor, steps)
@@ -84,7 +88,7 @@ def schedule_of(
 
 
 def lr_factor(schedule: str, steps: int) -> Callable[[int], float]:
-    """Return {steps taken: the learning rate, as a part of the first}, as a function."""
+    """Return the function from the number of steps taken to the learning rate over the initial one."""
     match schedule:
         case "linear":
             return lambda step: 1 - step / steps
@@ -95,7 +99,13 @@ def lr_factor(schedule: str, steps: int) -> Callable[[int], float]:
 
 
 def check_lr_factor(factor: Callable[[int], float], steps: int) -> None:
-    """Compute every step's learning rate before the run. The one after the last step is computed too, and not used."""
+    """Check the learning-rate factor of every step before the run, and of the step after the last one.
+
+    torch computes the latter when the last step has been taken; it is not used.
+
+    Raises:
+      SettingError: a factor is not a finite number >= 0, or `factor` raises.
+    """
     for step in range(steps + 1):
         try:
             value = float(factor(step))

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run did, as numbers: a frozen record and its JSON. No torch, and nothing that was computed from private data
-without being charged.
+"""Record of a run: a frozen dataclass and its JSON. This module does not import torch.
 
-Wall-clock times are kept apart, in `Timings`: a step takes as long as its Poisson batch is large, and that size is
-private.
+The record holds nothing computed from private data without a charge, except what `unsafe_metrics` adds and marks.
+
+Wall-clock times are not in the record but in `Timings`: the time of a step depends on the size of its Poisson batch,
+which is private.
 """
 
 import contextlib
@@ -23,26 +24,26 @@ if TYPE_CHECKING:
     from dpquant.training.private import PrivateTraining
 
 SCHEMA = 2
-"""Number of the record's form. Raise it with every change of a field, and keep reading the earlier ones."""
+"""Version of the record's format. Raise it with every change of a field, and keep reading the earlier formats."""
 NOT_FOR_RELEASE = (
     "The operator's own, not for release: times follow the realised batch sizes, which are private. No privacy "
     "statement covers this file."
 )
 NOT_COVERED = "NOT COVERED: training accuracy was measured on private data and written down.\n"
-# Fields of records that were written before times had a file of their own. They are read past, and nothing uses them.
+# Fields of old records, from before `timings.json` existed. They are ignored.
 _FORMER_FIELDS = frozenset({"seconds_train", "seconds_analysis", "seconds_total", "samples_per_second"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerRecord:
-    """One quantizable layer.
+    """Facts about one quantizable layer.
 
     Attributes:
-      name: as in the model.
-      macs: multiply-accumulates of its forward product for one example.
-      times_quantized: epochs in which it ran quantized.
-      last_score: its private impact after the last analysis; None without one.
-      gain: its time in full precision over its time quantized, as measured before the run; None where it was not.
+      name: of the module in the model.
+      macs: multiply-accumulates of the forward product for one example.
+      times_quantized: number of epochs in which the policy quantized the layer.
+      last_score: smoothed private impact after the last analysis; None without an analysis.
+      gain: time in full precision over time quantized, measured before the run; None if it was not measured.
     """
 
     name: str
@@ -54,17 +55,17 @@ class LayerRecord:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EpochRecord:
-    """One epoch. All of it is released. Of a record of schema 1 only the index and the test accuracy are known.
+    """Results of one epoch, all of which are released. A record of schema 1 has only `index` and `accuracy_test`.
 
     Attributes:
       index: from 0.
-      epsilon: spent at the end of it, at the run's delta. None: not recorded.
-      accuracy_test: of the test set, in 0..1.
-      layers_quantized: names of the layers that the policy had chosen. None: not recorded; an empty list: there were
-        none.
-      nonprivate_accuracy_train: of the training set, in 0..1, which no statement covers. None without `unsafe_metrics`.
-      scores: {layer: smoothed private impact} after the analysis with which the epoch began. None: it had no analysis,
-        or it is not recorded.
+      epsilon: spent by the end of the epoch, at the run's delta. None: not recorded.
+      accuracy_test: accuracy on the test set, in 0..1.
+      layers_quantized: names of the layers that the policy chose, possibly none. None: not recorded.
+      nonprivate_accuracy_train: accuracy on the training set, in 0..1, which the privacy statement does not cover. None
+        without `unsafe_metrics`.
+      scores: {layer: smoothed private impact} after the analysis at the start of the epoch. None: the epoch had no
+        analysis, or it is not recorded.
     """
 
     index: int
@@ -77,19 +78,22 @@ class EpochRecord:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """Everything a reader of a run needs; units in the names. Accuracies are of the test set, in 0..1.
+    """Settings, results and privacy statement of a run. Accuracies are of the test set, in 0..1.
 
     Attributes:
-      schema: number of the form in which the record is written, first in its file.
-      execution: which backend ran and why, how many examples a backward pass took, what stayed in full precision.
-      average: weight of the past in the average of parameters that was tested and saved; 0: the last parameters were.
-      epsilon: what was spent, at `delta`; epsilon_analysis_share: the part of it that the analyses cost.
-      format, rest: of the layers that the policy had chosen, and of the others.
-      quantized_fraction_layers, quantized_fraction_macs: means over epochs; layers that the policy had chosen, and
-        multiply-accumulates of all products that ran quantized.
-      four_bit_fraction_macs: the part of them whose operands have at most four bits.
-      per_epoch: what each epoch ran quantized, scored, reached and had spent.
-      unsafe_metrics: training metrics were computed from private data; they are not covered by the statement.
+      schema: version of the record's format, the first field in its file.
+      execution: backend and the reason for it, microbatch size, and the layers that stay in full precision.
+      average: decay of the average of parameters that was tested and saved; 0: the last parameters were.
+      epsilon: spent by the run, at `delta`.
+      epsilon_analysis_share: share of epsilon that the analyses cost, in 0..1.
+      format, rest: precision of the layers that the policy chose, and of the other layers.
+      quantized_fraction_layers: share of the layers that the policy chose, mean over epochs.
+      quantized_fraction_macs: share of the multiply-accumulates that ran quantized, mean over epochs.
+      four_bit_fraction_macs: share of the multiply-accumulates whose operands have at most four bits, mean over epochs.
+      layers: one entry for each quantizable layer.
+      per_epoch: one entry for each epoch.
+      statement: the privacy statement.
+      unsafe_metrics: training accuracy was computed from private data, which the statement does not cover.
     """
 
     schema: int = dataclasses.field(default=SCHEMA, init=False)
@@ -146,11 +150,11 @@ class RunRecord:
 
         Args:
           settings: of the run.
-          private: the run, its last epoch over.
-          per_epoch: one for every epoch.
-          command: what the user typed.
-          torch: its version.
-          threads: that it computed with.
+          private: the run, after its last epoch.
+          per_epoch: one entry for each epoch.
+          command: the command line of the run.
+          torch: version of torch.
+          threads: number of threads that torch used.
         Privacy: post-processing.
         """
         plan, policies, macs = private.plan, private.policies(), private.macs
@@ -199,18 +203,18 @@ class RunRecord:
         )
 
     def to_json(self) -> str:
-        """Return the record as JSON, one field a line."""
+        """Return the record as JSON, one field per line."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Return the record that a run wrote, in this form or an earlier one.
+        """Return the record from its JSON, in the present format or an earlier one.
 
-        Schema 1 had no number, knew of its epochs only their test accuracies, and at first held times, which are left
-        out. Read, it is a record of the present schema in which the other facts of each epoch are None.
+        Schema 1 has no `schema` field and only the test accuracy of each epoch; the other facts of an epoch become
+        None. Its first files hold times, which are ignored.
 
         Raises:
-          DataError: not JSON, a newer schema, or a field is missing or unknown.
+          DataError: the text is not JSON, the schema is newer, or a field is missing or unknown.
         """
         try:
             fields: dict[str, Any] = json.loads(text)
@@ -238,7 +242,7 @@ class RunRecord:
             ) from error
 
     def write(self, path: Path) -> None:
-        """Write the record, whole or not at all."""
+        """Write the record to a file, completely or not at all."""
         write_whole(path, self.to_json())
 
     @classmethod
@@ -246,7 +250,7 @@ class RunRecord:
         """Return the record in a file.
 
         Raises:
-          DataError: there is none that can be read.
+          DataError: the file cannot be read, or holds no record.
         """
         try:
             return cls.from_json(path.read_text())
@@ -260,7 +264,7 @@ def _epochs_of_schema_1(accuracies: Sequence[float]) -> list[EpochRecord]:
 
 
 def _share_of_macs(private: "PrivateTraining", most_bits: int) -> float:
-    """Return the part of all multiply-accumulates whose operands have at most `most_bits` bits, mean over epochs."""
+    """Return the share of the multiply-accumulates whose operands have at most `most_bits` bits, mean over epochs."""
     chosen, rest = private.execution.chosen.share(most_bits), private.execution.rest.share(most_bits)
     total = sum(private.macs.values()) or 1.0
     shares = [sum(private.macs[name] for name in names) / total for names in private.policies()]
@@ -272,9 +276,9 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def examples_per_second(private: "PrivateTraining") -> float:
-    """Return the expected batch size times the steps taken, over the time of steps and analyses.
+    """Return the expected batch size times the number of steps, over the seconds of steps and analyses.
 
-    How many records a step drew is private, and the time follows it: the speed is for the operator alone.
+    Privacy: for the operator only. The time depends on how many records each step drew, which is private.
     """
     seconds = private.seconds_train + private.seconds_analysis
     return private.plan.expected_batch_size * private.steps_taken / seconds
@@ -282,14 +286,14 @@ def examples_per_second(private: "PrivateTraining") -> float:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Timings:
-    """Wall-clock times of a run so far. For its operator: see `NOT_FOR_RELEASE`, with which the file begins.
+    """Wall-clock times of a run so far, for its operator only: no privacy statement covers them.
 
     Attributes:
-      note: NOT_FOR_RELEASE.
-      seconds_total: since the run began, measurements at its start included.
-      seconds_train, seconds_analysis: of its steps and of its analyses.
-      seconds_at_epoch_ends: since the run began, one number an epoch.
-      examples_per_second: expected batch sizes over the time of steps and analyses.
+      note: NOT_FOR_RELEASE, the first field in the file.
+      seconds_total: since the run began, including the measurements at its start.
+      seconds_train, seconds_analysis: total time of the steps, and of the analyses.
+      seconds_at_epoch_ends: for each epoch, the time from the start of the run to the epoch's end.
+      examples_per_second: expected batch size times the number of steps, over the time of steps and analyses.
     """
 
     note: str = NOT_FOR_RELEASE
@@ -304,9 +308,9 @@ class Timings:
         """Return the times of a run so far.
 
         Args:
-          private: the run, which has taken a step.
-          began: when it began, by `time.perf_counter`.
-          ends: of its epochs so far, by the same clock.
+          private: the run, after at least one step.
+          began: `time.perf_counter` at the start of the run.
+          ends: `time.perf_counter` at the end of each epoch so far.
         """
         return cls(
             seconds_total=time.perf_counter() - began,
@@ -317,15 +321,15 @@ class Timings:
         )
 
     def write(self, path: Path) -> None:
-        """Write the times as JSON, whole or not at all."""
+        """Write the times as JSON, completely or not at all."""
         write_whole(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Self | None:
-        """Return the times in a file; None where there is none, as their operator may keep them elsewhere.
+        """Return the times in a file; None if there is no file, because the operator may keep it elsewhere.
 
         Raises:
-          DataError: the file is not one of times.
+          DataError: the file cannot be read, or holds no timings.
         """
         try:
             return cls(**json.loads(path.read_text()))
@@ -339,16 +343,17 @@ class Timings:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file completely or not at all."""
     with replacing(path) as draft:
         draft.write_text(text)
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give the path of a draft to write. Once the draft is on disk it takes the file's place; if not, it is removed.
+    """Context: yields the path of a draft, which replaces the file on exit. After an exception the draft is removed.
 
-    A reader therefore finds the former file or the new one, whole, even after a crash.
+    The draft is flushed to disk first. A reader therefore finds the old file or the new one, complete, even after a
+    crash.
     """
     draft = path.with_name(path.name + ".tmp")
     try:

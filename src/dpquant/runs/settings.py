@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings of `dpquant plan` and `dpquant train`: one place for their names, defaults, help and ranges.
+"""Settings of `dpquant plan` and `dpquant train`: the only place for their names, defaults, help and ranges.
 
-A setting that is None follows from the data set: `BY_DATA` has what was found to work for each, `GENERAL` the rest.
-`policy_of` and `plan_of` make the run's policy and privacy plan of them. Importing this file loads neither torch nor
-the accountant.
+Settings that are not given get the defaults of the data set: `BY_DATA` has values that were found to work for some data
+sets, `GENERAL` those for the others. `policy_of` and `plan_of` build the run's policy and privacy plan. Importing this
+file loads neither torch nor the accountant.
 """
 
 import dataclasses
@@ -71,10 +71,10 @@ def _setting(help: str, default: Any = None) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """A training run, in words and numbers. Build one with `chosen`, which fills in what follows from the data set.
+    """All settings of `dpquant train`. Build them with `chosen`, which adds the defaults of the data set.
 
     Raises:
-      SettingError: a value out of range, or two that contradict each other.
+      SettingError: a value is out of range, or two values contradict each other.
     """
 
     data: str = _setting("digits, fashion-mnist, mnist, emnist, cifar10, gtsrb or image-folder:PATH", "digits")
@@ -129,10 +129,10 @@ class TrainSettings:
 
     @classmethod
     def chosen(cls, given: Mapping[str, Any]) -> Self:
-        """Return the settings given, with the data set's own defaults for the others.
+        """Return the given settings, with the data set's defaults for the others.
 
         Raises:
-          SettingError: an unknown name, a value of the wrong type or out of range.
+          SettingError: a name is unknown, or a value has the wrong type or is out of range.
         """
         fields = {field.name: field for field in dataclasses.fields(cls)}
         if unknown := sorted(given.keys() - fields.keys()):
@@ -197,7 +197,7 @@ class TrainSettings:
 
 
 def from_toml(path: Path) -> dict[str, Any]:
-    """Return the settings in a file, not yet checked.
+    """Return the settings in a TOML file, unchecked.
 
     Raises:
       SettingError: the file cannot be read.
@@ -211,7 +211,7 @@ def from_toml(path: Path) -> dict[str, Any]:
 
 
 def policy_of(settings: TrainSettings) -> "Policy":
-    """Build the policy that the settings name."""
+    """Return the policy that the settings name."""
     from dpquant.training import policies
 
     fraction, macs = settings.fraction, settings.macs
@@ -232,7 +232,7 @@ def policy_of(settings: TrainSettings) -> "Policy":
 
 
 def plan_of(settings: TrainSettings) -> "PrivacyPlan":
-    """Build the privacy plan of a run from public numbers: no data is read.
+    """Return the privacy plan of a run, computed from public numbers. Reads no data.
 
     Raises:
       SettingError: the number of records is neither public nor given, or a privacy setting is out of range.
@@ -306,7 +306,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def _check_type(name: str, value: Any, annotation: str) -> None:
-    """Check that a value has the type of the field's annotation; an int will do for a float."""
+    """Check that a value has the type of the field's annotation; an int is accepted for a float."""
     names = annotation.replace("<class '", "").replace("'>", "").split(" | ")
     allowed = tuple({"str": str, "int": int, "float": (int, float), "bool": bool, "None": type(None)}[n] for n in names)
     if not isinstance(value, allowed) or (isinstance(value, bool) and "bool" not in names):

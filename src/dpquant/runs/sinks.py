@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sinks: listeners to a run. The file of metrics is one, the progress bar another.
+"""Sinks: listeners to a run, as the metrics file and the progress bar.
 
-A sink gets released numbers only, so that it may keep, show or send them. There is one exception, which is the
-operator's: `Progress.examples_per_second`. It follows how many records were drawn and no statement covers it; a sink
-that shows its numbers to anybody else leaves it out.
+A sink gets released numbers only, which it may store, show or send. The one exception is
+`Progress.examples_per_second`, which is for the operator: it depends on how many records were drawn, and no privacy
+statement covers it. A sink that passes its numbers on must leave it out.
 """
 
 import dataclasses
@@ -24,14 +24,16 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Progress:
-    """State of a run after a step. All but the speed are numbers that the run releases.
+    """State of a run after a step. All fields but `examples_per_second` are released.
 
     Attributes:
-      epoch: from 0; step: steps taken; epsilon: spent when the epoch began, which costs an accountant's call.
-      layers_quantized: of `num_layers`, in this epoch.
-      examples_per_second: for the operator's screen, not for release: the batch size is the expected one, but the time
-        follows the realised sizes, which are private.
-      accuracy_test: after the last finished epoch, None before.
+      epoch: index of the present epoch, from 0, of `epochs`.
+      step: number of steps taken, of `steps`.
+      epsilon: spent when the epoch began. It is not computed at every step, because the accountant is slow.
+      layers_quantized: number of layers that run quantized in this epoch, of `num_layers`.
+      examples_per_second: for the operator, not for release. It uses the expected batch size, but the time depends on
+        the sizes of the Poisson batches, which are private.
+      accuracy_test: after the last finished epoch, in 0..1; None before the first.
     """
 
     epoch: int
@@ -49,9 +51,9 @@ class Progress:
         """Return the state of a run.
 
         Args:
-          private: the run, which has just taken a step.
-          epoch: the present one.
-          epsilon: spent when it began.
+          private: the run, after a step.
+          epoch: the present epoch.
+          epsilon: spent when the epoch began.
           past: the finished epochs.
         """
         return cls(
@@ -68,33 +70,33 @@ class Progress:
 
 
 class Sink(Protocol):
-    """Listener to a run, handed to `train(..., sinks=[...])`. Derive from it and override what matters: the others do
-    nothing.
+    """Listener to a run, handed to `train(..., sinks=[...])`. Derive from it and override the methods that you need;
+    the others do nothing.
 
-    A sink that raises ends the run with one SettingError, as a full disk does: what was charged stays charged, and the
-    model of the last finished epoch is in the run directory. A sink that raises in `started` refuses the run before
+    A sink that raises ends the run with one SettingError, as a full disk does. What was charged stays charged, and the
+    run directory has the model of the last finished epoch. A sink that raises in `started` refuses the run before
     anything is charged. KeyboardInterrupt stops the run as the user's Ctrl-C does. A run that ends early calls no
     further method.
     """
 
     def started(self, plan: PrivacyPlan, settings: TrainSettings) -> None:
-        """Begin: all checks have passed, and nothing is charged yet."""
+        """Called when all checks have passed and nothing is charged yet."""
 
     def stepped(self, progress: Progress) -> None:
-        """Take a step's progress; its `examples_per_second` is the operator's alone."""
+        """Called after each step. `progress.examples_per_second` is for the operator only."""
 
     def epoch_ended(self, epoch: EpochRecord) -> None:
-        """Take an epoch's numbers, its model being saved."""
+        """Called after each epoch, when its model is saved."""
 
     def finished(self, record: RunRecord) -> None:
-        """Take the record, which is written: the run is over."""
+        """Called at the end of the run, when the record is written."""
 
 
 class Sinks(Sink):
-    """Fan-out to several sinks, in their order."""
+    """Sink that forwards each call to several sinks, in order."""
 
     def __init__(self, sinks: Sequence[Sink], epsilon_spent: Callable[[], float]):
-        """Hold `sinks`, and `epsilon_spent`, which the error about one that raises quotes."""
+        """Forward to `sinks`; `epsilon_spent` is quoted in the error if one of them raises."""
         self._sinks, self._epsilon_spent = sinks, epsilon_spent
 
     def started(self, plan: PrivacyPlan, settings: TrainSettings) -> None:
@@ -113,7 +115,7 @@ class Sinks(Sink):
         for sink in self._sinks:
             try:
                 tell(sink)
-            except Exception as error:  # a user's sink raises what it likes; it was told nothing that is private
+            except Exception as error:  # a user's sink may raise anything; it got nothing private to quote
                 raise SettingError(
                     f"Expected sink {type(sink).__name__} to take a run's numbers; got {type(error).__name__}: "
                     f"{error}. The run ends here. What was charged stays charged: epsilon = "
@@ -122,7 +124,7 @@ class Sinks(Sink):
 
 
 class MetricsFile(Sink):
-    """Sink that appends one line of JSON an epoch, on disk before the next epoch begins."""
+    """Sink that appends one line of JSON per epoch to a file and flushes it to disk."""
 
     def __init__(self, path: Path):
         self._path = path

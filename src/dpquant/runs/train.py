@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training run behind `dpquant train`: settings in; a trained model, a ledger and a record out.
+"""The training run behind `dpquant train`: takes settings; writes a trained model, a ledger and a record.
 
-A run directory holds config.toml (all that is needed to run it again), ledger.jsonl (what was charged, ahead of each
-use of data), metrics.jsonl (one line an epoch), model.safetensors (the user's own parameters and buffers, written after
-every epoch, for `safetensors.torch.load_model`), record.json, choices.json (what was measured on this machine; given to
-another run by `--choices`, that run decides alike), and timings.json, which is the operator's. It is made only after
-every check has passed; then saving and testing are tried once, before anything is charged. Nothing computed from
-private data is written except through a charged mechanism. There are two exceptions: `unsafe_metrics`, which marks what
-it touches, and the times, which no other file holds.
+A run directory holds config.toml (all settings, to repeat the run), ledger.jsonl (the events charged, each written
+before its data is used), metrics.jsonl (one line per epoch), model.safetensors (the model's parameters and buffers,
+written after every epoch, for `safetensors.torch.load_model`), record.json, choices.json (decisions by timing on this
+machine, which `--choices` hands to another run) and timings.json (for the operator only).
+
+The directory is created after all checks have passed. Then saving and testing the model are tried once, before anything
+is charged. Nothing computed from private data is written except through a charged mechanism, with two exceptions:
+`unsafe_metrics`, which marks the files that it changes, and wall-clock times, which are in timings.json only.
 """
 
 import contextlib
@@ -43,22 +44,22 @@ def train(
     directory: Callable[[Path], RunDirectory] = RunDirectory,
     start: Callable[..., PrivateTraining] = make_private,
 ) -> RunRecord:
-    """Train privately and leave everything in a run directory.
+    """Train privately and write a run directory.
 
     Args:
-      settings: what to do.
-      out: the run directory; missing or empty.
-      plan: of these settings, if it was made already.
-      command: what the user typed, for the record.
-      sinks: told how the run goes, after the file of metrics and in this order.
-      directory: makes of `out` what writes the run's files.
-      start: begins the run, with the arguments of `make_private`.
+      settings: of the run.
+      out: the run directory; it must be missing or empty.
+      plan: the privacy plan of these settings; None: it is computed.
+      command: the command line of the run, for the record.
+      sinks: notified of the run's progress, in this order and after the metrics file.
+      directory: makes from `out` the writer of the run's files.
+      start: starts the run, with the arguments of `make_private`.
     Returns: the record, as written.
     Raises:
-      DPQuantError: bad settings, model or data, or a model that cannot be tested or saved, before anything is charged;
-        or a directory that can no longer be written to, or a sink that raises, either of which ends the run.
-      DivergedError: parameters that did not stay finite. The last finite epoch's model is in out/model.safetensors.
-    Privacy: charges the plan's events to out/ledger.jsonl, each before data is used for it.
+      DPQuantError: before anything is charged: bad settings, model or data, or a model that cannot be tested or saved.
+        Later: the directory cannot be written to, or a sink raises; either ends the run.
+      DivergedError: a parameter is not finite. out/model.safetensors holds the model of the last finite epoch.
+    Privacy: charges the plan's events to out/ledger.jsonl, each before its data is used.
     """
     began = time.perf_counter()
     files = directory(out)
@@ -134,13 +135,13 @@ def train(
 
 
 def _evaluation_batch(settings: TrainSettings, private: PrivateTraining) -> int:
-    """Return how many records evaluation takes at once: where memory is limited, no more than a backward pass."""
+    """Return the batch size of evaluation: under a memory limit, at most the microbatch size."""
     return EVALUATION_BATCH if settings.memory is None else min(EVALUATION_BATCH, private.execution.microbatch_size)
 
 
 @contextlib.contextmanager
 def _writing(out: Path, private: PrivateTraining) -> Iterator[None]:
-    """Report a run directory that cannot be written to in one error."""
+    """Context: turns a failure to write to the run directory into one SettingError."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -152,7 +153,7 @@ def _writing(out: Path, private: PrivateTraining) -> Iterator[None]:
 
 
 def _check_finite(private: PrivateTraining) -> None:
-    """Refuse to go on with parameters that are not finite. Privacy: post-processing, as parameters are released."""
+    """Raise DivergedError if a parameter is not finite. Privacy: post-processing, as parameters are released."""
     for name, parameter in private.model.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise DivergedError(
