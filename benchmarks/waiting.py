@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What it costs and gains that OpenMP's threads sleep soon while they wait. `scripts/bench waiting`.
+"""Time operators under several settings of how OpenMP's threads wait. `scripts/bench waiting`.
 
-Some operators run with each setting, in processes of their own that take turns: for some hundredths of a second
-whenever all processors have been idle for a moment, so that a machine with others on it can be used too; then beside as
-many processes that compute as there are processors. Given are the least and the usual microseconds of an operator.
+The operators run with each setting in a process of its own; the processes take turns. First they run for some
+hundredths of a second whenever all processors have been idle for a moment, so that a shared machine can be used too.
+Then they run while as many other processes compute as there are processors. The result is the least and the median
+microseconds of an operator.
 """
 
 import argparse
@@ -56,7 +57,7 @@ def main() -> None:
 
 
 class Child:
-    """A process that runs operators for a moment whenever it is told to."""
+    """A process that runs the operators for a moment on request."""
 
     def __init__(self, environment: dict[str, str]):
         program = "from benchmarks.waiting import serve; serve()"
@@ -80,7 +81,7 @@ class Child:
 
 
 def when_idle(children: dict[str, Child], seconds: float) -> dict[str, list[Times]]:
-    """Let the children take turns at moments in which no processor has anything to do."""
+    """Let the children take turns at moments in which all processors are idle."""
     results: dict[str, list[Times]] = {name: [] for name in children}
     end, number = time.monotonic() + seconds, 0
     while time.monotonic() < end:
@@ -96,7 +97,7 @@ def when_idle(children: dict[str, Child], seconds: float) -> dict[str, list[Time
 
 
 def when_busy(children: dict[str, Child]) -> dict[str, list[Times]]:
-    """Let the children take turns beside processes that compute, one for each processor."""
+    """Let the children take turns while other processes compute, one per processor."""
     load = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
     try:
         return {name: [child.burst() for _ in range(BUSY_TURNS)] for name, child in children.items()}
@@ -107,14 +108,14 @@ def when_busy(children: dict[str, Child]) -> dict[str, list[Times]]:
 
 
 def ticks() -> list[tuple[int, int]]:
-    """Clock ticks that each processor was idle, and all that passed."""
+    """Return the clock ticks that each processor was idle, and all ticks that passed."""
     lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
     counts = [[int(n) for n in line[1:9]] for line in lines if line[0].startswith("cpu") and line[0] != "cpu"]
     return [(count[3] + count[4], sum(count)) for count in counts]
 
 
 def serve() -> None:
-    """What a child does: run every operator for a burst at each line on standard input, and print its times."""
+    """Run every operator for a burst at each line on standard input, and print the times: the body of a child."""
     import torch
 
     map_, matrix = torch.randn(2**17), torch.randn(256, 256)
@@ -133,7 +134,7 @@ def serve() -> None:
 
 
 def usual(work: Callable[[], object]) -> float:
-    """Microseconds that the work takes, the median over a burst."""
+    """Return the microseconds that the work takes, the median over a burst."""
     times, end = [], time.perf_counter() + BURST_S
     while not times or time.perf_counter() < end:
         began = time.perf_counter()

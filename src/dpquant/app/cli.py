@@ -46,11 +46,11 @@ app = typer.Typer(
 
 
 class _Interrupted(Exception):
-    """The user stopped a run; says what it had spent."""
+    """Raised when the user stops a run; the message says what the run has spent."""
 
 
 def main() -> NoReturn:
-    """The console script."""
+    """Run the command line that the user typed, and exit with its code."""
     sleep_soon(os.environ)
     sys.exit(run(sys.argv[1:]))
 
@@ -58,8 +58,8 @@ def main() -> NoReturn:
 def sleep_soon(environment: MutableMapping[str, str]) -> None:
     """Let OpenMP's threads spin for microseconds before they sleep, unless the user has said how they should wait.
 
-    By default they spin for some ten milliseconds. Where others use the processors too, a thread then spins its time
-    away while the thread that it waits for cannot run. libgomp, which torch brings along, reads this when it is loaded.
+    By default they spin for some ten milliseconds. On a busy machine a thread then spins while the thread that it
+    waits for cannot run. libgomp, which comes with torch, reads the variable when it is loaded.
     """
     if "OMP_WAIT_POLICY" not in environment:
         environment.setdefault("GOMP_SPINCOUNT", SPINS)
@@ -88,9 +88,9 @@ def _refuse(message: str, code: int = BAD_INPUT) -> int:
 
 
 def _with_settings(verb: Callable[..., None]) -> Callable[..., None]:
-    """The verb with one option for every field of TrainSettings, None where it is not given, collected in `given`.
+    """Return the verb with one option for every field of TrainSettings, collected in `given`.
 
-    A field that the verb takes itself is left to it.
+    An option that the user does not give is not in `given`. A field that the verb has a parameter for stays the verb's.
     """
     parameters = [p for p in inspect.signature(verb).parameters.values() if p.name != "given"]
     own_names = {p.name for p in parameters}
@@ -117,7 +117,7 @@ def _with_settings(verb: Callable[..., None]) -> Callable[..., None]:
 
 
 def _default_shown(field: dataclasses.Field) -> str:
-    """What the help says of a default, unless its own text says it."""
+    """Return the default as the help shows it; empty where the help text itself names it."""
     if field.default is not None:
         return f" [{field.default}]"
     if field.name in GENERAL:
@@ -126,7 +126,7 @@ def _default_shown(field: dataclasses.Field) -> str:
     return ""
 
 
-Config = Annotated[Path | None, typer.Option(help="TOML file of settings; options given beside it win.")]
+Config = Annotated[Path | None, typer.Option(help="TOML file of settings; options on the command line win.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")]
 
 
@@ -206,7 +206,7 @@ def assess(
     config: Config = None,
     as_json: Json = False,
 ) -> None:
-    """Say what quantizing would gain for a model on this machine: every layer's share, steps predicted and measured.
+    """Estimate what quantization gains for a model on this machine: time per layer, steps predicted and measured.
 
     Trains nothing and reads no record. Progress goes to standard error.
 
@@ -240,7 +240,7 @@ def compare(
     out: Path | None = None,
     as_json: Json = False,
 ) -> None:
-    """Train under several policies side by side, and print their accuracies with confidence intervals.
+    """Train under several policies and print their accuracies with confidence intervals.
 
     Runs that are in the directory already are not repeated. One that was interrupted is moved aside and repeated; what
     it had charged counts. Progress goes to standard error.
@@ -267,19 +267,21 @@ def bench(
     ] = ("resnet18-cifar"),
     batch_size: Annotated[int | None, typer.Option(help="examples a step [32; mlp 4096]")] = None,
     image_size: Annotated[int | None, typer.Option(help="side of the images [the network's own]")] = None,
-    format: Annotated[str, typer.Option(help="recipe of the quantized sides")] = "luq-fp4",
+    format: Annotated[str, typer.Option(help="recipe of the quantized contenders")] = "luq-fp4",
     threads: Annotated[int | None, typer.Option(help="threads to compute with [all cores]")] = None,
-    rounds: Annotated[int, typer.Option(help="timed steps of every side")] = 3,
+    rounds: Annotated[int, typer.Option(help="timed steps of every contender")] = 3,
     physical_batch_size: Annotated[
-        int | None, typer.Option(help="examples that Opacus takes at once [32; mlp 4096]")
+        int | None, typer.Option(help="physical batch size of Opacus [32; mlp 4096]")
     ] = None,
-    memory: Annotated[bool, typer.Option("--memory", help="Measure peak memory too, each side by itself.")] = False,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Measure peak memory too, each contender in a process of its own.")
+    ] = False,
     as_json: Json = False,
     out: Annotated[Path | None, typer.Option(help="Write the record here, as JSON.")] = None,
 ) -> int:
-    """Time a private step on this machine beside PyTorch and Opacus, each checked first. About a minute.
+    """Time a private step on this machine against PyTorch and Opacus; results are checked first. About a minute.
 
-    Exit code 1: a side computes something else than it should. Progress goes to standard error.
+    Exit code 1: a contender computes wrong gradients. Progress goes to standard error.
 
     Example: dpquant bench --model cnn --batch-size 256 --memory
     """
