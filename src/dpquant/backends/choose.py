@@ -125,7 +125,7 @@ class Choices:
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise DataError(
                 f"Expected choices to be a file that a run has left; got {path}: {type(error).__name__}: {error}. Give "
-                "the choices.json of a run directory, or leave choices out to measure anew."
+                "the choices.json of a run directory, or leave choices out to measure again."
             ) from error
 
 

@@ -123,7 +123,7 @@ def fix(model: nn.Module, *, batch_norm: Literal["group", "freeze"] = "group") -
     if batch_norm not in _CHOICES:
         raise SettingError(
             f"Expected batch_norm to be one of {', '.join(_CHOICES)}; got batch_norm={batch_norm!r}. It says what "
-            "takes BatchNorm's place. Pass 'group' to train anew, 'freeze' to keep a public model's statistics."
+            "takes BatchNorm's place. Pass 'group' to train from scratch, 'freeze' to keep a public model's statistics."
         )
     for path, module in model.named_modules():
         _check_convertible(path or "the model", module, batch_norm)
@@ -132,7 +132,7 @@ def fix(model: nn.Module, *, batch_norm: Literal["group", "freeze"] = "group") -
     except (RuntimeError, TypeError) as error:
         raise ModelError(
             f"Expected model to be one that can be copied; got a {type(error).__name__}: {error}. fix leaves the given "
-            "model as it is. Build the model anew, and fix it before it has run."
+            "model as it is. Build the model again, and fix it before it has run."
         ) from error
     replacements: dict[nn.Module, nn.Module] = {}
     for module in fixed.modules():
