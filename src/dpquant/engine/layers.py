@@ -156,7 +156,9 @@ class QuantLinear(QuantizableLayer, nn.Linear):
                 f"{tuple(input.shape)}. Its first axis is the example, whose gradient is clipped; its last the "
                 "features. Reshape the input."
             )
-        positions_BTD = input.flatten(1, -2) if input.ndim > 2 else input.unsqueeze(1)
+        if input.ndim == 2:  # fewer nodes for autograd
+            return self.convolve(input[:, :, None, None]).flatten(1)
+        positions_BTD = input.flatten(1, -2)
         y_BOT1 = self.convolve(positions_BTD.transpose(1, 2).unsqueeze(3))
         return y_BOT1.squeeze(3).transpose(1, 2).reshape(*input.shape[:-1], self.out_features)
 
