@@ -432,6 +432,12 @@ def test_a_last_piece_that_is_shorter_would_be_seen():
     assert sizes_seen(ragged, 7, 4) == {4, 3}
 
 
+def test_microbatches_are_of_128_examples_unless_told_otherwise():
+    model, batch = prepared("strided")
+    sums = [total(model, batch, **given) for given in ({}, {"microbatch_size": None}, {"microbatch_size": 128})]
+    assert torch.equal(sums[0], sums[1]) and torch.equal(sums[0], sums[2])
+
+
 def test_the_copies_that_fill_a_microbatch_up_do_not_count():
     model, batch = prepared("strided")
     alone = [total(model, batch, [i]) for i in range(3)]

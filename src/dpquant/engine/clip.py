@@ -64,7 +64,7 @@ def clipped_sum(
     record_ids: Tensor,
     step: int,
     seed: int,
-    microbatch_size: int = MICROBATCH,
+    microbatch_size: int | None = None,
     clock: Clock | None = None,
 ) -> ClippedSum:
     """Return the sum over a batch of per-example gradients, each scaled to a norm of at most `max_grad_norm`.
@@ -86,7 +86,7 @@ def clipped_sum(
       record_ids: int64 `(B,)`, the identity of each example.
       step: the logical step. Each step has its own draws.
       seed: seeds the draws. Keep it secret if record ids can move.
-      microbatch_size: examples per forward and backward pass. Smaller batches are padded to it.
+      microbatch_size: examples per forward and backward pass; None means 128. Smaller batches are padded to it.
       clock: if given, receives each layer's seconds: its three products, quantization included, its norm and its sum.
     Returns: a ClippedSum with sensitivity C; zeros for an empty batch.
     Raises:
@@ -101,14 +101,15 @@ def clipped_sum(
             f"Expected max_grad_norm > 0 and finite; got max_grad_norm={max_grad_norm}. Without a bound there is no "
             "sensitivity. Pass the clipping norm C."
         )
-    if microbatch_size < 1:
+    size = MICROBATCH if microbatch_size is None else microbatch_size
+    if size < 1:
         raise SettingError(f"Expected microbatch_size >= 1; got microbatch_size={microbatch_size}.")
     if not quantizable_layers(model) and any(type(m) in (nn.Conv2d, nn.Linear) for m in model.modules()):
         raise ModelError("Expected a prepared model; got one without quantizable layers. Call dpquant.prepare(model).")
     pieces: Iterable[Microbatch] = ()
     if len(record_ids) > 0:
         check_rows(batch, len(record_ids))
-        pieces = microbatches(batch, record_ids, microbatch_size)
+        pieces = microbatches(batch, record_ids, size)
     objective, key = Objective(model, loss_fn), step_key(seed, step)
     with working_memory():
         return clipped_sum_of(objective, pieces, max_grad_norm=max_grad_norm, key=key, clock=clock)
