@@ -35,16 +35,16 @@ def _is_matrix(operand: Tensor, geometry: Geometry) -> bool:
 
 def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """Convolve `(B, C, H, W)` with `(O, C / G, *kernel)` to `(B, O, H', W')`, in the operands' dtype."""
-    if _is_matrix(x, geometry) and x.shape[2:] == (1, 1):
-        y = x.new_empty(len(x), len(weight), 1, 1)  # not a view: callers may modify a layer's output in place
+    if _is_matrix(x, geometry):
+        shape, layout = (len(x), len(weight), *x.shape[2:]), torch.channels_last
+        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)  # no view: it may be overwritten
+        rows, products = (t.permute(0, 2, 3, 1).reshape(-1, t.shape[1]) for t in (x, y))
         with torch.no_grad():
             if bias is None:
-                torch.mm(x.flatten(1), weight.flatten(1).t(), out=y.view(len(x), len(weight)))
+                torch.mm(rows, weight.flatten(1).t(), out=products)
             else:
-                torch.addmm(bias, x.flatten(1), weight.flatten(1).t(), out=y.view(len(x), len(weight)))
+                torch.addmm(bias, rows, weight.flatten(1).t(), out=products)
         return y
-    if _is_matrix(x, geometry):
-        return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
     x, g = in_one_column(x, geometry, zero=0)
     return F.conv2d(x, weight, bias, g.stride, g.padding, g.dilation, g.groups)
 
