@@ -249,8 +249,9 @@ class Probe:
             honest = self._objective
             if loss:
                 planted.callback(setattr, self, "_objective", honest)
-                coupled = lambda model, batch: add_mean(None, None, honest.loss_fn(model, batch))  # noqa: E731
-                self._objective = dataclasses.replace(honest, loss_fn=coupled)
+                self._objective = dataclasses.replace(
+                    honest, loss_fn=lambda model, batch: add_mean(None, None, honest.loss_fn(model, batch))
+                )
             one, other = (self._losses(pair, leaf) for pair in _PAIRS)
             if not self.close(one[0], other[0]):
                 return True

@@ -16,6 +16,7 @@ from torch import nn
 
 from dpquant.backends.choose import decided
 from dpquant.backends.interface import Backend
+from dpquant.backends.reference import Reference
 from dpquant.backends.registry import reason_for
 from dpquant.engine.batches import leaves
 from dpquant.engine.layers import QuantizableLayer, quantizable_layers, set_policy, set_precisions
@@ -173,9 +174,9 @@ def choose_execution(
             lasting=False,
         )
     layer = next(iter(quantizable_layers(model).values()), None)
-    runs_on = "simulate" if layer is None else layer.backend.name
+    runs_on = Reference.name if layer is None else layer.backend.name
     gains: dict[str, float] = {}
-    if policy.quantizes and request.backend == "auto" and runs_on == "int8":
+    if policy.quantizes and request.backend == "auto" and runs_on != Reference.name:
         gains = decided(
             ("gains of layers", facts, size),
             partial(_gains, objective, synthetic, size, plan.expected_batch_size, by),
