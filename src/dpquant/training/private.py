@@ -138,27 +138,30 @@ class PrivateTraining:
           SettingError: a batch was drawn, but `step` was not called with it.
         Privacy: an analysis charges one event; the choice of layers is post-processing.
         """
-        while self.steps_taken < self.plan.steps:
-            self._refuse_what_was_skipped()
-            index, taken = len(self._state.policies), self.steps_taken
-            if self.policy.needs_scores and index in self.plan.analysis_epochs():
-                self._analyse()
-            layers = self.policy.choose(
-                self.macs,
-                self.scores or None,
-                epoch=index,
-                key=derive_key(self._seed, "schedule"),
-                excluded=self.execution.excluded_layers,
-            )
-            self._advance(policies=(*self._state.policies, layers))
-            num_steps = min(self.plan.epoch_steps, self.plan.steps - self.steps_taken)
-            yield Epoch(
-                index, layers, num_steps, lambda layers=layers, num_steps=num_steps: self._run(layers, num_steps)
-            )
-            if self.steps_taken == taken:
-                raise BudgetError(
-                    f"Expected every epoch to take a step; got none in epoch {index}. Call private.step(batch)."
+        try:
+            while self.steps_taken < self.plan.steps:
+                self._refuse_what_was_skipped()
+                index, taken = len(self._state.policies), self.steps_taken
+                if self.policy.needs_scores and index in self.plan.analysis_epochs():
+                    self._analyse()
+                layers = self.policy.choose(
+                    self.macs,
+                    self.scores or None,
+                    epoch=index,
+                    key=derive_key(self._seed, "schedule"),
+                    excluded=self.execution.excluded_layers,
                 )
+                self._advance(policies=(*self._state.policies, layers))
+                num_steps = min(self.plan.epoch_steps, self.plan.steps - self.steps_taken)
+                yield Epoch(
+                    index, layers, num_steps, lambda layers=layers, num_steps=num_steps: self._run(layers, num_steps)
+                )
+                if self.steps_taken == taken:
+                    raise BudgetError(
+                        f"Expected every epoch to take a step; got none in epoch {index}. Call private.step(batch)."
+                    )
+        finally:
+            self._mechanism.ledger.settle()
 
     def step(self, batch: Batch) -> None:
         """Take one step of DP-SGD: charge, clip, sum, add noise, and call the optimizer.
@@ -290,6 +293,10 @@ class PrivateTraining:
     def events(self) -> list[Event]:
         """Return the events charged so far, equal releases counted together."""
         return self._mechanism.ledger.events()
+
+    def close(self) -> None:
+        """End the run early: give back the steps that were charged ahead and not taken, and take no more."""
+        self._mechanism.ledger.close()
 
     def policies(self) -> list[tuple[str, ...]]:
         """Return, for each epoch begun, the names of the layers that run quantized."""
