@@ -86,16 +86,17 @@ def interrupting_research(num_classes, input_shape):
 
 
 class Interrupting(torch.nn.Module):
-    """Raises KeyboardInterrupt as soon as a ledger holds so many steps."""
+    """Raises KeyboardInterrupt in step number `steps`: the ledger shows the first, the weights the others."""
 
     def __init__(self, net, ledger, steps):
         super().__init__()
-        self.net, self._ledger, self._steps = net, ledger, steps
+        self.net, self._ledger, self._steps, self._seen = net, ledger, steps, set()
 
     def forward(self, x):
-        events = Ledger.read(self._ledger) if self._ledger.exists() else []
-        if sum(event.count for event in events if event.kind == "train") == self._steps:
-            raise KeyboardInterrupt
+        if self._ledger.exists() and any(event.kind == "train" for event in Ledger.read(self._ledger)):
+            self._seen.add(float(next(self.net.parameters()).detach().double().sum()))
+            if len(self._seen) == self._steps:
+                raise KeyboardInterrupt
         return self.net(x)
 
 

@@ -32,7 +32,8 @@ from dpquant.formats import precision, recipe
 from dpquant.privacy.mechanism import Mechanism
 from dpquant.privacy.noise import NoiseSource
 from dpquant.rounding import row_keys
-from dpquant.runs.directory import METRICS, RECORD, RunDirectory, append_line
+from dpquant.runs.directory import RunDirectory, append_line
+from dpquant.runs.names import METRICS, RECORD
 from dpquant.runs.settings import TrainSettings
 from dpquant.runs.train import train
 from dpquant.training.execution import ExecutionRequest

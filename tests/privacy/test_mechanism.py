@@ -56,6 +56,20 @@ def test_a_seed_repeats_all_parts_and_the_ledger_says_so(tmp_path):
     assert event.research and not second.secure
 
 
+def test_a_run_that_continues_has_another_key_and_the_same_ledger(tmp_path):
+    first = Mechanism.secret(tmp_path / "ledger")
+    first.ledger.charge(kind="train", sample_rate=0.1, noise_multiplier=1.0)
+    first.ledger.close()
+    second = Mechanism.secret(Ledger.resumed(tmp_path / "ledger"))
+    assert second.ledger.attempt == 2 and second.ledger.events() == first.ledger.events()
+    assert drawn(second) != drawn(first) and second.secure
+    second.ledger.close()
+    with pytest.raises(SettingError, match="marked as research"):
+        Mechanism.repeatable(7, Ledger.resumed(tmp_path / "ledger"))
+    assert not Mechanism.repeatable(7, Ledger.resumed(tmp_path / "ledger", research=True)).secure
+    assert not Mechanism.secret(Ledger.resumed(tmp_path / "ledger")).secure  # what was charged stays as it was
+
+
 def test_a_key_from_elsewhere_gives_the_same_mechanism_in_every_process():
     first, second = (Mechanism.keyed(SecretKey(b"sent by the first"[:16]), None) for _ in range(2))
     assert drawn(first) == drawn(second) and first.secure
@@ -78,7 +92,7 @@ def test_the_ledgers_folder_is_made_and_a_place_that_cannot_be_used_is_refused(t
     assert Mechanism.secret(tmp_path / "a" / "b" / "ledger").ledger.events() == []
     assert (tmp_path / "a" / "b" / "ledger").exists()
     (tmp_path / "file").write_text("")
-    with pytest.raises(LedgerError, match="folder for the ledger"):
+    with pytest.raises(LedgerError, match="ledger that can be written"):
         Mechanism.secret(tmp_path / "file" / "ledger")
 
 

@@ -17,8 +17,9 @@ from dpquant.errors import DivergedError, ModelError, SettingError
 from dpquant.privacy.accounting import epsilon
 from dpquant.privacy.events import Event
 from dpquant.privacy.ledger import Ledger
-from dpquant.runs.directory import LEDGER, MODEL, Charged, RunDirectory, charged
+from dpquant.runs.directory import Charged, RunDirectory, charged
 from dpquant.runs.evaluation import accuracy
+from dpquant.runs.names import LEDGER, MODEL
 from dpquant.runs.record import Timings
 from dpquant.runs.settings import TrainSettings, plan_of
 from dpquant.runs.sinks import Sink

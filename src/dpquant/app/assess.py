@@ -25,8 +25,8 @@ from dpquant.engine.passes import Objective
 from dpquant.errors import SettingError
 from dpquant.machine import Hardware
 from dpquant.privacy.plan import AnalysisPlan, PrivacyPlan
-from dpquant.runs.directory import RECORD
 from dpquant.runs.evaluation import per_example_loss
+from dpquant.runs.names import RECORD
 from dpquant.runs.objects import model_of, optimizer_of
 from dpquant.runs.record import RunRecord
 from dpquant.runs.settings import TrainSettings, plan_of, policy_of

@@ -22,8 +22,16 @@ import typer
 from rich.console import Console
 from typer.exceptions import TyperException
 
-from dpquant.app.console import ProgressBar, print_assessment, print_bench, print_budget, print_comparison, print_run
-from dpquant.errors import DivergedError, DPQuantError, SettingError
+from dpquant.app.console import (
+    ProgressBar,
+    print_account,
+    print_assessment,
+    print_bench,
+    print_budget,
+    print_comparison,
+    print_run,
+)
+from dpquant.errors import DivergedError, DPQuantError, LedgerError, SettingError
 from dpquant.runs.settings import BY_DATA, GENERAL, TrainSettings, from_toml, plan_of
 
 if typing.TYPE_CHECKING:
@@ -168,7 +176,8 @@ def train(given: dict[str, Any], config: Config = None, out: Path | None = None,
     Example: dpquant train --data fashion-mnist --epsilon 3 --policy dpquant --fraction 0.75 --out runs/fashion
     """
     from dpquant.privacy.plan import rounded_up
-    from dpquant.runs.directory import LEDGER, charged
+    from dpquant.runs.directory import charged
+    from dpquant.runs.names import LEDGER
     from dpquant.runs.train import train as run_training
 
     console = Console(quiet=as_json)
@@ -258,6 +267,35 @@ def compare(
         print(comparison.to_json(), end="")
     else:
         print_comparison(Console(), comparison, folder)
+
+
+@app.command()
+def ledger(
+    runs: Annotated[list[Path], typer.Argument(help="run directories or ledger files, on the same data")],
+    delta: Annotated[float | None, typer.Option(help="at which epsilon is stated [that of the plans]")] = None,
+    as_json: Json = False,
+) -> int:
+    """Verify the ledgers of runs and print what each has spent; of several, also what all have spent together.
+
+    Exit code 1: a ledger is not as it was written. A torn last line is no error: nothing was done under it.
+
+    With --json: epsilon, delta, steps, analyses, attempts, research (true: a seed was given, not private) of all runs
+    together; head, the hash of a single ledger's last line; and runs, a list with the same of each run, its events, its
+    planned_epsilon, format, run, dpquant and torn_bytes.
+
+    Example: dpquant ledger runs/fashion
+    """
+    from dpquant.app.spent import account
+
+    try:
+        found = account(runs, delta)
+    except LedgerError as error:
+        return _refuse(str(error), WRONG_RESULT)
+    if as_json:
+        print(found.to_json(), end="")
+    else:
+        print_account(Console(), found)
+    return 0
 
 
 @app.command()

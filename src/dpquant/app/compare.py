@@ -17,11 +17,11 @@ from pathlib import Path
 
 from scipy import stats
 
+from dpquant.app.spent import charged_by
 from dpquant.errors import SettingError
 from dpquant.privacy import accounting
 from dpquant.privacy.events import Event
-from dpquant.privacy.ledger import Ledger
-from dpquant.runs.directory import CONFIG, LEDGER, RECORD, TIMINGS
+from dpquant.runs.names import CONFIG, LEDGER, RECORD, TIMINGS
 from dpquant.runs.record import RunRecord, Timings, write_whole
 from dpquant.runs.settings import POLICIES, TrainSettings, plan_of
 from dpquant.runs.train import train
@@ -181,7 +181,7 @@ def charged_in(out: Path, finished: Iterable[str]) -> list[Event]:
     Privacy: post-processing.
     """
     ledgers = {out / name / LEDGER for name in finished} | set(out.glob(f"*/{LEDGER}"))
-    return [event for ledger in sorted(ledgers) for event in Ledger.read(ledger)]
+    return charged_by(sorted(ledgers))
 
 
 def half_width(values: Sequence[float]) -> float | None:

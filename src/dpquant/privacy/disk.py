@@ -20,7 +20,6 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-_BINARY = getattr(os, "O_BINARY", 0)  # without it, Windows writes an end of line as two bytes
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -36,7 +35,8 @@ class Disk:
 
     def open(self, path: Path, *, new: bool) -> int:
         """Return a descriptor for reading and appending; `new` makes the file if there is none."""
-        return os.open(path, os.O_RDWR | os.O_APPEND | _BINARY | (os.O_CREAT if new else 0), 0o666)
+        binary = getattr(os, "O_BINARY", 0)  # without it, Windows writes an end of line as two bytes
+        return os.open(path, os.O_RDWR | os.O_APPEND | binary | (os.O_CREAT if new else 0), 0o666)
 
     def lock(self, descriptor: int) -> None:
         """Lock the file for this process until the descriptor is closed.

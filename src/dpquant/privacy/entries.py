@@ -101,10 +101,8 @@ def _take(contents: Contents, entry: dict[str, Any], lease: dict[str, Any]) -> d
     kind, first = entry["kind"], entry["seq"] == 0
     if first and kind != "header":
         contents.format, contents.attempts = 1, 1
-    if contents.format == FORMAT and (kind == "header") != first:
-        raise ValueError("a header is the first line, and nothing else is")
     match kind:
-        case "header":
+        case "header" if first:
             _take_header(contents, entry)
         case "attempt" if contents.format == FORMAT and entry["number"] == contents.attempts + 1:
             contents.attempts += 1

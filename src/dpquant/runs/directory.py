@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of a run directory: their names, and writing each of them completely or not at all."""
+"""Files of a run directory: writing each of them completely or not at all."""
 
 import contextlib
 import os
@@ -16,11 +16,9 @@ from dpquant.errors import ModelError, SettingError
 from dpquant.privacy import accounting
 from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.plan import PrivacyPlan
+from dpquant.runs.names import CHOICES, CONFIG, LEDGER, MODEL, RECORD, TIMINGS
 from dpquant.runs.record import RunRecord, Timings, replacing, write_whole
 from dpquant.runs.settings import TrainSettings
-
-CONFIG, LEDGER, METRICS = "config.toml", "ledger.jsonl", "metrics.jsonl"
-MODEL, RECORD, TIMINGS, CHOICES = "model.safetensors", "record.json", "timings.json", "choices.json"
 
 
 class Charged(NamedTuple):

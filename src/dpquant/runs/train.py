@@ -24,8 +24,9 @@ from dpquant.backends.choose import Choices
 from dpquant.data import dataset as data
 from dpquant.errors import DivergedError, SettingError
 from dpquant.privacy.plan import PrivacyPlan, rounded_up
-from dpquant.runs.directory import LEDGER, METRICS, RunDirectory
+from dpquant.runs.directory import RunDirectory
 from dpquant.runs.evaluation import EVALUATION_BATCH, Tested, accuracy, check_evaluation, per_example_loss
+from dpquant.runs.names import LEDGER, METRICS
 from dpquant.runs.objects import model_of, optimizer_of, schedule_of
 from dpquant.runs.record import EpochRecord, RunRecord, Timings
 from dpquant.runs.settings import TrainSettings, plan_of, policy_of

@@ -1,0 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of the files of a run directory. This module loads no torch."""
+
+CONFIG, LEDGER, METRICS = "config.toml", "ledger.jsonl", "metrics.jsonl"
+MODEL, RECORD, TIMINGS, CHOICES = "model.safetensors", "record.json", "timings.json", "choices.json"
