@@ -261,6 +261,11 @@ def what_the_screen_shows(progress):
     return {name: value for name, value in dataclasses.asdict(progress).items() if name != "examples_per_second"}
 
 
+def what_a_line_says(line):
+    """A line of the ledger without the run's random name, from which its hashes follow."""
+    return {name: value for name, value in line.items() if name not in ("run", "previous", "hash")}
+
+
 class Silent(PrivateTraining):
     """Computes on private records, and puts constants in the place of what comes of it."""
 
@@ -297,7 +302,7 @@ def left_behind(out, settings, *, make_run=Silent, directory=RunDirectory):
     return {
         "files": sorted(files),
         "config": files["config.toml"].read_bytes(),
-        "ledger": files["ledger.jsonl"].read_bytes(),
+        "ledger": [what_a_line_says(json.loads(line)) for line in files["ledger.jsonl"].read_text().splitlines()],
         "choices": json.loads(files["choices.json"].read_text()),
         "metrics": [json.loads(line) for line in files["metrics.jsonl"].read_text().splitlines()],
         "record": json.loads(files["record.json"].read_text()),

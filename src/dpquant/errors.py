@@ -6,9 +6,9 @@
     ├── FormatError    (ValueError)    a number format or recipe is unknown or cannot run on this backend
     ├── ModelError     (ValueError)    the model cannot be trained privately
     ├── DataError      (ValueError)    a data set is missing, empty or unreadable
-    ├── BudgetError    (RuntimeError)  the planned privacy budget is spent
+    ├── BudgetError    (RuntimeError)  the planned privacy budget is spent, or does not hold a charge
     ├── DivergedError  (RuntimeError)  a run's parameters did not stay finite
-    └── LedgerError    (RuntimeError)  the ledger cannot be read or written, or its lines do not match their hashes
+    └── LedgerError    (RuntimeError)  the ledger cannot be read or written, is in use, or is not as it was written
 
 Messages follow one form: `Expected <name> <rule>; got <name>=<value>. <Why it matters>. <What to do>.`
 They name shapes, dtypes, module paths and settings. They never contain data or the realised size of a Poisson batch.
@@ -36,7 +36,7 @@ class DataError(DPQuantError, ValueError):
 
 
 class BudgetError(DPQuantError, RuntimeError):
-    """The planned privacy budget is spent, or an epoch takes no step and so can never spend it."""
+    """The planned privacy budget is spent or does not hold a charge, or an epoch takes no step and cannot spend it."""
 
 
 class DivergedError(DPQuantError, RuntimeError):
@@ -44,4 +44,4 @@ class DivergedError(DPQuantError, RuntimeError):
 
 
 class LedgerError(DPQuantError, RuntimeError):
-    """The ledger cannot be read or written, or its lines do not match their hashes."""
+    """The ledger cannot be read or written, another process writes to it, or it is not as it was written."""

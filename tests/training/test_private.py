@@ -7,7 +7,10 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 import dpquant
-from dpquant.errors import BudgetError, DataError, ModelError, SettingError
+from dpquant.errors import BudgetError, DataError, LedgerError, ModelError, SettingError
+from dpquant.privacy import accounting
+from dpquant.privacy.disk import Disk
+from dpquant.privacy.events import merged
 from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.mechanism import Mechanism
 from dpquant.training.private import PrivateTraining
@@ -330,6 +333,85 @@ def test_the_ledger_file_holds_the_run(tmp_path):
     run = finish(start(ledger=tmp_path / "new" / "ledger.jsonl"))
     assert sum(c.count for c in Ledger.read(tmp_path / "new" / "ledger.jsonl")) == STEPS + 3
     assert len(run.events()) == 2
+
+
+class Unsynced(Disk):
+    """A disk on which a line takes as long as four hundredths of a second, by the clock that the ledger reads."""
+
+    time = 0.0
+
+    def clock(self):
+        return self.time
+
+    def sync(self, descriptor):
+        self.time += 0.04
+
+
+def leasing(path):
+    """A run that charges four steps a line."""
+    ledger = Ledger(path, budget=plan_of().budget(), step_seconds=1.0, disk=Unsynced())
+    assert ledger.lease == 4
+    return begun(
+        network(), data_set(), loss_fn=loss, plan=plan_of(), policy=dpquant.DPQuantPolicy(fraction=0.5),
+        mechanism=Mechanism.secret(ledger),
+    )  # fmt: skip
+
+
+def steps_in(path):
+    return Ledger.verify(path).charged("train")
+
+
+def leave_the_loop(run, path):
+    for epoch in run.epochs():
+        for batch in epoch:
+            run.step(batch)
+            assert steps_in(path) == 4  # what a crash would leave
+            return
+
+
+def close_the_run(run, path):
+    epochs = run.epochs()
+    run.step(next(iter(next(epochs))))
+    assert steps_in(path) == 4
+    run.close()
+    with pytest.raises(LedgerError, match="closed"):
+        run.step(next(iter(next(run.epochs()))))
+
+
+@pytest.mark.parametrize("end", [leave_the_loop, close_the_run])
+def test_steps_that_were_charged_ahead_and_not_taken_are_given_back(end, tmp_path):
+    run = leasing(tmp_path / "ledger")
+    end(run, tmp_path / "ledger")
+    assert steps_in(tmp_path / "ledger") == run.steps_taken == 1
+    assert run.epsilon_spent() == accounting.epsilon(Ledger.read(tmp_path / "ledger"), 1e-5)
+
+
+def test_a_run_takes_its_steps_from_leases_and_ends_with_what_was_planned(tmp_path):
+    run = leasing(tmp_path / "ledger")
+    for epoch in run.epochs():
+        for batch in epoch:
+            run.step(batch)
+            assert run.steps_taken == sum(e.count for e in run.events() if e.kind == "train")
+            assert run.steps_taken <= steps_in(tmp_path / "ledger") <= STEPS
+    assert merged(run.events()) == Ledger.read(tmp_path / "ledger")
+    assert {event.kind: event.count for event in run.events()} == {"train": STEPS, "analysis": 3}
+
+
+def test_a_run_that_continues_stops_at_what_its_ledger_allows(tmp_path):
+    """Steps that a crash wasted are not taken again: the ledger refuses what would exceed the plan."""
+    first = leasing(tmp_path / "ledger")
+    first.step(next(iter(next(first.epochs()))))
+    first._mechanism.ledger._file.close()  # as the system does for a process that was killed
+    ledger = Ledger.resumed(tmp_path / "ledger", budget=plan_of().budget())
+    wasted = steps_in(tmp_path / "ledger")
+    second = begun(
+        network(), data_set(), loss_fn=loss, plan=plan_of(), policy=dpquant.NonePolicy(),
+        mechanism=Mechanism.secret(ledger),
+    )  # fmt: skip
+    with pytest.raises(BudgetError, match="at most 0 more"):
+        finish(second)
+    assert wasted > 0 and steps_in(tmp_path / "ledger") == STEPS
+    assert second.epsilon_spent() <= plan_of().epsilon_spent()
 
 
 class Endless(IterableDataset):

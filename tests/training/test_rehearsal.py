@@ -14,7 +14,7 @@ from dpquant.checks.isolation import check_isolation
 from dpquant.checks.synthetic import candidates
 from dpquant.engine.passes import Objective
 from dpquant.errors import ModelError, SettingError
-from dpquant.training.rehearsal import rehearse
+from dpquant.training.rehearsal import rehearse, step_seconds
 from networks import loss
 
 RECORD = torch.zeros(6), torch.tensor(0)
@@ -195,3 +195,17 @@ def test_a_run_is_rehearsed_before_anything_is_charged(tmp_path):
 def test_a_run_that_is_not_rehearsed_would_be_seen(tmp_path):
     with pytest.raises(BaseException, match="DID NOT RAISE"):
         assert_refused_before_a_charge(Harmless, tmp_path)
+
+
+def test_a_steps_time_grows_with_its_examples_and_reads_no_record():
+    """The estimate is of the whole step: as many passes as the expected batch needs."""
+    found, plan = found_of(network()), plan_of()
+    small, large = step_seconds(found, plan, 10), step_seconds(found, plan, 2)
+    assert 0 < small < 1 and large > 0
+    assert step_seconds(found, plan_of_batch(10_000), 10) > 100 * small
+
+
+def plan_of_batch(size):
+    return dpquant.PrivacyPlan(
+        noise_multiplier=1.0, delta=1e-5, max_grad_norm=1.0, sample_rate=0.5, expected_batch_size=size, steps=4
+    )

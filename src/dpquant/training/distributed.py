@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processes of a run, and what they exchange. By default a run has one process and exchanges nothing.
 
-    charge       every process charges its own ledger, of which the first process' is the file; then `barrier`
+    charge       every process charges its own ledger, of which the first process' is the file; then `barrier`. Only the
+                 file leases steps ahead, so that heads differ: the run's is that of process 0
     draw         the same secret key on every process gives the same records; nothing is sent
     share        each process takes every size-th record of the batch
     clipped sum  of the process' share; then `add` gives every process the sum over the whole batch
