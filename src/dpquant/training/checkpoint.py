@@ -64,7 +64,7 @@ class Checkpoint:
     """What a checkpoint holds.
 
     Attributes:
-      parts: {name: state}, nested dictionaries, lists and tuples of tensors, numbers, text and None, as they were saved.
+      parts: {name: state}: dictionaries, lists and tuples of tensors, numbers, text and None, as they were saved.
       facts: what describes the checkpoint, of JSON's types.
     """
 
