@@ -140,18 +140,12 @@ class PrivateTraining:
         """
         while self.steps_taken < self.plan.steps:
             self._refuse_what_was_skipped()
-            index, taken = len(self._state.policies), self.steps_taken
-            if self.policy.needs_scores and index in self.plan.analysis_epochs():
-                self._analyse()
-            layers = self.policy.choose(
-                self.macs,
-                self.scores or None,
-                epoch=index,
-                key=derive_key(self._seed, "schedule"),
-                excluded=self.execution.excluded_layers,
-            )
-            self._advance(policies=(*self._state.policies, layers))
-            num_steps = min(self.plan.epoch_steps, self.plan.steps - self.steps_taken)
+            taken = self.steps_taken
+            index = taken // self.plan.epoch_steps
+            if index > self._state.epoch:  # else a run continues in the middle of it
+                self._begin(index)
+            layers = self._state.policies[-1]
+            num_steps = min((index + 1) * self.plan.epoch_steps, self.plan.steps) - taken
             yield Epoch(
                 index, layers, num_steps, lambda layers=layers, num_steps=num_steps: self._run(layers, num_steps)
             )
@@ -159,6 +153,20 @@ class PrivateTraining:
                 raise BudgetError(
                     f"Expected every epoch to take a step; got none in epoch {index}. Call private.step(batch)."
                 )
+
+    def _begin(self, index: int) -> None:
+        """Begin an epoch: make the analysis that is due, and choose the layers that run quantized."""
+        due = sum(epoch <= index for epoch in self.plan.analysis_epochs())
+        if self.policy.needs_scores and self.analyses_made < due:
+            self._analyse()
+        layers = self.policy.choose(
+            self.macs,
+            self.scores or None,
+            epoch=index,
+            key=derive_key(self._seed, "schedule"),
+            excluded=self.execution.excluded_layers,
+        )
+        self._advance(epoch=index, policies=(*self._state.policies, layers))
 
     def step(self, batch: Batch) -> None:
         """Take one step of DP-SGD: charge, clip, sum, add noise, and call the optimizer.
