@@ -64,6 +64,12 @@ class Charged:
     def events(self):
         return self.inner.events() if self.told is None else self.told(self.inner.events())
 
+    def settle(self):
+        self.inner.settle()
+
+    def close(self):
+        self.inner.close()
+
 
 def with_doubles(mechanism, *, draw=None, gaussian=None, charge=None, events=None) -> Mechanism:
     """The mechanism with calls of its parts changed."""
@@ -90,7 +96,7 @@ def begun(
             chosen=dpquant.formats.precision(format), backend=backend, microbatch_size=microbatch_size
         ),
     )  # fmt: skip
-    return begin(request, lambda: mechanism or Mechanism.secret(None), group=group, make_run=make_run)
+    return begin(request, lambda seconds: mechanism or Mechanism.secret(None), group=group, make_run=make_run)
 
 
 def finish(run):

@@ -283,7 +283,7 @@ def starting(make_run):
         request = Request(model=model, optimizer=optimizer, train_set=train_set, execution=wanted, **keywords)
         constant = NoiseSource.from_seed(0).gaussian
         noisy = functools.partial(with_doubles, gaussian=lambda honest, *a, **k: constant(*a, **k))
-        return begin(request, lambda: noisy(Mechanism.secret(ledger)), make_run=make_run)
+        return begin(request, lambda seconds: noisy(Mechanism.secret(ledger)), make_run=make_run)
 
     return start
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import dpquant
 from dpquant.errors import DataError
 from dpquant.formats import FULL_PRECISION, RECIPES, NumberFormat, Recipe, RoleFormat, Rounding, precision
-from dpquant.privacy.ledger import NO_HASH
+from dpquant.privacy.entries import NO_HASH
 from dpquant.privacy.mechanism import Mechanism
 from dpquant.training.execution import Execution
 from dpquant.training.state import RunState

@@ -84,6 +84,19 @@ def epsilon(events: Iterable[Event], delta: float, accountant: _Accountant = "pl
     return _epsilon(_merged(events), float(delta), accountant, GRID)
 
 
+def analysis_share(events: Iterable[Event], delta: float) -> float:
+    """Return the share of epsilon that would be saved without the analyses, in [0, 1]; 0 if nothing was released.
+
+    Args:
+      events: everything that was released from one data set.
+      delta: of the (epsilon, delta) guarantee, in [1e-12, 1).
+    Privacy: post-processing.
+    """
+    events = tuple(events)
+    total = epsilon(events, delta)
+    return (total - epsilon((one for one in events if one.kind != "analysis"), delta)) / total if total > 0 else 0.0
+
+
 def calibrate(target: float, delta: float, *, sample_rate: float, steps: int, fixed: Iterable[Event] = ()) -> float:
     """Return the smallest noise multiplier at which training and the fixed events together meet a target epsilon.
 

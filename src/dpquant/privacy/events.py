@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Events: releases of a Poisson-subsampled Gaussian mechanism.
+"""Events: releases of a Poisson-subsampled Gaussian mechanism, and the budget of a run.
 
 The plan lists events in advance, the ledger records them, and the accountant composes them. Neighbouring data sets
 differ by one record, added or removed.
@@ -13,6 +13,12 @@ from typing import Literal
 from dpquant.errors import SettingError
 
 Kind = Literal["train", "analysis"]
+
+NEIGHBOURS = "Neighbouring data sets differ by one record, added or removed; the unit of protection is one record."
+PUBLIC = (
+    "Taken as public: the settings of the plan; the numbers given as records and expected batch size, which need not "
+    "be the true ones; the shapes and types of a record; the list of classes. The true number of records is not public."
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +54,25 @@ class Event:
                     f"Expected {name} {rule}; got {name}={getattr(self, name)!r}. "
                     "An event describes what was released. Take it from the plan or the ledger."
                 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What a run may release at most, and the guarantee that it amounts to. Made by `PrivacyPlan.budget`.
+
+    Attributes:
+      epsilon: target of the plan; may be infinite.
+      delta: of the (epsilon, delta) guarantee.
+      events: planned releases, at most one event of each kind.
+    """
+
+    epsilon: float
+    delta: float
+    events: tuple[Event, ...]
+
+    def planned(self, kind: Kind) -> Event | None:
+        """Return the planned releases of a kind; None if there are none."""
+        return next((event for event in self.events if event.kind == kind), None)
 
 
 def merged(events: Iterable[Event]) -> list[Event]:

@@ -2,6 +2,7 @@
 """The parts that make a run private: a sampler, a noise source, a ledger and a secret key.
 
     mechanism = Mechanism.secret(Path("run/ledger.jsonl"))      # fresh from the operating system
+    mechanism = Mechanism.secret(Ledger.resumed(path))          # the same ledger, another key: a run that continues
     mechanism = Mechanism.repeatable(7, None)                   # for research: the ledger says that it is not private
 
 A run is given its mechanism and creates no part of it. Code that resumes a run, runs it on several processes or tests
@@ -15,7 +16,7 @@ from typing import Protocol, Self
 
 from torch import Tensor
 
-from dpquant.errors import LedgerError, SettingError
+from dpquant.errors import SettingError
 from dpquant.privacy.events import Event, Kind
 from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.noise import NoiseSource
@@ -70,6 +71,14 @@ class Charges(Protocol):
         """Return every event charged so far."""
         ...
 
+    def settle(self) -> None:
+        """Give back what was charged ahead and not used."""
+        ...
+
+    def close(self) -> None:
+        """Settle, and charge nothing more."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mechanism:
@@ -103,11 +112,12 @@ class Mechanism:
         return self.sampler.secure and self.noise.secure and not self.ledger.research
 
     @classmethod
-    def secret(cls, ledger: Path | None) -> Self:
+    def secret(cls, ledger: Ledger | Path | None) -> Self:
         """Return a mechanism with randomness fresh from the operating system.
 
         Args:
-          ledger: file for the charges, new or empty; its folder is created. None keeps them in memory.
+          ledger: an open ledger, or a file for a new one without a budget, whose folder is created. None keeps the
+            charges in memory.
         Raises:
           LedgerError: the file cannot be written, or already holds charges.
         Privacy: reads no data and charges nothing.
@@ -115,43 +125,30 @@ class Mechanism:
         return cls.keyed(SecretKey(), ledger)
 
     @classmethod
-    def repeatable(cls, seed: int, ledger: Path | None) -> Self:
+    def repeatable(cls, seed: int, ledger: Ledger | Path | None) -> Self:
         """Return a mechanism whose draws can be repeated, for research. NOT PRIVATE, and the ledger says so.
 
         Args:
           seed: decides all draws.
-          ledger: file for the charges, as for `secret`.
+          ledger: as for `secret`; an open one must be marked as research.
         Raises:
           LedgerError: the file cannot be written, or already holds charges.
         """
         return cls.keyed(SecretKey.from_seed(seed), ledger)
 
     @classmethod
-    def keyed(cls, key: SecretKey, ledger: Path | None) -> Self:
+    def keyed(cls, key: SecretKey, ledger: Ledger | Path | None) -> Self:
         """Return a mechanism that derives all of its randomness from one key.
 
         Args:
-          key: the key; the ledger is marked as research unless it is secure.
-          ledger: file for the charges, as for `secret`.
+          key: the key; a new ledger is marked as research unless it is secure.
+          ledger: as for `secret`.
         Raises:
           LedgerError: the file cannot be written, or already holds charges.
         """
         return cls(
             sampler=PoissonSampler(key),
             noise=NoiseSource(key),
-            ledger=_opened(ledger, research=not key.secure),
+            ledger=ledger if isinstance(ledger, Ledger) else Ledger(ledger, research=not key.secure),
             record_key=key.integer("records"),
         )
-
-
-def _opened(path: Path | None, *, research: bool) -> Ledger:
-    """Open a new ledger, and create its folder if there is none."""
-    if path is not None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise LedgerError(
-                f"Expected a folder for the ledger; got {path.parent}: {error.strerror or error}. No data may be used "
-                "without a ledger. Choose another place."
-            ) from error
-    return Ledger(path, research=research)

@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from dpquant.errors import SettingError
 from dpquant.privacy import accounting
-from dpquant.privacy.events import Event
+from dpquant.privacy.events import NEIGHBOURS, PUBLIC, Budget, Event
 
 Score = Literal["loss", "gradient"]  # the quantity whose change defines a layer's impact
 
@@ -222,6 +222,10 @@ class PrivacyPlan:
         """Return the events of a complete run."""
         return self._events(self.steps, len(self.analysis_epochs()))
 
+    def budget(self) -> Budget:
+        """Return what a run of this plan may release, for its ledger."""
+        return Budget(epsilon=self.epsilon, delta=self.delta, events=tuple(self.events()))
+
     def epsilon_spent(self, *, steps: int | None = None, analyses: int | None = None) -> float:
         """Return epsilon at the plan's delta after the given numbers of steps and analyses.
 
@@ -238,8 +242,7 @@ class PrivacyPlan:
 
     def analysis_share(self) -> float:
         """Return the share of the planned epsilon that a run without analyses would save, in [0, 1]."""
-        total = self.epsilon_spent()
-        return (total - self.epsilon_spent(analyses=0)) / total if total > 0 else 0.0
+        return accounting.analysis_share(self.events(), self.delta)
 
     def table(self) -> list[tuple[str, str]]:
         """Return the budget as rows (name, value) of text."""
@@ -301,13 +304,11 @@ class PrivacyPlan:
         lines = [
             f"Differential privacy with epsilon = {rounded_up(spent)} and delta = {self.delta:g}, for the model and "
             "everything else that the run released (layer scores, schedule, this statement).",
-            "Neighbouring data sets differ by one record, added or removed; the unit of protection is one record.",
+            NEIGHBOURS,
             f"Mechanism: Poisson-subsampled Gaussian: {released}.",
             f"Accountant: {accounting.version()}, privacy loss distributions on a grid of {accounting.GRID:g}, rounded "
             f"to the pessimistic side; Renyi accounting, as a check: epsilon = {rounded_up(check)}.",
-            "Taken as public: the settings above; the numbers given as records and expected batch size, which need not "
-            "be the true ones; the shapes and types of a record; the list of classes. The true number of records is "
-            "not public.",
+            PUBLIC,
             "Public randomness (`seed`) only initialises the model and schedules its layers. Sampling, noise, "
             "rounding, dropout and random augmentation follow from a secret key of the run.",
             "Not covered: hyper-parameter tuning and other runs on the same data; pre-processing that was fitted to "

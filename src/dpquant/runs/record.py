@@ -157,6 +157,8 @@ class RunRecord:
           threads: number of threads that torch used.
         Privacy: post-processing.
         """
+        from dpquant.privacy import accounting  # takes seconds to load, and reading a record needs none of it
+
         plan, policies, macs = private.plan, private.policies(), private.macs
         return cls(
             dpquant=importlib.metadata.version("dpquant"),
@@ -179,7 +181,7 @@ class RunRecord:
             accuracy_test=per_epoch[-1].accuracy_test,
             epsilon=private.epsilon_spent(),
             delta=plan.delta,
-            epsilon_analysis_share=plan.analysis_share(),
+            epsilon_analysis_share=accounting.analysis_share(private.events(), plan.delta),
             noise_multiplier=plan.noise_multiplier,
             sample_rate=plan.sample_rate,
             expected_batch_size=plan.expected_batch_size,

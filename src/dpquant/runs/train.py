@@ -103,28 +103,29 @@ def train(
     per_epoch: list[EpochRecord] = []
     ends: list[float] = []
     analyses = 0
-    for epoch in private.epochs():
-        scores = dict(private.scores) if private.analyses_made > analyses else None
-        analyses, epsilon = private.analyses_made, private.epsilon_spent()
-        for batch in epoch:
-            private.step(batch)
-            schedule.step()
-            tested.update(private.model)
-            tell.stepped(Progress.of(private, epoch, epsilon, per_epoch))
-        _check_finite(private)
-        ended = EpochRecord(
-            index=epoch.index,
-            epsilon=private.epsilon_spent(),
-            accuracy_test=evaluate(tested.model, dataset.test),
-            layers_quantized=list(epoch.policy),
-            nonprivate_accuracy_train=evaluate(tested.model, dataset.train) if settings.unsafe_metrics else None,
-            scores=scores,
-        )
-        per_epoch.append(ended)
-        ends.append(time.perf_counter())
-        with _writing(out, private):
-            files.keep(tested.model, private.choices, Timings.of(private, began, ends))
-        tell.epoch_ended(ended)
+    with contextlib.closing(private):
+        for epoch in private.epochs():
+            scores = dict(private.scores) if private.analyses_made > analyses else None
+            analyses, epsilon = private.analyses_made, private.epsilon_spent()
+            for batch in epoch:
+                private.step(batch)
+                schedule.step()
+                tested.update(private.model)
+                tell.stepped(Progress.of(private, epoch, epsilon, per_epoch))
+            _check_finite(private)
+            ended = EpochRecord(
+                index=epoch.index,
+                epsilon=private.epsilon_spent(),
+                accuracy_test=evaluate(tested.model, dataset.test),
+                layers_quantized=list(epoch.policy),
+                nonprivate_accuracy_train=evaluate(tested.model, dataset.train) if settings.unsafe_metrics else None,
+                scores=scores,
+            )
+            per_epoch.append(ended)
+            ends.append(time.perf_counter())
+            with _writing(out, private):
+                files.keep(tested.model, private.choices, Timings.of(private, began, ends))
+            tell.epoch_ended(ended)
     record = RunRecord.of(
         settings, private, per_epoch, command=command, torch=torch.__version__, threads=torch.get_num_threads()
     )

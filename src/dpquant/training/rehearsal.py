@@ -6,6 +6,7 @@ changes. Nothing here reads a private record.
 """
 
 import copy
+import time
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from dpquant.privacy.noise import NoiseSource
 from dpquant.privacy.plan import PrivacyPlan
 from dpquant.training.impact import analysis_keys, impact_sum
 
+_TIMED = 4, 16  # examples of the two passes from which a step's time is estimated
+
 
 def rehearse(
     optimizer: torch.optim.Optimizer,
@@ -30,8 +33,6 @@ def rehearse(
     analysed: str | None,
 ) -> None:
     """Try the clipped sum, the analysis, the noise and the optimizer of a run, on a few synthetic records.
-
-    Nothing is autotuned here, because the fastest method for a few records is not the fastest for a run.
 
     Args:
       optimizer: the run's optimizer.
@@ -46,9 +47,8 @@ def rehearse(
     """
     order = [number % 3 for number in range(size)]
     piece = Microbatch(found.specimens.batch(order), torch.tensor(order), size)
-    untimed = Choices(machine=Machine(None), timed=lambda methods: dict.fromkeys(methods, 0.0))
     try:
-        with untimed.active():
+        with _untimed().active():
             clipped = clipped_sum_of(  # raises where model or loss do; a step would leave the record out
                 found.objective, [piece], max_grad_norm=plan.max_grad_norm, key=0, complete=False
             )
@@ -76,6 +76,41 @@ def rehearse(
         for name, grad in clipped.grads.items()
     }
     _try_optimizer(found.objective.model, optimizer, gradients)
+
+
+def step_seconds(found: Findings, plan: PrivacyPlan, size: int) -> float:
+    """Return about how many seconds the clipped sum of a step takes, from a few synthetic records.
+
+    The times of two small passes give the time of a pass of `size` examples as if it grew along a straight line. That
+    is good enough for what depends on it: how many steps the ledger charges ahead.
+
+    Args:
+      found: findings of the isolation check; their model has the precisions of an epoch.
+      plan: of the run, for the expected batch size.
+      size: examples a backward pass.
+    Privacy: reads no private data, so that the result is public. The time of a real step is not.
+    """
+    few, more = (_pass_seconds(found, number) for number in _TIMED)
+    one = max(more - few, 0.0) / (_TIMED[1] - _TIMED[0])
+    return (few + one * max(size - _TIMED[0], 0)) * max(plan.expected_batch_size / size, 1.0)
+
+
+def _pass_seconds(found: Findings, number: int) -> float:
+    """Return the seconds of a pass over synthetic records, the better of two."""
+    order = [each % 3 for each in range(number)]
+    piece = Microbatch(found.specimens.batch(order), torch.tensor(order), number)
+    seconds = []
+    with _untimed().active():
+        for _ in range(2):
+            began = time.perf_counter()
+            clipped_sum_of(found.objective, [piece], max_grad_norm=1.0, key=0, complete=False)
+            seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+def _untimed() -> Choices:
+    """Return choices that autotune nothing: the fastest method for a few records is not the fastest for a run."""
+    return Choices(machine=Machine(None), timed=lambda methods: dict.fromkeys(methods, 0.0))
 
 
 def _try_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, gradients: dict[str, Tensor]) -> None:

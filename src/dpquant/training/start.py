@@ -25,14 +25,16 @@ from dpquant.engine.layers import prepare, set_policy, set_precisions
 from dpquant.engine.passes import Objective, PerExampleLoss
 from dpquant.errors import DataError, SettingError
 from dpquant.formats import Precision, Recipe, precision
+from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.mechanism import Mechanism
 from dpquant.privacy.plan import PrivacyPlan
+from dpquant.privacy.secret import SecretKey
 from dpquant.training.distributed import Alone, Group
 from dpquant.training.execution import Execution, ExecutionRequest, choose_execution
 from dpquant.training.policies import Policy
 from dpquant.training.private import PrivateTraining
 from dpquant.training.records import MapDataset, Records
-from dpquant.training.rehearsal import rehearse
+from dpquant.training.rehearsal import rehearse, step_seconds
 from dpquant.training.setup import Setup
 from dpquant.training.state import RunState
 
@@ -116,9 +118,13 @@ def make_private(
         example=example,
         choices=choices,
     )
-    if mechanism_seed is None:
-        return begin(request, lambda: Mechanism.secret(ledger))
-    return begin(request, lambda: Mechanism.repeatable(mechanism_seed, ledger))
+
+    def mechanism(step_seconds: float) -> Mechanism:
+        key = SecretKey() if mechanism_seed is None else SecretKey.from_seed(mechanism_seed)
+        opened = Ledger(ledger, budget=plan.budget(), research=not key.secure, step_seconds=step_seconds)
+        return Mechanism.keyed(key, opened)
+
+    return begin(request, mechanism)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -145,7 +151,7 @@ MakeRun = Callable[[Setup, Records, RunState, Choices, Mechanism, Group], Privat
 @torch.enable_grad()
 def begin(
     request: Request,
-    make_mechanism: Callable[[], Mechanism],
+    make_mechanism: Callable[[float], Mechanism],
     *,
     group: Group | None = None,
     make_run: MakeRun = PrivateTraining,
@@ -155,20 +161,20 @@ def begin(
     Args:
       request: model, data set and settings of the run.
       make_mechanism: makes sampler, noise, ledger and key. It is called once, after all checks, because it may create
-        files.
+        files, and is given the seconds of a step on synthetic records.
       group: the processes of the run; None for one process.
       make_run: `PrivateTraining`, or a subclass.
     Raises: the errors of `make_private`.
     Privacy: uses types and shapes of the first records, and no values. Charges nothing.
     """
-    setup, records, choices, execution = _checked(request)
+    setup, records, choices, execution, step_seconds = _checked(request)
     group = group or Alone()
     state = RunState.from_json(group.from_first(RunState(execution=execution).to_json().encode()).decode())
-    return make_run(setup, records, state, choices, make_mechanism(), group)
+    return make_run(setup, records, state, choices, make_mechanism(step_seconds), group)
 
 
-def _checked(request: Request) -> tuple[Setup, Records, Choices, Execution]:
-    """Check the request, prepare the model, choose its execution, and try a step on synthetic records."""
+def _checked(request: Request) -> tuple[Setup, Records, Choices, Execution, float]:
+    """Check the request, prepare the model, choose its execution, and try and time a step on synthetic records."""
     model, train_set, plan, policy = request.model, request.train_set, request.plan, request.policy
     check_trainable(model)
     _check_optimizer(model, request.optimizer)
@@ -202,8 +208,8 @@ def _checked(request: Request) -> tuple[Setup, Records, Choices, Execution]:
         execution = choose_execution(
             found.objective, synthetic, policy=policy, macs=found.macs, plan=plan, request=wanted
         )
-        _try_all(setup, execution)
-    return setup, records, choices, execution
+        step_seconds = _tried(setup, execution)
+    return setup, records, choices, execution, step_seconds
 
 
 def _first_records(train_set: MapDataset) -> list[Any]:
@@ -217,8 +223,8 @@ def _first_records(train_set: MapDataset) -> list[Any]:
         ) from error
 
 
-def _try_all(setup: Setup, execution: Execution) -> None:
-    """Try on synthetic records everything that steps and analyses will run.
+def _tried(setup: Setup, execution: Execution) -> float:
+    """Try on synthetic records everything that steps and analyses will run, and return the seconds of a step.
 
     First the losses are checked in a microbatch of the run's own size. No layer is chosen for it, because round-off of
     a full-precision layer could change the codes of a quantized one. Then a step is tried with the first epoch's
@@ -233,6 +239,7 @@ def _try_all(setup: Setup, execution: Execution) -> None:
         check_at_size(found, size)
         set_precisions(model, execution.precisions(found.macs, layers))
         rehearse(setup.optimizer, setup.plan, found, size=min(size, _REHEARSED), analysed=analysed)
+        return step_seconds(found, setup.plan, size)
     finally:
         set_policy(model, ())
 

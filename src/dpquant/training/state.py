@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from dpquant.errors import DataError, DPQuantError
 from dpquant.formats import NumberFormat, Precision, Recipe, RoleFormat, Rounding
-from dpquant.privacy.ledger import NO_HASH
+from dpquant.privacy.entries import NO_HASH
 from dpquant.training.execution import Execution
 
 _FORMAT = 1  # format number of the JSON; other formats are refused
