@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dpquant.errors import DataError, LedgerError, SettingError
-from dpquant.privacy.ledger import Ledger
+from dpquant.privacy.mechanism import Charges
 from dpquant.privacy.plan import PrivacyPlan
 from dpquant.training.checkpoint import Checkpoint
 from dpquant.training.execution import Execution
@@ -109,12 +109,12 @@ def _check_tensors(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> No
     if facts != others:
         name = next(name for name in (*facts, *others) if facts.get(name) != others.get(name))
         raise DataError(
-            f"Expected the model of the checkpoint, in which {name} is {others.get(name, 'absent')}; got one in which it "
-            f"is {facts.get(name, 'absent')}. Parameters of another model would be lost. Build the model as before."
+            f"Expected the model of the checkpoint, in which {name} is {others.get(name, 'absent')}; got one in which "
+            f"it is {facts.get(name, 'absent')}. Parameters of another model would be lost. Build the model as before."
         )
 
 
-def continued(saved: RunState, ledger: Ledger, execution: Execution, *, repeatable: bool) -> RunState:
+def continued(saved: RunState, ledger: Charges, execution: Execution, *, repeatable: bool) -> RunState:
     """Return the state from which a process continues a run: at the place in the plan up to which is charged.
 
     Args:

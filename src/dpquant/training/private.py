@@ -72,6 +72,7 @@ class PrivateTraining:
       state: state of the run, as one value.
       seconds_train, seconds_analysis: wall time so far; depends on the private batch sizes and is not for release.
       secure: False if sampling or noise came from a given seed. Then the run is not private.
+      step_seconds: time of a step on synthetic records, measured at the start; public.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class PrivateTraining:
         """
         self.model, self.optimizer = setup.found.objective.model, setup.optimizer
         self.plan, self.policy = setup.plan, setup.policy
-        self.macs, self.choices = setup.found.macs, choices
+        self.macs, self.choices, self.step_seconds = setup.found.macs, choices, setup.step_seconds
         self.seconds_train = self.seconds_analysis = 0.0
         self._records, self._mechanism, self._group, self._state = records, mechanism, group, state
         self._objective, self._seed = setup.found.objective, setup.seed
@@ -334,7 +335,7 @@ class PrivateTraining:
                 "Call it right after make_private."
             )
         saved = self._parts(others).restore(Checkpoint.read(path))
-        self._state = continued(saved, self._mechanism.ledger, self.execution, repeatable=not self.secure)
+        self._state = continued(saved, self._mechanism.ledger, self.execution, repeatable=self._mechanism.repeats)
         self._buffers = buffers_of(self.model)
 
     def _parts(self, others: Mapping[str, Stateful]) -> Parts:
@@ -390,7 +391,7 @@ class PrivateTraining:
 
         A repeatable run that continues makes releases again that are charged already; see `continuing.py`.
         """
-        if self.secure or number >= self._mechanism.ledger.charged(kind):
+        if not self._mechanism.repeats or number >= self._mechanism.ledger.charged(kind):
             self._mechanism.ledger.charge(
                 kind=kind, sample_rate=planned.sample_rate, noise_multiplier=planned.noise_multiplier
             )
