@@ -64,6 +64,9 @@ class Charged:
     def events(self):
         return self.inner.events() if self.told is None else self.told(self.inner.events())
 
+    def charged(self, kind):
+        return self.inner.charged(kind)
+
     def settle(self):
         self.inner.settle()
 

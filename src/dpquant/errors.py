@@ -8,6 +8,7 @@
     ├── DataError      (ValueError)    a data set is missing, empty or unreadable
     ├── BudgetError    (RuntimeError)  the planned privacy budget is spent, or does not hold a charge
     ├── DivergedError  (RuntimeError)  a run's parameters did not stay finite
+    ├── StoppedError   (RuntimeError)  a signal ended a run between two steps; it can be continued
     └── LedgerError    (RuntimeError)  the ledger cannot be read or written, is in use, or is not as it was written
 
 Messages follow one form: `Expected <name> <rule>; got <name>=<value>. <Why it matters>. <What to do>.`
@@ -41,6 +42,18 @@ class BudgetError(DPQuantError, RuntimeError):
 
 class DivergedError(DPQuantError, RuntimeError):
     """A run's parameters are no longer finite. What was charged until then stays charged."""
+
+
+class StoppedError(DPQuantError, RuntimeError):
+    """A signal asked a run to end, which it did between two steps, with a checkpoint.
+
+    Attributes:
+      exit_code: 128 plus the signal's number, as a shell reports it.
+    """
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class LedgerError(DPQuantError, RuntimeError):

@@ -63,7 +63,8 @@ SOME = RunState(
         chosen=precision(OWN), rest=FULL_PRECISION, microbatch_size=8, analysis_microbatch_size=4, gains={"a": 1.5},
         excluded_layers=("b",), backend="int8", reason="",
     ),
-    steps_taken=3, analyses_made=1, draws=5, scores={"a": 0.1}, policies=(("a", "c"), ()), ledger_head="f" * 64,
+    steps_taken=3, steps_lost=1, analyses_made=1, draws=5, epoch=2, scores={"a": 0.1},
+    policies=(("a", "c"), ()), ledger_head="f" * 64,
     choices={"question": 64}, broken="why",
 )  # fmt: skip
 

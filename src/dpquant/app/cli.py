@@ -31,7 +31,7 @@ from dpquant.app.console import (
     print_comparison,
     print_run,
 )
-from dpquant.errors import DivergedError, DPQuantError, LedgerError, SettingError
+from dpquant.errors import DivergedError, DPQuantError, LedgerError, SettingError, StoppedError
 from dpquant.runs.settings import BY_DATA, GENERAL, TrainSettings, from_toml, plan_of
 
 if typing.TYPE_CHECKING:
@@ -84,6 +84,8 @@ def run(arguments: list[str]) -> int:
         return _refuse(error.format_message())
     except DivergedError as error:
         return _refuse(str(error), DIVERGED)
+    except StoppedError as stop:
+        return _refuse(str(stop), stop.exit_code)
     except DPQuantError as error:
         return _refuse(str(error))
     except _Interrupted as stop:
@@ -170,25 +172,53 @@ def plan(given: dict[str, Any], config: Config = None, as_json: Json = False) ->
 
 @app.command()
 @_with_settings
-def train(given: dict[str, Any], config: Config = None, out: Path | None = None, as_json: Json = False) -> None:
+def train(
+    given: dict[str, Any],
+    config: Config = None,
+    out: Path | None = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in OUT, if there is one.")] = False,
+    as_json: Json = False,
+) -> None:
     """Train a model privately, layers rotating through low precision. Without options: handwritten digits, offline.
+
+    SIGTERM and Ctrl-C end the run between two steps, with a checkpoint; exit code 143 or 130.
 
     Example: dpquant train --data fashion-mnist --epsilon 3 --policy dpquant --fraction 0.75 --out runs/fashion
     """
+    settings = _settings(given, config)
+    if resume and out is None:
+        raise SettingError("Expected out with resume; got none. It names the run. Give --out RUN.")
+    name = settings.data.rsplit("/", 1)[-1].replace(":", "-")
+    folder = out or Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{name}"
+    _train(settings, folder, resume=resume, as_json=as_json)
+
+
+@app.command()
+def resume(run: Annotated[Path, typer.Argument(help="directory of the run")], as_json: Json = False) -> None:
+    """Continue a run that was stopped or killed, from its newest checkpoint, with the settings in its directory.
+
+    What was charged stays charged: steps after the checkpoint are lost, and epsilon does not exceed the plan's.
+
+    Example: dpquant resume runs/fashion
+    """
+    from dpquant.runs.directory import RunDirectory
+
+    _train(RunDirectory(run).settings(), run, resume=True, as_json=as_json)
+
+
+def _train(settings: TrainSettings, folder: Path, *, resume: bool, as_json: bool) -> None:
+    """Train into a run directory and print the result."""
     from dpquant.privacy.plan import rounded_up
     from dpquant.runs.directory import charged
     from dpquant.runs.names import LEDGER
     from dpquant.runs.train import train as run_training
 
     console = Console(quiet=as_json)
-    settings = _settings(given, config)
     budget = plan_of(settings)
-    name = settings.data.rsplit("/", 1)[-1].replace(":", "-")
-    folder = out or Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{name}"
     command = shlex.join(["dpquant", *sys.argv[1:]])
     try:
         with ProgressBar(console) as bar:
-            record = run_training(settings, folder, plan=budget, command=command, sinks=[bar])
+            record = run_training(settings, folder, plan=budget, command=command, sinks=[bar], resume=resume)
     except KeyboardInterrupt as interrupt:
         spent = charged(folder / LEDGER, budget)
         secure = "" if not spent.research else "; NOT PRIVATE: sampling or noise came from a given seed"

@@ -71,6 +71,10 @@ class Charges(Protocol):
         """Return every event charged so far."""
         ...
 
+    def charged(self, kind: Kind) -> int:
+        """Return how many releases of a kind were charged, in all processes of the run."""
+        ...
+
     def settle(self) -> None:
         """Give back what was charged ahead and not used."""
         ...
@@ -110,6 +114,11 @@ class Mechanism:
     def secure(self) -> bool:
         """False if sampling or noise can be repeated. Then the run is not private."""
         return self.sampler.secure and self.noise.secure and not self.ledger.research
+
+    @property
+    def repeats(self) -> bool:
+        """Whether all draws come from a given seed."""
+        return not (self.sampler.secure or self.noise.secure)
 
     @classmethod
     def secret(cls, ledger: Ledger | Path | None) -> Self:

@@ -2,7 +2,11 @@
 """Files of a run directory: writing each of them completely or not at all."""
 
 import contextlib
+import dataclasses
 import os
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,9 +20,16 @@ from dpquant.errors import ModelError, SettingError
 from dpquant.privacy import accounting
 from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.plan import PrivacyPlan
-from dpquant.runs.names import CHOICES, CONFIG, LEDGER, MODEL, RECORD, TIMINGS
-from dpquant.runs.record import RunRecord, Timings, replacing, write_whole
-from dpquant.runs.settings import TrainSettings
+from dpquant.runs import fingerprint
+from dpquant.runs.names import CHECKPOINTS, CHOICES, CONFIG, LEDGER, METRICS, MODEL, RECORD, RECORDS, TIMINGS
+from dpquant.runs.record import EpochRecord, RunRecord, Timings, metrics_line, replacing, write_whole
+from dpquant.runs.settings import TrainSettings, from_toml
+from dpquant.training.checkpoint import newest, purge
+from dpquant.training.continuing import Stateful
+from dpquant.training.private import PrivateTraining
+from dpquant.training.records import MapDataset
+
+_KEPT = 2  # checkpoints
 
 
 class Charged(NamedTuple):
@@ -83,16 +94,129 @@ class RunDirectory:
                 "written to. Name another one."
             )
 
-    def begin(self, settings: TrainSettings, model: nn.Module, choices: Choices) -> None:
-        """Try to save the model, then write settings and choices. To be called before the first charge.
+    def holds_a_run(self) -> bool:
+        """Return whether the directory is there and not empty."""
+        return self.path.is_dir() and any(self.path.iterdir())
+
+    def settings(self) -> TrainSettings:
+        """Return the settings of the run in the directory.
+
+        Raises:
+          SettingError: there is no run, or its settings cannot be read.
+        """
+        if not (self.path / CONFIG).is_file():
+            raise SettingError(
+                f"Expected the directory of a run; got {self.path}, which holds no {CONFIG}. Name the directory that "
+                "dpquant train has made."
+            )
+        return TrainSettings.chosen(from_toml(self.path / CONFIG))
+
+    def check_continues(self, settings: TrainSettings) -> None:
+        """Check that the directory holds a run with these settings that has not ended.
+
+        Raises:
+          SettingError: it does not.
+        """
+        own = self.settings()
+        if (self.path / RECORD).exists():
+            raise SettingError(
+                f"Expected a run that has not ended; got {self.path}, which holds its record. Its budget is spent. "
+                "Begin a new run in another directory; epsilon adds up."
+            )
+        differ = [f.name for f in dataclasses.fields(own) if getattr(own, f.name) != getattr(settings, f.name)]
+        if differ:
+            name = differ[0]
+            raise SettingError(
+                f"Expected {name}={getattr(own, name)!r}, as in {self.path / CONFIG}; got {getattr(settings, name)!r}. "
+                "What is charged was charged under the former. Leave it out, or begin a new run in another directory."
+            )
+
+    def make(self, settings: TrainSettings) -> None:
+        """Make the directory with the settings in it, both at once, so that a run can always be continued.
+
+        Raises:
+          SettingError: it cannot be made.
+        """
+        draft = self.path.absolute().with_name(f"{self.path.name}.tmp-{os.getpid()}")
+        try:
+            draft.mkdir(parents=True)
+            write_whole(draft / CONFIG, settings.to_toml())
+            draft.replace(self.path)  # over an empty directory, too
+        except OSError as error:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise SettingError(
+                f"Expected out to be a place where a directory can be made; got out={self.path}: "
+                f"{error.strerror or error}. Name another one."
+            ) from error
+
+    def know_records(self, train_set: MapDataset) -> None:
+        """Write the fingerprint of the training records, or, if there is one, check that they are still the same.
+
+        Raises:
+          DataError: they are not.
+          SettingError: the file cannot be written.
+        """
+        path = self.path / RECORDS
+        if path.exists():
+            fingerprint.check(path, train_set)
+            return
+        try:
+            fingerprint.write(path, train_set)
+        except OSError as error:
+            raise SettingError(
+                f"Expected out to be a place that can be written to; got {path}: {error.strerror or error}. Make "
+                "room, or name another place."
+            ) from error
+
+    def begin(self, model: nn.Module, choices: Choices, epochs: Sequence[EpochRecord]) -> None:
+        """Try to save the model, then write choices and the metrics of past epochs. To be called before any charge.
 
         Raises:
           ModelError: the model cannot be saved, or loading it back changes it.
           OSError, SafetensorError: a file cannot be written.
         """
         self.try_saving(model)
-        (self.path / CONFIG).write_text(settings.to_toml())
         self._write_choices(choices)
+        write_whole(self.path / METRICS, "".join(metrics_line(one) + "\n" for one in epochs))
+
+    def choices(self) -> Choices | None:
+        """Return the decisions of the run in the directory; None if it had made none."""
+        return Choices.read(self.path / CHOICES) if (self.path / CHOICES).exists() else None
+
+    def checkpoint(self, private: PrivateTraining, parts: Mapping[str, Stateful]) -> None:
+        """Write a checkpoint, unless there is one of this step, and remove all but the newest two.
+
+        Raises:
+          SettingError: it cannot be written.
+        """
+        home = self.path / CHECKPOINTS
+        folder = home / f"step-{private.steps_taken:08d}"
+        home.mkdir(exist_ok=True)
+        if folder.exists():
+            if newest(home)[0] == folder:
+                return
+            shutil.rmtree(folder)
+        private.save(folder, **parts)
+        purge(home, keep=_KEPT)
+
+    def newest_checkpoint(self) -> Path | None:
+        """Return the newest checkpoint that is as it was written; warn of newer ones. None if there is none."""
+        home = self.path / CHECKPOINTS
+        if not home.is_dir():
+            return None
+        found, refused = newest(home)
+        for why in refused.values():
+            warnings.warn(f"{why} The run continues from {'the start' if found is None else found.name}.", stacklevel=2)
+        return found
+
+    def shift_clocks(self, private: PrivateTraining, began: float) -> float:
+        """Add the times of earlier processes to a run's, and return when it would have begun in one."""
+        past = Timings.read(self.path / TIMINGS)
+        if past is None:
+            return began
+        private.seconds_train += past.seconds_train
+        private.seconds_analysis += past.seconds_analysis
+        return began - past.seconds_total
 
     def keep(self, model: nn.Module, choices: Choices, timings: Timings) -> None:
         """Write model, timings and choices after an epoch, each file completely or not at all.
@@ -116,8 +240,9 @@ class RunDirectory:
 
     def take_back(self) -> None:
         """Remove the files of a run that was refused before its first charge, and the directory if it was new."""
-        for name in (CONFIG, LEDGER, CHOICES):
+        for name in (CONFIG, LEDGER, CHOICES, METRICS, RECORDS):
             (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
         if self._is_new:
             with contextlib.suppress(OSError):  # the directory is not empty: other files stay
                 self.path.rmdir()

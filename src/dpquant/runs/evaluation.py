@@ -89,6 +89,11 @@ class Tested:
         self._average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(past)) if past else None
         self.model = model if self._average is None else self._average.module
 
+    @property
+    def parts(self) -> dict[str, AveragedModel]:
+        """What a checkpoint must hold of it, by name: the average, if there is one."""
+        return {} if self._average is None else {"average": self._average}
+
     def update(self, model: nn.Module) -> None:
         """Update the average with the model's parameters after a step."""
         if self._average is not None:

@@ -76,7 +76,7 @@ def optimizer_of(settings: TrainSettings, model: nn.Module) -> torch.optim.Optim
 
 def schedule_of(
     settings: TrainSettings, optimizer: torch.optim.Optimizer, steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
+) -> torch.optim.lr_scheduler.LambdaLR:
     """Build the settings' learning-rate schedule over the plan's steps.
 
     Raises:
@@ -85,6 +85,14 @@ def schedule_of(
     factor = lr_factor(settings.lr_schedule, steps)
     check_lr_factor(factor, steps)
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def move_schedule(schedule: torch.optim.lr_scheduler.LambdaLR, steps: int) -> None:
+    """Set the optimizer's learning rates to those after a number of steps. Steps that were lost count."""
+    schedule.last_epoch = steps
+    groups = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    for group, base, factor in groups:
+        group["lr"] = base * factor(steps)
 
 
 def lr_factor(schedule: str, steps: int) -> Callable[[int], float]:

@@ -260,6 +260,19 @@ class RunRecord:
             raise DataError(f"Expected a readable record; got {path}: {error.strerror}. Check the path.") from error
 
 
+def metrics_line(epoch: EpochRecord) -> str:
+    """Return an epoch's line of metrics.jsonl, without its end."""
+    line = {
+        "epoch": epoch.index,
+        "epsilon": epoch.epsilon,
+        "accuracy_test": epoch.accuracy_test,
+        "layers_quantized": epoch.layers_quantized,
+    }
+    if epoch.nonprivate_accuracy_train is not None:
+        line["nonprivate_accuracy_train"] = epoch.nonprivate_accuracy_train
+    return json.dumps(line)
+
+
 def _epochs_of_schema_1(accuracies: Sequence[float]) -> list[EpochRecord]:
     unknown = {"epsilon": None, "layers_quantized": None, "nonprivate_accuracy_train": None, "scores": None}
     return [EpochRecord(index=index, accuracy_test=value, **unknown) for index, value in enumerate(accuracies)]

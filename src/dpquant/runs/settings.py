@@ -9,6 +9,7 @@ file loads neither torch nor the accountant.
 import dataclasses
 import difflib
 import math
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -125,6 +126,9 @@ class TrainSettings:
     microbatch_size: int | None = _setting("examples a backward pass [the fastest, measured]")
     memory: float | None = _setting("GiB that the process may use at most, by which microbatch-size is chosen")
     choices: str | None = _setting("file of what an earlier run has measured on its machine: its choices.json")
+    checkpoint_every: str | None = _setting(
+        "as 2epochs, 100steps or 10minutes [an epoch or five minutes, if that costs less than 2 % of the time]"
+    )
     unsafe_metrics: bool = _setting("also measure training accuracy, which is NOT private", False)
 
     @classmethod
@@ -158,6 +162,8 @@ class TrainSettings:
             "analysis_score": ANALYSIS_SCORES,
         }.items():
             _check_choice(name, getattr(self, name), allowed)
+        if self.checkpoint_every is not None:
+            _interval(self.checkpoint_every)
         for name, (rule, holds) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not holds(value):
@@ -279,6 +285,42 @@ def plan_of(settings: TrainSettings) -> "PrivacyPlan":
         steps=settings.epochs * epoch_steps,
         analysis=analysis,
     )
+
+
+_INTERVAL = re.compile(r"(\d+(?:\.\d+)?) ?(epoch|step|minute)s?")
+_LOST_AT_MOST = 300.0  # seconds of training, by default
+_SHARE = 0.02  # of the time, which checkpoints may take by default
+
+
+def checkpoint_steps(settings: TrainSettings, plan: "PrivacyPlan", step_seconds: float, write_seconds: float) -> int:
+    """Return the number of steps from one checkpoint to the next.
+
+    It is fixed at the start from public times, because a real step's time depends on how many records it drew.
+
+    Args:
+      settings: of the run.
+      plan: of the run.
+      step_seconds: time of a step on synthetic records.
+      write_seconds: time that a checkpoint takes.
+    """
+    step_seconds = max(step_seconds, 1e-6)
+    if settings.checkpoint_every is None:
+        wanted = min(plan.epoch_steps, _LOST_AT_MOST / step_seconds)
+        return math.ceil(max(wanted, write_seconds / (_SHARE * step_seconds), 1))
+    number, unit = _interval(settings.checkpoint_every)
+    steps = {"epoch": plan.epoch_steps, "step": 1, "minute": 60 / step_seconds}[unit]
+    return max(1, math.ceil(number * steps))
+
+
+def _interval(text: str) -> tuple[float, str]:
+    """Return number and unit of `checkpoint_every`; raise SettingError if it has no such form."""
+    match = _INTERVAL.fullmatch(text.strip())
+    if match is None or float(match[1]) == 0:
+        raise SettingError(
+            f"Expected checkpoint_every to be a number of epochs, steps or minutes, as 2epochs; got "
+            f"checkpoint_every={text!r}. See dpquant train --help."
+        )
+    return float(match[1]), match[2]
 
 
 _AT_LEAST_ONE: tuple[str, Callable[[Any], bool]] = (">= 1", lambda x: x >= 1)

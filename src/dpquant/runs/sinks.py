@@ -7,7 +7,6 @@ statement covers it. A sink that passes its numbers on must leave it out.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from dpquant.errors import SettingError
 from dpquant.privacy.plan import PrivacyPlan, rounded_up
 from dpquant.runs.directory import append_line
-from dpquant.runs.record import EpochRecord, RunRecord, examples_per_second
+from dpquant.runs.record import EpochRecord, RunRecord, examples_per_second, metrics_line
 from dpquant.runs.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -130,12 +129,4 @@ class MetricsFile(Sink):
         self._path = path
 
     def epoch_ended(self, epoch: EpochRecord) -> None:
-        line = {
-            "epoch": epoch.index,
-            "epsilon": epoch.epsilon,
-            "accuracy_test": epoch.accuracy_test,
-            "layers_quantized": epoch.layers_quantized,
-        }
-        if epoch.nonprivate_accuracy_train is not None:
-            line["nonprivate_accuracy_train"] = epoch.nonprivate_accuracy_train
-        append_line(self._path, json.dumps(line))
+        append_line(self._path, metrics_line(epoch))

@@ -19,7 +19,8 @@ the layer schedule alone. The global random generators belong to the user and ar
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +43,8 @@ from dpquant.privacy.events import Event, Kind
 from dpquant.privacy.mechanism import Mechanism
 from dpquant.privacy.plan import AnalysisPlan, PrivacyPlan
 from dpquant.rounding import derive_key
+from dpquant.training.checkpoint import Checkpoint
+from dpquant.training.continuing import Parts, Stateful, continued
 from dpquant.training.distributed import Group
 from dpquant.training.epoch import Batch, Epoch
 from dpquant.training.execution import Execution
@@ -69,6 +72,7 @@ class PrivateTraining:
       state: state of the run, as one value.
       seconds_train, seconds_analysis: wall time so far; depends on the private batch sizes and is not for release.
       secure: False if sampling or noise came from a given seed. Then the run is not private.
+      step_seconds: time of a step on synthetic records, measured at the start; public.
     """
 
     def __init__(
@@ -92,12 +96,12 @@ class PrivateTraining:
         """
         self.model, self.optimizer = setup.found.objective.model, setup.optimizer
         self.plan, self.policy = setup.plan, setup.policy
-        self.macs, self.choices = setup.found.macs, choices
+        self.macs, self.choices, self.step_seconds = setup.found.macs, choices, setup.step_seconds
         self.seconds_train = self.seconds_analysis = 0.0
         self._records, self._mechanism, self._group, self._state = records, mechanism, group, state
         self._objective, self._seed = setup.found.objective, setup.seed
         self._drawn: Batch | None = None
-        self._probed = False
+        self._probed = self._began = False
         self._buffers = buffers_of(self.model)
 
     @property
@@ -141,18 +145,12 @@ class PrivateTraining:
         try:
             while self.steps_taken < self.plan.steps:
                 self._refuse_what_was_skipped()
-                index, taken = len(self._state.policies), self.steps_taken
-                if self.policy.needs_scores and index in self.plan.analysis_epochs():
-                    self._analyse()
-                layers = self.policy.choose(
-                    self.macs,
-                    self.scores or None,
-                    epoch=index,
-                    key=derive_key(self._seed, "schedule"),
-                    excluded=self.execution.excluded_layers,
-                )
-                self._advance(policies=(*self._state.policies, layers))
-                num_steps = min(self.plan.epoch_steps, self.plan.steps - self.steps_taken)
+                taken = self.steps_taken
+                index = taken // self.plan.epoch_steps
+                if index > self._state.epoch:  # else a run continues in the middle of it
+                    self._begin(index)
+                layers = self._state.policies[-1]
+                num_steps = min((index + 1) * self.plan.epoch_steps, self.plan.steps) - taken
                 yield Epoch(
                     index, layers, num_steps, lambda layers=layers, num_steps=num_steps: self._run(layers, num_steps)
                 )
@@ -162,6 +160,20 @@ class PrivateTraining:
                     )
         finally:
             self._mechanism.ledger.settle()
+
+    def _begin(self, index: int) -> None:
+        """Begin an epoch: make the analysis that is due, and choose the layers that run quantized."""
+        due = sum(epoch <= index for epoch in self.plan.analysis_epochs())
+        if self.policy.needs_scores and self.analyses_made < due:
+            self._analyse()
+        layers = self.policy.choose(
+            self.macs,
+            self.scores or None,
+            epoch=index,
+            key=derive_key(self._seed, "schedule"),
+            excluded=self.execution.excluded_layers,
+        )
+        self._advance(epoch=index, policies=(*self._state.policies, layers))
 
     def step(self, batch: Batch) -> None:
         """Take one step of DP-SGD: charge, clip, sum, add noise, and call the optimizer.
@@ -189,7 +201,7 @@ class PrivateTraining:
             )
         began = time.perf_counter()
         self._drawn = None
-        self._charge("train", self.plan)
+        self._charge("train", self.plan, self.steps_taken)
         self._advance(steps_taken=self.steps_taken + 1)
         self._without_details(lambda: self._descend(batch))
         self.seconds_train += time.perf_counter() - began
@@ -286,6 +298,49 @@ class PrivateTraining:
                 "step: memory, the optimizer's state, hooks."
             )
 
+    def save(self, path: Path, **others: Stateful) -> None:
+        """Write a checkpoint, completely or not at all: model, optimizer, the run's state, and whatever else is named.
+
+        Args:
+          path: folder that is made; it must not exist.
+          others: objects with `state_dict` and `load_state_dict`, as a learning-rate scheduler.
+        Raises:
+          SettingError: a state holds what only pickle could save, or the folder cannot be written.
+        Privacy: post-processing. It holds no key and no record.
+        """
+        checkpoint = self._parts(others).checkpoint(self.state)
+        try:
+            checkpoint.write(path)
+        except OSError as error:
+            raise SettingError(
+                f"Expected a place where a checkpoint can be written; got {path}: {error.strerror or error}. The run "
+                "can go on, but could not be continued from here. Make room, or name a new folder."
+            ) from error
+
+    def load(self, path: Path, **others: Stateful) -> None:
+        """Continue from a checkpoint. To be called before the first step, on a run of `make_private(resume=True)`.
+
+        Args:
+          path: folder that `save` wrote.
+          others: the same names as for `save`.
+        Raises:
+          DataError: the folder is not as it was written, or is of another model or optimizer.
+          SettingError: it is of another plan or other names, or this process has drawn a batch before.
+          LedgerError: the ledger holds fewer charges than the checkpoint.
+        Privacy: post-processing. Steps that were charged after the checkpoint stay charged and are lost.
+        """
+        if self._began:
+            raise SettingError(
+                "Expected load before the run's first batch; got it later. The steps taken since would be forgotten. "
+                "Call it right after make_private."
+            )
+        saved = self._parts(others).restore(Checkpoint.read(path))
+        self._state = continued(saved, self._mechanism.ledger, self.execution, repeatable=self._mechanism.repeats)
+        self._buffers = buffers_of(self.model)
+
+    def _parts(self, others: Mapping[str, Stateful]) -> Parts:
+        return Parts(model=self.model, optimizer=self.optimizer, plan=self.plan, others=others)
+
     def epsilon_spent(self) -> float:
         """Return epsilon, at the plan's delta, of everything in the ledger. Privacy: post-processing."""
         return accounting.epsilon(self.events(), self.plan.delta)
@@ -331,11 +386,15 @@ class PrivateTraining:
                 "private.step(batch) for every batch: an empty one is a step of noise."
             )
 
-    def _charge(self, kind: Kind, planned: PrivacyPlan | AnalysisPlan) -> None:
-        """Charge one event. Once this returns it is charged on every process."""
-        self._mechanism.ledger.charge(
-            kind=kind, sample_rate=planned.sample_rate, noise_multiplier=planned.noise_multiplier
-        )
+    def _charge(self, kind: Kind, planned: PrivacyPlan | AnalysisPlan, number: int) -> None:
+        """Charge release `number` of a kind, from 0. Once this returns it is charged on every process.
+
+        A repeatable run that continues makes releases again that are charged already; see `continuing.py`.
+        """
+        if not self._mechanism.repeats or number >= self._mechanism.ledger.charged(kind):
+            self._mechanism.ledger.charge(
+                kind=kind, sample_rate=planned.sample_rate, noise_multiplier=planned.noise_multiplier
+            )
         self._group.barrier()
 
     def _advance(self, **changes: Any) -> None:
@@ -343,6 +402,7 @@ class PrivateTraining:
 
     def _draw(self, stream: Kind, planned: PrivacyPlan | AnalysisPlan, step: int) -> Batch:
         """Draw a Poisson batch. A step that is drawn for again has another attempt number, and so other records."""
+        self._began = True
         self._advance(draws=self._state.draws + 1)
         attempt = self._state.draws
         ids = self._mechanism.sampler.draw(
@@ -365,7 +425,7 @@ class PrivateTraining:
     def _analyse(self) -> None:
         """Measure the impact of every layer that is not excluded, privately: one draw, one vector, one event."""
         began, number = time.perf_counter(), self.analyses_made
-        self._charge("analysis", self._analysis)
+        self._charge("analysis", self._analysis, number)
         self._advance(analyses_made=number + 1)
         batch = self._draw("analysis", self._analysis, number)
         self._without_details(lambda: self._score(batch))

@@ -20,6 +20,7 @@ class Setup:
       policy: chooses the layers that run quantized.
       seed: seed of the layer schedule; public.
       found: findings of the isolation check; their objective is the prepared model and its loss.
+      step_seconds: time of a step on synthetic records; public.
     """
 
     optimizer: torch.optim.Optimizer
@@ -27,3 +28,4 @@ class Setup:
     policy: Policy
     seed: int
     found: Findings
+    step_seconds: float = 0.0

@@ -29,6 +29,7 @@ from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.mechanism import Mechanism
 from dpquant.privacy.plan import PrivacyPlan
 from dpquant.privacy.secret import SecretKey
+from dpquant.training.continuing import continued
 from dpquant.training.distributed import Alone, Group
 from dpquant.training.execution import Execution, ExecutionRequest, choose_execution
 from dpquant.training.policies import Policy
@@ -60,6 +61,7 @@ def make_private(
     mechanism_seed: int | None = None,
     example: Any = None,
     choices: Choices | None = None,
+    resume: bool = False,
 ) -> PrivateTraining:
     """Check everything, prepare the model, and return a run that `plan` accounts for.
 
@@ -89,6 +91,8 @@ def make_private(
       choices: decisions of an earlier run, from its choices.json, which are then not measured again. With the same
         settings and the same mechanism_seed the run computes the same bits. None uses the decisions stored on this
         machine.
+      resume: continue the run of the ledger, if the file exists: what is charged there stays charged, and only what is
+        left of the plan can be spent. Load its last checkpoint next, with `private.load`.
     Returns: a run that has charged nothing yet.
     Raises:
       ModelError: the model cannot be trained privately.
@@ -121,8 +125,10 @@ def make_private(
 
     def mechanism(step_seconds: float) -> Mechanism:
         key = SecretKey() if mechanism_seed is None else SecretKey.from_seed(mechanism_seed)
-        opened = Ledger(ledger, budget=plan.budget(), research=not key.secure, step_seconds=step_seconds)
-        return Mechanism.keyed(key, opened)
+        facts = {"budget": plan.budget(), "research": not key.secure, "step_seconds": step_seconds}
+        if resume and ledger is not None and ledger.exists():
+            return Mechanism.keyed(key, Ledger.resumed(ledger, **facts))
+        return Mechanism.keyed(key, Ledger(ledger, **facts))
 
     return begin(request, mechanism)
 
@@ -167,13 +173,17 @@ def begin(
     Raises: the errors of `make_private`.
     Privacy: uses types and shapes of the first records, and no values. Charges nothing.
     """
-    setup, records, choices, execution, step_seconds = _checked(request)
+    setup, records, choices, execution = _checked(request)
     group = group or Alone()
-    state = RunState.from_json(group.from_first(RunState(execution=execution).to_json().encode()).decode())
-    return make_run(setup, records, state, choices, make_mechanism(step_seconds), group)
+    mechanism = make_mechanism(setup.step_seconds)
+    place = RunState(execution=execution)
+    if mechanism.ledger.charged("train") or mechanism.ledger.charged("analysis"):
+        place = continued(place, mechanism.ledger, execution, repeatable=mechanism.repeats)
+    state = RunState.from_json(group.from_first(place.to_json().encode()).decode())
+    return make_run(setup, records, state, choices, mechanism, group)
 
 
-def _checked(request: Request) -> tuple[Setup, Records, Choices, Execution, float]:
+def _checked(request: Request) -> tuple[Setup, Records, Choices, Execution]:
     """Check the request, prepare the model, choose its execution, and try and time a step on synthetic records."""
     model, train_set, plan, policy = request.model, request.train_set, request.plan, request.policy
     check_trainable(model)
@@ -208,8 +218,8 @@ def _checked(request: Request) -> tuple[Setup, Records, Choices, Execution, floa
         execution = choose_execution(
             found.objective, synthetic, policy=policy, macs=found.macs, plan=plan, request=wanted
         )
-        step_seconds = _tried(setup, execution)
-    return setup, records, choices, execution, step_seconds
+        setup = dataclasses.replace(setup, step_seconds=_tried(setup, execution))
+    return setup, records, choices, execution
 
 
 def _first_records(train_set: MapDataset) -> list[Any]:

@@ -26,11 +26,13 @@ class RunState:
     Attributes:
       execution: precisions, microbatch sizes and excluded layers. A run that continues must not measure them again,
         because scores exist only for the layers that were not excluded.
-      steps_taken: number of training steps charged.
+      steps_taken: number of training steps charged, which is the place in the plan.
+      steps_lost: those of them whose result was lost, because the run stopped before the next checkpoint.
       analyses_made: number of analyses charged.
       draws: number of batches drawn so far, which is the attempt number of the last one. A step that is drawn for again
         therefore has another attempt number.
       scores: {layer: smoothed private impact}; empty before the first analysis.
+      epoch: index of the epoch begun last, -1 before the first. Epochs whose steps were all lost are never begun.
       policies: for each epoch begun, the names of the layers that run quantized.
       ledger_head: hash of the ledger's last line.
       choices: decisions measured on this machine, from `Choices.made`.
@@ -40,9 +42,11 @@ class RunState:
 
     execution: Execution
     steps_taken: int = 0
+    steps_lost: int = 0
     analyses_made: int = 0
     draws: int = 0
     scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    epoch: int = -1
     policies: tuple[tuple[str, ...], ...] = ()
     ledger_head: str = NO_HASH
     choices: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dpquant resume`: a run that was stopped or killed ends as it would have; what does not belong to it is refused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpquant.app.cli import run as dpquant
+from dpquant.data.split import Split
+from dpquant.errors import DataError, SettingError
+from dpquant.privacy.ledger import Ledger
+from dpquant.runs import fingerprint
+from dpquant.runs.record import RunRecord
+from dpquant.runs.settings import TrainSettings, checkpoint_steps, plan_of
+from dpquant.runs.sinks import Sink
+from dpquant.runs.train import train
+
+SMALL = {"epochs": 3, "backend": "simulate", "microbatch_size": 64, "policy": "rotate"}
+
+
+def settings(**given):
+    return TrainSettings.chosen({**SMALL, **given})
+
+
+class Asks(Sink):
+    """The system, which asks the run to end after so many steps."""
+
+    def __init__(self, steps, number=signal.SIGTERM):
+        self._steps, self._number = steps, number
+
+    def stepped(self, progress):
+        if progress.step == self._steps:
+            os.kill(os.getpid(), self._number)
+
+
+class Dies(Sink):
+    """SIGKILL, as far as files go: nothing is tidied up after so many steps."""
+
+    class Killed(BaseException):
+        pass
+
+    def __init__(self, steps):
+        self._steps = steps
+
+    def stepped(self, progress):
+        if progress.step == self._steps:
+            raise Dies.Killed
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """The directory of a run that was stopped by SIGTERM in its second epoch: six steps an epoch."""
+    out = tmp_path_factory.mktemp("runs") / "stopped"
+    with pytest.raises(Exception, match=r"interrupted after 8 of 18 steps; .*Continue by: dpquant resume") as stop:
+        train(settings(), out, sinks=[Asks(8)])
+    assert stop.value.exit_code == 143
+    return out
+
+
+def copied(run, tmp_path):
+    return Path(shutil.copytree(run, tmp_path / "copy"))
+
+
+def test_a_stopped_run_has_a_checkpoint_of_its_last_step_and_gives_back_its_lease(stopped):
+    assert (stopped / "checkpoints" / "step-00000008").is_dir()
+    assert Ledger.verify(stopped / "ledger.jsonl").charged("train") == 8
+    assert not (stopped / "record.json").exists()
+
+
+def test_a_stopped_run_continues_to_its_end(stopped, tmp_path):
+    out = copied(stopped, tmp_path)
+    record = train(settings(), out, resume=True)
+    assert record == RunRecord.read(out / "record.json")
+    assert [epoch.index for epoch in record.per_epoch] == [0, 1, 2] and record.steps == 18
+    assert Ledger.verify(out / "ledger.jsonl").charged("train") == 18
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1, 2]
+    assert record.epsilon == pytest.approx(plan_of(settings()).epsilon, abs=1e-3)
+
+
+def test_the_first_epoch_keeps_its_figures(stopped, tmp_path):
+    before = json.loads((stopped / "metrics.jsonl").read_text().splitlines()[0])
+    record = train(settings(), copied(stopped, tmp_path), resume=True)
+    assert record.per_epoch[0].accuracy_test == before["accuracy_test"]
+    assert record.per_epoch[0].layers_quantized == before["layers_quantized"]
+
+
+@pytest.mark.parametrize("at", [1, 7, 18])
+def test_a_killed_run_ends_within_its_plan(at, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(Dies.Killed):
+        train(settings(checkpoint_every="1epoch"), out, sinks=[Dies(at)])
+    record = train(settings(checkpoint_every="1epoch"), out, resume=True)
+    ledger = Ledger.verify(out / "ledger.jsonl")
+    assert ledger.charged("train") == 18 and ledger.attempts == 2
+    assert record.epsilon <= plan_of(settings()).epsilon + 1e-9
+    assert record.per_epoch[-1].index == (1 if at == 18 else 2)  # of an epoch that was lost whole nothing is left
+
+
+def test_the_same_command_begins_a_run_and_continues_it(tmp_path):
+    command = ["train", "--resume", "--out", str(tmp_path / "run"), "--epochs", "1", "--policy", "none"]
+    assert dpquant(command) == 0
+    assert (tmp_path / "run" / "record.json").exists()
+    assert dpquant(command) == 2  # it has ended
+
+
+def test_the_averaged_model_continues(tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(Exception, match="interrupted after 4"):
+        train(settings(average=0.9), out, sinks=[Asks(4, signal.SIGINT)])
+    parts = json.loads((out / "checkpoints" / "step-00000004" / "state.json").read_text())
+    assert "average" in parts
+    train(settings(average=0.9), out, resume=True)
+
+
+# What does not belong to the run
+
+
+def test_other_settings_are_refused(stopped, tmp_path):
+    with pytest.raises(SettingError, match=r"Expected lr=0\.2, as in"):
+        train(settings(lr=0.3), copied(stopped, tmp_path), resume=True)
+
+
+def test_a_run_that_has_ended_is_refused(stopped, tmp_path, capsys):
+    out = copied(stopped, tmp_path)
+    (out / "record.json").write_text("{}")
+    assert dpquant(["resume", str(out)]) == 2
+    assert capsys.readouterr().err.startswith("error: Expected a run that has not ended")
+
+
+@pytest.mark.parametrize("place", ["nowhere", "."])
+def test_a_directory_without_a_run_is_refused(place, tmp_path, capsys):
+    assert dpquant(["resume", str(tmp_path / place)]) == 2
+    assert capsys.readouterr().err.startswith("error: Expected the directory of a run")
+
+
+def test_a_broken_checkpoint_is_passed_over_and_said(stopped, tmp_path):
+    out = copied(stopped, tmp_path)
+    (out / "checkpoints" / "step-00000008" / "state.json").write_text("{}")
+    with pytest.warns(UserWarning, match=r"step-00000008.*continues from step-00000006"):
+        record = train(settings(), out, resume=True)
+    assert record.steps == 18 and record.epsilon <= plan_of(settings()).epsilon + 1e-9
+
+
+def test_a_ledger_that_lost_a_line_is_refused(stopped, tmp_path, capsys):
+    out = copied(stopped, tmp_path)
+    lines = (out / "ledger.jsonl").read_bytes().split(b"\n")
+    (out / "ledger.jsonl").write_bytes(b"\n".join(lines[:2] + lines[3:]))
+    assert dpquant(["resume", str(out)]) == 2
+    assert capsys.readouterr().err.startswith("error: Expected ")
+
+
+def test_a_run_without_its_ledger_is_refused(stopped, tmp_path, capsys):
+    """Else a deleted ledger would be a budget that is new."""
+    out = copied(stopped, tmp_path)
+    (out / "ledger.jsonl").unlink()
+    assert dpquant(["resume", str(out)]) == 2
+    assert "ledger" in capsys.readouterr().err
+
+
+def split(**changes) -> Split:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (100, 1, 4, 4), generator=generator, dtype=torch.uint8)
+    made = Split(pixels, torch.arange(100) % 3)
+    for name, value in changes.items():
+        getattr(made, name)[0] = value
+    return made
+
+
+def test_the_same_records_are_known_again(tmp_path):
+    fingerprint.write(tmp_path / "records.json", split())
+    fingerprint.check(tmp_path / "records.json", split())
+    assert (tmp_path / "records.json").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("other", [split(pixels=1), split(targets=2), split(readable=False)])
+def test_other_records_are_refused(other, tmp_path):
+    fingerprint.write(tmp_path / "records.json", split())
+    with pytest.raises(DataError, match="Expected the training records with which the run was begun"):
+        fingerprint.check(tmp_path / "records.json", other)
+
+
+def test_equal_records_have_unequal_fingerprints(tmp_path):
+    """Salted: nobody can tell from two of them whether the records are the same."""
+    for name in ("a", "b"):
+        fingerprint.write(tmp_path / name, split())
+    assert json.loads((tmp_path / "a").read_text())["sha256"] != json.loads((tmp_path / "b").read_text())["sha256"]
+
+
+# How often
+
+
+@pytest.mark.parametrize(
+    ("given", "step_seconds", "write_seconds", "steps"),
+    [
+        ({}, 1.0, 0.01, 6),  # an epoch
+        ({}, 100.0, 0.01, 3),  # five minutes
+        ({}, 0.001, 0.01, 500),  # two percent of the time
+        ({"checkpoint_every": "2 epochs"}, 0.001, 10.0, 12),
+        ({"checkpoint_every": "4steps"}, 1.0, 0.01, 4),
+        ({"checkpoint_every": "0.5minutes"}, 10.0, 0.01, 3),
+    ],
+)
+def test_checkpoints_are_as_often_as_asked(given, step_seconds, write_seconds, steps):
+    chosen = settings(**given)
+    assert checkpoint_steps(chosen, plan_of(chosen), step_seconds, write_seconds) == steps
+
+
+@pytest.mark.parametrize("text", ["", "often", "0 epochs", "-1steps", "3", "5 hours"])
+def test_an_interval_in_no_known_form_is_refused(text):
+    with pytest.raises(SettingError, match="Expected checkpoint_every to be a number of"):
+        settings(checkpoint_every=text)
+
+
+# The real program
+
+
+@pytest.mark.slow
+def test_sigkill_at_any_moment_loses_no_charge(tmp_path):
+    """Also before the first step, and while files are written."""
+    out = tmp_path / "run"
+    options = ["--epochs", "6", "--policy", "rotate", "--microbatch-size", "64", "--checkpoint-every", "3steps"]
+    program = "import sys; from dpquant.app.cli import main; main()"
+    command = [sys.executable, "-c", program]
+    charged = 0
+    for seconds in (2.5, 4.0, 5.0):
+        process = subprocess.Popen([*command, "train", "--resume", "--out", str(out), *options], stderr=subprocess.PIPE)
+        time.sleep(seconds)
+        process.kill()
+        process.communicate()
+        if (out / "ledger.jsonl").exists() and (out / "ledger.jsonl").stat().st_size:
+            now = Ledger.verify(out / "ledger.jsonl").charged("train")
+            assert now >= charged
+            charged = now
+    subprocess.run([*command, "train", "--resume", "--out", str(out), *options], check=True, capture_output=True)
+    record = RunRecord.read(out / "record.json")
+    assert Ledger.verify(out / "ledger.jsonl").charged("train") == 36
+    assert record.epsilon <= 8.0 + 1e-9
