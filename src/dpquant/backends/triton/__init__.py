@@ -23,10 +23,11 @@ from dpquant.formats import RoleFormat
 _LEAST_CAPABILITY = (8, 0)  # int8 tensor cores with at least 32 products an instruction
 
 
+@functools.cache
 def refusal(device: torch.device) -> str | None:
     """Return the reason why Triton kernels cannot run on tensors of a device, as a clause; None if they can.
 
-    Neither triton nor its driver is loaded, unless all else allows a CUDA device.
+    Triton is loaded only if all else allows a CUDA device; a kernel is then tried. The answer is kept for the process.
     """
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
@@ -44,9 +45,8 @@ def refusal(device: torch.device) -> str | None:
     return obstacle(device)
 
 
-@functools.cache
 def obstacle(device: torch.device) -> str | None:
-    """Run a kernel on a device, once per process, and return why it failed; triton needs a C compiler and a driver."""
+    """Run a kernel on a device and return why it failed, or None; triton needs a C compiler and a driver."""
     from dpquant.backends.triton.quantize import largest_magnitudes
 
     try:

@@ -3,9 +3,12 @@
 
 from typing import Any
 
+import torch
+from torch import Tensor
 
-def launch(kernel: Any, programs: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Start a kernel without contraction of a product and a sum into one operation.
+
+def launch(kernel: Any, programs: tuple[int, ...], x: Tensor, *arguments: Any, **constants: Any) -> None:
+    """Start a kernel on x's device, without contraction of a product and a sum into one operation.
 
     A contraction rounds once where torch rounds twice, so it would change bits. Triton contracts unless it is told not
     to.
@@ -13,7 +16,9 @@ def launch(kernel: Any, programs: tuple[int, ...], *arguments: Any, **constants:
     Args:
       kernel: a function compiled by `triton.jit`.
       programs: how many, by axis.
-      arguments: of the kernel, tensors and numbers.
+      x: the kernel's first argument.
+      arguments: its others, tensors and numbers.
       constants: of the kernel, known when it is compiled.
     """
-    kernel[programs](*arguments, **constants, enable_fp_fusion=False)
+    with torch.cuda.device_of(x):  # of several GPUs; changes nothing on the CPU
+        kernel[programs](x, *arguments, **constants, enable_fp_fusion=False)

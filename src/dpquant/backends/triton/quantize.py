@@ -2,8 +2,8 @@
 """The quantizer on GPUs: the bits of `backends.quantize._fill_torch`, for powers of two and uniform integers.
 
 A row is cut into tiles of whole lines or parts of lines; each program reads one tile. One pass finds the largest
-magnitude per tile, the next one takes the largest of its row and writes codes. No atomics, so the order of programs
-does not matter. The RMS of a clip needs one more pass, whose sums are integers.
+magnitude of each tile, another one writes the codes. The RMS of a clip takes a pass between them, whose sums are
+integers. Without atomics, and with integers alone, the order of programs does not matter.
 
 Maps `(B, C, H, W)` are channels last: a line of W * C elements is contiguous, and an element's index in its line is its
 place in memory. Every other row is one line under its row key.
@@ -13,8 +13,8 @@ Why the bits are equal on a GPU:
   - Products are not contracted with sums: see `launch.py`; and `minimum` stands between them.
   - Subnormals are kept: Triton compiles without flush-to-zero.
   - Rounding is integer arithmetic, as argued in `native/quantize.cpp`: z = t, or t + 1 where t < 1, is a multiple of
-    2^-23, and the draw is added to its integer. That addition t + 1 is the only float rounding, to nearest, ties to
-    even, as the definition requires.
+    2^-23, and the draw is added to its integer. After the product, the addition t + 1 is the only operation that
+    rounds, to nearest, ties to even, as the definition requires.
   - The largest magnitude is found among integers: without its sign a float's bits order like the float, with infinity
     and then NaN above all others.
 
@@ -54,14 +54,13 @@ def fill(codes: Tensor, x: Tensor, role: RoleFormat, row_keys: Tensor, zero_poin
     layout = torch.channels_last if x.ndim == 4 else torch.contiguous_format
     x = x.contiguous(memory_format=layout)
     filled = codes if codes.is_contiguous(memory_format=layout) else torch.empty_like(x, dtype=codes.dtype)
-    tops = _largest_of_tiles(x) if role.clip is None else _clipped_top(x, role.clip).view(torch.int32)[:, None]
+    top = largest_magnitudes(x) if role.clip is None else _clipped_top(x, role.clip)
     scale = x.new_empty(len(x))
     rows = _Rows(x)
     launch(
-        _codes_kernel, (rows.tiles,), x, row_keys.contiguous(), tops, filled, scale, *rows.extents, tops.shape[1],
+        _codes_kernel, (rows.tiles,), x, row_keys.contiguous(), top, filled, scale, *rows.extents,
         MAP=x.ndim == 4, MAX_CODE=float(role.format.max_code), UNIFORM=role.format.exponent_bits == 0,
-        STOCHASTIC=role.rounding is Rounding.STOCHASTIC, ZERO_POINT=zero_point,
-        TOPS=triton.next_power_of_2(tops.shape[1]), **rows.tile,
+        STOCHASTIC=role.rounding is Rounding.STOCHASTIC, ZERO_POINT=zero_point, **rows.tile,
     )  # fmt: skip
     if filled is not codes:
         codes.copy_(filled)
@@ -70,15 +69,10 @@ def fill(codes: Tensor, x: Tensor, role: RoleFormat, row_keys: Tensor, zero_poin
 
 def largest_magnitudes(x: Tensor) -> Tensor:
     """Return the largest |x| of each row, float32 `(B,)`; NaN if any is NaN. Rows as in `fill`."""
-    return _largest_of_tiles(x).amax(dim=1).view(torch.float32)
-
-
-def _largest_of_tiles(x: Tensor) -> Tensor:
-    """Return the bits of the largest |x| of each tile, int32 `(B, P)`."""
     rows = _Rows(x)
     largest = torch.empty(len(x), rows.per_row, dtype=torch.int32, device=x.device)
     launch(_largest_kernel, (rows.tiles,), x, largest, *rows.extents, **rows.tile)
-    return largest
+    return largest.amax(dim=1).view(torch.float32)
 
 
 def _clipped_top(x: Tensor, clip: float) -> Tensor:
@@ -181,18 +175,16 @@ def _element_bits(index, low, high):
     return (h ^ (h >> 16)) >> 9
 
 
-@triton.jit(do_not_specialize=[*_ANY, "num_tops"])
+@triton.jit(do_not_specialize=_ANY)
 def _codes_kernel(
-    x, row_keys, tops, codes, scale, lines, length, down, across, num_tops,
+    x, row_keys, tops, codes, scale, lines, length, down, across,
     MAP: tl.constexpr, MAX_CODE: tl.constexpr, UNIFORM: tl.constexpr, STOCHASTIC: tl.constexpr,
-    ZERO_POINT: tl.constexpr, TOPS: tl.constexpr, LINES: tl.constexpr, ELEMENTS: tl.constexpr,
+    ZERO_POINT: tl.constexpr, LINES: tl.constexpr, ELEMENTS: tl.constexpr,
 ):  # fmt: skip
     """Write the tile's codes; the first program of a row writes its scale."""
     row, line, element, offset, inside = _place(lines, length, down, across, LINES, ELEMENTS)
-    which = tl.arange(0, TOPS)
-    top_bits = tl.max(tl.load(tops + row.to(tl.int64) * num_tops + which, mask=which < num_tops, other=0), axis=0)
-    finite = top_bits < _INFINITY
-    top = tl.cast(top_bits, tl.float32, bitcast=True)
+    top = tl.load(tops + row)
+    finite = top.to(tl.int32, bitcast=True) < _INFINITY
     usable = finite & (top >= _SMALLEST_ABSMAX)
     divisor, most = tl.where(usable, top, 1.0), tl.full([], MAX_CODE, tl.float32)
     if tl.program_id(0) % (down * across) == 0:
