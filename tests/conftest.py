@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every test shares: one thread, so that parallel test processes do not fight over cores; no cache of choices."""
+"""What every test shares: one thread, so that parallel test processes do not fight over cores; no cache of choices.
+
+Without a GPU, Triton's kernels run in its interpreter, which has to be told before triton is imported.
+"""
 
 import os
 
@@ -9,3 +12,5 @@ from dpquant.backends.choose import CACHE
 
 torch.set_num_threads(1)
 os.environ[CACHE] = "off"
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -34,6 +34,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from dpquant.backends import triton
 from dpquant.backends.qtensor import QTensor
 from dpquant.errors import FormatError, SettingError
 from dpquant.formats import (
@@ -53,7 +54,7 @@ from dpquant.native import kernels as _native
 from dpquant.rounding import DRAW_BITS, MAX_ELEMENTS, derive_key, element_bits, line_keys
 from dpquant.rounding import row_keys as keys_of_rows
 
-KERNELS = ("auto", "torch", "native")
+KERNELS = ("auto", "torch", "native", "triton")
 SMALLEST_ABSMAX = 2.0**-100  # rows with a smaller absmax become zero, because max_code / absmax could overflow
 
 _UNITS = 2.0**15  # the largest |x| of a row, in the integer units in which its RMS is computed
@@ -90,7 +91,7 @@ def quantize(
       record_ids: int64 `(B,)`; None = 0..B-1. Ignored if `per_example` is False.
       per_example: True: one scale for each row of x. False: one scale for all of x, for public tensors such as weights.
       rounding: None = that of the recipe, or stochastic if `format` is not a recipe.
-      kernel: "auto", "torch" or "native"; all give the same bits.
+      kernel: "auto", "torch", "native" or "triton"; all give the same bits.
 
     Returns: a QTensor of x's shape. A zero row has scale 0; a row that is not finite has codes 0 and scale NaN.
 
@@ -146,7 +147,7 @@ def quantize_rows(
         lines and columns of zeros at the end of H and W.
       row_keys: int64 `(B,)` on x's device, from `rounding.row_keys`.
       zero_point: 0 for int8 codes; 128 for uint8 codes that store code + 128, the input of int8 convolutions.
-      kernel: "auto", "torch" or "native"; all give the same bits.
+      kernel: "auto", "torch", "native" or "triton"; all give the same bits.
 
     Returns: a QTensor of x's shape and memory format. A row whose absmax is below 2^-100 has codes 0 and scale 0; a row
       that is not finite has codes 0 and scale NaN, so that this example, and no other, becomes NaN downstream.
@@ -176,7 +177,10 @@ def quantize_rows(
                 codes[rows], scale[rows] = q.codes, q.scale
             return QTensor(codes=codes, scale=scale, zero_point=zero_point)
         role = unsigned if bool(positive_B.all()) else signed
-    fill = _fill_native if _runs_native(role.format, x.device, kernel) else _fill_torch
+    if triton.runs_quantizer(kernel, x.device, role.format in _NATIVE_FORMATS):
+        fill = triton.fill
+    else:
+        fill = _fill_native if _runs_native(role.format, x.device, kernel) else _fill_torch
     return QTensor(codes=codes, scale=fill(codes, x, role, row_keys, zero_point), zero_point=zero_point)
 
 
