@@ -31,6 +31,7 @@ def float8_values(exponent_bits: int, mantissa_bits: int, bias: int, num_codes: 
 
 VALUES: dict[str, list[float]] = {
     "e3m0": [-64, -32, -16, -8, -4, -2, -1, 0, 1, 2, 4, 8, 16, 32, 64],
+    "e2m1": [-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12],
     "int4": list(range(-7, 8)),
     "int8": list(range(-127, 128)),
     "fp8-e4m3": float8_values(4, 3, bias=7, num_codes=127),  # byte 127 is NaN

@@ -60,8 +60,8 @@ class SharedScale(Wrapped):
         if len(x) == 0:
             return self.inner.quantize(x, role, row_keys)
         whole = self.inner.quantize(x.reshape(1, -1, *x.shape[2:]), role, row_keys[:1])
-        codes = whole.codes.reshape(x.shape).contiguous(memory_format=torch.channels_last)
-        return QTensor(codes=codes, scale=whole.scale.expand(len(x)).contiguous(), zero_point=whole.zero_point)
+        shared = dataclasses.replace(whole, scale=whole.scale.expand(len(x)).contiguous())
+        return shared.rearranged(lambda part: part.reshape(x.shape).contiguous(memory_format=torch.channels_last))
 
 
 class OffByOne(Wrapped):
