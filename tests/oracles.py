@@ -53,6 +53,19 @@ def rounded(name: str, value: float, draw: int) -> float:
     return -result if value < 0 else result
 
 
+def block_scale(name: str, largest: float, row_largest: float) -> Fraction:
+    """The scale of a block of E2M1 codes, row scale included: the smallest with largest <= 12 * scale that there is.
+
+    Of MXFP4 it is a power of two, of NVFP4 an E4M3 number times a scale that maps the row's largest onto 12 * 448.
+    """
+    if name == "mxfp4":
+        scales = [Fraction(2) ** exponent for exponent in range(-110, 127)]
+    else:
+        row_scale = Fraction(row_largest) / (12 * 448)
+        scales = [Fraction(level) * row_scale for level in VALUES["fp8-e4m3"] if level > 0]
+    return next(scale for scale in scales if Fraction(largest) <= 12 * scale)
+
+
 def boundaries(name: str) -> list[float]:
     """float32 values at, just below and just above every level and every midpoint of two levels, up to the largest."""
     levels = torch.tensor(VALUES[name], dtype=torch.float32)
