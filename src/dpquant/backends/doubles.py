@@ -64,6 +64,17 @@ class SharedScale(Wrapped):
         return shared.rearranged(lambda part: part.reshape(x.shape).contiguous(memory_format=torch.channels_last))
 
 
+class BlocksOfExamples(Wrapped):
+    """NOT PRIVATE: a block of `mxfp4` is examples instead of channels, as it would be in wgrad's sum over the batch."""
+
+    def quantize(self, x: Tensor, role: RoleFormat, row_keys: Tensor) -> QTensor:
+        if role.blocks is None or len(x) == 0:
+            return self.inner.quantize(x, role, row_keys)
+        channels = self.inner.quantize(x.transpose(0, 1), role, row_keys[:1].repeat(x.shape[1]))
+        shared = channels.rearranged(lambda part: part.transpose(0, 1))
+        return dataclasses.replace(shared, scale=torch.ones(len(x)))  # that of every row, with powers of two
+
+
 class OffByOne(Wrapped):
     """WRONG: adds one to every accumulator of a product, and to every element of a summed weight gradient."""
 
