@@ -166,7 +166,7 @@ def test_shares_of_work_count_products_and_bits(tmp_path):
 
 
 def test_a_run_in_blocks_is_analysed_and_recorded(tmp_path):
-    given = {"epochs": 2, "analysis_every": 1, "fraction": 0.5, "microbatch_size": 64, "format": "mxfp4"}
+    given = {"epochs": 1, "analysis_every": 1, "fraction": 0.5, "microbatch_size": 64, "format": "mxfp4"}
     record = train(settings(**given), tmp_path / "run")
     assert RunRecord.read(tmp_path / "run" / "record.json") == record
     assert (record.format, record.backend) == ("mxfp4", "simulate") and "scales per block" in record.execution
