@@ -26,6 +26,8 @@ FORMATS = {
     "luq-fp4": "luq-fp4",
     "luq-fp4, forward to nearest": "e3m0,e3m0,e3m0~",
     "luq": "luq",
+    "mxfp4": "mxfp4",
+    "nvfp4": "nvfp4",
     "int4, activations signed @2.5": f"{A},int4@2.5,e3m0~",
     **{f"int4, activations of one sign @{c}": f"{A},int4@{c}+,e3m0~" for c in ("2.5", "3", "3.5")},
     "int4-clip (of one sign @4)": "int4-clip",

@@ -18,6 +18,8 @@ ROWS = {
     "int4-clip, activations at 5": "--policy all --format int4@2.5#,int4@5+,e3m0~",
     "int8": "--policy all --format int8",
     "fp8": "--policy all --format fp8 --backend simulate",
+    "mxfp4": "--policy all --format mxfp4 --backend simulate",
+    "nvfp4": "--policy all --format nvfp4 --backend simulate",
     "weight alone": "--policy all --format e3m0~,int8,int8~",
     "activation alone": "--policy all --format int8,e3m0~,int8~",
     "gradient alone": "--policy all --format int8,int8,e3m0~",

@@ -80,11 +80,11 @@ def assert_large_sums_are_rounded_once(backend: Backend, max_code: int, device: 
 
 def quantized_weight(weight: Tensor, role: RoleFormat, channels: int) -> QTensor:
     """As a layer quantizes it: one scale, or where the role says so one for each channel of an axis."""
-    moved = weight.transpose(0, channels)
-    rows = moved.flatten(1) if role.per_channel else weight.reshape(1, -1)
-    q = quantize_rows(rows, role, keys_for(len(rows), weight.device))
-    values = q.codes.view(moved.shape if role.per_channel else weight.shape)
-    return QTensor(codes=(values.transpose(0, channels) if role.per_channel else values).contiguous(), scale=q.scale)
+    moved = weight.transpose(0, channels) if role.per_channel else weight[None]
+    rows = moved if role.blocks is not None else moved.flatten(1)
+    q = quantize_rows(rows, role, keys_for(len(rows), weight.device)).rearranged(lambda part: part.view(moved.shape))
+    back = (lambda part: part.transpose(0, channels)) if role.per_channel else (lambda part: part[0])
+    return q.rearranged(lambda part: back(part).contiguous())
 
 
 def assert_equals_the_reference(

@@ -31,6 +31,7 @@ def float8_values(exponent_bits: int, mantissa_bits: int, bias: int, num_codes: 
 
 VALUES: dict[str, list[float]] = {
     "e3m0": [-64, -32, -16, -8, -4, -2, -1, 0, 1, 2, 4, 8, 16, 32, 64],
+    "e2m1": [-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12],
     "int4": list(range(-7, 8)),
     "int8": list(range(-127, 128)),
     "fp8-e4m3": float8_values(4, 3, bias=7, num_codes=127),  # byte 127 is NaN
@@ -50,6 +51,19 @@ def rounded(name: str, value: float, draw: int) -> float:
         fraction = round((Fraction(magnitude) - low) / (high - low) * ONE)  # Python rounds ties to even
         result = magnitudes[above if fraction + draw >= ONE else above - 1]
     return -result if value < 0 else result
+
+
+def block_scale(name: str, largest: float, row_largest: float) -> Fraction:
+    """The scale of a block of E2M1 codes, row scale included: the smallest with largest <= 12 * scale that there is.
+
+    Of MXFP4 it is a power of two, of NVFP4 an E4M3 number times a scale that maps the row's largest onto 12 * 448.
+    """
+    if name == "mxfp4":
+        scales = [Fraction(2) ** exponent for exponent in range(-110, 127)]
+    else:
+        row_scale = Fraction(row_largest) / (12 * 448)
+        scales = [Fraction(level) * row_scale for level in VALUES["fp8-e4m3"] if level > 0]
+    return next(scale for scale in scales if Fraction(largest) <= 12 * scale)
 
 
 def boundaries(name: str) -> list[float]:

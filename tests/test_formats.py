@@ -9,21 +9,18 @@ import pytest
 
 from dpquant.errors import FormatError
 from dpquant.formats import (
-    E3M0,
-    FORMATS,
-    FP8_E4M3,
     FULL_PRECISION,
-    INT4,
-    INT8,
-    NumberFormat,
+    RECIPES,
+    Blocks,
     Precision,
     Recipe,
     RoleFormat,
     Rounding,
     precision,
 )
-from dpquant.formats import number_format as lookup
 from dpquant.formats import recipe as lookup_recipe
+from dpquant.number_formats import E2M1, E3M0, FORMATS, FP8_E4M3, INT4, INT8, NumberFormat
+from dpquant.number_formats import number_format as lookup
 from oracles import VALUES
 
 
@@ -48,7 +45,9 @@ def test_the_tables_cover_every_format():
     assert VALUES.keys() == FORMATS.keys()
 
 
-@pytest.mark.parametrize(("name", "bits"), [("e3m0", 4), ("int4", 4), ("int8", 8), ("fp8-e4m3", 8), ("fp8-e5m2", 8)])
+@pytest.mark.parametrize(
+    ("name", "bits"), [("e3m0", 4), ("e2m1", 4), ("int4", 4), ("int8", 8), ("fp8-e4m3", 8), ("fp8-e5m2", 8)]
+)
 def test_a_format_has_as_many_levels_as_its_bits_allow(name, bits):
     assert lookup(name).bits == bits
     assert 2 ** (bits - 1) < len(lookup(name).levels()) < 2**bits
@@ -121,6 +120,32 @@ def test_the_clipped_recipe_is_its_roles():
     assert lookup_recipe("int4-clip").roles == written.roles and precision("int4-clip").share(4) == 1
 
 
+@pytest.mark.parametrize(("name", "blocks"), [("mxfp4", Blocks(size=32)), ("nvfp4", Blocks(size=16, scale=FP8_E4M3))])
+def test_a_recipe_in_blocks_is_int8_where_a_block_would_be_positions(name, blocks):
+    chosen = lookup_recipe(name)
+    roles = {(role.format, role.rounding, role.blocks) for role in chosen.roles}
+    assert roles == {(E2M1, Rounding.STOCHASTIC, blocks)}
+    assert chosen.in_blocks and E2M1.fits_int8 and not chosen.fits_int8
+    whole = precision(name)
+    assert whole == precision(chosen) == Precision(forward=chosen, dgrad=chosen, wgrad=RECIPES["int8"])
+    assert whole.in_blocks and not whole.fits_int8 and precision(whole.name) == whole
+    assert not precision("int8").in_blocks and precision(f"full/{name}/full").in_blocks
+
+
+def test_blocks_where_they_have_no_meaning_are_refused():
+    for text in ("full/full/mxfp4", "nvfp4/nvfp4/nvfp4"):
+        with pytest.raises(FormatError, match="mix records"):
+            precision(text)
+    blocks, role = Blocks(size=32), RoleFormat(format=INT4, rounding=Rounding.NEAREST)
+    for change in ({"clip": 2.5}, {"one_sided": True}):
+        with pytest.raises(FormatError, match="without clip and one_sided"):
+            dataclasses.replace(role, blocks=blocks, **change)
+    with pytest.raises(FormatError, match="per_channel=False"):
+        dataclasses.replace(LUQ, weight=dataclasses.replace(role, blocks=blocks))
+    with pytest.raises(FormatError, match="size=0"):
+        Blocks(size=0)
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -167,6 +192,7 @@ def test_a_precision_that_cannot_be_read_is_refused(text):
         ("full/luq-fp4/luq-fp4", 2 / 3, 2 / 3),
         ("int8/luq-fp4/luq-fp4", 1, 2 / 3),
         ("int8,int4,int4~", 1, 1 / 3),  # only wgrad has two operands of four bits
+        ("mxfp4", 1, 2 / 3),  # wgrad is int8
     ],
 )
 def test_a_product_counts_as_wide_as_its_wider_operand(text, eight, four):

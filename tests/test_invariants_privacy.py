@@ -81,7 +81,7 @@ def quantized(name, format):
 NETS = {
     (name, format): quantized(name, format)
     for name in ("strided", "residual")
-    for format in ("luq-fp4", "luq", "int4-clip", "int8")
+    for format in ("luq-fp4", "luq", "int4-clip", "int8", "mxfp4", "nvfp4")
 }
 
 

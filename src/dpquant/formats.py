@@ -1,13 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Number formats, recipes and precisions: immutable descriptions, without tensors and without torch.
+"""Recipes and precisions: immutable descriptions, without tensors and without torch.
 
-A value is `code * scale`, and a format defines the set of codes. One rule covers all formats: near a magnitude t the
-spacing of the codes is
-
-    quantum(t) = 2^(max(floor(log2 t), min_exponent) - mantissa_bits),        and |code| <= max_code.
-
-Below 2^(min_exponent + 1) the spacing is constant (the subnormals of a floating-point format). In a uniform integer
-format all codes lie in this range. A recipe gives a format and a rounding to each role: weight, activation and output
+A recipe gives a number format (`number_formats.py`) and a rounding to each role: weight, activation and output
 gradient. A precision gives a recipe, or full precision, to each of a layer's three products.
 
 Users write them as text:
@@ -18,8 +12,15 @@ Users write them as text:
     recipe       a name, or the roles of weight, activation and gradient               luq-fp4, int4,int4,e3m0~
     precision    full, a recipe, or those of forward, dgrad and wgrad                  full/luq-fp4/luq-fp4
 
-Sources: E3M0 from LUQ (Chmiel et al. 2021, arXiv:2112.10769), with alpha = absmax / 64 so that 15 values fit 4 bits;
-the FP8 formats from OCP 8-bit Floating Point Specification (OFP8), revision 1.0.
+`mxfp4` and `nvfp4` are formats of four-bit hardware, with a scale for every few channels of a position. Such a block
+lies along the axis over which the product sums. wgrad sums over positions, in hardware over those of all examples, and
+a block across examples would make one record's codes depend on another's. So as a precision these names mean
+`mxfp4/mxfp4/int8` and `nvfp4/nvfp4/int8`. Roles in blocks have no text of their own.
+
+Sources: LUQ (Chmiel et al. 2021, arXiv:2112.10769); MXFP4 from OCP Microscaling Formats (MX) Specification, version
+1.0; NVFP4 from "Pretraining Large Language Models with NVFP4" (NVIDIA 2025, arXiv:2509.25149). Both differ here: scales
+are rounded up so that no value saturates, all roles are rounded stochastically, there is no Hadamard transform, and
+NVFP4's float32 scale is per example, or per channel of a weight, instead of per tensor.
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ import re
 from typing import cast
 
 from dpquant.errors import FormatError
+from dpquant.number_formats import E2M1, E3M0, FORMATS, FP8_E4M3, FP8_E5M2, INT4, INT8, NumberFormat
 
 _ROLE = re.compile(
     r"(?P<name>[a-z0-9-]+)(?P<stochastic>~)?(@(?P<clip>[0-9.]*[1-9][0-9]*))?(?P<one_sided>\+)?(?P<channels>#)?"
@@ -43,87 +45,25 @@ class Rounding(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NumberFormat:
-    """Set of codes of a number format. Signed codes are symmetric about zero.
+class Blocks:
+    """Scales for blocks of channels at one position of an example, or at one kernel tap of a weight.
 
     Attributes:
-      name: as users write it.
-      exponent_bits: number of exponent bits; 0 for a uniform integer format.
-      mantissa_bits: number of mantissa bits; in a uniform integer format, all bits but the sign.
-      min_exponent: floor(log2) of the largest magnitudes that have the same spacing as the codes next to zero.
-      max_code: the largest magnitude of a code.
-      signed: whether codes have a sign bit; without it no code is negative.
+      size: number of channels in a block; the last block may have fewer. Blocks are counted over all channels of an
+        activation or gradient, also in a grouped convolution, where hardware would begin a block with each group.
+      scale: format of the blocks' scales, which a scale per row multiplies. None: powers of two (E8M0), which reach all
+        magnitudes without one.
 
     Raises:
-      FormatError: the numbers do not describe a format.
+      FormatError: the size is not positive.
     """
 
-    name: str
-    exponent_bits: int
-    mantissa_bits: int
-    min_exponent: int
-    max_code: int
-    signed: bool = True
+    size: int
+    scale: NumberFormat | None = None
 
     def __post_init__(self):
-        if self.exponent_bits < 0 or self.mantissa_bits < 0 or not 2 <= self.bits <= 8:
-            raise FormatError(
-                f"Expected bits of format {self.name!r} between 2 and 8; got exponent_bits={self.exponent_bits}, "
-                f"mantissa_bits={self.mantissa_bits}. Codes are stored in one byte. Give bits that fit with the sign."
-            )
-        if not 1 <= self.max_code <= 2**16 or math.fmod(self.max_code, self.quantum(self.max_code)):
-            raise FormatError(
-                f"Expected max_code of format {self.name!r} to be one of its codes; got max_code={self.max_code}. "
-                "The largest magnitude is mapped onto it. Give a value that the format represents."
-            )
-
-    @property
-    def bits(self) -> int:
-        """Return the number of bits of a code, including the sign."""
-        return self.signed + self.exponent_bits + self.mantissa_bits
-
-    @property
-    def significant_bits(self) -> int:
-        """Return the number of significant bits of a magnitude: 1 if all codes are powers of two."""
-        return self.mantissa_bits + (self.exponent_bits > 0)
-
-    @property
-    def fits_int8(self) -> bool:
-        """Return whether every code is an integer in -127..127."""
-        return self.min_exponent >= self.mantissa_bits and self.max_code <= 127
-
-    def quantum(self, magnitude: float) -> float:
-        """Return the distance from the largest code <= `magnitude` to the next larger code; `magnitude` >= 0."""
-        exponent = math.frexp(magnitude)[1] - 1 if magnitude > 0 else self.min_exponent
-        return math.ldexp(1.0, max(exponent, self.min_exponent) - self.mantissa_bits)
-
-    def levels(self) -> tuple[float, ...]:
-        """Return all codes in ascending order."""
-        magnitudes = [0.0]
-        while magnitudes[-1] < self.max_code:
-            magnitudes.append(magnitudes[-1] + self.quantum(magnitudes[-1]))
-        return tuple(-magnitude for magnitude in reversed(magnitudes[1:]) if self.signed) + tuple(magnitudes)
-
-    @property
-    def one_sided(self) -> "NumberFormat":
-        """Return the unsigned uniform format with the same number of bits: the sign bit becomes a magnitude bit.
-
-        Raises:
-          FormatError: the format is not uniform.
-        """
-        if self.exponent_bits:
-            raise FormatError(
-                f"Expected a uniform format for codes of one sign; got format {self.name!r}. Only there the sign can "
-                "become a bit of magnitude. Leave + out."
-            )
-        return dataclasses.replace(
-            self,
-            name=f"u{self.name}",
-            mantissa_bits=self.mantissa_bits + 1,
-            min_exponent=self.min_exponent + 1,
-            max_code=2 * self.max_code + 1,
-            signed=False,
-        )
+        if self.size < 1:
+            raise FormatError(f"Expected size of a block to be positive; got size={self.size}. Hardware has 16 or 32.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,10 +81,11 @@ class RoleFormat:
       per_channel: a weight has one scale per output channel, or per input channel in the product with output gradients;
         otherwise it has a single scale.
       one_sided: a row without negative values, as after ReLU, uses `format.one_sided`, which has twice as many levels.
+      blocks: each block of the row has a scale of its own, rounded up so that no value saturates.
 
     Raises:
-      FormatError: `format` is not a NumberFormat, `rounding` is not a Rounding, `clip` is not above zero, or the
-        one-sided codes do not fit int8.
+      FormatError: `format` is not a NumberFormat, `rounding` is not a Rounding, `clip` is not above zero, the one-sided
+        codes do not fit int8, or a role in blocks has a clip or one-sided codes.
     """
 
     format: NumberFormat
@@ -152,6 +93,7 @@ class RoleFormat:
     clip: float | None = None
     per_channel: bool = False
     one_sided: bool = False
+    blocks: Blocks | None = None
 
     def __post_init__(self):
         if not isinstance(self.format, NumberFormat):
@@ -171,6 +113,11 @@ class RoleFormat:
                 f"Expected format {self.format.name!r} without +; got codes of one sign up to "
                 f"{self.format.one_sided.max_code}. They do not fit int8. Leave + out."
             )
+        if self.blocks is not None and (self.clip is not None or self.one_sided):
+            raise FormatError(
+                f"Expected a role in blocks without clip and one_sided; got clip={self.clip}, "
+                f"one_sided={self.one_sided}. Both concern the scale of a whole row. Leave them out."
+            )
 
     @property
     def max_code(self) -> int:
@@ -189,7 +136,8 @@ class Recipe:
       gradient: of the gradient of the layer's output, which has one scale per example.
 
     Raises:
-      FormatError: the name is empty, a role is not a RoleFormat, or a role other than the weight is per channel.
+      FormatError: the name is empty, a role is not a RoleFormat, a role other than the weight is per channel, or a
+        weight in blocks is not.
     """
 
     name: str
@@ -214,6 +162,11 @@ class Recipe:
                 "Expected per_channel of the weight alone; got it of another role. The scales of an example's channels "
                 "cannot be taken out of a product's sum. Leave # out there."
             )
+        if self.weight.blocks is not None and not self.weight.per_channel:
+            raise FormatError(
+                "Expected per_channel of a weight in blocks; got per_channel=False. A block lies inside a channel of "
+                "the product's result. Give per_channel=True."
+            )
 
     @property
     def roles(self) -> tuple[RoleFormat, RoleFormat, RoleFormat]:
@@ -227,9 +180,14 @@ class Recipe:
         return max(weight, activation), max(weight, gradient), max(activation, gradient)
 
     @property
+    def in_blocks(self) -> bool:
+        """Return whether a role has a scale per block, which changes within a product's sum."""
+        return any(role.blocks is not None for role in self.roles)
+
+    @property
     def fits_int8(self) -> bool:
-        """Return whether the codes of all roles are integers in -127..127, which int8 instructions can multiply."""
-        return all(role.format.fits_int8 for role in self.roles)
+        """Return whether int8 instructions can multiply the codes: integers in -127..127, and none in blocks."""
+        return all(role.format.fits_int8 for role in self.roles) and not self.in_blocks
 
     @property
     def max_code(self) -> int:
@@ -245,11 +203,21 @@ class Precision:
       forward: of the product of activations and weight, which gives the output.
       dgrad: of the product of output gradients and weight, which gives the input gradient.
       wgrad: of the product of output gradients and activations, which gives each example's weight gradient.
+
+    Raises:
+      FormatError: wgrad has a scale per block.
     """
 
     forward: Recipe | None = None
     dgrad: Recipe | None = None
     wgrad: Recipe | None = None
+
+    def __post_init__(self):
+        if self.wgrad is not None and self.wgrad.in_blocks:
+            raise FormatError(
+                f"Expected wgrad to be a recipe with one scale per example; got wgrad={self.wgrad.name!r}. wgrad "
+                "sums over positions, and a block of them on the hardware would mix records. Give wgrad int8."
+            )
 
     @property
     def recipes(self) -> tuple[Recipe | None, Recipe | None, Recipe | None]:
@@ -268,8 +236,13 @@ class Precision:
         return names[0] if len(set(names)) == 1 else "/".join(names)
 
     @property
+    def in_blocks(self) -> bool:
+        """Return whether any product has a scale per block."""
+        return any(recipe is not None and recipe.in_blocks for recipe in self.recipes)
+
+    @property
     def fits_int8(self) -> bool:
-        """Return whether all codes are integers in -127..127."""
+        """Return whether int8 instructions can multiply all codes."""
         return all(recipe is None or recipe.fits_int8 for recipe in self.recipes)
 
     @property
@@ -288,19 +261,19 @@ class Precision:
 
 FULL_PRECISION = Precision()
 
-E3M0 = NumberFormat(name="e3m0", exponent_bits=3, mantissa_bits=0, min_exponent=0, max_code=64)
-INT4 = NumberFormat(name="int4", exponent_bits=0, mantissa_bits=3, min_exponent=3, max_code=7)
-INT8 = NumberFormat(name="int8", exponent_bits=0, mantissa_bits=7, min_exponent=7, max_code=127)
-FP8_E4M3 = NumberFormat(name="fp8-e4m3", exponent_bits=4, mantissa_bits=3, min_exponent=-6, max_code=448)
-FP8_E5M2 = NumberFormat(name="fp8-e5m2", exponent_bits=5, mantissa_bits=2, min_exponent=-14, max_code=57344)
-FORMATS = {number_format.name: number_format for number_format in (E3M0, INT4, INT8, FP8_E4M3, FP8_E5M2)}
-
 
 def _recipe(name: str, forward: NumberFormat, rounding: Rounding, gradient: NumberFormat) -> Recipe:
     """Return a recipe with one format and rounding for weight and activation, and a stochastically rounded gradient."""
     operand = RoleFormat(format=forward, rounding=rounding)
     output_gradient = RoleFormat(format=gradient, rounding=Rounding.STOCHASTIC)
     return Recipe(name=name, weight=operand, activation=operand, gradient=output_gradient)
+
+
+def _recipe_in_blocks(name: str, blocks: Blocks) -> Recipe:
+    """Return a recipe of E2M1 codes in blocks, all of them rounded stochastically."""
+    operand = RoleFormat(format=E2M1, rounding=Rounding.STOCHASTIC, blocks=blocks)
+    weight = dataclasses.replace(operand, per_channel=True)
+    return Recipe(name=name, weight=weight, activation=operand, gradient=operand)
 
 
 RECIPES = {
@@ -316,22 +289,10 @@ RECIPES = {
         ),
         _recipe("int8", INT8, Rounding.NEAREST, INT8),
         _recipe("fp8", FP8_E4M3, Rounding.NEAREST, FP8_E5M2),
+        _recipe_in_blocks("mxfp4", Blocks(size=32)),
+        _recipe_in_blocks("nvfp4", Blocks(size=16, scale=FP8_E4M3)),
     )
 }
-
-
-def number_format(name: str) -> NumberFormat:
-    """Return the format with this name.
-
-    Raises:
-      FormatError: the name is unknown. The message lists the known ones.
-    """
-    if name not in FORMATS:
-        raise FormatError(
-            f"Expected format to be one of {', '.join(FORMATS)}; got format={name!r}. Only these have codes. "
-            "Choose one of them."
-        )
-    return FORMATS[name]
 
 
 def recipe(name: str | Recipe) -> Recipe:
@@ -359,9 +320,10 @@ def precision(text: str | Recipe | Precision) -> Precision:
     """Return the precision that a text describes; return a Precision unchanged.
 
     Args:
-      text: `full`, a recipe, or those of forward, dgrad and wgrad, separated by slashes.
+      text: `full`, a recipe, or those of forward, dgrad and wgrad, separated by slashes. One recipe in blocks is that
+        of forward and dgrad, and wgrad's is int8.
     Raises:
-      FormatError: the text describes no precision. The message says what is known.
+      FormatError: the text describes no precision, or one whose wgrad is in blocks. The message says what is known.
     """
     if isinstance(text, Precision):
         return text
@@ -372,7 +334,10 @@ def precision(text: str | Recipe | Precision) -> Precision:
             "and wgrad. Write one for all of them, or three, as in full/luq-fp4/luq-fp4."
         )
     recipes = [None if part == "full" else recipe(part) for part in parts]
-    forward, dgrad, wgrad = recipes * 3 if len(recipes) == 1 else recipes
+    if len(recipes) == 1:
+        wgrad = RECIPES["int8"] if recipes[0] is not None and recipes[0].in_blocks else recipes[0]
+        recipes = [recipes[0], recipes[0], wgrad]
+    forward, dgrad, wgrad = recipes
     return Precision(forward=forward, dgrad=dgrad, wgrad=wgrad)
 
 

@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import default_collate
 
+from dpquant.backends.doubles import BlocksOfExamples
+from dpquant.backends.reference import Reference
 from dpquant.checks.isolation import check_isolation
 from dpquant.checks.synthetic import candidates
 from dpquant.engine.layers import prepare
 from dpquant.engine.passes import Objective
 from dpquant.errors import ModelError
+from dpquant.formats import precision
 from networks import loss, zoo
 
 VECTOR = (torch.zeros(4), torch.tensor(0))
@@ -81,6 +86,16 @@ def checked(model, record=IMAGE, loss_fn=loss, collate=default_collate, **settin
         Objective(prepare(model), loss_fn), candidates([record], collate, torch.device("cpu")), **settings
     )
     return found.macs
+
+
+def test_blocks_of_channels_are_accepted_and_blocks_of_examples_refused():
+    chosen = precision("mxfp4")
+    for backend, refused in ((Reference(), False), (BlocksOfExamples(Reference()), True)):
+        torch.manual_seed(0)
+        objective = Objective(prepare(Net(), format=chosen, backend=backend), loss)
+        specimens = candidates([IMAGE], default_collate, torch.device("cpu"))
+        with pytest.raises(ModelError, match="that example alone") if refused else contextlib.nullcontext():
+            check_isolation(objective, specimens, quantized=[chosen])
 
 
 @pytest.mark.parametrize("between", COUPLED.values(), ids=COUPLED)

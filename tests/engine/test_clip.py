@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from convolutions import convolutions
-from dpquant.backends.doubles import SharedScale, Wrapped
+from dpquant.backends.doubles import BlocksOfExamples, SharedScale, Wrapped
 from dpquant.backends.geometry import Geometry
 from dpquant.backends.qtensor import QTensor
 from dpquant.backends.reference import Reference
@@ -98,7 +98,9 @@ def test_quantized_or_not_the_sum_is_that_of_its_examples_and_each_is_at_most_c(
     assert_bounded_and_additive(lambda rows, **kw: total(model, batch, rows, **kw), len(batch[1]))
 
 
-@pytest.mark.parametrize("text", ["full/luq-fp4/luq-fp4", "luq-fp4/full/full", "luq/full/int8", "full/int8/full"])
+@pytest.mark.parametrize(
+    "text", ["full/luq-fp4/luq-fp4", "luq-fp4/full/full", "luq/full/int8", "full/int8/full", "mxfp4", "nvfp4"]
+)
 @pytest.mark.parametrize("name", ["strided", "residual"])
 @pytest.mark.parametrize("backend", ["simulate", "int8"])
 def test_so_it_is_whatever_recipe_each_product_runs_in(backend, name, text):
@@ -119,8 +121,9 @@ def assert_bounded_and_additive(summed, count):
     assert summed([]).abs().max() == 0
 
 
-def test_a_scale_over_the_batch_is_caught():
-    model, batch = prepared("strided", "all", backend=SharedScale(Reference()))
+@pytest.mark.parametrize(("recipe", "planted"), [("luq-fp4", SharedScale), ("mxfp4", BlocksOfExamples)])
+def test_a_scale_over_the_batch_is_caught(recipe, planted):
+    model, batch = prepared("strided", "all", recipe, backend=planted(Reference()))
     batch[0][1] *= 30
     with pytest.raises(AssertionError):
         assert_bounded_and_additive(lambda rows, **kw: total(model, batch, rows, **kw), len(batch[1]))

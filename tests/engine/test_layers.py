@@ -116,7 +116,7 @@ def prepared_or_refused(format, backend):
     layer = nn.Conv2d(4, 6, 3, padding=1)
     if backend in backends_of(format):
         return prepare(layer, format=format, backend=backend)
-    with pytest.raises(FormatError, match=REFUSAL):
+    with pytest.raises(FormatError, match=f"{REFUSAL}|scales per block"):
         prepare(layer, format=format, backend=backend)
     return None
 
@@ -153,6 +153,7 @@ def _quantized_weight(layer, run, recipe=None, dim=0):
     role = (recipe or layer.chosen.forward).weight
     weight = layer.weight.detach().transpose(0, dim)
     rows = weight.flatten(1) if role.per_channel else weight.reshape(1, -1)
+    rows = weight if role.blocks else rows
     keys = row_keys(derive_key(run.key, layer.name, "weight"), torch.arange(len(rows)))
     if not role.per_channel:
         rows = layer.weight.detach().reshape(1, -1)
@@ -169,6 +170,9 @@ MIXED = [
     "int4@2.5#,int4@2.5,e3m0~",
     "int4-clip",
     "e3m0~#,e3m0~,e3m0~",
+    "mxfp4",
+    "nvfp4",
+    "luq/nvfp4/full",
 ]
 
 

@@ -104,8 +104,7 @@ class FlatRows(Wrapped):
         if (role.clip is not None) is not self._clipped:
             return super().quantize(x, role, row_keys)
         q = super().quantize(x.reshape(len(x), 1, 1, -1), role, row_keys)
-        codes = torch.empty_like(x, dtype=q.codes.dtype, memory_format=torch.channels_last)
-        return QTensor(codes=codes.copy_(q.codes.view(x.shape)), scale=q.scale, zero_point=q.zero_point)
+        return q.rearranged(lambda part: part.view(x.shape).contiguous(memory_format=torch.channels_last))
 
 
 @pytest.mark.parametrize(("recipe", "backend"), WHERE)

@@ -165,6 +165,15 @@ def test_shares_of_work_count_products_and_bits(tmp_path):
     assert (others.quantized_fraction_macs, others.four_bit_fraction_macs) == pytest.approx((1.0, 2 / 3))
 
 
+def test_a_run_in_blocks_is_analysed_and_recorded(tmp_path):
+    given = {"epochs": 1, "analysis_every": 1, "fraction": 0.5, "microbatch_size": 64, "format": "mxfp4"}
+    record = train(settings(**given), tmp_path / "run")
+    assert RunRecord.read(tmp_path / "run" / "record.json") == record
+    assert (record.format, record.backend) == ("mxfp4", "simulate") and "scales per block" in record.execution
+    assert all(epoch.scores and epoch.layers_quantized for epoch in record.per_epoch)
+    assert record.four_bit_fraction_macs == pytest.approx(record.quantized_fraction_macs * 2 / 3)
+
+
 class Watches(Sink):
     """Copies the parameters of a `doubles:observed` model after every step."""
 

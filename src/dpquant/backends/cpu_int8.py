@@ -199,6 +199,8 @@ class CpuInt8(Reference):
         self._packed = packed
 
     def refusal(self, precision: Precision, device: torch.device) -> str | None:
+        if precision.in_blocks:
+            return "the recipe has scales per block, which change within an int8 product's sum"
         if not precision.fits_int8:
             return "the recipe's codes are not int8"
         if device.type != "cpu":

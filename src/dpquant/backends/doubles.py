@@ -60,8 +60,19 @@ class SharedScale(Wrapped):
         if len(x) == 0:
             return self.inner.quantize(x, role, row_keys)
         whole = self.inner.quantize(x.reshape(1, -1, *x.shape[2:]), role, row_keys[:1])
-        codes = whole.codes.reshape(x.shape).contiguous(memory_format=torch.channels_last)
-        return QTensor(codes=codes, scale=whole.scale.expand(len(x)).contiguous(), zero_point=whole.zero_point)
+        shared = dataclasses.replace(whole, scale=whole.scale.expand(len(x)).contiguous())
+        return shared.rearranged(lambda part: part.reshape(x.shape).contiguous(memory_format=torch.channels_last))
+
+
+class BlocksOfExamples(Wrapped):
+    """NOT PRIVATE: a block of `mxfp4` is examples instead of channels, as it would be in wgrad's sum over the batch."""
+
+    def quantize(self, x: Tensor, role: RoleFormat, row_keys: Tensor) -> QTensor:
+        if role.blocks is None or len(x) == 0:
+            return self.inner.quantize(x, role, row_keys)
+        channels = self.inner.quantize(x.transpose(0, 1), role, row_keys[:1].repeat(x.shape[1]))
+        shared = channels.rearranged(lambda part: part.transpose(0, 1))
+        return dataclasses.replace(shared, scale=torch.ones(len(x)))  # that of every row, with powers of two
 
 
 class OffByOne(Wrapped):

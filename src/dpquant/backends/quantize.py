@@ -15,7 +15,8 @@ The torch code in this file is the definition; the native kernel gives the same 
 If rounding is stochastic and top = absmax, the largest |x| of the row, then E[code * scale] = x up to float32 rounding.
 A role may set a lower top, `clip` times the row's root mean square (RMS), and saturate the few larger values; the codes
 are then closer together. The RMS is computed from integers, |x| in units of absmax / 2^15, so that its sum is exact in
-any order. For rows without negative values a role may use the format's one-sided codes, which are twice as many.
+any order. For rows without negative values a role may use the format's one-sided codes, which are twice as many. A role
+in blocks has a scale per block of a row instead (`scales.py`); t is then |x| / (block scale * row scale).
 
 An example with axes (C, H, W) is a map. Zeros that pad it at the end of H or W change neither its draws nor its scale.
 Batches are padded to their longest record, and the length of one record must not affect the contributions of others. So
@@ -36,28 +37,16 @@ from torch import Tensor
 
 from dpquant.backends import triton
 from dpquant.backends.qtensor import QTensor
+from dpquant.backends.scales import SMALLEST_ABSMAX, block_scales, clipped_top, quantum
 from dpquant.errors import FormatError, SettingError
-from dpquant.formats import (
-    E3M0,
-    FP8_E4M3,
-    FP8_E5M2,
-    INT4,
-    INT8,
-    RECIPES,
-    NumberFormat,
-    Recipe,
-    RoleFormat,
-    Rounding,
-    number_format,
-)
+from dpquant.formats import RECIPES, Recipe, RoleFormat, Rounding
 from dpquant.native import kernels as _native
+from dpquant.number_formats import E3M0, FP8_E4M3, FP8_E5M2, INT4, INT8, NumberFormat, number_format
 from dpquant.rounding import DRAW_BITS, MAX_ELEMENTS, derive_key, element_bits, line_keys
 from dpquant.rounding import row_keys as keys_of_rows
 
 KERNELS = ("auto", "torch", "native", "triton")
-SMALLEST_ABSMAX = 2.0**-100  # rows with a smaller absmax become zero, because max_code / absmax could overflow
 
-_UNITS = 2.0**15  # the largest |x| of a row, in the integer units in which its RMS is computed
 _HALF = 2 ** (DRAW_BITS - 1)
 _ONE = 2**DRAW_BITS
 _NATIVE_FORMATS = (E3M0, INT4, INT4.one_sided, INT8)
@@ -123,7 +112,7 @@ def quantize(
     keys = keys_of_rows(derive_key("quantize", key), record_ids)
     rows = x if per_example else x.reshape(1, -1)  # flattened: one row without line and column axes
     q = quantize_rows(rows, role, keys, kernel=kernel)
-    return q if per_example else dataclasses.replace(q, codes=q.codes.view(x.shape))
+    return q if per_example else q.rearranged(lambda part: part.view(x.shape))
 
 
 def quantize_rows(
@@ -145,6 +134,7 @@ def quantize_rows(
         axes the native kernel needs channels last and copies other layouts.
       role: the format of the codes, the rounding and the rule for the scale. With four axes, the RMS of a clip omits
         lines and columns of zeros at the end of H and W.
+        A block is consecutive channels at one position of a map, and consecutive values of other rows.
       row_keys: int64 `(B,)` on x's device, from `rounding.row_keys`.
       zero_point: 0 for int8 codes; 128 for uint8 codes that store code + 128, the input of int8 convolutions.
       kernel: "auto", "torch", "native" or "triton"; all give the same bits.
@@ -177,58 +167,51 @@ def quantize_rows(
                 codes[rows], scale[rows] = q.codes, q.scale
             return QTensor(codes=codes, scale=scale, zero_point=zero_point)
         role = unsigned if bool(positive_B.all()) else signed
-    if triton.runs_quantizer(kernel, x.device, role.format in _NATIVE_FORMATS):
+    if triton.runs_quantizer(kernel, x.device, role.blocks is None and role.format in _NATIVE_FORMATS):
         fill = triton.fill
     else:
-        fill = _fill_native if _runs_native(role.format, x.device, kernel) else _fill_torch
-    return QTensor(codes=codes, scale=fill(codes, x, role, row_keys, zero_point), zero_point=zero_point)
-
-
-def _clipped_top(x: Tensor, largest: Tensor, clip: float) -> Tensor:
-    """Return the saturation threshold of each row, `(B,)`: `clip` times its RMS, at most its largest |x|."""
-    magnitudes = x.reshape(len(x), -1).abs()
-    known = largest.isfinite() & (largest >= SMALLEST_ABSMAX)
-    units = torch.where(known[:, None], magnitudes * (torch.full_like(largest, _UNITS) / largest)[:, None], 0.0)
-    squares = (units.clamp(max=_UNITS) + 0.5).long().square().sum(dim=1)
-    top = clip * (squares.double() / _extents(x).double()).sqrt() * (largest.double() / _UNITS)
-    return torch.where(known, torch.minimum(largest, top.float()), largest)
-
-
-def _extents(x: Tensor) -> Tensor:
-    """Return the number of elements over which the mean square of each row is taken, `(B,)`.
-
-    For a map it is C * lines * columns, counted up to the last line and the last column with a nonzero element. Padding
-    to the longest record of the batch appends lines and columns of zeros; if they counted, a record's scale would
-    depend on its batchmates. For rows without four axes it is the number of all elements.
-    """
-    if x.ndim != 4:
-        return torch.full((len(x),), x[0].numel(), device=x.device)
-    held_BHW = (x != 0).any(dim=1)
-    lines, columns = (
-        (held * torch.arange(1, held.shape[1] + 1, device=x.device)).amax(dim=1)
-        for held in (held_BHW.any(dim=2), held_BHW.any(dim=1))
-    )
-    return x.shape[1] * lines * columns
+        fill = _fill_native if _runs_native(role, x.device, kernel) else _fill_torch
+    if role.blocks is None:
+        return QTensor(codes=codes, scale=fill(codes, x, role, row_keys, zero_point), zero_point=zero_point)
+    block_scale, scale = _fill_blocks(codes, x, role, row_keys, zero_point)
+    return QTensor(codes=codes, scale=scale, zero_point=zero_point, block_scale=block_scale)
 
 
 def _fill_torch(codes: Tensor, x: Tensor, role: RoleFormat, row_keys: Tensor, zero_point: int) -> Tensor:
     """Fill `codes` and return the scales, `(B,)`: the definition of quantization, on any device."""
     rows = x.reshape(len(x), -1)
     largest = rows.abs().amax(dim=1)
-    top = largest if role.clip is None else _clipped_top(x, largest, role.clip)
+    top = largest if role.clip is None else clipped_top(x, largest, role.clip)
     max_code = torch.full_like(top, role.format.max_code)  # tensor / tensor divides exactly, on every device
     usable = top.isfinite() & (top >= SMALLEST_ABSMAX)
     scale = torch.where(usable, top / max_code, torch.where(top.isfinite(), 0.0, math.nan))
 
-    t = torch.where(usable[:, None], rows.abs() * (max_code / top)[:, None], 0.0).clamp(max=role.format.max_code)
-    quantum = _quantum(t, role.format)
-    floor = (t / quantum).floor()
-    fraction = ((t / quantum - floor) * _ONE).round().long()  # round: ties to even
-    draw = _draws(x, row_keys) if role.rounding is Rounding.STOCHASTIC else torch.full_like(fraction, _HALF)
-    magnitude = ((floor + (fraction + draw >= _ONE)) * quantum).clamp(max=role.format.max_code)
-    signed = torch.where(rows < 0, -magnitude, magnitude) + zero_point
-    codes.copy_(signed.view(x.shape))
+    t = torch.where(usable[:, None], rows.abs() * (max_code / top)[:, None], 0.0)
+    codes.copy_(_rounded(t, x, role, row_keys) + zero_point)
     return scale
+
+
+def _fill_blocks(
+    codes: Tensor, x: Tensor, role: RoleFormat, row_keys: Tensor, zero_point: int
+) -> tuple[Tensor, Tensor]:
+    """Fill `codes` of a role in blocks; return the scales of the blocks, in x's shape, and of the rows, `(B,)`."""
+    assert role.blocks is not None
+    block_scale, scale = block_scales(x, role.blocks, role.format.max_code)
+    steps = block_scale * scale.view(-1, *(1,) * (x.ndim - 1))
+    t = torch.where(steps > 0, x.abs() / steps, 0.0)  # also where the scale is NaN
+    codes.copy_(_rounded(t.reshape(len(x), -1), x, role, row_keys) + zero_point)
+    return block_scale, scale
+
+
+def _rounded(t: Tensor, x: Tensor, role: RoleFormat, row_keys: Tensor) -> Tensor:
+    """Round magnitudes in code units, `(B, n)` in row-major order; return them with the signs and the shape of x."""
+    t = t.clamp(max=role.format.max_code)
+    spacing = quantum(t, role.format)
+    floor = (t / spacing).floor()
+    fraction = ((t / spacing - floor) * _ONE).round().long()  # round: ties to even
+    draw = _draws(x, row_keys) if role.rounding is Rounding.STOCHASTIC else torch.full_like(fraction, _HALF)
+    magnitude = ((floor + (fraction + draw >= _ONE)) * spacing).clamp(max=role.format.max_code).view(x.shape)
+    return torch.where(x < 0, -magnitude, magnitude)
 
 
 def _draws(x: Tensor, row_keys: Tensor) -> Tensor:
@@ -245,12 +228,6 @@ def _draws(x: Tensor, row_keys: Tensor) -> Tensor:
 def _line_size(x: Tensor) -> int | None:
     """Return the number of elements per line key, W * C; None if all elements draw under the row key (no map)."""
     return x.shape[1] * x.shape[3] if x.ndim == 4 else None
-
-
-def _quantum(t: Tensor, format: NumberFormat) -> Tensor:
-    """Return the spacing of codes at t >= 0, computed exactly from float32's exponent field."""
-    exponent = ((t.view(torch.int32) >> 23) - 127).clamp(min=format.min_exponent)
-    return ((exponent - format.mantissa_bits + 127) << 23).view(torch.float32)
 
 
 def _fill_native(codes: Tensor, x: Tensor, role: RoleFormat, row_keys: Tensor, zero_point: int) -> Tensor:
@@ -287,15 +264,16 @@ def _dense(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def _runs_native(format: NumberFormat, device: torch.device, kernel: str) -> bool:
-    """Return whether to use the native kernel, which supports powers of two and uniform integers on the CPU."""
-    able = device.type == "cpu" and format in _NATIVE_FORMATS
+def _runs_native(role: RoleFormat, device: torch.device, kernel: str) -> bool:
+    """Return whether to use the native kernel: powers of two and uniform integers, without blocks, on the CPU."""
+    able = device.type == "cpu" and role.format in _NATIVE_FORMATS and role.blocks is None
     if kernel == "torch" or (kernel == "auto" and not able):
         return False
     if not able:
         raise FormatError(
-            f"Expected kernel 'native' with an integer format on the CPU; got format={format.name!r} on {device}. "
-            "The kernel fills one-byte integers in main memory. Choose kernel='auto'."
+            f"Expected kernel 'native' with {', '.join(one.name for one in _NATIVE_FORMATS if one.signed)}, without "
+            f"blocks, on the CPU; got format={role.format.name!r}, blocks={role.blocks} on {device}. The kernel is "
+            "written for these. Choose kernel='auto'."
         )
     if native_available():
         return True

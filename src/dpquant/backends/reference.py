@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reference backend: the definition of a quantized layer, in plain torch on any device.
 
-Codes are multiplied exactly, as floating-point numbers; every other backend gives the same integers faster. The methods
-for norms and sums of weight gradients are:
+Codes are multiplied exactly, as floating-point numbers; every other backend gives the same integers faster. In blocks,
+the products of codes with their blocks' scales are exact, and their sum rounds in float32: its last bits depend on the
+device's order of summation. The methods for norms and sums of weight gradients are:
 
     patches   materialise G_i for all examples at once, by a batched matrix product over im2col
     groups    materialise G_i by one convolution whose groups are the examples
@@ -67,8 +68,12 @@ class ReferenceWeight:
 
 
 def _exact_dtype(operand: QTensor, num_terms: int, max_code: int) -> torch.dtype:
-    """Return float32 if it represents every partial sum of `num_terms` products, else float64; float32 for fp8."""
-    if operand.codes.dtype.is_floating_point or num_terms * max_code**2 <= _FLOAT32_EXACT:
+    """Return float32 if it represents every partial sum of `num_terms` products, else float64.
+
+    Sums of float8 codes and of codes in blocks are taken in float32, as hardware does, and are not exact.
+    """
+    inexact = operand.codes.dtype.is_floating_point or operand.block_scale is not None
+    if inexact or num_terms * max_code**2 <= _FLOAT32_EXACT:
         return torch.float32
     return torch.float64
 

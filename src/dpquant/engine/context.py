@@ -149,7 +149,7 @@ class StepContext:
         geometry, taps = layer.geometry.cropped(size)
         if (layer, recipe, kept, geometry) not in self._packed:
             weight = self._quantized_weight(layer, recipe.weight, kept)
-            cropped = dataclasses.replace(weight, codes=weight.codes[:, :, *taps].contiguous())
+            cropped = weight.rearranged(lambda part: part[:, :, *taps].contiguous())
             packed = layer.backend.pack(cropped, geometry, max_code=recipe.max_code)
             self._packed[layer, recipe, kept, geometry] = packed
         return self._packed[layer, recipe, kept, geometry]

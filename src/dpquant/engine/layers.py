@@ -10,7 +10,8 @@ arXiv 2509.03472), except those that its precision keeps in float32:
     wgrad     G_i  = s(g_i) s(x_i) sum_t code(g_it) code(x_it)^T
 
 x is quantized once, and its codes are kept for wgrad. W is quantized once per logical step. g is quantized once, for
-both dgrad and wgrad. Only if two products use an operand in different formats, it is quantized once per format. The
+both dgrad and wgrad. Only if two products use an operand in different formats, it is quantized once per format: with
+`mxfp4`, x and g have codes in blocks for forward and dgrad, and int8 codes with one scale per example for wgrad. The
 bias gradient is the sum of the output gradient before quantization. Scales of x and g are taken per example, never over
 the batch: with a batch-wide scale each example's gradient would depend on every other example, and clipping would not
 bound an example's influence.
@@ -84,10 +85,10 @@ class QuantizableLayer(nn.Module):
         weight = self.weight.detach().reshape(self.weight.shape[0], -1, *self.geometry.kernel)
         weight = swap_in_out(weight, self.geometry.groups) if kept == "input" else weight
         rows = weight.flatten(1) if kept else weight.reshape(1, -1)
+        rows = weight if role.blocks is not None else rows  # maps: a block is channels of one tap
         keys = row_keys(derive_key(run.key, self.name, "weight"), torch.arange(len(rows)))
-        q = quantize_rows(rows, role, keys.to(weight.device))
-        codes = q.codes.view(weight.shape)
-        return QTensor(codes=swap_in_out(codes, self.geometry.groups) if kept == "input" else codes, scale=q.scale)
+        q = quantize_rows(rows, role, keys.to(weight.device)).rearranged(lambda part: part.view(weight.shape))
+        return q.rearranged(lambda part: swap_in_out(part, self.geometry.groups)) if kept == "input" else q
 
     def convolve(self, x: Tensor) -> Tensor:
         """Apply the convolution to x `(B, C, H, W)`; return `(B, O, H', W')`.
@@ -256,7 +257,7 @@ def prepare(
 
     Args:
       model: any module with float32 parameters.
-      format: of the layers that a policy selects: a recipe's name (`luq-fp4`, `luq`, `int8`, `fp8`), a `Recipe`, or a
+      format: of the layers that a policy selects: a recipe's name (`luq-fp4`, `int8`, `mxfp4`, ...), a `Recipe`, or a
         `Precision` of the three products; `dpquant.formats` explains all names.
       backend: `auto`, `simulate` (any device), `int8` (a CPU whose int8 convolution is exact), or a `Backend`.
     Returns: the prepared model.

@@ -107,7 +107,7 @@ class TrainSettings:
     beta: float = _setting("how much impact counts against chance, 0 = rotation", 3.0)
     ema: float = _setting("weight of the newest analysis", 0.5)
     format: str = _setting(
-        "of a quantized layer: luq-fp4, luq, int4-clip, int8, fp8, or three for its products", "luq-fp4"
+        "of a quantized layer: luq-fp4, luq, int4-clip, int8, fp8, mxfp4, nvfp4, or three for its products", "luq-fp4"
     )
     rest: str = _setting("format of the other layers: full/luq-fp4/luq-fp4 quantizes their backward pass", "full")
     backend: str = _setting("auto, simulate or int8", "auto")

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from dpquant.errors import DataError, DPQuantError
-from dpquant.formats import NumberFormat, Precision, Recipe, RoleFormat, Rounding
+from dpquant.formats import Blocks, Precision, Recipe, RoleFormat, Rounding
+from dpquant.number_formats import NumberFormat
 from dpquant.privacy.entries import NO_HASH
 from dpquant.training.execution import Execution
 
@@ -105,5 +106,15 @@ def _recipe(read: dict[str, Any]) -> Recipe:
 
 
 def _role(read: dict[str, Any]) -> RoleFormat:
-    format, rounding = NumberFormat(**read["format"]), Rounding(read["rounding"])
-    return RoleFormat(**{**read, "format": format, "rounding": rounding})
+    known = {
+        "format": NumberFormat(**read["format"]),
+        "rounding": Rounding(read["rounding"]),
+        "blocks": _blocks(read.get("blocks")),  # earlier versions had none
+    }
+    return RoleFormat(**{**read, **known})
+
+
+def _blocks(read: dict[str, Any] | None) -> Blocks | None:
+    if read is None:
+        return None
+    return Blocks(size=read["size"], scale=None if read["scale"] is None else NumberFormat(**read["scale"]))
