@@ -8,10 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dpquant.backends.algebra import add_patch_products, bfloat16_factors, in_weight_order, weight_gradient
+from dpquant.backends.algebra import add_patch_products, in_weight_order, weight_gradient
 from dpquant.backends.choose import fastest
 from dpquant.backends.geometry import Geometry
 from dpquant.backends.interface import Operands
+from dpquant.backends.precision import bfloat16_factors
 
 _AT_ONCE = 2**23  # bytes of im2col output formed at a time
 _ENOUGH_POSITIONS = 2048  # with more, a matrix product takes no less time per position

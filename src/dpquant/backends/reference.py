@@ -23,7 +23,6 @@ from torch import Tensor
 from dpquant.backends import native_products as native
 from dpquant.backends.algebra import (
     ROUND_OFF,
-    bfloat16_factors,
     convolved,
     grouped_products,
     im2col,
@@ -36,6 +35,7 @@ from dpquant.backends.algebra import (
 from dpquant.backends.gemm_sum import GemmSum, slices
 from dpquant.backends.geometry import Geometry
 from dpquant.backends.interface import Method, Norms, Operands, PackedWeight
+from dpquant.backends.precision import bfloat16_factors
 from dpquant.backends.qtensor import QTensor, code_values, scaled
 from dpquant.backends.quantize import quantize_rows
 from dpquant.formats import Precision, RoleFormat
