@@ -99,6 +99,7 @@ class CpuInt8(Reference):
     """The backend that multiplies codes on int8 instructions of a CPU; see `interface.Backend`."""
 
     name = "int8"
+    device_type = "cpu"
 
     def __init__(self, packed: type[Int8Weight] = Int8Weight):
         """Make a backend whose weights are `packed`; `refusal` checks whether its products are exact here."""

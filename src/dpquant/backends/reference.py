@@ -67,19 +67,28 @@ class ReferenceWeight:
 
 
 def _exact_dtype(operand: QTensor, num_terms: int, max_code: int) -> torch.dtype:
-    """Return float32 if it represents every partial sum of `num_terms` products, else float64; float32 for fp8."""
-    if operand.codes.dtype.is_floating_point or num_terms * max_code**2 <= _FLOAT32_EXACT:
+    """Return float32 if it represents every partial sum of `num_terms` products, else float64; float32 for fp8.
+
+    On a GPU integers are always multiplied in float64: float32 convolutions may transform them first (Winograd), which
+    is not exact.
+    """
+    if operand.codes.dtype.is_floating_point:
         return torch.float32
-    return torch.float64
+    in_float32 = num_terms * max_code**2 <= _FLOAT32_EXACT and operand.codes.device.type == "cpu"
+    return torch.float32 if in_float32 else torch.float64
 
 
 class Reference:
     """The backend in plain torch, for any device; see `interface.Backend`."""
 
     name = "simulate"
+    device_type: str | None = None
 
     def refusal(self, precision: Precision, device: torch.device) -> str | None:
         return None
+
+    def exactness(self, precision: Precision, device: torch.device) -> str:
+        return "exact on this processor"
 
     def quantize(self, x: Tensor, role: RoleFormat, row_keys: Tensor) -> QTensor:
         return quantize_rows(x.contiguous(memory_format=torch.channels_last), role, row_keys)
