@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every backend promises, tried on all of `registry.BACKENDS` that run here, and on doubles that break it.
 
-A new backend needs nothing here but its line in the registry. The backend for GPUs is tried on the CPU too, on units that
-stand in for a GPU's. Exact answers are float64 sums of integers.
+A new backend needs nothing here but its line in the registry. The backend for GPUs is tried on the CPU too, on units
+that stand in for a GPU's. Exact answers are float64 sums of integers.
 """
 
 import dataclasses
