@@ -291,13 +291,13 @@ def _bf16_products(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _int8_products(a: Tensor, b: Tensor) -> Tensor:
-    return torch.stack([torch._int_mm(*pair) for pair in zip(a, b, strict=True)])
+    return torch.stack([torch.ops.aten._int_mm(*pair) for pair in zip(a, b, strict=True)])
 
 
 def _fp8_products(a: Tensor, b: Tensor) -> Tensor:
     one = torch.ones((), device=a.device)
     pairs = zip(a, b, strict=True)
-    return torch.stack([torch._scaled_mm(*pair, scale_a=one, scale_b=one, out_dtype=torch.float32) for pair in pairs])
+    return torch.stack([torch.ops.aten._scaled_mm(*pair, one, one, out_dtype=torch.float32) for pair in pairs])
 
 
 TF32 = Carrier(

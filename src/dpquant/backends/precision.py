@@ -74,12 +74,12 @@ def _products(wanted: str, places: Sequence[tuple[str, str]]) -> Iterator[None]:
     """
     changed = []
     try:
-        for place in (_EVERYTHING, *places):
-            before = _get(*place)
+        for unit, operation in (_EVERYTHING, *places):
+            before = _get(unit, operation)
             if before != wanted:
-                changed.append((place, before))
-                _set(*place, wanted)
+                changed.append((unit, operation, before))
+                _set(unit, operation, wanted)
         yield
     finally:
-        for place, before in reversed(changed):
-            _set(*place, before)
+        for setting in reversed(changed):
+            _set(*setting)
