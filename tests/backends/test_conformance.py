@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every backend promises, tried on all of `registry.BACKENDS` that run here, and on doubles that break it.
 
-A new backend needs nothing here but its line in the registry. Exact answers are float64 sums of integers.
+A new backend needs nothing here but its line in the registry. The backend for GPUs is tried on the CPU too, on units
+that stand in for a GPU's. Exact answers are float64 sums of integers.
 """
 
 import dataclasses
@@ -40,13 +41,22 @@ from dpquant.formats import RECIPES, precision
 from dpquant.runs import settings
 from networks import loss, zoo
 from processor import CPU, LARGEST_CODES, of_integers
+from units import EXACT, backend_of, taking_turns
 
 Where = tuple[Backend, torch.device]
+
+TRIED = [*BACKENDS.values(), backend_of(*EXACT)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def every_way_in_turn():
+    with taking_turns():
+        yield
 
 
 def running(chosen) -> list[Where]:
     """The backends that run a precision here, and where."""
-    pairs = [(backend, device) for backend in BACKENDS.values() for device in DEVICES]
+    pairs = [(backend, device) for backend in TRIED for device in DEVICES]
     return [(backend, device) for backend, device in pairs if backend.refusal(precision(chosen), device) is None]
 
 
@@ -127,7 +137,7 @@ def test_rows_that_are_not_finite_stay_alone(backend, device, chosen):
     assert_rows_that_are_not_finite_stay_alone(backend, chosen, device)
 
 
-@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+@pytest.mark.parametrize("backend", TRIED, ids=[backend.name for backend in TRIED])
 def test_refusals_are_told(backend):
     assert_refusals_are_told(backend)
 

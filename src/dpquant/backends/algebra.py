@@ -7,11 +7,8 @@ over its positions. This module does not handle scales, layers or privacy.
 Symbols: B examples, C input channels, O output channels, G groups, H x W input size, T output positions, D patch size.
 """
 
-import contextlib
 import itertools
 import math
-from collections.abc import Iterator
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -124,22 +121,6 @@ def add_patch_products(grad: Tensor, x: Tensor, geometry: Geometry, total: Tenso
 def positions(grad: Tensor, geometry: Geometry) -> Tensor:
     """Rearrange output gradients by group and position: `(B, O, H', W')` -> `(B, G, T, O / G)`."""
     return grad.flatten(2).unflatten(1, (geometry.groups, -1)).transpose(2, 3)
-
-
-@contextlib.contextmanager
-def bfloat16_factors() -> Iterator[None]:
-    """Allow bfloat16 inputs with float32 accumulation in float32 matrix products until the block ends. Process-wide.
-
-    If the inputs are bfloat16 numbers already, the products are the same and only the time changes. A processor without
-    bfloat16 instructions keeps computing in float32.
-    """
-    setting = cast(Any, torch.backends.mkldnn).matmul  # torch adds the attribute at run time
-    before = setting.fp32_precision
-    setting.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before
 
 
 def in_weight_order(products: Tensor, geometry: Geometry) -> Tensor:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import platformdirs
+import torch
 
 from dpquant.errors import DataError
 from dpquant.machine import processor
@@ -179,7 +180,28 @@ def fastest(key: Hashable, ways: Ways) -> str:
     return (_active or _alone).fastest(key, ways)
 
 
-def timed(ways: Ways, *, rounds: int = _ROUNDS, clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
+def place(device: torch.device) -> tuple[str, ...]:
+    """Return what a key says about the device of the operands: nothing for the CPU, else the device's name."""
+    if device.type == "cuda":
+        return (torch.cuda.get_device_name(device),)
+    return () if device.type == "cpu" else (device.type,)
+
+
+def settle() -> None:
+    """Wait until all GPUs that this process uses have done what they were given, so that a clock can be read."""
+    if torch.cuda.is_initialized():
+        for device in range(torch.cuda.device_count()):
+            if torch.cuda.memory_allocated(device):  # waiting for a device that is not used would begin to use it
+                torch.cuda.synchronize(device)
+
+
+def timed(
+    ways: Ways,
+    *,
+    rounds: int = _ROUNDS,
+    clock: Callable[[], float] = time.perf_counter,
+    settle: Callable[[], None] = settle,
+) -> dict[str, float]:
     """Return {name: minimum of the measured seconds} of each candidate.
 
     Candidates are timed in rotation, so that a temporary slowdown of the machine affects all of them.
@@ -188,11 +210,14 @@ def timed(ways: Ways, *, rounds: int = _ROUNDS, clock: Callable[[], float] = tim
       ways: candidates, {name: a function that does the work once}.
       rounds: number of timings of each candidate. One more than 3 times slower than the best is not timed again.
       clock: returns seconds.
+      settle: waits until the work has been done; a call on a GPU returns before that.
     """
 
     def seconds_of(work: Callable[[], object]) -> float:
+        settle()
         began = clock()
         work()
+        settle()
         return clock() - began
 
     seconds: dict[str, float] = {}

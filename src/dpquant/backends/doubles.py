@@ -31,14 +31,19 @@ class Wrapped:
     Attributes:
       inner: the other backend.
       name: the name of the subclass and of the other backend.
+      device_type: of the other backend.
     """
 
     def __init__(self, inner: Backend):
         self.inner = inner
         self.name = f"{type(self).__name__} of {inner.name}"
+        self.device_type = inner.device_type
 
     def refusal(self, precision: Precision, device: torch.device) -> str | None:
         return self.inner.refusal(precision, device)
+
+    def exactness(self, precision: Precision, device: torch.device) -> str:
+        return self.inner.exactness(precision, device)
 
     def quantize(self, x: Tensor, role: RoleFormat, row_keys: Tensor) -> QTensor:
         return self.inner.quantize(x, role, row_keys)

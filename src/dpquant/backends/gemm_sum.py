@@ -8,10 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dpquant.backends.algebra import add_patch_products, bfloat16_factors, in_weight_order, weight_gradient
-from dpquant.backends.choose import fastest
+from dpquant.backends.algebra import add_patch_products, in_weight_order, weight_gradient
+from dpquant.backends.choose import fastest, place
 from dpquant.backends.geometry import Geometry
 from dpquant.backends.interface import Operands
+from dpquant.backends.precision import bfloat16_factors
 
 _AT_ONCE = 2**23  # bytes of im2col output formed at a time
 _ENOUGH_POSITIONS = 2048  # with more, a matrix product takes no less time per position
@@ -58,7 +59,8 @@ class GemmSum:
         methods = {"convolution": self._add_convolution, "patches": self._add_patches, "bfloat16": self._add_terms}
         if not self._bf16_terms:
             del methods["bfloat16"]
-        key = ("summed weight gradient", self._geometry, (*self._shapes, self._bf16_terms), torch.get_num_threads())
+        facts = (self._geometry, (*self._shapes, self._bf16_terms), torch.get_num_threads(), *place(x.device))
+        key = ("summed weight gradient", *facts)
         name = fastest(key, {name: partial(self._try, method) for name, method in methods.items()})
         self._in_patch_order = name != "convolution"
         self._total = methods[name](g, x, self._total)

@@ -53,6 +53,11 @@ class Operands:
         return shape_of(self.x), shape_of(self.g)
 
     @property
+    def device(self) -> torch.device:
+        """The device of x and g."""
+        return (self.x.codes if isinstance(self.x, QTensor) else self.x).device
+
+    @property
     def num_positions(self) -> int:
         """The number T of output positions."""
         return math.prod(self.shapes[1][2:])
@@ -183,12 +188,18 @@ class Backend(Protocol):
 
     Attributes:
       name: the name by which users choose it and records show it.
+      device_type: of the devices that it is made for, `cpu` or `cuda`; None: any.
     """
 
     name: str
+    device_type: str | None
 
     def refusal(self, precision: Precision, device: torch.device) -> str | None:
         """Return the reason why the backend cannot run a precision exactly on a device; None if it can."""
+        ...
+
+    def exactness(self, precision: Precision, device: torch.device) -> str:
+        """Return on what a precision that is not refused runs exactly, in words for a run's record."""
         ...
 
     def quantize(self, x: Tensor, role: RoleFormat, row_keys: Tensor) -> QTensor:

@@ -24,7 +24,6 @@ from torch import Tensor
 from dpquant.backends import native_products as native
 from dpquant.backends.algebra import (
     ROUND_OFF,
-    bfloat16_factors,
     convolved,
     grouped_products,
     im2col,
@@ -37,6 +36,7 @@ from dpquant.backends.algebra import (
 from dpquant.backends.gemm_sum import GemmSum, slices
 from dpquant.backends.geometry import Geometry
 from dpquant.backends.interface import Method, Norms, Operands, PackedWeight
+from dpquant.backends.precision import bfloat16_factors
 from dpquant.backends.qtensor import QTensor, code_values, scaled
 from dpquant.backends.quantize import quantize_rows
 from dpquant.formats import Precision, RoleFormat
@@ -70,21 +70,27 @@ class ReferenceWeight:
 def _exact_dtype(operand: QTensor, num_terms: int, max_code: int) -> torch.dtype:
     """Return float32 if it represents every partial sum of `num_terms` products, else float64.
 
-    Sums of float8 codes and of codes in blocks are taken in float32, as hardware does, and are not exact.
+    Sums of float8 codes and of codes in blocks are taken in float32, as hardware does, and are not exact. On a GPU
+    integers are always multiplied in float64: float32 convolutions may transform them first (Winograd), which is not
+    exact.
     """
-    inexact = operand.codes.dtype.is_floating_point or operand.block_scale is not None
-    if inexact or num_terms * max_code**2 <= _FLOAT32_EXACT:
+    if operand.codes.dtype.is_floating_point or operand.block_scale is not None:
         return torch.float32
-    return torch.float64
+    in_float32 = num_terms * max_code**2 <= _FLOAT32_EXACT and operand.codes.device.type == "cpu"
+    return torch.float32 if in_float32 else torch.float64
 
 
 class Reference:
     """The backend in plain torch, for any device; see `interface.Backend`."""
 
     name = "simulate"
+    device_type: str | None = None
 
     def refusal(self, precision: Precision, device: torch.device) -> str | None:
         return None
+
+    def exactness(self, precision: Precision, device: torch.device) -> str:
+        return "exact on this processor"
 
     def quantize(self, x: Tensor, role: RoleFormat, row_keys: Tensor) -> QTensor:
         return quantize_rows(x.contiguous(memory_format=torch.channels_last), role, row_keys)

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 import torch
 
 from dpquant.backends.cpu_int8 import CpuInt8
+from dpquant.backends.cuda import Cuda
 from dpquant.backends.interface import Backend
 from dpquant.backends.reference import Reference
 from dpquant.errors import FormatError
 from dpquant.formats import Precision
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Reference(), CpuInt8())}
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Reference(), CpuInt8(), Cuda())}
 
 
 def resolve(backend: str | Backend, precisions: Sequence[Precision], device: torch.device) -> Backend:
@@ -48,8 +49,9 @@ def refusal(backend: Backend, precisions: Sequence[Precision], device: torch.dev
 
 
 def reason_for(backend: Backend, precisions: Sequence[Precision], device: torch.device) -> str:
-    """Return why `auto` chose this backend: a refusal by one that comes after it in the registry, or its exactness."""
+    """Return why `auto` chose this backend: a refusal by a later one that is made for the device, or its exactness."""
     names = list(BACKENDS)
-    later = names[names.index(backend.name) + 1 :]
-    reasons = [refusal(BACKENDS[name], precisions, device) for name in later]
-    return next(filter(None, reasons), None) or "exact on this processor"
+    later = [BACKENDS[name] for name in names[names.index(backend.name) + 1 :]]
+    reasons = [refusal(one, precisions, device) for one in later if one.device_type in (None, device.type)]
+    largest = max(precisions, key=lambda precision: precision.max_code)
+    return next(filter(None, reasons), None) or backend.exactness(largest, device)

@@ -259,7 +259,8 @@ def prepare(
       model: any module with float32 parameters.
       format: of the layers that a policy selects: a recipe's name (`luq-fp4`, `int8`, `mxfp4`, ...), a `Recipe`, or a
         `Precision` of the three products; `dpquant.formats` explains all names.
-      backend: `auto`, `simulate` (any device), `int8` (a CPU whose int8 convolution is exact), or a `Backend`.
+      backend: `auto`, `simulate` (any device), `int8` (a CPU whose int8 convolution is exact), `cuda` (a GPU whose
+        tensor cores are), or a `Backend`.
     Returns: the prepared model.
     Raises:
       FormatError: the recipe or the backend is unknown, or the recipe cannot run on the backend.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpquant.backends.precision import ieee_float32
 from dpquant.backends.qtensor import QTensor
 from dpquant.engine.batches import Microbatch, take_rows
 from dpquant.engine.context import StepContext
@@ -159,10 +160,12 @@ class RowGradients:
         parts = {name: part.take(rows) for name, part in self.parts.items()}
         return RowGradients(self.losses[[row]], parts, [operand.take(rows) for operand in self.operands])
 
+    @ieee_float32()
     def norm(self) -> float:
         """Return the L2 norm of the gradients of all rows and parameters as one vector, rounded up."""
         return sum(float(part.squared_norms().sum()) for part in self.parts.values()) ** 0.5
 
+    @ieee_float32()
     def distance(self, other: "RowGradients") -> float:
         """Return the L2 norm of the difference of all gradients; a missing gradient counts as zero."""
         squares = 0.0

@@ -4,6 +4,9 @@
 Trainable parameters are detached while a tape is in place, so the model never holds an unclipped gradient. A trainable
 parameter without a per-example gradient is an error. This module does not clip.
 
+All norms and sums are formed in float32 products whose inputs are not rounded, whatever the user allows for the passes
+themselves (`backends/precision.py`): else a contribution could exceed the clipping norm.
+
 Symbols: B examples, G_i the gradient of example i.
 """
 
@@ -14,14 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpquant.backends.precision import ieee_float32, input_error
 from dpquant.backends.qtensor import QTensor
 from dpquant.engine.clock import Clock
 from dpquant.engine.contributions import Contribution, Lookup, Materialised, WeightedSum
 from dpquant.engine.group_norm import TapedGroupNorm
 from dpquant.engine.layers import QuantizableLayer
-from dpquant.engine.per_example import contributions_of, has_formula
+from dpquant.engine.per_example import TOLERANCE, contributions_of, has_formula
 from dpquant.engine.weight_gradients import LazyWeightGradient
 from dpquant.errors import ModelError
+
+_INPUTS = 16  # an output with cancelling terms has several times the error of its inputs
 
 
 class GradientTape:
@@ -69,6 +75,7 @@ class GradientTape:
         """Return whether the module itself, not a child, has a trainable parameter."""
         return any(p in self._names for p in module.parameters(recurse=False))
 
+    @ieee_float32()
     def record(self, layer: QuantizableLayer, x: Tensor | QTensor, g: Tensor | QTensor, grad: Tensor) -> None:
         if self._keeping:
             self.operands += [operand for operand in (x, g) if isinstance(operand, QTensor)]
@@ -88,6 +95,7 @@ class GradientTape:
         if parameter in self._names:
             self._contributions[self._names[parameter]].append(contribution)
 
+    @ieee_float32()
     def add_up(self, parts: Mapping[str, Contribution], weights_B: Tensor) -> None:
         """Add sum_i w_i G_i of each parameter to its total."""
         for name, part in parts.items():
@@ -96,10 +104,12 @@ class GradientTape:
                     self._sums[name, part.kind] = part.begin_sum()
                 self._sums[name, part.kind].add(part, weights_B)
 
+    @ieee_float32()
     def contributions(self) -> dict[str, Contribution]:
         """Return {parameter name: gradients of the current microbatch}; parameters that got none are missing."""
         return {name: _one_contribution(found) for name, found in self._contributions.items() if found}
 
+    @ieee_float32()
     def totals(self, trainable: Mapping[str, nn.Parameter], complete: bool) -> dict[str, Tensor]:
         """Return {parameter name: sum over all microbatches}; without a sum it is zero or, if `complete`, an error."""
         totals: dict[str, Tensor] = {}
@@ -109,6 +119,7 @@ class GradientTape:
             raise no_gradient(next(name for name in trainable if name not in totals))
         return {name: totals[name] if name in totals else torch.zeros_like(p) for name, p in trainable.items()}
 
+    @ieee_float32()
     def squared_norms(self, parts: Mapping[str, Contribution], size: int) -> Tensor:
         """Return each example's squared norm over all parameters, float64 `(B,)`."""
         squared_norms: dict[str, Tensor] = {}
@@ -215,7 +226,12 @@ def _listener(tape: GradientTape) -> Callable[[nn.Module, tuple[Any, ...], dict[
         def record(grad: Tensor) -> None:
             tape.listening = False  # `contributions_of` may call the module again
             own = dict(module.named_parameters(recurse=False))
-            for name, contribution in contributions_of(module, args, kwargs, plain, grad).items():
+            tolerance = TOLERANCE + _INPUTS * input_error(
+                grad.device
+            )  # of the call, which the evaluation does not have
+            with ieee_float32():
+                found = contributions_of(module, args, kwargs, plain, grad, tolerance=tolerance)
+            for name, contribution in found.items():
                 if name in own:  # a formula may give a bias that the module lacks
                     tape.add(own[name], contribution)
             tape.listening = True

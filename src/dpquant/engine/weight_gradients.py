@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpquant.backends.algebra import im2col, in_weight_order, positions
-from dpquant.backends.choose import fastest
+from dpquant.backends.choose import fastest, place
 from dpquant.backends.geometry import Geometry
 from dpquant.backends.interface import Accumulator, Backend, Method, Norms, Operands, shape_of
 from dpquant.backends.qtensor import Operand, QTensor, code_values
@@ -156,7 +156,8 @@ class LazyWeightGradient:
         """Compute the norms by the method whose norms and sum together take the least time on this machine."""
         methods, operands = self.methods(), self.operands
         shapes = (*operands.shapes, operands.bf16_terms)
-        key = ("per-example weight gradients", operands.geometry, shapes, tuple(methods), torch.get_num_threads())
+        facts = (operands.geometry, shapes, tuple(methods), torch.get_num_threads(), *place(operands.device))
+        key = ("per-example weight gradients", *facts)
         trials = {name: partial(self._try, method) for name, method in methods.items()}
         return self.by(methods[fastest(key, trials)])
 
@@ -182,7 +183,7 @@ class LazyWeightGradient:
         part = synthetic.by(method)
         part.squared_norms()
         total = cast(WeightedSum[Any], part.begin_sum())
-        total.add(part, torch.ones(len(synthetic.operands)))
+        total.add(part, torch.ones(len(synthetic.operands), device=synthetic.operands.device))
         total.value()
 
     @property

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 OPTIMIZERS = ("sgd", "adam", "adamw")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 POLICIES = ("none", "all", "static", "rotate", "prioritise", "dpquant")
-BACKENDS = ("auto", "simulate", "int8")
+BACKENDS = ("auto", "simulate", "int8", "cuda")
 ANALYSIS_SCORES = ("loss", "gradient")
 
 _ANALYSIS_PARTS = {"loss": 1 / 2, "gradient": 1 / 16}  # of a step's batch: a gradient costs more and says more
@@ -110,7 +110,7 @@ class TrainSettings:
         "of a quantized layer: luq-fp4, luq, int4-clip, int8, fp8, mxfp4, nvfp4, or three for its products", "luq-fp4"
     )
     rest: str = _setting("format of the other layers: full/luq-fp4/luq-fp4 quantizes their backward pass", "full")
-    backend: str = _setting("auto, simulate or int8", "auto")
+    backend: str = _setting("auto, simulate, int8 or cuda", "auto")
     analysis_every: int = _setting("epochs between analyses", 1)
     analysis_score: str = _setting("what quantizing is measured by: loss, or gradient, its direction", "gradient")
     analysis_batch_size: float | None = _setting(
