@@ -11,7 +11,6 @@ of classes are used.
 import dataclasses
 import json
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -23,7 +22,7 @@ from dpquant.data import dataset as data
 from dpquant.engine.batches import Microbatch
 from dpquant.engine.passes import Objective
 from dpquant.errors import SettingError
-from dpquant.machine import Hardware
+from dpquant.machine import Hardware, now
 from dpquant.privacy.plan import AnalysisPlan, PrivacyPlan
 from dpquant.runs.directory import RECORD
 from dpquant.runs.evaluation import per_example_loss
@@ -301,9 +300,9 @@ def _times(
                 )
             )
         for batch in epoch:
-            began = time.perf_counter()
+            began = now()
             private.step(batch)
-            steps.setdefault(epoch.policy, []).append(time.perf_counter() - began)
+            steps.setdefault(epoch.policy, []).append(now() - began)
     costs = {
         name: LayerCost(macs=private.macs[name], full=seconds.full, quantized=seconds.quantized)
         for name, seconds in median_times(layers).items()
@@ -313,7 +312,7 @@ def _times(
 
 def _analysis_seconds(private: PrivateTraining, synthetic: SyntheticRecords, analysis: AnalysisPlan) -> float:
     """Return the seconds of one analysis, extrapolated from a few examples."""
-    began = time.perf_counter()
+    began = now()
     impact_sum(
         Objective(private.model, per_example_loss),
         [Microbatch(synthetic.first(_ANALYSED), torch.arange(_ANALYSED), _ANALYSED)],
@@ -322,7 +321,7 @@ def _analysis_seconds(private: PrivateTraining, synthetic: SyntheticRecords, ana
         keys=analysis_keys(0, 0),
         score=analysis.score,
     )
-    return (time.perf_counter() - began) / _ANALYSED * analysis.expected_batch_size
+    return (now() - began) / _ANALYSED * analysis.expected_batch_size
 
 
 def _mean_step(settings: TrainSettings, plan: PrivacyPlan, private: PrivateTraining, model: CostModel) -> float:

@@ -16,7 +16,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -24,7 +23,7 @@ from typing import Any, Self
 import platformdirs
 
 from dpquant.errors import DataError
-from dpquant.machine import processor
+from dpquant.machine import now, processor
 
 CACHE = "DPQUANT_CACHE"
 """Environment variable: the directory of this machine's file of decisions, or `off` for no file."""
@@ -179,7 +178,7 @@ def fastest(key: Hashable, ways: Ways) -> str:
     return (_active or _alone).fastest(key, ways)
 
 
-def timed(ways: Ways, *, rounds: int = _ROUNDS, clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
+def timed(ways: Ways, *, rounds: int = _ROUNDS, clock: Callable[[], float] = now) -> dict[str, float]:
     """Return {name: minimum of the measured seconds} of each candidate.
 
     Candidates are timed in rotation, so that a temporary slowdown of the machine affects all of them.
@@ -187,7 +186,7 @@ def timed(ways: Ways, *, rounds: int = _ROUNDS, clock: Callable[[], float] = tim
     Args:
       ways: candidates, {name: a function that does the work once}.
       rounds: number of timings of each candidate. One more than 3 times slower than the best is not timed again.
-      clock: returns seconds.
+      clock: returns seconds, once all work is done.
     """
 
     def seconds_of(work: Callable[[], object]) -> float:
