@@ -99,7 +99,7 @@ def take_rows(batch: Any, rows: slice | Tensor) -> Any:
 
     def taken(leaf: Any) -> Tensor:
         if isinstance(leaf, Tensor):
-            return leaf[rows]
+            return leaf[rows.to(leaf.device, non_blocking=True) if isinstance(rows, Tensor) else rows]
         raise _no_tensor(leaf)
 
     return with_leaves(batch, taken)

@@ -166,6 +166,10 @@ def _add_clipped(tape: GradientTape, max_grad_norm: float, size: int, num_exampl
         return
     factors_B, finite_B = clip_factors(tape.squared_norms(parts, size), max_grad_norm)
     factors_B[num_examples:] = 0
+    if finite_B.device.type != "cpu":  # a GPU would have to be waited for to tell whether all are
+        for name, part in parts.items():
+            tape.add_up({name: part.masked(finite_B)}, factors_B)
+        return
     if not finite_B.all():
         rows = finite_B.nonzero().flatten()
         parts = {name: part.take(rows) for name, part in parts.items()}

@@ -84,8 +84,8 @@ class QuantizableLayer(nn.Module):
         weight = self.weight.detach().reshape(self.weight.shape[0], -1, *self.geometry.kernel)
         weight = swap_in_out(weight, self.geometry.groups) if kept == "input" else weight
         rows = weight.flatten(1) if kept else weight.reshape(1, -1)
-        keys = row_keys(derive_key(run.key, self.name, "weight"), torch.arange(len(rows)))
-        q = quantize_rows(rows, role, keys.to(weight.device))
+        keys = row_keys(derive_key(run.key, self.name, "weight"), torch.arange(len(rows), device=weight.device))
+        q = quantize_rows(rows, role, keys)
         codes = q.codes.view(weight.shape)
         return QTensor(codes=swap_in_out(codes, self.geometry.groups) if kept == "input" else codes, scale=q.scale)
 
@@ -233,7 +233,7 @@ def _codes(ctx, role: str, x: Tensor, *recipes: Recipe | None) -> list[Any]:
     formats: list[RoleFormat | None] = [recipe and getattr(recipe, role) for recipe in recipes]
     for wanted in filter(None, formats):
         if wanted not in made:
-            keys = ctx.run.draw_keys(ctx.layer, role, ctx.call, len(x)).to(x.device)
+            keys = ctx.run.draw_keys(ctx.layer, role, ctx.call, len(x))
             made[wanted] = ctx.layer.backend.quantize(x, wanted, keys)
     return [wanted and made[wanted] for wanted in formats]
 

@@ -155,7 +155,7 @@ class RowGradients:
 
     def row(self, row: int) -> "RowGradients":
         """Return losses, gradients and operands of one row."""
-        rows = torch.tensor([row])
+        rows = torch.tensor([row], device=self.losses.device)
         parts = {name: part.take(rows) for name, part in self.parts.items()}
         return RowGradients(self.losses[[row]], parts, [operand.take(rows) for operand in self.operands])
 
@@ -186,6 +186,7 @@ def gradients_of_rows(objective: Objective, piece: Microbatch, *, key: int) -> R
     tapes = taping(objective.model, objective.trainable(), forming=False, keeping=True)
     with tapes as tape, running(objective.model, StepContext(key=key, tape=tape)) as run:
         losses = Passes(objective, run, tape).over(piece)
+        tape.settle()
         return RowGradients(losses.detach(), tape.contributions(), tape.operands)
 
 
