@@ -107,6 +107,7 @@ def clipped_sum(
     if not quantizable_layers(model) and any(type(m) in (nn.Conv2d, nn.Linear) for m in model.modules()):
         raise ModelError("Expected a prepared model; got one without quantizable layers. Call dpquant.prepare(model).")
     pieces: Iterable[Microbatch] = ()
+    record_ids = record_ids.cpu()  # which rows belong together is decided there
     if len(record_ids) > 0:
         check_rows(batch, len(record_ids))
         pieces = microbatches(batch, record_ids, size)

@@ -22,6 +22,7 @@ Symbols: B examples, x activations, g output gradients, W weight, T output posit
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
@@ -262,20 +263,20 @@ def prepare(
     Returns: the prepared model.
     Raises:
       FormatError: the recipe or the backend is unknown, or the recipe cannot run on the backend.
-      ModelError: model is not a module, or has parameters that are not float32.
+      ModelError: model is not a module, has parameters that are not float32, or is on two devices.
     Privacy: reads no data.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"Expected model to be a torch.nn.Module; got a {type(model).__name__}.")
     chosen = precision(format)
-    devices = {p.device for p in model.parameters()} or {torch.device("cpu")}
+    device = _device_of(model)
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
             raise ModelError(
                 f"Expected model's parameters to be float32; got {name} of {parameter.dtype}. Clipping and noise are "
                 "calibrated in float32. Call model.float() first."
             )
-    resolved = resolve(backend, [chosen], devices.pop())
+    resolved = resolve(backend, [chosen], device)
     twins: dict[nn.Module, nn.Module] = {}
     for module in list(model.modules()):
         if type(module) in _TWINS:
@@ -288,6 +289,21 @@ def prepare(
     for name, layer in quantizable_layers(model).items():
         layer.name, layer.chosen, layer.backend = name, chosen, resolved
     return model
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    """Return the device of all parameters and buffers; the CPU if there are none."""
+    tensors = list(itertools.chain(model.named_parameters(), model.named_buffers()))
+    if not tensors:
+        return torch.device("cpu")
+    first, here = tensors[0][0], tensors[0][1].device
+    for name, tensor in tensors:
+        if tensor.device != here:
+            raise ModelError(
+                f"Expected model's parameters and buffers to be on one device; got {first} on {here} and {name} on "
+                f"{tensor.device}. A step computes on one. Call model.to(device) before the optimizer is made."
+            )
+    return here
 
 
 def quantizable_layers(model: nn.Module) -> dict[str, QuantizableLayer]:

@@ -135,8 +135,12 @@ def copies(piece: Microbatch, row: int) -> Microbatch:
 
 def caused_by_records(error: Exception) -> bool:
     """Return whether an exception may be due to the records: it is neither out-of-memory nor an error of dpquant."""
-    out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-    return not isinstance(error, DPQuantError) and not out_of_memory
+    return not isinstance(error, DPQuantError) and not out_of_memory(error)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Return whether an exception says that the memory of the machine or of its GPU does not suffice."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

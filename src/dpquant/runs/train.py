@@ -24,6 +24,7 @@ from dpquant.backends.choose import Choices
 from dpquant.data import dataset as data
 from dpquant.errors import DivergedError, SettingError
 from dpquant.privacy.plan import PrivacyPlan, rounded_up
+from dpquant.runs.devices import described, device_of
 from dpquant.runs.directory import LEDGER, METRICS, RunDirectory
 from dpquant.runs.evaluation import EVALUATION_BATCH, Tested, accuracy, check_evaluation, per_example_loss
 from dpquant.runs.objects import model_of, optimizer_of, schedule_of
@@ -67,10 +68,11 @@ def train(
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     plan = plan or plan_of(settings)
+    device = device_of(settings.device)
     choices = None if settings.choices is None else Choices.read(Path(settings.choices))
     data_dir = Path(settings.data_dir) if settings.data_dir is not None else None
     dataset = data.load(settings.data, data_dir, image_size=settings.image_size)
-    model = model_of(settings, dataset)
+    model = model_of(settings, dataset).to(device)
     optimizer = optimizer_of(settings, model)
     schedule = schedule_of(settings, optimizer, plan.steps)
     private = start(
@@ -126,7 +128,13 @@ def train(
             files.keep(tested.model, private.choices, Timings.of(private, began, ends))
         tell.epoch_ended(ended)
     record = RunRecord.of(
-        settings, private, per_epoch, command=command, torch=torch.__version__, threads=torch.get_num_threads()
+        settings,
+        private,
+        per_epoch,
+        command=command,
+        torch=torch.__version__,
+        threads=torch.get_num_threads(),
+        device=described(device),
     )
     with _writing(out, private):
         files.end(record, Timings.of(private, began, ends))
