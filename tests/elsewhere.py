@@ -55,6 +55,16 @@ class Elsewhere(Tensor):
     def __init__(self, held: Tensor):
         self.held = held
 
+    @property
+    def data(self) -> Tensor:
+        with torch.no_grad():
+            return self.detach()
+
+    @data.setter
+    def data(self, value: "Elsewhere") -> None:
+        Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+        self.held = value.held
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise AssertionError(f"{func} runs outside of the mode that counts who waits")

@@ -107,7 +107,7 @@ def test_a_record_that_finds_no_memory_is_not_broken():
         armed = False
 
         def __getitem__(self, index):
-            if self.armed and index == 7:
+            if self.armed:
                 raise TOO_LITTLE[0]
             return super().__getitem__(index)
 

@@ -159,9 +159,9 @@ class RowGradients:
 
     def row(self, row: int) -> "RowGradients":
         """Return losses, gradients and operands of one row."""
-        rows = torch.tensor([row], device=self.losses.device)
+        rows = torch.full((1,), row, device=self.losses.device)
         parts = {name: part.take(rows) for name, part in self.parts.items()}
-        return RowGradients(self.losses[[row]], parts, [operand.take(rows) for operand in self.operands])
+        return RowGradients(self.losses[rows], parts, [operand.take(rows) for operand in self.operands])
 
     def norm(self) -> float:
         """Return the L2 norm of the gradients of all rows and parameters as one vector, rounded up."""
