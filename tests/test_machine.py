@@ -9,8 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from dpquant.machine import current_load, forget_peak, memory_mib, reset_peak
+from dpquant.machine import (
+    current_load,
+    device_memory_mib,
+    forget_peak,
+    memory_mib,
+    reset_device_peak,
+    reset_peak,
+    synchronize,
+)
+from gpus import Gpus
 
 LARGE = 2**26  # bytes
 
@@ -90,3 +100,23 @@ def test_the_load_is_what_happens_while_this_process_waits(before: str, load: fl
 
     (tmp_path / "stat").write_text(f"{before}\n{processors}intr 3\n")
     assert current_load(tmp_path, wait=tick) == load
+
+
+def test_only_a_gpu_is_waited_for() -> None:
+    gpus, none = Gpus((9, 0)), Gpus()
+    device = torch.device("cuda", 0)
+    synchronize(torch.device("cpu"), gpus)
+    synchronize(device, none)  # CUDA that is not in use: waiting would start it
+    assert gpus.waited == none.waited == []
+    gpus.queued = 3.0
+    synchronize(device, gpus)
+    synchronize(None, gpus)
+    assert gpus.queued == 0 and gpus.waited == [device, None]
+
+
+def test_memory_of_a_gpu_is_that_of_its_tensors() -> None:
+    gpus, device = Gpus((9, 0)), torch.device("cuda", 0)
+    gpus.held, gpus.peak = 2**20, 2**22
+    assert device_memory_mib(device, gpus) == (1, 4)
+    assert reset_device_peak(device, gpus) == (1, True)
+    assert device_memory_mib(device, gpus) == (1, 1)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hardware and memory of the machine that a measurement runs on. Loads no torch.
+"""Hardware, clock and memory of the machine that a measurement runs on. Loads torch only to ask a GPU.
 
 A timing can be compared with another only where both machines are known: int8 products are fast where the processor has
 instructions for them, and other processes on the machine slow a measurement down. Where the system does not provide a
 fact, its field is None, empty or says "unknown".
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import os
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from dpquant.errors import SettingError
 
@@ -91,6 +93,31 @@ class Hardware:
             f"{self.cpu}, {self.cores} cores{memory}, {instructions}; {self.system}, Python {self.python}, "
             f"torch {self.torch}"
         )
+
+
+def synchronize(device: Any = None, cuda: Any = None) -> None:
+    """Wait until a device has done all the work that was given to it. A CPU has, as soon as a call returns.
+
+    Args:
+      device: a torch.device; None: the current CUDA device, if this process uses one.
+      cuda: an object like torch.cuda; None: torch.cuda itself, if torch is loaded.
+    """
+    torch = sys.modules.get("torch")  # whoever has given a device work has loaded it
+    cuda = cuda or (torch and torch.cuda)
+    if cuda is None or (device is not None and device.type != "cuda") or not cuda.is_initialized():
+        return
+    cuda.synchronize(device)
+
+
+def now() -> float:
+    """Return the seconds of a clock, once all work is done: a CUDA device works on while Python goes on."""
+    synchronize()
+    return time.perf_counter()
+
+
+def current(device: Any) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which a CUDA device is the current one, on which kernels are launched and clocks wait."""
+    return sys.modules["torch"].cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def processor(proc: Path = _PROC) -> tuple[str, tuple[str, ...], int]:
@@ -204,3 +231,24 @@ def memory_mib(proc: Path = _PROC) -> tuple[float, float]:
         ) from error
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     return peak, peak
+
+
+def device_memory_mib(device: Any, cuda: Any = None) -> tuple[float, float]:
+    """Return the MiB that this process' tensors hold on a CUDA device now, and their peak.
+
+    Args:
+      device: a torch.device.
+      cuda: an object like torch.cuda; None: torch.cuda itself.
+    """
+    cuda = cuda or sys.modules["torch"].cuda
+    return cuda.memory_allocated(device) / 2**20, cuda.max_memory_allocated(device) / 2**20
+
+
+def reset_device_peak(device: Any, cuda: Any = None) -> tuple[float, bool]:
+    """Reset the peak of a CUDA device; return the MiB that are held now, and True: it can always be reset.
+
+    Args: as for `device_memory_mib`.
+    """
+    cuda = cuda or sys.modules["torch"].cuda
+    cuda.reset_peak_memory_stats(device)
+    return device_memory_mib(device, cuda)[0], True

@@ -39,7 +39,7 @@ def plan_of(analysis=True):
 
 def tried(optimizer, model, found=None, *, size=4, analysed="2"):
     optimizer = optimizer(model.parameters()) if callable(optimizer) else optimizer
-    rehearse(optimizer, plan_of(), found or found_of(model), size=size, analysed=analysed)
+    rehearse(optimizer, plan_of(), found or found_of(model), size=size, analysis_size=size, analysed=analysed)
     return optimizer
 
 

@@ -11,7 +11,6 @@ of classes are used.
 import dataclasses
 import json
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -20,11 +19,12 @@ import torch
 
 from dpquant.app.synthetic import SyntheticRecords
 from dpquant.data import dataset as data
-from dpquant.engine.batches import Microbatch
+from dpquant.engine.batches import Microbatch, to_device
 from dpquant.engine.passes import Objective
 from dpquant.errors import SettingError
-from dpquant.machine import Hardware
+from dpquant.machine import Hardware, now
 from dpquant.privacy.plan import AnalysisPlan, PrivacyPlan
+from dpquant.runs.devices import device_of
 from dpquant.runs.evaluation import per_example_loss
 from dpquant.runs.names import RECORD
 from dpquant.runs.objects import model_of, optimizer_of
@@ -177,11 +177,12 @@ def assess(
     plan = plan_of(settings)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    device = device_of(settings.device)
     watch("looking at the model")
     dataset = load(
         settings.data, Path(settings.data_dir) if settings.data_dir else None, image_size=settings.image_size
     )
-    private, synthetic = _private(settings, dataset, rounds)
+    private, synthetic = _private(settings, dataset, device, rounds)
     turns = [(), *(largest_layers(private.macs, share) for share in SHARES)]
     costs, steps = _times(private, synthetic, turns, watch)
     full_step = steps[()]
@@ -245,12 +246,14 @@ class _InTurn(Policy):
         return self.turns[turn.epoch % len(self.turns)] if self.turns else tuple(turn.macs)
 
 
-def _private(settings: TrainSettings, dataset: data.Dataset, rounds: int) -> tuple[PrivateTraining, SyntheticRecords]:
+def _private(
+    settings: TrainSettings, dataset: data.Dataset, device: torch.device, rounds: int
+) -> tuple[PrivateTraining, SyntheticRecords]:
     """Return a run of the settings' model on synthetic records, and the records.
 
     The sampling rate is 1: every step takes all records, and an epoch is one step.
     """
-    model = model_of(settings, dataset)
+    model = model_of(settings, dataset).to(device)
     size = max(round(settings.batch_size), 1)
     plan = PrivacyPlan(
         noise_multiplier=1.0,
@@ -286,6 +289,7 @@ def _times(
     assert isinstance(private.policy, _InTurn)
     private.policy.turns = turns
     rounds = private.plan.steps // len(turns)
+    device = next(private.model.parameters()).device
     layers: list[dict[str, LayerTimes]] = []
     steps: dict[tuple[str, ...], list[float]] = {}
     for number, epoch in enumerate(private.epochs()):
@@ -295,15 +299,15 @@ def _times(
                 layer_times_once(
                     private.model,
                     per_example_loss,
-                    synthetic.first(2),
+                    to_device(synthetic.first(2), device),
                     microbatch_size=private.execution.microbatch_size,
                     expected_batch_size=len(synthetic),
                 )
             )
         for batch in epoch:
-            began = time.perf_counter()
+            began = now()
             private.step(batch)
-            steps.setdefault(epoch.policy, []).append(time.perf_counter() - began)
+            steps.setdefault(epoch.policy, []).append(now() - began)
     costs = {
         name: LayerCost(macs=private.macs[name], full=seconds.full, quantized=seconds.quantized)
         for name, seconds in median_times(layers).items()
@@ -313,16 +317,17 @@ def _times(
 
 def _analysis_seconds(private: PrivateTraining, synthetic: SyntheticRecords, analysis: AnalysisPlan) -> float:
     """Return the seconds of one analysis, extrapolated from a few examples."""
-    began = time.perf_counter()
+    device = next(private.model.parameters()).device
+    began = now()
     impact_sum(
         Objective(private.model, per_example_loss),
-        [Microbatch(synthetic.first(_ANALYSED), torch.arange(_ANALYSED), _ANALYSED)],
+        [Microbatch(to_device(synthetic.first(_ANALYSED), device), torch.arange(_ANALYSED), _ANALYSED)],
         names=list(private.macs),
         max_norm=1.0,
         keys=analysis_keys(0, 0),
         score=analysis.score,
     )
-    return (time.perf_counter() - began) / _ANALYSED * analysis.expected_batch_size
+    return (now() - began) / _ANALYSED * analysis.expected_batch_size
 
 
 def _mean_step(settings: TrainSettings, plan: PrivacyPlan, private: PrivateTraining, model: CostModel) -> float:

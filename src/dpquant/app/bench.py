@@ -36,7 +36,6 @@ import math
 import statistics
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 
@@ -56,7 +55,7 @@ from dpquant.app.contenders import (
 )
 from dpquant.engine.batches import take_rows
 from dpquant.engine.randomness import seeded
-from dpquant.machine import Hardware, forget_peak, memory_mib
+from dpquant.machine import Hardware, forget_peak, memory_mib, now
 
 Watch = Callable[[str], None]
 
@@ -259,10 +258,10 @@ def _timed(steps: Mapping[str, Callable[[], None]], rounds: int, watch: Watch) -
         watch(f"round {number} of {rounds}" if number else "warming up")
         turn = number % max(len(names), 1)
         for name in names[turn:] + names[:turn]:
-            start = time.perf_counter()
+            start = now()
             steps[name]()
             if number:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(now() - start)
     return times
 
 

@@ -16,7 +16,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -25,7 +24,7 @@ import platformdirs
 import torch
 
 from dpquant.errors import DataError
-from dpquant.machine import processor
+from dpquant.machine import now, processor
 
 CACHE = "DPQUANT_CACHE"
 """Environment variable: the directory of this machine's file of decisions, or `off` for no file."""
@@ -187,21 +186,7 @@ def place(device: torch.device) -> tuple[str, ...]:
     return () if device.type == "cpu" else (device.type,)
 
 
-def settle() -> None:
-    """Wait until all GPUs that this process uses have done what they were given, so that a clock can be read."""
-    if torch.cuda.is_initialized():
-        for device in range(torch.cuda.device_count()):
-            if torch.cuda.memory_allocated(device):  # waiting for a device that is not used would begin to use it
-                torch.cuda.synchronize(device)
-
-
-def timed(
-    ways: Ways,
-    *,
-    rounds: int = _ROUNDS,
-    clock: Callable[[], float] = time.perf_counter,
-    settle: Callable[[], None] = settle,
-) -> dict[str, float]:
+def timed(ways: Ways, *, rounds: int = _ROUNDS, clock: Callable[[], float] = now) -> dict[str, float]:
     """Return {name: minimum of the measured seconds} of each candidate.
 
     Candidates are timed in rotation, so that a temporary slowdown of the machine affects all of them.
@@ -209,15 +194,12 @@ def timed(
     Args:
       ways: candidates, {name: a function that does the work once}.
       rounds: number of timings of each candidate. One more than 3 times slower than the best is not timed again.
-      clock: returns seconds.
-      settle: waits until the work has been done; a call on a GPU returns before that.
+      clock: returns seconds, once all work is done.
     """
 
     def seconds_of(work: Callable[[], object]) -> float:
-        settle()
         began = clock()
         work()
-        settle()
         return clock() - began
 
     seconds: dict[str, float] = {}

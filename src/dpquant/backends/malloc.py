@@ -18,6 +18,8 @@ import platform
 import threading
 from collections.abc import Callable, Iterator
 
+import torch
+
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of mallopt, from malloc.h
 _NEVER = 2**31 - 1  # bytes; the largest value that mallopt accepts
 _USUAL = {_MMAP_THRESHOLD: 2**25, _TRIM_THRESHOLD: 2**26}  # the maxima of glibc's dynamic thresholds
@@ -76,7 +78,9 @@ def working_memory(hold: Callable[[ctypes.CDLL], None] | None = None) -> Iterato
 
 
 def give_back() -> None:
-    """Return all held and free memory to the operating system: call it if the next step needs less than the last."""
+    """Return all held and free memory to the system and the GPU: call it if the next step needs less than the last."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     libc = _glibc()
     if libc is None or threading.current_thread() is not threading.main_thread():
         return

@@ -160,6 +160,14 @@ def quantize_rows(
         signed = dataclasses.replace(role, one_sided=False)
         unsigned = dataclasses.replace(signed, format=role.format.one_sided)
         positive_B = x.amin(dim=tuple(range(1, x.ndim))) >= 0
+        if x.device.type != "cpu":  # a GPU would have to be waited for to tell which rows are one-sided
+            one, other = (
+                quantize_rows(x, format, row_keys, zero_point=zero_point, kernel=kernel)
+                for format in (unsigned, signed)
+            )
+            chosen = torch.where(positive_B.view(-1, *[1] * (x.ndim - 1)), one.codes, other.codes)
+            scale = torch.where(positive_B, one.scale, other.scale)
+            return QTensor(codes=chosen, scale=scale, zero_point=zero_point)
         if bool(positive_B.any()) and not bool(positive_B.all()):
             scale = x.new_empty(len(x))
             for rows, one in ((positive_B, unsigned), (~positive_B, signed)):

@@ -54,7 +54,7 @@ from dpquant.engine.layers import (
     set_policy,
     set_precisions,
 )
-from dpquant.engine.passes import Objective, gradients_of_rows, losses_of
+from dpquant.engine.passes import Objective, gradients_of_rows, losses_of, out_of_memory
 from dpquant.engine.randomness import Drawing, seeded
 from dpquant.engine.tape import check_examples_first, no_gradient
 from dpquant.errors import DataError, DPQuantError, ModelError
@@ -284,7 +284,8 @@ def check_at_size(found: Findings, size: int) -> None:
       found: about the model, which is checked in its current precisions.
       size: examples of a microbatch.
     Raises:
-      ModelError: a's loss depends on the others or on its row, or the model does not run on so many examples.
+      ModelError: a's loss depends on the others or on its row, or the model does not run on so many examples. What
+        says that memory does not suffice is raised unchanged.
     Privacy: reads no data.
     """
 
@@ -296,6 +297,8 @@ def check_at_size(found: Findings, size: int) -> None:
         except DPQuantError:
             raise
         except Exception as error:
+            if out_of_memory(error):
+                raise
             raise ModelError(
                 f"Expected model and loss_fn to run on any number of examples, as on {size}, which a backward pass "
                 f"takes here; got a {type(error).__name__}: {error}. Mend them, or give a microbatch_size that fits."

@@ -99,7 +99,7 @@ def take_rows(batch: Any, rows: slice | Tensor) -> Any:
 
     def taken(leaf: Any) -> Tensor:
         if isinstance(leaf, Tensor):
-            return leaf[rows]
+            return leaf[rows.to(leaf.device, non_blocking=True) if isinstance(rows, Tensor) else rows]
         raise _no_tensor(leaf)
 
     return with_leaves(batch, taken)
@@ -113,8 +113,20 @@ def _no_tensor(leaf: Any) -> SettingError:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Return the batch with its tensors moved to a device; other leaves stay as they are."""
-    return with_leaves(batch, lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf)
+    """Return the batch with its tensors moved to a device; other leaves stay as they are.
+
+    A GPU may still be copying when this returns; operators on it wait for the copy. A copy to the CPU is complete.
+    """
+
+    def moved(leaf: Any) -> Any:
+        return pinned(leaf, device).to(device, non_blocking=device.type != "cpu") if isinstance(leaf, Tensor) else leaf
+
+    return with_leaves(batch, moved)
+
+
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a copy in pages from which a GPU copies by itself; the tensor for another device, or if it is on one."""
+    return tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
 
 
 def num_rows(batch: Any) -> int:

@@ -107,6 +107,7 @@ def clipped_sum(
     if not quantizable_layers(model) and any(type(m) in (nn.Conv2d, nn.Linear) for m in model.modules()):
         raise ModelError("Expected a prepared model; got one without quantizable layers. Call dpquant.prepare(model).")
     pieces: Iterable[Microbatch] = ()
+    record_ids = record_ids.cpu()  # which rows belong together is decided there
     if len(record_ids) > 0:
         check_rows(batch, len(record_ids))
         pieces = microbatches(batch, record_ids, size)
@@ -166,6 +167,10 @@ def _add_clipped(tape: GradientTape, max_grad_norm: float, size: int, num_exampl
         return
     factors_B, finite_B = clip_factors(tape.squared_norms(parts, size), max_grad_norm)
     factors_B[num_examples:] = 0
+    if finite_B.device.type != "cpu":  # a GPU would have to be waited for to tell whether all are
+        for name, part in parts.items():
+            tape.add_up({name: part.masked(finite_B)}, factors_B)
+        return
     if not finite_B.all():
         rows = finite_B.nonzero().flatten()
         parts = {name: part.take(rows) for name, part in parts.items()}

@@ -7,8 +7,9 @@ in another state, memory is freshly mapped by the operating system, and a synthe
 
 import collections
 import contextlib
-import time
 from collections.abc import Callable, Iterator
+
+from dpquant import machine
 
 
 class Clock:
@@ -18,8 +19,8 @@ class Clock:
       microbatches: {name: seconds} of each microbatch, in the order in which they ran.
     """
 
-    def __init__(self, now: Callable[[], float] = time.perf_counter):
-        """Begin with nothing; `now` gives seconds."""
+    def __init__(self, now: Callable[[], float] = machine.now):
+        """Begin with nothing; `now` gives seconds, once all work is done."""
         self._now = now
         self.microbatches: list[dict[str, float]] = []
 

@@ -122,9 +122,13 @@ class StepContext:
         return self._calls[layer] - 1
 
     def draw_keys(self, layer: "QuantizableLayer", role: str, call: int, batch_size: int) -> Tensor:
-        """Return one key per example, int64 `(B,)`, for the rounding draws of one role in one call of a layer."""
-        ids = self.record_ids if self.record_ids is not None else torch.arange(batch_size)
-        return row_keys(derive_key(self.key, layer.name, role, call), ids)
+        """Return one key per example, int64 `(B,)` on the layer's device, for the draws of one role in one call."""
+        device = layer.weight.device
+        if self.record_ids is None:
+            self.record_ids = torch.arange(batch_size)
+        if self.record_ids.device != device:  # copied once a microbatch
+            self.record_ids = self.record_ids.to(device, non_blocking=True)
+        return row_keys(derive_key(self.key, layer.name, role, call), self.record_ids)
 
     def dense_weight(self, layer: "QuantizableLayer", weight: Tensor, size: tuple[int, int]) -> Tensor:
         """Return the weight cropped for inputs of `size`, `(O, C / G, *taps)`, channels last; cached for the step."""

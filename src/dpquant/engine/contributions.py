@@ -54,6 +54,10 @@ class Contribution(Protocol):
         """Return the contribution restricted to these examples, given by index."""
         ...
 
+    def masked(self, keep_B: Tensor) -> "Contribution":
+        """Return the contribution to a sum with zeros in place of the examples that are not kept, bool `(B,)`."""
+        ...
+
 
 Part = TypeVar("Part", contravariant=True)
 
@@ -73,6 +77,11 @@ class WeightedSum(Protocol[Part]):
 def distances(one: Contribution, other: Contribution) -> Tensor:
     """Return ||G_i - G'_i||^2, float64 `(B,)`, by materialising both: works for any two kinds of contributions."""
     return Materialised(one.per_example() - other.per_example()).squared_norms()
+
+
+def rows_or_zero(keep_B: Tensor, rows: Tensor) -> Tensor:
+    """Return the rows `(B, ...)` that are kept, and zeros in place of the others, NaN included."""
+    return torch.where(keep_B.view(-1, *[1] * (rows.ndim - 1)), rows, 0.0)
 
 
 @dataclasses.dataclass
@@ -106,6 +115,9 @@ class Materialised:
 
     def take(self, rows: Tensor) -> "Materialised":
         return dataclasses.replace(self, gradients=self.gradients[rows])
+
+    def masked(self, keep_B: Tensor) -> "Materialised":
+        return dataclasses.replace(self, gradients=rows_or_zero(keep_B, self.gradients))
 
 
 class DenseSum:
@@ -170,7 +182,7 @@ class Lookup:
     def per_example(self) -> Tensor:
         keys_S, sums_SD = self._sums
         table = self._g.new_zeros(len(self._ids) * self._num_rows, self._g.shape[2])
-        return table.index_copy_(0, keys_S, sums_SD).unflatten(0, (-1, self._num_rows))
+        return table.index_add_(0, keys_S, sums_SD).unflatten(0, (-1, self._num_rows))
 
     def inner_products(self, other: Contribution) -> Tensor:
         if not isinstance(other, Lookup):
@@ -200,14 +212,20 @@ class Lookup:
     def take(self, rows: Tensor) -> "Lookup":
         return Lookup(self._ids[rows], self._g[rows], self._num_rows)
 
+    def masked(self, keep_B: Tensor) -> "Lookup":
+        keys_S, sums_SD = self._sums
+        kept = Lookup(self._ids, self._g, self._num_rows)
+        kept._sums = keys_S, rows_or_zero(keep_B[keys_S // self._num_rows], sums_SD)  # the sums whose norms were taken
+        return kept
+
     def _aligned(self, other: "Lookup") -> tuple[Tensor, Tensor, Tensor]:
         """Return the keys of all (example, row) pairs that either has, and the row sums of both, zero where missing.
 
         Pairs that only one of them has are kept, so that an infinite sum times a missing one gives NaN.
         """
-        keys, places = torch.cat([self._sums[0], other._sums[0]]).unique(return_inverse=True)
+        keys, places = distinct(torch.cat([self._sums[0], other._sums[0]]))
         ours, theirs = (
-            sums.new_zeros(len(keys), sums.shape[1]).index_copy_(0, its_places, sums)
+            sums.new_zeros(len(keys), sums.shape[1]).index_add_(0, its_places, sums)
             for its_places, sums in zip(
                 places.split([len(self._sums[0]), len(other._sums[0])]), (self._sums[1], other._sums[1]), strict=True
             )
@@ -226,7 +244,7 @@ class Lookup:
         firsts = torch.arange(len(self._ids), device=self._ids.device)[:, None] * self._num_rows
         num_examples = max(self._at_once // max(self._ids.shape[1], 1), 1)
         for keys_BT, g_BTD in zip((firsts + self._ids).split(num_examples), self._g.split(num_examples), strict=True):
-            keys_S, places_BT = keys_BT.unique(return_inverse=True)
+            keys_S, places_BT = distinct(keys_BT)
             total_SD = torch.zeros(len(keys_S), g_BTD.shape[2], dtype=torch.float64, device=g_BTD.device)
             total_SD.index_add_(0, places_BT.flatten(), g_BTD.flatten(0, 1).double())
             keys.append(keys_S)
@@ -241,3 +259,21 @@ class Lookup:
     def _by_example(self, keys: Tensor, values: Tensor) -> Tensor:
         """Sum the values of each example's pairs: `(B,)`."""
         return values.new_zeros(len(self._ids)).index_add_(0, keys // self._num_rows, values)
+
+
+def distinct(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Return keys `(S,)` among which each of these integers is, and the place of each integer in them."""
+    return keys.unique(return_inverse=True) if keys.device.type == "cpu" else distinct_and_more(keys)
+
+
+def distinct_and_more(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Return as many keys as there are integers, the distinct ones first, and the place of each integer in them.
+
+    The keys to which no integer refers repeat the first. Their number, which a GPU would have to tell, is not needed.
+    """
+    ordered, order = keys.flatten().sort()
+    begins = torch.ones_like(ordered)
+    begins[1:] = ordered[1:] != ordered[:-1]
+    number = begins.cumsum(0) - 1
+    found = ordered[:1].repeat(len(ordered)).scatter_(0, number, ordered)
+    return found, torch.empty_like(order).scatter_(0, order, number).view(keys.shape)

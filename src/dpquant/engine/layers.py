@@ -23,6 +23,7 @@ Symbols: B examples, x activations, g output gradients, W weight, T output posit
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
@@ -86,8 +87,8 @@ class QuantizableLayer(nn.Module):
         weight = swap_in_out(weight, self.geometry.groups) if kept == "input" else weight
         rows = weight.flatten(1) if kept else weight.reshape(1, -1)
         rows = weight if role.blocks is not None else rows  # maps: a block is channels of one tap
-        keys = row_keys(derive_key(run.key, self.name, "weight"), torch.arange(len(rows)))
-        q = quantize_rows(rows, role, keys.to(weight.device)).rearranged(lambda part: part.view(weight.shape))
+        keys = row_keys(derive_key(run.key, self.name, "weight"), torch.arange(len(rows), device=weight.device))
+        q = quantize_rows(rows, role, keys).rearranged(lambda part: part.view(weight.shape))
         return q.rearranged(lambda part: swap_in_out(part, self.geometry.groups)) if kept == "input" else q
 
     def convolve(self, x: Tensor) -> Tensor:
@@ -234,7 +235,7 @@ def _codes(ctx, role: str, x: Tensor, *recipes: Recipe | None) -> list[Any]:
     formats: list[RoleFormat | None] = [recipe and getattr(recipe, role) for recipe in recipes]
     for wanted in filter(None, formats):
         if wanted not in made:
-            keys = ctx.run.draw_keys(ctx.layer, role, ctx.call, len(x)).to(x.device)
+            keys = ctx.run.draw_keys(ctx.layer, role, ctx.call, len(x))
             made[wanted] = ctx.layer.backend.quantize(x, wanted, keys)
     return [wanted and made[wanted] for wanted in formats]
 
@@ -264,20 +265,20 @@ def prepare(
     Returns: the prepared model.
     Raises:
       FormatError: the recipe or the backend is unknown, or the recipe cannot run on the backend.
-      ModelError: model is not a module, or has parameters that are not float32.
+      ModelError: model is not a module, has parameters that are not float32, or is on two devices.
     Privacy: reads no data.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"Expected model to be a torch.nn.Module; got a {type(model).__name__}.")
     chosen = precision(format)
-    devices = {p.device for p in model.parameters()} or {torch.device("cpu")}
+    device = _device_of(model)
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
             raise ModelError(
                 f"Expected model's parameters to be float32; got {name} of {parameter.dtype}. Clipping and noise are "
                 "calibrated in float32. Call model.float() first."
             )
-    resolved = resolve(backend, [chosen], devices.pop())
+    resolved = resolve(backend, [chosen], device)
     twins: dict[nn.Module, nn.Module] = {}
     for module in list(model.modules()):
         if type(module) in _TWINS:
@@ -290,6 +291,21 @@ def prepare(
     for name, layer in quantizable_layers(model).items():
         layer.name, layer.chosen, layer.backend = name, chosen, resolved
     return model
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    """Return the device of all parameters and buffers; the CPU if there are none."""
+    tensors = list(itertools.chain(model.named_parameters(), model.named_buffers()))
+    if not tensors:
+        return torch.device("cpu")
+    first, here = tensors[0][0], tensors[0][1].device
+    for name, tensor in tensors:
+        if tensor.device != here:
+            raise ModelError(
+                f"Expected model's parameters and buffers to be on one device; got {first} on {here} and {name} on "
+                f"{tensor.device}. A step computes on one. Call model.to(device) before the optimizer is made."
+            )
+    return here
 
 
 def quantizable_layers(model: nn.Module) -> dict[str, QuantizableLayer]:

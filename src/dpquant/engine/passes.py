@@ -136,8 +136,12 @@ def copies(piece: Microbatch, row: int) -> Microbatch:
 
 def caused_by_records(error: Exception) -> bool:
     """Return whether an exception may be due to the records: it is neither out-of-memory nor an error of dpquant."""
-    out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-    return not isinstance(error, DPQuantError) and not out_of_memory
+    return not isinstance(error, DPQuantError) and not out_of_memory(error)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Return whether an exception says that the memory of the machine or of its GPU does not suffice."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -156,9 +160,9 @@ class RowGradients:
 
     def row(self, row: int) -> "RowGradients":
         """Return losses, gradients and operands of one row."""
-        rows = torch.tensor([row])
+        rows = torch.full((1,), row, device=self.losses.device)
         parts = {name: part.take(rows) for name, part in self.parts.items()}
-        return RowGradients(self.losses[[row]], parts, [operand.take(rows) for operand in self.operands])
+        return RowGradients(self.losses[rows], parts, [operand.take(rows) for operand in self.operands])
 
     @ieee_float32()
     def norm(self) -> float:
@@ -189,6 +193,7 @@ def gradients_of_rows(objective: Objective, piece: Microbatch, *, key: int) -> R
     tapes = taping(objective.model, objective.trainable(), forming=False, keeping=True)
     with tapes as tape, running(objective.model, StepContext(key=key, tape=tape)) as run:
         losses = Passes(objective, run, tape).over(piece)
+        tape.settle()
         return RowGradients(losses.detach(), tape.contributions(), tape.operands)
 
 

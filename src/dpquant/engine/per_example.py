@@ -26,6 +26,7 @@ from dpquant.errors import ModelError
 
 TOLERANCE = 1e-3  # relative to an example's largest output; float32 rounding errors are about a hundred times smaller
 
+Compare = Callable[[nn.Module, Tensor, Tensor], None]
 Rule = Callable[[Any, Tensor, Tensor], dict[str, Contribution]]
 
 
@@ -77,7 +78,7 @@ def contributions_of(
     grad: Tensor,
     *,
     rules: Mapping[type[nn.Module], Rule] = RULES,
-    tolerance: float = TOLERANCE,
+    compare: Compare,
 ) -> dict[str, Contribution]:
     """Return {parameter name inside the module: its per-example gradients}.
 
@@ -88,10 +89,10 @@ def contributions_of(
       output: result of the call, `(B, ...)`.
       grad: gradient of the loss with respect to `output`, of its shape.
       rules: closed formulas, by exact type.
-      tolerance: largest allowed difference between an example's output in the call and its output when it is evaluated
-        alone, relative to the largest entry of its output.
+      compare: takes the module, the examples' outputs when each is evaluated alone, and their outputs in the call; not
+        called for a module with a formula.
     Raises:
-      ModelError: the module cannot be evaluated one example at a time, or gives another output then.
+      ModelError: the module cannot be evaluated one example at a time.
     Privacy: per example, reads no other row.
     """
     if has_formula(module, rules):
@@ -101,7 +102,7 @@ def contributions_of(
             x = None
         if isinstance(x, Tensor):
             return rules[type(module)](module, x.detach(), grad)
-    return _generally(module, args, kwargs, output, grad, tolerance)
+    return _generally(module, args, kwargs, output, grad, compare)
 
 
 def _generally(
@@ -110,7 +111,7 @@ def _generally(
     kwargs: Mapping[str, Any],
     output: Tensor,
     grad: Tensor,
-    tolerance: float,
+    compare: Compare,
 ) -> dict[str, Contribution]:
     """Return a module's gradients by evaluating it on one example at a time, vectorised by vmap where that works."""
     values, tree = pytree.tree_flatten((args, dict(kwargs)))
@@ -132,7 +133,7 @@ def _generally(
         given, named = pytree.tree_unflatten(filled, tree)
         y = torch.func.functional_call(_Bare(module), parameters, given, named)
         if not isinstance(y, Tensor) or y.shape != (1, *output.shape[1:]):
-            raise _unlike(module)
+            raise unlike(module)
         return (y.squeeze(0) * grad).sum(), y.squeeze(0)
 
     try:
@@ -142,8 +143,7 @@ def _generally(
             gradients, again = differentiated(parameters, rows, grad)
     except (RuntimeError, NotImplementedError):  # vmap does not support an operator or data-dependent control flow
         gradients, again = _one_by_one(module, of_one, parameters, rows, grad)
-    if not _same(again.detach(), output.detach(), tolerance):
-        raise _unlike(module)
+    compare(module, again.detach(), output.detach())
     return {name.removeprefix("module."): Materialised(gradient.detach()) for name, gradient in gradients.items()}
 
 
@@ -183,16 +183,17 @@ def _one_by_one(
     return gradients, torch.stack(again)
 
 
-def _same(again: Tensor, output: Tensor, tolerance: float) -> bool:
-    """Return whether every finite example's output agrees with its output in the call, within the tolerance."""
+def differs(again: Tensor, output: Tensor, tolerance: float = TOLERANCE) -> Tensor:
+    """Return whether a finite example's output differs from its output in the call by more than a tolerance: bool."""
     again_BN, output_BN = again.reshape(len(again), -1), output.reshape(len(output), -1)
     finite_B = output_BN.isfinite().all(1)
     gap_B = (again_BN - output_BN).abs().amax(1) if output_BN.shape[1] else again_BN.new_zeros(len(again))
     close_B = gap_B <= tolerance * output_BN.abs().amax(1) if output_BN.shape[1] else gap_B == 0
-    return bool((close_B | ~finite_B).all())
+    return ~(close_B | ~finite_B).all()
 
 
-def _unlike(module: nn.Module) -> ModelError:
+def unlike(module: nn.Module) -> ModelError:
+    """Return the error for a module whose output for an example alone differs from that in its call."""
     return ModelError(
         f"Expected a {type(module).__name__} with parameters of its own to compute each example's output from that "
         "example's arguments; evaluated on one example at a time it gives another one. It uses state that was put on "

@@ -23,7 +23,7 @@ from dpquant.engine.clock import Clock
 from dpquant.engine.contributions import Contribution, Lookup, Materialised, WeightedSum
 from dpquant.engine.group_norm import TapedGroupNorm
 from dpquant.engine.layers import QuantizableLayer
-from dpquant.engine.per_example import TOLERANCE, contributions_of, has_formula
+from dpquant.engine.per_example import TOLERANCE, contributions_of, differs, has_formula, unlike
 from dpquant.engine.weight_gradients import LazyWeightGradient
 from dpquant.errors import ModelError
 
@@ -63,6 +63,7 @@ class GradientTape:
         self._forming, self._keeping, self._clock = forming, keeping, clock
         self._contributions: dict[str, list[Contribution]] = {}
         self._sums: dict[tuple[str, Hashable], WeightedSum[Any]] = {}
+        self._gaps: dict[nn.Module, Tensor] = {}
         self.operands: list[QTensor] = []
         self.listening = True
 
@@ -112,12 +113,24 @@ class GradientTape:
     @ieee_float32()
     def totals(self, trainable: Mapping[str, nn.Parameter], complete: bool) -> dict[str, Tensor]:
         """Return {parameter name: sum over all microbatches}; without a sum it is zero or, if `complete`, an error."""
+        self.settle()
         totals: dict[str, Tensor] = {}
         for (name, _), one in self._sums.items():
             totals[name] = one.value() if name not in totals else totals[name] + one.value()
         if complete and totals.keys() < trainable.keys():
             raise no_gradient(next(name for name in trainable if name not in totals))
         return {name: totals[name] if name in totals else torch.zeros_like(p) for name, p in trainable.items()}
+
+    def compare(self, module: nn.Module, again: Tensor, output: Tensor) -> None:
+        """Compare a module's output for examples that are evaluated alone with that of its call, for `settle`."""
+        tolerance = TOLERANCE + _INPUTS * input_error(output.device)  # of the call, which the evaluation does not have
+        gap = differs(again, output, tolerance)
+        self._gaps[module] = self._gaps[module] | gap if module in self._gaps else gap
+
+    def settle(self) -> None:
+        """Raise a ModelError if a comparison has failed. The answers are read here, as reading one waits for a GPU."""
+        if self._gaps and bool(torch.stack(list(self._gaps.values())).any()):
+            raise unlike(next(module for module, gap in self._gaps.items() if gap))
 
     @ieee_float32()
     def squared_norms(self, parts: Mapping[str, Contribution], size: int) -> Tensor:
@@ -226,11 +239,8 @@ def _listener(tape: GradientTape) -> Callable[[nn.Module, tuple[Any, ...], dict[
         def record(grad: Tensor) -> None:
             tape.listening = False  # `contributions_of` may call the module again
             own = dict(module.named_parameters(recurse=False))
-            tolerance = TOLERANCE + _INPUTS * input_error(
-                grad.device
-            )  # of the call, which the evaluation does not have
             with ieee_float32():
-                found = contributions_of(module, args, kwargs, plain, grad, tolerance=tolerance)
+                found = contributions_of(module, args, kwargs, plain, grad, compare=tape.compare)
             for name, contribution in found.items():
                 if name in own:  # a formula may give a bias that the module lacks
                     tape.add(own[name], contribution)

@@ -27,7 +27,7 @@ from dpquant.backends.geometry import Geometry
 from dpquant.backends.interface import Accumulator, Backend, Method, Norms, Operands, shape_of
 from dpquant.backends.qtensor import Operand, QTensor, code_values
 from dpquant.backends.reference import materialise_by_patches, norms_by_grams
-from dpquant.engine.contributions import Contribution, DenseSum, Materialised, WeightedSum, distances
+from dpquant.engine.contributions import Contribution, DenseSum, Materialised, WeightedSum, distances, rows_or_zero
 
 _HOPELESS = 3  # a method with more than this times the multiplications of the cheapest one is not timed
 
@@ -96,6 +96,11 @@ class MaterialisedWeightGradient(Materialised):
             squares_B=self.squares_B[rows],
             scale_B=None if self.scale_B is None else self.scale_B[rows],
         )
+
+    def masked(self, keep_B: Tensor) -> "MaterialisedWeightGradient":
+        if self.scale_B is None:
+            return dataclasses.replace(self, gradients=rows_or_zero(keep_B, self.gradients))
+        return dataclasses.replace(self, scale_B=rows_or_zero(keep_B, self.scale_B))  # codes are finite
 
 
 def _in_weight(gradients: Tensor, patches: Geometry | None, crop: KernelCrop) -> Tensor:
@@ -181,9 +186,9 @@ class LazyWeightGradient:
         """Compute norms and sum by a method on synthetic operands of these shapes, to be timed."""
         synthetic = dataclasses.replace(self, operands=self.operands.synthetic(), squares_B=None)
         part = synthetic.by(method)
-        part.squared_norms()
+        norms_B = part.squared_norms()
         total = cast(WeightedSum[Any], part.begin_sum())
-        total.add(part, torch.ones(len(synthetic.operands), device=synthetic.operands.device))
+        total.add(part, torch.ones_like(norms_B, dtype=torch.float32))
         total.value()
 
     @property
@@ -242,6 +247,15 @@ class LazyWeightGradient:
     def take(self, rows: Tensor) -> "LazyWeightGradient":
         squares_B = None if self.squares_B is None else self.squares_B[rows]
         return dataclasses.replace(self, operands=self.operands.take(rows), squares_B=squares_B)
+
+    def masked(self, keep_B: Tensor) -> "LazyWeightGradient":
+        x, g = (
+            dataclasses.replace(one, scale=rows_or_zero(keep_B, one.scale))  # codes are finite
+            if isinstance(one, QTensor)
+            else rows_or_zero(keep_B, one)
+            for one in (self.operands.x, self.operands.g)
+        )
+        return dataclasses.replace(self, operands=dataclasses.replace(self.operands, x=x, g=g))
 
 
 class WeightSum:

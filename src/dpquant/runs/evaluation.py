@@ -11,7 +11,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dpquant.backends.malloc import working_memory
 from dpquant.data import dataset as data
+from dpquant.engine.batches import to_device
 from dpquant.errors import DPQuantError, ModelError
+from dpquant.machine import current
 
 EVALUATION_BATCH = 500
 _TRIED = 8  # test records on which evaluation is tried before the run
@@ -37,12 +39,14 @@ def accuracy(
       records: evaluate the first `records` records only; None evaluates all.
     Privacy: no mechanism; on private records the result is not private.
     """
-    all_ids, right = torch.arange(len(split))[:records], 0
-    with working_memory(), evaluating(model):
+    all_ids = torch.arange(len(split))[:records]
+    device = next(model.parameters()).device
+    right = torch.zeros((), dtype=torch.int64, device=device)
+    with current(device), working_memory(), evaluating(model):
         for ids in all_ids.split(batch_size):
-            inputs, targets = split.batch(ids)
-            right += int(((model(inputs).argmax(1) == targets) & split.readable[ids]).sum())
-    return right / len(all_ids)
+            inputs, targets, readable = to_device((*split.batch(ids), split.readable[ids]), device)
+            right += ((model(inputs).argmax(1) == targets) & readable).sum()
+    return int(right) / len(all_ids)
 
 
 @contextlib.contextmanager

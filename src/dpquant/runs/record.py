@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dpquant.runs.settings import TrainSettings
     from dpquant.training.private import PrivateTraining
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of the record's format. Raise it with every change of a field, and keep reading the earlier formats."""
 NOT_FOR_RELEASE = (
     "The operator's own, not for release: times follow the realised batch sizes, which are private. No privacy "
@@ -83,6 +83,7 @@ class RunRecord:
     Attributes:
       schema: version of the record's format, the first field in its file.
       execution: backend and the reason for it, microbatch size, and the layers that stay in full precision.
+      device: that the run computed on, with the name of a GPU. None: not recorded.
       average: decay of the average of parameters that was tested and saved; 0: the last parameters were.
       epsilon: spent by the run, at `delta`.
       epsilon_analysis_share: share of epsilon that the analyses cost, in 0..1.
@@ -112,6 +113,7 @@ class RunRecord:
     average: float
     seed: int
     threads: int
+    device: str | None
     epochs: int
     steps: int
     accuracy_test: float
@@ -145,6 +147,7 @@ class RunRecord:
         command: str,
         torch: str,
         threads: int,
+        device: str,
     ) -> Self:
         """Return the record of a run that has ended.
 
@@ -155,6 +158,7 @@ class RunRecord:
           command: the command line of the run.
           torch: version of torch.
           threads: number of threads that torch used.
+          device: that the run computed on, in words.
         Privacy: post-processing.
         """
         from dpquant.privacy import accounting  # takes seconds to load, and reading a record needs none of it
@@ -176,6 +180,7 @@ class RunRecord:
             average=settings.average,
             seed=settings.seed,
             threads=threads,
+            device=device,
             epochs=len(policies),
             steps=private.steps_taken,
             accuracy_test=per_epoch[-1].accuracy_test,
@@ -213,7 +218,7 @@ class RunRecord:
         """Return the record from its JSON, in the present format or an earlier one.
 
         Schema 1 has no `schema` field and only the test accuracy of each epoch; the other facts of an epoch become
-        None. Its first files hold times, which are ignored.
+        None. Its first files hold times, which are ignored. Schemas 1 and 2 do not name the device.
 
         Raises:
           DataError: the text is not JSON, the schema is newer, or a field is missing or unknown.
@@ -230,10 +235,12 @@ class RunRecord:
             match schema:
                 case 1:
                     fields["per_epoch"] = _epochs_of_schema_1(fields.pop("accuracy_per_epoch"))
-                case 2:
+                case 2 | 3:
                     fields["per_epoch"] = [EpochRecord(**epoch) for epoch in fields["per_epoch"]]
                 case _:
                     raise ValueError(f"schema {schema}")
+            if schema < 3:
+                fields["device"] = None
             return cls(**{**fields, "layers": [LayerRecord(**layer) for layer in fields["layers"]]})
         except DataError:
             raise

@@ -111,6 +111,7 @@ class TrainSettings:
     )
     rest: str = _setting("format of the other layers: full/luq-fp4/luq-fp4 quantizes their backward pass", "full")
     backend: str = _setting("auto, simulate, int8 or cuda", "auto")
+    device: str = _setting("auto (a GPU if there is one), cpu, cuda or cuda:N", "auto")
     analysis_every: int = _setting("epochs between analyses", 1)
     analysis_score: str = _setting("what quantizing is measured by: loss, or gradient, its direction", "gradient")
     analysis_batch_size: float | None = _setting(
@@ -124,7 +125,9 @@ class TrainSettings:
     )
     threads: int | None = _setting("threads to compute with [all cores]")
     microbatch_size: int | None = _setting("examples a backward pass [the fastest, measured]")
-    memory: float | None = _setting("GiB that the process may use at most, by which microbatch-size is chosen")
+    memory: float | None = _setting(
+        "GiB that the process, or its tensors on a GPU, may use at most, by which microbatch-size is chosen"
+    )
     choices: str | None = _setting("file of what an earlier run has measured on its machine: its choices.json")
     checkpoint_every: str | None = _setting(
         "as 2epochs, 100steps or 10minutes [an epoch or five minutes, if that costs less than 2 % of the time]"
@@ -181,6 +184,10 @@ class TrainSettings:
                     f"{second}={getattr(self, second)}. They contradict each other. Give one."
                 )
 
+        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", self.device):
+            raise SettingError(
+                f"Expected device to be auto, cpu, cuda or cuda:N; got device={self.device}. See dpquant train --help."
+            )
         for name in ("format", "rest"):
             try:
                 precision(getattr(self, name))

@@ -28,6 +28,7 @@ from dpquant.backends.choose import Choices
 from dpquant.data import dataset as data
 from dpquant.errors import BudgetError, DivergedError, SettingError, StoppedError
 from dpquant.privacy.plan import PrivacyPlan, rounded_up
+from dpquant.runs.devices import described, device_of
 from dpquant.runs.directory import RunDirectory
 from dpquant.runs.evaluation import EVALUATION_BATCH, Tested, accuracy, check_evaluation, per_example_loss
 from dpquant.runs.names import LEDGER, METRICS
@@ -83,12 +84,13 @@ def train(
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     plan = plan or plan_of(settings)
+    device = device_of(settings.device)
     choices = files.choices() if continues else None
     if choices is None and settings.choices is not None:
         choices = Choices.read(Path(settings.choices))
     data_dir = Path(settings.data_dir) if settings.data_dir is not None else None
     dataset = data.load(settings.data, data_dir, image_size=settings.image_size)
-    model = model_of(settings, dataset)
+    model = model_of(settings, dataset).to(device)
     optimizer = optimizer_of(settings, model)
     schedule = schedule_of(settings, optimizer, plan.steps)
     try:
@@ -177,7 +179,13 @@ def train(
             end_epoch(private.state.epoch, private.policies()[-1])
         save()
     record = RunRecord.of(
-        settings, private, history.epochs, command=command, torch=torch.__version__, threads=torch.get_num_threads()
+        settings,
+        private,
+        history.epochs,
+        command=command,
+        torch=torch.__version__,
+        threads=torch.get_num_threads(),
+        device=described(device),
     )
     with _writing(out, private):
         files.end(record, Timings.of(private, began, history.ends))

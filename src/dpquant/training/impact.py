@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from dpquant.engine.batches import Microbatch
 from dpquant.engine.clip import clip_factors
 from dpquant.engine.context import Replay, StepContext
-from dpquant.engine.contributions import Contribution
+from dpquant.engine.contributions import Contribution, rows_or_zero
 from dpquant.engine.layers import (
     current_precisions,
     quantizable_layers,
@@ -96,13 +96,15 @@ def impact_sum(
             f"Expected names of quantizable layers; got {unknown[0]!r}. Call dpquant.prepare(model) first."
         )
     vectors = {"loss": impact_vectors, "gradient": gradient_impact_vectors}[score]
-    total = torch.zeros(len(names), dtype=torch.float64)
+    total = None
     for piece in pieces:
         v_BP = _of_sound_rows(lambda piece: vectors(objective, piece, names, keys), piece, len(names))
         factors_B, finite_B = clip_factors(v_BP.square().sum(1), max_norm)
         finite_B[piece.num_examples :] = False
-        total += factors_B[finite_B].double() @ v_BP[finite_B]
-    return ImpactSum(impacts=total, sensitivity=float(max_norm))
+        clipped = factors_B.mul(finite_B).double() @ rows_or_zero(finite_B, v_BP)
+        total = clipped if total is None else total + clipped
+    impacts = torch.zeros(len(names), dtype=torch.float64) if total is None else total.cpu()
+    return ImpactSum(impacts=impacts, sensitivity=float(max_norm))
 
 
 def analysis_keys(seed: int, step: int, repeats: int = 1) -> list[int]:
@@ -135,8 +137,8 @@ def _of_sound_rows(of: Callable[[Microbatch], Tensor], piece: Microbatch, width:
             if not caused_by_records(error):
                 raise
             rows.append(None)
-    missing = torch.full((width,), math.nan, dtype=torch.float64)
-    return torch.stack([missing if row is None else row for row in rows])
+    known = next((row for row in rows if row is not None), torch.empty(width, dtype=torch.float64))
+    return torch.stack([torch.full_like(known, math.nan) if row is None else row for row in rows])
 
 
 def impact_vectors(objective: Objective, piece: Microbatch, names: Sequence[str], keys: Sequence[int]) -> Tensor:
@@ -147,7 +149,6 @@ def impact_vectors(objective: Objective, piece: Microbatch, names: Sequence[str]
     Privacy: per example and unbounded.
     """
     layers, replay = quantizable_layers(objective.model), Replay()
-    v_BP = torch.zeros(len(piece.record_ids), len(names), dtype=torch.float64)
 
     def losses(key: int, policy: Sequence[str]) -> Tensor:
         def forward() -> Tensor:
@@ -156,7 +157,7 @@ def impact_vectors(objective: Objective, piece: Microbatch, names: Sequence[str]
             else:
                 replay.remember()
             with running(objective.model, StepContext(key=key, record_ids=piece.record_ids, replay=replay)):
-                return objective.losses(piece).double().cpu()
+                return objective.losses(piece).double()
 
         set_policy(objective.model, policy)
         with seeded(key):
@@ -165,6 +166,7 @@ def impact_vectors(objective: Objective, piece: Microbatch, names: Sequence[str]
     drawing = objective.drawing.unknown()  # evaluation mode may draw differently than training
     with _undisturbed(objective.model), torch.no_grad():
         full_precision_B = losses(keys[0], ())
+        v_BP = full_precision_B.new_zeros(len(piece.record_ids), len(names))
         for column, name in enumerate(names):
             for key in keys:
                 v_BP[:, column] += (losses(key, (name,)) - full_precision_B) / len(keys)
@@ -193,15 +195,15 @@ def gradient_impact_vectors(
         shared = [a[name].inner_products(b[name]).double() for name in a if name in b]
         return torch.stack(shared).sum(0) if shared else torch.zeros(len(piece.record_ids), dtype=torch.float64)
 
-    v_BP = torch.zeros(len(piece.record_ids), len(names), dtype=torch.float64)
     with _undisturbed(objective.model), torch.enable_grad():
         full_precision = gradients(keys[0], ())
         squares_B = inner_products(full_precision, full_precision)
+        v_BP = squares_B.new_zeros(len(piece.record_ids), len(names))
         for column, name in enumerate(names):
             for key in keys:
                 quantized = gradients(key, (name,))
                 lengths_B = (squares_B * inner_products(quantized, quantized)).sqrt()
-                v_BP[:, column] += (1 - inner_products(full_precision, quantized) / lengths_B).cpu() / len(keys)
+                v_BP[:, column] += (1 - inner_products(full_precision, quantized) / lengths_B) / len(keys)
     return v_BP
 
 

@@ -28,21 +28,19 @@ from torch import Tensor
 
 from dpquant.backends.choose import Choices
 from dpquant.backends.malloc import working_memory
-from dpquant.checks.isolation import (
-    buffers_of,
-    changed_buffer,
-    keeps_apart,
-    restore_buffers,
-)
+from dpquant.checks.isolation import buffers_of, changed_buffer, keeps_apart, restore_buffers
 from dpquant.engine.batches import Microbatch, take_rows
 from dpquant.engine.clip import ClippedSum, clipped_sum_of, step_key
 from dpquant.engine.layers import set_policy, set_precisions
+from dpquant.engine.passes import out_of_memory
 from dpquant.errors import BudgetError, DPQuantError, ModelError, SettingError
+from dpquant.machine import current
 from dpquant.privacy import accounting
 from dpquant.privacy.events import Event, Kind
 from dpquant.privacy.mechanism import Mechanism
 from dpquant.privacy.plan import AnalysisPlan, PrivacyPlan
 from dpquant.rounding import derive_key
+from dpquant.training.ahead import drawing, draws_of_noise
 from dpquant.training.checkpoint import Checkpoint
 from dpquant.training.continuing import Parts, Stateful, continued
 from dpquant.training.distributed import Group
@@ -53,6 +51,7 @@ from dpquant.training.policies import ema
 from dpquant.training.records import Records
 from dpquant.training.setup import Setup
 from dpquant.training.state import RunState
+from dpquant.training.tuning import memory_gone
 
 _PROBED = 8  # records in each of the two batches in which one record's gradients are compared, once an epoch
 
@@ -103,6 +102,7 @@ class PrivateTraining:
         self._drawn: Batch | None = None
         self._probed = self._began = False
         self._buffers = buffers_of(self.model)
+        self._device = next(self.model.parameters()).device
 
     @property
     def state(self) -> RunState:
@@ -185,6 +185,7 @@ class PrivateTraining:
           SettingError: the batch is not the one that the sampler drew last.
           ModelError, DataError: the model turns out not to keep examples apart, or the step failed. What was charged
             stays charged.
+          SettingError: memory did not suffice. What was charged stays charged.
         Privacy: charges one training event, before any record is read.
         Source: Abadi et al., arXiv 1607.00133, Algorithm 1.
         """
@@ -210,18 +211,17 @@ class PrivateTraining:
         """Step the optimizer with the noisy mean of the clipped gradients."""
         key = self._key_of(batch.step)
         self._probe(batch, key)
-        mine = self._group.share(batch.record_ids)
-        clipped = self._clipped_sum(self._records.microbatches(mine, self.execution.microbatch_size, key), key)
-        self._group.add(clipped.grads)
-        std = self.plan.train_noise_std(clipped.sensitivity)
-        for name, parameter in self.model.named_parameters():
-            if name in clipped.grads:
-                noise = self._mechanism.noise.gaussian(
-                    parameter.shape, std, stream="train", step=batch.step, attempt=batch.attempt, name=name
+        mine, trainable = self._group.share(batch.record_ids), self._objective.trainable()
+        with drawing(draws_of_noise(self._mechanism.noise, self.plan, batch, trainable), self._device) as noise_of:
+            clipped = self._clipped_sum(self._records.microbatches(mine, self.execution.microbatch_size, key), key)
+            if clipped.sensitivity != self.plan.max_grad_norm:
+                raise ModelError(
+                    f"Expected sums of sensitivity C, for which noise is drawn; got {clipped.sensitivity}."
                 )
-                parameter.grad = (
-                    noise.to(parameter.device).add_(clipped.grads[name]).div_(self.plan.expected_batch_size)
-                )
+            self._group.add(clipped.grads)
+            for name, parameter in trainable.items():
+                noise = noise_of(name).to(parameter.device, non_blocking=self._device.type != "cpu")
+                parameter.grad = noise.add_(clipped.grads[name]).div_(self.plan.expected_batch_size)
         self.optimizer.step()
 
     def _key_of(self, step: int) -> int:
@@ -283,14 +283,22 @@ class PrivateTraining:
 
     def _without_details(self, work: Callable[[], None]) -> None:
         """Run `work`, which reads private records; replace a foreign exception by one that contains no data."""
-        failed = None
+        failed, memory = None, False
         try:
-            with working_memory(), self.choices.active(), torch.inference_mode(False), torch.enable_grad():
+            with (
+                current(self._device),
+                working_memory(),
+                self.choices.active(),
+                torch.inference_mode(False),
+                torch.enable_grad(),
+            ):
                 work()
         except DPQuantError:
             raise
         except Exception as error:
-            failed = type(error).__name__
+            failed, memory = type(error).__name__, out_of_memory(error)
+        if memory:
+            raise memory_gone()
         if failed is not None:  # raised outside of `except`, so that the original exception is not attached to it
             raise ModelError(
                 f"Expected a step to run as it did on synthetic records; got a {failed}. Its message is withheld, "

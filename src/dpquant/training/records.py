@@ -19,9 +19,11 @@ from torch import Tensor
 from dpquant.checks.forms import matches
 from dpquant.checks.synthetic import Specimens
 from dpquant.engine.batches import Microbatch, check_rows, take_rows, to_device, with_leaves
+from dpquant.engine.passes import out_of_memory
 from dpquant.engine.randomness import Drawing, Position, RecordDraws, Watch, reseed, seeded
 from dpquant.errors import DataError, DPQuantError
 from dpquant.rounding import derive_key
+from dpquant.training.ahead import one_ahead
 
 
 class MapDataset(Protocol):
@@ -37,7 +39,11 @@ class MapDataset(Protocol):
 
 @runtime_checkable
 class Collated(Protocol):
-    """A data set that reads and collates several records at once; all of its records have equal types and shapes."""
+    """A data set that reads and collates several records at once; all of its records have equal types and shapes.
+
+    It draws no random numbers. While a GPU computes, it is called from another thread than the main one, one call at a
+    time.
+    """
 
     def dpquant_batch(self, record_ids: Tensor, /) -> Any:
         """Return a batch with one row for each of the ids, int64 `(B,)`."""
@@ -75,7 +81,8 @@ class Records:
         A data set that collates records itself is checked on a batch of its first record, three times.
 
         Raises:
-          DataError: they have not, or a batch has not one row for each record.
+          DataError: they have not, a batch has not one row for each record, or a data set that collates draws random
+            numbers.
         Privacy: uses types and shapes of the first records, which are public.
         """
         if not isinstance(self._data_set, Collated):
@@ -88,7 +95,11 @@ class Records:
                 )
             return
         try:
-            batch = self._checked(self._data_set.dpquant_batch(torch.zeros(3, dtype=torch.int64)), 3)
+            position, watch = Position(), Watch()
+            with watch:
+                batch = self._data_set.dpquant_batch(torch.zeros(3, dtype=torch.int64))
+            drew = watch.drew or position.moved()
+            batch = self._checked(batch, 3)
         except DPQuantError:
             raise
         except Exception as error:
@@ -96,6 +107,11 @@ class Records:
                 f"Expected dpquant_batch(record_ids) of train_set to give a batch; got a {type(error).__name__}. Give "
                 "the method another name if it is for something else."
             ) from error
+        if drew:
+            raise DataError(
+                "Expected dpquant_batch(record_ids) of train_set to draw no random numbers; it does. They would belong "
+                "to places in a batch and not to records. Draw in __getitem__, and give a collate_fn instead."
+            )
         ours, theirs = (
             [(leaf.dtype, leaf.ndim) for leaf in _tensors(one)] for one in (self._specimens.batch((0, 0, 0)), batch)
         )
@@ -117,10 +133,19 @@ class Records:
           DataError: the collate function does not give one row for each record.
         Privacy: per example.
         """
-        for ids in record_ids.split(size):
-            piece = self.microbatch(ids, size, key)
+        pieces = (self.microbatch(ids, size, key) for ids in record_ids.split(size))
+        for piece in one_ahead(pieces) if self.reads_ahead else pieces:
             if piece is not None:
                 yield piece
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether the next microbatch is read in a thread: for a GPU, from a data set that collates by itself.
+
+        Other data sets and their collate functions may draw random numbers, from generators that the process has once:
+        the model's own draws at the same time would change both.
+        """
+        return self._device.type != "cpu" and isinstance(self._data_set, Collated)
 
     def microbatch(self, record_ids: Tensor, size: int, key: int) -> Microbatch | None:
         """Return one microbatch of at most `size` records; None if there are none, or all of them are broken.
@@ -197,7 +222,7 @@ class Records:
             try:
                 records = list(several(list(indices)))
             except Exception as error:  # caused by one record: read each by itself
-                if isinstance(error, MemoryError):
+                if out_of_memory(error):
                     raise
             else:
                 if len(records) == len(indices):
@@ -209,7 +234,7 @@ class Records:
         try:
             return self._data_set[index]
         except Exception as error:  # an error would reveal that this record is there
-            if isinstance(error, MemoryError):
+            if out_of_memory(error):
                 raise
             return _Broken()
 
@@ -239,7 +264,7 @@ class Records:
         except DPQuantError:
             raise
         except Exception as error:
-            if isinstance(error, MemoryError):
+            if out_of_memory(error):
                 raise
             return None
 

@@ -6,7 +6,6 @@ changes. Nothing here reads a private record.
 """
 
 import copy
-import time
 from typing import Any
 
 import torch
@@ -16,7 +15,9 @@ from dpquant.backends.choose import Choices, Machine
 from dpquant.checks.isolation import Findings
 from dpquant.engine.batches import Microbatch
 from dpquant.engine.clip import clipped_sum_of
+from dpquant.engine.passes import out_of_memory
 from dpquant.errors import DPQuantError, ModelError, SettingError
+from dpquant.machine import now
 from dpquant.privacy.noise import NoiseSource
 from dpquant.privacy.plan import PrivacyPlan
 from dpquant.training.impact import analysis_keys, impact_sum
@@ -30,6 +31,7 @@ def rehearse(
     found: Findings,
     *,
     size: int,
+    analysis_size: int,
     analysed: str | None,
 ) -> None:
     """Try the clipped sum, the analysis, the noise and the optimizer of a run, on a few synthetic records.
@@ -38,24 +40,23 @@ def rehearse(
       optimizer: the run's optimizer.
       plan: the run's plan.
       found: findings of the isolation check; their model has the precisions of an epoch.
-      size: examples a pass.
+      size: examples a pass of the step.
+      analysis_size: examples a pass of the analysis.
       analysed: name of the layer whose impact is measured; one is enough, because all are measured in the same manner.
         None if the run makes no analysis.
     Raises:
-      ModelError, SettingError: a part of the step fails.
+      ModelError, SettingError: a part of the step fails. What says that memory does not suffice is raised unchanged.
     Privacy: reads no private data and charges nothing. The noise that is drawn is used for nothing else.
     """
-    order = [number % 3 for number in range(size)]
-    piece = Microbatch(found.specimens.batch(order), torch.tensor(order), size)
     try:
         with _untimed().active():
             clipped = clipped_sum_of(  # raises where model or loss do; a step would leave the record out
-                found.objective, [piece], max_grad_norm=plan.max_grad_norm, key=0, complete=False
+                found.objective, [_piece(found, size)], max_grad_norm=plan.max_grad_norm, key=0, complete=False
             )
             if plan.analysis is not None and analysed is not None:
                 impact_sum(
                     found.objective,
-                    [piece],
+                    [_piece(found, analysis_size)],
                     names=[analysed],
                     max_norm=plan.analysis.max_norm,
                     keys=analysis_keys(0, 0),
@@ -65,6 +66,8 @@ def rehearse(
     except DPQuantError:
         raise
     except Exception as error:
+        if out_of_memory(error):
+            raise
         raise ModelError(
             f"Expected a step on synthetic records to run with {size} examples a backward pass; got a "
             f"{type(error).__name__}: {error}."
@@ -97,20 +100,24 @@ def step_seconds(found: Findings, plan: PrivacyPlan, size: int) -> float:
 
 def _pass_seconds(found: Findings, number: int) -> float:
     """Return the seconds of a pass over synthetic records, the better of two."""
-    order = [each % 3 for each in range(number)]
-    piece = Microbatch(found.specimens.batch(order), torch.tensor(order), number)
-    seconds = []
+    piece, seconds = _piece(found, number), []
     with _untimed().active():
         for _ in range(2):
-            began = time.perf_counter()
+            began = now()
             clipped_sum_of(found.objective, [piece], max_grad_norm=1.0, key=0, complete=False)
-            seconds.append(time.perf_counter() - began)
+            seconds.append(now() - began)
     return min(seconds)
 
 
 def _untimed() -> Choices:
     """Return choices that autotune nothing: the fastest method for a few records is not the fastest for a run."""
     return Choices(machine=Machine(None), timed=lambda methods: dict.fromkeys(methods, 0.0))
+
+
+def _piece(found: Findings, size: int) -> Microbatch:
+    """Return a microbatch of synthetic records."""
+    order = [number % 3 for number in range(size)]
+    return Microbatch(found.specimens.batch(order), torch.tensor(order), size)
 
 
 def _try_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, gradients: dict[str, Tensor]) -> None:

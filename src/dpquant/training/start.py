@@ -17,14 +17,16 @@ from torch.utils.data import IterableDataset, default_collate
 
 from dpquant.backends.choose import Choices
 from dpquant.backends.interface import Backend
+from dpquant.backends.malloc import give_back
 from dpquant.backends.registry import resolve
 from dpquant.checks.isolation import check_at_size, check_isolation
 from dpquant.checks.refusals import check_trainable
 from dpquant.checks.synthetic import candidates, from_examples
 from dpquant.engine.layers import prepare, set_policy, set_precisions
-from dpquant.engine.passes import Objective, PerExampleLoss
+from dpquant.engine.passes import Objective, PerExampleLoss, out_of_memory
 from dpquant.errors import DataError, SettingError
 from dpquant.formats import Precision, Recipe, precision
+from dpquant.machine import current
 from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.mechanism import Mechanism
 from dpquant.privacy.plan import PrivacyPlan
@@ -38,6 +40,7 @@ from dpquant.training.records import MapDataset, Records
 from dpquant.training.rehearsal import rehearse, step_seconds
 from dpquant.training.setup import Setup
 from dpquant.training.state import RunState
+from dpquant.training.tuning import instruments_on
 
 _REHEARSED = 3  # records in the trial step
 
@@ -82,8 +85,8 @@ def make_private(
       ledger: file for charges, written before each use of data; its folder is created. None keeps them in memory.
       collate_fn: list of records -> batch, one row for each. If it pads rows, the length may depend on that row alone.
       microbatch_size: examples a backward pass; None measures which size is the fastest.
-      memory: largest peak memory of the process, GiB; limits the microbatches of steps and analyses. It does not
-        account for records that are longer than the synthetic ones. None sets no limit.
+      memory: largest peak memory of the process, GiB, or of its tensors on the model's GPU; limits the microbatches of
+        steps and analyses. It does not account for records that are longer than the synthetic ones. None sets no limit.
       mechanism_seed: seed that replaces the secret key, to repeat runs for research. The run is then NOT PRIVATE, and
         its statement says so.
       example: a list or data set of at least two public or synthetic records that differ in every value. The model is
@@ -173,7 +176,9 @@ def begin(
     Raises: the errors of `make_private`.
     Privacy: uses types and shapes of the first records, and no values. Charges nothing.
     """
-    setup, records, choices, execution = _checked(request)
+    device = next((p.device for p in request.model.parameters()), torch.device("cpu"))
+    with current(device):
+        setup, records, choices, execution = _checked(request)
     group = group or Alone()
     mechanism = make_mechanism(setup.step_seconds)
     place = RunState(execution=execution)
@@ -216,10 +221,43 @@ def _checked(request: Request) -> tuple[Setup, Records, Choices, Execution]:
     with choices.active():
         synthetic = found.specimens.batch((0, 1, 2))
         execution = choose_execution(
-            found.objective, synthetic, policy=policy, macs=found.macs, plan=plan, request=wanted
+            found.objective,
+            synthetic,
+            policy=policy,
+            macs=found.macs,
+            plan=plan,
+            request=wanted,
+            by=instruments_on(device),
         )
-        setup = dataclasses.replace(setup, step_seconds=_tried(setup, execution))
+        execution, step_seconds = _that_fits(execution, wanted, lambda execution: _tried(setup, execution, device))
+        setup = dataclasses.replace(setup, step_seconds=step_seconds)
     return setup, records, choices, execution
+
+
+def _that_fits(
+    execution: Execution, request: ExecutionRequest, trial: Callable[[Execution], float]
+) -> tuple[Execution, float]:
+    """Return the execution for which the trial has memory enough, the given or one of half its size, and its result.
+
+    Raises:
+      SettingError: neither has, or the given one has not and its size is the user's.
+    """
+    half = max(execution.microbatch_size // 2, 1)
+    smaller = dataclasses.replace(
+        execution, microbatch_size=half, analysis_microbatch_size=min(execution.analysis_microbatch_size, half)
+    )
+    for one in (execution,) if request.microbatch_size is not None or smaller == execution else (execution, smaller):
+        try:
+            return one, trial(one)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+        give_back()
+    raise SettingError(
+        f"Expected memory enough for {half if request.microbatch_size is None else execution.microbatch_size} examples "
+        "a backward pass; got too little. Nothing was charged. Give a smaller microbatch_size, give memory= (GiB), by "
+        "which one is chosen, or take a smaller model."
+    )
 
 
 def _first_records(train_set: MapDataset) -> list[Any]:
@@ -233,12 +271,13 @@ def _first_records(train_set: MapDataset) -> list[Any]:
         ) from error
 
 
-def _tried(setup: Setup, execution: Execution) -> float:
+def _tried(setup: Setup, execution: Execution, device: torch.device) -> float:
     """Try on synthetic records everything that steps and analyses will run, and return the seconds of a step.
 
     First the losses are checked in a microbatch of the run's own size. No layer is chosen for it, because round-off of
     a full-precision layer could change the codes of a quantized one. Then a step is tried with the first epoch's
-    layers on a few records; any number of records takes the same code paths.
+    layers on a few records; any number of records takes the same code paths. On a GPU it is tried on as many as the run
+    takes, since only a step tells whether they fit into its memory.
     """
     policy, found, size = setup.policy, setup.found, execution.microbatch_size
     layers = policy.choose(found.macs, None, epoch=0, key=0, excluded=execution.excluded_layers)
@@ -248,7 +287,9 @@ def _tried(setup: Setup, execution: Execution) -> float:
         set_precisions(model, execution.precisions(found.macs, ()))
         check_at_size(found, size)
         set_precisions(model, execution.precisions(found.macs, layers))
-        rehearse(setup.optimizer, setup.plan, found, size=min(size, _REHEARSED), analysed=analysed)
+        sizes = size, execution.analysis_microbatch_size
+        step, analysis = sizes if device.type == "cuda" else (min(one, _REHEARSED) for one in sizes)
+        rehearse(setup.optimizer, setup.plan, found, size=step, analysis_size=analysis, analysed=analysed)
         return step_seconds(found, setup.plan, size)
     finally:
         set_policy(model, ())

@@ -19,11 +19,11 @@ from dpquant.engine.batches import Microbatch, num_rows, take_rows
 from dpquant.engine.clip import clipped_sum
 from dpquant.engine.clock import Clock
 from dpquant.engine.layers import current_precisions, quantizable_layers, set_policy, set_precisions
-from dpquant.engine.passes import Objective, PerExampleLoss
+from dpquant.engine.passes import Objective, PerExampleLoss, out_of_memory
 from dpquant.engine.randomness import seeded
 from dpquant.errors import SettingError
 from dpquant.formats import Precision
-from dpquant.machine import memory_mib, reset_peak
+from dpquant.machine import device_memory_mib, memory_mib, reset_device_peak, reset_peak
 from dpquant.privacy.plan import Score
 from dpquant.training.cost import LayerTimes
 from dpquant.training.impact import analysis_keys, impact_sum
@@ -88,6 +88,24 @@ class Instruments:
 
 HERE = Instruments()
 """Instruments that measure this process."""
+
+
+def instruments_on(device: torch.device) -> Instruments:
+    """Return instruments that measure a model on a device: the memory of a GPU is what the process' tensors hold."""
+    if device.type != "cuda":
+        return HERE
+    return Instruments(
+        memory_mib=partial(device_memory_mib, device),
+        reset_peak=partial(reset_device_peak, device),
+    )
+
+
+def memory_gone() -> SettingError:
+    """Return the error for a step that is charged and for which memory does not suffice."""
+    return SettingError(
+        "Expected memory enough for the step; got too little, after it was charged. What was charged stays charged. "
+        "Start again with a smaller microbatch_size, or with memory= (GiB), by which it is chosen."
+    )
 
 
 def layer_times(
@@ -236,8 +254,14 @@ def fastest_microbatch_size(
             # the memory above `start` at most doubles with the size
             if memory is not None and used + (used - start) > memory:
                 break
-            used = 0.0 if memory is None else peak(2 * size)
-            seconds = by.timed({str(number): partial(run, number, 2 * size, precisions) for number in (size, 2 * size)})
+            try:
+                used = 0.0 if memory is None else peak(2 * size)
+                works = {str(number): partial(run, number, 2 * size, precisions) for number in (size, 2 * size)}
+                seconds = by.timed(works)
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                break  # the device holds no more
             # rows of a batch with size 2 n over those with size n, where half a microbatch is filled up on average
             filled_up = (1 + size / expected_batch_size) / (1 + size / 2 / expected_batch_size)
             worthwhile = filled_up * (_WORTHWHILE if size < _USUAL else _WORTH_MEMORY)

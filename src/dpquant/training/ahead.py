@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Work of a step that the host does while a GPU computes: the next microbatch is read, and the noise is drawn.
+
+One worker thread does it. Both belong to a step that is charged already, and neither changes a bit: microbatches are
+made in the same order, and noise follows from key, step and name alone. On a CPU the thread would take the cores from
+the step, so nothing is done ahead there.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from dpquant.engine.batches import pinned
+from dpquant.privacy.mechanism import Noise
+from dpquant.privacy.plan import PrivacyPlan
+from dpquant.training.epoch import Batch
+
+Item = TypeVar("Item")
+
+_END: Any = object()
+
+
+def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """Yield the items of an iterable; each is made in a thread while the caller works with the one before.
+
+    What raises while an item is made is raised where the item would be yielded. Once the caller stops, the item that is
+    being made is waited for, and no other is begun.
+    """
+    iterator = iter(items)
+    with ThreadPoolExecutor(1) as worker:
+        coming = worker.submit(next, iterator, _END)
+        while (item := coming.result()) is not _END:
+            coming = worker.submit(next, iterator, _END)
+            yield item
+
+
+@contextlib.contextmanager
+def drawing(draws: Mapping[str, Callable[[], Tensor]], device: torch.device) -> Iterator[Callable[[str], Tensor]]:
+    """Yield a function that returns the tensor of a name, drawn in a thread by then; on a CPU it draws when called.
+
+    It raises what the draw raises, and gives each tensor once. What is not drawn when the block ends is left out.
+
+    Args:
+      draws: {name: function that draws a tensor on the CPU}, in the order in which they will be asked for.
+      device: to which the tensors will be copied.
+    """
+    if device.type == "cpu":
+        yield lambda name: draws[name]()
+        return
+    worker = ThreadPoolExecutor(1)
+    try:
+        coming = {name: worker.submit(lambda draw=draw: pinned(draw(), device)) for name, draw in draws.items()}
+        yield lambda name: coming.pop(name).result()
+    finally:
+        worker.shutdown(cancel_futures=True)
+
+
+def draws_of_noise(
+    noise: Noise, plan: PrivacyPlan, batch: Batch, parameters: Mapping[str, Tensor]
+) -> dict[str, Callable[[], Tensor]]:
+    """Return {parameter's name: function that draws the noise of its sum}. It depends on no record."""
+    std = plan.train_noise_std(plan.max_grad_norm)
+    of_step = partial(noise.gaussian, stream="train", step=batch.step, attempt=batch.attempt)
+    return {name: partial(of_step, parameter.shape, std, name=name) for name, parameter in parameters.items()}

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is done ahead in a thread changes no bit, surfaces its own errors, and stays within its step."""
+
+import threading
+
+import pytest
+import torch
+
+import dpquant
+from dpquant.errors import DataError, ModelError
+from dpquant.training.ahead import drawing, one_ahead
+from dpquant.training.private import PrivateTraining
+from dpquant.training.records import Records
+from elsewhere import DEVICE, Device, Elsewhere
+from items import Collating, Items, dropping, trained
+
+CPU = torch.device("cpu")
+
+
+def test_items_come_in_order_and_one_is_made_ahead():
+    made, used = [], []
+
+    def items():
+        for number in range(5):
+            made.append((number, threading.current_thread() is threading.main_thread()))
+            yield number
+
+    for item in one_ahead(items()):
+        assert len(made) <= len(used) + 2, "more than one was made ahead"
+        used.append(item)
+    assert used == [0, 1, 2, 3, 4] and made == [(number, False) for number in used]
+
+
+def test_what_raises_ahead_is_raised_in_its_place():
+    def items():
+        yield 1
+        raise KeyError("of the user")
+
+    ahead = one_ahead(items())
+    assert next(ahead) == 1
+    with pytest.raises(KeyError, match="of the user"):
+        next(ahead)
+
+
+def test_who_stops_leaves_nothing_running():
+    made = []
+    ahead = one_ahead(made.append(number) or number for number in range(9))
+    assert next(ahead) == 0
+    threads = threading.active_count()
+    ahead.close()
+    assert len(made) <= 2 and threading.active_count() == threads - 1
+
+
+def test_draws_of_a_gpu_are_made_in_a_thread_and_those_of_a_cpu_when_asked_for():
+    for device, expected in ((CPU, True), (DEVICE, False)):
+        threads = []
+
+        def draw(name, threads=threads):
+            threads.append(threading.current_thread() is threading.main_thread())
+            return torch.full((2,), float(name))
+
+        with drawing({str(name): lambda name=name: draw(name) for name in range(3)}, device) as drawn:
+            assert [drawn(str(name)).tolist() for name in range(3)] == [[0, 0], [1, 1], [2, 2]]
+        assert threads == [expected] * 3
+
+
+def test_a_draw_that_raises_surfaces_as_itself_and_the_rest_is_left_out():
+    drew, begun_drawing, go_on = [], threading.Event(), threading.Event()
+
+    def fails():
+        begun_drawing.set()
+        go_on.wait(10)
+        raise ZeroDivisionError("of the noise")
+
+    with (
+        pytest.raises(ZeroDivisionError, match="of the noise"),
+        drawing({"a": fails, "b": lambda: drew.append(1) or torch.ones(1)}, DEVICE) as drawn,
+    ):
+        assert begun_drawing.wait(10)
+        go_on.set()
+        drawn("a")
+    go_on.clear()
+    with drawing({"a": lambda: go_on.wait(0.2) and torch.ones(1), "b": lambda: drew.append(2)}, DEVICE):
+        pass  # the step failed before it asked
+    assert 2 not in drew
+
+
+class Hurried(PrivateTraining):
+    """A run on the CPU that does ahead what one on a GPU does ahead."""
+
+    def __init__(self, setup, records, *others):
+        super().__init__(setup, records, *others)
+        self._device = records._device = DEVICE
+        records._checked = lambda batch, count: batch  # which stays on the CPU
+
+
+class Reckless(Hurried):
+    """A plant: every data set is read in the thread, those that draw too."""
+
+    def __init__(self, setup, records, *others):
+        super().__init__(setup, records, *others)
+        records.__class__ = type("ReadsAlwaysAhead", (Records,), {"reads_ahead": True})
+
+
+def parameters(run):
+    return torch.cat([p.detach().flatten() for p in run.model.parameters()])
+
+
+@pytest.mark.parametrize(("data_set", "readers"), [(Items, {True}), (Collating, {True, False})])
+def test_a_run_is_the_same_bit_for_bit_whatever_is_done_ahead(data_set, readers):
+    """Random transforms and dropout, quantized: data sets that draw are read between passes, others in the thread."""
+    records = data_set()
+    plain = trained(records, PrivateTraining)
+    assert records.readers == {True}
+    ahead = trained(records, Hurried)
+    assert records.readers == readers  # the probe's two batches are always read by the main thread
+    assert torch.equal(parameters(plain), parameters(ahead))
+
+
+def test_a_random_transform_in_the_thread_would_be_seen():
+    """Its generators are those of the model's dropout: a read that falls into a pass draws from another seed."""
+    in_a_pass, passes = threading.Event(), []
+
+    def in_the_middle():
+        if threading.current_thread() is not threading.main_thread():
+            in_a_pass.clear()
+            in_a_pass.wait(1)
+
+    def telling():
+        network = dropping()
+        network[1].register_forward_hook(lambda *_: passes.append(1) or in_a_pass.set())
+        return network
+
+    plain = parameters(trained(Items(), PrivateTraining))
+    try:
+        same = torch.equal(plain, parameters(trained(Items(before=in_the_middle), Reckless, network=telling)))
+    except ModelError as error:  # or a backward pass finds that somebody draws meanwhile
+        same = "backward pass to draw" not in str(error)
+    assert passes and not same
+
+
+def test_a_data_set_that_collates_at_random_is_refused():
+    class AtRandom(Collating):
+        def dpquant_batch(self, record_ids):
+            inputs, labels = super().dpquant_batch(record_ids)
+            return inputs + torch.randn(6), labels
+
+    class OfItsOwn(Collating):
+        generator = torch.Generator()
+
+        def dpquant_batch(self, record_ids):
+            inputs, labels = super().dpquant_batch(record_ids)
+            return inputs + torch.randn(6, generator=self.generator), labels
+
+    for kind in (AtRandom, OfItsOwn):
+        with pytest.raises(DataError, match="draw no random numbers"):
+            trained(kind(), PrivateTraining)
+
+
+def test_an_error_of_the_noise_stops_the_step_as_itself():
+    def fails(honest, *_, **purpose):
+        if purpose["stream"] == "train" and purpose["step"] == 1:
+            raise dpquant.SettingError("no noise today")
+        return honest(*_, **purpose)
+
+    for make_run in (PrivateTraining, Hurried):
+        with pytest.raises(dpquant.SettingError, match="no noise today"):
+            trained(Collating(), make_run, gaussian=fails)
+
+
+def test_a_run_on_another_device_is_the_same_run():
+    """All of it: checks, measurements, trial, steps. Data set and collate function give tensors of the CPU."""
+    expected = parameters(trained(Collating(), PrivateTraining))
+    with Device() as device, device.waits("run"):
+        found = torch.cat([p.detach().flatten() for p in trained(
+            Collating(), PrivateTraining, network=lambda: dropping().to(DEVICE)
+        ).model.parameters()])  # fmt: skip
+        assert isinstance(found, Elsewhere)
+    torch.testing.assert_close(found.held, expected, rtol=1e-4, atol=1e-5)
