@@ -18,12 +18,8 @@ from torch import Tensor, nn
 
 from benchmarks.results import folder_here
 from dpquant import prepare
-from dpquant.app.contenders import (
-    NETWORKS,
-    build_network,
-    example_losses,
-    synthetic_batch,
-)
+from dpquant.app.contenders import example_losses
+from dpquant.app.networks import NETWORKS, build_network, synthetic_batch
 from dpquant.backends.cpu_int8 import INT8_ZERO_POINT, Int8Weight
 from dpquant.backends.geometry import Geometry
 from dpquant.backends.qtensor import QTensor

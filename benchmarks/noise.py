@@ -18,7 +18,7 @@ from scipy import stats
 from torch import Tensor
 
 from dpquant.app.bench import Spread
-from dpquant.app.contenders import NETWORKS, build_network
+from dpquant.app.networks import NETWORKS, build_network
 from dpquant.machine import Hardware
 from dpquant.privacy import noise as noise_module
 from dpquant.privacy.noise import NoiseSource

@@ -12,7 +12,8 @@ import matplotlib.pyplot as plt
 
 from benchmarks.results import COLOURS, caption, folder_here, measure_all, median
 from dpquant.app.bench import BenchSettings
-from dpquant.app.contenders import DESCRIPTIONS, NETWORKS, SIDES
+from dpquant.app.contenders import DESCRIPTIONS, SIDES
+from dpquant.app.networks import NETWORKS
 
 
 def main() -> None:

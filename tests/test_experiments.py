@@ -69,7 +69,7 @@ def site(tmp_path, commands, **settings):
 
 def test_a_table_runs_every_row_at_every_seed_once(commands, tmp_path):
     rows = do_table(TABLE, site(tmp_path, commands))
-    assert len(commands) == 4 and [command[1] for command in commands] == ["train"] * 4
+    assert len(commands) == 4 and [command[3] for command in commands] == ["train"] * 4
     assert {tuple(row["accuracies"]) for row in rows.values()} == {(50.0, 50.0)}
     results = json.loads((tmp_path / "results" / "mine.json").read_text())
     assert results["missing"] == [] and results["summary"]["a"]["command"].startswith("dpquant train --epochs 2 --lr 1")

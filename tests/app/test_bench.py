@@ -9,10 +9,11 @@ import sys
 import pytest
 import torch
 
-from dpquant.app import bench, contenders
+from dpquant.app import bench
 from dpquant.app.bench import BenchRecord, BenchSettings, Oracle, SideResult, Spread, gradient_of, measure, summed
 from dpquant.app.cli import report_bench, run
-from dpquant.app.contenders import NETWORKS, SIDES, build_network, synthetic_batch
+from dpquant.app.contenders import SIDES
+from dpquant.app.networks import NETWORKS, build_network, out_of_place, synthetic_batch
 from dpquant.errors import FormatError, ModelError, SettingError
 from dpquant.machine import Hardware, instructions_in
 
@@ -178,7 +179,7 @@ def test_settings_that_cannot_be_measured_are_refused():
         BenchSettings(rounds=0)
     with pytest.raises(SettingError, match="image_size"):
         measure(BenchSettings(model="densenet121", image_size=16))
-    with pytest.raises(SettingError, match=r"image_size=16\. This one takes rows of a table"):
+    with pytest.raises(SettingError, match=r"image_size=16\. This one takes no images"):
         measure(BenchSettings(model="mlp", image_size=16))
 
 
@@ -217,7 +218,7 @@ def test_opacus_gets_the_same_network(name):
     inputs, _, _ = synthetic_batch(name, image_size, 2)
     with torch.no_grad():
         expected = network(inputs)
-        torch.testing.assert_close(contenders.out_of_place(network)(inputs), expected)
+        torch.testing.assert_close(out_of_place(network)(inputs), expected)
 
 
 # The verb

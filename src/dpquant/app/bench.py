@@ -12,7 +12,7 @@ loop over single examples in plain torch.
 
     full precision   ||c_i g_i - loop|| / ||loop|| < 1e-4    one example at a time, median over a few
                      ||sum - loop|| / ||loop|| < 5e-2        one physical batch
-    quantized        the cosine between c_i g_i and the loop's is >= 0.1: rounding is stochastic, so values differ
+    rounded          the cosine between c_i g_i and the loop's is >= 0.1: in few bits, or at random, values differ
     private          ||c_i g_i|| <= C, and replacing one record by another changes the sum by at most 2C
 
 with c_i = min(1, C / ||g_i||), or 1 for a side that is not private. The bound for a batch is looser than for single
@@ -44,15 +44,15 @@ from torch import Tensor, nn
 
 from dpquant.app.contenders import (
     DESCRIPTIONS,
+    NOT_PRIVATE,
+    ROUNDED,
     SIDES,
-    Batch,
     BenchSettings,
     MakeSide,
     StepSettings,
-    build_network,
     example_losses,
-    synthetic_batch,
 )
+from dpquant.app.networks import Batch, build_network, synthetic_batch
 from dpquant.engine.batches import take_rows
 from dpquant.engine.randomness import seeded
 from dpquant.machine import Hardware, forget_peak, memory_mib, now
@@ -74,7 +74,6 @@ RATIOS = (
     ("full", "all"),
 )
 
-_NOT_PRIVATE, _QUANTIZED = ("plain",), ("most", "all")
 _TOLERANCE = 1e-4  # float32 sums in another order differ by a hundredth of it
 _BATCH_TOLERANCE = 5e-2
 _NORM_TOLERANCE = 1e-4  # Opacus computes norms in float32, which are too small for networks with many parameters
@@ -135,7 +134,7 @@ class BenchRecord:
       busy: other work was running when the measurement began, so that its timings are unreliable.
       settings: as given.
       sides: {name: result}.
-      ratios: {"a/b": time of a over time of b in the same round}, for the pairs in `RATIOS` that were timed.
+      ratios: {"a/b": time of a over time of b in the same round}, for the pairs that were timed.
     """
 
     dpquant: str
@@ -179,7 +178,11 @@ class BenchRecord:
 
 
 def measure(
-    settings: BenchSettings, *, watch: Watch = lambda what: None, sides: Mapping[str, MakeSide] = SIDES
+    settings: BenchSettings,
+    *,
+    watch: Watch = lambda what: None,
+    sides: Mapping[str, MakeSide] = SIDES,
+    ratios: Sequence[tuple[str, str]] = RATIOS,
 ) -> BenchRecord:
     """Check every side, then time in rotation those that pass.
 
@@ -187,6 +190,7 @@ def measure(
       settings: network, batch and number of rounds.
       watch: called with a few words about each stage when it begins.
       sides: {name: function that makes the side's step}.
+      ratios: pairs of sides whose times are divided, first over second.
     Returns: the record. A side that fails its check or does not run is in it, with the reason.
     Raises:
       ModelError, SettingError, FormatError: the settings cannot be measured.
@@ -218,7 +222,7 @@ def measure(
         sides=results,
         ratios={
             f"{a}/{b}": Spread.of([x / y for x, y in zip(times[a], times[b], strict=True)])
-            for a, b in RATIOS
+            for a, b in ratios
             if a in times and b in times
         },
     )
@@ -228,8 +232,7 @@ def _checked(
     settings: BenchSettings, sides: Mapping[str, MakeSide], watch: Watch
 ) -> tuple[dict[str, SideResult], dict[str, Callable[[], None]]]:
     """Return {side: result of its check} and {side: its step}, the latter for the sides that pass."""
-    network = build_network(settings.model, settings.image_size)
-    batch = synthetic_batch(settings.model, settings.image_size, settings.num_examples)
+    network, batch = _network_and_batch(settings)
     watch("the sum of clipped gradients, one example at a time")
     oracle = Oracle(network, batch, settings.of_step)
     results, steps = {}, {}
@@ -248,6 +251,13 @@ def _checked(
             watch(f"memory of {name}")
             results[name] = dataclasses.replace(results[name], peak_mib=peak_mib(settings, name))
     return results, steps
+
+
+def _network_and_batch(settings: BenchSettings) -> tuple[nn.Module, Batch]:
+    """Return the network and its batch on the settings' device."""
+    inputs, labels, ids = synthetic_batch(settings.model, settings.image_size, settings.num_examples)
+    network = build_network(settings.model, settings.image_size).to(settings.device)
+    return network, (inputs.to(settings.device), labels.to(settings.device), ids.to(settings.device))
 
 
 def _timed(steps: Mapping[str, Callable[[], None]], rounds: int, watch: Watch) -> dict[str, list[float]]:
@@ -284,9 +294,9 @@ class Oracle:
     def judge(self, name: str, make: MakeSide) -> tuple[str, float | None]:
         """Return the check that a side fails, as a phrase, and its relative error.
 
-        The phrase is empty if the side passes. The error is None if values were not compared, as for quantized sides.
+        The phrase is empty if the side passes. The error is None if values were not compared, as for sides in low precision.
         """
-        bound = math.inf if name in _NOT_PRIVATE else self._settings.max_grad_norm
+        bound = math.inf if name in NOT_PRIVATE else self._settings.max_grad_norm
         alone = [self._sum_of(make, example) for example in self._few]
         expected = [gradient * _factor(gradient, bound) for gradient in self._gradients]
         if (largest := max(_norm(vector) for vector in alone)) > bound * (1 + _NORM_TOLERANCE):
@@ -294,7 +304,7 @@ class Oracle:
             return f"one example contributes a norm of {largest:.4g}, {excess:.1e} above the bound", None
         if bound < math.inf and (change := self._change_of_neighbour(make)) > 2 * bound * (1 + _NORM_TOLERANCE):
             return f"another record in one's place changes the sum by {change:.4g}, above 2C = {2 * bound:.4g}", None
-        if name in _QUANTIZED:
+        if name in ROUNDED:
             cosine = statistics.median(_cosine(*pair) for pair in zip(alone, expected, strict=True))
             if not cosine >= _SMALLEST_COSINE:
                 return f"its gradients have a cosine of {cosine:.2g} with those in full precision", None
@@ -318,7 +328,7 @@ class Oracle:
         """Return the norm of the change of the sum when a large record replaces the last one of a small batch."""
         inputs, labels, ids = (torch.cat(parts) for parts in zip(*self._few, strict=True))
         others = inputs.clone(), labels.clone(), ids.clone()
-        others[0][-1] *= -_LARGE_RECORD
+        others[0][-1] = -_LARGE_RECORD * inputs[-1] if inputs.is_floating_point() else inputs[-1].flip(0)
         others[2][-1] += len(ids)
         return _norm(self._sum_of(make, (inputs, labels, ids)) - self._sum_of(make, others))
 
@@ -330,7 +340,7 @@ def gradient_of(network: nn.Module, example: Batch) -> Tensor:
 
 def summed(network: nn.Module, batch: Batch, max_grad_norm: float) -> Tensor:
     """Return sum_i min(1, C / ||g_i||) g_i, flattened to `(P,)`, from one backward pass per example."""
-    total = torch.zeros(sum(p.numel() for p in network.parameters()))
+    total = torch.zeros_like(_flat(list(network.parameters())))
     for i in range(len(batch[1])):
         gradient = gradient_of(network, take_rows(batch, slice(i, i + 1)))
         total.add_(gradient, alpha=_factor(gradient, max_grad_norm))
@@ -378,8 +388,7 @@ def print_peak(argument: str) -> None:
     settings, make = BenchSettings(**given["settings"]), SIDES[given["side"]]
     warnings.simplefilter("ignore")
     make(build_network("cnn", 8), synthetic_batch("cnn", 8, 1), settings.of_step)()
-    network = build_network(settings.model, settings.image_size)
-    batch = synthetic_batch(settings.model, settings.image_size, settings.num_examples)
+    network, batch = _network_and_batch(settings)
     before = forget_peak()
     step = make(network, batch, settings.of_step)
     forget_peak()  # of the trials by which dpquant chooses its microbatch
