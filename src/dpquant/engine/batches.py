@@ -99,7 +99,8 @@ def take_rows(batch: Any, rows: slice | Tensor) -> Any:
 
     def taken(leaf: Any) -> Tensor:
         if isinstance(leaf, Tensor):
-            return leaf[rows]
+            # copies whole rows, which indexing does element by element
+            return leaf[rows] if isinstance(rows, slice) else leaf.index_select(0, rows.to(leaf.device))
         raise _no_tensor(leaf)
 
     return with_leaves(batch, taken)
