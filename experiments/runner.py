@@ -149,7 +149,17 @@ class Site:
         if options is None:
             return
         threads = str(max((os.cpu_count() or 1) // self.jobs, 1))
-        command = [sys.executable, "-m", run.program or "dpquant", "train", *shlex.split(options), "--seed", str(run.seed), "--out", str(out)]
+        command = [
+            sys.executable,
+            "-m",
+            run.program or "dpquant",
+            "train",
+            *shlex.split(options),
+            "--seed",
+            str(run.seed),
+            "--out",
+            str(out),
+        ]
         if out.exists():  # an interrupted run left it
             out.rename(out.with_name(f"{out.name}-interrupted-{time.time_ns()}"))
         environment = {**os.environ, "OMP_NUM_THREADS": threads}

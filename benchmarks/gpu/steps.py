@@ -18,9 +18,7 @@ STAGE = "steps"
 CASES: tuple[BenchSettings, ...] = (
     BenchSettings(model="resnet18-cifar", batch_size=1024, physical_batch_size=256, rounds=5, device="cuda"),
     BenchSettings(model="bert-base", batch_size=64, physical_batch_size=16, rounds=5, device="cuda"),
-    BenchSettings(
-        model="resnet50", batch_size=128, image_size=224, physical_batch_size=32, rounds=3, device="cuda"
-    ),
+    BenchSettings(model="resnet50", batch_size=128, image_size=224, physical_batch_size=32, rounds=3, device="cuda"),
 )
 _OURS, _OTHERS = ("full", "full, TF32", "most", "all"), ("plain", "plain, TF32", "plain, bfloat16", "opacus", "ghost")
 RATIOS = (*((a, b) for a in _OTHERS for b in _OURS), ("full", "most"), ("full", "all"))
@@ -33,7 +31,9 @@ def run(report: Report, deadline: float, cases: Sequence[BenchSettings] = CASES)
             report.put(STAGE, settings.model, "not run: no time was left")
             continue
         with float32_products("ieee"):
-            record = measure(settings, sides=GPU_SIDES, ratios=RATIOS, watch=lambda what: print(f"  {what}", flush=True))
+            record = measure(
+                settings, sides=GPU_SIDES, ratios=RATIOS, watch=lambda what: print(f"  {what}", flush=True)
+            )
         report.put(STAGE, settings.model, dataclasses.asdict(record))
         for row in record.table():
             print(" | ".join(row), flush=True)

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 import dpquant
 from dpquant.backends.algebra import ROUND_OFF
 from dpquant.backends.doubles import Wrapped
-from dpquant.backends.gemm_sum import GemmSum
+from dpquant.backends.gemm_sum import GemmSum, OuterSum
 from dpquant.backends.geometry import Geometry
-from dpquant.backends.interface import Backend
+from dpquant.backends.interface import Backend, Operands
 from dpquant.backends.reference import Reference
 from dpquant.engine.contributions import Lookup, Materialised
 from dpquant.engine.layers import quantizable_layers, set_policy
@@ -366,6 +366,52 @@ def test_what_waits_and_is_forgotten_would_be_seen(way: str) -> None:
 
     with pytest.raises(AssertionError):
         assert_what_waited_is_what_is_added(way, Forgetful)
+
+
+def assert_outer_products_are_added(inputs: int, outputs: int, sum: type[OuterSum] = OuterSum) -> None:
+    """Of microbatches that are empty, of one slice, and of more than two."""
+    torch.manual_seed(0)
+    shapes, total, expected = ((inputs, 1, 1), (outputs, 1, 1)), None, torch.zeros(outputs, inputs).double()
+    for batch in (0, 512, 1100):
+        x, g = (torch.randn(batch, *shape) for shape in shapes)
+        operands, weights = Operands(x=x, g=g, geometry=Geometry()), torch.rand(batch)
+        total = total or sum(operands)
+        total.add(operands, weights)
+        expected += torch.einsum("b,bo,bi->oi", weights.double(), g.flatten(1).double(), x.flatten(1).double())
+    assert total is not None and total.value().is_contiguous()
+    torch.testing.assert_close(total.value().flatten(1).double(), expected, rtol=1e-5, atol=1e-4)
+
+
+SIDES = [(3, 8), (8, 3), (5, 5)]
+
+
+@pytest.mark.parametrize("sides", SIDES, ids=str)
+def test_a_sum_of_outer_products_is_that_of_all_examples(sides: tuple[int, int]) -> None:
+    assert_outer_products_are_added(*sides)
+
+
+class FirstSlice(OuterSum):
+    """A plant: a large microbatch counts by its first slice only."""
+
+    def add(self, operands: Operands, weights_B: Tensor) -> None:
+        rows = torch.arange(min(len(operands), 512))
+        super().add(operands.take(rows), weights_B[rows])
+
+
+class Unweighted(OuterSum):
+    """A plant: no example is scaled."""
+
+    def add(self, operands: Operands, weights_B: Tensor) -> None:
+        super().add(operands, torch.ones_like(weights_B))
+
+
+@pytest.mark.parametrize("sum", [FirstSlice, Unweighted])
+@pytest.mark.parametrize("sides", SIDES, ids=str)
+def test_outer_products_that_are_left_out_or_not_scaled_would_be_seen(
+    sides: tuple[int, int], sum: type[OuterSum]
+) -> None:
+    with pytest.raises(AssertionError):
+        assert_outer_products_are_added(*sides, sum)
 
 
 def assert_examples_without_a_finite_gradient_add_zero(policy: str, backend: str | Backend = "auto") -> None:

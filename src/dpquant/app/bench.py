@@ -294,7 +294,7 @@ class Oracle:
     def judge(self, name: str, make: MakeSide) -> tuple[str, float | None]:
         """Return the check that a side fails, as a phrase, and its relative error.
 
-        The phrase is empty if the side passes. The error is None if values were not compared, as for sides in low precision.
+        The phrase is empty if the side passes. The error is None if values were not compared, as in low precision.
         """
         bound = math.inf if name in NOT_PRIVATE else self._settings.max_grad_norm
         alone = [self._sum_of(make, example) for example in self._few]

@@ -234,7 +234,7 @@ def ours(model: nn.Module, batch: Batch, settings: StepSettings, *, share: float
 
 
 def with_tf32(make: MakeSide) -> MakeSide:
-    """Return a side that permits TF32 products on a GPU, while it is set up and in its step; elsewhere the same side."""
+    """Return a side that permits TF32 products on a GPU, while it is set up and in its step."""
 
     def made(model: nn.Module, batch: Batch, settings: StepSettings) -> Step:
         with float32_products("tf32"):
@@ -252,7 +252,7 @@ def with_tf32(make: MakeSide) -> MakeSide:
 @contextlib.contextmanager
 def float32_products(precision: str) -> Iterator[None]:
     """Set how a GPU multiplies float32 in matrix products and convolutions: `ieee` or `tf32`."""
-    places = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    places = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # pyright: ignore[reportAttributeAccessIssue]
     before = [place.fp32_precision for place in places]
     try:
         for place in places:

@@ -15,6 +15,7 @@ from dpquant.backends.interface import Operands
 from dpquant.backends.precision import bfloat16_factors
 
 _AT_ONCE = 2**23  # bytes of im2col output formed at a time
+_EXAMPLES_AT_ONCE = 512  # of outer products: 128 float32 of each take half of a 512 KiB cache
 _ENOUGH_POSITIONS = 2048  # with more, a matrix product takes no less time per position
 
 
@@ -91,6 +92,34 @@ class GemmSum:
                 total = self._add_patches(high, x, total)
                 g = g - high
             return self._add_patches(g, x, total)
+
+
+class OuterSum:
+    """An accumulator of outer products of values: the sum of w_i g_i x_i^T is a matrix product over the examples.
+
+    It is formed for some examples at a time, so that the narrower factor times the weights stays in a cache. That
+    factor comes first, because a product with few columns takes twice as long as its transpose, with few rows.
+    """
+
+    def __init__(self, operands: Operands):
+        """Begin an empty sum for operands of these shapes (values are not read)."""
+        x, g = (operand.flatten(1) for operand in operands.values)
+        self._narrow_x = x.shape[1] < g.shape[1]
+        narrow, wide = (x, g) if self._narrow_x else (g, x)
+        self._total = narrow.new_zeros(narrow.shape[1], wide.shape[1])
+
+    def add(self, operands: Operands, weights_B: Tensor) -> None:
+        """Add one microbatch of operands, which may be empty."""
+        x, g = (operand.flatten(1) for operand in operands.values)
+        narrow, wide = (x, g) if self._narrow_x else (g, x)
+        parts = (rows.split(_EXAMPLES_AT_ONCE) for rows in (narrow, wide, weights_B[:, None]))
+        for some_narrow, some_wide, some_weights in zip(*parts, strict=True):
+            self._total.addmm_((some_narrow * some_weights).t(), some_wide)
+
+    def value(self) -> Tensor:
+        """Return the sum of all microbatches so far, `(O, C, 1, 1)`."""
+        total = self._total.t().contiguous() if self._narrow_x else self._total
+        return total[:, :, None, None]
 
 
 def slices(geometry: Geometry, x: Tensor, g: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

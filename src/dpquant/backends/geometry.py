@@ -41,7 +41,7 @@ class Geometry:
         )
         return dataclasses.replace(self, kernel=kernel, padding=padding), (rows, columns)
 
-    @property
+    @functools.cached_property
     def pointwise(self) -> bool:
         """True for a 1x1 convolution without stride, padding or groups, which is a matrix product over positions."""
         return self == Geometry(groups=self.groups) and self.groups == 1

@@ -22,6 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dpquant.backends.algebra import squares_of_codes, squares_of_values
 from dpquant.backends.geometry import Geometry
 from dpquant.backends.qtensor import Operand, QTensor, code_values
 from dpquant.backends.workarounds import columns_as_channels
@@ -61,6 +62,18 @@ class Operands:
     def num_positions(self) -> int:
         """The number T of output positions."""
         return math.prod(self.shapes[1][2:])
+
+    @property
+    def rank_one(self) -> bool:
+        """Whether each gradient is the outer product g_i x_i^T of two vectors: a linear layer called on `(B, D)`."""
+        return self.geometry.pointwise and self.num_positions == 1
+
+    @functools.cached_property
+    def row_squares(self) -> tuple[Tensor, Tensor]:
+        """Squared norms of each example's x and g, without scales, float64 `(B,)`: the factors of a rank-one norm."""
+        x, g = (operand.flatten(1) for operand in self.values)
+        squares_of = squares_of_codes if self.bf16_terms else squares_of_values
+        return squares_of(x), squares_of(g)
 
     @property
     def patch_size(self) -> int:

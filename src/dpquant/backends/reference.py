@@ -32,8 +32,10 @@ from dpquant.backends.algebra import (
     patch_products,
     positions,
     row_norms,
+    squares_of_codes,
+    squares_of_values,
 )
-from dpquant.backends.gemm_sum import GemmSum, slices
+from dpquant.backends.gemm_sum import GemmSum, OuterSum, slices
 from dpquant.backends.geometry import Geometry
 from dpquant.backends.interface import Method, Norms, Operands, PackedWeight
 from dpquant.backends.precision import bfloat16_factors
@@ -42,7 +44,6 @@ from dpquant.backends.quantize import quantize_rows
 from dpquant.formats import Precision, RoleFormat
 
 _FLOAT32_EXACT = 2**24  # float32 represents every integer up to this one
-_FLOAT32_PART = 128  # values whose squares are summed in float32
 
 
 class ReferenceWeight:
@@ -100,6 +101,9 @@ class Reference:
 
     def methods(self, operands: Operands) -> Sequence[Method]:
         formed, grams = costs(operands)
+        if operands.rank_one:  # nothing else is as fast
+            sum = GemmSum if operands.bf16_terms else OuterSum
+            return [Method(name="grams", norms=norms_by_grams, sum=sum, cost=grams)]
         methods = [
             Method(name="patches", norms=materialise_by_patches, sum=GemmSum, cost=formed),
             Method(name="groups", norms=materialise_by_groups, sum=GemmSum, cost=formed),
@@ -154,31 +158,13 @@ def norms_by_grams(operands: Operands) -> Norms:
 
 
 def _squares_on_one_position(operands: Operands) -> Tensor:
+    if operands.rank_one:
+        x_B, g_B = operands.row_squares
+        return x_B * g_B
     (x, g), geometry = operands.values, operands.geometry
-    squares_of = _squares_of_codes if operands.bf16_terms else _squares_of_values
-    if geometry.pointwise:
-        return squares_of(x.flatten(1)) * squares_of(g.flatten(1))
+    squares_of = squares_of_codes if operands.bf16_terms else squares_of_values
     x_BGD, g_BGO = im2col(x, geometry).squeeze(2), positions(g, geometry).squeeze(2)
     return (squares_of(x_BGD) * squares_of(g_BGO)).sum(1)
-
-
-def _squares_of_codes(codes: Tensor) -> Tensor:
-    """Sum the squares of codes over the last axis, exactly: float64."""
-    return codes.double().square().sum(-1)
-
-
-def _squares_of_values(values: Tensor) -> Tensor:
-    """Sum the squares of values over the last axis: float64.
-
-    Parts of at most 128 values are summed in float32, with an error of at most 3.3e-7 (measured; ROUND_OFF is 23 times
-    as large), and the parts in float64. A float64 copy of all values would take longer than the sum.
-    """
-    features = values.shape[-1]
-    if features <= _FLOAT32_PART:
-        return torch.linalg.vector_norm(values, dim=-1).double().square()
-    width = max(width for width in range(1, _FLOAT32_PART + 1) if features % width == 0)
-    parts = values.unflatten(-1, (-1, width))
-    return torch.linalg.vector_norm(parts, dim=-1).double().square().sum(-1)
 
 
 def _squares_by_grams(x: Tensor, g: Tensor, operands: Operands) -> Tensor:

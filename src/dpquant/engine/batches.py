@@ -99,7 +99,10 @@ def take_rows(batch: Any, rows: slice | Tensor) -> Any:
 
     def taken(leaf: Any) -> Tensor:
         if isinstance(leaf, Tensor):
-            return leaf[rows.to(leaf.device, non_blocking=True) if isinstance(rows, Tensor) else rows]
+            if isinstance(rows, slice):
+                return leaf[rows]
+            # copies whole rows, which indexing does element by element
+            return leaf.index_select(0, rows.to(leaf.device, non_blocking=True))
         raise _no_tensor(leaf)
 
     return with_leaves(batch, taken)

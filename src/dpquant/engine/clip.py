@@ -166,7 +166,8 @@ def _add_clipped(tape: GradientTape, max_grad_norm: float, size: int, num_exampl
     if not parts:
         return
     factors_B, finite_B = clip_factors(tape.squared_norms(parts, size), max_grad_norm)
-    factors_B[num_examples:] = 0
+    if num_examples < size:
+        factors_B[num_examples:] = 0
     if finite_B.device.type != "cpu":  # a GPU would have to be waited for to tell whether all are
         for name, part in parts.items():
             tape.add_up({name: part.masked(finite_B)}, factors_B)
@@ -189,6 +190,6 @@ def clip_factors(squared_norms_B: Tensor, max_grad_norm: float) -> tuple[Tensor,
     """
     finite_B = squared_norms_B.isfinite()
     norms_B = squared_norms_B.clamp(min=0).sqrt()
-    factors_B = torch.where(norms_B > max_grad_norm, max_grad_norm / norms_B, 1.0) * (1 - ROUND_OFF)
+    factors_B = (max_grad_norm / norms_B).clamp(max=1) * (1 - ROUND_OFF)
     factors_B = torch.where(finite_B & (factors_B >= _SMALLEST_NORMAL), factors_B, 0.0)
     return factors_B.float(), finite_B

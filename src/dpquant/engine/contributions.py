@@ -86,16 +86,22 @@ def rows_or_zero(keep_B: Tensor, rows: Tensor) -> Tensor:
 
 @dataclasses.dataclass
 class Materialised:
-    """Materialised per-example gradients, shape `(B, *parameter shape)`."""
+    """Materialised per-example gradients.
+
+    Attributes:
+      gradients: `(B, *parameter shape)`.
+      squares_B: their squared norms, float64 `(B,)`; None: not computed yet.
+    """
 
     gradients: Tensor
+    squares_B: Tensor | None = None
 
     @property
     def kind(self) -> Hashable:
         return type(self)
 
     def squared_norms(self) -> Tensor:
-        return row_norms(self.gradients)
+        return row_norms(self.gradients) if self.squares_B is None else self.squares_B
 
     def per_example(self) -> Tensor:
         return self.gradients
@@ -113,8 +119,9 @@ class Materialised:
         """Return the factors `(B,)` of the stored gradients for these example weights: here the weights themselves."""
         return weights_B
 
-    def take(self, rows: Tensor) -> "Materialised":
-        return dataclasses.replace(self, gradients=self.gradients[rows])
+    def take(self, rows: Tensor) -> Self:
+        squares_B = None if self.squares_B is None else self.squares_B[rows]
+        return dataclasses.replace(self, gradients=self.gradients[rows], squares_B=squares_B)
 
     def masked(self, keep_B: Tensor) -> "Materialised":
         return dataclasses.replace(self, gradients=rows_or_zero(keep_B, self.gradients))

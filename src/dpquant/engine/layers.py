@@ -31,17 +31,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpquant.backends.algebra import convolved, input_gradient, swap_in_out, weight_gradient
+from dpquant.backends.algebra import swap_in_out
 from dpquant.backends.geometry import Geometry
 from dpquant.backends.interface import Backend
-from dpquant.backends.qtensor import QTensor, code_values, scaled
+from dpquant.backends.qtensor import QTensor
 from dpquant.backends.quantize import quantize_rows
 from dpquant.backends.registry import resolve
 from dpquant.engine.context import StepContext, twin_of
 from dpquant.engine.group_norm import TapedGroupNorm
+from dpquant.engine.products import Convolution, RowProducts, timed
 from dpquant.errors import ModelError, SettingError
 from dpquant.formats import FULL_PRECISION, Precision, Recipe, RoleFormat, precision
 from dpquant.rounding import derive_key, row_keys
+
+_POINT = Geometry()
 
 
 class QuantizableLayer(nn.Module):
@@ -71,7 +74,7 @@ class QuantizableLayer(nn.Module):
     @property
     def geometry(self) -> Geometry:
         """Kernel, stride, padding, dilation and groups of the layer as a convolution of its (already padded) input."""
-        return Geometry()
+        return _POINT
 
     def quantize_weight(self, run: StepContext, role: RoleFormat, kept: str = "") -> QTensor:
         """Quantize W to codes `(O, C / G, *kernel)`, with one scale, or with one scale per kept channel.
@@ -97,6 +100,12 @@ class QuantizableLayer(nn.Module):
         Within a step context with a tape, backward records the operands of the per-example gradients. Otherwise the
         layer behaves as an ordinary one, with straight-through gradients.
         """
+        weight = self.weight.view(self.weight.shape[0], -1, *self.geometry.kernel)
+        x = x.contiguous(memory_format=torch.channels_last)  # the layout of all fast operators, pooling included
+        return self.computed(Convolution, x, weight)
+
+    def computed(self, products: type[torch.autograd.Function], x: Tensor, weight: Tensor) -> Tensor:
+        """Apply one of the functions of `products.py` in the layer's step context, if it has one."""
         run = self.current or StepContext(key=0)
         if run.phase == "backward":
             raise ModelError(
@@ -106,11 +115,9 @@ class QuantizableLayer(nn.Module):
             )
         if run.replay is not None and (stored := run.replay.stored()) is not None:
             return stored
-        weight = self.weight.view(self.weight.shape[0], -1, *self.geometry.kernel)
         anchor = run.tape.anchor if run.tape is not None else None
-        x = x.contiguous(memory_format=torch.channels_last)  # the layout of all fast operators, pooling included
-        convolution = _Convolution if run.clock is None else _TimedConvolution
-        y = cast(Tensor, convolution.apply(x, weight, self.bias, anchor, self, run))
+        function = products if run.clock is None else timed(products)
+        y = cast(Tensor, function.apply(x, weight, self.bias, anchor, self, run))
         if run.replay is not None:
             run.replay.store(self, y)
         return y
@@ -158,86 +165,13 @@ class QuantLinear(QuantizableLayer, nn.Linear):
                 f"{tuple(input.shape)}. Its first axis is the example, whose gradient is clipped; its last the "
                 "features. Reshape the input."
             )
+        if input.ndim == 2 and not self.quantized:
+            return self.computed(RowProducts, input, self.weight)
         if input.ndim == 2:  # fewer nodes for autograd
             return self.convolve(input[:, :, None, None]).flatten(1)
         positions_BTD = input.flatten(1, -2)
         y_BOT1 = self.convolve(positions_BTD.transpose(1, 2).unsqueeze(3))
         return y_BOT1.squeeze(3).transpose(1, 2).reshape(*input.shape[:-1], self.out_features)
-
-
-class _Convolution(torch.autograd.Function):
-    """Computes the three products of a layer. Gradients are straight-through: rounding is treated as the identity."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, anchor, layer: QuantizableLayer, run: StepContext):
-        ctx.layer, ctx.run, ctx.call, ctx.precision = layer, run, run.next_call(layer), layer.precision
-        ctx.size = x.shape[2:]
-        ctx.geometry = geometry = layer.geometry.cropped(ctx.size)[0]
-        recipe, dgrad, wgrad = ctx.precision.recipes
-        codes, ctx.x = _codes(ctx, "activation", x, recipe, wgrad)
-        if recipe is None or dgrad is None:
-            weight = run.dense_weight(layer, weight, ctx.size)
-        ctx.save_for_backward(x if wgrad is None else None, weight if dgrad is None else None)
-        if recipe is None:
-            y = convolved(x, weight, bias, geometry)
-        else:
-            y = run.packed_weight(layer, recipe, ctx.size, side="output").forward(codes, bias)
-        return y.clone() if y._is_view() else y  # autograd forbids to modify a view made in here in place
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        grad, layer, run = grads[0], ctx.layer, ctx.run
-        if run.phase == "forward":
-            raise ModelError(
-                "Expected loss_fn not to differentiate; got a gradient that is taken while the losses are computed. A "
-                "gradient penalty's own gradient has no per-example form here. Leave it out of the loss."
-            )
-        grad_x = grad_weight = grad_bias = None
-        (x, weight), recipe = ctx.saved_tensors, ctx.precision.dgrad
-        codes, g = _codes(ctx, "gradient", grad, recipe if ctx.needs_input_grad[0] else None, ctx.precision.wgrad)
-        x, g = ctx.x or x, g or grad
-        if ctx.needs_input_grad[0] and codes is None:
-            grad_x = input_gradient(grad, weight, ctx.geometry, ctx.size)
-        elif ctx.needs_input_grad[0]:
-            weight = run.packed_weight(layer, recipe, ctx.size, side="input")
-            grad_x = weight.input_gradient(codes, ctx.size)
-        if run.tape is not None:
-            run.tape.record(layer, x, g, grad)
-            return grad_x, None, None, None, None, None
-        if ctx.needs_input_grad[1]:
-            g_values = code_values(g)
-            if isinstance(g, QTensor) and isinstance(x, QTensor):
-                g_values = scaled(g_values, g.scale * x.scale, torch.ones(1, device=g_values.device))
-            grad_weight = weight_gradient(g_values, code_values(x), layer.geometry)
-        if ctx.needs_input_grad[2]:
-            grad_bias = grad.sum((0, 2, 3))
-        return grad_x, grad_weight, grad_bias, None, None, None
-
-
-class _TimedConvolution(_Convolution):
-    """`_Convolution` whose wall time is added to the clock of the step context."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, anchor, layer: QuantizableLayer, run: StepContext):
-        assert run.clock is not None
-        with run.clock.timing(layer.name):
-            return _Convolution.forward(ctx, x, weight, bias, anchor, layer, run)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        with ctx.run.clock.timing(ctx.layer.name):
-            return _Convolution.backward(ctx, *grads)
-
-
-def _codes(ctx, role: str, x: Tensor, *recipes: Recipe | None) -> list[Any]:
-    """Return an operand's QTensor for each recipe, quantized once per format; None for a recipe that is None."""
-    made: dict[RoleFormat, QTensor] = {}
-    formats: list[RoleFormat | None] = [recipe and getattr(recipe, role) for recipe in recipes]
-    for wanted in filter(None, formats):
-        if wanted not in made:
-            keys = ctx.run.draw_keys(ctx.layer, role, ctx.call, len(x))
-            made[wanted] = ctx.layer.backend.quantize(x, wanted, keys)
-    return [wanted and made[wanted] for wanted in formats]
 
 
 _TWINS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {

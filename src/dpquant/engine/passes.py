@@ -17,7 +17,7 @@ from dpquant.engine.batches import Microbatch, take_rows
 from dpquant.engine.context import StepContext
 from dpquant.engine.contributions import Contribution
 from dpquant.engine.layers import running
-from dpquant.engine.randomness import Drawing, Position, seeded
+from dpquant.engine.randomness import Drawing, TorchPosition, seeded
 from dpquant.engine.tape import GradientTape, taping
 from dpquant.errors import DPQuantError, ModelError, SettingError
 from dpquant.rounding import derive_key
@@ -71,7 +71,8 @@ class Passes:
         """Differentiate the sum of the losses of the rows that count; return the losses of all rows, `(B,)`."""
         with seeded(self._key):
             losses = self._objective.drawing.by_record(lambda: self._forward(piece), self._key, piece.record_ids)
-            self._backward(losses[: piece.num_examples].sum())
+            counting = losses if piece.num_examples == len(losses) else losses[: piece.num_examples]
+            self._backward(counting.sum())
         return losses
 
     def over_all_rows(self, piece: Microbatch) -> Microbatch:
@@ -109,9 +110,9 @@ class Passes:
         return self._objective.losses(piece)
 
     def _backward(self, total: Tensor) -> None:
-        position = Position()
+        position = TorchPosition()
         self._run.phase = "backward"
-        (total + 0 * self._tape.anchor).backward()
+        (total + self._tape.anchor).backward()  # the anchor is zero
         if position.torch_moved():
             raise ModelError(
                 "Expected the backward pass to draw no random numbers; it does. They would follow a record's place in "

@@ -80,6 +80,7 @@ class GradientTape:
     def record(self, layer: QuantizableLayer, x: Tensor | QTensor, g: Tensor | QTensor, grad: Tensor) -> None:
         if self._keeping:
             self.operands += [operand for operand in (x, g) if isinstance(operand, QTensor)]
+        squares_B = None
         if layer.weight in self._names:  # else the operands of a frozen layer would be copied for nothing
             recipe = layer.precision.wgrad
             bits = 0 if recipe is None else recipe.gradient.format.significant_bits
@@ -87,9 +88,12 @@ class GradientTape:
                 x, g, layer.geometry, layer.weight.shape, backend=layer.backend, significant_bits=bits
             )
             self.add(layer.weight, gradient.evaluated() if self._forming else gradient)
+            if self._forming and gradient.operands.rank_one and g is grad:
+                squares_B = gradient.operands.row_squares[1]  # a factor of the weight's norm is the bias's
         if layer.bias is not None:
             one_position = grad.shape[2:] == (1, 1)
-            self.add(layer.bias, Materialised(grad.flatten(1) if one_position else grad.flatten(2).sum(2)))
+            rows = grad.flatten(1) if one_position else grad.flatten(2).sum(2)
+            self.add(layer.bias, Materialised(rows, squares_B))
 
     def add(self, parameter: Tensor, contribution: Contribution) -> None:
         """Record a contribution to a parameter's per-example gradients. Those of a frozen parameter are ignored."""

@@ -61,13 +61,12 @@ class MaterialisedWeightGradient(Materialised):
 
     Attributes:
       gradients: `(B, O, C / G, *taps)`, or `(B, O, D)` in patch order if `patches` is given.
-      squares_B: squared norms of `gradients`, float64 `(B,)`.
+      squares_B: squared norms of `gradients`, as they are stored.
       scale_B: each example's scale of the products of codes, `(B,)`; None: products of values.
       patches: the geometry that defines the patch order; None: weight order.
       crop: the part of the weight that the gradients belong to.
     """
 
-    squares_B: Tensor
     scale_B: Tensor | None
     patches: Geometry | None
     crop: KernelCrop
@@ -77,7 +76,7 @@ class MaterialisedWeightGradient(Materialised):
         return type(self), self.patches
 
     def squared_norms(self) -> Tensor:
-        return _times_squares(self.squares_B, self.scale_B)
+        return _times_squares(super().squared_norms(), self.scale_B)
 
     def per_example(self) -> Tensor:
         gradients = _in_weight(self.gradients, self.patches, self.crop)
@@ -90,12 +89,8 @@ class MaterialisedWeightGradient(Materialised):
         return scaled_weights(weights_B, self.scale_B)
 
     def take(self, rows: Tensor) -> "MaterialisedWeightGradient":
-        return dataclasses.replace(
-            self,
-            gradients=self.gradients[rows],
-            squares_B=self.squares_B[rows],
-            scale_B=None if self.scale_B is None else self.scale_B[rows],
-        )
+        scale_B = None if self.scale_B is None else self.scale_B[rows]
+        return dataclasses.replace(super().take(rows), scale_B=scale_B)
 
     def masked(self, keep_B: Tensor) -> "MaterialisedWeightGradient":
         if self.scale_B is None:
@@ -160,6 +155,8 @@ class LazyWeightGradient:
     def evaluated(self) -> "LazyWeightGradient | MaterialisedWeightGradient":
         """Compute the norms by the method whose norms and sum together take the least time on this machine."""
         methods, operands = self.methods(), self.operands
+        if len(methods) == 1:
+            return self.by(*methods.values())
         shapes = (*operands.shapes, operands.bf16_terms)
         facts = (operands.geometry, shapes, tuple(methods), torch.get_num_threads(), *place(operands.device))
         key = ("per-example weight gradients", *facts)
