@@ -36,7 +36,7 @@ from dpquant.training.rehearsal import rehearse
 from dpquant.training.setup import Setup
 from dpquant.training.state import RunState
 
-_REHEARSED = 3  # records in the trial step
+_REHEARSED = 2  # records in the trial step
 
 
 def make_private(
