@@ -14,11 +14,11 @@ from benchmarks.gpu import steps, table
 from benchmarks.gpu.__main__ import outcome
 from benchmarks.gpu.images import COLUMNS, pack, unpack
 from benchmarks.gpu.report import Report
+from experiments.runner import Table
 from PIL import Image
 
 from dpquant.app.bench import BenchSettings
 from dpquant.app.contenders import GPU_SIDES
-from experiments.runner import Table
 
 SOON = 3600.0
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from benchmarks.gpu.report import Report
 from dpquant.app.bench import BenchSettings, measure
-from dpquant.app.contenders import GPU_SIDES, float32_products
+from dpquant.app.contenders import GPU_SIDES
+from dpquant.backends.precision import ieee_float32
 
 STAGE = "steps"
 
@@ -30,7 +31,7 @@ def run(report: Report, deadline: float, cases: Sequence[BenchSettings] = CASES)
         if time.monotonic() > deadline:
             report.put(STAGE, settings.model, "not run: no time was left")
             continue
-        with float32_products("ieee"):
+        with ieee_float32():
             record = measure(
                 settings, sides=GPU_SIDES, ratios=RATIOS, watch=lambda what: print(f"  {what}", flush=True)
             )

@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.gpu.images import unpack
-from benchmarks.gpu.report import Report
 from experiments.runner import Run, Site, Table
 from experiments.settings import EPSILON, GTSRB, SEEDS
+
+from benchmarks.gpu.images import unpack
+from benchmarks.gpu.report import Report
 
 STAGE = "table"
 KEPT = (

@@ -18,7 +18,6 @@ Source: Abadi et al. 2016, arXiv:1607.00133, Algorithm 1; Opacus, arXiv:2109.122
 arXiv:2110.05679.
 """
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -30,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpquant.app.networks import Batch, network_named, out_of_place
+from dpquant.backends.precision import tf32_float32
 from dpquant.engine.batches import take_rows
 from dpquant.engine.clip import clipped_sum
 from dpquant.engine.layers import count_macs, current_precisions, prepare, set_policy
@@ -237,30 +237,16 @@ def with_tf32(make: MakeSide) -> MakeSide:
     """Return a side that permits TF32 products on a GPU, while it is set up and in its step."""
 
     def made(model: nn.Module, batch: Batch, settings: StepSettings) -> Step:
-        with float32_products("tf32"):
+        with tf32_float32():
             step = make(model, batch, settings)
 
         def permitted() -> None:
-            with float32_products("tf32"):
+            with tf32_float32():
                 step()
 
         return permitted
 
     return made
-
-
-@contextlib.contextmanager
-def float32_products(precision: str) -> Iterator[None]:
-    """Set how a GPU multiplies float32 in matrix products and convolutions: `ieee` or `tf32`."""
-    places = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # pyright: ignore[reportAttributeAccessIssue]
-    before = [place.fp32_precision for place in places]
-    try:
-        for place in places:
-            place.fp32_precision = precision
-        yield
-    finally:
-        for place, one in zip(places, before, strict=True):
-            place.fp32_precision = one
 
 
 SIDES: Mapping[str, MakeSide] = {

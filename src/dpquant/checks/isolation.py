@@ -25,16 +25,14 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from dpquant.checks.planting import Blind, add_mean, blind
 from dpquant.checks.probe import (
     FIXED,
     KEY,
     PLACES_FIXED,
     SMALLEST_LOSS,
     TOLERANCE,
-    Blind,
     Probe,
-    add_mean,
-    blind,
     buffers_of,
     changed_buffer,
     identical,
@@ -44,8 +42,10 @@ from dpquant.checks.probe import (
     shaken,
 )
 from dpquant.checks.refusals import BUFFERS, BY_PLACE, COUNTS, COUPLED, FOLLOWS, PADDED, NotFinite, explained
+from dpquant.checks.step import TrialStep
 from dpquant.checks.synthetic import Specimens
 from dpquant.engine.batches import Microbatch
+from dpquant.engine.context import StepContext
 from dpquant.engine.layers import (
     QuantizableLayer,
     count_macs,
@@ -123,12 +123,13 @@ def check_isolation(
             raise ModelError(str(unseen))
         others = [*unclear, *found.specimens.variations()]
         if quantized and quantizable_layers(model):
-            with shaken(model, torch.float32, 0, probe.share):
+            with shaken(model, 0, probe.share):
                 for one in quantized:
                     set_precisions(model, dict.fromkeys(quantizable_layers(model), one))
-                    _check_codes(found.objective, found.specimens)
+                    step = TrialStep(key=KEY)
+                    _check_codes(found.objective, found.specimens, step)
                     for specimens in others:
-                        _check_quantized_losses(found.objective, specimens)
+                        _check_quantized_losses(found.objective, specimens, step)
         else:
             for specimens in others:
                 _check_kind(found.objective, specimens, probe)
@@ -160,7 +161,8 @@ def _usable(objective: Objective, candidates: Iterable[Specimens]) -> Iterator[S
 def _run(objective: Objective, specimens: Specimens) -> None:
     """Run one pass over the three records; raises what the user's code raises, and NotFinite."""
     piece = piece_of(specimens, (0, 1, 2), torch.float32)
-    found = gradients_of_rows(dataclasses.replace(objective, drawing=objective.drawing.unknown()), piece, key=KEY)
+    unwatched = dataclasses.replace(objective, drawing=objective.drawing.unknown())
+    found = gradients_of_rows(unwatched, piece, StepContext(key=KEY))
     squared_norms = {name: part.squared_norms() for name, part in found.parts.items()}
     check_examples_first(squared_norms, 3)
     if not all(bool(values.isfinite().all()) for values in (found.losses, *squared_norms.values())):
@@ -203,10 +205,12 @@ def _compare(
     objective: Objective, specimens: Specimens, kind: type[Probe], dtype: torch.dtype, shake: int, planted: bool
 ) -> Probe:
     """Make the comparisons on one kind of records for one perturbation; couplings are planted at the first only."""
-    with shaken(objective.model, dtype, shake, kind.share):
+    with shaken(objective.model, shake, kind.share):
         probe = kind(objective, specimens, dtype)
         if planted:
             probe.check_collation()
+        if planted and shake == 0:
+            probe.remember()
         probe.compare_batchmates()
         if shake == 0:
             probe.compare_in_the_other_mode()
@@ -226,13 +230,13 @@ def _check_kind(objective: Objective, specimens: Specimens, kind: type[Probe]) -
     _check(objective, specimens, kind, planted=False)
 
 
-def _check_codes(objective: Objective, specimens: Specimens) -> None:
+def _check_codes(objective: Objective, specimens: Specimens, step: TrialStep) -> None:
     """Compare rows' codes, scales and losses among several batchmates, bit for bit: sees batch scales and padding."""
     if specimens.padded:
         raise ModelError(PADDED)
 
     def results(order: Sequence[int]) -> list[Tensor]:
-        found = gradients_of_rows(objective, piece_of(specimens, order, torch.float32), key=KEY)
+        found = gradients_of_rows(objective, piece_of(specimens, order, torch.float32), step)
         return [found.losses, *(part for operand in found.operands for part in (operand.codes, operand.scale))]
 
     def of_row(found: list[Tensor], row: int) -> list[Tensor]:
@@ -248,19 +252,19 @@ def _check_codes(objective: Objective, specimens: Specimens) -> None:
     first = next(module for module in objective.model.modules() if isinstance(module, QuantizableLayer))
     handle = first.register_forward_hook(add_mean)
     try:
-        left, right = _losses_in(FIXED[::2], objective, specimens)
+        left, right = _losses_in(FIXED[::2], objective, specimens, step)
         if identical(left[0], right[0]) and all(map(identical, *(of_row(results(order), 0) for order in FIXED[::2]))):
             raise blind("the codes of quantized layers")
     finally:
         handle.remove()
 
 
-def _check_quantized_losses(objective: Objective, specimens: Specimens) -> None:
+def _check_quantized_losses(objective: Objective, specimens: Specimens, step: TrialStep) -> None:
     """Compare the losses of another kind of values bit for bit, in both modes, if the model runs on it."""
     for mode in (contextlib.nullcontext(), other_mode(objective.model)):
         try:
             with mode:
-                found = _losses_in(FIXED, objective, specimens)
+                found = _losses_in(FIXED, objective, specimens, step)
         except Exception:  # outside of the data's domain
             return
         if not all(bool(losses.isfinite().all()) for losses in found):
@@ -272,13 +276,18 @@ def _check_quantized_losses(objective: Objective, specimens: Specimens) -> None:
                 raise ModelError(COUPLED)
 
 
-def _losses_in(orders: Iterable[Sequence[int]], objective: Objective, specimens: Specimens) -> list[Tensor]:
+def _losses_in(
+    orders: Iterable[Sequence[int]], objective: Objective, specimens: Specimens, step: TrialStep
+) -> list[Tensor]:
     pieces = (piece_of(specimens, order, torch.float32) for order in orders)
-    return [losses_of(objective, piece, key=KEY) for piece in pieces]
+    return [losses_of(objective, piece, step) for piece in pieces]
 
 
 def check_at_size(found: Findings, size: int) -> None:
-    """Compare a record's loss among other batchmates and in another row, in a microbatch of the run's own size.
+    """Compare losses in a microbatch of the run's own size with those among other batchmates and in other rows.
+
+    In full precision one such microbatch is enough: each row's loss is compared with that of its record in a batch of
+    three. Where they differ, or round-off in the last bit can change a code, a is compared between two microbatches.
 
     Args:
       found: about the model, which is checked in its current precisions.
@@ -289,25 +298,32 @@ def check_at_size(found: Findings, size: int) -> None:
     Privacy: reads no data.
     """
 
-    def loss(other: int, place: int) -> float:
-        order = [0 if row == place else other for row in range(size)]
+    def losses(order: Sequence[int]) -> Tensor:
         try:
-            piece = Microbatch(found.specimens.batch(order), torch.tensor(order), size)
-            return float(losses_of(found.objective, piece, key=KEY)[place])
+            piece = Microbatch(found.specimens.batch(order), torch.tensor(order), len(order))
+            return losses_of(found.objective, piece, StepContext(key=KEY))
         except DPQuantError:
             raise
         except Exception as error:
             if out_of_memory(error):
                 raise
             raise ModelError(
-                f"Expected model and loss_fn to run on any number of examples, as on {size}, which a backward pass "
-                f"takes here; got a {type(error).__name__}: {error}. Mend them, or give a microbatch_size that fits."
+                f"Expected model and loss_fn to run on any number of examples, as on {len(order)}, which a backward "
+                f"pass takes here; got a {type(error).__name__}: {error}. Mend them, or give a microbatch_size that "
+                "fits."
             ) from error
 
+    def loss(other: int, place: int) -> Tensor:
+        return losses([0 if row == place else other for row in range(size)])[place]
+
+    def close(these: Tensor, those: Tensor) -> bool:
+        return bool(((those - these).abs() <= TOLERANCE * these.abs().clamp(min=SMALLEST_LOSS)).all())
+
     quantized = any(layer.quantized for layer in quantizable_layers(found.objective.model).values())
-    # in another row, round-off in the last bit can change a code: quantized, the row stays
-    first, other = loss(1, 0), loss(2, 0 if quantized else size - 1)
-    if not abs(other - first) <= TOLERANCE * max(abs(first), SMALLEST_LOSS):
+    order = [(0, 1, 2, 2, 1, 0)[row % 6] for row in range(size)]
+    if not quantized and close(losses((0, 1, 2))[order], losses(order)):
+        return
+    if not close(loss(1, 0), loss(2, 0 if quantized else size - 1)):
         raise ModelError(BY_PLACE if found.objective.drawing.seen else COUPLED)
 
 
@@ -321,7 +337,7 @@ def keeps_apart(objective: Objective, piece: Microbatch, elsewhere: Microbatch, 
       key: of the step's random draws.
     Privacy: always True for a model that keeps examples apart, so the answer depends on no record.
     """
-    one, other = (gradients_of_rows(objective, batch, key=key).row(0) for batch in (piece, elsewhere))
+    one, other = (gradients_of_rows(objective, batch, StepContext(key=key)).row(0) for batch in (piece, elsewhere))
     losses = float(one.losses[0]), float(other.losses[0])
     if not all(map(math.isfinite, losses)):
         return not any(map(math.isfinite, losses))

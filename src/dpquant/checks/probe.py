@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compares a record's loss and gradient among different batchmates, and plants couplings to show that it sees them.
 
-Every comparison is written so that it fails on NaN.
+Results are first compared bit for bit in float32, as a run computes. Where they agree, nothing is coupled, and nothing
+else is tried. Where they do not, round-off may be the cause: float64 and a tolerance decide. Every comparison is
+written so that it fails on NaN.
 """
 
 import contextlib
 import dataclasses
-import itertools
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from dpquant.checks.planting import add_means_of_pairs, blind, places, swapped_in_pairs
 from dpquant.checks.refusals import BUFFERS, BY_PLACE, COUPLED, FOLLOWS, KEEPS_STATE, MIXED
+from dpquant.checks.step import TrialStep
 from dpquant.checks.synthetic import Specimens
 from dpquant.engine.batches import Microbatch, leaves, with_leaves
 from dpquant.engine.passes import Objective, RowGradients, draws_key, gradients_of_rows, losses_of
@@ -34,11 +35,8 @@ MOVED = ((0, 1, 1), (1, 2, 2), (0, 0, 2))
 PLACES_MOVED = (((0, 0), (2, 1)), ((0, 2), (1, 0)), ((1, 1), (2, 2)))
 FIXED = ((0, 1, 1), (2, 1, 2), (0, 0, 2))
 PLACES_FIXED = (((0, 0), (2, 0)), ((0, 1), (1, 1)), ((1, 2), (2, 2)))
-_PAIRS = ((0, 1), (0, 2))  # batches of two in which a planted coupling has to change the results of a
-
-
-class Blind(ModelError):
-    """The check did not see a coupling that it planted itself."""
+_PAIR = (0, 1)  # a batch of two, whose first row is compared with autograd, and with itself later on
+_PAIRS = (0, 1, 0, 2)  # two batches of two, side by side: a planted coupling has to change the results of a
 
 
 def piece_of(specimens: Specimens, order: Sequence[int], dtype: torch.dtype) -> Microbatch:
@@ -50,20 +48,34 @@ def piece_of(specimens: Specimens, order: Sequence[int], dtype: torch.dtype) -> 
 
 
 @contextlib.contextmanager
-def shaken(model: nn.Module, dtype: torch.dtype, seed: int, share: float) -> Iterator[None]:
-    """Perturb parameters and convert parameters and buffers to a type until the block ends; then restore them in place.
+def shaken(model: nn.Module, seed: int, share: float) -> Iterator[None]:
+    """Perturb parameters until the block ends; then restore them and the buffers in place.
 
     Each entry changes by up to `share` of itself, a zero by up to `share`: a zero may be a gate that lets no gradient
     through.
     """
     generator = torch.Generator().manual_seed(seed)
+
+    def perturbed(parameter: Tensor) -> Tensor:
+        noise = torch.rand(parameter.shape, generator=generator).mul_(2 * share).sub_(share).to(parameter.device)
+        return torch.where(parameter == 0, noise, noise * parameter).add_(parameter)
+
     parameters = set(model.parameters())
+    with _replaced(model, lambda tensor: (perturbed if tensor in parameters else Tensor.clone)(tensor.data)):
+        yield
+
+
+def converted(model: nn.Module, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
+    """Convert parameters and buffers to a type until the block ends; then restore them in place."""
+    return _replaced(model, lambda tensor: tensor.data.to(dtype))
+
+
+@contextlib.contextmanager
+def _replaced(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Replace the values of parameters and buffers of type float32 until the block ends."""
     kept = [(t, t.data) for t in (*model.parameters(), *model.buffers()) if t.dtype == torch.float32]
-    for tensor, data in kept:
-        if tensor in parameters:
-            noise = (2 * share * torch.rand(data.shape, generator=generator) - share).to(data.device)
-            data = data + torch.where(data == 0, noise, noise * data)
-        tensor.data = data.to(dtype, copy=tensor not in parameters)
+    for tensor, _ in kept:
+        tensor.data = change(tensor)
     try:
         yield
     finally:
@@ -105,35 +117,44 @@ class Probe:
         Args:
           objective: the model and its loss.
           specimens: synthetic records.
-          dtype: of the model and of the batches' floats.
+          dtype: in which results are compared that differ in float32.
         """
         self._objective, self._model, self._specimens = objective, objective.model, specimens
-        self._dtype, self._tolerance = dtype, self.tolerances[dtype]
-        self._buffers = buffers_of(objective.model)
+        self._precise, self._dtype = dtype, torch.float32
+        self._buffers, self._step = buffers_of(objective.model), TrialStep(key=KEY)
         self.moved: set[str] = set()
         self.reached: set[str] = set()
-        self._first = self._rows(MOVED[0])
+
+    def remember(self) -> None:
+        """Take the results that `compare_further` compares with autograd's and with later ones."""
+        with self._precisely():
+            self._first = self._rows(_PAIR)
 
     def compare_batchmates(self) -> None:
         """Raise ModelError if a record's results change with its batchmates or its row."""
-        self._compare_in_batches([self._first, *map(self._rows, MOVED[1:])])
+        if not (self._compare_bits() and self.moved >= self._objective.trainable().keys()):
+            with self._precisely():
+                self._compare_in_batches([*map(self._rows, MOVED)])
 
     def compare_in_the_other_mode(self) -> None:
         """Compare batchmates in evaluation if the model is in training, and the other way round."""
         with other_mode(self._model):
-            self._compare_in_batches([*map(self._rows, MOVED)])
+            if not self._compare_bits():
+                with self._precisely():
+                    self._compare_in_batches([*map(self._rows, MOVED)])
 
     def compare_further(self) -> None:
         """Raise ModelError if results change with the batch size or with earlier calls, or differ from autograd's."""
-        self.compare_with_autograd()
-        if not self._objective.drawing.seen:
-            self._compare_with_one_alone()
-        if not self.close(self._first.losses[0], self._losses(MOVED[0])[0]):
-            raise ModelError(KEEPS_STATE)
+        with self._precisely():
+            self.compare_with_autograd()
+            if not self._objective.drawing.seen:
+                self._compare_with_one_alone()
+            if not self.close(self._first.losses[0], self._losses(_PAIR)[0]):
+                raise ModelError(KEEPS_STATE)
 
     def plant(self) -> None:
         """Plant couplings in the batch, in activations and in the loss; raise Blind if one of them is not seen."""
-        used, modules = self._used()
+        used, modules = places(self._objective, self._piece((0, 1, 2)), KEY)
         for number, path in used.items():
             if not self._sees(leaf=number):
                 raise blind(f"batch{path}")
@@ -162,28 +183,53 @@ class Probe:
     def _piece(self, order: Sequence[int]) -> Microbatch:
         return piece_of(self._specimens, order, self._dtype)
 
-    def _compare_in_batches(self, found: Sequence[RowGradients]) -> None:
-        """Raise ModelError if a record's results differ between the batches; note which parameters have gradients."""
+    @contextlib.contextmanager
+    def _precisely(self) -> Iterator[None]:
+        """Run the model in the precise type until the block ends; raise ModelError if a buffer changes in it."""
+        before = self._dtype, self._buffers, self._step
+        try:
+            with converted(self._model, self._precise):
+                self._dtype = self._precise
+                self._buffers, self._step = buffers_of(self._model), TrialStep(key=KEY)
+                yield
+                self.compare_buffers()
+        finally:
+            self._dtype, self._buffers, self._step = before
+
+    def _compare_bits(self) -> bool:
+        """Return whether the results of each record's copies are equal in all batches, bit for bit, in float32."""
+        found = [*map(self._rows, MOVED)]
+        self._note(found)
+        copies: dict[int, list[RowGradients]] = {}
+        for order, rows in zip(MOVED, found, strict=True):
+            for row, number in enumerate(order):
+                copies.setdefault(number, []).append(rows.row(row))
+        return all(first.same_bits(other) for first, *others in copies.values() for other in others)
+
+    def _note(self, found: Sequence[RowGradients]) -> None:
+        """Note which parameters have gradients."""
         for rows in found:
             self.reached |= rows.parts.keys()
             new = (item for item in rows.parts.items() if item[0] not in self.moved)
             self.moved |= {name for name, part in new if bool(part.inner_products(part).any())}
+
+    def _compare_in_batches(self, found: Sequence[RowGradients]) -> None:
+        """Raise ModelError if a record's results differ between the batches."""
+        self._note(found)
         for one, other in PLACES_MOVED:
             mine, theirs = (found[batch].row(row) for batch, row in (one, other))
             if not self.alike(mine, theirs):
                 raise self._coupled()
 
-    def _rows(self, order: Sequence[int], leaf: int | None = None) -> RowGradients:
-        piece = self._piece(order)
-        if leaf is not None:
-            piece = dataclasses.replace(piece, data=_rolled(piece.data, leaf))
-        return gradients_of_rows(self._objective, piece, key=KEY)
+    def _rows(self, order: Sequence[int]) -> RowGradients:
+        return gradients_of_rows(self._objective, self._piece(order), self._step)
 
-    def _losses(self, order: Sequence[int], leaf: int | None = None) -> Tensor:
-        piece = self._piece(order)
-        if leaf is not None:
-            piece = dataclasses.replace(piece, data=_rolled(piece.data, leaf))
-        return losses_of(self._objective, piece, key=KEY)
+    def _losses(self, order: Sequence[int]) -> Tensor:
+        return losses_of(self._objective, self._piece(order), self._step)
+
+    @property
+    def _tolerance(self) -> float:
+        return self.tolerances[self._dtype]
 
     def alike(self, one: RowGradients, other: RowGradients) -> bool:
         """Whether two results of one row each have equal gradients and losses, up to the tolerance."""
@@ -210,7 +256,7 @@ class Probe:
         clipped.
         """
         trainable = self._objective.trainable()
-        piece = self._piece(MOVED[0])
+        piece = self._piece(_PAIR)
         with seeded(derived := draws_key(KEY)):
             losses = self._objective.drawing.by_record(lambda: self._objective.losses(piece), derived, piece.record_ids)
             found = torch.autograd.grad(losses[0], list(trainable.values()), allow_unused=True)
@@ -242,111 +288,33 @@ class Probe:
             raise ModelError(COUPLED)
 
     def _sees(self, *, leaf: int | None = None, module: nn.Module | None = None, loss: bool = False) -> bool:
-        """Whether a coupling planted in one place changes the results of a between batches with b and with c."""
+        """Whether a coupling planted in one place changes the results of a between batches with b and with c.
+
+        A difference that is seen in float32 would be seen in float64 too, where the tolerance is smaller.
+        """
+        objective = honest = self._objective
+        if loss:
+            objective = dataclasses.replace(
+                honest, loss_fn=lambda model, batch: add_means_of_pairs(None, None, honest.loss_fn(model, batch))
+            )
+
+        def differs() -> bool:
+            piece = self._piece(_PAIRS)
+            if leaf is not None:
+                piece = dataclasses.replace(piece, data=swapped_in_pairs(piece.data, leaf))
+            losses = losses_of(objective, piece, self._step)
+            if not self.close(losses[0], losses[2]):
+                return True
+            rows = gradients_of_rows(objective, piece, self._step)
+            return not self.alike(rows.row(0), rows.row(2))
+
         with contextlib.ExitStack() as planted:
             if module is not None:
-                planted.callback(module.register_forward_hook(add_mean).remove)
-            honest = self._objective
-            if loss:
-                planted.callback(setattr, self, "_objective", honest)
-                self._objective = dataclasses.replace(
-                    honest, loss_fn=lambda model, batch: add_mean(None, None, honest.loss_fn(model, batch))
-                )
-            one, other = (self._losses(pair, leaf) for pair in _PAIRS)
-            if not self.close(one[0], other[0]):
+                planted.callback(module.register_forward_hook(add_means_of_pairs).remove)
+            if differs():
                 return True
-            one, other = (self._rows(pair, leaf).row(0) for pair in _PAIRS)
-            return not self.alike(one, other)
-
-    def _used(self) -> tuple[dict[int, str], list[nn.Module]]:
-        """Return where couplings can be planted: {number of a leaf of the batch: its path}, and modules.
-
-        The leaves are those that enter a computation. The modules, in the order of their calls, have trainable
-        parameters of their own and return a tensor of examples. A module whose output is the same for all records, such
-        as learnt positions, is left out: its mean couples nothing.
-        """
-        called: dict[nn.Module, None] = {}
-
-        def note(module: nn.Module, inputs: Any, output: Any) -> None:
-            of_examples = isinstance(output, Tensor) and output.is_floating_point() and output.ndim and len(output) == 3
-            if of_examples and not (torch.equal(output[0], output[1]) and torch.equal(output[0], output[2])):
-                called[module] = None
-
-        own = [m for m in self._model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
-        handles = [module.register_forward_hook(note) for module in own]
-        piece = self._piece((0, 1, 2))
-        paths, tensors = zip(*leaves(piece.data), strict=True)
-        try:
-            with seeded(KEY), torch.no_grad(), _Watched(tensors) as watched:
-                self._objective.loss_fn(self._model, piece.data)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return {number: paths[number] for number in sorted(watched.used)}, list(called)
-
-
-def add_mean(module: Any, inputs: Any, output: Any) -> Any:
-    """Add the batch's mean to each row: a coupling to plant as a forward hook or on a loss."""
-    if isinstance(output, Tensor) and output.is_floating_point() and output.ndim:
-        return output + output.detach().mean(0, keepdim=True)
-    return output
-
-
-def _rolled(batch: Any, number: int) -> Any:
-    """Move one leaf's rows up by one, so that each example gets another's: a coupling to plant in a batch."""
-    numbers = itertools.count()
-    return with_leaves(batch, lambda leaf: leaf.roll(1, 0) if next(numbers) == number else leaf)
-
-
-def blind(place: str) -> Blind:
-    """Return the error for a coupling that was planted and not seen."""
-    return Blind(
-        f"Expected synthetic records that would show a coupling of examples in {place}; one that was planted there had "
-        "no effect. So the check could not see whether examples are kept apart. Give example= a few public or "
-        "synthetic records that differ in every value, or leave out of the batch what has no effect."
-    )
-
-
-_CARRIES = {
-    getattr(torch.ops.aten, name)
-    for name in (
-        *("_to_copy", "alias", "clone", "detach", "expand", "permute", "select", "slice", "squeeze", "t"),
-        *("transpose", "unsqueeze", "view", "_unsafe_view", "split", "unbind"),
-    )
-}  # operators that return the values they are given, and compute nothing with them
-
-
-class _Watched(TorchDispatchMode):
-    """Records which of some tensors enter a computation, also through views, copies and conversions of them.
-
-    Attributes:
-      used: the numbers of these tensors.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor]):
-        super().__init__()
-        self._numbers: dict[int, set[int]] = {}  # by the address of their memory
-        for number, tensor in enumerate(tensors):
-            self._numbers.setdefault(_memory(tensor), set()).add(number)
-        self._kept = list(tensors)  # alive, so that no address is used for another tensor
-        self.used: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        numbers = set().union(*(self._numbers.get(_memory(t), ()) for t in given))
-        if numbers and func.overloadpacket in _CARRIES:
-            made = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
-            for tensor in made:
-                self._numbers.setdefault(_memory(tensor), set()).update(numbers)
-            self._kept += made
-        else:
-            self.used |= numbers
-        return result
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+            with self._precisely():
+                return differs()
 
 
 def identical(one: Tensor, other: Tensor) -> bool:

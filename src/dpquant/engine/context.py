@@ -158,6 +158,13 @@ class StepContext:
             self._packed[layer, recipe, kept, geometry] = packed
         return self._packed[layer, recipe, kept, geometry]
 
+    def forget(self, layer: "QuantizableLayer") -> None:
+        """Forget the layer's packed weights: its weight has changed."""
+        caches: list[dict[Any, Any]] = [self._weights, self._dense_weights, self._packed]
+        for cache in caches:
+            for key in [key for key in cache if key[0] is layer]:
+                del cache[key]
+
     def _quantized_weight(self, layer: "QuantizableLayer", role: RoleFormat, kept: str) -> QTensor:
         if (layer, role, kept) not in self._weights:
             self._weights[layer, role, kept] = layer.quantize_weight(self, role, kept)

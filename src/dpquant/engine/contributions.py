@@ -41,6 +41,10 @@ class Contribution(Protocol):
         """Return ||G_i - G'_i||^2 to other gradients of the same parameter and number of examples, float64 `(B,)`."""
         ...
 
+    def tensors(self) -> Sequence[Tensor]:
+        """Return the tensors that the G_i are computed from, the examples first: if they are equal, so are the G_i."""
+        ...
+
     @property
     def kind(self) -> Hashable:
         """A key: contributions to one parameter can be added to the same `WeightedSum` if their kinds are equal."""
@@ -111,6 +115,9 @@ class Materialised:
 
     def squared_distances(self, other: Contribution) -> Tensor:
         return distances(self, other)
+
+    def tensors(self) -> Sequence[Tensor]:
+        return (self.gradients,)
 
     def begin_sum(self) -> "DenseSum":
         return DenseSum(self.gradients)
@@ -202,6 +209,9 @@ class Lookup:
             return distances(self, other)
         keys, ours, theirs = self._aligned(other)
         return self._by_example(keys, ours.sub_(theirs).double().square().sum(1))
+
+    def tensors(self) -> Sequence[Tensor]:
+        return self._ids, self._g
 
     @property
     def kind(self) -> Hashable:

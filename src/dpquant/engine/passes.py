@@ -165,6 +165,19 @@ class RowGradients:
         parts = {name: part.take(rows) for name, part in self.parts.items()}
         return RowGradients(self.losses[rows], parts, [operand.take(rows) for operand in self.operands])
 
+    def same_bits(self, other: "RowGradients") -> bool:
+        """Whether losses and all that the gradients are computed from are finite and equal, bit for bit."""
+        pairs = [(self.losses, other.losses)]
+        for name in self.parts.keys() | other.parts.keys():
+            if name not in self.parts or name not in other.parts:
+                return False
+            mine, theirs = self.parts[name].tensors(), other.parts[name].tensors()
+            if len(mine) != len(theirs):
+                return False
+            pairs += zip(mine, theirs, strict=True)
+        # what is not finite differs from itself by NaN
+        return all(one.shape == other.shape and not bool((one - other).any()) for one, other in pairs)
+
     @ieee_float32()
     def norm(self) -> float:
         """Return the L2 norm of the gradients of all rows and parameters as one vector, rounded up."""
@@ -180,30 +193,31 @@ class RowGradients:
         return squares**0.5
 
 
-def gradients_of_rows(objective: Objective, piece: Microbatch, *, key: int) -> RowGradients:
+def gradients_of_rows(objective: Objective, piece: Microbatch, run: StepContext) -> RowGradients:
     """Compute the per-example gradients of a microbatch in one backward pass, as a step does, without clipping them.
 
     Args:
       objective: model and loss.
       piece: a microbatch all of whose rows count.
-      key: of the step's draws, 64 bits.
+      run: the step, whose key fixes all draws, and whose packed weights are used and kept.
     Raises:
       SettingError, ModelError: as in `clipped_sum`.
     Privacy: per example and not clipped: the result has no sensitivity bound and must not be released.
     """
     tapes = taping(objective.model, objective.trainable(), forming=False, keeping=True)
-    with tapes as tape, running(objective.model, StepContext(key=key, tape=tape)) as run:
-        losses = Passes(objective, run, tape).over(piece)
+    with tapes as tape, running(objective.model, dataclasses.replace(run, tape=tape)) as taped:
+        losses = Passes(objective, taped, tape).over(piece)
         tape.settle()
         return RowGradients(losses.detach(), tape.contributions(), tape.operands)
 
 
-def losses_of(objective: Objective, piece: Microbatch, *, key: int) -> Tensor:
+def losses_of(objective: Objective, piece: Microbatch, run: StepContext) -> Tensor:
     """Compute the losses `(B,)` of a microbatch, with the same draws as `gradients_of_rows` for the same arguments."""
-    draws = draws_key(key)
+    draws = draws_key(run.key)
 
     def forward() -> Tensor:
-        with running(objective.model, StepContext(key=key, record_ids=piece.record_ids)):
+        run.begin(piece.record_ids)
+        with running(objective.model, run):
             return objective.losses(piece)
 
     with torch.no_grad(), seeded(draws):

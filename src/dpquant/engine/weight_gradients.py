@@ -13,7 +13,7 @@ Symbols: B examples, T positions, D patch size, O output channels, G groups, C c
 """
 
 import dataclasses
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -26,7 +26,7 @@ from dpquant.backends.choose import fastest, place
 from dpquant.backends.geometry import Geometry
 from dpquant.backends.interface import Accumulator, Backend, Method, Norms, Operands, shape_of
 from dpquant.backends.qtensor import Operand, QTensor, code_values
-from dpquant.backends.reference import materialise_by_patches, norms_by_grams
+from dpquant.backends.reference import costs, materialise_by_patches, norms_by_grams
 from dpquant.engine.contributions import Contribution, DenseSum, Materialised, WeightedSum, distances, rows_or_zero
 
 _HOPELESS = 3  # a method with more than this times the multiplications of the cheapest one is not timed
@@ -84,6 +84,9 @@ class MaterialisedWeightGradient(Materialised):
 
     def begin_sum(self) -> DenseSum:
         return DenseSum(self.gradients, partial(_in_weight, patches=self.patches, crop=self.crop))
+
+    def tensors(self) -> Sequence[Tensor]:
+        return (self.gradients,) if self.scale_B is None else (self.gradients, self.scale_B)
 
     def factors(self, weights_B: Tensor) -> Tensor:
         return scaled_weights(weights_B, self.scale_B)
@@ -193,7 +196,11 @@ class LazyWeightGradient:
         return type(self), None if self.method is None else self.method.name, self.operands.geometry
 
     def squared_norms(self) -> Tensor:
-        squares_B = norms_by_grams(self.operands).squares_B if self.squares_B is None else self.squares_B
+        squares_B = self.squares_B
+        if squares_B is None:
+            formed, grams = costs(self.operands)
+            norms_of = norms_by_grams if grams <= formed else materialise_by_patches
+            squares_B = norms_of(self.operands).squares_B
         return _times_squares(squares_B, self.operands.scale_B)
 
     def per_example(self) -> Tensor:
@@ -205,16 +212,18 @@ class LazyWeightGradient:
         """Contract Gram matrices between the positions of both, or materialise both, whichever multiplies less."""
         if not isinstance(other, LazyWeightGradient):
             return (self.per_example() * other.per_example()).flatten(1).sum(1)
-        (x_BGTD, g_BGTO), (x2_BGTD, g2_BGTO) = (
+        pairs = [
             (im2col(x, one.operands.geometry), positions(g, one.operands.geometry))
-            for one in (self, other)
+            for one in ((self,) if other is self else (self, other))
             for x, g in (one.operands.values,)
-        )
+        ]
+        (x_BGTD, g_BGTO), (x2_BGTD, g2_BGTO) = pairs[0], pairs[-1]
         num_positions, inputs, outputs = x_BGTD.shape[2], x_BGTD.shape[3], g_BGTO.shape[3]
         if num_positions * (inputs + outputs) < 2 * inputs * outputs:
             shared = (x_BGTD @ x2_BGTD.transpose(2, 3)) * (g_BGTO @ g2_BGTO.transpose(2, 3))
         else:
-            shared = (g_BGTO.transpose(2, 3) @ x_BGTD) * (g2_BGTO.transpose(2, 3) @ x2_BGTD)
+            gradients = [g.transpose(2, 3) @ x for x, g in pairs]
+            shared = gradients[0] * gradients[-1]
         products_B = shared.sum((1, 2, 3))
         for scale_B in (self.operands.scale_B, other.operands.scale_B):
             products_B = products_B if scale_B is None else products_B * scale_B
@@ -236,6 +245,10 @@ class LazyWeightGradient:
         else:
             squares = (g_BGTO.transpose(2, 3) @ x_BGTD).square()
         return squares.sum((1, 2, 3)).clamp(min=0)  # round-off may make it negative
+
+    def tensors(self) -> Sequence[Tensor]:
+        scale_B = self.operands.scale_B
+        return self.operands.values if scale_B is None else (*self.operands.values, scale_B)
 
     def begin_sum(self) -> "WeightSum":
         method = self.method or self.backend.methods(self.operands)[-1]  # not evaluated: no method was timed

@@ -189,7 +189,7 @@ def gradient_impact_vectors(
 
     def gradients(key: int, policy: Sequence[str]) -> dict[str, Contribution]:
         set_policy(objective.model, policy)
-        return gradients_of_rows(evaluated, whole, key=key).parts
+        return gradients_of_rows(evaluated, whole, StepContext(key=key)).parts
 
     def inner_products(a: dict[str, Contribution], b: dict[str, Contribution]) -> Tensor:
         shared = [a[name].inner_products(b[name]).double() for name in a if name in b]

@@ -42,7 +42,7 @@ from dpquant.training.setup import Setup
 from dpquant.training.state import RunState
 from dpquant.training.tuning import instruments_on
 
-_REHEARSED = 3  # records in the trial step
+_REHEARSED = 2  # records in the trial step
 
 
 def make_private(
