@@ -158,7 +158,7 @@ def assert_the_analysis_is_tried(analysed):
     model = network()
     found = found_of(model)
     asking = dataclasses.replace(found, objective=Objective(model, too_much_in_an_analysis))
-    with pytest.raises(ModelError, match="two sets"):
+    with pytest.raises(MemoryError, match="two sets"):
         tried(with_momentum, model, asking, analysed=analysed)
 
 
@@ -195,3 +195,16 @@ def test_a_run_is_rehearsed_before_anything_is_charged(tmp_path):
 def test_a_run_that_is_not_rehearsed_would_be_seen(tmp_path):
     with pytest.raises(BaseException, match="DID NOT RAISE"):
         assert_refused_before_a_charge(Harmless, tmp_path)
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_what_says_that_memory_does_not_suffice_is_raised_unchanged(error):
+    """`start` tries a smaller microbatch then."""
+
+    def too_large(model, batch):
+        raise error("too large")
+
+    model = network()
+    found = dataclasses.replace(found_of(model), objective=Objective(model, too_large))
+    with pytest.raises(error):
+        tried(with_momentum, model, found)
