@@ -65,6 +65,9 @@ class Elsewhere(Tensor):
         Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
         self.held = value.held
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.held.untyped_storage()
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise AssertionError(f"{func} runs outside of the mode that counts who waits")

@@ -158,7 +158,7 @@ def assert_the_analysis_is_tried(analysed):
     model = network()
     found = found_of(model)
     asking = dataclasses.replace(found, objective=Objective(model, too_much_in_an_analysis))
-    with pytest.raises(ModelError, match="two sets"):
+    with pytest.raises(MemoryError, match="two sets"):
         tried(with_momentum, model, asking, analysed=analysed)
 
 
@@ -209,3 +209,16 @@ def plan_of_batch(size):
     return dpquant.PrivacyPlan(
         noise_multiplier=1.0, delta=1e-5, max_grad_norm=1.0, sample_rate=0.5, expected_batch_size=size, steps=4
     )
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_what_says_that_memory_does_not_suffice_is_raised_unchanged(error):
+    """`start` tries a smaller microbatch then."""
+
+    def too_large(model, batch):
+        raise error("too large")
+
+    model = network()
+    found = dataclasses.replace(found_of(model), objective=Objective(model, too_large))
+    with pytest.raises(error):
+        tried(with_momentum, model, found)
