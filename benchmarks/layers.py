@@ -20,7 +20,7 @@ from benchmarks.results import folder_here
 from dpquant import prepare
 from dpquant.app.contenders import example_losses
 from dpquant.app.networks import NETWORKS, build_network, synthetic_batch
-from dpquant.backends.cpu_int8 import INT8_ZERO_POINT, Int8Weight
+from dpquant.backends.cpu_int8 import INT8_ZERO_POINT, CpuInt8
 from dpquant.backends.geometry import Geometry
 from dpquant.backends.qtensor import QTensor
 from dpquant.engine.layers import count_macs
@@ -105,7 +105,7 @@ def int8_peak() -> float:
     codes = codes.contiguous(memory_format=torch.channels_last)
     x = QTensor(codes=codes, scale=torch.ones(32), zero_point=INT8_ZERO_POINT)
     weight = QTensor(codes=torch.ones(256, 256, 3, 3, dtype=torch.int8), scale=torch.ones(1))
-    packed = Int8Weight(weight, Geometry(kernel=(3, 3), padding=(1, 1)))
+    packed = CpuInt8().pack(weight, Geometry(kernel=(3, 3), padding=(1, 1)), max_code=64)
     return 32 * 16 * 16 * 256 * 256 * 9 / best(lambda: packed.forward(x, None))
 
 

@@ -12,7 +12,7 @@
 // is stored on a plane of its own, with a border of zeros for reads outside of the image. All planes and the output have the
 // same pitch, so a tap is an offset. Gram matrices are int32; their contraction is float64.
 //
-// Two kernels give the same integers: AMX tiles, and AVX-512 VNNI.
+// Three kernels give the same integers: AMX tiles, AVX-512 VNNI, and AVX2.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -27,6 +27,7 @@
 
 #include "geometry.hpp"
 #include "parallel.hpp"
+#include "quads.hpp"
 #include "tiles.hpp"
 
 namespace nb = nanobind;
@@ -54,6 +55,7 @@ struct Gram {
     int64_t count = 0, depth = 0;   // number of vectors, a multiple of 16; bytes per vector, a multiple of 64
     std::vector<int8_t> vectors;    // (count, depth)
     std::vector<int32_t> quads;     // (depth / 4, count): the vectors transposed, in groups of four bytes
+    std::vector<int32_t> excess;    // for AVX2, (depth / 12, count): see `excess_of`
     std::vector<int32_t> products;  // (count, count)
 
     void reset(int64_t new_count, int64_t new_depth) {
@@ -65,7 +67,7 @@ struct Gram {
     const int32_t *row(int64_t k) const { return products.data() + k * count; }
 };
 
-AVX512 void set(Gram &gram, int64_t k, const uint8_t *codes, int64_t size) {
+FOR_EVERY_X86 void set(Gram &gram, int64_t k, const uint8_t *codes, int64_t size) {
     int8_t *to = gram.vectors.data() + k * gram.depth;
     for (int64_t c = 0; c < size; ++c) to[c] = static_cast<int8_t>(codes[c] ^ 0x80);
 }
@@ -140,12 +142,52 @@ __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))) void mu
     }
 }
 
-void multiply(Gram &gram, bool amx) {
-    fill_quads(gram);
-    (amx ? multiply_amx : multiply_vnni)(gram);
+// Fills quads, with 128 added, and excess.
+AVX2 void fill_for_avx2(Gram &gram, bool in_triples) {
+    const int64_t depth = gram.depth / 4;
+    const auto *from = reinterpret_cast<const float *>(gram.vectors.data());
+    auto *to = reinterpret_cast<float *>(gram.quads.data());
+    const __m128 flip = _mm_castsi128_ps(_mm_set1_epi8(-128));
+    for (int64_t k = 0; k < gram.count; k += 4)
+        for (int64_t d = 0; d < depth; d += 4) {
+            __m128 rows[4];
+            for (int r = 0; r < 4; ++r) rows[r] = _mm_xor_ps(_mm_loadu_ps(from + (k + r) * depth + d), flip);
+            _MM_TRANSPOSE4_PS(rows[0], rows[1], rows[2], rows[3]);
+            for (int r = 0; r < 4; ++r) _mm_storeu_ps(to + (d + r) * gram.count + k, rows[r]);
+        }
+    if (!in_triples) return;
+    gram.excess.resize(static_cast<size_t>(depth / TRIPLE * gram.count));
+    for (int64_t triple = 0; triple < depth / TRIPLE; ++triple)
+        for (int64_t k = 0; k < gram.count; k += 8) {
+            __m256i bytes[TRIPLE];
+            for (int64_t i = 0; i < TRIPLE; ++i)
+                bytes[i] = _mm256_xor_si256(load(gram.quads.data() + (triple * TRIPLE + i) * gram.count + k), _mm256_set1_epi8(-128));
+            _mm256_storeu_si256(reinterpret_cast<__m256i *>(gram.excess.data() + triple * gram.count + k), excess_of(bytes));
+        }
 }
 
-AVX512 void add_shifted(const Gram &pixels, int64_t offset, const Walk &walk, std::vector<int32_t> &patches) {
+AVX2 void multiply_avx2(Gram &gram, bool in_triples) {
+    fill_for_avx2(gram, in_triples);
+    const Quads quads{reinterpret_cast<const int32_t *>(gram.vectors.data()), gram.depth / 4, 1, gram.quads.data(), gram.count,
+                      in_triples ? gram.excess.data() : nullptr, gram.count, gram.depth / 4};
+    constexpr int ROWS = 4;  // divides count
+    for (int64_t j = 0; j < gram.count; j += 16)
+        for (int64_t i = 0; i < gram.count; i += ROWS) {
+            __m256i sums[ROWS][2];
+            multiply(quads.at(i, j), sums);
+            for (int k = 0; k < 2 * ROWS; ++k)
+                _mm256_storeu_si256(reinterpret_cast<__m256i *>(gram.products.data() + (i + k / 2) * gram.count + j + k % 2 * 8), sums[k / 2][k % 2]);
+        }
+}
+
+// Multiplies the vectors; `most` is the largest magnitude of their codes.
+void multiply(Gram &gram, const std::string &kernel, int64_t most) {
+    if (kernel == "avx2") return multiply_avx2(gram, fit_in_triples(most, most));
+    fill_quads(gram);
+    (kernel == "amx" ? multiply_amx : multiply_vnni)(gram);
+}
+
+FOR_EVERY_X86 void add_shifted(const Gram &pixels, int64_t offset, const Walk &walk, std::vector<int32_t> &patches) {
     const int64_t pitch = walk.pitch(), length = walk.positions();
     for (int64_t h = 0; h < walk.rows.out; ++h)
         for (int64_t w = 0; w < walk.columns.out; ++w) {
@@ -156,21 +198,25 @@ AVX512 void add_shifted(const Gram &pixels, int64_t offset, const Walk &walk, st
         }
 }
 
-AVX512 double inner(const int32_t *a, const int32_t *b, int64_t count) {
-    __m512d sum = _mm512_setzero_pd();
-    for (int64_t u = 0; u < count; u += 8) {
-        const auto mask = static_cast<__mmask8>((1u << std::min<int64_t>(8, count - u)) - 1);
-        const __m512d left = _mm512_cvtepi32_pd(_mm256_maskz_loadu_epi32(mask, a + u));
-        sum = _mm512_fmadd_pd(left, _mm512_cvtepi32_pd(_mm256_maskz_loadu_epi32(mask, b + u)), sum);
-    }
-    return _mm512_reduce_add_pd(sum);
+AVX2 double inner(const int32_t *a, const int32_t *b, int64_t count) {
+    __m256d sums[2] = {_mm256_setzero_pd(), _mm256_setzero_pd()};
+    const auto four = [](const int32_t *from) AVX2 { return _mm256_cvtepi32_pd(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from))); };
+    int64_t u = 0;
+    for (; u + 8 <= count; u += 8)
+        for (int k = 0; k < 2; ++k) sums[k] = _mm256_fmadd_pd(four(a + u + 4 * k), four(b + u + 4 * k), sums[k]);
+    alignas(32) double lanes[4];
+    _mm256_store_pd(lanes, _mm256_add_pd(sums[0], sums[1]));
+    double sum = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+    for (; u < count; ++u) sum += static_cast<double>(a[u]) * b[u];
+    return sum;
 }
 
-double squared_norm(const uint8_t *x, const uint8_t *g, const Walk &walk, bool amx) {
+double squared_norm(const uint8_t *x, const uint8_t *g, const Walk &walk, const std::string &kernel) {
     thread_local Gram gram;
     thread_local std::vector<int32_t> patches;
     const Axis &rows = walk.rows, &columns = walk.columns;
     const int64_t pitch = walk.pitch(), length = walk.positions();
+    const int64_t most_x = largest(x, rows.in * columns.in * walk.channels), most_g = largest(g, rows.out * columns.out * walk.outputs);
     patches.assign(static_cast<size_t>(length * length), 0);
     for (int64_t down = 0; down < rows.stride; ++down)
         for (int64_t across = 0; across < columns.stride; ++across) {
@@ -188,21 +234,21 @@ double squared_norm(const uint8_t *x, const uint8_t *g, const Walk &walk, bool a
                     if (row >= 0 && row < rows.in && column >= 0 && column < columns.in)
                         set(gram, m * pitch + n, x + (row * columns.in + column) * walk.channels, walk.channels);
                 }
-            multiply(gram, amx);
+            multiply(gram, kernel, most_x);
             for (const int64_t offset : offsets) add_shifted(gram, offset, walk, patches);
         }
     gram.reset(length, walk.outputs);
     for (int64_t h = 0; h < rows.out; ++h)
         for (int64_t w = 0; w < columns.out; ++w)
             set(gram, h * pitch + w, g + (h * columns.out + w) * walk.outputs, walk.outputs);
-    multiply(gram, amx);
+    multiply(gram, kernel, most_g);
     double sum = 0;
     for (int64_t t = 0; t < length; ++t) sum += inner(patches.data() + t * length, gram.row(t), length);
     return sum;
 }
 
 #else
-double squared_norm(const uint8_t *, const uint8_t *, const Walk &, bool) { return 0; }
+double squared_norm(const uint8_t *, const uint8_t *, const Walk &, const std::string &) { return 0; }
 #endif
 
 using Codes = nb::ndarray<const uint8_t, nb::device::cpu>;
@@ -223,7 +269,7 @@ void bind_grams(nb::module_ &m) {
             check_kernel(int8_kernels(), kernel);
             nb::gil_scoped_release unlocked;
             parallel_for(batch, threads, [&](int64_t b) {
-                squares.data()[b] = squared_norm(x.data() + b * x_size, g.data() + b * g_size, walk, kernel == "amx");
+                squares.data()[b] = squared_norm(x.data() + b * x_size, g.data() + b * g_size, walk, kernel);
             });
         },
         nb::arg("x").noconvert(), nb::arg("g").noconvert(), nb::arg("squares").noconvert(), nb::kw_only(), nb::arg("rows"),

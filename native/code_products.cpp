@@ -12,7 +12,8 @@
 // Positions outside of the image are packed as 128, the code of zero. A sum of signed g times unsigned x is too large by 128
 // times the sum of g, which is subtracted at the end.
 //
-// Two kernels give the same integers: AMX tiles, and AVX-512 VNNI. Symbols: O outputs, C channels, T positions in fours.
+// Three kernels give the same integers: AMX tiles, AVX-512 VNNI, and AVX2 in code_products_avx2.cpp. Symbols: O outputs, C
+// channels, T positions in fours.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -28,79 +29,34 @@
 #include <string>
 #include <vector>
 
-#include "geometry.hpp"
+#include "code_products.hpp"
 #include "parallel.hpp"
-#include "tiles.hpp"
 
 namespace nb = nanobind;
 
 namespace dpquant {
 namespace {
 
-constexpr int64_t ZERO = 128, LANES = 16, FOURS = 16;  // LANES int32 in a vector or tile row; FOURS of positions in a tile
+using Shape = ProductShape;
 
-struct Shape {
-    Axis rows, columns;
-    int64_t channels, outputs;
+#ifdef HAS_TILES
 
-    int64_t row_fours() const { return (columns.out + 3) / 4; }
-    int64_t fours() const { return up_to(rows.out * row_fours(), FOURS); }
-    int64_t wide() const { return up_to(channels, LANES); }
-    int64_t tall() const { return up_to(outputs, LANES); }
-    int64_t depth() const { return rows.kernel * columns.kernel * channels; }
-    // The rows of a phase, with one padding row above and one below.
-    int64_t first_row() const { return rows.lowest() - 1; }
-    int64_t plane_rows() const { return rows.out + rows.shift(rows.kernel - 1) + 2; }
-    int64_t plane_fours() const { return plane_rows() * row_fours() + FOURS; }  // tiles may read past the last row
-};
+constexpr int64_t LANES = Shape::LANES, FOURS = Shape::FOURS;
 
 // A packed example.
 struct Packed {
     std::vector<int8_t> g;         // (tall, fours * 4)
-    std::vector<uint8_t> x;        // (kernel columns, row stride, plane_fours, wide, 4)
+    std::vector<uint8_t> x;        // see `pack_x`
     std::vector<int32_t> g_sums;   // (tall)
-    std::vector<int32_t> g_fours;  // (fours, tall), as dwords of four positions
-
-    const uint8_t *tap(const Shape &s, int64_t i, int64_t j) const {
-        const int64_t plane = j * s.rows.stride + s.rows.phase(i), row = s.rows.shift(i) + 1;
-        return x.data() + (plane * s.plane_fours() + row * s.row_fours()) * s.wide() * 4;
-    }
+    std::vector<int32_t> g_fours;  // see `pack_g`
 };
 
-#ifdef HAS_TILES
-
-// Interleaves four positions of `channels` channels: out[c * 4 + k] = from[k][c].
-__attribute__((target("sse2"))) void interleave(const uint8_t *const from[4], int64_t channels, uint8_t *out) {
-    int64_t c = 0;
-    for (; c + 16 <= channels; c += 16) {
-        __m128i in[4];
-        for (int k = 0; k < 4; ++k) in[k] = _mm_loadu_si128(reinterpret_cast<const __m128i *>(from[k] + c));
-        const __m128i low01 = _mm_unpacklo_epi8(in[0], in[1]), high01 = _mm_unpackhi_epi8(in[0], in[1]);
-        const __m128i low23 = _mm_unpacklo_epi8(in[2], in[3]), high23 = _mm_unpackhi_epi8(in[2], in[3]);
-        auto *to = reinterpret_cast<__m128i *>(out + c * 4);
-        _mm_storeu_si128(to, _mm_unpacklo_epi16(low01, low23));
-        _mm_storeu_si128(to + 1, _mm_unpackhi_epi16(low01, low23));
-        _mm_storeu_si128(to + 2, _mm_unpacklo_epi16(high01, high23));
-        _mm_storeu_si128(to + 3, _mm_unpackhi_epi16(high01, high23));
-    }
-    for (; c < channels; ++c)
-        for (int k = 0; k < 4; ++k) out[c * 4 + k] = from[k][c];
-}
-
-__attribute__((target("avx512f,avx512bw"))) void pack(const uint8_t *x, const uint8_t *g, const Shape &s, const std::vector<uint8_t> &zeros, Packed &p) {
-    const int64_t fours = s.fours(), tall = s.tall(), wide = s.wide();
-    p.g_fours.assign(static_cast<size_t>(fours * tall), 0);
+__attribute__((target("avx512f,avx512bw"))) void pack(const uint8_t *x, const uint8_t *g, const Shape &s, Packed &p) {
+    const int64_t fours = s.fours(), tall = s.tall();
+    pack_x(x, s, p.x);
+    pack_g(g, s, fours, p.g_fours);
     p.g.resize(static_cast<size_t>(tall * fours * 4));
     p.g_sums.assign(static_cast<size_t>(tall), 0);
-    for (int64_t h = 0, four = 0; h < s.rows.out; ++h)
-        for (int64_t w = 0; w < s.columns.out; w += 4, ++four) {
-            const uint8_t *from[4];
-            for (int64_t k = 0; k < 4; ++k)
-                from[k] = w + k < s.columns.out ? g + (h * s.columns.out + w + k) * s.outputs : zeros.data();
-            auto *to = reinterpret_cast<uint8_t *>(p.g_fours.data() + four * tall);
-            interleave(from, s.outputs, to);
-            for (int64_t b = 0; b < s.outputs * 4; ++b) to[b] ^= 0x80;  // to signed; padding is zero already
-        }
     auto *rows = reinterpret_cast<int32_t *>(p.g.data());
     const __m512i ones = _mm512_set1_epi8(1);
     const __m512i steps = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
@@ -116,31 +72,6 @@ __attribute__((target("avx512f,avx512bw"))) void pack(const uint8_t *x, const ui
         p.g_sums[o] = _mm512_reduce_add_epi32(sums);
     }
     std::memset(rows + s.outputs * fours, 0, static_cast<size_t>((tall - s.outputs) * fours * 4));
-
-    const int64_t plane = s.plane_fours() * wide * 4;
-    p.x.resize(static_cast<size_t>(s.columns.kernel * s.rows.stride * plane));
-    for (int64_t j = 0; j < s.columns.kernel; ++j)
-        for (int64_t r = 0; r < s.rows.stride; ++r) {
-            uint8_t *out = p.x.data() + (j * s.rows.stride + r) * plane;
-            for (int64_t m = 0; m < s.plane_rows(); ++m, out += s.row_fours() * wide * 4) {
-                const int64_t row = (m + s.first_row()) * s.rows.stride + r;
-                if (row < 0 || row >= s.rows.in) {
-                    std::memset(out, ZERO, static_cast<size_t>(s.row_fours() * wide * 4));
-                    continue;
-                }
-                for (int64_t four = 0; four < s.row_fours(); ++four) {
-                    const uint8_t *from[4];
-                    for (int64_t k = 0; k < 4; ++k) {
-                        const int64_t w = (four * 4 + k) * s.columns.stride + j * s.columns.dilation - s.columns.padding;
-                        from[k] = w >= 0 && w < s.columns.in ? x + (row * s.columns.in + w) * s.channels : zeros.data();
-                    }
-                    interleave(from, s.channels, out + four * wide * 4);
-                    if (wide > s.channels)
-                        std::memset(out + (four * wide + s.channels) * 4, ZERO, static_cast<size_t>((wide - s.channels) * 4));
-                }
-            }
-            std::memset(out, ZERO, static_cast<size_t>(FOURS * wide * 4));
-        }
 }
 
 // Takes the sums of one tap, (outputs, channels): stores or adds them as float32, and accumulates their squares in float64.
@@ -154,7 +85,7 @@ struct Sink {
     __attribute__((target("avx512f"))) void take(__m512i sums, int64_t o, int64_t c) {
         const int64_t count = std::min(LANES, channels - c);
         const auto mask = static_cast<__mmask16>((1u << count) - 1);
-        const __m512i excess = _mm512_set1_epi32(static_cast<int32_t>(ZERO) * g_sums[o]);
+        const __m512i excess = _mm512_set1_epi32(CODE_OF_ZERO * g_sums[o]);
         const __m512 values = _mm512_maskz_cvtepi32_ps(mask, _mm512_sub_epi32(sums, excess));
         if (out) {
             float *to = out + o * depth + c;
@@ -253,23 +184,39 @@ void vnni_tap(const Packed &p, const uint8_t *x, const Shape &s, Sink &sink) {
 }
 
 __attribute__((target("avx512f")))
-double example(const uint8_t *x, const uint8_t *g, const Shape &s, bool amx, float *out, std::optional<float> weight) {
+double example_avx512(const uint8_t *x, const uint8_t *g, const Shape &s, bool amx, float *out, std::optional<float> weight) {
     thread_local Packed packed;
-    const std::vector<uint8_t> zeros(static_cast<size_t>(std::max(s.channels, s.outputs)), ZERO);
-    pack(x, g, s, zeros, packed);
+    pack(x, g, s, packed);
     Sink sink{nullptr, weight, s.outputs, s.channels, s.depth(), packed.g_sums.data(), _mm512_setzero_pd()};
     std::optional<Tiles> tiles;
     if (amx) tiles.emplace();
     for (int64_t i = 0; i < s.rows.kernel; ++i)
         for (int64_t j = 0; j < s.columns.kernel; ++j) {
             sink.out = out ? out + (i * s.columns.kernel + j) * s.channels : nullptr;
-            (amx ? amx_tap : vnni_tap)(packed, packed.tap(s, i, j), s, sink);
+            (amx ? amx_tap : vnni_tap)(packed, s.tap(packed.x.data(), i, j), s, sink);
         }
     return _mm512_reduce_add_pd(sink.squares);
 }
-#else
-double example(const uint8_t *, const uint8_t *, const Shape &, bool, float *, std::optional<float>) { return 0; }
 #endif
+
+// Computes an example's product, stores it if `out` is given, and returns the sum of its squares.
+double store_example(const uint8_t *x, const uint8_t *g, const Shape &s, const std::string &kernel, float *out) {
+#ifdef HAS_TILES
+    if (kernel == "avx2") return store_example_avx2(x, g, s, out);
+    return example_avx512(x, g, s, kernel == "amx", out, std::nullopt);
+#else
+    return 0;
+#endif
+}
+
+// Adds the products of `count` examples, times their weights, to `out`.
+void add_examples(const uint8_t *x, const uint8_t *g, const Shape &s, const std::string &kernel, const float *weights, int64_t count, float *out) {
+#ifdef HAS_TILES
+    if (kernel == "avx2") return add_examples_avx2(x, g, s, weights, count, out);
+    for (int64_t b = 0; b < count; ++b)
+        example_avx512(x + b * s.x_size(), g + b * s.g_size(), s, kernel == "amx", out, weights[b]);
+#endif
+}
 
 }  // namespace
 
@@ -284,11 +231,8 @@ Shape shape(nb::tuple rows, nb::tuple columns, int64_t channels, int64_t outputs
     return {Axis(rows), Axis(columns), channels, outputs};
 }
 
-int64_t x_size(const Shape &s) { return s.rows.in * s.columns.in * s.channels; }
-int64_t g_size(const Shape &s) { return s.rows.out * s.columns.out * s.outputs; }
-
 void check(const Shape &s, const Codes &x, const Codes &g, size_t batch, const std::string &kernel) {
-    if (x.size() != batch * static_cast<size_t>(x_size(s)) || g.size() != batch * static_cast<size_t>(g_size(s)))
+    if (x.size() != batch * static_cast<size_t>(s.x_size()) || g.size() != batch * static_cast<size_t>(s.g_size()))
         throw std::invalid_argument("sizes of x and g do not agree");
     check_kernel(int8_kernels(), kernel);
 }
@@ -310,8 +254,7 @@ void bind_codes(nb::module_ &m) {
             float *sums = out ? out->data() : nullptr;
             nb::gil_scoped_release unlocked;
             parallel_for(batch, threads, [&](int64_t b) {
-                squares.data()[b] = example(x.data() + b * x_size(s), g.data() + b * g_size(s), s, kernel == "amx",
-                                            sums ? sums + b * outputs * s.depth() : nullptr, std::nullopt);
+                squares.data()[b] = store_example(x.data() + b * s.x_size(), g.data() + b * s.g_size(), s, kernel, sums ? sums + b * outputs * s.depth() : nullptr);
             });
         },
         nb::arg("x").noconvert(), nb::arg("g").noconvert(), nb::arg("out").none(), nb::arg("squares").noconvert(),
@@ -331,9 +274,9 @@ void bind_codes(nb::module_ &m) {
             const auto batch = static_cast<int64_t>(weights.size());
             nb::gil_scoped_release unlocked;
             parallel_for(parts, threads, [&](int64_t part) {
-                for (int64_t b = batch * part / parts; b < batch * (part + 1) / parts; ++b)
-                    example(x.data() + b * x_size(s), g.data() + b * g_size(s), s, kernel == "amx",
-                            totals.data() + part * size, weights.data()[b]);
+                const int64_t first = batch * part / parts, last = batch * (part + 1) / parts;
+                add_examples(x.data() + first * s.x_size(), g.data() + first * s.g_size(), s, kernel, weights.data() + first, last - first,
+                             totals.data() + part * size);
             });
         },
         nb::arg("x").noconvert(), nb::arg("g").noconvert(), nb::arg("weights").noconvert(), nb::arg("totals").noconvert(),

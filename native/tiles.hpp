@@ -95,6 +95,8 @@ AVX512 inline void transpose(__m512i rows[16]) {
 
 namespace dpquant {
 
+constexpr int CODE_OF_ZERO = 128;  // the zero point of codes stored as unsigned bytes
+
 using Kernels = std::vector<std::string>;  // names, fastest first
 
 // Returns the kernels for exact products of codes.
@@ -103,6 +105,7 @@ inline Kernels int8_kernels() {
 #ifdef HAS_TILES
     if (amx_permitted()) names.push_back("amx");
     if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw")) names.push_back("vnni");
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) names.push_back("avx2");
 #endif
     return names;
 }

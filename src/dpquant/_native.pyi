@@ -5,6 +5,8 @@ Maps are channels last, which the kernels do not check. An axis of a convolution
 out, kernel, stride, padding, dilation). The Python callers document the results.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 def fill_noise(words: np.ndarray, noise: np.ndarray, *, std: float, threads: int) -> None:
@@ -158,3 +160,40 @@ def group_norm_backward(
     threads: int,
 ) -> None:
     """Fill grad_x (B, T, C), grad_gamma (B, C) and grad_beta (B, C) from channels-last g and x (B, T, C)."""
+
+def tap_weights_available() -> bool:
+    """Return whether this processor has a kernel for `TapWeights`."""
+
+class TapWeights:
+    """Weights of kernel taps, packed for convolutions of codes."""
+
+    def __init__(
+        self,
+        weight: np.ndarray,
+        *,
+        taps: list[tuple[int, int]],
+        places: list[int],
+        groups: int,
+        transposed: bool,
+        most: int,
+    ) -> None:
+        """Pack weight (O, C / groups, kernel size): tap k is at (row, column) taps[k], place places[k] of the kernel.
+
+        most: the largest magnitude of any code. Raises ValueError if there is no kernel for it.
+        """
+
+def convolve_codes(
+    x: np.ndarray,
+    scales: np.ndarray,
+    output_scales: np.ndarray,
+    bias: np.ndarray | None,
+    out: np.ndarray,
+    *,
+    parts: Sequence[tuple[TapWeights, tuple[int, ...], tuple[int, ...]]],
+    threads: int,
+) -> None:
+    """Fill out, channels last, by parts (weights, rows, columns). Raises ValueError if sizes do not agree.
+
+    An axis is (in, count, stride, first, step, size): position p < count reads x at p * stride + tap and lies at
+    first + p * step of size.
+    """

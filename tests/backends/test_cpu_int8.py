@@ -15,6 +15,7 @@ import torch
 
 from conformance import PLAIN, assert_products_are_exact, assert_refusals_are_told
 from dpquant.backends.cpu_int8 import CpuInt8, Int8Weight, flaw_of_int8
+from dpquant.backends.native_convolutions import has_native_weights
 from dpquant.backends.registry import BACKENDS, reason_for, resolve
 from dpquant.errors import FormatError
 from dpquant.formats import precision
@@ -41,13 +42,14 @@ def test_int8_runs_where_the_processor_has_the_instructions():
         assert backends_of("luq-fp4") == ("simulate", "int8")
     if {"avx512_vnni", "amx_int8"} & set(instructions):
         assert flaw_of_int8(127) is None
+    if {"avx512_vnni", "amx_int8"} & set(instructions) or has_native_weights():
         assert backends_of("int8") == ("simulate", "int8")
 
 
 @X86
 @pytest.mark.parametrize("instructions", ["AVX2", "AVX512_CORE", "AVX512_CORE_VNNI"])
 def test_int8_is_exact_or_refused_where_instructions_are_fewer(instructions):
-    """Without VNNI, pairs of full-range products saturate; the codes of LUQ-FP4 never do."""
+    """Without VNNI, oneDNN's pairs of full-range products saturate; the codes of LUQ-FP4 never do."""
     program = "from dpquant.backends.cpu_int8 import flaw_of_int8 as flaw; print(flaw(64) is None, flaw(127) is None)"
     told = {**os.environ, "ONEDNN_MAX_CPU_ISA": instructions}
     told_of = subprocess.run(

@@ -12,6 +12,8 @@ from dpquant.backends.algebra import im2col, patch_products, positions
 from dpquant.backends.geometry import Geometry
 from dpquant.backends.workarounds import columns_as_channels
 
+LARGEST = [64, 73, 74, 127]  # LUQ-FP4's; the largest that avx2 sums in 16 bits, and one more; all
+
 
 @pytest.mark.skipif(not products.has_direct_products(torch.zeros(1)), reason="no native kernel on this machine")
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -35,15 +37,15 @@ def test_direct_products_are_those_of_patches(convolution):
 
 @pytest.mark.skipif(not products._code_products_run(), reason="no native kernel on this machine")
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(convolutions(), st.booleans())
-def test_products_of_codes_are_exact_integers_on_every_kernel(convolution, extreme):
+@given(convolutions(), st.sampled_from(LARGEST), st.booleans())
+def test_products_of_codes_are_exact_integers_on_every_kernel(convolution, largest, extreme):
     geometry, shape, size = convolution
     geometry = dataclasses.replace(geometry, groups=1)
-    x = codes((3, shape[1], *size), 127)
+    x = codes((3, shape[1], *size), largest)
     y = exactly(x, torch.zeros(shape), geometry)
-    grad = codes(y.shape, 127, 1)
+    grad = codes(y.shape, largest, 1)
     if extreme:  # the largest codes: where a kernel would saturate
-        x, grad = (torch.where(values > 0, 127, -127).to(torch.int8) for values in (x, grad))
+        x, grad = (torch.where(values > 0, largest, -largest).to(torch.int8) for values in (x, grad))
     exact = patch_products(positions(grad.double(), geometry), im2col(x.double(), geometry))
     operands = shifted(grad).codes, shifted(x).codes
     weights = torch.tensor([0.5, -2.0, 0.0])
@@ -71,6 +73,20 @@ def test_products_of_codes_are_exact_integers_on_every_kernel(convolution, extre
             )
             assert torch.equal(again, exact.float()) == torch.equal(exact, expected_again)
             operands = shifted(grad).codes, operands[1]
+
+
+@pytest.mark.skipif(not products._code_products_run(), reason="no native kernel on this machine")
+@pytest.mark.parametrize("largest", LARGEST)
+def test_long_sums_of_the_largest_codes_are_exact_on_every_kernel(largest):
+    """All products are equal and largest: no sum of some of them would fit where it must not."""
+    geometry = Geometry(kernel=(1, 1))
+    for sign in (1, -1):
+        x, grad = (torch.full((1, 33, 9, 9), 128 + one, dtype=torch.uint8) for one in (largest, sign * largest))
+        x, grad = (one.contiguous(memory_format=torch.channels_last) for one in (x, grad))
+        for kernel in products._native.code_kernels():
+            exact = torch.full((1, 33, 33), float(sign * 81 * largest**2))
+            assert torch.equal(products.code_products(grad, x, geometry, kernel=kernel), exact)
+            assert products.gram_norms(grad, x, geometry, kernel=kernel).item() == 33**2 * (81 * largest**2) ** 2
 
 
 @pytest.mark.skipif(not products._code_sums_run(), reason="no native kernel on this machine")

@@ -247,7 +247,7 @@ def test_all_ways_agree(policy):
     """Whichever way is taken, where it can be: norms and sums are those of patches."""
     names, seen = ("grouped", "many positions", "tokens", "strided"), set()
     results: dict[str, list] = {}
-    for way in ("patches", "groups", "direct", "recompute", "code norms", "code grams", "grams"):
+    for way in ("patches", "groups", "direct", "recompute", "code norms", "code grams", "grams, recompute", "grams"):
         with preferring(way, seen):
             results[way] = [total(*prepared(name, policy), clip_norm=0.01) for name in names]
     for other in results.values():

@@ -432,7 +432,7 @@ def assert_examples_without_a_finite_gradient_add_zero(policy: str, backend: str
             assert torch.equal(total.grads[name], torch.zeros_like(parameter))
 
 
-METHODS = [None, "patches", "groups", "direct", "recompute", "code norms", "code grams", "grams"]
+METHODS = [None, "patches", "groups", "direct", "recompute", "code norms", "code grams", "grams, recompute", "grams"]
 
 
 @pytest.mark.parametrize("policy", ["none", "all"])

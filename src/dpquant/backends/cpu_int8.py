@@ -7,6 +7,7 @@ it adds these methods, on the native kernels of `native_products.py`, to those o
     code norms   norm: materialise each G_i on int8 instructions and discard it; sum: as in `code grams`
     recompute    norm: as in `code norms`; sum: materialise each G_i a second time to add it
     code grams   norm: as `grams`, on int8 instructions; sum: on bfloat16 instructions, or else as in `grams`
+    grams, recompute   norm: as in `code grams`; sum: as in `recompute`
 
 Symbols: B examples, C input channels, O output channels, G groups, H x W input size.
 
@@ -17,7 +18,7 @@ int32 accumulator converted to float32, and the conversion is its only rounding 
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from dpquant.backends.code_weight import CodeWeight
 from dpquant.backends.gemm_sum import GemmSum
 from dpquant.backends.geometry import Geometry
 from dpquant.backends.interface import Method, Norms, Operands, PackedWeight
+from dpquant.backends.native_convolutions import NativeWeight, has_native_weights
 from dpquant.backends.native_products import INT8_ZERO_POINT
 from dpquant.backends.qtensor import QTensor
 from dpquant.backends.quantize import quantize_rows
@@ -35,11 +37,17 @@ from dpquant.backends.reference import Reference, ReferenceWeight, costs
 from dpquant.backends.workarounds import around_corners
 from dpquant.formats import Precision, RoleFormat
 
+_LARGEST_CODE = 127  # for which pairs of products saturate where they are summed in 16 bits
+
+Packing = Callable[[QTensor, Geometry, int], PackedWeight]
+"""Packs a weight's codes for a geometry; the integer is the largest magnitude of any code."""
+
 
 class Int8Weight(CodeWeight):
     """A weight whose codes are multiplied on int8 instructions; it is packed for each product on first use."""
 
-    def __init__(self, weight: QTensor, geometry: Geometry):
+    def __init__(self, weight: QTensor, geometry: Geometry, max_code: int):
+        del max_code  # int8 instructions are exact for any code, or `flaw_of_int8` finds that they are not
         super().__init__(weight, geometry, _PackedCodes, zero=INT8_ZERO_POINT)
 
 
@@ -66,7 +74,7 @@ class _PackedCodes:
 
 
 @functools.cache
-def flaw_of_int8(max_code: int, packed: type[Int8Weight] = Int8Weight) -> str | None:
+def flaw_of_int8(max_code: int, packed: Packing = Int8Weight) -> str | None:
     """Check that this processor's int8 convolution is exact for codes up to `max_code`, forward and backward.
 
     Without VNNI or AMX instructions, or with them disabled, pairs of products are summed in 16 bits, which may
@@ -81,7 +89,7 @@ def flaw_of_int8(max_code: int, packed: type[Int8Weight] = Int8Weight) -> str | 
         x = QTensor(codes=(signs * max_code).to(torch.int8), scale=torch.ones(2))
         weight = QTensor(codes=torch.full((32, 64, 3, 3), max_code, dtype=torch.int8), scale=torch.ones(1))
         grad = QTensor(codes=x.codes[:, :32, :5, :5].contiguous(), scale=x.scale)
-        exact, fast = ReferenceWeight(weight, geometry, max_code), packed(weight, geometry)
+        exact, fast = ReferenceWeight(weight, geometry, max_code), packed(weight, geometry, max_code)
         forward = torch.equal(fast.forward(_with_zero_point(x), None), exact.forward(x, None))
         backward = torch.equal(fast.input_gradient(_with_zero_point(grad), (9, 9)), exact.input_gradient(grad, (9, 9)))
     except (RuntimeError, AttributeError) as error:  # no such operator in this torch, or none for this processor
@@ -101,9 +109,17 @@ class CpuInt8(Reference):
     name = "int8"
     device_type = "cpu"
 
-    def __init__(self, packed: type[Int8Weight] = Int8Weight):
-        """Make a backend whose weights are `packed`; `refusal` checks whether its products are exact here."""
-        self._packed = packed
+    def __init__(self, packed: Packing | None = None):
+        """Make a backend whose weights are `packed`; `refusal` checks whether its products are exact here.
+
+        None: by oneDNN, or by the native kernel if the processor has no instructions that sum int8 products in 32 bits.
+        """
+        self._packing = packed
+
+    @functools.cached_property
+    def _packed(self) -> Packing:
+        saturates = self._packing is None and flaw_of_int8(_LARGEST_CODE) is not None
+        return NativeWeight if saturates and has_native_weights() else self._packing or Int8Weight
 
     def refusal(self, precision: Precision, device: torch.device) -> str | None:
         if precision.in_blocks:
@@ -121,7 +137,7 @@ class CpuInt8(Reference):
         return quantize_rows(x, role, row_keys, zero_point=INT8_ZERO_POINT)
 
     def pack(self, weight: QTensor, geometry: Geometry, *, max_code: int) -> PackedWeight:
-        return self._packed(weight, geometry)
+        return self._packed(weight, geometry, max_code)
 
     def methods(self, operands: Operands) -> Sequence[Method]:
         *formed, grams = super().methods(operands)
@@ -134,7 +150,9 @@ class CpuInt8(Reference):
             formed.append(Method(name="code norms", norms=norms_by_codes, sum=sum))
             formed.append(Method(name="recompute", norms=norms_by_codes, sum=RecomputedSum))
         if native.has_gram_norms(x, g, operands.geometry):
-            grams = Method(name="code grams", norms=norms_by_code_grams, sum=sum, cost=costs(operands)[1])
+            cost = costs(operands)[1]
+            formed.append(Method(name="grams, recompute", norms=norms_by_code_grams, sum=RecomputedSum, cost=cost))
+            grams = Method(name="code grams", norms=norms_by_code_grams, sum=sum, cost=cost)
         return [*formed, grams]
 
 

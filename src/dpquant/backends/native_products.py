@@ -40,8 +40,8 @@ def direct_products(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
     products = grad.new_empty(len(x), grad.shape[1], math.prod(geometry.kernel) * channels)
     assert _native is not None
     _native.direct_products(
-        _memory(x),
-        _memory(grad),
+        memory_of(x),
+        memory_of(grad),
         products.numpy(),
         batch=len(x),
         groups=geometry.groups,
@@ -63,7 +63,7 @@ def code_norms(grad: Tensor, x: Tensor, geometry: Geometry, *, kernel: str | Non
       grad: codes of the output gradient, uint8 with zero point 128, `(B, O, H', W')`, channels last.
       x: codes of the input, uint8 with zero point 128, `(B, C, H, W)`, channels last.
       geometry: of the convolution, without groups.
-      kernel: `amx` or `vnni`; None: the fastest that this processor has.
+      kernel: `amx`, `vnni` or `avx2`; None: the fastest that this processor has.
     Returns: float64 `(B,)`; the exact integers of each gradient are rounded once to float32 before they are squared.
     """
     squares = torch.empty(len(x), dtype=torch.float64)
@@ -83,7 +83,7 @@ def _run_code_products(
 ) -> None:
     assert _native is not None
     _native.code_products(
-        _memory(x), _memory(grad), None if products is None else products.numpy(), squares.numpy(),
+        memory_of(x), memory_of(grad), None if products is None else products.numpy(), squares.numpy(),
         kernel=kernel or _native.code_kernels()[0], **_geometry_facts(grad, x, geometry),
     )  # fmt: skip
 
@@ -103,7 +103,7 @@ def add_code_products(
     """
     assert _native is not None
     _native.add_code_products(
-        _memory(x), _memory(grad), weights_B.contiguous().numpy(), totals.numpy(),
+        memory_of(x), memory_of(grad), weights_B.contiguous().numpy(), totals.numpy(),
         kernel=kernel or _native.code_kernels()[0], **_geometry_facts(grad, x, geometry),
     )  # fmt: skip
 
@@ -113,7 +113,7 @@ def gram_norms(grad: Tensor, x: Tensor, geometry: Geometry, *, kernel: str | Non
     assert _native is not None
     squares = torch.empty(len(x), dtype=torch.float64)
     _native.code_gram_norms(
-        _memory(x), _memory(grad), squares.numpy(), kernel=kernel or _native.code_kernels()[0],
+        memory_of(x), memory_of(grad), squares.numpy(), kernel=kernel or _native.code_kernels()[0],
         **_geometry_facts(grad, x, geometry),
     )  # fmt: skip
     return squares
@@ -144,7 +144,7 @@ def add_code_sums(
     """
     assert _native is not None
     _native.add_code_sums(
-        _memory(x), _memory(grad), weights_B.contiguous().numpy(), total.numpy(), pieces=bf16_terms,
+        memory_of(x), memory_of(grad), weights_B.contiguous().numpy(), total.numpy(), pieces=bf16_terms,
         kernel=kernel or _native.code_sum_kernels()[0], **_geometry_facts(grad, x, geometry),
     )  # fmt: skip
 
@@ -210,7 +210,7 @@ def _largest_codes() -> tuple[Tensor, Tensor, Geometry, Tensor]:
     return grad, x, geometry, patch_products(positions(values[1], geometry), im2col(values[0], geometry))
 
 
-def _memory(maps: Tensor) -> Any:
+def memory_of(maps: Tensor) -> Any:
     """Return a NumPy view of a channels-last tensor; asserts the layout, which the kernels do not check."""
     assert len(maps) == 0 or maps.is_contiguous(memory_format=torch.channels_last)
     return maps.numpy()
