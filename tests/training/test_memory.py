@@ -44,6 +44,7 @@ def fits(largest, error=TOO_LITTLE[0]):
         tried.append(execution.microbatch_size)
         if execution.microbatch_size > largest:
             raise error
+        return 0.5
 
     return tried, trial
 
@@ -51,10 +52,11 @@ def fits(largest, error=TOO_LITTLE[0]):
 @pytest.mark.parametrize("error", TOO_LITTLE)
 def test_a_smaller_microbatch_is_tried_once(error):
     tried, trial = fits(100, error)
-    found = _that_fits(execution_of(128), CHOSEN, trial)
+    found, result = _that_fits(execution_of(128), CHOSEN, trial)
+    assert result == 0.5
     assert tried == [128, 64] and found.microbatch_size == found.analysis_microbatch_size == 64
     tried, trial = fits(128, error)
-    assert _that_fits(execution_of(128), CHOSEN, trial) == execution_of(128) and tried == [128]
+    assert _that_fits(execution_of(128), CHOSEN, trial) == (execution_of(128), 0.5) and tried == [128]
     tried, trial = fits(20, error)
     with pytest.raises(SettingError, match=r"64 examples a backward pass; got too little\. Nothing was charged"):
         _that_fits(execution_of(128), CHOSEN, trial)

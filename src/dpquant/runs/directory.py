@@ -177,7 +177,8 @@ class RunDirectory:
         """
         self.try_saving(model)
         self._write_choices(choices)
-        write_whole(self.path / METRICS, "".join(metrics_line(one) + "\n" for one in epochs))
+        if epochs or (self.path / METRICS).exists():
+            write_whole(self.path / METRICS, "".join(metrics_line(one) + "\n" for one in epochs))
 
     def choices(self) -> Choices | None:
         """Return the decisions of the run in the directory; None if it had made none."""
