@@ -101,7 +101,7 @@ class Reference:
 
     def methods(self, operands: Operands) -> Sequence[Method]:
         formed, grams = costs(operands)
-        if operands.rank_one:  # nothing else is as fast
+        if operands.rank_one:  # O + D multiplications for a norm, where materialising takes O * D
             sum = GemmSum if operands.bf16_terms else OuterSum
             return [Method(name="grams", norms=norms_by_grams, sum=sum, cost=grams)]
         methods = [

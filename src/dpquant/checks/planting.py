@@ -68,7 +68,11 @@ def add_means_of_pairs(module: Any, inputs: Any, output: Any) -> Any:
 def swapped_in_pairs(batch: Any, number: int) -> Any:
     """Exchange one leaf's rows within each of two batches of two: each example gets the other's."""
     numbers = itertools.count()
-    return with_leaves(batch, lambda leaf: torch.stack([leaf[row] for row in (1, 0, 3, 2)]) if next(numbers) == number else leaf)
+
+    def exchanged(leaf: Any) -> Any:
+        return torch.stack([leaf[row] for row in (1, 0, 3, 2)]) if next(numbers) == number else leaf
+
+    return with_leaves(batch, exchanged)
 
 
 def blind(place: str) -> Blind:

@@ -90,7 +90,7 @@ class TorchPosition:
 
 
 class Position(TorchPosition):
-    """Snapshot of the states of all global generators. Numpy's takes a hundred times as long to read as torch's."""
+    """Snapshot of the states of all global generators. Numpy's takes thirty times as long to read as torch's."""
 
     def __init__(self, cuda: Any = torch.cuda) -> None:
         super().__init__(cuda)
