@@ -87,9 +87,9 @@ MISSING = here(BF16, unit=without_the_operator)
 WINOGRADS = here(TF32, unit=of_tf32, convolution=winograds)
 
 
-def backend_of(*carriers: Carrier) -> Cuda:
-    """The backend for GPUs, on the CPU."""
-    backend = Cuda(carriers, device_type="cpu")
+def backend_of(*carriers: Carrier, kernels: bool = False) -> Cuda:
+    """The backend for GPUs, on the CPU; its kernels would run in Triton's interpreter, which is slow."""
+    backend = Cuda(carriers, device_type="cpu", kernels=kernels)
     backend.name = f"cuda on {', '.join(carrier.name for carrier in carriers)}"
     return backend
 

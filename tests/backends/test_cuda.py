@@ -20,15 +20,19 @@ from conformance import (
     assert_refusals_are_told,
     assert_sums_are_exact,
     integers,
+    plain_operands,
     quantized_operands,
     whole,
 )
 from convolutions import codes, exactly
+from dpquant.backends import triton
 from dpquant.backends.carriers import BF16, CARRIERS, Carrier, flaw_of, flaw_of_convolution, random_codes
 from dpquant.backends.choose import Choices, Machine, timed
 from dpquant.backends.cuda import CarriedSum, Cuda
 from dpquant.backends.gemm_sum import GemmSum
 from dpquant.backends.geometry import Geometry
+from dpquant.backends.qtensor import QTensor
+from dpquant.backends.reference import ReferenceWeight
 from dpquant.backends.registry import BACKENDS, reason_for, resolve
 from dpquant.errors import FormatError
 from dpquant.formats import precision
@@ -238,6 +242,51 @@ def test_sums_run_on_bfloat16_units_where_they_are_exact():
 
 
 # ------------------------------------------------------------------------------------------- where it is taken, and why
+
+
+# ------------------------------------------------------------------------------------------------- kernels of our own
+
+
+needs_triton = pytest.mark.skipif(triton.refusal(CPU) is not None, reason="triton's interpreter does not run here")
+
+
+@needs_triton
+@pytest.mark.parametrize("layout", ["carriers", "kernel"])
+def test_a_weight_has_a_layout_for_the_kernel_and_either_gives_the_references_bits(layout):
+    geometry, shape, size = Geometry(kernel=(3, 2), stride=(2, 1), padding=(1, 1)), (5, 3, 3, 2), (5, 4)
+    weight = QTensor(codes=codes(shape, 64), scale=torch.tensor([0.25]))
+    x = QTensor(codes=codes((2, 3, *size), 64), scale=torch.tensor([0.5, 3.0]))
+    exact, asked = ReferenceWeight(weight, geometry, 64), set()
+    with preferring(layout, asked):
+        found = backend_of(BF16_HERE, kernels=True).pack(weight, geometry, max_code=64)
+        y = found.forward(x, torch.arange(5.0))
+        grad = QTensor(codes=codes(tuple(y.shape), 64), scale=x.scale)
+        back = found.input_gradient(grad, size)
+    assert {"carriers", "kernel"} <= asked
+    assert torch.equal(y, exact.forward(x, torch.arange(5.0))) and torch.equal(back, exact.input_gradient(grad, size))
+
+
+@needs_triton
+def test_without_kernels_there_is_one_layout():
+    asked = set()
+    with preferring("kernel", asked):
+        found = backend_of(BF16_HERE).pack(
+            QTensor(codes=codes((5, 3, 1, 1), 64), scale=torch.ones(1)), Geometry(), max_code=64
+        )
+        found.forward(QTensor(codes=codes((2, 3, 2, 2), 64), scale=torch.ones(2)), None)
+    assert "kernel" not in asked
+
+
+@needs_triton
+def test_norms_of_codes_and_of_values_have_a_kernel_each():
+    backend = backend_of(BF16_HERE, kernels=True)
+    small = (Geometry(kernel=(2, 2)), (3, 2, 2, 2), (3, 3))
+    for operands, name in (
+        (quantized_operands(backend, small, 7, CPU), "code norms"),
+        (plain_operands(small, CPU), "value norms"),
+    ):
+        assert backend.methods(operands)[0].name == name
+        assert_norms_are_never_below(backend, operands)
 
 
 def test_on_a_cpu_it_is_refused_and_never_chosen():

@@ -10,21 +10,25 @@ for the shape is taken. If none has passed for a length, the product runs in flo
 are summed, where no G_i is materialised, by matrix products over the positions of many examples, with the factors
 c_i s_i folded into g: exactly one or two bfloat16 terms (`Operands.bf16_terms`), added up in float32.
 
-Kernels of our own (a convolution of int8 codes without im2col, norms without materialised gradients) would be a further
-carrier with a `convolution`, and a further method.
+Where Triton runs, its kernels compete with these: a product of int8 codes without im2col, scales and bias included
+(`triton/conv.py`), and norms of gradients that are formed tile by tile and never stored (`triton/norms.py`):
+
+    code norms, value norms   norm: by the kernel; sum: as above
 
 Symbols: B examples, T positions, C input channels, O output channels, G groups, D patch size, N products, M rows,
 K terms, L columns.
 Source: book-keeping, Bu et al., arXiv 2210.00038; Gram norms, Goodfellow, arXiv 1510.01799.
 """
 
+import dataclasses
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from dpquant.backends import triton
 from dpquant.backends.algebra import ROUND_OFF, im2col, in_weight_order, positions, row_norms
 from dpquant.backends.carriers import (
     CARRIERS,
@@ -59,9 +63,15 @@ class Cuda(Reference):
 
     name = "cuda"
 
-    def __init__(self, carriers: Sequence[Carrier] = CARRIERS, device_type: str = "cuda"):
-        """Make a backend of these carriers for devices of this type; tests bring stand-ins for the CPU."""
-        self._carriers, self.device_type = tuple(carriers), device_type
+    def __init__(self, carriers: Sequence[Carrier] = CARRIERS, device_type: str = "cuda", *, kernels: bool = True):
+        """Make a backend of these carriers for devices of this type; tests bring stand-ins for the CPU.
+
+        Args:
+          carriers: units that multiply codes.
+          device_type: of the devices that have them.
+          kernels: whether Triton's kernels are used, where they run.
+        """
+        self._carriers, self.device_type, self._kernels = tuple(carriers), device_type, kernels
 
     def refusal(self, precision: Precision, device: torch.device) -> str | None:
         if device.type != self.device_type:
@@ -80,9 +90,34 @@ class Cuda(Reference):
         return f"exact on {names}" + (f" (not used: {flaws})" if flaws else "")
 
     def pack(self, weight: QTensor, geometry: Geometry, *, max_code: int) -> PackedWeight:
-        return CodeWeight(weight, geometry, partial(_CarriedCodes, self, geometry.groups, max_code), zero=0)
+        carried = CodeWeight(weight, geometry, partial(_CarriedCodes, self, geometry.groups, max_code), zero=0)
+        if not self._has_kernels(weight.codes.device):
+            return carried
+        from dpquant.backends.triton import conv
+
+        if conv.refusal(tuple(weight.codes.shape), geometry.groups, max_code) is not None:
+            return carried
+        layouts = {"carriers": carried, "kernel": conv.TritonWeight(weight, geometry, max_code)}
+        return _FastestWeight(layouts, (geometry, tuple(weight.codes.shape), max_code))
 
     def methods(self, operands: Operands) -> Sequence[Method]:
+        return [*self._methods_of_kernels(operands), *self._methods_of_carriers(operands)]
+
+    def _has_kernels(self, device: torch.device) -> bool:
+        return self._kernels and triton.refusal(device) is None
+
+    def _methods_of_kernels(self, operands: Operands) -> Sequence[Method]:
+        if not self._has_kernels(operands.device):
+            return []
+        from dpquant.backends.triton import norms
+
+        if norms.has_code_norms(operands):
+            return [Method(name="code norms", norms=norms.code_norms, sum=self._sum_kernel(operands))]
+        if norms.has_value_norms(operands):
+            return [Method(name="value norms", norms=norms.value_norms, sum=GemmSum)]
+        return []
+
+    def _methods_of_carriers(self, operands: Operands) -> Sequence[Method]:
         if operands.quantized is None:
             return super().methods(operands)
         formed, grams = costs(operands)
@@ -158,6 +193,27 @@ def _codes(operands: Operands) -> tuple[Tensor, Tensor]:
 def _try_products(carrier: Carrier, a: Tensor, b: Tensor) -> None:
     """Multiply synthetic operands of these shapes and layouts, to be timed."""
     carrier.exact_products(torch.ones_like(a), torch.ones_like(b), _ANY_CODE)
+
+
+class _FastestWeight:
+    """A weight in several layouts that give the same bits; of each product's shape the fastest one is used."""
+
+    def __init__(self, layouts: Mapping[str, PackedWeight], facts: tuple[Hashable, ...]):
+        self._layouts, self._facts = layouts, facts
+
+    def forward(self, x: QTensor, bias: Tensor | None) -> Tensor:
+        return self._product(("forward", bias is None), x, lambda weight, x: weight.forward(x, bias))
+
+    def input_gradient(self, grad: QTensor, size: tuple[int, int]) -> Tensor:
+        return self._product(("input gradient", size), grad, lambda weight, grad: weight.input_gradient(grad, size))
+
+    def _product(
+        self, which: tuple[Hashable, ...], operand: QTensor, multiply: Callable[[PackedWeight, QTensor], Tensor]
+    ) -> Tensor:
+        key = ("product of codes", *which, *self._facts, tuple(operand.codes.shape), *place(operand.codes.device))
+        ones = functools.cache(lambda: dataclasses.replace(operand, codes=torch.ones_like(operand.codes)))
+        trials = {name: lambda weight=weight: multiply(weight, ones()) for name, weight in self._layouts.items()}
+        return multiply(self._layouts[fastest(key, trials)], operand)
 
 
 class _CarriedCodes:
