@@ -177,7 +177,7 @@ class TapWeights:
         transposed: bool,
         most: int,
     ) -> None:
-        """Pack weight (O, C / groups, kernel size): tap k is at (row, column) taps[k] and place places[k] of the kernel.
+        """Pack weight (O, C / groups, kernel size): tap k is at (row, column) taps[k], place places[k] of the kernel.
 
         most: the largest magnitude of any code. Raises ValueError if there is no kernel for it.
         """
