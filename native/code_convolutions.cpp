@@ -175,12 +175,6 @@ AVX2 void fill_plane(const Convolution &s, const uint8_t *x, const uint8_t *x_en
     }
 }
 
-AVX2 inline __m256i broadcast(const uint8_t *from) {
-    int32_t dword;
-    std::memcpy(&dword, from, 4);
-    return _mm256_set1_epi32(dword);
-}
-
 // Sums for `n` positions and a panel.
 template <bool bytes, int n>
 AVX2 inline void multiply(const uint8_t *planes, const int64_t *places, const std::vector<int64_t> &offsets, const int32_t *panel, __m256i (&sums)[n][2]) {

@@ -55,6 +55,7 @@ struct Gram {
     int64_t count = 0, depth = 0;   // number of vectors, a multiple of 16; bytes per vector, a multiple of 64
     std::vector<int8_t> vectors;    // (count, depth)
     std::vector<int32_t> quads;     // (depth / 4, count): the vectors transposed, in groups of four bytes
+    std::vector<int32_t> shifted;   // for AVX2: quads with 128 added
     std::vector<int32_t> excess;    // for AVX2, (depth / 12, count): see `excess_of`
     std::vector<int32_t> products;  // (count, count)
 
@@ -142,34 +143,36 @@ __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))) void mu
     }
 }
 
-// Fills quads, with 128 added, and excess.
+// Fills quads, shifted, and excess.
 AVX2 void fill_for_avx2(Gram &gram, bool in_triples) {
     const int64_t depth = gram.depth / 4;
+    gram.shifted.resize(gram.quads.size());
     const auto *from = reinterpret_cast<const float *>(gram.vectors.data());
-    auto *to = reinterpret_cast<float *>(gram.quads.data());
+    auto *to = reinterpret_cast<float *>(gram.quads.data()), *shifted = reinterpret_cast<float *>(gram.shifted.data());
     const __m128 flip = _mm_castsi128_ps(_mm_set1_epi8(-128));
     for (int64_t k = 0; k < gram.count; k += 4)
         for (int64_t d = 0; d < depth; d += 4) {
             __m128 rows[4];
-            for (int r = 0; r < 4; ++r) rows[r] = _mm_xor_ps(_mm_loadu_ps(from + (k + r) * depth + d), flip);
+            for (int r = 0; r < 4; ++r) rows[r] = _mm_loadu_ps(from + (k + r) * depth + d);
             _MM_TRANSPOSE4_PS(rows[0], rows[1], rows[2], rows[3]);
-            for (int r = 0; r < 4; ++r) _mm_storeu_ps(to + (d + r) * gram.count + k, rows[r]);
+            for (int r = 0; r < 4; ++r) {
+                _mm_storeu_ps(to + (d + r) * gram.count + k, rows[r]);
+                _mm_storeu_ps(shifted + (d + r) * gram.count + k, _mm_xor_ps(rows[r], flip));
+            }
         }
     if (!in_triples) return;
     gram.excess.resize(static_cast<size_t>(depth / TRIPLE * gram.count));
     for (int64_t triple = 0; triple < depth / TRIPLE; ++triple)
         for (int64_t k = 0; k < gram.count; k += 8) {
-            __m256i bytes[TRIPLE];
-            for (int64_t i = 0; i < TRIPLE; ++i)
-                bytes[i] = _mm256_xor_si256(load(gram.quads.data() + (triple * TRIPLE + i) * gram.count + k), _mm256_set1_epi8(-128));
+            const int32_t *at = gram.quads.data() + triple * TRIPLE * gram.count + k;
+            const __m256i bytes[TRIPLE] = {load(at), load(at + gram.count), load(at + 2 * gram.count)};
             _mm256_storeu_si256(reinterpret_cast<__m256i *>(gram.excess.data() + triple * gram.count + k), excess_of(bytes));
         }
 }
 
 AVX2 void multiply_avx2(Gram &gram, bool in_triples) {
     fill_for_avx2(gram, in_triples);
-    const Quads quads{reinterpret_cast<const int32_t *>(gram.vectors.data()), gram.depth / 4, 1, gram.quads.data(), gram.count,
-                      in_triples ? gram.excess.data() : nullptr, gram.count, gram.depth / 4};
+    const Quads quads{gram.quads.data(), gram.count, gram.shifted.data(), gram.count, in_triples ? gram.excess.data() : nullptr, gram.depth / 4};
     constexpr int ROWS = 4;  // divides count
     for (int64_t j = 0; j < gram.count; j += 16)
         for (int64_t i = 0; i < gram.count; i += ROWS) {

@@ -197,26 +197,23 @@ double example_avx512(const uint8_t *x, const uint8_t *g, const Shape &s, bool a
         }
     return _mm512_reduce_add_pd(sink.squares);
 }
-#endif
 
 // Computes an example's product, stores it if `out` is given, and returns the sum of its squares.
 double store_example(const uint8_t *x, const uint8_t *g, const Shape &s, const std::string &kernel, float *out) {
-#ifdef HAS_TILES
     if (kernel == "avx2") return store_example_avx2(x, g, s, out);
     return example_avx512(x, g, s, kernel == "amx", out, std::nullopt);
-#else
-    return 0;
-#endif
 }
 
 // Adds the products of `count` examples, times their weights, to `out`.
 void add_examples(const uint8_t *x, const uint8_t *g, const Shape &s, const std::string &kernel, const float *weights, int64_t count, float *out) {
-#ifdef HAS_TILES
     if (kernel == "avx2") return add_examples_avx2(x, g, s, weights, count, out);
     for (int64_t b = 0; b < count; ++b)
         example_avx512(x + b * s.x_size(), g + b * s.g_size(), s, kernel == "amx", out, weights[b]);
-#endif
 }
+#else
+double store_example(const uint8_t *, const uint8_t *, const Shape &, const std::string &, float *) { return 0; }
+void add_examples(const uint8_t *, const uint8_t *, const Shape &, const std::string &, const float *, int64_t, float *) {}
+#endif
 
 }  // namespace
 

@@ -39,7 +39,7 @@ AVX2 void pack(const uint8_t *x, const uint8_t *g, const ProductShape &s, Packed
     pack_g(g, s, s.used_fours(), p.g);
     const bool in_triples = fit_in_triples(largest(x, s.x_size()), largest(g, s.g_size()));
     if (in_triples) fill_excess(s, p);
-    p.quads = {p.g.data(), 1, s.tall(), nullptr, s.wide(), in_triples ? p.excess.data() : nullptr, s.tall(), s.used_fours()};
+    p.quads = {p.g.data(), s.tall(), nullptr, s.wide(), in_triples ? p.excess.data() : nullptr, s.used_fours()};
 }
 
 // Stores the sums, if `out` is given, and adds their squares in float64. Lanes that pad are zero.

@@ -56,6 +56,11 @@ class Lanes {
     __m256i mask_;
 };
 
+// Broadcasts a dword from memory. As an integer it would pass through a general register, of which there are too few.
+AVX2 inline __m256i broadcast(const void *dword) {
+    return _mm256_castps_si256(_mm256_broadcast_ss(static_cast<const float *>(dword)));
+}
+
 // Hides from the compiler that addresses are equal. It would keep what it has loaded in registers, and the sums in memory.
 INLINE const int32_t *again(const int32_t *address) {
     asm volatile("" : "+r"(address));
@@ -111,17 +116,16 @@ AVX2 inline __m256i add_words(__m256i sum, const Words &a, const Words &b) {
 
 // The sums over k of rows[row, k] * columns[k, column], for `depth` dwords k of four codes each. Steps are in dwords.
 struct Quads {
-    const int32_t *rows;     // signed
-    int64_t row_step, step;  // from row to row, and from k to k
-    const int32_t *columns;  // with zero point 128
-    int64_t columns_step;    // from k to k
-    const int32_t *excess;   // of the rows' triples, (depth / 3, row); null: codes do not fit in triples
-    int64_t excess_step;     // from triple to triple
+    const int32_t *rows;     // signed, (depth, rows)
+    int64_t rows_step;       // from k to k
+    const int32_t *columns;  // with zero point 128, (depth, columns)
+    int64_t columns_step;
+    const int32_t *excess;  // of the rows' triples, (depth / 3, rows), with the same step; null: codes do not fit in triples
     int64_t depth;
 
     Quads at(int64_t row, int64_t column) const {
         Quads there = *this;
-        there.rows += row * row_step, there.columns += column, there.excess += excess ? row : 0;
+        there.rows += row, there.columns += column, there.excess += excess ? row : 0;
         return there;
     }
 };
@@ -133,21 +137,21 @@ AVX2 inline void multiply(const Quads &q, __m256i (&sums)[n_rows][2]) {
     const int32_t *rows = q.rows, *columns = q.columns, *excess = q.excess;
     int64_t k = 0;
     if (excess)
-        for (; k + TRIPLE <= q.depth; k += TRIPLE, rows += TRIPLE * q.step, columns += TRIPLE * q.columns_step, excess += q.excess_step)
+        for (; k + TRIPLE <= q.depth; k += TRIPLE, rows += TRIPLE * q.rows_step, columns += TRIPLE * q.columns_step, excess += q.rows_step)
             UNROLLED for (int r = 0; r < n_rows; ++r) {
                 __m256i factors[TRIPLE];
-                UNROLLED for (int i = 0; i < TRIPLE; ++i) factors[i] = _mm256_set1_epi32(rows[r * q.row_step + i * q.step]);
+                UNROLLED for (int i = 0; i < TRIPLE; ++i) factors[i] = broadcast(rows + i * q.rows_step + r);
                 const int32_t *from = again(columns);
                 UNROLLED for (int v = 0; v < 2; ++v) {
                     __m256i seen[TRIPLE];
                     UNROLLED for (int i = 0; i < TRIPLE; ++i) seen[i] = load(from + i * q.columns_step + v * 8);
-                    sums[r][v] = add_triple(sums[r][v], seen, factors, _mm256_set1_epi32(excess[r]));
+                    sums[r][v] = add_triple(sums[r][v], seen, factors, broadcast(excess + r));
                 }
             }
-    for (; k < q.depth; ++k, rows += q.step, columns += q.columns_step) {
+    for (; k < q.depth; ++k, rows += q.rows_step, columns += q.columns_step) {
         const Words seen[2] = {words_of_codes(load(columns)), words_of_codes(load(columns + 8))};
         UNROLLED for (int r = 0; r < n_rows; ++r) {
-            const Words factor = words(_mm256_set1_epi32(rows[r * q.row_step]));
+            const Words factor = words(broadcast(rows + r));
             UNROLLED for (int v = 0; v < 2; ++v) sums[r][v] = add_words(sums[r][v], seen[v], factor);
         }
     }

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What this processor's backends run, for tests that hold on every processor; and which way is taken of several.
 
-Without VNNI, pairs of full-range products saturate, and the library refuses such formats. Whoever asks here learns
-whether a format runs; where it does not, that it is refused has been asserted.
+Without VNNI and our own kernels, pairs of full-range products saturate, and the library refuses such formats. Whoever
+asks here learns whether a format runs; where it does not, that it is refused has been asserted.
 """
 
 import contextlib
