@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmarks.gpu import steps, table
+from benchmarks.gpu import products, steps, table
 from benchmarks.gpu.__main__ import outcome
 from benchmarks.gpu.images import COLUMNS, pack, unpack
 from benchmarks.gpu.report import Report
@@ -19,6 +19,8 @@ from PIL import Image
 
 from dpquant.app.bench import BenchSettings
 from dpquant.app.contenders import GPU_SIDES
+from dpquant.backends.geometry import Geometry
+from units import BF16_HERE, INT8_HERE, OF_23_BITS, backend_of
 
 SOON = 3600.0
 
@@ -78,6 +80,28 @@ def test_every_side_for_a_gpu_is_right(report):
 def test_steps_end_at_the_deadline(report):
     steps.run(report, time.monotonic() - 1, [BenchSettings(model="cnn")])
     assert report.read()["steps"] == {"cnn": "not run: no time was left"}
+
+
+def test_products_are_compared_and_timed(report):
+    """On stand-ins for a GPU's units, of which one is found out."""
+    carriers = (BF16_HERE, INT8_HERE, OF_23_BITS)
+    layer = ("conv", Geometry(kernel=(2, 2)), (3, 2, 2, 2), 3, (3, 3))
+    backend = backend_of(*carriers)
+    products.run(
+        report,
+        time.monotonic() + SOON,
+        device="cpu",
+        backend=backend,
+        carriers=carriers,
+        layers=[layer],
+        lengths=[256, 4096],
+    )
+    found = report.read()["products"]
+    assert found["exactness of int8"]["e3m0, 4096 terms"] == "exact"
+    assert found["quantizer"]["exact"] and found["quantizer"]["ms"] > 0
+    exact = {name: way["exact"] for name, way in found["conv"]["forward"].items()}
+    assert exact.pop("bfloat16") in (True, False) and all(exact.values()) and "the backend's choice" in exact
+    assert all(way["exact"] for way in found["conv"]["norms"].values()) and found["conv"]["norms"]
 
 
 TABLE = Table(name="main", title="", common="--data image-folder:GTSRB", rows={"none": "--policy none"}, seeds=(0, 1))
