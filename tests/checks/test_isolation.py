@@ -9,10 +9,13 @@ from torch.utils.data import default_collate
 
 from dpquant.backends.doubles import BlocksOfExamples
 from dpquant.backends.reference import Reference
-from dpquant.checks.isolation import check_isolation
+from dpquant.checks.isolation import check_at_size, check_isolation
+from dpquant.checks.step import TrialStep
 from dpquant.checks.synthetic import candidates
-from dpquant.engine.layers import prepare
-from dpquant.engine.passes import Objective
+from dpquant.engine.batches import Microbatch
+from dpquant.engine.context import StepContext
+from dpquant.engine.layers import prepare, set_policy
+from dpquant.engine.passes import Objective, losses_of
 from dpquant.errors import ModelError
 from dpquant.formats import precision
 from networks import loss, zoo
@@ -173,3 +176,139 @@ def test_a_model_that_float64_cannot_run_is_tried_in_float32():
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     with pytest.raises(ModelError, match="that example alone"):
         checked(InFloat32(lambda net, x: x + 1e-2 * x.mean(0)))
+
+
+# What is compared bit for bit in float32, and what float64 decides.
+
+
+class Types(nn.Module):
+    """Notes the types that it is called in; its rows differ by round-off if they are told to."""
+
+    def __init__(self, between=lambda x: x):
+        super().__init__()
+        self.head, self.between, self.seen = nn.Linear(4, 3), between, []
+
+    def forward(self, x):
+        if torch.is_grad_enabled():
+            self.seen.append(x.dtype)
+        return self.head(self.between(x))
+
+
+def by_place(x):
+    """Rows that differ in their last bit: round-off, and no coupling."""
+    return x * (1 + torch.finfo(x.dtype).eps * torch.arange(len(x), dtype=x.dtype)[:, None])
+
+
+@pytest.mark.parametrize(("between", "passes"), [(lambda x: x, 2), (by_place, 2 + 6)], ids=["equal bits", "round-off"])
+def test_float64_is_asked_where_bits_differ_and_for_autograd(between, passes):
+    torch.manual_seed(0)
+    model = Types(between)
+    checked(model, VECTOR)
+    of_values = VECTOR[0].dtype
+    first = model.seen[: model.seen.index(torch.float64) + passes + 6 + 1]
+    assert first.count(torch.float64) == passes and of_values in first
+
+
+@pytest.mark.parametrize("share", [1e-5, 1e-7])
+def test_a_coupling_that_changes_bits_alone_reaches_float64(share):
+    """1e-7 is below the tolerance of float64, 1e-5 above it."""
+    torch.manual_seed(0)
+    model = Types(lambda x: x + share * x.mean(0))
+    if share > 1e-6:
+        with pytest.raises(ModelError, match="that example alone"):
+            checked(model, VECTOR)
+    else:
+        checked(model, VECTOR)
+    assert model.seen.count(torch.float64) > 2
+
+
+# A weight that follows the batch.
+
+
+def written(how):
+    """A network whose head's weight is made of its input."""
+
+    def between(net, x):
+        with torch.no_grad():
+            how(net.head.weight, 1 + x.mean())
+        return x
+
+    return between
+
+
+SETS_ITS_WEIGHT = {
+    "in place": lambda weight, factor: weight.copy_(torch.ones_like(weight) * factor),
+    "through data": lambda weight, factor: weight.data.copy_(torch.ones_like(weight) * factor),
+    "another tensor": lambda weight, factor: setattr(weight, "data", torch.ones_like(weight) * factor),
+}
+
+
+@pytest.mark.parametrize("how", SETS_ITS_WEIGHT.values(), ids=SETS_ITS_WEIGHT)
+@pytest.mark.parametrize("settings", [{}, {"quantized": [precision("luq-fp4")]}], ids=["full", "quantized"])
+def test_a_model_that_sets_its_weight_from_the_batch_is_refused(how, settings):
+    torch.manual_seed(0)
+    with pytest.raises(ModelError):
+        checked(Net(written(how)), **settings)
+
+
+def losses_before_and_after(step, how):
+    """The losses of a batch in one step before and after the weight is doubled."""
+    torch.manual_seed(0)
+    model = prepare(nn.Linear(4, 3), backend="simulate")
+    set_policy(model, [""])
+    objective = Objective(model, lambda model, x: model(x).sum(1))
+    piece = Microbatch(torch.randn(3, 4), torch.arange(3), 3)
+    before = losses_of(objective, piece, step)
+    with torch.no_grad():
+        how(model.weight)
+    return before, losses_of(objective, piece, step)
+
+
+@pytest.mark.parametrize("how", [lambda w: w.mul_(2), lambda w: setattr(w, "data", 2 * w)], ids=["written", "replaced"])
+def test_a_trial_packs_a_weight_anew_once_it_has_changed(how):
+    before, after = losses_before_and_after(TrialStep(key=0), how)
+    assert not torch.equal(before, after)
+    assert torch.equal(*losses_before_and_after(StepContext(key=0), how))  # which a step of a run does not
+
+
+def test_a_trial_packs_a_weight_once_while_it_stays():
+    step = TrialStep(key=0)
+    assert torch.equal(*losses_before_and_after(step, lambda weight: None))
+    assert len(step._packed) == 1
+
+
+# At the run's own size.
+
+
+def at_size(between, size):
+    torch.manual_seed(0)
+    model = prepare(Net())
+    candidate = candidates([IMAGE], default_collate, torch.device("cpu"))
+    found = check_isolation(Objective(model, loss), candidate)
+    model.between = between
+    check_at_size(found, size)
+
+
+AT_EIGHT = {
+    "the mean": lambda net, x: x - x.mean(0) if len(x) == 8 else x,
+    "the largest": lambda net, x: x / x.abs().max() if len(x) == 8 else x,
+    "above the median": lambda net, x: x.clamp(max=x.detach().median()) if len(x) == 8 else x,
+    "the last row": lambda net, x: x * (1 + (torch.arange(len(x)) == 7)[:, None]),
+    "the middle rows": lambda net, x: x * (1 + (torch.arange(len(x)) == 4)[:, None]),
+}
+
+
+@pytest.mark.parametrize("between", AT_EIGHT.values(), ids=AT_EIGHT)
+def test_a_coupling_at_one_size_is_refused_at_that_size(between):
+    with pytest.raises(ModelError, match="that example alone"):
+        at_size(between, 8)
+    at_size(between, 4)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_separate_examples_are_accepted_at_any_size(size):
+    at_size(lambda net, x: x, size)
+
+
+def test_losses_that_follow_the_size_alone_are_compared_within_that_size():
+    at_size(lambda net, x: x * (1 + 0.01 * (len(x) == 8)), 8)

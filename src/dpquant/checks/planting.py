@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Couplings of examples that the check plants itself, to show that it would see the model's own, and where it can."""
 
+import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,35 +21,81 @@ class Blind(ModelError):
     """The check did not see a coupling that it planted itself."""
 
 
-def places(objective: Objective, piece: Microbatch, key: int) -> tuple[dict[int, str], list[nn.Module]]:
-    """Return where couplings can be planted: {number of a leaf of the batch: its path}, and modules.
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Places:
+    """Where couplings can be planted, and what a takes part in there beside b and beside c.
 
-    The leaves are those that enter a computation. The modules, in the order of their calls, have trainable parameters
-    of their own and return a tensor of examples. A module whose output is the same for all records, such as learnt
-    positions, is left out: its mean couples nothing.
+    Attributes:
+      leaves: {number of a leaf of the batch: its path}, of the leaves that enter a computation.
+      outputs: {module: what it returned for b and c, call by call}, in the order of the first calls. The modules have
+        trainable parameters of their own and return a tensor of examples. A module whose output is the same for all
+        records, such as learnt positions, is left out: its mean couples nothing.
+      losses: of b and c.
+    """
+
+    leaves: dict[int, str]
+    outputs: dict[nn.Module, list[Tensor | None]]
+    losses: Tensor
+
+    @classmethod
+    def of(cls, objective: Objective, piece: Microbatch, key: int) -> "Places":
+        """Find them in one forward pass.
+
+        Args:
+          objective: the model and its loss.
+          piece: the records a, b and c.
+          key: of the random draws.
+        """
+        called: dict[nn.Module, list[Tensor | None]] = {}
+
+        def note(module: nn.Module, inputs: Any, output: Any) -> None:
+            of_examples = isinstance(output, Tensor) and output.is_floating_point() and output.ndim and len(output) == 3
+            varies = of_examples and not (torch.equal(output[0], output[1]) and torch.equal(output[0], output[2]))
+            called.setdefault(module, []).append(output[1:].clone() if varies else None)
+
+        own = [m for m in objective.model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
+        handles = [module.register_forward_hook(note) for module in own]
+        paths, tensors = zip(*leaves(piece.data), strict=True)
+        try:
+            with seeded(key), torch.no_grad(), _Watched(tensors) as watched:
+                losses = objective.loss_fn(objective.model, piece.data)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return cls(
+            leaves={number: paths[number] for number in sorted(watched.used)},
+            outputs={module: calls for module, calls in called.items() if any(call is not None for call in calls)},
+            losses=losses[1:],
+        )
+
+
+def a_twice(piece: Microbatch, leaf: int | None = None) -> Microbatch:
+    """Return a microbatch of a and a, of the records a, b and c; with a leaf of b in the first and of c in the second.
+
+    That is what a row of a becomes if this leaf's rows are exchanged in a batch of a and b, and in one of a and c.
+    """
+    numbers = itertools.count()
+    data = with_leaves(piece.data, lambda one: one[1:] if next(numbers) == leaf else torch.stack([one[0], one[0]]))
+    return Microbatch(data, piece.record_ids[:1].repeat(2), 2)
+
+
+def means_with(calls: Sequence[Tensor | None]) -> Callable[[Any, Any, Any], Any]:
+    """Return a forward hook that adds to a, in the first row, its mean with b, and in the second, its mean with c.
+
+    That is what `add_mean` makes of a in a batch of a and b, and in one of a and c.
 
     Args:
-      objective: the model and its loss.
-      piece: three records, each another.
-      key: of the random draws.
+      calls: what b and c give in each call.
     """
-    called: dict[nn.Module, None] = {}
+    left = iter(calls)
 
-    def note(module: nn.Module, inputs: Any, output: Any) -> None:
-        of_examples = isinstance(output, Tensor) and output.is_floating_point() and output.ndim and len(output) == 3
-        if of_examples and not (torch.equal(output[0], output[1]) and torch.equal(output[0], output[2])):
-            called[module] = None
+    def couple(module: Any, inputs: Any, output: Any) -> Any:
+        others = next(left, None)
+        if others is None or not isinstance(output, Tensor) or output.shape != others.shape:
+            return output
+        return output + (output.detach() + others.to(output.dtype)) / 2
 
-    own = [m for m in objective.model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
-    handles = [module.register_forward_hook(note) for module in own]
-    paths, tensors = zip(*leaves(piece.data), strict=True)
-    try:
-        with seeded(key), torch.no_grad(), _Watched(tensors) as watched:
-            objective.loss_fn(objective.model, piece.data)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {number: paths[number] for number in sorted(watched.used)}, list(called)
+    return couple
 
 
 def add_mean(module: Any, inputs: Any, output: Any) -> Any:
@@ -56,23 +103,6 @@ def add_mean(module: Any, inputs: Any, output: Any) -> Any:
     if isinstance(output, Tensor) and output.is_floating_point() and output.ndim:
         return output + output.detach().mean(0, keepdim=True)
     return output
-
-
-def add_means_of_pairs(module: Any, inputs: Any, output: Any) -> Any:
-    """Add to each row of two batches of two, side by side, the mean of its batch: as `add_mean` on either."""
-    if isinstance(output, Tensor) and output.is_floating_point() and output.ndim and len(output) == 4:
-        return output + output.detach().unflatten(0, (2, 2)).mean(1).repeat_interleave(2, 0)
-    return output
-
-
-def swapped_in_pairs(batch: Any, number: int) -> Any:
-    """Exchange one leaf's rows within each of two batches of two: each example gets the other's."""
-    numbers = itertools.count()
-
-    def exchanged(leaf: Any) -> Any:
-        return torch.stack([leaf[row] for row in (1, 0, 3, 2)]) if next(numbers) == number else leaf
-
-    return with_leaves(batch, exchanged)
 
 
 def blind(place: str) -> Blind:

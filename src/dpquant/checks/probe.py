@@ -9,16 +9,17 @@ written so that it fails on NaN.
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from dpquant.checks.planting import add_means_of_pairs, blind, places, swapped_in_pairs
+from dpquant.checks.planting import Places, a_twice, blind, means_with
 from dpquant.checks.refusals import BUFFERS, BY_PLACE, COUPLED, FOLLOWS, KEEPS_STATE, MIXED
-from dpquant.checks.step import TrialStep
 from dpquant.checks.synthetic import Specimens
 from dpquant.engine.batches import Microbatch, leaves, with_leaves
+from dpquant.engine.context import StepContext
+from dpquant.engine.contributions import Contribution
 from dpquant.engine.passes import Objective, RowGradients, draws_key, gradients_of_rows, losses_of
 from dpquant.engine.randomness import seeded
 from dpquant.engine.tape import no_gradient
@@ -36,15 +37,19 @@ PLACES_MOVED = (((0, 0), (2, 1)), ((0, 2), (1, 0)), ((1, 1), (2, 2)))
 FIXED = ((0, 1, 1), (2, 1, 2), (0, 0, 2))
 PLACES_FIXED = (((0, 0), (2, 0)), ((0, 1), (1, 1)), ((1, 2), (2, 2)))
 _PAIR = (0, 1)  # a batch of two, whose first row is compared with autograd, and with itself later on
-_PAIRS = (0, 1, 0, 2)  # two batches of two, side by side: a planted coupling has to change the results of a
 
 
 def piece_of(specimens: Specimens, order: Sequence[int], dtype: torch.dtype) -> Microbatch:
     """Return a microbatch of the specimens with these numbers, which are their record ids; floats in `dtype`."""
-    batch = specimens.batch(order)
-    if dtype == torch.float64:
-        batch = with_leaves(batch, lambda leaf: leaf.double() if leaf.dtype == torch.float32 else leaf)
-    return Microbatch(batch, torch.tensor(order), len(order))
+    return _in_type(Microbatch(specimens.batch(order), torch.tensor(order), len(order)), dtype)
+
+
+def _in_type(piece: Microbatch, dtype: torch.dtype) -> Microbatch:
+    """Return the microbatch with its floats of type float32 in `dtype`."""
+    if dtype == torch.float32:
+        return piece
+    data = with_leaves(piece.data, lambda leaf: leaf.to(dtype) if leaf.dtype == torch.float32 else leaf)
+    return dataclasses.replace(piece, data=data)
 
 
 @contextlib.contextmanager
@@ -112,7 +117,7 @@ class Probe:
     }
 
     def __init__(self, objective: Objective, specimens: Specimens, dtype: torch.dtype):
-        """Take the gradients of the first batch.
+        """Note the buffers as they are.
 
         Args:
           objective: the model and its loss.
@@ -121,7 +126,7 @@ class Probe:
         """
         self._objective, self._model, self._specimens = objective, objective.model, specimens
         self._precise, self._dtype = dtype, torch.float32
-        self._buffers, self._step = buffers_of(objective.model), TrialStep(key=KEY)
+        self._buffers = buffers_of(objective.model)
         self.moved: set[str] = set()
         self.reached: set[str] = set()
 
@@ -154,15 +159,17 @@ class Probe:
 
     def plant(self) -> None:
         """Plant couplings in the batch, in activations and in the loss; raise Blind if one of them is not seen."""
-        used, modules = places(self._objective, self._piece((0, 1, 2)), KEY)
-        for number, path in used.items():
-            if not self._sees(leaf=number):
+        abc = self._piece((0, 1, 2))
+        places = Places.of(self._objective, abc, KEY)
+        for number, path in places.leaves.items():
+            if not self._sees(abc, places, leaf=number):
                 raise blind(f"batch{path}")
+        modules = list(places.outputs)
         for module in dict.fromkeys([*modules[:1], *modules[len(modules) // 2 :][:1], *modules[-1:]]):
-            if not self._sees(module=module):
+            if not self._sees(abc, places, module=module):
                 name = next(name for name, one in self._model.named_modules() if one is module)
                 raise blind(f"the output of {name or 'the model'}")
-        if not self._sees(loss=True):
+        if not self._sees(abc, places):
             raise blind("the loss")
 
     def compare_buffers(self) -> None:
@@ -186,15 +193,14 @@ class Probe:
     @contextlib.contextmanager
     def _precisely(self) -> Iterator[None]:
         """Run the model in the precise type until the block ends; raise ModelError if a buffer changes in it."""
-        before = self._dtype, self._buffers, self._step
+        before = self._dtype, self._buffers
         try:
             with converted(self._model, self._precise):
-                self._dtype = self._precise
-                self._buffers, self._step = buffers_of(self._model), TrialStep(key=KEY)
+                self._dtype, self._buffers = self._precise, buffers_of(self._model)
                 yield
                 self.compare_buffers()
         finally:
-            self._dtype, self._buffers, self._step = before
+            self._dtype, self._buffers = before
 
     def _compare_bits(self) -> bool:
         """Return whether the results of each record's copies are equal in all batches, bit for bit, in float32."""
@@ -211,7 +217,7 @@ class Probe:
         for rows in found:
             self.reached |= rows.parts.keys()
             new = (item for item in rows.parts.items() if item[0] not in self.moved)
-            self.moved |= {name for name, part in new if bool(part.inner_products(part).any())}
+            self.moved |= {name for name, part in new if _moves(part)}
 
     def _compare_in_batches(self, found: Sequence[RowGradients]) -> None:
         """Raise ModelError if a record's results differ between the batches."""
@@ -222,10 +228,10 @@ class Probe:
                 raise self._coupled()
 
     def _rows(self, order: Sequence[int]) -> RowGradients:
-        return gradients_of_rows(self._objective, self._piece(order), self._step)
+        return gradients_of_rows(self._objective, self._piece(order), StepContext(key=KEY))
 
     def _losses(self, order: Sequence[int]) -> Tensor:
-        return losses_of(self._objective, self._piece(order), self._step)
+        return losses_of(self._objective, self._piece(order), StepContext(key=KEY))
 
     @property
     def _tolerance(self) -> float:
@@ -287,34 +293,47 @@ class Probe:
         if not self.close(self._first.losses[0], alone[0]):
             raise ModelError(COUPLED)
 
-    def _sees(self, *, leaf: int | None = None, module: nn.Module | None = None, loss: bool = False) -> bool:
-        """Whether a coupling planted in one place changes the results of a between batches with b and with c.
+    def _sees(
+        self, abc: Microbatch, places: Places, *, leaf: int | None = None, module: nn.Module | None = None
+    ) -> bool:
+        """Whether a coupling changes the results of a between batches with b and with c, side by side in one batch.
 
-        A difference that is seen in float32 would be seen in float64 too, where the tolerance is smaller.
+        The coupling is planted in a leaf, in a module's output or, without either, in the loss. If it is seen in
+        float32, it would be seen in float64 too, where the tolerance is smaller.
         """
-        objective = honest = self._objective
-        if loss:
-            objective = dataclasses.replace(
-                honest, loss_fn=lambda model, batch: add_means_of_pairs(None, None, honest.loss_fn(model, batch))
-            )
+        honest = self._objective
+
+        def coupled(model: nn.Module, batch: Any) -> Any:
+            return means_with([places.losses])(None, None, honest.loss_fn(model, batch))
+
+        objective = dataclasses.replace(honest, loss_fn=coupled) if leaf is None and module is None else honest
+
+        def computed(work: Callable[..., Any]) -> Any:
+            piece = _in_type(a_twice(abc, leaf), self._dtype)
+            hook = None if module is None else module.register_forward_hook(means_with(places.outputs[module]))
+            try:
+                return work(objective, piece, StepContext(key=KEY))
+            finally:
+                if hook is not None:
+                    hook.remove()
 
         def differs() -> bool:
-            piece = self._piece(_PAIRS)
-            if leaf is not None:
-                piece = dataclasses.replace(piece, data=swapped_in_pairs(piece.data, leaf))
-            losses = losses_of(objective, piece, self._step)
-            if not self.close(losses[0], losses[2]):
+            losses = computed(losses_of)
+            if not self.close(losses[0], losses[1]):
                 return True
-            rows = gradients_of_rows(objective, piece, self._step)
-            return not self.alike(rows.row(0), rows.row(2))
+            rows = computed(gradients_of_rows)
+            return not self.alike(rows.row(0), rows.row(1))
 
-        with contextlib.ExitStack() as planted:
-            if module is not None:
-                planted.callback(module.register_forward_hook(add_means_of_pairs).remove)
-            if differs():
-                return True
-            with self._precisely():
-                return differs()
+        if differs():
+            return True
+        with self._precisely():
+            return differs()
+
+
+def _moves(part: Contribution) -> bool:
+    """Whether a gradient is not zero, of any row; the first is enough as a rule."""
+    rows = (part.take(torch.tensor([row])) for row in range(len(part.tensors()[0])))
+    return any(bool(row.inner_products(row).any()) for row in rows)
 
 
 def identical(one: Tensor, other: Tensor) -> bool:

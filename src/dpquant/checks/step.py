@@ -3,7 +3,6 @@
 
 import dataclasses
 
-import torch
 from torch import Tensor, nn
 
 from dpquant.backends.interface import PackedWeight
@@ -14,13 +13,14 @@ from dpquant.formats import Recipe
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class TrialStep(StepContext):
-    """A step context that keeps a packed weight only while the layer's weight is the one that was packed.
+    """A step context that packs a weight anew when the layer has another one, or when it was written to.
 
     A step of a run packs a weight once, whatever happens to it during the step. A check must not: a model that sets
-    its weights from its input would go unseen.
+    its weights from its input would go unseen. Writing through `.data` is not noticed here, so the comparisons in full
+    precision take a new `StepContext` for every pass.
     """
 
-    _sources: dict[nn.Module, Tensor] = dataclasses.field(default_factory=dict)
+    _packed_from: dict[nn.Module, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
     def dense_weight(self, layer: QuantizableLayer, weight: Tensor, size: tuple[int, int]) -> Tensor:
         self._forget_if_changed(layer)
@@ -33,7 +33,7 @@ class TrialStep(StepContext):
         return super().packed_weight(layer, recipe, size, side=side)
 
     def _forget_if_changed(self, layer: QuantizableLayer) -> None:
-        weight, source = layer.weight.detach(), self._sources.get(layer)
-        if source is None or source.dtype != weight.dtype or not torch.equal(source, weight):
+        now = layer.weight.data_ptr(), layer.weight._version
+        if self._packed_from.setdefault(layer, now) != now:
             self.forget(layer)
-            self._sources[layer] = weight.clone()
+            self._packed_from[layer] = now
