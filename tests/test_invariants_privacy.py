@@ -10,6 +10,7 @@ import functools
 import json
 import shutil
 import time
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -36,6 +37,7 @@ from dpquant.runs.directory import RunDirectory, append_line
 from dpquant.runs.names import METRICS, RECORD
 from dpquant.runs.settings import TrainSettings
 from dpquant.runs.train import train
+from dpquant.training.checkpoint import Checkpoint
 from dpquant.training.execution import ExecutionRequest
 from dpquant.training.impact import ImpactSum, analysis_keys, impact_sum
 from dpquant.training.private import PrivateTraining
@@ -281,7 +283,9 @@ class Silent(PrivateTraining):
 def starting(make_run):
     """Begins a run of a kind, as `make_private` does, under noise that is the same in every run."""
 
-    def start(model, optimizer, train_set, *, ledger, format, rest, backend, microbatch_size, memory, **keywords):
+    def start(
+        model, optimizer, train_set, *, ledger, format, rest, backend, microbatch_size, memory, resume, **keywords
+    ):
         wanted = ExecutionRequest(
             chosen=precision(format), rest=precision(rest), backend=backend, microbatch_size=microbatch_size,
             memory=memory,
@@ -292,6 +296,19 @@ def starting(make_run):
         return begin(request, lambda seconds: noisy(Mechanism.secret(ledger)), make_run=make_run)
 
     return start
+
+
+def as_lists(value):
+    """Nested tensors as nested lists."""
+    match value:
+        case torch.Tensor():
+            return value.tolist()
+        case Mapping():
+            return {key: as_lists(one) for key, one in value.items()}
+        case list() | tuple():
+            return [as_lists(one) for one in value]
+        case _:
+            return value
 
 
 def left_behind(out, settings, *, make_run=Silent, directory=RunDirectory):
@@ -306,6 +323,7 @@ def left_behind(out, settings, *, make_run=Silent, directory=RunDirectory):
         "choices": json.loads(files["choices.json"].read_text()),
         "metrics": [json.loads(line) for line in files["metrics.jsonl"].read_text().splitlines()],
         "record": json.loads(files["record.json"].read_text()),
+        "checkpoints": {one.name: as_lists(Checkpoint.read(one).parts) for one in files["checkpoints"].iterdir()},
         "weights": {name: t.tolist() for name, t in load_file(files["model.safetensors"]).items()},
         "progress": [what_the_screen_shows(progress) for progress in told.of("stepped")],
         "told": [(method, what) for method, what in told.all if method != "stepped"],
@@ -344,6 +362,7 @@ def assert_no_interference(tmp_path, **planted):
         "data": f"image-folder:{images}", "model": "cnn", "epochs": 2, "batch_size": 32.0, "sample_rate": 0.2,
         "lr": 0.01, "microbatch_size": 64, "backend": resolve("auto", [precision("luq-fp4")], torch.device("cpu")).name,
         "unsafe_metrics": planted.pop("unsafe_metrics", False),
+        "checkpoint_every": planted.pop("checkpoint_every", "1epoch"),
     }  # fmt: skip
     one, other = two_data_sets()
     put_images(images, one)
@@ -396,10 +415,14 @@ def test_interference_is_caught(planted, tmp_path):
         assert_no_interference(tmp_path, **planted)
 
 
-def test_a_buffer_that_takes_in_the_data_ends_the_run_and_is_not_kept(tmp_path):
+@pytest.mark.parametrize("every", ["1epoch", "1step"])
+def test_a_buffer_that_takes_in_the_data_ends_the_run_and_is_not_kept(every, tmp_path):
     with pytest.raises(dpquant.ModelError, match="buffer seen has begun to change"):
-        assert_no_interference(tmp_path, make_run=KeepingSome)
-    assert {path.name for path in (tmp_path / "a").iterdir()} == {"choices.json", "config.toml", "ledger.jsonl"}
+        assert_no_interference(tmp_path, make_run=KeepingSome, checkpoint_every=every)
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {
+        *("choices.json", "config.toml", "ledger.jsonl", "records.json", "checkpoints")
+    }
+    assert [path.name for path in (tmp_path / "a" / "checkpoints").iterdir()] == ["step-00000000"]
 
 
 class SecondsInTheMetrics(RunDirectory):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.gpu.report import Report
 from dpquant.backends import triton
-from dpquant.backends.algebra import im2col, patch_products, positions
+from dpquant.backends.algebra import ROUND_OFF, im2col, patch_products, positions
 from dpquant.backends.carriers import CARRIERS, Carrier, flaw_of, in_patches, unfolded
 from dpquant.backends.cuda import Cuda
 from dpquant.backends.geometry import Geometry
@@ -112,7 +112,7 @@ def _norms(x: QTensor, geometry: Geometry, like: Tensor, backend: Cuda) -> dict[
 
     def right(squares_B: Tensor) -> bool:
         """Never less, and hardly more: some methods add a bound on their round-off."""
-        return bool(((squares_B[:2] >= least_B * (1 - 1e-9)) & (squares_B[:2] <= least_B * 1.01)).all())
+        return bool(((squares_B[:2] >= least_B * (1 - ROUND_OFF)) & (squares_B[:2] <= least_B * 1.01)).all())
 
     return {
         method.name: _timed(lambda method=method: method.norms(operands).squares_B, right)

@@ -165,7 +165,8 @@ def test_a_ledger_that_cannot_be_read_ends_the_comparison(taken_up):
     for name in ("none-0", "none-0.interrupted-1"):
         ledger = out / name / "ledger.jsonl"
         text = ledger.read_text()
-        ledger.write_text(text.replace('"count": 1', '"count": 2', 1))
+        ledger.write_text(text.replace('"kind": "train", "sample_rate": 0.', '"kind": "train", "sample_rate": 1.', 1))
+        assert ledger.read_text() != text
         with pytest.raises(LedgerError, match="does not agree with itself"):
             compare(settings(), ["none"], 1, out)
         ledger.write_text(text)

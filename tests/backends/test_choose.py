@@ -16,7 +16,7 @@ from torch import nn
 
 import dpquant
 from dpquant.backends import choose
-from dpquant.backends.choose import Choices, Machine, decided, fastest
+from dpquant.backends.choose import Choices, Machine, decided, fastest, timed
 from dpquant.backends.doubles import Wrapped
 from dpquant.backends.gemm_sum import GemmSum
 from dpquant.backends.geometry import Geometry
@@ -43,8 +43,13 @@ def test_the_fastest_way_is_taken_and_asked_for_once():
 
 
 def test_a_hopeless_way_is_not_tried_again():
-    calls: list[str] = []
-    fastest(("a test", 2), ways(calls, fast=0.001, hopeless=0.05))
+    clock, calls = [0.0], []
+
+    def work(name, seconds):
+        calls.append(name)
+        clock[0] += seconds
+
+    timed({"fast": lambda: work("fast", 1.0), "hopeless": lambda: work("hopeless", 50.0)}, clock=lambda: clock[0])
     assert calls.count("hopeless") == 2 and calls.count("fast") == 4
 
 

@@ -15,7 +15,10 @@ import torch
 
 from conformance import PLAIN, assert_products_are_exact, assert_refusals_are_told
 from dpquant.backends.cpu_int8 import CpuInt8, Int8Weight, flaw_of_int8
+from dpquant.backends.geometry import Geometry
 from dpquant.backends.native_convolutions import has_native_weights
+from dpquant.backends.qtensor import QTensor
+from dpquant.backends.reference import ReferenceWeight
 from dpquant.backends.registry import BACKENDS, reason_for, resolve
 from dpquant.errors import FormatError
 from dpquant.formats import precision
@@ -150,3 +153,14 @@ class WithAnotherZero(Int8Weight):
 def test_a_wrong_zero_point_is_caught():
     with pytest.raises(AssertionError):
         assert_products_are_exact(CpuInt8(WithAnotherZero), PLAIN, 64)
+
+
+def test_sums_that_int32_does_not_hold_are_taken_elsewhere():
+    """A linear layer of so many inputs that the largest codes' products add up to more than 2^31."""
+    many = 2**31 // 127**2 + 64
+    weight = QTensor(codes=torch.full((2, many, 1, 1), 127, dtype=torch.int8), scale=torch.ones(1))
+    x = QTensor(codes=torch.full((1, many, 1, 1), 255, dtype=torch.uint8), scale=torch.ones(1), zero_point=128)
+    x = dataclasses.replace(x, codes=x.codes.contiguous(memory_format=torch.channels_last))
+    packed = BACKENDS["int8"].pack(weight, Geometry(), max_code=127)
+    assert packed.forward(x, None).flatten().tolist() == [float(torch.tensor(many * 127**2, dtype=torch.float32))] * 2
+    assert not isinstance(BACKENDS["int8"].pack(weight, Geometry(), max_code=64), ReferenceWeight)

@@ -27,7 +27,7 @@ from conformance import (
 from convolutions import codes, exactly
 from dpquant.backends import triton
 from dpquant.backends.carriers import BF16, CARRIERS, Carrier, flaw_of, flaw_of_convolution, random_codes
-from dpquant.backends.choose import Choices, Machine, timed
+from dpquant.backends.choose import Choices, Machine
 from dpquant.backends.cuda import CarriedSum, Cuda
 from dpquant.backends.gemm_sum import GemmSum
 from dpquant.backends.geometry import Geometry
@@ -310,18 +310,6 @@ def test_a_device_too_old_for_a_unit_is_told():
     old = here(BF16, capability=(99, 0))
     assert old.refusal(CPU) is None  # capabilities are those of GPUs
     assert [one.refusal(torch.device("meta")) for one in CARRIERS] == ["needs a device of type cuda"] * len(CARRIERS)
-
-
-def test_a_clock_is_read_when_the_device_has_done_its_work():
-    events: list[str] = []
-    ticks = iter(range(100))
-
-    def clock():
-        events.append("clock")
-        return float(next(ticks))
-
-    timed({"a": lambda: events.append("work")}, rounds=1, clock=clock, settle=lambda: events.append("settle"))
-    assert events == ["work", "settle", "clock", "work", "settle", "clock"]
 
 
 def test_decisions_of_convolutions_are_remembered():

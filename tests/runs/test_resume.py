@@ -23,7 +23,13 @@ from dpquant.runs.settings import TrainSettings, checkpoint_steps, plan_of
 from dpquant.runs.sinks import Sink
 from dpquant.runs.train import train
 
-SMALL = {"epochs": 3, "backend": "simulate", "microbatch_size": 64, "policy": "rotate"}
+SMALL = {
+    "epochs": 3,
+    "backend": "simulate",
+    "microbatch_size": 64,
+    "policy": "rotate",
+    "checkpoint_every": "1epoch",
+}
 
 
 def settings(**given):
@@ -97,8 +103,8 @@ def test_the_first_epoch_keeps_its_figures(stopped, tmp_path):
 def test_a_killed_run_ends_within_its_plan(at, tmp_path):
     out = tmp_path / "run"
     with pytest.raises(Dies.Killed):
-        train(settings(checkpoint_every="1epoch"), out, sinks=[Dies(at)])
-    record = train(settings(checkpoint_every="1epoch"), out, resume=True)
+        train(settings(), out, sinks=[Dies(at)])
+    record = train(settings(), out, resume=True)
     ledger = Ledger.verify(out / "ledger.jsonl")
     assert ledger.charged("train") == 18 and ledger.attempts == 2
     assert record.epsilon <= plan_of(settings()).epsilon + 1e-9
@@ -210,7 +216,7 @@ def test_equal_records_have_unequal_fingerprints(tmp_path):
     ],
 )
 def test_checkpoints_are_as_often_as_asked(given, step_seconds, write_seconds, steps):
-    chosen = settings(**given)
+    chosen = TrainSettings.chosen({"epochs": 3, **given})
     assert checkpoint_steps(chosen, plan_of(chosen), step_seconds, write_seconds) == steps
 
 

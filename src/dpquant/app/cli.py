@@ -331,7 +331,7 @@ def ledger(
 @app.command()
 def bench(
     model: Annotated[
-        str, typer.Option(help="resnet18-cifar, resnet18, resnet50, densenet121, cnn, transformer, mlp")
+        str, typer.Option(help="resnet18-cifar, resnet18, resnet50, densenet121, cnn, transformer, mlp, bert-base")
     ] = ("resnet18-cifar"),
     batch_size: Annotated[int | None, typer.Option(help="examples a step [32; mlp 4096]")] = None,
     image_size: Annotated[int | None, typer.Option(help="side of the images [the network's own]")] = None,
@@ -344,6 +344,7 @@ def bench(
     memory: Annotated[
         bool, typer.Option("--memory", help="Measure peak memory too, each contender in a process of its own.")
     ] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
     as_json: Json = False,
     out: Annotated[Path | None, typer.Option(help="Write the record here, as JSON.")] = None,
 ) -> int:
@@ -354,6 +355,7 @@ def bench(
     Example: dpquant bench --model cnn --batch-size 256 --memory
     """
     from dpquant.app.bench import BenchSettings, measure
+    from dpquant.runs.devices import device_of
 
     settings = BenchSettings(
         model=model,
@@ -364,6 +366,7 @@ def bench(
         rounds=rounds,
         physical_batch_size=physical_batch_size,
         memory=memory,
+        device=str(device_of(device)),
     )
     if out is not None and not out.parent.is_dir():
         raise SettingError(

@@ -18,6 +18,7 @@ int32 accumulator converted to float32, and the conversion is its only rounding 
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -37,6 +38,7 @@ from dpquant.backends.reference import Reference, ReferenceWeight, costs
 from dpquant.backends.workarounds import around_corners
 from dpquant.formats import Precision, RoleFormat
 
+_LARGEST_SUM = 2**31 - 1  # that int32 accumulators hold
 _LARGEST_CODE = 127  # for which pairs of products saturate where they are summed in 16 bits
 
 Packing = Callable[[QTensor, Geometry, int], PackedWeight]
@@ -137,6 +139,10 @@ class CpuInt8(Reference):
         return quantize_rows(x, role, row_keys, zero_point=INT8_ZERO_POINT)
 
     def pack(self, weight: QTensor, geometry: Geometry, *, max_code: int) -> PackedWeight:
+        outputs, kernel = weight.codes.shape[0] // geometry.groups, math.prod(geometry.kernel)
+        terms = kernel * max(outputs, weight.codes.shape[1])  # of the longer one of the two products
+        if terms * max_code**2 > _LARGEST_SUM:
+            return ReferenceWeight(weight, geometry, max_code)
         return self._packed(weight, geometry, max_code)
 
     def methods(self, operands: Operands) -> Sequence[Method]:

@@ -332,7 +332,7 @@ class Probe:
 
 def _moves(part: Contribution) -> bool:
     """Whether a gradient is not zero, of any row; the first is enough as a rule."""
-    rows = (part.take(torch.tensor([row])) for row in range(len(part.tensors()[0])))
+    rows = (part.take(torch.full((1,), row, device=part.tensors()[0].device)) for row in range(len(part.tensors()[0])))
     return any(bool(row.inner_products(row).any()) for row in rows)
 
 

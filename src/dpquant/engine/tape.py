@@ -11,6 +11,7 @@ Symbols: B examples, G_i the gradient of example i.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
@@ -125,9 +126,8 @@ class GradientTape:
             raise no_gradient(next(name for name in trainable if name not in totals))
         return {name: totals[name] if name in totals else torch.zeros_like(p) for name, p in trainable.items()}
 
-    def compare(self, module: nn.Module, again: Tensor, output: Tensor) -> None:
+    def compare(self, module: nn.Module, again: Tensor, output: Tensor, *, tolerance: float) -> None:
         """Compare a module's output for examples that are evaluated alone with that of its call, for `settle`."""
-        tolerance = TOLERANCE + _INPUTS * input_error(output.device)  # of the call, which the evaluation does not have
         gap = differs(again, output, tolerance)
         self._gaps[module] = self._gaps[module] | gap if module in self._gaps else gap
 
@@ -243,8 +243,10 @@ def _listener(tape: GradientTape) -> Callable[[nn.Module, tuple[Any, ...], dict[
         def record(grad: Tensor) -> None:
             tape.listening = False  # `contributions_of` may call the module again
             own = dict(module.named_parameters(recurse=False))
+            # the call may have rounded its inputs, which the evaluation below does not
+            compare = functools.partial(tape.compare, tolerance=TOLERANCE + _INPUTS * input_error(grad.device))
             with ieee_float32():
-                found = contributions_of(module, args, kwargs, plain, grad, compare=tape.compare)
+                found = contributions_of(module, args, kwargs, plain, grad, compare=compare)
             for name, contribution in found.items():
                 if name in own:  # a formula may give a bias that the module lacks
                     tape.add(own[name], contribution)

@@ -76,6 +76,7 @@ class RunDirectory:
     def __init__(self, path: Path):
         self.path = path
         self._is_new = not os.path.exists(path)
+        self._missing = [folder for folder in path.absolute().parents if not os.path.exists(folder)]
 
     def check_place(self) -> None:
         """Check that the directory is new or empty and can be created. It is not created yet.
@@ -245,8 +246,9 @@ class RunDirectory:
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
         if self._is_new:
-            with contextlib.suppress(OSError):  # the directory is not empty: other files stay
-                self.path.rmdir()
+            with contextlib.suppress(OSError):  # a directory is not empty: other files stay
+                for folder in (self.path, *self._missing):
+                    folder.rmdir()
 
     def save(self, model: nn.Module, path: Path) -> None:
         """Save a model's parameters and buffers. A tensor that several names share is saved once."""

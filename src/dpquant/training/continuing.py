@@ -16,6 +16,7 @@ made twice is one release.
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -66,11 +67,22 @@ class Parts:
                 "otherwise."
             )
 
-    def checkpoint(self, state: RunState) -> Checkpoint:
-        """Return the checkpoint of a run with this state. Privacy: post-processing."""
+    def save(self, path: Path, state: RunState) -> None:
+        """Write the checkpoint of a run with this state.
+
+        Raises:
+          SettingError: a part holds what only pickle could save, or the folder cannot be written.
+        Privacy: post-processing.
+        """
         parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         parts |= {name: one.state_dict() for name, one in self.others.items()}
-        return Checkpoint(parts=parts, facts={"state": state.to_json(), "plan": self.plan.to_json()})
+        try:
+            Checkpoint(parts=parts, facts={"state": state.to_json(), "plan": self.plan.to_json()}).write(path)
+        except OSError as error:
+            raise SettingError(
+                f"Expected a place where a checkpoint can be written; got {path}: {error.strerror or error}. The run "
+                "can go on, but could not be continued from here. Make room, or name a new folder."
+            ) from error
 
     def restore(self, checkpoint: Checkpoint) -> RunState:
         """Load the parts from a checkpoint and return the state of the run that wrote it.

@@ -19,22 +19,17 @@ the layer schedule alone. The global random generators belong to the user and ar
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dpquant.backends.choose import Choices
-from dpquant.backends.malloc import working_memory
-from dpquant.checks.isolation import buffers_of, changed_buffer, keeps_apart, restore_buffers
 from dpquant.engine.batches import Microbatch, take_rows
 from dpquant.engine.clip import ClippedSum, clipped_sum_of, step_key
 from dpquant.engine.layers import set_policy, set_precisions
-from dpquant.engine.passes import out_of_memory
-from dpquant.errors import BudgetError, DPQuantError, ModelError, SettingError
-from dpquant.machine import current
+from dpquant.errors import BudgetError, ModelError, SettingError
 from dpquant.privacy import accounting
 from dpquant.privacy.events import Event, Kind
 from dpquant.privacy.mechanism import Mechanism
@@ -51,9 +46,7 @@ from dpquant.training.policies import ema
 from dpquant.training.records import Records
 from dpquant.training.setup import Setup
 from dpquant.training.state import RunState
-from dpquant.training.tuning import memory_gone
-
-_PROBED = 8  # records in each of the two batches in which one record's gradients are compared, once an epoch
+from dpquant.training.watch import Watch, broken, without_details
 
 
 class PrivateTraining:
@@ -100,8 +93,7 @@ class PrivateTraining:
         self._records, self._mechanism, self._group, self._state = records, mechanism, group, state
         self._objective, self._seed = setup.found.objective, setup.seed
         self._drawn: Batch | None = None
-        self._probed = self._began = False
-        self._buffers = buffers_of(self.model)
+        self._watch, self._began = Watch(setup.found.objective, records), False
         self._device = next(self.model.parameters()).device
 
     @property
@@ -204,7 +196,7 @@ class PrivateTraining:
         self._drawn = None
         self._charge("train", self.plan, self.steps_taken)
         self._advance(steps_taken=self.steps_taken + 1)
-        self._without_details(lambda: self._descend(batch))
+        without_details(lambda: self._descend(batch), self.choices, self._device)
         self.seconds_train += time.perf_counter() - began
 
     def _descend(self, batch: Batch) -> None:
@@ -240,71 +232,19 @@ class PrivateTraining:
         )
 
     def _probe(self, batch: Batch, key: int) -> None:
-        """Check once an epoch that a record's gradient does not depend on the other records of its batch.
+        """Check once an epoch that a record's gradient does not depend on the other records of its batch."""
+        self._stop_if(self._watch.coupling(batch.record_ids, key))
+        self._refuse_if_broken()
 
-        For a model that keeps examples apart the check always passes, so its outcome releases nothing. All processes of
-        a group check the same record, so that they all stop at the same step.
-        """
-        if self._probed or len(batch.record_ids) == 0:
-            return
-        pieces = self._records.batchmates(batch.record_ids, _PROBED, key)
-        if pieces is None:
-            return
-        self._probed = True
-        try:
-            apart = keeps_apart(self._objective, *pieces, key=key)
-        except DPQuantError:
-            raise
-        except Exception:  # the model does not run on this record, which then contributes nothing
-            return
-        if not apart:
-            self._give_up("one record's gradient depends on the other records of its batch")
-            self._refuse_if_broken()
-
-    def _check_buffers(self) -> None:
-        """Stop the run if a buffer has changed since it began, and restore it: it holds information on records."""
-        if changed := changed_buffer(self.model, self._buffers):
-            restore_buffers(self.model, self._buffers)
-            self._give_up(f"its buffer {changed} has begun to change, and what it kept of records was not noised")
-
-    def _give_up(self, reason: str) -> None:
-        """Stop the run, because the model violates what epsilon assumes: no more steps; the statement says why."""
-        broken = (
-            f"Expected a model that keeps examples apart; {reason}. The check on synthetic records could not see it, "
-            "and the epsilon of this run DOES NOT HOLD: release nothing of it. Make the model, the loss and collate_fn "
-            "treat each record by itself, or give example= records that show what these do."
-        )
-        self._advance(broken=self._state.broken or broken)
+    def _stop_if(self, reason: str) -> None:
+        """Stop the run, if there is a reason: no more steps, and the statement says why."""
+        if reason:
+            self._advance(broken=self._state.broken or broken(reason))
 
     def _refuse_if_broken(self) -> None:
         """Raise a ModelError if the run has been stopped."""
         if self._state.broken:
             raise ModelError(self._state.broken)
-
-    def _without_details(self, work: Callable[[], None]) -> None:
-        """Run `work`, which reads private records; replace a foreign exception by one that contains no data."""
-        failed, memory = None, False
-        try:
-            with (
-                current(self._device),
-                working_memory(),
-                self.choices.active(),
-                torch.inference_mode(False),
-                torch.enable_grad(),
-            ):
-                work()
-        except DPQuantError:
-            raise
-        except Exception as error:
-            failed, memory = type(error).__name__, out_of_memory(error)
-        if memory:
-            raise memory_gone()
-        if failed is not None:  # raised outside of `except`, so that the original exception is not attached to it
-            raise ModelError(
-                f"Expected a step to run as it did on synthetic records; got a {failed}. Its message is withheld, "
-                "because it may hold data. What was charged stays charged. Look for what differs from a synthetic "
-                "step: memory, the optimizer's state, hooks."
-            )
 
     def save(self, path: Path, **others: Stateful) -> None:
         """Write a checkpoint, completely or not at all: model, optimizer, the run's state, and whatever else is named.
@@ -314,16 +254,12 @@ class PrivateTraining:
           others: objects with `state_dict` and `load_state_dict`, as a learning-rate scheduler.
         Raises:
           SettingError: a state holds what only pickle could save, or the folder cannot be written.
+          ModelError: the run has been stopped, or the model has kept something of its records in a buffer.
         Privacy: post-processing. It holds no key and no record.
         """
-        checkpoint = self._parts(others).checkpoint(self.state)
-        try:
-            checkpoint.write(path)
-        except OSError as error:
-            raise SettingError(
-                f"Expected a place where a checkpoint can be written; got {path}: {error.strerror or error}. The run "
-                "can go on, but could not be continued from here. Make room, or name a new folder."
-            ) from error
+        self._stop_if(self._watch.changed_buffer())
+        self._refuse_if_broken()
+        self._parts(others).save(path, self.state)
 
     def load(self, path: Path, **others: Stateful) -> None:
         """Continue from a checkpoint. To be called before the first step, on a run of `make_private(resume=True)`.
@@ -338,13 +274,10 @@ class PrivateTraining:
         Privacy: post-processing. Steps that were charged after the checkpoint stay charged and are lost.
         """
         if self._began:
-            raise SettingError(
-                "Expected load before the run's first batch; got it later. The steps taken since would be forgotten. "
-                "Call it right after make_private."
-            )
+            raise SettingError("Expected load before the run's first batch; got it later. Call it after make_private.")
         saved = self._parts(others).restore(Checkpoint.read(path))
         self._state = continued(saved, self._mechanism.ledger, self.execution, repeatable=self._mechanism.repeats)
-        self._buffers = buffers_of(self.model)
+        self._watch.keep_buffers()
 
     def _parts(self, others: Mapping[str, Stateful]) -> Parts:
         return Parts(model=self.model, optimizer=self.optimizer, plan=self.plan, others=others)
@@ -372,7 +305,7 @@ class PrivateTraining:
 
     def _run(self, layers: tuple[str, ...], num_steps: int) -> Iterator[Batch]:
         """Draw an epoch's batches one by one, with its layers quantized; afterwards return to full precision."""
-        self._probed = False
+        self._watch.begin_epoch()
         set_precisions(self.model, self.execution.precisions(self.macs, layers))
         try:
             for _ in range(num_steps):
@@ -381,7 +314,7 @@ class PrivateTraining:
                 yield self._drawn
         finally:
             set_policy(self.model, ())
-            self._check_buffers()
+            self._stop_if(self._watch.changed_buffer())
         self._refuse_if_broken()
 
     def _refuse_what_was_skipped(self) -> None:
@@ -436,7 +369,7 @@ class PrivateTraining:
         self._charge("analysis", self._analysis, number)
         self._advance(analyses_made=number + 1)
         batch = self._draw("analysis", self._analysis, number)
-        self._without_details(lambda: self._score(batch))
+        without_details(lambda: self._score(batch), self.choices, self._device)
         self.seconds_analysis += time.perf_counter() - began
 
     def _score(self, batch: Batch) -> None:

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is watched while a run goes on: that the model keeps examples apart, and that no error carries data out.
+
+The check on synthetic records, before the first charge, cannot see what real records alone show. For a model that keeps
+examples apart nothing here ever finds anything, so that what is found releases nothing.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dpquant.backends.choose import Choices
+from dpquant.backends.malloc import working_memory
+from dpquant.checks.isolation import buffers_of, changed_buffer, keeps_apart, restore_buffers
+from dpquant.engine.passes import Objective, out_of_memory
+from dpquant.errors import DPQuantError, ModelError
+from dpquant.machine import current
+from dpquant.training.records import Records
+from dpquant.training.tuning import memory_gone
+
+_PROBED = 8  # records in each of the two batches in which one record's gradients are compared, once an epoch
+
+
+class Watch:
+    """Compares one record's gradients among different batchmates, once an epoch, and the model's buffers.
+
+    Privacy: per example, for a model that keeps examples apart; what is found ends the run.
+    """
+
+    def __init__(self, objective: Objective, records: Records):
+        """Watch a model from now on, with its buffers as they are."""
+        self._objective, self._records = objective, records
+        self._buffers, self._probed = buffers_of(objective.model), False
+
+    def begin_epoch(self) -> None:
+        """Compare one more record."""
+        self._probed = False
+
+    def keep_buffers(self) -> None:
+        """Take the model's buffers as they are now for what they should be: they come from a checkpoint."""
+        self._buffers = buffers_of(self._objective.model)
+
+    def coupling(self, record_ids: Tensor, key: int) -> str:
+        """Return why the model does not keep examples apart, if one record of the batch shows it; else "".
+
+        All processes of a group compare the same record, so that they all stop at the same step.
+        """
+        if self._probed or len(record_ids) == 0:
+            return ""
+        pieces = self._records.batchmates(record_ids, _PROBED, key)
+        if pieces is None:
+            return ""
+        self._probed = True
+        try:
+            apart = keeps_apart(self._objective, *pieces, key=key)
+        except DPQuantError:
+            raise
+        except Exception:  # the model does not run on this record, which then contributes nothing
+            return ""
+        return "" if apart else "one record's gradient depends on the other records of its batch"
+
+    def changed_buffer(self) -> str:
+        """Return why a buffer that has changed matters, and restore it: it holds information on records. Else ""."""
+        changed = changed_buffer(self._objective.model, self._buffers)
+        if not changed:
+            return ""
+        restore_buffers(self._objective.model, self._buffers)
+        return f"its buffer {changed} has begun to change, and what it kept of records was not noised"
+
+
+def broken(reason: str) -> str:
+    """Return the error for a model that violates what epsilon assumes."""
+    return (
+        f"Expected a model that keeps examples apart; {reason}. The check on synthetic records could not see it, "
+        "and the epsilon of this run DOES NOT HOLD: release nothing of it. Make the model, the loss and collate_fn "
+        "treat each record by itself, or give example= records that show what these do."
+    )
+
+
+def without_details(work: Callable[[], None], choices: Choices, device: torch.device) -> None:
+    """Run `work`, which reads private records; replace a foreign exception by one that contains no data."""
+    failed, memory = None, False
+    try:
+        with current(device), working_memory(), choices.active(), torch.inference_mode(False), torch.enable_grad():
+            work()
+    except DPQuantError:
+        raise
+    except Exception as error:
+        failed, memory = type(error).__name__, out_of_memory(error)
+    if memory:
+        raise memory_gone()
+    if failed is not None:  # raised outside of `except`, so that the original exception is not attached to it
+        raise ModelError(
+            f"Expected a step to run as it did on synthetic records; got a {failed}. Its message is withheld, "
+            "because it may hold data. What was charged stays charged. Look for what differs from a synthetic "
+            "step: memory, the optimizer's state, hooks."
+        )
