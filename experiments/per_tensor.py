@@ -17,7 +17,7 @@ from dpquant.app import cli
 from dpquant.backends.doubles import SharedScale
 from dpquant.backends.registry import BACKENDS
 from dpquant.checks import isolation
-from dpquant.training import private, start
+from dpquant.training import start, watch
 
 NOT_PRIVATE = "NOT PRIVATE, whatever was printed before: scales were taken over the batch."
 
@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
         mock.patch.object(isolation, "_check_codes"),
         mock.patch.object(isolation, "_check_quantized_losses"),
         mock.patch.object(start, "check_at_size"),
-        mock.patch.object(private, "keeps_apart", return_value=True),
+        mock.patch.object(watch, "keeps_apart", return_value=True),
     ):
         code = cli.run(arguments)
     if code == 0:

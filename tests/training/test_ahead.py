@@ -124,7 +124,7 @@ def test_a_random_transform_in_the_thread_would_be_seen():
     def in_the_middle():
         if threading.current_thread() is not threading.main_thread():
             in_a_pass.clear()
-            in_a_pass.wait(1)
+            in_a_pass.wait(0.3)
 
     def telling():
         network = dropping()
