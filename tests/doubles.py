@@ -80,7 +80,7 @@ def interrupting(num_classes, input_shape):
 def interrupting_research(num_classes, input_shape):
     """Interrupts while it is built a run whose ledger says that its charges came from a seed."""
     ledger, steps = _interrupted[-1]
-    ledger.parent.mkdir()
+    ledger.parent.mkdir(exist_ok=True)
     Ledger(ledger, research=True).charge(kind="train", sample_rate=0.1, noise_multiplier=1.0, count=steps)
     raise KeyboardInterrupt
 

@@ -214,12 +214,12 @@ def _train(settings: TrainSettings, folder: Path, *, resume: bool, as_json: bool
     from dpquant.runs.train import train as run_training
 
     console = Console(quiet=as_json)
-    budget = plan_of(settings)
     command = shlex.join(["dpquant", *sys.argv[1:]])
     try:
         with ProgressBar(console) as bar:
-            record = run_training(settings, folder, plan=budget, command=command, sinks=[bar], resume=resume)
+            record = run_training(settings, folder, command=command, sinks=[bar], resume=resume)
     except KeyboardInterrupt as interrupt:
+        budget = plan_of(settings)
         spent = charged(folder / LEDGER, budget)
         secure = "" if not spent.research else "; NOT PRIVATE: sampling or noise came from a given seed"
         raise _Interrupted(

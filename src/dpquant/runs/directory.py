@@ -241,7 +241,12 @@ class RunDirectory:
         record.write(self.path / RECORD)
 
     def take_back(self) -> None:
-        """Remove the files of a run that was refused before its first charge, and the directory if it was new."""
+        """Remove the files of a run that was refused before its first charge, and the directory if it was new.
+
+        Nothing is removed if the ledger holds charges.
+        """
+        if (self.path / LEDGER).exists() and Ledger.read(self.path / LEDGER):
+            return
         for name in (CONFIG, LEDGER, CHOICES, METRICS, RECORDS):
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)

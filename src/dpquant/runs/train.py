@@ -81,21 +81,20 @@ def train(
         files.check_continues(settings)
     else:
         files.check_place()
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    plan = plan or plan_of(settings)
-    device = device_of(settings.device)
-    choices = files.choices() if continues else None
-    if choices is None and settings.choices is not None:
-        choices = Choices.read(Path(settings.choices))
-    data_dir = Path(settings.data_dir) if settings.data_dir is not None else None
-    dataset = data.load(settings.data, data_dir, image_size=settings.image_size)
-    model = model_of(settings, dataset).to(device)
-    optimizer = optimizer_of(settings, model)
-    schedule = schedule_of(settings, optimizer, plan.steps)
+        files.make(settings)
     try:
-        if not continues:
-            files.make(settings)
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        plan = plan or plan_of(settings)
+        device = device_of(settings.device)
+        choices = files.choices() if continues else None
+        if choices is None and settings.choices is not None:
+            choices = Choices.read(Path(settings.choices))
+        data_dir = Path(settings.data_dir) if settings.data_dir is not None else None
+        dataset = data.load(settings.data, data_dir, image_size=settings.image_size)
+        model = model_of(settings, dataset).to(device)
+        optimizer = optimizer_of(settings, model)
+        schedule = schedule_of(settings, optimizer, plan.steps)
         files.know_records(dataset.train)
         private = start(
             model,
