@@ -208,7 +208,6 @@ def resume(run: Annotated[Path, typer.Argument(help="directory of the run")], as
 
 def _train(settings: TrainSettings, folder: Path, *, resume: bool, as_json: bool) -> None:
     """Train into a run directory and print the result."""
-    from dpquant.privacy.plan import rounded_up
     from dpquant.runs.directory import charged
     from dpquant.runs.names import LEDGER
     from dpquant.runs.train import train as run_training
@@ -220,12 +219,7 @@ def _train(settings: TrainSettings, folder: Path, *, resume: bool, as_json: bool
             record = run_training(settings, folder, command=command, sinks=[bar], resume=resume)
     except KeyboardInterrupt as interrupt:
         budget = plan_of(settings)
-        spent = charged(folder / LEDGER, budget)
-        secure = "" if not spent.research else "; NOT PRIVATE: sampling or noise came from a given seed"
-        raise _Interrupted(
-            f"interrupted after {spent.steps} of {budget.steps} steps; spent so far: "
-            f"epsilon = {rounded_up(spent.epsilon)} at delta = {budget.delta:g}{secure}"
-        ) from interrupt
+        raise _Interrupted(charged(folder / LEDGER, budget).told(budget)) from interrupt
     if as_json:
         print(record.to_json(), end="")
         return

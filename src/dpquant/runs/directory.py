@@ -19,7 +19,7 @@ from dpquant.backends.choose import Choices
 from dpquant.errors import ModelError, SettingError
 from dpquant.privacy import accounting
 from dpquant.privacy.ledger import Ledger
-from dpquant.privacy.plan import PrivacyPlan
+from dpquant.privacy.plan import PrivacyPlan, rounded_up
 from dpquant.runs import fingerprint
 from dpquant.runs.names import CHECKPOINTS, CHOICES, CONFIG, LEDGER, METRICS, MODEL, RECORD, RECORDS, TIMINGS
 from dpquant.runs.record import EpochRecord, RunRecord, Timings, metrics_line, replacing, write_whole
@@ -44,6 +44,14 @@ class Charged(NamedTuple):
     steps: int
     epsilon: float
     research: bool
+
+    def told(self, plan: PrivacyPlan) -> str:
+        """Return in words what a run that was stopped has spent."""
+        secure = "" if not self.research else "; NOT PRIVATE: sampling or noise came from a given seed"
+        return (
+            f"interrupted after {self.steps} of {plan.steps} steps; spent so far: "
+            f"epsilon = {rounded_up(self.epsilon)} at delta = {plan.delta:g}{secure}"
+        )
 
 
 def charged(ledger: Path, plan: PrivacyPlan) -> Charged:

@@ -29,7 +29,7 @@ from dpquant.data import dataset as data
 from dpquant.errors import BudgetError, DivergedError, SettingError, StoppedError
 from dpquant.privacy.plan import PrivacyPlan, rounded_up
 from dpquant.runs.devices import described, device_of
-from dpquant.runs.directory import RunDirectory
+from dpquant.runs.directory import Charged, RunDirectory
 from dpquant.runs.evaluation import EVALUATION_BATCH, Tested, accuracy, check_evaluation, per_example_loss
 from dpquant.runs.names import LEDGER, METRICS
 from dpquant.runs.objects import model_of, move_schedule, optimizer_of, schedule_of
@@ -125,9 +125,7 @@ def train(
         with _writing(out, private):
             files.begin(tested.model, private.choices, history.epochs)
             written = time.perf_counter()
-            files.checkpoint(
-                private, parts
-            )  # before the first charge: whether it can be written, and how long it takes
+            files.checkpoint(private, parts)  # whether it can be written, and how long that takes
             every = checkpoint_steps(settings, plan, private.step_seconds, time.perf_counter() - written)
         tell.started(plan, settings)
     except BaseException:
@@ -241,13 +239,8 @@ def _stop_if_asked(stopping: Stopping, private: PrivateTraining, out: Path) -> N
     """Raise StoppedError if a signal has asked for an end and steps are left."""
     if stopping.asked is None or private.steps_taken == private.plan.steps:
         return
-    secure = "" if private.secure else "; NOT PRIVATE: sampling or noise came from a given seed"
-    raise StoppedError(
-        f"interrupted after {private.steps_taken} of {private.plan.steps} steps; spent so far: epsilon = "
-        f"{rounded_up(private.epsilon_spent())} at delta = {private.plan.delta:g}{secure}. Continue by: dpquant resume "
-        f"{out}",
-        128 + stopping.asked,
-    )
+    spent = Charged(steps=private.steps_taken, epsilon=private.epsilon_spent(), research=not private.secure)
+    raise StoppedError(f"{spent.told(private.plan)}. Continue by: dpquant resume {out}", 128 + stopping.asked)
 
 
 def _refuse_if_all_was_lost(private: PrivateTraining) -> None:

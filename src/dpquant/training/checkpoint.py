@@ -29,6 +29,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from dpquant.errors import DataError, SettingError
+from dpquant.privacy.disk import DISK
 
 _FORMAT = 1
 _MANIFEST, _STATE = "MANIFEST.json", "state.json"
@@ -46,6 +47,9 @@ class Disk:
 
     def flush(self, path: Path) -> None:
         """Return when the file's content, or the folder's list of names, is on disk."""
+        if path.is_dir():
+            DISK.sync_folder(path)
+            return
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
