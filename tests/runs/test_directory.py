@@ -20,6 +20,7 @@ from dpquant.privacy.ledger import Ledger
 from dpquant.runs.directory import Charged, RunDirectory, charged
 from dpquant.runs.evaluation import accuracy
 from dpquant.runs.names import LEDGER, MODEL
+from dpquant.runs.place import Place
 from dpquant.runs.record import Timings
 from dpquant.runs.settings import TrainSettings, plan_of
 from dpquant.runs.sinks import Sink
@@ -82,14 +83,14 @@ def assert_refused_before_any_charge(train, out, error, words, directory=RunDire
     """One error, no charge, no step, and nothing written."""
     told, charges = Told(), []
 
-    class Watched(directory):
-        def take_back(self):
+    class Watched(Place):
+        def give_back(self):
             if (self.path / LEDGER).exists():  # else nothing can have been charged
                 charges.extend(Ledger.read(self.path / LEDGER))
-            super().take_back()
+            super().give_back()
 
     with pytest.raises(Exception, match=r".") as found:  # what it is, below: a late one may be any
-        train(small(**given), out, sinks=[told], directory=Watched)
+        train(small(**given), Watched(out), sinks=[told], directory=directory)
     assert charges == [], "something was charged"
     assert told.all == [], "the run had begun"
     assert isinstance(found.value, error) and words in str(found.value)

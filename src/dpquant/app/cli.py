@@ -32,6 +32,7 @@ from dpquant.app.console import (
     print_run,
 )
 from dpquant.errors import DivergedError, DPQuantError, LedgerError, SettingError, StoppedError
+from dpquant.runs.place import Place
 from dpquant.runs.settings import BY_DATA, GENERAL, TrainSettings, from_toml, plan_of
 
 if typing.TYPE_CHECKING:
@@ -201,25 +202,25 @@ def resume(run: Annotated[Path, typer.Argument(help="directory of the run")], as
 
     Example: dpquant resume runs/fashion
     """
-    from dpquant.runs.directory import RunDirectory
-
-    _train(RunDirectory(run).settings(), run, resume=True, as_json=as_json)
+    _train(Place(run).settings(), run, resume=True, as_json=as_json)
 
 
 def _train(settings: TrainSettings, folder: Path, *, resume: bool, as_json: bool) -> None:
     """Train into a run directory and print the result."""
-    from dpquant.runs.directory import charged
-    from dpquant.runs.names import LEDGER
-    from dpquant.runs.train import train as run_training
+    place = Place(folder)
+    with place.taken(settings, resume=resume):  # before torch is imported: a run killed meanwhile can be continued
+        from dpquant.runs.directory import charged
+        from dpquant.runs.names import LEDGER
+        from dpquant.runs.train import train as run_training
 
-    console = Console(quiet=as_json)
-    command = shlex.join(["dpquant", *sys.argv[1:]])
-    try:
-        with ProgressBar(console) as bar:
-            record = run_training(settings, folder, command=command, sinks=[bar], resume=resume)
-    except KeyboardInterrupt as interrupt:
-        budget = plan_of(settings)
-        raise _Interrupted(charged(folder / LEDGER, budget).told(budget)) from interrupt
+        console = Console(quiet=as_json)
+        command = shlex.join(["dpquant", *sys.argv[1:]])
+        try:
+            with ProgressBar(console) as bar:
+                record = run_training(settings, place, command=command, sinks=[bar])
+        except KeyboardInterrupt as interrupt:
+            budget = plan_of(settings)
+            raise _Interrupted(charged(folder / LEDGER, budget).told(budget)) from interrupt
     if as_json:
         print(record.to_json(), end="")
         return

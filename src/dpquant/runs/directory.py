@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files of a run directory: writing each of them completely or not at all."""
 
-import contextlib
 import dataclasses
 import os
 import shutil
@@ -21,9 +20,8 @@ from dpquant.privacy import accounting
 from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.plan import PrivacyPlan, rounded_up
 from dpquant.runs import fingerprint
-from dpquant.runs.names import CHECKPOINTS, CHOICES, CONFIG, LEDGER, METRICS, MODEL, RECORD, RECORDS, TIMINGS
+from dpquant.runs.names import CHECKPOINTS, CHOICES, METRICS, MODEL, RECORD, RECORDS, TIMINGS
 from dpquant.runs.record import EpochRecord, RunRecord, Timings, metrics_line, replacing, write_whole
-from dpquant.runs.settings import TrainSettings, from_toml
 from dpquant.training.checkpoint import newest, purge
 from dpquant.training.continuing import Stateful
 from dpquant.training.private import PrivateTraining
@@ -83,80 +81,6 @@ class RunDirectory:
 
     def __init__(self, path: Path):
         self.path = path
-        self._is_new = not os.path.exists(path)
-        self._missing = [folder for folder in path.absolute().parents if not os.path.exists(folder)]
-
-    def check_place(self) -> None:
-        """Check that the directory is new or empty and can be created. It is not created yet.
-
-        Raises:
-          SettingError: the path is not empty, not a directory, or cannot be written to.
-        """
-        path = self.path
-        if not self._is_new and (not path.is_dir() or any(path.iterdir())):
-            raise SettingError(f"Expected out to be a new or empty directory; got out={path}. Name another one.")
-        # Where a parent folder may not be read, os.path.exists returns False and Path.exists raises
-        nearest = next(folder for folder in (path.absolute(), *path.absolute().parents) if os.path.exists(folder))
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-            raise SettingError(
-                f"Expected out to be a place where a directory can be made; got out={path}. {nearest} cannot be "
-                "written to. Name another one."
-            )
-
-    def holds_a_run(self) -> bool:
-        """Return whether the directory is there and not empty."""
-        return self.path.is_dir() and any(self.path.iterdir())
-
-    def settings(self) -> TrainSettings:
-        """Return the settings of the run in the directory.
-
-        Raises:
-          SettingError: there is no run, or its settings cannot be read.
-        """
-        if not (self.path / CONFIG).is_file():
-            raise SettingError(
-                f"Expected the directory of a run; got {self.path}, which holds no {CONFIG}. Name the directory that "
-                "dpquant train has made."
-            )
-        return TrainSettings.chosen(from_toml(self.path / CONFIG))
-
-    def check_continues(self, settings: TrainSettings) -> None:
-        """Check that the directory holds a run with these settings that has not ended.
-
-        Raises:
-          SettingError: it does not.
-        """
-        own = self.settings()
-        if (self.path / RECORD).exists():
-            raise SettingError(
-                f"Expected a run that has not ended; got {self.path}, which holds its record. Its budget is spent. "
-                "Begin a new run in another directory; epsilon adds up."
-            )
-        differ = [f.name for f in dataclasses.fields(own) if getattr(own, f.name) != getattr(settings, f.name)]
-        if differ:
-            name = differ[0]
-            raise SettingError(
-                f"Expected {name}={getattr(own, name)!r}, as in {self.path / CONFIG}; got {getattr(settings, name)!r}. "
-                "What is charged was charged under the former. Leave it out, or begin a new run in another directory."
-            )
-
-    def make(self, settings: TrainSettings) -> None:
-        """Make the directory with the settings in it, both at once, so that a run can always be continued.
-
-        Raises:
-          SettingError: it cannot be made.
-        """
-        draft = self.path.absolute().with_name(f"{self.path.name}.tmp-{os.getpid()}")
-        try:
-            draft.mkdir(parents=True)
-            write_whole(draft / CONFIG, settings.to_toml())
-            draft.replace(self.path)  # over an empty directory, too
-        except OSError as error:
-            shutil.rmtree(draft, ignore_errors=True)
-            raise SettingError(
-                f"Expected out to be a place where a directory can be made; got out={self.path}: "
-                f"{error.strerror or error}. Name another one."
-            ) from error
 
     def know_records(self, train_set: MapDataset) -> None:
         """Write the fingerprint of the training records, or, if there is one, check that they are still the same.
@@ -219,14 +143,16 @@ class RunDirectory:
             warnings.warn(f"{why} The run continues from {'the start' if found is None else found.name}.", stacklevel=2)
         return found
 
-    def shift_clocks(self, private: PrivateTraining, began: float) -> float:
-        """Add the times of earlier processes to a run's, and return when it would have begun in one."""
+    def past_timings(self, epochs: int) -> Timings | None:
+        """Return the times of earlier processes of the run, with the ends of its first epochs; None if there are none.
+
+        Args:
+          epochs: how many epochs the run has ended, as it continues.
+        Raises:
+          DataError: the file cannot be read.
+        """
         past = Timings.read(self.path / TIMINGS)
-        if past is None:
-            return began
-        private.seconds_train += past.seconds_train
-        private.seconds_analysis += past.seconds_analysis
-        return began - past.seconds_total
+        return past and dataclasses.replace(past, seconds_at_epoch_ends=past.seconds_at_epoch_ends[:epochs])
 
     def keep(self, model: nn.Module, choices: Choices, timings: Timings) -> None:
         """Write model, timings and choices after an epoch, each file completely or not at all.
@@ -247,21 +173,6 @@ class RunDirectory:
         """
         timings.write(self.path / TIMINGS)
         record.write(self.path / RECORD)
-
-    def take_back(self) -> None:
-        """Remove the files of a run that was refused before its first charge, and the directory if it was new.
-
-        Nothing is removed if the ledger holds charges.
-        """
-        if (self.path / LEDGER).exists() and Ledger.read(self.path / LEDGER):
-            return
-        for name in (CONFIG, LEDGER, CHOICES, METRICS, RECORDS):
-            (self.path / name).unlink(missing_ok=True)
-        shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
-        if self._is_new:
-            with contextlib.suppress(OSError):  # a directory is not empty: other files stay
-                for folder in (self.path, *self._missing):
-                    folder.rmdir()
 
     def save(self, model: nn.Module, path: Path) -> None:
         """Save a model's parameters and buffers. A tensor that several names share is saved once."""

@@ -7,10 +7,10 @@ written after every epoch, for `safetensors.torch.load_model`), record.json, cho
 machine, which `--choices` hands to another run), and checkpoints, from the newest of which a run continues. For the
 operator only: timings.json and records.json (a fingerprint of the training records).
 
-The directory is made first, with the settings in it, so that a run can be continued however early it was killed; if a
-check fails, it is removed again. Saving, testing and a checkpoint of the model are tried once before anything is
-charged. Nothing computed from private data is written except through a charged mechanism, with two exceptions:
-`unsafe_metrics`, which marks the files that it changes, and the operator's files.
+The directory is made first (`place.py`), with the settings in it, so that a run can be continued however early it was
+killed; if a check fails, it is removed again. Saving, testing and a checkpoint of the model are tried once before
+anything is charged. Nothing computed from private data is written except through a charged mechanism, with two
+exceptions: `unsafe_metrics`, which marks the files that it changes, and the operator's files.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -33,19 +33,20 @@ from dpquant.runs.directory import Charged, RunDirectory
 from dpquant.runs.evaluation import EVALUATION_BATCH, Tested, accuracy, check_evaluation, per_example_loss
 from dpquant.runs.names import LEDGER, METRICS
 from dpquant.runs.objects import model_of, move_schedule, optimizer_of, schedule_of
+from dpquant.runs.place import Place
 from dpquant.runs.record import EpochRecord, RunRecord, Timings
 from dpquant.runs.settings import TrainSettings, checkpoint_steps, plan_of, policy_of
 from dpquant.runs.sinks import MetricsFile, Progress, Sink, Sinks
 from dpquant.runs.stopping import Stopping
 from dpquant.training.continuing import Stateful
-from dpquant.training.epoch import Epoch
+from dpquant.training.epoch import Batch, Epoch
 from dpquant.training.private import PrivateTraining
 from dpquant.training.start import make_private
 
 
 def train(
     settings: TrainSettings,
-    out: Path,
+    out: Path | Place,
     *,
     plan: PrivacyPlan | None = None,
     command: str = "",
@@ -58,11 +59,11 @@ def train(
 
     Args:
       settings: of the run.
-      out: the run directory; it must be missing or empty, unless `resume` is given.
+      out: the run directory; it must be missing or empty, unless `resume` is given. A `Place` may be taken already.
       plan: the privacy plan of these settings; None: it is computed.
       command: the command line of the run, for the record.
       sinks: notified of the run's progress, in this order and after the metrics file.
-      directory: makes from `out` the writer of the run's files.
+      directory: makes from the path the writer of the run's files.
       start: starts the run, with the arguments of `make_private`.
       resume: continue the run in the directory, if there is one. Its settings must be these.
     Returns: the record, as written.
@@ -74,20 +75,71 @@ def train(
     Privacy: charges the plan's events to out/ledger.jsonl, each before its data is used. A run that continues charges
       no more than what is left of the plan.
     """
-    began = time.perf_counter()
-    files = directory(out)
-    continues = resume and files.holds_a_run()
-    if continues:
-        files.check_continues(settings)
-    else:
-        files.check_place()
-        files.make(settings)
-    try:
+    place = out if isinstance(out, Place) else Place(out)
+    with place.taken(settings, resume=resume) as continues:
+        run = _Run.begun(settings, directory(place.path), plan, sinks, functools.partial(start, resume=continues))
+        with contextlib.closing(run.private), Stopping() as stopping:
+            for epoch in run.private.epochs():
+                epsilon = run.history.begin(run.private, epoch)
+                for number, batch in enumerate(epoch, 1):
+                    run.step(batch, epoch, epsilon)
+                    if number < len(epoch):
+                        run.save_if_due(stopping)
+                run.end_epoch(epoch.index, epoch.policy)
+                run.save_if_due(stopping)
+            run.end_what_was_lost()
+            run.save()
+        return run.end(command)
+
+
+@dataclasses.dataclass
+class _Run:
+    """A training run with its files.
+
+    Attributes:
+      settings: of the run.
+      device: where the model is.
+      files: of the run directory.
+      private: the training itself.
+      dataset: of the run.
+      schedule: of the learning rate.
+      tested: the model that is tested and saved.
+      history: the epochs so far.
+      tell: notifies the sinks.
+      began: `time.perf_counter` when the run would have begun in one process.
+      every: number of steps between checkpoints.
+      saved: number of steps at the last checkpoint.
+    """
+
+    settings: TrainSettings
+    device: torch.device
+    files: RunDirectory
+    private: PrivateTraining
+    dataset: data.Dataset
+    schedule: torch.optim.lr_scheduler.LambdaLR
+    tested: Tested
+    history: "History"
+    tell: Sinks
+    began: float
+    every: int = 0
+    saved: int = 0
+
+    @classmethod
+    def begun(
+        cls,
+        settings: TrainSettings,
+        files: RunDirectory,
+        plan: PrivacyPlan | None,
+        sinks: Sequence[Sink],
+        start: Callable[..., PrivateTraining],
+    ) -> Self:
+        """Return the run before its next step: everything that can fail is tried, and nothing is charged."""
+        began = time.perf_counter()
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         plan = plan or plan_of(settings)
         device = device_of(settings.device)
-        choices = files.choices() if continues else None
+        choices = files.choices()
         if choices is None and settings.choices is not None:
             choices = Choices.read(Path(settings.choices))
         data_dir = Path(settings.data_dir) if settings.data_dir is not None else None
@@ -107,87 +159,168 @@ def train(
             rest=settings.rest,
             backend=settings.backend,
             seed=settings.seed,
-            ledger=out / LEDGER,
+            ledger=files.path / LEDGER,
             microbatch_size=settings.microbatch_size,
             memory=settings.memory,
             choices=choices,
-            resume=continues,
         )
-        tested, history = Tested(private.model, settings.average), History()
-        parts: dict[str, Stateful] = {"history": history, **tested.parts}
-        found = files.newest_checkpoint() if continues else None
-        if found is not None:
-            private.load(found, **parts)
-        move_schedule(schedule, private.steps_taken)
-        history.continues(private)
-        tell = Sinks([MetricsFile(out / METRICS), *sinks], private.epsilon_spent)
-        check_evaluation(tested.model, dataset.test)
-        with _writing(out, private):
-            files.begin(tested.model, private.choices, history.epochs)
-            written = time.perf_counter()
-            files.checkpoint(private, parts)  # whether it can be written, and how long that takes
-            every = checkpoint_steps(settings, plan, private.step_seconds, time.perf_counter() - written)
-        tell.started(plan, settings)
-    except BaseException:
-        if not continues:
-            files.take_back()
-        raise
-    if continues:
-        began = files.shift_clocks(private, began)
-    evaluate = functools.partial(accuracy, batch_size=_evaluation_batch(settings, private))
+        run = cls(
+            settings=settings,
+            device=device,
+            files=files,
+            private=private,
+            dataset=dataset,
+            schedule=schedule,
+            tested=Tested(private.model, settings.average),
+            history=History(),
+            tell=Sinks([MetricsFile(files.path / METRICS), *sinks], private.epsilon_spent),
+            began=began,
+        )
+        run._continue()
+        check_evaluation(run.tested.model, dataset.test)
+        run._try_writing()
+        run.tell.started(plan, settings)
+        return run
 
-    def end_epoch(index: int, layers: Sequence[str]) -> None:
-        _check_finite(private)
-        history.end(
+    @property
+    def _parts(self) -> dict[str, Stateful]:
+        """Parts of a checkpoint, beside those of the training itself."""
+        return {"history": self.history, **self.tested.parts}
+
+    def _continue(self) -> None:
+        """Take up the newest checkpoint and the clocks, if there are any."""
+        private, history = self.private, self.history
+        found = self.files.newest_checkpoint()
+        if found is not None:
+            private.load(found, **self._parts)
+        move_schedule(self.schedule, private.steps_taken)
+        history.continues(private)
+        past = self.files.past_timings(len(history.epochs))
+        if past is not None:
+            private.seconds_train += past.seconds_train
+            private.seconds_analysis += past.seconds_analysis
+            self.began -= past.seconds_total
+            history.ends = [self.began + seconds for seconds in past.seconds_at_epoch_ends]
+
+    def _try_writing(self) -> None:
+        """Write everything once: whether it can be written, and how long a checkpoint takes."""
+        with self._writing():
+            self.files.begin(self.tested.model, self.private.choices, self.history.epochs)
+            written = time.perf_counter()
+            self.files.checkpoint(self.private, self._parts)
+        seconds = time.perf_counter() - written
+        self.every = checkpoint_steps(self.settings, self.private.plan, self.private.step_seconds, seconds)
+        self.saved = self.private.steps_taken
+
+    def step(self, batch: Batch, epoch: Epoch, epsilon: float) -> None:
+        """Take one step and tell of it."""
+        self.private.step(batch)
+        self.schedule.step()
+        self.tested.update(self.private.model)
+        self.tell.stepped(Progress.of(self.private, epoch, epsilon, self.history.epochs))
+
+    def end_epoch(self, index: int, layers: Sequence[str]) -> None:
+        """Test and save the model, and tell of the epoch."""
+        private = self.private
+        self._check_finite()
+        self.history.end(
             index=index,
             epsilon=private.epsilon_spent(),
-            accuracy_test=evaluate(tested.model, dataset.test),
+            accuracy_test=self._accuracy(self.dataset.test),
             layers_quantized=list(layers),
-            nonprivate_accuracy_train=evaluate(tested.model, dataset.train) if settings.unsafe_metrics else None,
+            nonprivate_accuracy_train=self._accuracy(self.dataset.train) if self.settings.unsafe_metrics else None,
         )
-        with _writing(out, private):
-            files.keep(tested.model, private.choices, Timings.of(private, began, history.ends))
-        tell.epoch_ended(history.epochs[-1])
+        with self._writing():
+            self.files.keep(self.tested.model, private.choices, self._timings())
+        self.tell.epoch_ended(self.history.epochs[-1])
 
-    def save() -> None:
-        _check_finite(private)
-        with _writing(out, private):
-            files.checkpoint(private, parts)
-        history.saved = private.steps_taken
+    def save_if_due(self, stopping: Stopping) -> None:
+        """Write a checkpoint if it is time or if the run has to stop; then stop, if steps are left.
 
-    history.saved = private.steps_taken
-    with contextlib.closing(private), Stopping() as stopping:
-        for epoch in private.epochs():
-            epsilon = history.begin(private, epoch)
-            for number, batch in enumerate(epoch, 1):
-                private.step(batch)
-                schedule.step()
-                tested.update(private.model)
-                tell.stepped(Progress.of(private, epoch, epsilon, history.epochs))
-                if number < len(epoch) and (stopping.asked or private.steps_taken >= history.saved + every):
-                    save()
-                    _stop_if_asked(stopping, private, out)
-            end_epoch(epoch.index, epoch.policy)
-            if stopping.asked or private.steps_taken >= history.saved + every:
-                save()
-            _stop_if_asked(stopping, private, out)
-        if not history.epochs or history.epochs[-1].index < private.state.epoch:  # the last steps were lost
-            _refuse_if_all_was_lost(private)
-            end_epoch(private.state.epoch, private.policies()[-1])
-        save()
-    record = RunRecord.of(
-        settings,
-        private,
-        history.epochs,
-        command=command,
-        torch=torch.__version__,
-        threads=torch.get_num_threads(),
-        device=described(device),
-    )
-    with _writing(out, private):
-        files.end(record, Timings.of(private, began, history.ends))
-    tell.finished(record)
-    return record
+        Raises:
+          StoppedError: a signal has asked for an end.
+        """
+        private = self.private
+        if stopping.asked or private.steps_taken >= self.saved + self.every:
+            self.save()
+        if stopping.asked is None or private.steps_taken == private.plan.steps:
+            return
+        spent = Charged(steps=private.steps_taken, epsilon=private.epsilon_spent(), research=not private.secure)
+        raise StoppedError(
+            f"{spent.told(private.plan)}. Continue by: dpquant resume {self.files.path}", 128 + stopping.asked
+        )
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        self._check_finite()
+        with self._writing():
+            self.files.checkpoint(self.private, self._parts)
+        self.saved = self.private.steps_taken
+
+    def end_what_was_lost(self) -> None:
+        """End the last epoch where a run that continues has lost its last steps.
+
+        Raises:
+          BudgetError: all steps were lost, so that there is no model.
+        """
+        private, epochs = self.private, self.history.epochs
+        if epochs and epochs[-1].index >= private.state.epoch:
+            return
+        if private.state.epoch < 0:
+            raise BudgetError(
+                f"Expected steps to be left for a run that continues; got none: all {private.plan.steps} are charged, "
+                "and no checkpoint holds what came of them. There is no model to release. Begin a new run; epsilon "
+                "adds up."
+            )
+        self.end_epoch(private.state.epoch, private.policies()[-1])
+
+    def end(self, command: str) -> RunRecord:
+        """Write and return the record."""
+        record = RunRecord.of(
+            self.settings,
+            self.private,
+            self.history.epochs,
+            command=command,
+            torch=torch.__version__,
+            threads=torch.get_num_threads(),
+            device=described(self.device),
+        )
+        with self._writing():
+            self.files.end(record, self._timings())
+        self.tell.finished(record)
+        return record
+
+    def _accuracy(self, split: data.Split) -> float:
+        """Return the model's accuracy; under a memory limit, in batches of at most the microbatch size."""
+        limited = self.settings.memory is not None
+        size = min(EVALUATION_BATCH, self.private.execution.microbatch_size) if limited else EVALUATION_BATCH
+        return accuracy(self.tested.model, split, batch_size=size)
+
+    def _timings(self) -> Timings:
+        return Timings.of(self.private, self.began, self.history.ends)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Context: turns a failure to write to the run directory into one SettingError."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise SettingError(
+                f"Expected out to be a place that can be written to; got out={self.files.path}: "
+                f"{getattr(error, 'strerror', None) or error}. The run ends here. What was charged stays charged: "
+                f"epsilon = {rounded_up(self.private.epsilon_spent())}. Make room, or name another place."
+            ) from error
+
+    def _check_finite(self) -> None:
+        """Raise DivergedError if a parameter is not finite. Privacy: post-processing, as parameters are released."""
+        private = self.private
+        for name, parameter in private.model.named_parameters():
+            if not bool(parameter.isfinite().all()):
+                raise DivergedError(
+                    f"Expected parameters to stay finite; got {name} that is not, after {private.steps_taken} steps. "
+                    f"What was charged stays charged: epsilon = {rounded_up(private.epsilon_spent())}. Train again "
+                    "with a lower lr."
+                )
 
 
 class History:
@@ -196,14 +329,12 @@ class History:
     Attributes:
       epochs: the records of the epochs that have ended.
       ends: `time.perf_counter` at their ends, for the operator; not in checkpoints.
-      saved: number of steps at the last checkpoint.
     Privacy: post-processing, but for `ends`.
     """
 
     def __init__(self):
         self.epochs: list[EpochRecord] = []
         self.ends: list[float] = []
-        self.saved = 0
         self._scores: dict[str, float] | None = None
         self._index, self._analyses = -1, 0
 
@@ -233,48 +364,3 @@ class History:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.epochs = [EpochRecord(**one) for one in state_dict["epochs"]]
         self._scores, self._index = state_dict["scores"], state_dict["index"]
-
-
-def _stop_if_asked(stopping: Stopping, private: PrivateTraining, out: Path) -> None:
-    """Raise StoppedError if a signal has asked for an end and steps are left."""
-    if stopping.asked is None or private.steps_taken == private.plan.steps:
-        return
-    spent = Charged(steps=private.steps_taken, epsilon=private.epsilon_spent(), research=not private.secure)
-    raise StoppedError(f"{spent.told(private.plan)}. Continue by: dpquant resume {out}", 128 + stopping.asked)
-
-
-def _refuse_if_all_was_lost(private: PrivateTraining) -> None:
-    if private.state.epoch < 0:
-        raise BudgetError(
-            f"Expected steps to be left for a run that continues; got none: all {private.plan.steps} are charged, and "
-            "no checkpoint holds what came of them. There is no model to release. Begin a new run; epsilon adds up."
-        )
-
-
-def _evaluation_batch(settings: TrainSettings, private: PrivateTraining) -> int:
-    """Return the batch size of evaluation: under a memory limit, at most the microbatch size."""
-    return EVALUATION_BATCH if settings.memory is None else min(EVALUATION_BATCH, private.execution.microbatch_size)
-
-
-@contextlib.contextmanager
-def _writing(out: Path, private: PrivateTraining) -> Iterator[None]:
-    """Context: turns a failure to write to the run directory into one SettingError."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise SettingError(
-            f"Expected out to be a place that can be written to; got out={out}: "
-            f"{getattr(error, 'strerror', None) or error}. The run ends here. What was charged stays charged: epsilon "
-            f"= {rounded_up(private.epsilon_spent())}. Make room, or name another place."
-        ) from error
-
-
-def _check_finite(private: PrivateTraining) -> None:
-    """Raise DivergedError if a parameter is not finite. Privacy: post-processing, as parameters are released."""
-    for name, parameter in private.model.named_parameters():
-        if not bool(parameter.isfinite().all()):
-            raise DivergedError(
-                f"Expected parameters to stay finite; got {name} that is not, after {private.steps_taken} steps. What "
-                f"was charged stays charged: epsilon = {rounded_up(private.epsilon_spent())}. Train again with a lower "
-                "lr."
-            )
