@@ -19,6 +19,16 @@ EVALUATION_BATCH = 500
 _TRIED = 8  # test records on which evaluation is tried before the run
 
 
+def evaluation_batch(memory: float | None, microbatch_size: int) -> int:
+    """Return the batch size of evaluation: where memory is limited, at most the microbatch size.
+
+    Args:
+      memory: limit in GiB; None: there is none.
+      microbatch_size: of training, which fits.
+    """
+    return EVALUATION_BATCH if memory is None else min(EVALUATION_BATCH, microbatch_size)
+
+
 def per_example_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Return the cross entropy of each example, `(B,)`."""
     return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
