@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from dpquant.app.spent import Account, account
 from dpquant.data.sizes import FOLDER_PREFIX
 from dpquant.errors import DataError, LedgerError, SettingError
-from dpquant.privacy.disk import DISK
+from dpquant.privacy.disk import DISK, Disk
 from dpquant.privacy.events import NEIGHBOURS, PUBLIC
 from dpquant.privacy.plan import rounded_up
 from dpquant.runs.names import (
@@ -116,12 +116,13 @@ class Export:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
 
-def export(run: Path, folder: Path) -> Export:
+def export(run: Path, folder: Path, *, disk: Disk = DISK) -> Export:
     """Copy what a run releases into a new folder.
 
     Args:
       run: directory of a run that has ended.
       folder: to make; it must be missing or empty.
+      disk: flushes folders.
     Returns: what was copied, and what was left.
     Raises:
       LedgerError: the ledger is missing, not as it was written, or has charged more than the record says.
@@ -152,7 +153,7 @@ def export(run: Path, folder: Path) -> Export:
         else:
             del left[REPORT]
             texts[REPORT] = _read(run / REPORT)
-    copied = _write(run / MODEL, texts, folder)
+    copied = _write(run / MODEL, texts, folder, disk)
     (contents,) = spent.ledgers.values()
     return Export(
         folder=str(folder),
@@ -259,7 +260,7 @@ def _summary(spent: Account) -> str:
     return json.dumps(facts, indent=2) + "\n"
 
 
-def _write(model: Path, texts: Mapping[str, str], folder: Path) -> list[Copied]:
+def _write(model: Path, texts: Mapping[str, str], folder: Path, disk: Disk) -> list[Copied]:
     """Write the folder completely or not at all."""
     draft = folder.absolute().with_name(f"{folder.name}.tmp-{os.getpid()}")
     try:
@@ -272,9 +273,9 @@ def _write(model: Path, texts: Mapping[str, str], folder: Path) -> list[Copied]:
         for path in draft.iterdir():
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
-        DISK.sync_folder(draft)
+        disk.sync_folder(draft)
         draft.replace(folder)  # over an empty folder, too
-        DISK.sync_folder(folder.absolute().parent)
+        disk.sync_folder(folder.absolute().parent)
     except OSError as error:
         shutil.rmtree(draft, ignore_errors=True)
         raise SettingError(
