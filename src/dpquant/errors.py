@@ -15,9 +15,26 @@ Messages follow one form: `Expected <name> <rule>; got <name>=<value>. <Why it m
 They name shapes, dtypes, module paths and settings. They never contain data or the realised size of a Poisson batch.
 """
 
+import sysconfig
+import traceback
+from pathlib import Path
+
 
 class DPQuantError(Exception):
     """Base class of every exception that dpquant raises on purpose."""
+
+
+def quoted(error: Exception) -> str:
+    """Return an exception's type and text, and the line of the user's code from which it came, if there is one.
+
+    Only for exceptions that no private record can have caused: their text may quote what the code was given.
+    """
+    installed = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    not_the_users = (*installed, str(Path(__file__).parent), "<")
+    frames = traceback.extract_tb(error.__traceback__)
+    place = next((f"{f.filename}:{f.lineno}" for f in reversed(frames) if not f.filename.startswith(not_the_users)), "")
+    place = place.removeprefix(f"{Path.cwd()}/")
+    return f"{type(error).__name__}: {error}" + (f" (at {place})" if place else "")
 
 
 class SettingError(DPQuantError, ValueError):

@@ -31,17 +31,15 @@ from dpquant.app.console import (
     print_comparison,
     print_run,
 )
+from dpquant.app.options import DIVERGED, INTERRUPTED, WRONG_RESULT, Json, refuse
+from dpquant.app.verbs.check_model import check_model
+from dpquant.app.verbs.export import export
 from dpquant.errors import DivergedError, DPQuantError, LedgerError, SettingError, StoppedError
 from dpquant.runs.place import Place
 from dpquant.runs.settings import BY_DATA, GENERAL, TrainSettings, from_toml, plan_of
 
 if typing.TYPE_CHECKING:
     from dpquant.app.bench import BenchRecord
-
-WRONG_RESULT = 1
-BAD_INPUT = 2
-DIVERGED = 4
-INTERRUPTED = 130
 
 SPINS = "1000"  # some tens of microseconds, longer than from one operator to the next; `scripts/bench waiting`
 
@@ -52,6 +50,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.command("check-model")(check_model)
+app.command("export")(export)
 
 
 class _Interrupted(Exception):
@@ -79,23 +79,18 @@ def run(arguments: list[str]) -> int:
     try:
         result = app(arguments or ["--help"], prog_name="dpquant", standalone_mode=False)
         if result == INTERRUPTED:  # what typer makes of a KeyboardInterrupt outside a run
-            return _refuse("interrupted; what was charged so far stays in the run's ledger", INTERRUPTED)
+            return refuse("interrupted; what was charged so far stays in the run's ledger", INTERRUPTED)
         return result if isinstance(result, int) else 0
     except TyperException as error:
-        return _refuse(error.format_message())
+        return refuse(error.format_message())
     except DivergedError as error:
-        return _refuse(str(error), DIVERGED)
+        return refuse(str(error), DIVERGED)
     except StoppedError as stop:
-        return _refuse(str(stop), stop.exit_code)
+        return refuse(str(stop), stop.exit_code)
     except DPQuantError as error:
-        return _refuse(str(error))
+        return refuse(str(error))
     except _Interrupted as stop:
-        return _refuse(str(stop), INTERRUPTED)
-
-
-def _refuse(message: str, code: int = BAD_INPUT) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return code
+        return refuse(str(stop), INTERRUPTED)
 
 
 def _with_settings(verb: Callable[..., None]) -> Callable[..., None]:
@@ -138,7 +133,6 @@ def _default_shown(field: dataclasses.Field) -> str:
 
 
 Config = Annotated[Path | None, typer.Option(help="TOML file of settings; options on the command line win.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")]
 
 
 def _settings(given: dict[str, Any], config: Path | None) -> TrainSettings:
@@ -315,7 +309,7 @@ def ledger(
     try:
         found = account(runs, delta)
     except LedgerError as error:
-        return _refuse(str(error), WRONG_RESULT)
+        return refuse(str(error), WRONG_RESULT)
     if as_json:
         print(found.to_json(), end="")
     else:

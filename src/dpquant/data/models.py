@@ -26,7 +26,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from dpquant.errors import ModelError, SettingError
+from dpquant.errors import ModelError, SettingError, quoted
 
 NAMES = ("cnn", "lenet", "resnet18", "resnet18-cifar", "resnet50", "densenet121", "mlp")
 
@@ -290,7 +290,14 @@ def _users_own(name: str, num_classes: int, input_shape: tuple[int, ...], folder
     with _on_path(folder):
         function = _imported(name, module_name, function_name)
         offered = {"num_classes": num_classes, "input_shape": input_shape}
-        model = function(**_accepted(name, function, offered))
+        arguments = _accepted(name, function, offered)
+        try:
+            model = function(**arguments)
+        except Exception as error:  # the user's code may raise anything; it has seen no data
+            raise ModelError(
+                f"Expected model={name} to build a model of {num_classes} classes for inputs of shape {input_shape}; "
+                f"got {quoted(error)}. Nothing can be trained. Mend it there."
+            ) from error
     if not isinstance(model, nn.Module):
         raise ModelError(
             f"Expected model={name} to return a torch.nn.Module; got a {type(model).__name__}. Only a module can be "
@@ -317,7 +324,7 @@ def _imported(name: str, module_name: str, function_name: str) -> Callable[..., 
         function = getattr(importlib.import_module(module_name), function_name)
     except Exception as error:
         raise ModelError(
-            f"Expected model={name} to name a function that can be imported; got {type(error).__name__}: {error}. "
+            f"Expected model={name} to name a function that can be imported; got {quoted(error)}. "
             f"Known names are {', '.join(NAMES)}. Check the spelling, and that {module_name} imports by itself."
         ) from error
     if not callable(function):

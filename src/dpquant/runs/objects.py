@@ -12,7 +12,7 @@ from dpquant.data import dataset as data
 from dpquant.data import models
 from dpquant.engine.convert import fix
 from dpquant.engine.randomness import seeded
-from dpquant.errors import ModelError, SettingError
+from dpquant.errors import ModelError, SettingError, quoted
 from dpquant.runs.evaluation import evaluating
 from dpquant.runs.settings import TrainSettings
 
@@ -31,32 +31,34 @@ def model_of(settings: TrainSettings, dataset: data.Dataset) -> nn.Module:
     if settings.fix:
         model = fix(model)
     check_trainable(model)
-    _check_outputs(model, dataset)
+    check_outputs(model, torch.zeros(2, *dataset.input_shape), dataset.num_classes)
     return model
 
 
-def _check_outputs(model: nn.Module, dataset: data.Dataset) -> None:
-    """Check on blank images that the model returns one logit per class, in training and in evaluation mode.
+def check_outputs(model: nn.Module, blank: torch.Tensor, num_classes: int) -> None:
+    """Check that the model returns one logit per class for two blank inputs, in training and in evaluation mode.
 
+    Args:
+      model: of the user.
+      blank: two inputs of the data set's shape, of zeros.
+      num_classes: number of classes.
     Raises:
       ModelError: it does not, or it raises.
     """
-    rule = f"Expected model to map images of shape {dataset.input_shape} to {dataset.num_classes} logits"
-    blank = torch.zeros(2, *dataset.input_shape)
+    what = "images" if blank.ndim == 4 else "inputs"
+    rule = f"Expected model to map {what} of shape {tuple(blank.shape[1:])} to {num_classes} logits"
     try:
         with torch.no_grad(), seeded(0):
             shapes = [tuple(model(blank).shape)]
             with evaluating(model):
                 shapes.append(tuple(model(blank).shape))
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-        raise ModelError(
-            f"{rule}; got a {type(error).__name__}: {error}. Make it fit the data set's images."
-        ) from error
+    except Exception as error:  # the user's code may raise anything; it has seen no data
+        raise ModelError(f"{rule}; got a {quoted(error)}. Make it fit the data set's {what}.") from error
     for shape in shapes:
-        if shape != (2, dataset.num_classes):
+        if shape != (2, num_classes):
             raise ModelError(
-                f"{rule}; two images gave shape {shape}. A label without a logit has no loss. Give the last layer "
-                f"{dataset.num_classes} outputs."
+                f"{rule}; two {what} gave shape {shape}. A label without a logit has no loss. Give the last layer "
+                f"{num_classes} outputs."
             )
 
 
