@@ -116,6 +116,12 @@ def load(
             f"Expected image_size >= 1; got image_size={image_size}. It is the side of the resized images in pixels. "
             "Leave it out to keep the data set's own size."
         )
+    if data_dir is not None and not data_dir.is_dir():
+        found = "a file" if data_dir.exists() else "not there"
+        raise DataError(
+            f"Expected data_dir to be a folder; got data_dir={data_dir}, which is {found}. The files of "
+            f"data={name} are looked for in it, and downloaded to it. Make it, or leave it out."
+        )
     home = data_dir or cache or Path.home() / ".cache" / "dpquant"
     match name:
         case "digits":
@@ -127,7 +133,7 @@ def load(
         case _ if name in _IDX:
             train, test, class_names = _idx(name, home, None if data_dir else debian, download)
         case _:
-            folder = Path(name.removeprefix(FOLDER_PREFIX)).expanduser()
+            folder = _folder_of(name)
             train, test, class_names = image_folder(folder, image_size or FOLDER_IMAGE_SIZE)
     if image_size is not None:
         train, test = _resized(train, image_size), _resized(test, image_size)
@@ -143,6 +149,25 @@ def load(
         class_names=class_names,
         public_size=size,
     )
+
+
+def _folder_of(name: str) -> Path:
+    """Return the folder that `image-folder:PATH` names.
+
+    Raises: DataError: it names none, or the home folder of a user who does not exist.
+    """
+    path = name.removeprefix(FOLDER_PREFIX)
+    if not path.strip():
+        raise DataError(
+            f"Expected a path in data={FOLDER_PREFIX}PATH; got data={name}, without one. Give the folder that holds "
+            "train/ and test/."
+        )
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise DataError(
+            f"Expected the folder of data={name} to be found; got {error}. Write the path without ~."
+        ) from error
 
 
 def _resized(split: Split, size: int) -> Split:

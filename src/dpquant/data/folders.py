@@ -55,13 +55,35 @@ def image_folder(folder: Path, size: int, *, to_pixels: ToPixels = square) -> Lo
     Raises: DataError: folders are missing, or one of train and test has no readable image.
     """
     train_names, test_names = _class_names(folder / "train"), _class_names(folder / "test")
-    if not train_names or train_names != test_names:
+    if problem := _problem(folder, train_names, test_names):
         raise DataError(
-            f"Expected {folder} to hold train/ and test/, each with the same folders, one for each class; it does not. "
-            "A class is numbered by its folder's place. Add the missing folders: all but one may be empty."
+            f"Expected {folder} to hold train/ and test/, each with the same folders, one for each class; {problem}. "
+            "A class is numbered by its folder's place."
         )
     train, test = (_folder_split(folder / split, train_names, size, to_pixels) for split in ("train", "test"))
     return train, test, train_names
+
+
+def _problem(folder: Path, train_names: Sequence[str], test_names: Sequence[str]) -> str:
+    """Return what is wrong with an image folder, and what to do; "" if nothing is. Classes are public."""
+    if not folder.exists():
+        return "it is not there. Check the path"
+    if not folder.is_dir():
+        return "it is a file. Name the folder that holds train/ and test/"
+    if missing := [name for name in ("train", "test") if not (folder / name).is_dir()]:
+        flat = " Its images lie in it directly." if any(map(_is_image, folder.iterdir())) else ""
+        return f"{' and '.join(f'{name}/' for name in missing)} is missing.{flat} Make train/CLASS and test/CLASS"
+    for names, others, here, there in (
+        (train_names, test_names, "train", "test"),
+        (test_names, train_names, "test", "train"),
+    ):
+        if not names:
+            return f"{here}/ has no folder in it. Put images into {here}/CLASS"
+        if lacking := [name for name in names if name not in others]:
+            return f"{there}/ lacks {lacking[0]}, which {here}/ has. Add the folder: it may be empty"
+    if len(train_names) == 1:
+        return f"{train_names[0]} is the only one. There is nothing to tell it from. Add the folder of another class"
+    return ""
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:

@@ -3,4 +3,4 @@
 
 CONFIG, LEDGER, METRICS = "config.toml", "ledger.jsonl", "metrics.jsonl"
 MODEL, RECORD, TIMINGS, CHOICES = "model.safetensors", "record.json", "timings.json", "choices.json"
-CHECKPOINTS, RECORDS = "checkpoints", "records.json"
+CHECKPOINTS, RECORDS, DIVERGED = "checkpoints", "records.json", "diverged.txt"
