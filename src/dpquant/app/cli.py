@@ -13,7 +13,7 @@ import shlex
 import sys
 import typing
 import warnings
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -89,9 +89,15 @@ def run(arguments: list[str]) -> int:
         return _run(arguments)
 
 
+@functools.cache
+def _command() -> Callable[..., Any]:
+    """Return the parser of all verbs, which takes longer to build than to run."""
+    return typer.main.get_command(app)
+
+
 def _run(arguments: list[str]) -> int:
     try:
-        result = app(arguments or ["--help"], prog_name="dpquant", standalone_mode=False)
+        result = _command()(arguments or ["--help"], prog_name="dpquant", standalone_mode=False)
         if result == INTERRUPTED:  # what typer makes of a KeyboardInterrupt outside a run
             return _refuse("interrupted; what was charged so far stays in the run's ledger", INTERRUPTED)
         return result if isinstance(result, int) else 0

@@ -44,6 +44,7 @@ _INSTEAD = (
     ("fraction", "layers"),
     ("macs", "layers"),
     ("sample_rate", "records"),
+    ("microbatch_size", "memory"),
 )
 
 
