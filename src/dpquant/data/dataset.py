@@ -315,7 +315,7 @@ def _torchvision(
     from torchvision import datasets  # slow to import, and digits and image folders do without
 
     try:
-        with _patient_for(_DOWNLOAD_TIMEOUT_S):
+        with _patient_for(_DOWNLOAD_TIMEOUT_S), leaving_no_folders(Path(str(arguments["root"])), class_name):
             return getattr(datasets, class_name)(download=download, **arguments)
     except _DOWNLOAD_FAILURES as error:
         debian = " (or install Debian's package dataset-fashion-mnist)" if name == "fashion-mnist" else ""
@@ -324,6 +324,20 @@ def _torchvision(
             f"on: give --data-dir with the files{debian}; let torchvision download them on a machine with a network "
             f"and copy them; or use data that needs no download: digits, or {FOLDER_PREFIX}PATH."
         ) from error
+
+
+@contextlib.contextmanager
+def leaving_no_folders(root: Path, class_name: str) -> Iterator[None]:
+    """Context: if it ends with an exception, the empty folders that torchvision has made for files are removed."""
+    places = [root / class_name / "raw", root / class_name, root / class_name.lower(), root, *root.parents]
+    missing = [place for place in places if not place.exists()]
+    try:
+        yield
+    except BaseException:
+        for place in missing:
+            with contextlib.suppress(OSError):  # it is not empty, or was not made
+                place.rmdir()
+        raise
 
 
 @contextlib.contextmanager
