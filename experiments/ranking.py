@@ -67,7 +67,7 @@ def trained(training: Run, site: Site) -> Path | None:
 
 def settings_and_data(folder: Path) -> tuple[TrainSettings, data.Dataset]:
     """Return the settings and the data set of a run."""
-    settings = TrainSettings.chosen(from_toml(folder / "config.toml"))
+    settings = TrainSettings.chosen({}, from_toml(folder / "config.toml"))
     return settings, data.load(settings.data, image_size=settings.image_size)
 
 

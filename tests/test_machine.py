@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from dpquant.errors import SettingError
 from dpquant.machine import (
+    check_threads,
     current_load,
     device_memory_mib,
     forget_peak,
+    memory_gib,
     memory_mib,
     reset_device_peak,
     reset_peak,
@@ -120,3 +123,18 @@ def test_memory_of_a_gpu_is_that_of_its_tensors() -> None:
     assert device_memory_mib(device, gpus) == (1, 4)
     assert reset_device_peak(device, gpus) == (1, True)
     assert device_memory_mib(device, gpus) == (1, 1)
+
+
+@pytest.mark.parametrize(("written", "expected"), [("1073741824\n", 1.0), ("max\n", None), (None, None)])
+def test_a_containers_limit_is_the_memory_there_is(written: str | None, expected: float | None, tmp_path: Path) -> None:
+    limit = tmp_path / "memory.max"
+    if written is not None:
+        limit.write_text(written)
+    found, whole = memory_gib(limit), memory_gib(tmp_path / "none")
+    assert found == (whole if expected is None else expected)
+
+
+def test_more_threads_than_the_cores_can_serve_are_refused() -> None:
+    check_threads(1)
+    with pytest.raises(SettingError, match="threads=100000"):
+        check_threads(100_000)

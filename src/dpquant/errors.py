@@ -13,28 +13,19 @@
 
 Messages follow one form: `Expected <name> <rule>; got <name>=<value>. <Why it matters>. <What to do>.`
 They name shapes, dtypes, module paths and settings. They never contain data or the realised size of a Poisson batch.
+The functions here write parts of them.
 """
 
+import difflib
 import sysconfig
 import traceback
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 
 class DPQuantError(Exception):
     """Base class of every exception that dpquant raises on purpose."""
-
-
-def quoted(error: Exception) -> str:
-    """Return an exception's type and text, and the line of the user's code from which it came, if there is one.
-
-    Only for exceptions that no private record can have caused: their text may quote what the code was given.
-    """
-    installed = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-    not_the_users = (*installed, str(Path(__file__).parent), "<")
-    frames = traceback.extract_tb(error.__traceback__)
-    place = next((f"{f.filename}:{f.lineno}" for f in reversed(frames) if not f.filename.startswith(not_the_users)), "")
-    place = place.removeprefix(f"{Path.cwd()}/")
-    return f"{type(error).__name__}: {error}" + (f" (at {place})" if place else "")
 
 
 class SettingError(DPQuantError, ValueError):
@@ -75,3 +66,69 @@ class StoppedError(DPQuantError, RuntimeError):
 
 class LedgerError(DPQuantError, RuntimeError):
     """The ledger cannot be read or written, another process writes to it, or it is not as it was written."""
+
+
+def did_you_mean(name: object, known: Iterable[str], also: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Return "Did you mean X? ", with the known name that is nearest to a name, or "" if none is near.
+
+    Case, hyphens and underscores make no difference.
+
+    Args:
+      name: what was given.
+      known: the names that exist.
+      also: {another name that users may give: the known name}.
+    """
+    spelt = {_spelt(one): one for one in known} | {_spelt(one): meant for one, meant in also.items()}
+    close = difflib.get_close_matches(_spelt(str(name)), spelt, n=1)
+    return f"Did you mean {spelt[close[0]]}? " if close else ""
+
+
+def _spelt(name: str) -> str:
+    return name.lower().replace("_", "").replace("-", "").replace(" ", "")
+
+
+def expect(
+    name: str,
+    value: object,
+    kinds: type | tuple[type, ...],
+    what: str,
+    todo: str,
+    error: type[DPQuantError] = SettingError,
+) -> None:
+    """Raise an error unless an argument is of one of these types. A bool is no number.
+
+    Args:
+      name: of the argument.
+      value: of the argument, of which the message names the type alone.
+      kinds: types of which it may be.
+      what: these types in words, with an article.
+      todo: what to do, without its full stop.
+      error: the class to raise.
+    """
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise error(f"Expected {name} to be {what}; got {kind_of(value)}. {todo}.")
+
+
+def kind_of(value: object) -> str:
+    """Return a value's type in words, without the value: "an int", "None", "the class Linear"."""
+    if value is None:
+        return "None"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
+
+
+_NOT_THE_USERS = (str(Path(__file__).parent), *(sysconfig.get_paths()[key] for key in ("stdlib", "purelib", "platlib")))
+
+
+def cause(error: BaseException) -> str:
+    """Return an exception in words: its type, its text, and the file and line of the user's own code that raised it.
+
+    Privacy: the text may quote what the code was given. Never use this on an exception that saw private records.
+    """
+    text = " ".join(str(error).split())
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_NOT_THE_USERS)]
+    own = [frame for frame in frames if not frame.filename.startswith("<")]
+    place = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}{': ' if text else ''}{text}{place}"

@@ -29,7 +29,7 @@ import math
 import re
 from typing import cast
 
-from dpquant.errors import FormatError
+from dpquant.errors import FormatError, did_you_mean, expect
 from dpquant.number_formats import E2M1, E3M0, FORMATS, FP8_E4M3, FP8_E5M2, INT4, INT8, NumberFormat
 
 _ROLE = re.compile(
@@ -205,7 +205,7 @@ class Precision:
       wgrad: of the product of output gradients and activations, which gives each example's weight gradient.
 
     Raises:
-      FormatError: wgrad has a scale per block.
+      FormatError: a product has neither a recipe nor None, or wgrad has a scale per block.
     """
 
     forward: Recipe | None = None
@@ -213,6 +213,9 @@ class Precision:
     wgrad: Recipe | None = None
 
     def __post_init__(self):
+        for product in ("forward", "dgrad", "wgrad"):
+            todo = "dpquant.prepare and make_private take text, as int8/full/full"
+            expect(product, getattr(self, product), (Recipe, type(None)), "a Recipe or None", todo, FormatError)
         if self.wgrad is not None and self.wgrad.in_blocks:
             raise FormatError(
                 f"Expected wgrad to be a recipe with one scale per example; got wgrad={self.wgrad.name!r}. wgrad "
@@ -293,6 +296,18 @@ RECIPES = {
         _recipe_in_blocks("nvfp4", Blocks(size=16, scale=FP8_E4M3)),
     )
 }
+_ALSO = {  # what else users call a format that a recipe has
+    "fp4": "luq-fp4",
+    "int4": "int4-clip",
+    "e3m0": "luq-fp4",
+    "e2m1": "mxfp4",
+    "e4m3": "fp8",
+    "e5m2": "fp8",
+    "float8": "fp8",
+    "fp32": "full",
+    "float32": "full",
+    "none": "full",
+}
 
 
 def recipe(name: str | Recipe) -> Recipe:
@@ -309,8 +324,8 @@ def recipe(name: str | Recipe) -> Recipe:
     if len(roles) != 3 or None in roles:
         raise FormatError(
             f"Expected format to be one of {', '.join(RECIPES)}, a Recipe, or the formats of weight, activation and "
-            f"gradient as in int4,int4,e3m0~; got format={name!r}. A recipe says how each operand is rounded. "
-            "Choose one of them."
+            f"gradient as in int4,int4,e3m0~; got format={name!r}. {did_you_mean(name, (*RECIPES, 'full'), _ALSO)}A "
+            "recipe says how each operand is rounded. Choose one of them."
         )
     weight, activation, gradient = cast(list[RoleFormat], roles)
     return Recipe(name=name, weight=weight, activation=activation, gradient=gradient)
@@ -327,6 +342,7 @@ def precision(text: str | Recipe | Precision) -> Precision:
     """
     if isinstance(text, Precision):
         return text
+    expect("format", text, (str, Recipe), "a name, a Recipe or a Precision", "Give a name, as luq-fp4", FormatError)
     parts = [text] if isinstance(text, Recipe) else text.split("/")
     if len(parts) not in (1, 3):
         raise FormatError(

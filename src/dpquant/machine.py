@@ -28,6 +28,7 @@ _RELEVANT = (
 )
 _PROC = Path("/proc")  # Linux' file system of processes, proc(5); absent elsewhere
 _LOAD_SECONDS = 0.5
+_THREADS_A_CORE = 16
 _BUSY_SHARE = 0.3  # of the cores
 
 
@@ -68,7 +69,7 @@ class Hardware:
             cpu=cpu,
             cores=cores,
             instructions=instructions,
-            memory_gib=_memory_gib(),
+            memory_gib=_physical_gib(),
             load=current_load(proc),
             system=f"{platform.system()} {platform.machine()}",
             python=platform.python_version(),
@@ -157,11 +158,38 @@ def _cpu_name(facts: dict[str, str]) -> str:
     return platform.processor() or f"unknown {platform.machine()}"
 
 
-def _memory_gib() -> float | None:
+def _physical_gib() -> float | None:
     try:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def memory_gib(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> float | None:
+    """Return the GiB of memory that this process may use at most; None where the system does not provide it.
+
+    Args:
+      limit: file of the memory limit of a container, in bytes; it may be absent.
+    """
+    try:
+        allowed = int(limit.read_text()) / 2**30
+    except (OSError, ValueError):  # no such limit: the file says "max"
+        return _physical_gib()
+    return min(allowed, _physical_gib() or allowed)
+
+
+def check_threads(threads: int) -> None:
+    """Refuse a number of threads with which this machine would do little but switch between them.
+
+    Raises:
+      SettingError: it is more than 16 for each core.
+    """
+    cores = _cores()
+    if threads > _THREADS_A_CORE * cores:
+        raise SettingError(
+            f"Expected threads in 1 .. {_THREADS_A_CORE * cores}, {_THREADS_A_CORE} for each of {cores} cores; got "
+            f"threads={threads}. They would wait for each other. Give no more than there are cores."
+        )
 
 
 def current_load(proc: Path = _PROC, *, wait: Callable[[float], None] = time.sleep) -> float | None:

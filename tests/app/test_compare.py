@@ -98,7 +98,7 @@ def test_the_verb_prints_a_row_a_policy_and_what_all_cost(tmp_path, capsys):
 
 def interrupted_after(steps):
     """A `train` that the user stops after so many steps."""
-    return lambda settings, out, **options: train(settings, out, sinks=[Stops(steps)], **options)
+    return lambda settings, out, sinks, **options: train(settings, out, sinks=[*sinks, Stops(steps)], **options)
 
 
 def together(steps):

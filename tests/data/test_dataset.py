@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dpquant.data import dataset as data
-from dpquant.data.dataset import Dataset, Split, load, public_size, read_idx
+from dpquant.data.dataset import Dataset, Split, leaving_no_folders, load, public_size, read_idx
 from dpquant.data.folders import image_folder
 from dpquant.errors import DataError, SettingError
 
@@ -277,6 +277,7 @@ def test_a_data_set_that_cannot_be_had_is_one_error_with_three_ways_on(
     assert all(way in message for way in ("--data-dir", "let torchvision download", "digits, or image-folder:PATH"))
     assert ("dataset-fashion-mnist" in message) == (name == "fashion-mnist")
     assert offline, "the network must have been asked"
+    assert not list(tmp_path.iterdir()), "folders for files that did not come"
 
 
 def test_the_network_is_left_alone_when_told_so(tmp_path: Path, offline: list[str]) -> None:
@@ -578,6 +579,19 @@ def test_classes_that_differ_between_train_and_test_are_one_error(tmp_path: Path
     (write_folder(tmp_path) / "train" / "bird").mkdir()
     with pytest.raises(DataError, match="to hold train/ and test/, each with the same folders"):
         load_folder(tmp_path)
+
+
+def test_folders_that_were_there_or_hold_a_file_stay(tmp_path: Path) -> None:
+    (tmp_path / "MNIST").mkdir()
+    with pytest.raises(OSError), leaving_no_folders(tmp_path, "MNIST"):
+        (tmp_path / "MNIST" / "raw").mkdir()
+        raise OSError
+    assert [path.name for path in tmp_path.rglob("*")] == ["MNIST"]
+    with pytest.raises(OSError), leaving_no_folders(tmp_path, "MNIST"):
+        (tmp_path / "MNIST" / "raw").mkdir()
+        (tmp_path / "MNIST" / "raw" / "part").write_bytes(b"1")
+        raise OSError
+    assert (tmp_path / "MNIST" / "raw" / "part").exists()
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

@@ -291,7 +291,7 @@ def test_a_users_own_function_may_take_nothing(own_models: Path) -> None:
         ("my_models:bild", "can be imported; got AttributeError"),
         ("my_models:", "can be imported; got AttributeError"),
         (":build", "can be imported; got ValueError"),
-        ("my_models:value", "to name a function; got a int"),
+        ("my_models:value", "to name a function; got an int"),
         ("my_models:too_much", "to be callable with num_classes and input_shape or less; got TypeError"),
         ("my_models:no_module", "to return a torch.nn.Module; got a str"),
     ],

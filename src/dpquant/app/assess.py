@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from torch import nn
 
 from dpquant.app.synthetic import SyntheticRecords
 from dpquant.data import dataset as data
 from dpquant.engine.batches import Microbatch, to_device
 from dpquant.engine.passes import Objective
-from dpquant.errors import SettingError
-from dpquant.machine import Hardware, now
+from dpquant.errors import SettingError, did_you_mean
+from dpquant.machine import Hardware, check_threads, now
 from dpquant.privacy.plan import AnalysisPlan, PrivacyPlan
 from dpquant.runs.devices import device_of
 from dpquant.runs.evaluation import per_example_loss
@@ -30,6 +31,7 @@ from dpquant.runs.names import RECORD
 from dpquant.runs.objects import model_of, optimizer_of
 from dpquant.runs.record import RunRecord
 from dpquant.runs.settings import TrainSettings, plan_of, policy_of
+from dpquant.runs.size import check_data_fits
 from dpquant.training.cost import (
     FP4_OVER_FP16,
     PAPER_SHARE,
@@ -53,6 +55,7 @@ from dpquant.training.tuning import layer_times_once, median_times
 HARDWARE = ("here", "fp4")
 # Shares of the multiply-accumulates that the measured policies quantize, largest layers first
 SHARES = (0.5, 0.9, 1.0)
+_MOST_ROUNDS = 4096
 _ANALYSED = 64  # examples on which an analysis is timed
 
 
@@ -165,35 +168,43 @@ def assess(
     Privacy: uses the shape of the data set's images, the number of classes and no record's values; charges nothing.
     """
     if hardware not in HARDWARE:
-        raise SettingError(f"Expected hardware to be one of {', '.join(HARDWARE)}; got hardware={hardware}.")
+        raise SettingError(
+            f"Expected hardware to be one of {', '.join(HARDWARE)}; got hardware={hardware}. "
+            f"{did_you_mean(hardware, HARDWARE)}Times are those of this machine or of the paper's assumption."
+        )
     if settings.rest != "full":
         raise SettingError(
             f"Expected rest=full for assess; got rest={settings.rest}. Layers are timed in full precision and in "
             "format alone. Leave rest out."
         )
-    if rounds < 1:
-        raise SettingError(f"Expected rounds >= 1; got rounds={rounds}. The first is not counted, so one more is run.")
+    if not 1 <= rounds <= _MOST_ROUNDS:
+        raise SettingError(
+            f"Expected rounds in 1 .. {_MOST_ROUNDS}; got rounds={rounds}. One more is run, which is not counted."
+        )
     record = None if run is None else RunRecord.read(run / RECORD)
     plan = plan_of(settings)
     if settings.threads is not None:
+        check_threads(settings.threads)
         torch.set_num_threads(settings.threads)
     device = device_of(settings.device)
-    watch("looking at the model")
+    check_data_fits(settings)
     dataset = load(
         settings.data, Path(settings.data_dir) if settings.data_dir else None, image_size=settings.image_size
     )
-    private, synthetic = _private(settings, dataset, device, rounds)
+    model = model_of(settings, dataset).to(device)
+    watch("looking at the model")
+    private, synthetic = _private(settings, dataset, model, rounds)
     turns = [(), *(largest_layers(private.macs, share) for share in SHARES)]
     costs, steps = _times(private, synthetic, turns, watch)
     full_step = steps[()]
-    model = CostModel(layers=costs, batch_size=settings.batch_size, full_step=full_step)
+    cost = CostModel(layers=costs, batch_size=settings.batch_size, full_step=full_step)
     if hardware == "fp4":
-        model = model.with_gain(FP4_OVER_FP16)
+        cost = cost.with_gain(FP4_OVER_FP16)
     policies = [
         PolicyTimes(
             layers=names,
-            share_of_macs=model.share_of_macs(names),
-            predicted=model.step(names),
+            share_of_macs=cost.share_of_macs(names),
+            predicted=cost.step(names),
             measured=steps[names] if hardware == "here" else None,
         )
         for names in turns
@@ -201,7 +212,7 @@ def assess(
     watch("timing an analysis")
     analysis = 0.0 if plan.analysis is None else _analysis_seconds(private, synthetic, plan.analysis)
     analyses = len(plan.analysis_epochs())
-    step = _mean_step(settings, plan, private, model)
+    step = _mean_step(settings, plan, private, cost)
     full_run, quantized_run = plan.steps * full_step, plan.steps * step + analyses * analysis
     impacts = {} if record is None else {r.name: r.last_score for r in record.layers if r.last_score is not None}
     return Assessment(
@@ -210,15 +221,15 @@ def assess(
         batch_size=settings.batch_size,
         hardware=Hardware.here(),
         profile=hardware,
-        layers=model.layers,
+        layers=cost.layers,
         impacts=impacts,
         full_step=full_step,
-        overhead=model.overhead,
+        overhead=cost.overhead,
         analysis=analysis,
         policies=policies,
         speedup=full_run / quantized_run,
         paper={speedup: overhead_behind(speedup, PAPER_SHARE) for speedup in PAPER_SPEEDUPS},
-        paper_here=paper_speedup(PAPER_SHARE, overhead=model.overhead),
+        paper_here=paper_speedup(PAPER_SHARE, overhead=cost.overhead),
         saved=(
             savings(full_run, quantized_run, runs_per_month=usage.runs_per_month, cost_per_hour=usage.cost_per_hour)
             if usage is not None and usage.runs_per_month
@@ -247,13 +258,12 @@ class _InTurn(Policy):
 
 
 def _private(
-    settings: TrainSettings, dataset: data.Dataset, device: torch.device, rounds: int
+    settings: TrainSettings, dataset: data.Dataset, model: nn.Module, rounds: int
 ) -> tuple[PrivateTraining, SyntheticRecords]:
     """Return a run of the settings' model on synthetic records, and the records.
 
     The sampling rate is 1: every step takes all records, and an epoch is one step.
     """
-    model = model_of(settings, dataset).to(device)
     size = max(round(settings.batch_size), 1)
     plan = PrivacyPlan(
         noise_multiplier=1.0,

@@ -52,10 +52,10 @@ from dpquant.app.contenders import (
     StepSettings,
     example_losses,
 )
-from dpquant.app.networks import Batch, build_network, synthetic_batch
+from dpquant.app.networks import Batch, build_network, check_fits, synthetic_batch
 from dpquant.engine.batches import take_rows
 from dpquant.engine.randomness import seeded
-from dpquant.machine import Hardware, forget_peak, memory_mib, now
+from dpquant.machine import Hardware, check_threads, forget_peak, memory_mib, now
 
 Watch = Callable[[str], None]
 
@@ -199,6 +199,7 @@ def measure(
     hardware = Hardware.here()
     threads_before = torch.get_num_threads()
     if settings.threads is not None:
+        check_threads(settings.threads)
         torch.set_num_threads(settings.threads)
     try:
         with warnings.catch_warnings(), seeded(0):
@@ -255,6 +256,7 @@ def _checked(
 
 def _network_and_batch(settings: BenchSettings) -> tuple[nn.Module, Batch]:
     """Return the network and its batch on the settings' device."""
+    check_fits(settings.model, settings.image_size, settings.num_examples)
     inputs, labels, ids = synthetic_batch(settings.model, settings.image_size, settings.num_examples)
     network = build_network(settings.model, settings.image_size).to(settings.device)
     return network, (inputs.to(settings.device), labels.to(settings.device), ids.to(settings.device))

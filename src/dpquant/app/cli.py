@@ -5,15 +5,14 @@ Options are the fields of `TrainSettings`, with their help: one place for both. 
 and exit code 2, and nothing else is written. A run that diverges ends with exit code 4.
 """
 
-import dataclasses
 import datetime
 import functools
 import importlib.metadata
-import inspect
 import os
 import shlex
 import sys
 import typing
+import warnings
 from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -31,12 +30,23 @@ from dpquant.app.console import (
     print_comparison,
     print_run,
 )
-from dpquant.app.options import DIVERGED, INTERRUPTED, WRONG_RESULT, Json, refuse
+from dpquant.app.options import (
+    DIVERGED,
+    INTERRUPTED,
+    WRONG_RESULT,
+    Config,
+    Json,
+    Out,
+    refuse,
+    settings_of,
+    with_settings,
+    written_path,
+)
 from dpquant.app.verbs.check_model import check_model
 from dpquant.app.verbs.export import export
 from dpquant.errors import DivergedError, DPQuantError, LedgerError, SettingError, StoppedError
 from dpquant.runs.place import Place
-from dpquant.runs.settings import BY_DATA, GENERAL, TrainSettings, from_toml, plan_of
+from dpquant.runs.settings import TrainSettings, plan_of
 
 if typing.TYPE_CHECKING:
     from dpquant.app.bench import BenchRecord
@@ -49,6 +59,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("check-model")(check_model)
 app.command("export")(export)
@@ -61,7 +72,14 @@ class _Interrupted(Exception):
 def main() -> NoReturn:
     """Run the command line that the user typed, and exit with its code."""
     sleep_soon(os.environ)
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes when it ends goes nowhere
+        if not isinstance(error, BrokenPipeError):  # whoever read it has read enough
+            code = code or refuse(_cannot_be_written(error))
+    sys.exit(code)
 
 
 def sleep_soon(environment: MutableMapping[str, str]) -> None:
@@ -76,8 +94,20 @@ def sleep_soon(environment: MutableMapping[str, str]) -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; only a bug leaves a traceback."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        return _run(arguments)
+
+
+@functools.cache
+def _command() -> Callable[..., Any]:
+    """Return the parser of all verbs, which takes longer to build than to run."""
+    return typer.main.get_command(app)
+
+
+def _run(arguments: list[str]) -> int:
     try:
-        result = app(arguments or ["--help"], prog_name="dpquant", standalone_mode=False)
+        result = _command()(arguments or ["--help"], prog_name="dpquant", standalone_mode=False)
         if result == INTERRUPTED:  # what typer makes of a KeyboardInterrupt outside a run
             return refuse("interrupted; what was charged so far stays in the run's ledger", INTERRUPTED)
         return result if isinstance(result, int) else 0
@@ -91,52 +121,22 @@ def run(arguments: list[str]) -> int:
         return refuse(str(error))
     except _Interrupted as stop:
         return refuse(str(stop), INTERRUPTED)
+    except OSError as error:
+        return refuse(_cannot_be_written(error))
 
 
-def _with_settings(verb: Callable[..., None]) -> Callable[..., None]:
-    """Return the verb with one option for every field of TrainSettings, collected in `given`.
-
-    An option that the user does not give is not in `given`. A field that the verb has a parameter for stays the verb's.
-    """
-    parameters = [p for p in inspect.signature(verb).parameters.values() if p.name != "given"]
-    own_names = {p.name for p in parameters}
-    hints = typing.get_type_hints(TrainSettings)
-    for field in dataclasses.fields(TrainSettings):
-        if field.name in own_names:
-            continue
-        plain = hints[field.name]
-        shown = _default_shown(field)
-        option = typer.Option(help=f"{field.metadata['help']}{shown}", show_default=False)
-        annotation = Annotated[plain | None, option]
-        parameters.append(
-            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-        )
-
-    def collected(**options: Any) -> None:
-        own = {name: options.pop(name) for name in list(options) if name in own_names}
-        verb(given={name: value for name, value in options.items() if value is not None}, **own)
-
-    functools.update_wrapper(collected, verb)
-    vars(collected)["__signature__"] = inspect.Signature(parameters)  # what typer makes options of
-    collected.__annotations__ = {p.name: p.annotation for p in parameters}
-    return collected
+def _cannot_be_written(error: OSError) -> str:
+    """Return the error for a file or a standard output that fails."""
+    where = "" if error.filename is None else f" on {error.filename}"
+    return (
+        f"Expected files and standard output that can be read and written; got {error.strerror or error}{where}. What "
+        "was charged so far stays in the run's ledger. Mend it and begin again."
+    )
 
 
-def _default_shown(field: dataclasses.Field) -> str:
-    """Return the default as the help shows it; empty where the help text itself names it."""
-    if field.default is not None:
-        return f" [{field.default}]"
-    if field.name in GENERAL:
-        digits = BY_DATA["digits"].get(field.name, GENERAL[field.name])
-        return f" [{GENERAL[field.name]}; digits {digits}; others by data set]"
-    return ""
-
-
-Config = Annotated[Path | None, typer.Option(help="TOML file of settings; options on the command line win.")]
-
-
-def _settings(given: dict[str, Any], config: Path | None) -> TrainSettings:
-    return TrainSettings.chosen({**(from_toml(config) if config else {}), **given})
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    """Print a warning as one line, without the place in the source that Python would name."""
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 @app.callback(invoke_without_command=True)
@@ -148,7 +148,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 @app.command()
-@_with_settings
+@with_settings
 def plan(given: dict[str, Any], config: Config = None, as_json: Json = False) -> None:
     """Print the privacy budget of a run. Reads no data.
 
@@ -158,7 +158,7 @@ def plan(given: dict[str, Any], config: Config = None, as_json: Json = False) ->
 
     Example: dpquant plan --data fashion-mnist --epsilon 3 --epochs 25
     """
-    budget = plan_of(_settings(given, config))
+    budget = plan_of(settings_of(given, config))
     if as_json:
         print(budget.to_json(), end="")
     else:
@@ -166,11 +166,11 @@ def plan(given: dict[str, Any], config: Config = None, as_json: Json = False) ->
 
 
 @app.command()
-@_with_settings
+@with_settings
 def train(
     given: dict[str, Any],
     config: Config = None,
-    out: Path | None = None,
+    out: Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in OUT, if there is one.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -180,7 +180,7 @@ def train(
 
     Example: dpquant train --data fashion-mnist --epsilon 3 --policy dpquant --fraction 0.75 --out runs/fashion
     """
-    settings = _settings(given, config)
+    settings = settings_of(given, config)
     if resume and out is None:
         raise SettingError("Expected out with resume; got none. It names the run. Give --out RUN.")
     name = settings.data.rsplit("/", 1)[-1].replace(":", "-")
@@ -222,7 +222,7 @@ def _train(settings: TrainSettings, folder: Path, *, resume: bool, as_json: bool
 
 
 @app.command()
-@_with_settings
+@with_settings
 def assess(
     given: dict[str, Any],
     model: Annotated[str | None, typer.Argument(help="as for train")] = None,
@@ -245,7 +245,7 @@ def assess(
 
     named = {} if model is None else {"model": model}
     assessment = assessment_of(
-        _settings({**given, **named}, config),
+        settings_of({**given, **named}, config),
         hardware=hardware,
         run=run,
         usage=Usage(runs_per_month=runs_per_month, cost_per_hour=cost_per_hour),
@@ -259,13 +259,13 @@ def assess(
 
 
 @app.command()
-@_with_settings
+@with_settings
 def compare(
     given: dict[str, Any],
     policies: Annotated[str, typer.Option(help="with commas between them")] = "none,static,rotate,dpquant",
     seeds: Annotated[int, typer.Option(help="runs of each policy")] = 3,
     config: Config = None,
-    out: Path | None = None,
+    out: Out = None,
     as_json: Json = False,
 ) -> None:
     """Train under several policies and print their accuracies with confidence intervals.
@@ -277,7 +277,13 @@ def compare(
     """
     from dpquant.app.compare import compare as comparison_of
 
-    settings = _settings(given, config)
+    for name in ("policy", "seed"):
+        if name in given:
+            raise SettingError(
+                f"Expected no {name} for compare; got {name}={given[name]}. Runs differ in it. Give --policies and "
+                "--seeds."
+            )
+    settings = settings_of(given, config)
     folder = out or Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-compare"
     names = [name.strip() for name in policies.split(",") if name.strip()]
     watch = functools.partial(print, file=sys.stderr, flush=True)
@@ -335,7 +341,9 @@ def bench(
     ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
     as_json: Json = False,
-    out: Annotated[Path | None, typer.Option(help="Write the record here, as JSON.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=written_path, help="Write the record here, as JSON.", metavar="PATH")
+    ] = None,
 ) -> int:
     """Time a private step on this machine against PyTorch and Opacus; results are checked first. About a minute.
 
@@ -357,10 +365,10 @@ def bench(
         memory=memory,
         device=str(device_of(device)),
     )
-    if out is not None and not out.parent.is_dir():
+    if out is not None and (out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK)):
         raise SettingError(
-            f"Expected out to lie in a folder that exists; got out={out}. The record is written there after the "
-            "measurement. Make the folder first."
+            f"Expected out to be a file in a folder that exists and can be written to; got out={out}. The record is "
+            "written there after the measurement. Make the folder first."
         )
     record = measure(settings, watch=lambda what: print(what, file=sys.stderr, flush=True))
     return report_bench(record, out, as_json=as_json)

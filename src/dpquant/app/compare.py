@@ -18,15 +18,18 @@ from pathlib import Path
 from scipy import stats
 
 from dpquant.app.spent import charged_by
-from dpquant.errors import SettingError
+from dpquant.errors import SettingError, did_you_mean
 from dpquant.privacy import accounting
 from dpquant.privacy.events import Event
+from dpquant.privacy.plan import PrivacyPlan
 from dpquant.runs.names import CONFIG, LEDGER, RECORD, TIMINGS
 from dpquant.runs.record import RunRecord, Timings, write_whole
 from dpquant.runs.settings import POLICIES, TrainSettings, plan_of
+from dpquant.runs.sinks import Sink
 from dpquant.runs.train import train
 
 CONFIDENCE = 0.95
+_MOST_SEEDS = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,15 +119,22 @@ def compare(
       DPQuantError: as `train`.
     Privacy: each run charges its own ledger; `epsilon_together` composes all ledgers in `out`.
     """
-    if not policies or num_seeds < 1:
+    if not policies or not 1 <= num_seeds <= _MOST_SEEDS:
         raise SettingError(
-            f"Expected at least one policy and seeds >= 1; got {len(policies)} policies and seeds={num_seeds}. There "
-            "would be nothing to compare. Give both."
+            f"Expected at least one policy and seeds in 1 .. {_MOST_SEEDS}; got {len(policies)} policies and "
+            f"seeds={num_seeds}. Every seed is a run of each policy. Give both."
         )
-    if unknown := [name for name in policies if name not in POLICIES]:
-        raise SettingError(
-            f"Expected policies among {', '.join(POLICIES)}; got {unknown[0]}. See dpquant compare --help."
-        )
+    for name in policies:
+        if name not in POLICIES:
+            raise SettingError(
+                f"Expected policies among {', '.join(POLICIES)}; got {name}. {did_you_mean(name, POLICIES)}See dpquant "
+                "compare --help."
+            )
+        if policies.count(name) > 1:
+            raise SettingError(
+                f"Expected every policy once; got policies={','.join(policies)}. Runs of {name} would be counted "
+                "twice. Leave one out, or give more seeds."
+            )
     runs = {
         (policy, seed): dataclasses.replace(settings, policy=policy, seed=seed)
         for seed in range(num_seeds)
@@ -137,11 +147,9 @@ def compare(
         folder = out / f"{policy}-{seed}"
         if not (folder / RECORD).exists():
             aside = _moved_aside(folder)
-            watch(
-                f"{policy}, seed {seed}"
-                + (f": repeated, as it was interrupted; what it charged counts, see {aside}" if aside else "")
-            )
-            train(one, folder, plan=plans[policy, seed])
+            again = f": repeated, as it was interrupted; what it charged counts, see {aside}" if aside else ""
+            says = _Says(watch, f"{policy}, seed {seed}{again}")
+            train(one, folder, plan=plans[policy, seed], sinks=[says])
         elif (folder / CONFIG).read_text() != one.to_toml():
             raise SettingError(
                 f"Expected out to hold runs of the same settings; got {folder} of others. They cannot be compared. "
@@ -160,6 +168,16 @@ def compare(
         {policy: [run.accuracy_per_epoch for run in runs] for policy, runs in records.items()}, out / "compare.png"
     )
     return comparison
+
+
+class _Says(Sink):
+    """Says a few words when a run begins, after its checks: one that is refused says nothing but its error."""
+
+    def __init__(self, watch: Callable[[str], None], words: str):
+        self._watch, self._words = watch, words
+
+    def started(self, plan: PrivacyPlan, settings: TrainSettings) -> None:
+        self._watch(self._words)
 
 
 def _moved_aside(folder: Path) -> Path | None:

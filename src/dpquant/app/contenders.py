@@ -95,7 +95,7 @@ class BenchSettings:
         for name in ("batch_size", "physical_batch_size", "image_size"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(network, name))
-        for name in ("batch_size", "rounds", "threads", "physical_batch_size"):
+        for name in ("batch_size", "image_size", "rounds", "threads", "physical_batch_size"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= 4096:
                 raise SettingError(

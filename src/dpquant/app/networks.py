@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from dpquant.app.synthetic import SyntheticRecords
 from dpquant.data import models
 from dpquant.engine.randomness import seeded
-from dpquant.errors import ModelError, SettingError
+from dpquant.errors import ModelError, SettingError, did_you_mean
+from dpquant.runs.size import check_network_fits
 
 Batch = tuple[Tensor, Tensor, Tensor]  # inputs, labels, record ids
 
@@ -119,8 +120,8 @@ def network_named(name: str) -> Network:
     """Return the sizes of a network; raise ModelError if the name is unknown."""
     if name not in NETWORKS:
         raise ModelError(
-            f"Expected model to be one of {', '.join(NETWORKS)}; got model={name}. Every side must be able to run it. "
-            "Choose one of them."
+            f"Expected model to be one of {', '.join(NETWORKS)}; got model={name}. {did_you_mean(name, NETWORKS)}Every "
+            "side must be able to run it. Choose one of them."
         )
     return NETWORKS[name]
 
@@ -153,6 +154,15 @@ def build_network(name: str, image_size: int | None) -> nn.Module:
             tokens = nn.Embedding(network.vocabulary, 768)
             return _Transformer(tokens, 768, heads=12, depth=12, num_classes=network.num_classes)
         return models.build(name, num_classes=network.num_classes, input_shape=network.input_shape(image_size))
+
+
+def check_fits(name: str, image_size: int | None, batch_size: int) -> None:
+    """Refuse a network of images, or a batch of them, that does not fit into this machine's memory."""
+    network = network_named(name)
+    if image_size is not None:
+        images = torch.empty(batch_size, *network.input_shape(image_size), device="meta")
+        what = f"image_size={image_size} and batch_size={batch_size}"
+        check_network_fits(lambda: build_network(name, image_size), images, what)
 
 
 def synthetic_batch(name: str, image_size: int | None, batch_size: int) -> Batch:

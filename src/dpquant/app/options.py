@@ -1,20 +1,88 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the verbs of the command line share: exit codes, the error line, and options. Loads no torch."""
+"""What the verbs of the command line share: exit codes, the error line, and options. Loads no torch.
 
+There is an option for every field of `TrainSettings`.
+"""
+
+import dataclasses
+import functools
+import inspect
 import sys
-from typing import Annotated
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+
+from dpquant.errors import SettingError
+from dpquant.runs.settings import BY_DATA, GENERAL, TrainSettings, from_toml
 
 WRONG_RESULT = 1
 BAD_INPUT = 2
 DIVERGED = 4
 INTERRUPTED = 130
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")]
-
 
 def refuse(message: str, code: int = BAD_INPUT) -> int:
     """Print one error line on standard error, and return the exit code."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+def with_settings(verb: Callable[..., None]) -> Callable[..., None]:
+    """Return the verb with one option for every field of TrainSettings, collected in `given`.
+
+    An option that the user does not give is not in `given`. A field that the verb has a parameter for stays the verb's.
+    """
+    parameters = [p for p in inspect.signature(verb).parameters.values() if p.name != "given"]
+    own_names = {p.name for p in parameters}
+    hints = typing.get_type_hints(TrainSettings)
+    for field in dataclasses.fields(TrainSettings):
+        if field.name in own_names:
+            continue
+        plain = hints[field.name]
+        shown = _default_shown(field)
+        option = typer.Option(help=f"{field.metadata['help']}{shown}", show_default=False)
+        annotation = Annotated[plain | None, option]
+        parameters.append(
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        )
+
+    def collected(**options: Any) -> None:
+        own = {name: options.pop(name) for name in list(options) if name in own_names}
+        verb(given={name: value for name, value in options.items() if value is not None}, **own)
+
+    functools.update_wrapper(collected, verb)
+    vars(collected)["__signature__"] = inspect.Signature(parameters)  # what typer makes options of
+    collected.__annotations__ = {p.name: p.annotation for p in parameters}
+    return collected
+
+
+def _default_shown(field: dataclasses.Field) -> str:
+    """Return the default as the help shows it; empty where the help text itself names it."""
+    if field.default is not None:
+        return f" [{field.default}]"
+    if field.name in GENERAL:
+        digits = BY_DATA["digits"].get(field.name, GENERAL[field.name])
+        return f" [{GENERAL[field.name]}; digits {digits}; others by data set]"
+    return ""
+
+
+def written_path(text: str) -> Path:
+    """Return a path that an option names. Python would take an empty one for the working directory."""
+    if not text.strip():
+        raise SettingError("Expected a path; got an empty one. It would be the working directory. Write . for that.")
+    return Path(text)
+
+
+Out = Annotated[
+    Path | None, typer.Option(parser=written_path, help="Directory to write, new or empty.", metavar="PATH")
+]
+Config = Annotated[Path | None, typer.Option(help="TOML file of settings; options on the command line win.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")]
+
+
+def settings_of(given: dict[str, Any], config: Path | None) -> TrainSettings:
+    """Return the settings of a verb: given ones, then those of the file, then defaults."""
+    return TrainSettings.chosen(given, from_toml(config) if config else {})

@@ -38,7 +38,7 @@ from torch import Tensor
 from dpquant.backends import triton
 from dpquant.backends.qtensor import QTensor
 from dpquant.backends.scales import SMALLEST_ABSMAX, block_scales, clipped_top, quantum
-from dpquant.errors import FormatError, SettingError
+from dpquant.errors import FormatError, SettingError, expect
 from dpquant.formats import RECIPES, Recipe, RoleFormat, Rounding
 from dpquant.native import kernels as _native
 from dpquant.number_formats import E3M0, FP8_E4M3, FP8_E5M2, INT4, INT8, NumberFormat, number_format
@@ -97,6 +97,7 @@ def quantize(
       >>> q.codes.tolist(), q.scale.tolist()
       ([[8, -64], [0, 64]], [0.0625, 0.5])
     """
+    expect("x", x, Tensor, "a tensor", "Convert it by torch.tensor")
     role = _role(format)
     if rounding is not None:
         role = dataclasses.replace(role, rounding=rounding)

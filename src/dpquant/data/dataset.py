@@ -40,7 +40,7 @@ import torch.utils.data
 from PIL import Image
 from torch import Tensor
 
-from dpquant.data.folders import classes_of, image_folder, square
+from dpquant.data.folders import classes_of, folder_of, image_folder, square
 from dpquant.data.sizes import FOLDER_PREFIX, public_size
 from dpquant.data.split import FULL_SCALE, FULL_SCALE_16, PLAIN_NORMALISATION, Loaded, Split
 from dpquant.errors import DataError, SettingError
@@ -113,6 +113,12 @@ def load(
     """
     size = public_size(name)
     _check_image_size(image_size)
+    if data_dir is not None and not data_dir.is_dir():
+        found = "a file" if data_dir.exists() else "not there"
+        raise DataError(
+            f"Expected data_dir to be a folder; got data_dir={data_dir}, which is {found}. The files of "
+            f"data={name} are looked for in it, and downloaded to it. Make it, or leave it out."
+        )
     home = data_dir or cache or Path.home() / ".cache" / "dpquant"
     match name:
         case "digits":
@@ -124,7 +130,7 @@ def load(
         case _ if name in _IDX:
             train, test, class_names = _idx(name, home, None if data_dir else debian, download)
         case _:
-            folder = Path(name.removeprefix(FOLDER_PREFIX)).expanduser()
+            folder = folder_of(name)
             train, test, class_names = image_folder(folder, image_size or FOLDER_IMAGE_SIZE)
     if image_size is not None:
         train, test = _resized(train, image_size), _resized(test, image_size)
@@ -170,8 +176,7 @@ def form_of(name: str, *, image_size: int | None = None) -> tuple[tuple[int, int
         case _ if name in _IDX:
             channels, side, classes = 1, 28, len(_IDX[name].class_names)
         case _:
-            folder = Path(name.removeprefix(FOLDER_PREFIX)).expanduser()
-            channels, side, classes = 3, FOLDER_IMAGE_SIZE, len(classes_of(folder))
+            channels, side, classes = 3, FOLDER_IMAGE_SIZE, len(classes_of(folder_of(name)))
     side = image_size or side
     return (channels, side, side), classes
 
@@ -321,7 +326,7 @@ def _torchvision(
     from torchvision import datasets  # slow to import, and digits and image folders do without
 
     try:
-        with _patient_for(_DOWNLOAD_TIMEOUT_S):
+        with _patient_for(_DOWNLOAD_TIMEOUT_S), leaving_no_folders(Path(str(arguments["root"])), class_name):
             return getattr(datasets, class_name)(download=download, **arguments)
     except _DOWNLOAD_FAILURES as error:
         debian = " (or install Debian's package dataset-fashion-mnist)" if name == "fashion-mnist" else ""
@@ -330,6 +335,20 @@ def _torchvision(
             f"on: give --data-dir with the files{debian}; let torchvision download them on a machine with a network "
             f"and copy them; or use data that needs no download: digits, or {FOLDER_PREFIX}PATH."
         ) from error
+
+
+@contextlib.contextmanager
+def leaving_no_folders(root: Path, class_name: str) -> Iterator[None]:
+    """Context: if it ends with an exception, the empty folders that torchvision has made for files are removed."""
+    places = [root / class_name / "raw", root / class_name, root / class_name.lower(), root, *root.parents]
+    missing = [place for place in places if not place.exists()]
+    try:
+        yield
+    except BaseException:
+        for place in missing:
+            with contextlib.suppress(OSError):  # it is not empty, or was not made
+                place.rmdir()
+        raise
 
 
 @contextlib.contextmanager

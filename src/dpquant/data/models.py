@@ -15,7 +15,6 @@ Symbols: B batch, C channels, H height, W width.
 """
 
 import contextlib
-import difflib
 import importlib
 import inspect
 import math
@@ -26,7 +25,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from dpquant.errors import ModelError, SettingError, quoted
+from dpquant.errors import ModelError, SettingError, cause, did_you_mean, kind_of
 
 NAMES = ("cnn", "lenet", "resnet18", "resnet18-cifar", "resnet50", "densenet121", "mlp")
 
@@ -91,11 +90,9 @@ def build(
             return _densenet121(channels, num_classes, width)
         case _ if ":" in name:
             return _users_own(name, num_classes, input_shape, folder or Path.cwd())
-    close = difflib.get_close_matches(name, NAMES, n=1)
-    hint = f"Did you mean {close[0]}? " if close else ""
     raise ModelError(
         f"Expected model to be one of {', '.join(NAMES)}, or module:function; got model={name}. "
-        f"{hint}For a model of your own, name the function that builds it, as in my_models:build."
+        f"{did_you_mean(name, NAMES)}For a model of your own, name the function that builds it, as in my_models:build."
     )
 
 
@@ -293,14 +290,14 @@ def _users_own(name: str, num_classes: int, input_shape: tuple[int, ...], folder
         arguments = _accepted(name, function, offered)
         try:
             model = function(**arguments)
-        except Exception as error:  # the user's code may raise anything; it has seen no data
+        except (Exception, SystemExit) as error:
             raise ModelError(
-                f"Expected model={name} to build a model of {num_classes} classes for inputs of shape {input_shape}; "
-                f"got {quoted(error)}. Nothing can be trained. Mend it there."
+                f"Expected model={name} to build a model; got {cause(error)}. It was called with "
+                f"{', '.join(f'{key}={value}' for key, value in arguments.items()) or 'no arguments'}. Mend it there."
             ) from error
     if not isinstance(model, nn.Module):
         raise ModelError(
-            f"Expected model={name} to return a torch.nn.Module; got a {type(model).__name__}. Only a module can be "
+            f"Expected model={name} to return a torch.nn.Module; got {kind_of(model)}. Only a module can be "
             "trained. Name a function that builds the model."
         )
     return model
@@ -320,16 +317,25 @@ def _on_path(folder: Path) -> Iterator[None]:
 
 def _imported(name: str, module_name: str, function_name: str) -> Callable[..., object]:
     """Import the function; any exception of the user's module is a ModelError."""
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:
+    if "/" in module_name or module_name.endswith(".py"):
+        stem = module_name.removesuffix(".py").strip("./").replace("/", ".")
         raise ModelError(
-            f"Expected model={name} to name a function that can be imported; got {quoted(error)}. "
-            f"Known names are {', '.join(NAMES)}. Check the spelling, and that {module_name} imports by itself."
+            f"Expected model=module:function; got model={name}, with a file instead of a module. Did you mean "
+            f"{stem}:{function_name}? Modules are imported from the working directory."
+        )
+    try:
+        module = importlib.import_module(module_name)
+        function = getattr(module, function_name)
+    except (Exception, SystemExit) as error:
+        names = vars(sys.modules[module_name]) if module_name in sys.modules else {}
+        raise ModelError(
+            f"Expected model={name} to name a function that can be imported; got {cause(error)}. Known names are "
+            f"{', '.join(NAMES)}. {did_you_mean(function_name, names)}Check the spelling, and that {module_name} "
+            "imports by itself."
         ) from error
     if not callable(function):
         raise ModelError(
-            f"Expected model={name} to name a function; got a {type(function).__name__}. It is called to build the "
+            f"Expected model={name} to name a function; got {kind_of(function)}. It is called to build the "
             "model. Wrap it in a function."
         )
     return function
@@ -347,7 +353,7 @@ def _accepted(name: str, function: Callable[..., object], offered: dict[str, obj
         signature.bind(**arguments)
     except (TypeError, ValueError) as error:
         raise ModelError(
-            f"Expected model={name} to be callable with {' and '.join(offered)} or less; got {type(error).__name__}: "
-            f"{error}. Nothing else is known when it is called. Give its other parameters default values."
+            f"Expected model={name} to be callable with {' and '.join(offered)} or less; got {cause(error)}. "
+            f"Nothing else is known when it is called. Give its other parameters default values."
         ) from error
     return arguments

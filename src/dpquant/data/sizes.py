@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many training records each published data set has. Loads no torch, so that a budget can be planned at once."""
 
-import difflib
 from types import MappingProxyType
 
-from dpquant.errors import DataError
+from dpquant.errors import DataError, did_you_mean
 
 FOLDER_PREFIX = "image-folder:"
 
@@ -20,6 +19,7 @@ PUBLIC_SIZES = MappingProxyType(
         "gtsrb": 26_640,
     }
 )
+_ALSO = MappingProxyType({"cifar": "cifar10", "fashion": "fashion-mnist", "signs": "gtsrb"})
 
 
 def public_size(name: str) -> int | None:
@@ -32,10 +32,9 @@ def public_size(name: str) -> int | None:
     if name.startswith(FOLDER_PREFIX):
         return None
     if name not in PUBLIC_SIZES:
-        close = difflib.get_close_matches(name, PUBLIC_SIZES, n=1)
-        hint = f"Did you mean {close[0]}? " if close else ""
         raise DataError(
             f"Expected data to be one of {', '.join(PUBLIC_SIZES)} or {FOLDER_PREFIX}PATH; got data={name}. "
-            f"{hint}For images of your own, give {FOLDER_PREFIX}PATH with PATH/train/CLASS/* and PATH/test/CLASS/*."
+            f"{did_you_mean(name, PUBLIC_SIZES, _ALSO)}For images of your own, give {FOLDER_PREFIX}PATH with "
+            "PATH/train/CLASS/* and PATH/test/CLASS/*."
         )
     return PUBLIC_SIZES[name]

@@ -28,7 +28,7 @@ from dpquant.engine.context import StepContext
 from dpquant.engine.layers import quantizable_layers, running
 from dpquant.engine.passes import Objective, Passes, PerExampleLoss
 from dpquant.engine.tape import GradientTape, taping
-from dpquant.errors import ModelError, SettingError
+from dpquant.errors import ModelError, SettingError, expect
 from dpquant.rounding import derive_key
 
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny  # rounding a smaller factor to float32 could double it
@@ -101,6 +101,8 @@ def clipped_sum(
             f"Expected max_grad_norm > 0 and finite; got max_grad_norm={max_grad_norm}. Without a bound there is no "
             "sensitivity. Pass the clipping norm C."
         )
+    todo = "Number the batch's rows, as torch.arange(len(inputs))"
+    expect("record_ids", record_ids, Tensor, "a tensor of int64", todo)
     size = MICROBATCH if microbatch_size is None else microbatch_size
     if size < 1:
         raise SettingError(f"Expected microbatch_size >= 1; got microbatch_size={microbatch_size}.")

@@ -29,7 +29,7 @@ from torch.nn.parameter import is_lazy
 
 from dpquant.engine.group_norm import TapedGroupNorm
 from dpquant.engine.layers import QuantConv2d, QuantLinear
-from dpquant.errors import ModelError, SettingError
+from dpquant.errors import ModelError, SettingError, expect
 
 _MAX_GROUPS = 32
 _VECTOR_GROUP = 16  # channels per group where a channel may be one value; `data/models.py` does the same for 1x1 maps
@@ -175,8 +175,7 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def _check_module(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"Expected model to be a torch.nn.Module; got a {type(model).__name__}.")
+    expect("model", model, nn.Module, "a torch.nn.Module", "Pass the model itself", ModelError)
 
 
 def _check_convertible(path: str, module: nn.Module, batch_norm: str) -> None:

@@ -40,7 +40,7 @@ from dpquant.backends.registry import resolve
 from dpquant.engine.context import StepContext, twin_of
 from dpquant.engine.group_norm import TapedGroupNorm
 from dpquant.engine.products import Convolution, RowProducts, timed
-from dpquant.errors import ModelError, SettingError
+from dpquant.errors import ModelError, SettingError, expect
 from dpquant.formats import FULL_PRECISION, Precision, Recipe, RoleFormat, precision
 from dpquant.rounding import derive_key, row_keys
 
@@ -202,8 +202,7 @@ def prepare(
       ModelError: model is not a module, has parameters that are not float32, or is on two devices.
     Privacy: reads no data.
     """
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"Expected model to be a torch.nn.Module; got a {type(model).__name__}.")
+    expect("model", model, nn.Module, "a torch.nn.Module", "Pass the model itself", ModelError)
     chosen = precision(format)
     device = _device_of(model)
     for name, parameter in model.named_parameters():
@@ -243,7 +242,12 @@ def _device_of(model: nn.Module) -> torch.device:
 
 
 def quantizable_layers(model: nn.Module) -> dict[str, QuantizableLayer]:
-    """Return {name: layer} of a prepared model's quantizable layers, in the order in which the model defines them."""
+    """Return {name: layer} of a prepared model's quantizable layers, in the order in which the model defines them.
+
+    Raises:
+      ModelError: model is no torch.nn.Module.
+    """
+    expect("model", model, nn.Module, "a torch.nn.Module", "Pass the model itself", ModelError)
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizableLayer)}
 
 
@@ -251,10 +255,15 @@ def set_policy(model: nn.Module, names: Iterable[str]) -> None:
     """Run exactly these layers in the `format` given to `prepare`, all others in full precision; () quantizes none.
 
     Raises:
-      SettingError: a name is not a quantizable layer of the model.
+      SettingError: a name is not a quantizable layer of the model, or names are no collection.
     Privacy: reads no data; the choice itself must come from released numbers only.
     """
     layers = quantizable_layers(model)
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise SettingError(
+            f"Expected names to be a collection of layer names; got names={names!r}. () quantizes none. Put names into "
+            "a tuple."
+        )
     set_precisions(model, {name: layers[name].chosen if name in layers else FULL_PRECISION for name in names})
 
 

@@ -172,9 +172,9 @@ def _one_by_one(
                 again.append(y.detach())
     except (RuntimeError, NotImplementedError, IndexError, TypeError, ValueError) as error:
         raise ModelError(
-            f"Expected a {type(module).__name__} whose per-example gradients can be computed; got one that cannot be "
-            f"evaluated one example at a time ({type(error).__name__}). Freeze it, or build it of Conv2d, Linear, "
-            "GroupNorm, LayerNorm and Embedding."
+            f"Expected modules whose per-example gradients can be computed; got {type(module).__name__} with the "
+            f"parameters {', '.join(parameters)}, which cannot be evaluated one example at a time "
+            f"({type(error).__name__}). Freeze it, or build it of Conv2d, Linear, GroupNorm, LayerNorm and Embedding."
         ) from error
     gradients = {
         name: torch.stack([torch.zeros_like(p) if one[place] is None else one[place] for one in found])

@@ -31,7 +31,7 @@ import math
 from pathlib import Path
 from typing import Any, Self
 
-from dpquant.errors import BudgetError, LedgerError, SettingError
+from dpquant.errors import BudgetError, LedgerError, SettingError, expect
 from dpquant.privacy.disk import DISK, AppendFile, Disk
 from dpquant.privacy.entries import FORMAT, Contents, header, line_of, verified
 from dpquant.privacy.events import Budget, Event, Kind, merged
@@ -74,6 +74,7 @@ class Ledger:
         Raises:
           LedgerError: the file cannot be written, another process writes to it, or it already holds lines.
         """
+        expect("path", path, (Path, type(None)), "a pathlib.Path or None", "Give pathlib.Path('ledger.jsonl')")
         self.path, self.budget, self.research, self._step_seconds = path, budget, research, step_seconds
         self.lease, self.repaired, self._contents = 1, 0, Contents(budget=budget)
         self._ahead = self._lease_line = 0  # steps of the last lease that are left, and its line's number
@@ -154,6 +155,7 @@ class Ledger:
           LedgerError: the file cannot be read, or a line is not as it was written; the message names the line.
         Privacy: post-processing.
         """
+        expect("path", path, Path, "a pathlib.Path", "Give pathlib.Path('ledger.jsonl')")
         try:
             data = path.read_bytes()
         except OSError as error:

@@ -29,6 +29,7 @@ from dpquant.privacy.events import NEIGHBOURS, PUBLIC, Budget, Event
 
 Score = Literal["loss", "gradient"]  # the quantity whose change defines a layer's impact
 
+MOST_STEPS = 10**6  # of a plan
 LARGE_DELTA = 1e-2  # a larger delta is a weak guarantee for a data set of any size
 
 
@@ -66,7 +67,7 @@ _RULES = {
     "expected_batch_size": _Rule(
         1e-9, 1e15, "Noised sums are divided by it. Pass a public number: sample_rate times a public data set size."
     ),
-    "steps": _Rule(1, 1e6, "They fix the privacy budget. Plan at least one.", int),
+    "steps": _Rule(1, MOST_STEPS, "They fix the privacy budget. Plan at least one.", int),
     "count": _Rule(0, 1e6, "It is the number of analyses. Plan one for every few epochs.", int),
     "repeats": _Rule(1, 1e4, "It is the number of roundings that are averaged. Use 1, or a few.", int),
 }

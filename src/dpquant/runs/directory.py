@@ -20,7 +20,7 @@ from dpquant.privacy import accounting
 from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.plan import PrivacyPlan, rounded_up
 from dpquant.runs import fingerprint
-from dpquant.runs.names import CHECKPOINTS, CHOICES, METRICS, MODEL, RECORD, RECORDS, TIMINGS
+from dpquant.runs.names import CHECKPOINTS, CHOICES, DIVERGED, METRICS, MODEL, RECORD, RECORDS, TIMINGS
 from dpquant.runs.record import EpochRecord, RunRecord, Timings, metrics_line, replacing, write_whole
 from dpquant.training.checkpoint import newest, purge
 from dpquant.training.continuing import Stateful
@@ -164,6 +164,14 @@ class RunDirectory:
             self.save(model, draft)
         timings.write(self.path / TIMINGS)
         self._write_choices(choices)
+
+    def note_divergence(self, reason: str) -> None:
+        """Write why the run cannot go on, for whoever wants to continue it. Privacy: post-processing.
+
+        Raises:
+          OSError: the file cannot be written.
+        """
+        write_whole(self.path / DIVERGED, reason + "\n")
 
     def end(self, record: RunRecord, timings: Timings) -> None:
         """Write the record and the timings of the whole run.

@@ -2,6 +2,7 @@
 """Training loss, test accuracy, and the model that is tested (the trained one or an average of its parameters)."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -71,6 +72,21 @@ def accuracy(
             "evaluation mode."
         )
     return int(right) / len(all_ids)
+
+
+def warn_of_guessing(accuracy_test: float, test: data.Split) -> None:
+    """Warn of a model that is right no more often than the same class for every record.
+
+    It may have diverged while its parameters stayed finite. Privacy: uses test records alone, as `accuracy`.
+    """
+    guessed = int(torch.bincount(test.targets).max()) / len(test)
+    if accuracy_test <= guessed:
+        warnings.warn(
+            f"The model is no better than guessing: its test accuracy is {accuracy_test:.1%}, and that of always the "
+            f"same class {guessed:.1%}. Training has diverged, or noise hides what it learns. Give a lower lr, or more "
+            "epsilon, epochs or records.",
+            stacklevel=2,
+        )
 
 
 @contextlib.contextmanager

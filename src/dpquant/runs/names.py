@@ -3,4 +3,4 @@
 
 CONFIG, LEDGER, METRICS = "config.toml", "ledger.jsonl", "metrics.jsonl"
 MODEL, RECORD, TIMINGS, CHOICES = "model.safetensors", "record.json", "timings.json", "choices.json"
-CHECKPOINTS, RECORDS, REPORT = "checkpoints", "records.json", "report.html"
+CHECKPOINTS, RECORDS, DIVERGED, REPORT = "checkpoints", "records.json", "diverged.txt", "report.html"

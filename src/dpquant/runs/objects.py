@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds model, optimizer and learning-rate schedule from the settings, and checks each before a run begins."""
 
+import functools
 import math
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dpquant.checks.refusals import check_trainable
 from dpquant.data import dataset as data
 from dpquant.data import models
 from dpquant.engine.convert import fix
 from dpquant.engine.randomness import seeded
-from dpquant.errors import ModelError, SettingError, quoted
+from dpquant.errors import ModelError, SettingError, cause, kind_of
 from dpquant.runs.evaluation import evaluating
 from dpquant.runs.settings import TrainSettings
+from dpquant.runs.size import check_network_fits
+
+_BLANKS = 2  # inputs on which a network is tried
 
 
 def model_of(settings: TrainSettings, dataset: data.Dataset) -> nn.Module:
@@ -24,18 +28,26 @@ def model_of(settings: TrainSettings, dataset: data.Dataset) -> nn.Module:
       ModelError: the model is unknown, cannot be trained privately, or does not have one output for each class.
       SettingError: the model cannot have the width.
     """
-    torch.manual_seed(settings.seed)
-    model = models.build(
-        settings.model, num_classes=dataset.num_classes, input_shape=dataset.input_shape, width=settings.width
+    build = functools.partial(
+        models.build,
+        settings.model,
+        num_classes=dataset.num_classes,
+        input_shape=dataset.input_shape,
+        width=settings.width,
     )
+    if settings.model in models.NAMES:  # a user's function may do what the meta device cannot
+        blank = torch.empty(_BLANKS, *dataset.input_shape, device="meta")
+        check_network_fits(build, blank, f"width={settings.width:g} and images of {tuple(blank.shape[1:])}")
+    torch.manual_seed(settings.seed)
+    model = build()
     if settings.fix:
         model = fix(model)
     check_trainable(model)
-    check_outputs(model, torch.zeros(2, *dataset.input_shape), dataset.num_classes)
+    check_outputs(model, torch.zeros(_BLANKS, *dataset.input_shape), dataset.num_classes)
     return model
 
 
-def check_outputs(model: nn.Module, blank: torch.Tensor, num_classes: int) -> None:
+def check_outputs(model: nn.Module, blank: Tensor, num_classes: int) -> None:
     """Check that the model returns one logit per class for two blank inputs, in training and in evaluation mode.
 
     Args:
@@ -49,17 +61,26 @@ def check_outputs(model: nn.Module, blank: torch.Tensor, num_classes: int) -> No
     rule = f"Expected model to map {what} of shape {tuple(blank.shape[1:])} to {num_classes} logits"
     try:
         with torch.no_grad(), seeded(0):
-            shapes = [tuple(model(blank).shape)]
+            outputs = [model(blank)]
             with evaluating(model):
-                shapes.append(tuple(model(blank).shape))
+                outputs.append(model(blank))
     except Exception as error:  # the user's code may raise anything; it has seen no data
-        raise ModelError(f"{rule}; got a {quoted(error)}. Make it fit the data set's {what}.") from error
-    for shape in shapes:
-        if shape != (2, num_classes):
+        raise ModelError(f"{rule}; got {cause(error)}. Make it fit the data set's {what}.") from error
+    for output in outputs:
+        if not isinstance(output, Tensor) or not output.is_floating_point():
             raise ModelError(
-                f"{rule}; two {what} gave shape {shape}. A label without a logit has no loss. Give the last layer "
-                f"{num_classes} outputs."
+                f"{rule}; got {_kind(output)}. The loss is computed from one tensor of floating-point numbers. Let "
+                "forward return the logits alone."
             )
+        if output.shape != (len(blank), num_classes):
+            raise ModelError(
+                f"{rule}; two {what} gave shape {tuple(output.shape)}. A label without a logit has no loss. "
+                f"Give the last layer {num_classes} outputs."
+            )
+
+
+def _kind(output: object) -> str:
+    return f"a tensor of {output.dtype}" if isinstance(output, Tensor) else kind_of(output)
 
 
 def optimizer_of(settings: TrainSettings, model: nn.Module) -> torch.optim.Optimizer:

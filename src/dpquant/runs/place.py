@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dpquant.errors import LedgerError, SettingError
 from dpquant.privacy.ledger import Ledger
-from dpquant.runs.names import CHECKPOINTS, CHOICES, CONFIG, LEDGER, METRICS, RECORD, RECORDS
+from dpquant.runs.names import CHECKPOINTS, CHOICES, CONFIG, DIVERGED, LEDGER, METRICS, RECORD, RECORDS
 from dpquant.runs.record import write_whole
 from dpquant.runs.settings import TrainSettings, from_toml
 
@@ -45,6 +45,7 @@ class Place:
         Returns: whether a run in the directory is continued.
         Raises:
           SettingError: the directory is not empty, cannot be made, or holds a run that cannot be continued.
+          LedgerError: the ledger of the run in it is not as it was written.
         """
         if self._continues is not None:
             yield self._continues
@@ -100,13 +101,14 @@ class Place:
                 f"Expected the directory of a run; got {self.path}, which holds no {CONFIG}. Name the directory that "
                 "dpquant train has made."
             )
-        return TrainSettings.chosen(from_toml(self.path / CONFIG))
+        return TrainSettings.chosen({}, from_toml(self.path / CONFIG))
 
     def check_continues(self, settings: TrainSettings) -> None:
         """Check that the directory holds a run with these settings that has not ended.
 
         Raises:
           SettingError: it does not.
+          LedgerError: its ledger is not as it was written.
         """
         own = self.settings()
         if (self.path / RECORD).exists():
@@ -114,6 +116,13 @@ class Place:
                 f"Expected a run that has not ended; got {self.path}, which holds its record. Its budget is spent. "
                 "Begin a new run in another directory; epsilon adds up."
             )
+        if (self.path / DIVERGED).exists():
+            raise SettingError(
+                f"Expected a run that has not diverged; got {self.path}, which did: "
+                f"{(self.path / DIVERGED).read_text()}"
+            )
+        if (self.path / LEDGER).exists():
+            Ledger.verify(self.path / LEDGER)
         differ = [f.name for f in dataclasses.fields(own) if getattr(own, f.name) != getattr(settings, f.name)]
         if differ:
             name = differ[0]

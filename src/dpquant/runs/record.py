@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from dpquant.errors import DataError
+from dpquant.errors import DataError, expect
 
 if TYPE_CHECKING:
     from dpquant.runs.settings import TrainSettings
@@ -261,6 +261,7 @@ class RunRecord:
         Raises:
           DataError: the file cannot be read, or holds no record.
         """
+        expect("path", path, Path, "a pathlib.Path", "Give pathlib.Path('record.json')", DataError)
         try:
             return cls.from_json(path.read_text())
         except OSError as error:

@@ -7,17 +7,18 @@ file loads neither torch nor the accountant.
 """
 
 import dataclasses
-import difflib
 import math
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from dpquant.data.sizes import public_size
-from dpquant.errors import FormatError, SettingError
+from dpquant.errors import FormatError, SettingError, did_you_mean
 from dpquant.formats import precision
+from dpquant.runs.effects import check_contradictions, check_effects, has_effect
 
 if TYPE_CHECKING:
     from dpquant.privacy.plan import PrivacyPlan, Score
@@ -135,26 +136,29 @@ class TrainSettings:
     unsafe_metrics: bool = _setting("also measure training accuracy, which is NOT private", False)
 
     @classmethod
-    def chosen(cls, given: Mapping[str, Any]) -> Self:
+    def chosen(cls, given: Mapping[str, Any], file: Mapping[str, Any] = MappingProxyType({})) -> Self:
         """Return the given settings, with the data set's defaults for the others.
 
+        Args:
+          given: {name: value}.
+          file: settings of a file, for what is not in `given`.
         Raises:
-          SettingError: a name is unknown, or a value has the wrong type or is out of range.
+          SettingError: a name is unknown, a value has the wrong type or is out of range, or a given setting has no
+            effect beside the others.
         """
+        both = {**file, **given}
         fields = {field.name: field for field in dataclasses.fields(cls)}
-        if unknown := sorted(given.keys() - fields.keys()):
-            close = difflib.get_close_matches(unknown[0], fields, n=1)
-            hint = f"Did you mean {close[0]}? " if close else ""
-            raise SettingError(
-                f"Expected known settings; got {unknown[0]}. It would be ignored. {hint}See dpquant train --help."
-            )
-        for name, value in given.items():
+        for name, value in both.items():
+            if name not in fields:
+                raise SettingError(_unknown(name, value, fields))
             _check_type(name, value, str(fields[name].type))
-        data = given.get("data", cls.data)
-        budget = {} if given.get("noise_multiplier") is not None else {"epsilon": 8.0}
-        named = given.get("macs") is not None or given.get("layers") is not None
+        budget = {} if both.get("noise_multiplier") is not None else {"epsilon": 8.0}
+        named = both.get("macs") is not None or both.get("layers") is not None
         share = {} if named else {"fraction": 0.75}
-        return cls(**{**GENERAL, **BY_DATA.get(data, {}), **budget, **share, **given})
+        defaults = {**GENERAL, **BY_DATA.get(both.get("data", cls.data), {}), **budget, **share}
+        settings = cls(**{**defaults, **both})
+        check_effects(given, file, {name: defaults.get(name, field.default) for name, field in fields.items()})
+        return settings
 
     def __post_init__(self) -> None:
         for name, allowed in {
@@ -171,19 +175,7 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and not holds(value):
                 raise SettingError(f"Expected {name} {rule}; got {name}={value}. See dpquant train --help.")
-        for first, second in (
-            ("epsilon", "noise_multiplier"),
-            ("fraction", "macs"),
-            ("fraction", "layers"),
-            ("macs", "layers"),
-            ("sample_rate", "records"),
-        ):
-            if getattr(self, first) is not None and getattr(self, second) is not None:
-                raise SettingError(
-                    f"Expected one of {first} and {second}; got {first}={getattr(self, first)} and "
-                    f"{second}={getattr(self, second)}. They contradict each other. Give one."
-                )
-
+        check_contradictions(vars(self))
         if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", self.device):
             raise SettingError(
                 f"Expected device to be auto, cpu, cuda or cuda:N; got device={self.device}. See dpquant train --help."
@@ -192,19 +184,14 @@ class TrainSettings:
             try:
                 precision(getattr(self, name))
             except FormatError as error:
-                raise SettingError(str(error).replace("format", name)) from error
-        if self.layers is not None and self.policy != "static":
-            raise SettingError(
-                f"Expected policy=static with layers; got policy={self.policy}. Other policies choose for themselves. "
-                "Leave layers out."
-            )
+                raise SettingError(re.sub(r"\bformat\b", name, str(error))) from error
 
     def to_toml(self) -> str:
-        """Return all settings that are not None, as TOML that `from_toml` reads."""
+        """Return all settings that have an effect and are not None, as TOML that `from_toml` reads."""
         lines = ["# dpquant train --config FILE runs this again."]
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is not None:
+            if value is not None and has_effect(field.name, vars(self)):
                 lines.append(f"{field.name} = {_toml(value)}")
         return "\n".join(lines) + "\n"
 
@@ -251,7 +238,11 @@ def plan_of(settings: TrainSettings) -> "PrivacyPlan":
       SettingError: the number of records is neither public nor given, or a privacy setting is out of range.
       DataError: the data set is unknown.
     """
-    from dpquant.privacy.plan import AnalysisPlan, PrivacyPlan  # loads the accountant, which --help does without
+    from dpquant.privacy.plan import (
+        MOST_STEPS,
+        AnalysisPlan,
+        PrivacyPlan,
+    )  # loads the accountant, which --help does without
 
     if (records := settings.records) is None:
         records = public_size(settings.data)
@@ -271,6 +262,11 @@ def plan_of(settings: TrainSettings) -> "PrivacyPlan":
             "probability batch size over records. Give smaller batches."
         )
     epoch_steps = max(1, round(1 / rate))
+    if settings.epochs * epoch_steps > MOST_STEPS:
+        raise SettingError(
+            f"Expected epochs of at most {MOST_STEPS // epoch_steps}; got epochs={settings.epochs}, of {epoch_steps} "
+            f"steps each. The budget is computed for up to {MOST_STEPS:,} steps. Give fewer epochs, or larger batches."
+        )
     analysis = None
     if policy_of(settings).needs_scores:
         analysis = AnalysisPlan(
@@ -334,12 +330,12 @@ _AT_LEAST_ONE: tuple[str, Callable[[Any], bool]] = (">= 1", lambda x: x >= 1)
 _POSITIVE: tuple[str, Callable[[Any], bool]] = ("> 0 and finite", lambda x: 0 < x < math.inf)
 _NOT_NEGATIVE: tuple[str, Callable[[Any], bool]] = (">= 0 and finite", lambda x: 0 <= x < math.inf)
 _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "image_size": _AT_LEAST_ONE,
-    "width": _POSITIVE,
+    "image_size": ("in 1 .. 16384", lambda x: 1 <= x <= 16384),
+    "width": ("in (0, 10000]", lambda x: 0 < x <= 10_000),
     "epochs": _AT_LEAST_ONE,
     "batch_size": _POSITIVE,
     "sample_rate": ("in (0, 1]", lambda x: 0 < x <= 1),
-    "records": _AT_LEAST_ONE,
+    "records": ("in 1 .. 10^12", lambda x: 1 <= x <= 10**12),
     "lr": _POSITIVE,
     "momentum": ("in [0, 1)", lambda x: 0 <= x < 1),
     "average": ("in [0, 1)", lambda x: 0 <= x < 1),
@@ -364,11 +360,21 @@ def _check_type(name: str, value: Any, annotation: str) -> None:
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        close = difflib.get_close_matches(str(value), allowed, n=1)
-        hint = f"Did you mean {close[0]}? " if close else ""
         raise SettingError(
-            f"Expected {name} to be one of {', '.join(allowed)}; got {name}={value}. {hint}See dpquant train --help."
+            f"Expected {name} to be one of {', '.join(allowed)}; got {name}={value}. {did_you_mean(value, allowed)}See "
+            "dpquant train --help."
         )
+
+
+def _unknown(name: str, value: Any, known: Iterable[str]) -> str:
+    """Return the error for a setting that does not exist."""
+    if isinstance(value, dict):
+        return (
+            f"Expected settings outside of tables; got a table [{name}]. Settings have no groups. Write them as lines "
+            "NAME = VALUE, above any table."
+        )
+    hint = did_you_mean(name, known)
+    return f"Expected known settings; got {name}. It would be ignored. {hint}See dpquant train --help."
 
 
 def _toml(value: str | int | float | bool) -> str:

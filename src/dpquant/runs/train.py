@@ -27,21 +27,32 @@ from safetensors import SafetensorError
 from dpquant.backends.choose import Choices
 from dpquant.data import dataset as data
 from dpquant.errors import BudgetError, DivergedError, SettingError, StoppedError
+from dpquant.machine import check_threads
 from dpquant.privacy.plan import PrivacyPlan, rounded_up
 from dpquant.runs.devices import described, device_of
 from dpquant.runs.directory import Charged, RunDirectory
-from dpquant.runs.evaluation import Tested, accuracy, check_evaluation, evaluation_batch, per_example_loss
-from dpquant.runs.names import LEDGER, METRICS
+from dpquant.runs.evaluation import (
+    Tested,
+    accuracy,
+    check_evaluation,
+    evaluation_batch,
+    per_example_loss,
+    warn_of_guessing,
+)
+from dpquant.runs.names import LEDGER, METRICS, MODEL
 from dpquant.runs.objects import model_of, move_schedule, optimizer_of, schedule_of
 from dpquant.runs.place import Place
 from dpquant.runs.record import EpochRecord, RunRecord, Timings
 from dpquant.runs.settings import TrainSettings, checkpoint_steps, plan_of, policy_of
 from dpquant.runs.sinks import MetricsFile, Progress, Sink, Sinks
+from dpquant.runs.size import check_data_fits
 from dpquant.runs.stopping import Stopping
 from dpquant.training.continuing import Stateful
 from dpquant.training.epoch import Batch, Epoch
 from dpquant.training.private import PrivateTraining
 from dpquant.training.start import make_private
+
+_LARGEST_PARAMETER = 1e12  # a few layers of such weights overflow float32
 
 
 def train(
@@ -136,6 +147,7 @@ class _Run:
         """Return the run before its next step: everything that can fail is tried, and nothing is charged."""
         began = time.perf_counter()
         if settings.threads is not None:
+            check_threads(settings.threads)
             torch.set_num_threads(settings.threads)
         plan = plan or plan_of(settings)
         device = device_of(settings.device)
@@ -143,6 +155,7 @@ class _Run:
         if choices is None and settings.choices is not None:
             choices = Choices.read(Path(settings.choices))
         data_dir = Path(settings.data_dir) if settings.data_dir is not None else None
+        check_data_fits(settings)
         dataset = data.load(settings.data, data_dir, image_size=settings.image_size)
         model = model_of(settings, dataset).to(device)
         optimizer = optimizer_of(settings, model)
@@ -288,6 +301,7 @@ class _Run:
         with self._writing():
             self.files.end(record, self._timings())
         self.tell.finished(record)
+        warn_of_guessing(record.accuracy_test, self.dataset.test)
         return record
 
     def _accuracy(self, split: data.Split) -> float:
@@ -310,15 +324,26 @@ class _Run:
             ) from error
 
     def _check_finite(self) -> None:
-        """Raise DivergedError if a parameter is not finite. Privacy: post-processing, as parameters are released."""
-        private = self.private
+        """Raise DivergedError if a parameter is not finite, or so large that no output is; note why in the directory.
+
+        Privacy: post-processing, as parameters are released.
+        """
+        private, epochs = self.private, self.history.epochs
         for name, parameter in private.model.named_parameters():
-            if not bool(parameter.isfinite().all()):
-                raise DivergedError(
-                    f"Expected parameters to stay finite; got {name} that is not, after {private.steps_taken} steps. "
-                    f"What was charged stays charged: epsilon = {rounded_up(private.epsilon_spent())}. Train again "
-                    "with a lower lr."
-                )
+            if bool((parameter.abs() <= _LARGEST_PARAMETER).all()):
+                continue
+            kept = "No epoch had ended"
+            if epochs:
+                kept = f"{self.files.path / MODEL} is the model of epoch {epochs[-1].index + 1}, which is finite"
+            reason = (
+                f"Expected parameters to stay finite and at most {_LARGEST_PARAMETER:g}; got {name} that did not, "
+                f"after {private.steps_taken} steps. What was charged stays charged: epsilon = "
+                f"{rounded_up(private.epsilon_spent())}. {kept}. Train again with a lower lr, in another directory; "
+                "epsilon adds up."
+            )
+            with self._writing():
+                self.files.note_divergence(reason)
+            raise DivergedError(reason)
 
 
 class History:

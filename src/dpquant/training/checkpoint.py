@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from dpquant.errors import DataError, SettingError
+from dpquant.errors import DataError, SettingError, expect
 from dpquant.privacy.disk import DISK
 
 _FORMAT = 1
@@ -82,6 +82,7 @@ class Checkpoint:
           SettingError: a part holds an object that is none of the types above.
           OSError: the folder cannot be written. Nothing of it is left, unless that fails, too.
         """
+        expect("path", folder, Path, "a pathlib.Path", "Give pathlib.Path('checkpoint')")
         disk = disk or Disk()
         files = _files_of(self.parts)
         sizes = {name: _seal(content) for name, content in files.items()}
@@ -107,6 +108,7 @@ class Checkpoint:
         Raises:
           DataError: the folder is no checkpoint, or not as it was written.
         """
+        expect("path", folder, Path, "a pathlib.Path", "Give pathlib.Path('checkpoint')")
         manifest = _manifest(folder)
         files: dict[str, bytes] = {}
         for name, seal in manifest["files"].items():
@@ -178,6 +180,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
             raise ValueError("another SHA-256")
         if not isinstance(manifest["facts"], dict) or _STATE not in manifest["files"]:
             raise ValueError("no manifest")
+    except DataError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"Expected {folder / _MANIFEST} to be the manifest of a checkpoint, format {_FORMAT}; got "

@@ -17,12 +17,12 @@ made twice is one release.
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from dpquant.errors import DataError, LedgerError, SettingError
+from dpquant.errors import DataError, LedgerError, SettingError, expect
 from dpquant.privacy.mechanism import Charges
 from dpquant.privacy.plan import PrivacyPlan
 from dpquant.training.checkpoint import Checkpoint
@@ -32,6 +32,7 @@ from dpquant.training.state import RunState
 _OWN = ("model", "optimizer")
 
 
+@runtime_checkable
 class Stateful(Protocol):
     """What can be saved and loaded: a learning-rate scheduler, an averaged model, ..."""
 
@@ -74,6 +75,9 @@ class Parts:
           SettingError: a part holds what only pickle could save, or the folder cannot be written.
         Privacy: post-processing.
         """
+        for name, one in self.others.items():
+            todo = "Name an object that has them, as a learning-rate scheduler"
+            expect(name, one, Stateful, "an object with state_dict and load_state_dict", todo)
         parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         parts |= {name: one.state_dict() for name, one in self.others.items()}
         try:

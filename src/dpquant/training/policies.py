@@ -26,7 +26,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from dpquant.errors import SettingError
+from dpquant.errors import SettingError, expect
 
 _ROUNDING = 1e-9  # tolerance for float round-off: 0.6 of 5 layers is 3 layers, not 4
 
@@ -352,6 +352,7 @@ def _checked_scores(turn: Turn) -> dict[str, float]:
 
 
 def _check_share(name: str, value: float | None) -> None:
+    expect(name, value, (int, float, type(None)), "a number", "It is a share of a whole, as 0.75")
     if value is not None and not 0 < value <= 1:
         raise SettingError(
             f"Expected {name} in (0, 1]; got {name}={value}. It is a share of a whole. Use 1 for all of it."
@@ -359,6 +360,7 @@ def _check_share(name: str, value: float | None) -> None:
 
 
 def _check_beta(beta: float) -> None:
+    expect("beta", beta, (int, float), "a number", "Use 0 for pure rotation")
     if not 0 <= beta < math.inf:
         raise SettingError(
             f"Expected beta >= 0 and finite; got beta={beta}. A negative one would favour the layers that suffer most. "

@@ -24,13 +24,14 @@ from dpquant.checks.refusals import check_trainable
 from dpquant.checks.synthetic import candidates, from_examples
 from dpquant.engine.layers import prepare, set_policy, set_precisions
 from dpquant.engine.passes import Objective, PerExampleLoss, out_of_memory
-from dpquant.errors import DataError, SettingError
+from dpquant.errors import DataError, SettingError, expect
 from dpquant.formats import Precision, Recipe, precision
 from dpquant.machine import current
 from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.mechanism import Mechanism
 from dpquant.privacy.plan import PrivacyPlan
 from dpquant.privacy.secret import SecretKey
+from dpquant.training.arguments import check_arguments
 from dpquant.training.continuing import continued
 from dpquant.training.distributed import Alone, Group
 from dpquant.training.execution import Execution, ExecutionRequest, choose_execution
@@ -106,6 +107,7 @@ def make_private(
       LedgerError: the ledger's file cannot be created.
     Privacy: uses types and shapes of the first records, and no values. Charges nothing.
     """
+    check_arguments(locals())
     request = Request(
         model=model,
         optimizer=optimizer,
@@ -297,8 +299,8 @@ def _tried(setup: Setup, execution: Execution, device: torch.device) -> float:
 
 def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Refuse an optimizer that holds other parameters, lacks a trainable one, or needs several gradients a step."""
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise SettingError(f"Expected optimizer to be a torch.optim.Optimizer; got a {type(optimizer).__name__}.")
+    todo = "Make one of the model's parameters, as torch.optim.SGD(model.parameters(), lr=0.1)"
+    expect("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer", todo)
     if isinstance(optimizer, torch.optim.LBFGS):
         raise SettingError("Expected an optimizer that needs one gradient a step; got LBFGS, which evaluates more.")
     held = {p for group in optimizer.param_groups for p in group["params"]}

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How settings fit each other: which contradict each other, and which have no effect beside the others.
+
+A setting without effect is refused where the user gives it.
+
+Momentum beside Adam, or options of analyses beside a policy that makes none, would otherwise be ignored silently.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dpquant.data.sizes import FOLDER_PREFIX, PUBLIC_SIZES
+from dpquant.errors import SettingError
+
+_IN_MEMORY = "digits"  # comes with scikit-learn
+
+# {setting: (the setting that decides, whether its value gives an effect, why it gives none)}
+_Rule = tuple[str, Callable[[Any], bool], str]
+_WITH_SHARE: _Rule = ("policy", lambda x: x not in ("none", "all"), "The policy quantizes no share but none or all")
+_WITH_ANALYSIS: _Rule = ("policy", lambda x: x in ("prioritise", "dpquant"), "The policy makes no analysis")
+_RULES: Mapping[str, _Rule] = {
+    "momentum": ("optimizer", lambda x: x == "sgd", "The optimizer has no such setting"),
+    "fraction": _WITH_SHARE,
+    "macs": _WITH_SHARE,
+    "format": ("policy", lambda x: x != "none", "The policy quantizes no layer; rest is the format of all others"),
+    "beta": ("policy", lambda x: x == "dpquant", "The policy does not draw by impacts"),
+    "ema": _WITH_ANALYSIS,
+    "analysis_every": _WITH_ANALYSIS,
+    "analysis_score": _WITH_ANALYSIS,
+    "analysis_batch_size": _WITH_ANALYSIS,
+    "analysis_noise_multiplier": _WITH_ANALYSIS,
+    "analysis_max_norm": _WITH_ANALYSIS,
+    "analysis_repeats": _WITH_ANALYSIS,
+    "records": ("data", lambda x: x not in PUBLIC_SIZES, "How many training records it has is public already"),
+    "data_dir": (
+        "data",
+        lambda x: x != _IN_MEMORY and not x.startswith(FOLDER_PREFIX),
+        "The data set is not looked for in a folder of data sets",
+    ),
+}
+_INSTEAD = (
+    ("epsilon", "noise_multiplier"),
+    ("fraction", "macs"),
+    ("fraction", "layers"),
+    ("macs", "layers"),
+    ("sample_rate", "records"),
+    ("microbatch_size", "memory"),
+)
+
+
+def check_contradictions(values: Mapping[str, Any]) -> None:
+    """Refuse values of settings that contradict each other.
+
+    Raises:
+      SettingError: names two of them.
+    """
+    for first, second in _INSTEAD:
+        if values[first] is not None and values[second] is not None:
+            raise SettingError(
+                f"Expected one of {first} and {second}; got {first}={values[first]} and {second}={values[second]}. "
+                "They contradict each other. Give one."
+            )
+    size, batch = values["microbatch_size"], values["batch_size"]
+    if size is not None and size > max(batch, 1):
+        raise SettingError(
+            f"Expected microbatch_size <= {batch:g}, the batch_size; got microbatch_size={size}. A smaller batch is "
+            "filled up with copies of a record, which cost time. Leave it out, or give a smaller one."
+        )
+    if values["layers"] is not None and values["policy"] != "static":
+        raise SettingError(
+            f"Expected policy=static with layers; got policy={values['policy']}. Other policies choose for "
+            "themselves. Leave layers out."
+        )
+
+
+def has_effect(name: str, values: Mapping[str, Any]) -> bool:
+    """Return whether a setting has an effect beside the values of all settings."""
+    if name not in _RULES:
+        return True
+    decider, holds, _ = _RULES[name]
+    return holds(values[decider])
+
+
+def check_effects(given: Mapping[str, Any], file: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Refuse what was given without effect.
+
+    Args:
+      given: settings that the user gave one by one.
+      file: settings that a file of settings gave. One without effect is accepted where it has its default value, or
+        where the setting that takes its effect away was given against the file.
+      values: all settings with their defaults, before `given` and `file`.
+    Raises:
+      SettingError: names the setting, the one that decides, and why.
+    """
+    final = {**values, **file, **given}
+    for name, (decider, holds, why) in _RULES.items():
+        if holds(final[decider]):
+            continue
+        by_file = file.get(name) and decider not in given and file[name] != values.get(name)
+        if given.get(name) or by_file:  # zero momentum is none, whatever the optimizer
+            raise SettingError(
+                f"Expected no {name} with {decider}={final[decider]}; got {name}={final[name]}. {why}, so that it "
+                "would be ignored. Leave it out."
+            )

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Types of `make_private`'s arguments, checked before anything else: what is confused with what has an answer here."""
+
+import inspect
+import operator
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader
+
+from dpquant.backends.choose import Choices
+from dpquant.errors import DataError, ModelError, SettingError, did_you_mean, expect, kind_of
+from dpquant.privacy.plan import PrivacyPlan
+from dpquant.training import policies
+from dpquant.training.policies import Policy
+
+_SEEDS = 2**64
+_LOSS = "It is called with the model and a batch, and returns one loss per example, as in lambda model, batch: "
+_LOSS += "cross_entropy(model(batch[0]), batch[1], reduction='none')"
+
+
+def check_arguments(given: Mapping[str, Any]) -> None:
+    """Check the types of all arguments of `make_private`, and the signature of its loss.
+
+    Raises:
+      ModelError: of the model.
+      DataError: of the data set.
+      SettingError: of any other.
+    Privacy: reads no data.
+    """
+    expect("model", given["model"], nn.Module, "a torch.nn.Module", "Pass the model itself", ModelError)
+    _check_train_set(given["train_set"])
+    _check_loss(given["loss_fn"])
+    todo = "Make one by dpquant.PrivacyPlan(epsilon=..., ...)"
+    expect("plan", given["plan"], PrivacyPlan, "a dpquant.PrivacyPlan", todo)
+    _check_policy(given["policy"])
+    _check_number("seed", given["seed"])
+    _check_number("mechanism_seed", given["mechanism_seed"], or_none=True)
+    _check_number("microbatch_size", given["microbatch_size"], or_none=True)
+    todo = "Give GiB, as in memory=8"
+    expect("memory", given["memory"], (int, float, type(None)), "a number or None", todo)
+    if given["memory"] is not None and not given["memory"] > 0:
+        raise SettingError(f"Expected memory > 0; got memory={given['memory']}. It counts GiB. {todo}.")
+    todo = "Give pathlib.Path('ledger.jsonl'), or None to keep charges in memory"
+    expect("ledger", given["ledger"], (Path, type(None)), "a pathlib.Path or None", todo)
+    todo = "Read a run's choices.json by Choices.read, or leave it out"
+    expect("choices", given["choices"], (Choices, type(None)), "Choices or None", todo)
+    if not callable(given["collate_fn"]):
+        raise SettingError(
+            f"Expected collate_fn to be a function from a list of records to a batch; got "
+            f"{kind_of(given['collate_fn'])}. Leave it out for torch's own."
+        )
+    if given["backend"] is None or isinstance(given["backend"], type):
+        raise SettingError(
+            f"Expected backend to be a name or a backend; got {given['backend']}. Give 'auto', or leave it out."
+        )
+
+
+def _check_train_set(train_set: object) -> None:
+    if isinstance(train_set, DataLoader):
+        raise DataError(
+            "Expected train_set to be a data set; got a DataLoader. Poisson sampling draws records by index, and makes "
+            "batches of its own. Pass loader.dataset, and loader.collate_fn as collate_fn."
+        )
+    if isinstance(train_set, Mapping):
+        raise DataError(
+            f"Expected train_set to be map-style (__len__ and __getitem__) with indices from 0; got "
+            f"{kind_of(train_set)} with keys of its own. Give a list of records, or a torch.utils.data.Dataset."
+        )
+
+
+def _check_loss(loss_fn: object) -> None:
+    if isinstance(loss_fn, nn.Module):
+        raise SettingError(
+            f"Expected loss_fn to be a function of the model and a batch; got the module {type(loss_fn).__name__}, "
+            f"which takes outputs and targets. {_LOSS}."
+        )
+    if not callable(loss_fn):
+        raise SettingError(
+            f"Expected loss_fn to be a function of the model and a batch; got {kind_of(loss_fn)}. {_LOSS}."
+        )
+    try:
+        inspect.signature(loss_fn).bind(None, None)
+    except ValueError:  # built-in functions may have no signature
+        return
+    except TypeError as error:
+        raise SettingError(
+            f"Expected loss_fn to be a function of the model and a batch; got one that cannot be called with two "
+            f"arguments ({error}). {_LOSS}."
+        ) from error
+
+
+def _check_policy(policy: object) -> None:
+    if isinstance(policy, Policy):
+        return
+    known = [name for name in vars(policies) if name.endswith("Policy") and name[0] != "_" and name != "Policy"]
+    got, hint = kind_of(policy), ""
+    if isinstance(policy, type):
+        hint = "Call it. "
+    elif isinstance(policy, str):
+        got, hint = f"policy={policy!r}", did_you_mean(f"{policy}Policy", known)
+    raise SettingError(
+        f"Expected policy to be a policy; got {got}. {hint}Make one of {', '.join(sorted(known))}, as in "
+        "dpquant.DPQuantPolicy(fraction=0.75)."
+    )
+
+
+def _check_number(name: str, value: object, *, or_none: bool = False) -> None:
+    """Check a whole number in 0 .. 2^64 - 1, of Python or numpy."""
+    if value is None and or_none:
+        return
+    try:
+        number = operator.index(value)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        number = -1
+    if isinstance(value, bool) or not 0 <= number < _SEEDS:
+        raise SettingError(
+            f"Expected {name} to be a whole number in 0 .. 2^64 - 1{' or None' if or_none else ''}; got "
+            f"{name}={value!r}. Pass an int."
+        )

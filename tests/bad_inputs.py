@@ -1,0 +1,653 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad inputs to the command line, and the rule that each must meet: one line that says what was wrong, and no more.
+
+`TABLE` has the inputs: a name, the command line, what its message must say, and what has to be prepared. `problems_of`
+tries one. `scripts/inputs` tries all, also as processes of their own.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import io
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from PIL import Image
+
+Prepare = Callable[[Path], object]
+TYPERS = ("No such", "Invalid value", "unexpected extra argument", "requires an argument", "Missing argument")
+BAD_INPUT = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Bad:
+    """A command line, a fragment of the message that refuses it, and what to prepare in the working directory."""
+
+    arguments: str
+    says: str
+    prepare: Prepare = lambda folder: None
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+# What is prepared.
+
+
+def together(*parts: Prepare) -> Prepare:
+    return lambda folder: [part(folder) for part in parts]
+
+
+def file(name: str, content: str | bytes) -> Prepare:
+    data = content.encode() if isinstance(content, str) else content
+
+    def write(folder: Path) -> None:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+
+    return write
+
+
+def folder(*names: str) -> Prepare:
+    return lambda home: [(home / name).mkdir(parents=True, exist_ok=True) for name in names]
+
+
+def link(name: str, target: str) -> Prepare:
+    return lambda home: (home / name).symlink_to(target)
+
+
+def images(*places: str) -> Prepare:
+    """Two grey images in each of these folders."""
+
+    def draw(home: Path) -> None:
+        for place in places:
+            (home / place).mkdir(parents=True, exist_ok=True)
+            for number in range(2):
+                Image.new("L", (8, 8), 60 * number).save(home / place / f"{number}.png")
+
+    return draw
+
+
+PHOTOS = images("d/train/a", "d/train/b", "d/test/a", "d/test/b")
+CHEAP = "--policy none --noise-multiplier 1 --epochs 1"  # a plan of one event, without calibration
+COMPARE = "compare --policies none --noise-multiplier 1 --epochs 1"
+FOLDER = f"--records 40 --batch-size 8 {CHEAP} --data image-folder:"
+ON_FOLDER = f"{FOLDER}d"
+ON_PHOTOS = f"{ON_FOLDER} --image-size 8 --backend simulate"
+
+
+def model(source: str) -> Prepare:
+    """Photos, and mm.py with a network of theirs."""
+    head = "import torch\nfrom torch import nn\n\n"
+    return together(PHOTOS, file("mm.py", head + source))
+
+
+def network(expression: str) -> Prepare:
+    return model(f"def build(num_classes=2):\n    return {expression}\n")
+
+
+def config(text: str) -> Prepare:
+    return file("c.toml", text)
+
+
+def run_with(text: str, *more: Prepare) -> Prepare:
+    return together(file("r/config.toml", text), *more)
+
+
+def idx(shape: tuple[int, ...], content: bytes) -> bytes:
+    return bytes((0, 0, 8, len(shape))) + b"".join(size.to_bytes(4, "big") for size in shape) + content
+
+
+def mnist(**changed: bytes) -> Prepare:
+    """Four tiny files under MNIST's names, some of them replaced."""
+    files = {
+        "train-images": idx((2, 28, 28), bytes(2 * 784)),
+        "train-labels": idx((2,), bytes(2)),
+        "t10k-images": idx((1, 28, 28), bytes(784)),
+        "t10k-labels": idx((1,), bytes(1)),
+    } | {name.replace("_", "-"): content for name, content in changed.items()}
+    stems = {name: f"m/{name}-idx{3 if name.endswith('images') else 1}-ubyte" for name in files}
+    return together(*(file(stems[name], content) for name, content in files.items()))
+
+
+ON_MNIST = f"train --data mnist --data-dir m {CHEAP}"
+
+OUT_OF_RANGE = {  # option: values that are out of its range
+    "epsilon": ["0", "-1", "nan", "inf", "1e-9", "1e6", "-inf"],
+    "delta": ["0", "1", "nan", "-0.1", "1e-20"],
+    "epochs": ["0", "-3"],
+    "batch-size": ["0", "nan", "inf", "-5"],
+    "sample-rate": ["2", "0", "nan", "-0.5"],
+    "noise-multiplier": ["0", "-1", "nan", "inf"],
+    "max-grad-norm": ["0", "inf", "-1", "nan", "1e-20"],
+    "fraction": ["1.5", "-1", "nan", "0"],
+    "macs": ["0", "2", "nan"],
+    "beta": ["-1", "nan", "inf"],
+    "ema": ["2", "nan", "0"],
+    "average": ["1", "-0.1", "nan"],
+    "weight-decay": ["-1", "nan", "inf"],
+    "momentum": ["1", "-0.5", "nan"],
+    "lr": ["0", "nan", "inf", "-1"],
+    "width": ["0", "-1", "nan", "inf", "1e300"],
+    "image-size": ["0", "-8", "100000"],
+    "seed": ["-1", "9223372036854775808"],
+    "threads": ["0", "-2", "100000"],
+    "memory": ["-1", "0", "nan", "inf"],
+    "microbatch-size": ["0", "-4", "257"],
+    "analysis-every": ["0", "-1"],
+    "analysis-repeats": ["0", "1000000"],
+    "analysis-max-norm": ["0", "nan"],
+    "analysis-noise-multiplier": ["0", "nan"],
+    "analysis-batch-size": ["0", "nan", "1e9"],
+    "checkpoint-every": ["0epochs", "often", "3", "-1steps"],
+}
+AS_TYPER_HAS_IT = {"microbatch-size": "microbatch_size"}
+
+NO_SUCH_NAME = {  # verb and option: (what was meant by a name, the name)
+    "plan --policy": ("rotate", "rotte"),
+    "plan --optimizer": ("adam", "adamm"),
+    "plan --lr-schedule": ("cosine", "cosin"),
+    "plan --analysis-score": ("gradient", "gradients"),
+    "plan --backend": ("simulate", "SIMULATED"),
+    "plan --data": ("fashion-mnist", "fashion_mnst"),
+    "train --data": ("digits", "DIGITS"),
+    "train --model": ("resnet18", "resnet_18"),
+    "compare --policies": ("static", "statik"),
+    "bench --model": ("densenet121", "densenet"),
+    "assess --hardware": ("fp4", "FP-4"),
+    "bench --format": ("luq-fp4", "fp4"),
+    "train --format": ("luq-fp4", "fp4"),
+    "plan --format": ("int4-clip", "int4"),
+    "plan --rest": ("int8", "INT-8"),
+}
+
+IGNORED = [  # settings that have no effect beside others
+    "--optimizer adam --momentum 0.5",
+    "--optimizer adamw --momentum 0.9",
+    "--policy none --fraction 0.5",
+    "--policy none --macs 0.5",
+    "--policy none --format int8",
+    "--policy all --fraction 0.5",
+    "--policy all --macs 1",
+    "--policy static --beta 2",
+    "--policy rotate --beta 2",
+    "--policy prioritise --beta 2",
+    "--policy static --ema 0.3",
+    "--policy none --analysis-every 2",
+    "--policy all --analysis-score loss",
+    "--policy static --analysis-batch-size 8",
+    "--policy rotate --analysis-noise-multiplier 2",
+    "--policy static --analysis-max-norm 2",
+    "--policy rotate --analysis-repeats 2",
+    "--data digits --records 5000000",
+    "--data mnist --records 60000",
+    "--data digits --data-dir .",
+    "--data image-folder:x --records 9000 --data-dir .",
+]
+
+NO_NUMBER = [  # typer's own words
+    "plan --epsilon abc",
+    "plan --epsilon ''",
+    "plan --epsilon 1,5",
+    "plan --epochs 2.5",
+    "plan --seed 1e3",
+    "train --lr fast",
+    "train --threads two",
+    "compare --seeds x",
+    "bench --rounds many",
+    "assess --rounds 1.5",
+    "assess --cost-per-hour free",
+    "ledger r --delta small",
+]
+
+NO_SUCH_OPTION = [
+    "--verbose",
+    "plan --epslon 3",
+    "train --polcy all",
+    "train --no-fix-it",
+    "resume r --epochs 3",
+    "ledger r --epsilon 3",
+    "compare --seed-count 3",
+    "bench --epochs 3",
+    "assess --gpu",
+]
+
+ONE_BY_ONE = {
+    "verb: unknown": Bad("trian", "Did you mean 'train'?"),
+    "verb: in capitals": Bad("TRAIN", "No such command 'TRAIN'"),
+    "train: an argument": Bad("train digits", "unexpected extra argument(s) (digits)"),
+    "plan: a flag with a value": Bad("plan --fix true", "unexpected extra argument(s) (true)"),
+    "plan: an option without its value": Bad("plan --epsilon", "requires an argument"),
+    "resume: no run named": Bad("resume", "Missing argument"),
+    "ledger: no run named": Bad("ledger", "Missing argument"),
+    # settings that contradict each other or cannot be met
+    "plan: epsilon and noise": Bad("plan --epsilon 3 --noise-multiplier 1", "epsilon=3.0 and noise_multiplier=1.0"),
+    "plan: fraction and macs": Bad("plan --fraction 0.5 --macs 0.5", "one of fraction and macs"),
+    "plan: fraction and layers": Bad("plan --policy static --fraction 0.5 --layers 0", "one of fraction and layers"),
+    "plan: layers without static": Bad("plan --layers 0", "policy=static with layers; got policy=dpquant"),
+    "plan: records and sample rate": Bad(
+        "plan --data image-folder:x --sample-rate 0.1 --records 100", "one of sample_rate and records"
+    ),
+    "train: microbatch and memory": Bad("train --microbatch-size 2 --memory 1", "one of microbatch_size and memory"),
+    "plan: a batch larger than the data": Bad("plan --batch-size 5000", "at most 1442, the records"),
+    "plan: epochs beyond all plans": Bad("plan --epochs 1000000000", "Expected epochs of at most 166666"),
+    "plan: more records than there are people": Bad(
+        "plan --data image-folder:x --records 1000000000000000000", "records=1000000000000000000"
+    ),
+    "plan: no records": Bad("plan --data image-folder:x --records 0", "records=0"),
+    "plan: the size of a private folder": Bad("plan --data image-folder:x", "Expected records or sample_rate"),
+    "plan: the analysis alone costs more": Bad("plan --epsilon 0.01", "which the analysis alone costs"),
+    "plan: one analysis eats the budget": Bad(
+        "plan --epsilon 0.5 --epochs 2 --analysis-noise-multiplier 0.2", "which the analysis alone costs"
+    ),
+    "plan: two recipes": Bad("plan --rest int8/luq", "one or three recipes in rest"),
+    "plan: four roles": Bad("plan --format int8,int8,int8,int8", "got format='int8,int8,int8,int8'"),
+    "plan: a product in blocks": Bad("plan --format full/full/mxfp4", "wgrad"),
+    "plan: no format": Bad("plan --format ''", "got format=''"),
+    "plan: no data": Bad("plan --data ''", "got data=."),
+    "plan: data as a file": Bad("plan --data tx.csv", "got data=tx.csv"),
+    "plan: a short name of a data set": Bad("plan --data cifar", "Did you mean cifar10?"),
+    "plan: a strange device": Bad("plan --device gpu", "got device=gpu"),
+    "train: a GPU that is not there": Bad("train --device cuda:97", "device=cuda:97"),
+    "train: fp8 on int8": Bad("train --format fp8 --backend int8", "codes are not int8"),
+    "train: resume without a run": Bad("train --resume", "Expected out with resume"),
+    "train: more threads than cores can serve": Bad("train --threads 4096", "threads=4096"),
+    "train: too wide for any memory": Bad("train --width 10000", "fits into the memory"),
+    "train: too wide": Bad("train --width 1000", "got width=1000"),
+    "train: images too large for the memory": Bad(
+        f"train --data mnist {CHEAP} --image-size 16384", "got image_size=16384"
+    ),
+    "train: a network that is not there": Bad("train --model vgg", "got model=vgg"),
+    "train: a width of an own network": Bad(
+        f"train {ON_PHOTOS} --model mm:build --width 2", "Expected width = 1", network("nn.Flatten()")
+    ),
+    "train: layers that are not there": Bad(
+        f"train {ON_PHOTOS} --model mlp --policy static --layers nope", "names with 'nope'", PHOTOS
+    ),
+    "train: memory for nothing": Bad(f"train {ON_PHOTOS} --model mlp --memory 0.001", "got memory=0.001", PHOTOS),
+    "train: choices that are not there": Bad("train --choices nope.json", "nope.json"),
+    "train: choices that are none": Bad("train --choices c.json", "c.json", file("c.json", "[1, 2")),
+    # where a run goes
+    "train: out of no name": Bad("train --out ''", "got an empty one"),
+    "train: out in use": Bad("train --out r", "got out=r", file("r/a.txt", "mine")),
+    "train: out is a file": Bad("train --out r", "got out=r", file("r", "mine")),
+    "train: out in a file": Bad("train --out r/s", "got out=r/s", file("r", "mine")),
+    "train: out is a link to nothing": Bad("train --out r", "got out=r", link("r", "nowhere")),
+    "train: out of 300 characters": Bad(f"train --out {'x' * 300}", "xxx: File name too long"),
+    "train: out among the system's": Bad("train --out /proc/dpquant", "got out=/proc/dpquant"),
+    "compare: out of no name": Bad("compare --out ''", "got an empty one"),
+    "compare: out is a file": Bad(f"{COMPARE} --out r", "got out=r", file("r", "mine")),
+    "bench: out is a folder": Bad("bench --out r", "got out=r", folder("r")),
+    "bench: out in a folder that is not there": Bad("bench --out no/where.json", "got out=no/where.json"),
+    # files of settings
+    "config: not there": Bad("plan --config nope.toml", "got nope.toml"),
+    "config: a folder": Bad("plan --config .", "got .: "),
+    "config: no TOML": Bad("plan --config c.toml", "got c.toml", config("lr = = 3")),
+    "config: binary": Bad("plan --config c.toml", "got c.toml", file("c.toml", b"\xff\xfe\x00")),
+    "config: JSON": Bad("plan --config c.toml", "got c.toml", config('{"lr": 3}')),
+    "config: a key twice": Bad("plan --config c.toml", "got c.toml", config("lr = 1\nlr = 2")),
+    "config: an unknown key": Bad("plan --config c.toml", "Did you mean epsilon?", config("epsilonn = 3")),
+    "config: a hyphen": Bad("plan --config c.toml", "Did you mean batch_size?", config("batch-size = 8")),
+    "config: a table": Bad("plan --config c.toml", "got a table [privacy]", config("[privacy]\nepsilon = 3")),
+    "config: a table of a setting's name": Bad("plan --config c.toml", "policy=", config("[policy]\nname = 'all'")),
+    "config: a word for a number": Bad("plan --config c.toml", "epsilon='three'", config("epsilon = 'three'")),
+    "config: a number for a word": Bad("plan --config c.toml", "model=3", config("model = 3")),
+    "config: a number for a flag": Bad("plan --config c.toml", "fix=1", config("fix = 1")),
+    "config: a flag for a number": Bad("plan --config c.toml", "seed=True", config("seed = true")),
+    "config: a list": Bad("plan --config c.toml", "layers=['a']", config("layers = ['a']")),
+    "config: a date": Bad("plan --config c.toml", "epochs=datetime", config("epochs = 2026-01-01")),
+    "config: a number out of range": Bad("plan --config c.toml", "lr=-1.0", config("lr = -1.0")),
+    "config: what an option contradicts": Bad(
+        "plan --config c.toml --noise-multiplier 1", "epsilon=3.0 and noise_multiplier=1.0", config("epsilon = 3.0")
+    ),
+    "config: what is ignored": Bad(
+        "plan --config c.toml", "got momentum=0.5", config("optimizer = 'adam'\nmomentum = 0.5")
+    ),
+    # image folders
+    "folder: not named": Bad(f"train {FOLDER}", "without one"),
+    "folder: not there": Bad(f"train {FOLDER}x", "x to hold train/ and test/"),
+    "folder: of nobody": Bad(f"train {FOLDER}~nosuch/x", "image-folder:~nosuch"),
+    "folder: a file": Bad(f"train {ON_FOLDER}", "it is a file", file("d", "")),
+    "folder: empty": Bad(f"train {ON_FOLDER}", "train/ and test/ is missing", folder("d")),
+    "folder: flat": Bad(f"train {ON_FOLDER}", "lie in it directly", images("d")),
+    "folder: no test": Bad(f"train {ON_FOLDER}", "test/ is missing", images("d/train/a")),
+    "folder: no train": Bad(f"train {ON_FOLDER}", "train/ is missing", images("d/test/a")),
+    "folder: no classes": Bad(
+        f"train {ON_FOLDER}", "train/ has no folder", images("d/train", "d/test")
+    ),
+    "folder: no classes in test": Bad(
+        f"train {ON_FOLDER}", "test/ lacks a", together(images("d/train/a"), folder("d/test"))
+    ),
+    "folder: a class missing from test": Bad(
+        f"train {ON_FOLDER}",
+        "test/ lacks b, which train/ has",
+        images("d/train/a", "d/train/b", "d/test/a"),
+    ),
+    "folder: a class missing from train": Bad(
+        f"train {ON_FOLDER}",
+        "train/ lacks c, which test/ has",
+        images("d/train/a", "d/train/b", "d/test/a", "d/test/b", "d/test/c"),
+    ),
+    "folder: one class": Bad(
+        f"train {ON_FOLDER}", "a is the only one", images("d/train/a", "d/test/a")
+    ),
+    "folder: no images": Bad(
+        f"train {ON_FOLDER}",
+        "at least one readable image",
+        folder("d/train/a", "d/train/b", "d/test/a", "d/test/b"),
+    ),
+    "folder: no image that can be read": Bad(
+        f"train {ON_FOLDER}",
+        "d/train to hold at least one readable image",
+        together(images("d/test/a"), file("d/train/a/0.png", "no image"), folder("d/train/b", "d/test/b")),
+    ),
+    "folder: no test images": Bad(
+        f"train {ON_FOLDER}",
+        "d/test to hold at least one readable image",
+        together(images("d/train/a", "d/train/b"), folder("d/test/a", "d/test/b")),
+    ),
+    "folder: compared": Bad(
+        f"{COMPARE} --data image-folder:x --records 40 --batch-size 8", "x to hold train/ and test/"
+    ),
+    "folder: assessed": Bad(f"assess {FOLDER}x", "x to hold train/ and test/"),
+    # files of published data sets
+    "data-dir: not there": Bad(
+        f"train --data mnist --data-dir nowhere {CHEAP}", "data_dir=nowhere, which is not there"
+    ),
+    "data-dir: a file": Bad(f"train --data mnist --data-dir d {CHEAP}", "which is a file", file("d", "")),
+    "mnist: a file that is cut": Bad(ON_MNIST, "train-images", mnist(train_images=idx((2, 28, 28), b"123"))),
+    "mnist: no IDX": Bad(ON_MNIST, "train-labels", mnist(train_labels=b"labels")),
+    "mnist: no images": Bad(ON_MNIST, "t10k-images", mnist(t10k_images=idx((0, 28, 28), b""))),
+    "mnist: other numbers of labels": Bad(ON_MNIST, "one label for each", mnist(train_labels=idx((3,), bytes(3)))),
+    "mnist: a label too high": Bad(ON_MNIST, "label", mnist(t10k_labels=idx((1,), bytes([77])))),
+    "mnist: labels as images": Bad(ON_MNIST, "train-images", mnist(train_images=idx((2,), bytes(2)))),
+    "mnist: a .gz that is cut": Bad(
+        ON_MNIST, "readable file", together(mnist(), file("m/train-images-idx3-ubyte.gz", b"\x1f\x8b\x08"))
+    ),
+    # networks of the user
+    "model: no module": Bad(f"train {ON_PHOTOS} --model nofile:build", "No module named 'nofile'", PHOTOS),
+    "model: no function": Bad(f"train {ON_PHOTOS} --model mm:biuld", "Did you mean build?", network("nn.Flatten()")),
+    "model: a path": Bad(f"train {ON_PHOTOS} --model mm.py:build", "Did you mean mm:build?", network("nn.Flatten()")),
+    "model: a longer path": Bad(f"train {ON_PHOTOS} --model ./nets/mm.py:build", "Did you mean nets.mm:build?", PHOTOS),
+    "model: no module before the colon": Bad(f"train {ON_PHOTOS} --model :build", "model=:build", PHOTOS),
+    "model: no function after the colon": Bad(f"train {ON_PHOTOS} --model mm:", "model=mm:", network("nn.Flatten()")),
+    "model: a syntax error": Bad(f"train {ON_PHOTOS} --model mm:build", "mm.py, line 4", model("def build(:\n")),
+    "model: an import that fails": Bad(
+        f"train {ON_PHOTOS} --model mm:build", "No module named 'nonesuch' (mm.py:4)", model("import nonesuch\n")
+    ),
+    "model: ends Python": Bad(f"train {ON_PHOTOS} --model mm:build", "SystemExit: 3 (mm.py:4)", model("exit(3)\n")),
+    "model: a variable": Bad(
+        f"train {ON_PHOTOS} --model mm:build", "to name a function; got an int", model("build = 3\n")
+    ),
+    "model: None": Bad(f"train {ON_PHOTOS} --model mm:build", "got None", network("None")),
+    "model: a class": Bad(f"train {ON_PHOTOS} --model mm:build", "got the class Linear", network("nn.Linear")),
+    "model: needs more": Bad(
+        f"train {ON_PHOTOS} --model mm:build", "'depth'", model("def build(depth):\n    return nn.Flatten()\n")
+    ),
+    "model: raises when built": Bad(
+        f"train {ON_PHOTOS} --model mm:build", "got ZeroDivisionError: division by zero (mm.py:5)", network("1 / 0")
+    ),
+    "model: raises in forward": Bad(
+        f"train {ON_PHOTOS} --model mm:build",
+        "got KeyError: 'nothing' (mm.py:9)",
+        model(
+            "class Net(nn.Linear):\n    def __init__(self):\n        super().__init__(192, 2)\n\n"
+            "    def forward(self, x):\n        return {}['nothing']\n\n\ndef build():\n    return Net()\n"
+        ),
+    ),
+    "model: two outputs": Bad(
+        f"train {ON_PHOTOS} --model mm:build",
+        "got a tuple",
+        model(
+            "class Net(nn.Linear):\n    def __init__(self):\n        super().__init__(192, 2)\n\n"
+            "    def forward(self, x):\n        return super().forward(x.flatten(1)), x\n\n\n"
+            "def build():\n    return Net()\n"
+        ),
+    ),
+    "model: whole numbers": Bad(
+        f"train {ON_PHOTOS} --model mm:build",
+        "a tensor of torch.int64",
+        model(
+            "class Net(nn.Linear):\n    def forward(self, x):\n"
+            "        return super().forward(x.flatten(1)).long()\n\n\ndef build():\n    return Net(192, 2)\n"
+        ),
+    ),
+    "model: too many outputs": Bad(
+        f"train {ON_PHOTOS} --model mm:build",
+        "gave shape (2, 7)",
+        network("nn.Sequential(nn.Flatten(), nn.Linear(192, 7))"),
+    ),
+    "model: for other images": Bad(
+        f"train {ON_PHOTOS} --model mm:build",
+        "cannot be multiplied",
+        network("nn.Sequential(nn.Flatten(), nn.Linear(100, 2))"),
+    ),
+    "model: BatchNorm": Bad(
+        f"train {ON_PHOTOS} --model mm:build",
+        "1 (BatchNorm2d)",
+        network("nn.Sequential(nn.Conv2d(3, 2, 8), nn.BatchNorm2d(2), nn.Flatten())"),
+    ),
+    "model: lazy": Bad(
+        f"train {ON_PHOTOS} --model mm:build",
+        "1 (LazyLinear)",
+        network("nn.Sequential(nn.Flatten(), nn.LazyLinear(2))"),
+    ),
+    "model: recurrent": Bad(f"train {ON_PHOTOS} --model mm:build", "(LSTM)", network("nn.LSTM(8, 8)")),
+    "model: frozen": Bad(
+        f"train {ON_PHOTOS} --model mm:build",
+        "Expected model to have a trainable parameter",
+        network("nn.Sequential(nn.Flatten(), nn.Linear(192, 2)).requires_grad_(False)"),
+    ),
+    "model: couples its batch": Bad(
+        f"train {ON_PHOTOS} --model mm:build",
+        "depends on the rest of the batch",
+        model(
+            "class Centred(nn.Module):\n    def forward(self, x):\n        return x - x.mean(0)\n\n\n"
+            "def build():\n    return nn.Sequential(nn.Flatten(), nn.Linear(192, 2), Centred())\n"
+        ),
+    ),
+    "model: assessed": Bad(f"assess mm:build {ON_PHOTOS}", "got ZeroDivisionError", network("1 / 0")),
+    # runs to continue
+    "resume: not there": Bad("resume r", "got r, which holds no config.toml"),
+    "resume: of no name": Bad("resume ''", "Expected the directory of a run"),
+    "resume: an empty folder": Bad("resume r", "got r, which holds no config.toml", folder("r")),
+    "resume: a file": Bad("resume r", "got r, which holds no config.toml", file("r", "")),
+    "resume: settings that are no TOML": Bad("resume r", "r/config.toml", run_with("= 3")),
+    "resume: settings that are unknown": Bad("resume r", "got warp", run_with("warp = 3")),
+    "resume: settings out of range": Bad("resume r", "lr=-1.0", run_with("lr = -1.0")),
+    "resume: a run that has ended": Bad(
+        "resume r", "which holds its record", run_with("", file("r/record.json", "{}"))
+    ),
+    "resume: a run that diverged": Bad(
+        "resume r", "got r, which did: after 3 steps", run_with("", file("r/diverged.txt", "after 3 steps"))
+    ),
+    "resume: other settings": Bad("train --resume --out r --lr 1", "Expected lr=2.0", run_with("lr = 2.0")),
+    "resume: a ledger that is none": Bad(
+        "resume r", "r/ledger.jsonl", run_with("epochs = 1\n", file("r/ledger.jsonl", "not a ledger\n"))
+    ),
+    "resume: a network that is gone": Bad("resume r", "got model=vgg", run_with("model = 'vgg'")),
+    # ledgers
+    "ledger: not there": Bad("ledger r", "got r. Check the path"),
+    "ledger: an empty folder": Bad("ledger r", "got r. Check the path", folder("r")),
+    "ledger: second one not there": Bad("ledger r s", "got s", file("r/ledger.jsonl", "")),
+    # assessments, comparisons, benchmarks
+    "assess: a run that is not there": Bad("assess --run nope", "nope/record.json"),
+    "assess: a record that is none": Bad("assess --run r", "record", file("r/record.json", "{}")),
+    "assess: fewer than no runs": Bad("assess --runs-per-month -1", "runs_per_month=-1.0"),
+    "assess: a machine that pays": Bad("assess --cost-per-hour -1", "cost_per_hour=-1.0"),
+    "assess: nothing a number of times": Bad("assess --runs-per-month nan", "runs_per_month=nan"),
+    "assess: no rounds": Bad("assess --rounds 0", "rounds=0"),
+    "assess: rounds without end": Bad("assess --rounds 1000000000", "rounds=1000000000"),
+    "assess: an unknown network": Bad("assess foo", "got model=foo"),
+    "assess: other layers quantized": Bad("assess --rest int8", "got rest=int8"),
+    "assess: two networks": Bad("assess cnn lenet", "unexpected extra argument(s) (lenet)"),
+    "compare: no policies": Bad("compare --policies ''", "got 0 policies"),
+    "compare: commas alone": Bad("compare --policies ,,", "got 0 policies"),
+    "compare: a policy twice": Bad("compare --policies none,none", "policies=none,none"),
+    "compare: no seeds": Bad("compare --seeds 0", "seeds=0"),
+    "compare: seeds without end": Bad("compare --seeds 1000000000", "seeds=1000000000"),
+    "compare: one policy": Bad("compare --policy none", "Expected no policy for compare"),
+    "compare: one seed": Bad("compare --seed 3", "got seed=3"),
+    "compare: an unknown network": Bad(f"{COMPARE} --model foo", "got model=foo"),
+    "bench: no rounds": Bad("bench --rounds 0", "rounds=0"),
+    "bench: no batch": Bad("bench --batch-size 0", "batch_size=0"),
+    "bench: a batch without end": Bad("bench --batch-size 1000000000", "batch_size=1000000000"),
+    "bench: no threads": Bad("bench --threads 0", "threads=0"),
+    "bench: an image of a point": Bad("bench --image-size 1", "image_size=1"),
+    "bench: an image without end": Bad("bench --image-size 100000", "image_size=100000"),
+    "bench: images too large for the memory": Bad("bench --image-size 4096 --batch-size 4096", "image_size=4096"),
+    "bench: images for a table": Bad("bench --model mlp --image-size 32", "model=mlp, image_size=32"),
+    "bench: a GPU that is not there": Bad("bench --device cuda:97", "device=cuda:97"),
+    "bench: a strange device": Bad("bench --device gpu", "device=gpu"),
+}  # fmt: skip
+
+
+def _table() -> dict[str, Bad]:
+    table = dict(ONE_BY_ONE)
+    for option, values in OUT_OF_RANGE.items():
+        name = option.replace("-", "_").removeprefix("analysis_") if "analysis" in option else option.replace("-", "_")
+        for value in values:
+            table[f"plan: {option} {value}"] = Bad(f"plan --{option} {value}", f"{name}=")
+    for option, (meant, name) in NO_SUCH_NAME.items():
+        table[f"{option} {name}"] = Bad(f"{option} {name}", f"Did you mean {meant}?")
+    for settings in IGNORED:
+        last, value = settings.split()[-2:]
+        table[f"ignored: {settings}"] = Bad(f"plan {settings}", f"Expected no {last[2:].replace('-', '_')} with ")
+    for line in NO_NUMBER:
+        table[f"no number: {line}"] = Bad(line, "Invalid value for '--")
+    for line in NO_SUCH_OPTION:
+        table[f"no option: {line}"] = Bad(line, "No such option: --")
+    return table
+
+
+TABLE = _table()
+
+
+# The rule, and how it is tried.
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a command line came to."""
+
+    code: int | None
+    out: str
+    err: str
+    raised: str = ""
+
+
+Run = Callable[[list[str]], int]
+
+
+@contextlib.contextmanager
+def working_in(folder: Path, environment: Mapping[str, str]) -> Iterator[None]:
+    """Context: the working directory and some environment variables; modules that were imported there are forgotten."""
+    before, variables, known = Path.cwd(), dict(os.environ), set(sys.modules)
+    keeps, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    os.chdir(folder)
+    os.environ.update(environment)
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        os.chdir(before)
+        os.environ.clear()
+        os.environ.update(variables)
+        sys.dont_write_bytecode = keeps
+        for name in set(sys.modules) - known:
+            if (getattr(sys.modules[name], "__file__", None) or "").startswith(str(folder)):
+                del sys.modules[name]
+
+
+def in_process(run: Run) -> Callable[[Bad, Path], Outcome]:
+    """Return a function that runs a command line here, by a function like `dpquant.app.cli.run`."""
+
+    def tried(bad: Bad, folder: Path) -> Outcome:
+        out, err = io.StringIO(), io.StringIO()
+        with working_in(folder, bad.environment), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                code, raised = run(shlex.split(bad.arguments)), ""
+            except BaseException as error:
+                code, raised = None, f"{type(error).__name__}: {error}"
+        return Outcome(code, out.getvalue(), err.getvalue(), raised)
+
+    return tried
+
+
+def as_process(bad: Bad, folder: Path, out: str = "") -> Outcome:
+    """Run a command line as a user does, with its standard output in a file if one is named."""
+    command = [sys.executable, "-m", "dpquant", *shlex.split(bad.arguments)]
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **bad.environment}
+    with contextlib.ExitStack() as files:
+        stdout = files.enter_context(open(out, "w")) if out else subprocess.PIPE
+        result = subprocess.run(
+            command, cwd=folder, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False
+        )
+    return Outcome(result.returncode, result.stdout or "", result.stderr)
+
+
+def problems_of(bad: Bad, folder: Path, tried: Callable[[Bad, Path], Outcome]) -> list[str]:
+    """Return in what a command line was not refused as it should be: by one line, and nothing else."""
+    bad.prepare(folder)
+    before = contents(folder)
+    found = tried(bad, folder)
+    lines = found.err.splitlines()
+    message = lines[0] if lines else ""
+    rules = {
+        f"raised {found.raised}": not found.raised,
+        f"exit code {found.code}": found.code == BAD_INPUT,
+        f"on standard output: {found.out!r}": not found.out,
+        f"{len(lines)} lines on standard error: {found.err!r}": len(lines) == 1 and found.err.endswith("\n"),
+        f"no error: {message!r}": message.startswith("error: "),
+        f"words of its own: {message!r}": "Expected" in message or any(words in message for words in TYPERS),
+        f"does not say {bad.says!r}: {message!r}": bad.says in message,
+        f"files were changed: {changes(before, contents(folder))}": contents(folder) == before,
+    }
+    return [problem for problem, holds in rules.items() if not holds]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return {path: content} of all that lies in a folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b""
+        for path in folder.rglob("*")
+        if "__pycache__" not in path.parts
+    }
+
+
+def changes(before: dict[str, bytes], after: dict[str, bytes]) -> list[str]:
+    return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+
+
+def main() -> int:
+    """Try every bad input, or those whose name has a word in it, and print a summary."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("words", nargs="*", help="only inputs with one of these words in their name")
+    parser.add_argument("--processes", action="store_true", help="each as a process of its own; takes minutes")
+    given = parser.parse_args()
+    from dpquant.app.cli import run
+
+    tried = as_process if given.processes else in_process(run)
+    chosen = {name: bad for name, bad in TABLE.items() if not given.words or any(word in name for word in given.words)}
+    wrong, seconds = 0, {}
+    for name, bad in chosen.items():
+        began = time.perf_counter()
+        with tempfile.TemporaryDirectory() as place:
+            problems = problems_of(bad, Path(place), tried)
+        seconds[name] = time.perf_counter() - began
+        wrong += bool(problems)
+        for problem in problems:
+            print(f"{name}: {problem}", flush=True)
+    slowest = max(seconds, key=lambda name: seconds[name], default="none")
+    print(f"{len(chosen)} bad inputs tried, {len(chosen) - wrong} refused in one line, {wrong} not.")
+    print(f"{sum(seconds.values()):.1f} s in all; the slowest took {seconds.get(slowest, 0):.1f} s: {slowest}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
