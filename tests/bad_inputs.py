@@ -378,9 +378,9 @@ ONE_BY_ONE = {
     "model: no function after the colon": Bad(f"train {ON_PHOTOS} --model mm:", "model=mm:", network("nn.Flatten()")),
     "model: a syntax error": Bad(f"train {ON_PHOTOS} --model mm:build", "mm.py, line 4", model("def build(:\n")),
     "model: an import that fails": Bad(
-        f"train {ON_PHOTOS} --model mm:build", "No module named 'nonesuch' (mm.py:4)", model("import nonesuch\n")
+        f"train {ON_PHOTOS} --model mm:build", "No module named 'nonesuch' (at mm.py:4)", model("import nonesuch\n")
     ),
-    "model: ends Python": Bad(f"train {ON_PHOTOS} --model mm:build", "SystemExit: 3 (mm.py:4)", model("exit(3)\n")),
+    "model: ends Python": Bad(f"train {ON_PHOTOS} --model mm:build", "SystemExit: 3 (at mm.py:4)", model("exit(3)\n")),
     "model: a variable": Bad(
         f"train {ON_PHOTOS} --model mm:build", "to name a function; got an int", model("build = 3\n")
     ),
@@ -390,11 +390,11 @@ ONE_BY_ONE = {
         f"train {ON_PHOTOS} --model mm:build", "'depth'", model("def build(depth):\n    return nn.Flatten()\n")
     ),
     "model: raises when built": Bad(
-        f"train {ON_PHOTOS} --model mm:build", "got ZeroDivisionError: division by zero (mm.py:5)", network("1 / 0")
+        f"train {ON_PHOTOS} --model mm:build", "got ZeroDivisionError: division by zero (at mm.py:5)", network("1 / 0")
     ),
     "model: raises in forward": Bad(
         f"train {ON_PHOTOS} --model mm:build",
-        "got KeyError: 'nothing' (mm.py:9)",
+        "got KeyError: 'nothing' (at mm.py:9)",
         model(
             "class Net(nn.Linear):\n    def __init__(self):\n        super().__init__(192, 2)\n\n"
             "    def forward(self, x):\n        return {}['nothing']\n\n\ndef build():\n    return Net()\n"

@@ -10,6 +10,8 @@ import torch
 
 from dpquant.backends.choose import CACHE
 
+pytest_plugins = ["durations"]
+
 torch.set_num_threads(1)
 os.environ[CACHE] = "off"
 if not torch.cuda.is_available():

@@ -520,12 +520,10 @@ def assert_rounds_each_operation(instructions: set[str]) -> None:
     assert instructions == {"add.rn.f32", "sub.rn.f32", "mul.rn.f32", "div.rn.f32"}
 
 
-@pytest.mark.slow
 def test_kernels_compile_to_instructions_that_round_one_by_one(tmp_path):
     assert_rounds_each_operation(float_instructions(False, str(tmp_path)))
 
 
-@pytest.mark.slow
 def test_contracted_products_would_be_seen(tmp_path):
     with pytest.raises(AssertionError):
         assert_rounds_each_operation(float_instructions(True, str(tmp_path)))

@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dpquant.data import dataset as data
-from dpquant.runs import train as train_module
-from dpquant.runs.evaluation import accuracy
-from dpquant.runs.settings import TrainSettings
+from dpquant.runs.evaluation import accuracy, evaluation_batch
 
 
 def frozen_in_evaluation_mode():
@@ -91,5 +88,4 @@ def test_another_number_of_records_would_be_seen(planted):
 
 @pytest.mark.parametrize(("memory", "microbatch", "expected"), [(None, 32, 500), (2.0, 32, 32), (2.0, 4096, 500)])
 def test_where_memory_is_limited_evaluation_takes_a_microbatch_at_once(memory, microbatch, expected):
-    private = SimpleNamespace(execution=SimpleNamespace(microbatch_size=microbatch))
-    assert train_module._evaluation_batch(TrainSettings.chosen({"memory": memory}), private) == expected
+    assert evaluation_batch(memory, microbatch) == expected

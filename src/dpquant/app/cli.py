@@ -30,18 +30,26 @@ from dpquant.app.console import (
     print_comparison,
     print_run,
 )
-from dpquant.app.options import Config, Json, Out, settings_of, with_settings, written_path
+from dpquant.app.options import (
+    DIVERGED,
+    INTERRUPTED,
+    WRONG_RESULT,
+    Config,
+    Json,
+    Out,
+    refuse,
+    settings_of,
+    with_settings,
+    written_path,
+)
+from dpquant.app.verbs.check_model import check_model
+from dpquant.app.verbs.export import export
 from dpquant.errors import DivergedError, DPQuantError, LedgerError, SettingError, StoppedError
 from dpquant.runs.place import Place
 from dpquant.runs.settings import TrainSettings, plan_of
 
 if typing.TYPE_CHECKING:
     from dpquant.app.bench import BenchRecord
-
-WRONG_RESULT = 1
-BAD_INPUT = 2
-DIVERGED = 4
-INTERRUPTED = 130
 
 SPINS = "1000"  # some tens of microseconds, longer than from one operator to the next; `scripts/bench waiting`
 
@@ -53,6 +61,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("check-model")(check_model)
+app.command("export")(export)
 
 
 class _Interrupted(Exception):
@@ -68,7 +78,7 @@ def main() -> NoReturn:
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes when it ends goes nowhere
         if not isinstance(error, BrokenPipeError):  # whoever read it has read enough
-            code = code or _refuse(_cannot_be_written(error))
+            code = code or refuse(_cannot_be_written(error))
     sys.exit(code)
 
 
@@ -99,20 +109,20 @@ def _run(arguments: list[str]) -> int:
     try:
         result = _command()(arguments or ["--help"], prog_name="dpquant", standalone_mode=False)
         if result == INTERRUPTED:  # what typer makes of a KeyboardInterrupt outside a run
-            return _refuse("interrupted; what was charged so far stays in the run's ledger", INTERRUPTED)
+            return refuse("interrupted; what was charged so far stays in the run's ledger", INTERRUPTED)
         return result if isinstance(result, int) else 0
     except TyperException as error:
-        return _refuse(error.format_message())
+        return refuse(error.format_message())
     except DivergedError as error:
-        return _refuse(str(error), DIVERGED)
+        return refuse(str(error), DIVERGED)
     except StoppedError as stop:
-        return _refuse(str(stop), stop.exit_code)
+        return refuse(str(stop), stop.exit_code)
     except DPQuantError as error:
-        return _refuse(str(error))
+        return refuse(str(error))
     except _Interrupted as stop:
-        return _refuse(str(stop), INTERRUPTED)
+        return refuse(str(stop), INTERRUPTED)
     except OSError as error:
-        return _refuse(_cannot_be_written(error))
+        return refuse(_cannot_be_written(error))
 
 
 def _cannot_be_written(error: OSError) -> str:
@@ -127,11 +137,6 @@ def _cannot_be_written(error: OSError) -> str:
 def _warn(message: Warning | str, *_: object, **__: object) -> None:
     """Print a warning as one line, without the place in the source that Python would name."""
     print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
-
-
-def _refuse(message: str, code: int = BAD_INPUT) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return code
 
 
 @app.callback(invoke_without_command=True)
@@ -310,7 +315,7 @@ def ledger(
     try:
         found = account(runs, delta)
     except LedgerError as error:
-        return _refuse(str(error), WRONG_RESULT)
+        return refuse(str(error), WRONG_RESULT)
     if as_json:
         print(found.to_json(), end="")
     else:

@@ -14,7 +14,9 @@ from rich.table import Table
 if TYPE_CHECKING:
     from dpquant.app.assess import Assessment
     from dpquant.app.bench import BenchRecord
+    from dpquant.app.check_model import ModelCheck
     from dpquant.app.compare import Comparison
+    from dpquant.app.export import Export
     from dpquant.app.spent import Account
     from dpquant.privacy.plan import PrivacyPlan
     from dpquant.runs.record import EpochRecord, RunRecord
@@ -173,6 +175,47 @@ def print_account(console: Console, account: "Account") -> None:
             markup=False,
             highlight=False,
         )
+
+
+def print_model_check(console: Console, found: "ModelCheck") -> None:
+    """Print a model's layers, how the live check went, and everything that has to change."""
+    table = Table(box=None, pad_edge=False)
+    for number, title in enumerate(("layer", "kind", "parameters", "million MACs", "quantized in", "notes")):
+        table.add_column(title, justify="right" if number in (2, 3) else "left")
+    for layer in found.layers:
+        macs = "-" if layer.macs is None else f"{layer.macs / 1e6:.3f}"
+        table.add_row(
+            layer.name or "(the model)",
+            layer.kind,
+            f"{layer.parameters:,}",
+            macs,
+            layer.format or "-",
+            ", ".join(filter(None, (layer.reason, layer.notes))),
+        )
+    if found.fixed_model is not None:
+        console.print(f"The fixed model:\n{found.fixed_model}\n", markup=False, highlight=False)
+    console.print(table, highlight=False)
+    went = ", ".join(f"{what}: {how}" for what, how in found.probe.items())
+    lines = [f"\nLive check on synthetic records, {went} ({found.probed})."]
+    for number, one in enumerate(found.findings, 1):
+        where = f"{one.module or 'the model'} ({one.kind}): " if one.kind else ""
+        lines.append(f"\n{number}. {where}{one.problem}" + (f".\n   {one.fix}." if one.fix else ""))
+    count = len(found.findings)
+    lines.append(f"\n{count} to change: a run would refuse this model." if count else "\nNothing has to change.")
+    console.print("\n".join(lines), markup=False, highlight=False)
+
+
+def print_export(console: Console, done: "Export") -> None:
+    """Print what was copied and what was left, with reasons."""
+    table = Table(box=None, pad_edge=False)
+    for title in ("file", "", "what it is, or why it was left"):
+        table.add_column(title)
+    for one in done.copied:
+        table.add_row(one.name, "copied", one.what)
+    for name, why in done.left.items():
+        table.add_row(name, "left", why)
+    console.print(table, highlight=False)
+    console.print(f"\n{done.told}\n\n{done.statement}", markup=False, highlight=False)
 
 
 def print_budget(console: Console, budget: "PrivacyPlan") -> None:

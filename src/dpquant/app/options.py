@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of the verbs: one for every field of `TrainSettings`, and those that several verbs share."""
+"""What the verbs share: exit codes, the error line and options, one of them for every setting. Loads no torch."""
 
 import dataclasses
 import functools
 import inspect
+import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,19 @@ import typer
 
 from dpquant.errors import SettingError
 from dpquant.runs.settings import BY_DATA, GENERAL, TrainSettings, from_toml
+
+WRONG_RESULT = 1
+BAD_INPUT = 2
+DIVERGED = 4
+INTERRUPTED = 130
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")]
+
+
+def refuse(message: str, code: int = BAD_INPUT) -> int:
+    """Print one error line on standard error, and return the exit code."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code
 
 
 def with_settings(verb: Callable[..., None]) -> Callable[..., None]:
@@ -65,7 +79,6 @@ Out = Annotated[
     Path | None, typer.Option(parser=written_path, help="Directory to write, new or empty.", metavar="PATH")
 ]
 Config = Annotated[Path | None, typer.Option(help="TOML file of settings; options on the command line win.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")]
 
 
 def settings_of(given: dict[str, Any], config: Path | None) -> TrainSettings:

@@ -43,11 +43,11 @@ class Leaf:
             return Unused(type(value))
         try:
             tensor = torch.as_tensor(value)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError):
             raise DataError(
                 f"Expected records of tensors, numbers, tuples, lists and mappings; got a {type(value).__name__}. "
                 "Convert it in the data set's __getitem__."
-            ) from error
+            ) from None  # its text may quote a record
         return cls(tensor.dtype, tuple(tensor.shape), type(value), _finish(value))
 
     def matches(self, value: Any) -> bool:

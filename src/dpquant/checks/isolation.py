@@ -16,7 +16,6 @@ model runs in it: in float32, round-off can carry a ReLU's input across zero, or
 pooling window, and the gradient jumps: with maps of 64x64 that happened in half of the ResNets that were tried.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import math
@@ -25,34 +24,29 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dpquant.checks.planting import Blind, add_mean, blind
+from dpquant.checks.codes import check_quantized
+from dpquant.checks.planting import Blind
 from dpquant.checks.probe import (
-    FIXED,
     KEY,
-    PLACES_FIXED,
     SMALLEST_LOSS,
     TOLERANCE,
     Probe,
     buffers_of,
     changed_buffer,
     identical,
-    other_mode,
+    left_as_it_was,
     piece_of,
     restore_buffers,
     shaken,
 )
-from dpquant.checks.refusals import BUFFERS, BY_PLACE, COUNTS, COUPLED, FOLLOWS, PADDED, NotFinite, explained
-from dpquant.checks.step import TrialStep
+from dpquant.checks.refusals import BUFFERS, BY_PLACE, COUNTS, COUPLED, FOLLOWS, NotFinite, explained
 from dpquant.checks.synthetic import Specimens
 from dpquant.engine.batches import Microbatch, take_rows
 from dpquant.engine.context import StepContext
 from dpquant.engine.layers import (
-    QuantizableLayer,
     count_macs,
-    current_precisions,
     quantizable_layers,
     set_policy,
-    set_precisions,
 )
 from dpquant.engine.passes import Objective, gradients_of_rows, losses_of, out_of_memory
 from dpquant.engine.randomness import Drawing, seeded
@@ -72,11 +66,18 @@ class Findings:
       objective: the model and its loss, and whether they draw random numbers.
       macs: {quantizable layer: multiply-accumulates of its forward product, for one example}.
       specimens: the synthetic records that the model ran on.
+      unclear: others that it ran on, with which planted couplings were not seen.
     """
 
     objective: Objective
     macs: dict[str, float]
     specimens: Specimens
+    unclear: Sequence[Specimens] = ()
+
+    def others(self) -> Iterator[Specimens]:
+        """Yield further kinds of values on which results are compared."""
+        yield from self.unclear
+        yield from self.specimens.variations()
 
 
 def check_isolation(
@@ -101,11 +102,8 @@ def check_isolation(
       DataError: the collate function does not give one row for each record, or mixes records.
     Privacy: reads no data.
     """
-    model = objective.model
-    modes = {module: module.training for module in model.modules()}
-    precisions = current_precisions(model)
-    try:
-        set_policy(model, ())
+    with left_as_it_was(objective.model):
+        set_policy(objective.model, ())
         unclear: list[Specimens] = []
         found, unseen = None, None
         for specimens in itertools.islice(_usable(objective, candidates), _MOST_KINDS):
@@ -117,27 +115,16 @@ def check_isolation(
                 unseen = problem
                 unclear.append(specimens)
             else:
-                found = Findings(objective=watched, macs=macs, specimens=specimens)
+                found = Findings(objective=watched, macs=macs, specimens=specimens, unclear=unclear)
                 break
         if found is None:
             raise ModelError(str(unseen))
-        others = [*unclear, *found.specimens.variations()]
-        if quantized and quantizable_layers(model):
-            with shaken(model, 0, probe.share):
-                for one in quantized:
-                    set_precisions(model, dict.fromkeys(quantizable_layers(model), one))
-                    step = TrialStep(key=KEY)
-                    _check_codes(found.objective, found.specimens, step)
-                    for specimens in others:
-                        _check_quantized_losses(found.objective, specimens, step)
+        if quantized and quantizable_layers(objective.model):
+            check_quantized(found.objective, found.specimens, found.others(), quantized, share=probe.share)
         else:
-            for specimens in others:
+            for specimens in found.others():
                 _check_kind(found.objective, specimens, probe)
         return found
-    finally:
-        set_precisions(model, precisions)
-        for module, training in modes.items():
-            module.training = training
 
 
 def _usable(objective: Objective, candidates: Iterable[Specimens]) -> Iterator[Specimens]:
@@ -228,59 +215,6 @@ def _check_kind(objective: Objective, specimens: Specimens, kind: type[Probe]) -
     except Exception:  # outside of the data's domain
         return
     _check(objective, specimens, kind, planted=False)
-
-
-def _check_codes(objective: Objective, specimens: Specimens, step: TrialStep) -> None:
-    """Compare rows' codes, scales and losses among several batchmates, bit for bit: sees batch scales and padding."""
-    if specimens.padded:
-        raise ModelError(PADDED)
-
-    def results(order: Sequence[int]) -> list[Tensor]:
-        found = gradients_of_rows(objective, piece_of(specimens, order, torch.float32), step)
-        return [found.losses, *(part for operand in found.operands for part in (operand.codes, operand.scale))]
-
-    def of_row(found: list[Tensor], row: int) -> list[Tensor]:
-        return [values[row] for values in found]
-
-    found = [results(order) for order in FIXED]
-    for (one, row), (other, _) in PLACES_FIXED:
-        here, there = of_row(found[one], row), of_row(found[other], row)
-        if [values.shape for values in here] != [values.shape for values in there]:
-            raise ModelError(PADDED)
-        if not all(map(identical, here, there)):
-            raise ModelError(COUPLED)
-    first = next(module for module in objective.model.modules() if isinstance(module, QuantizableLayer))
-    handle = first.register_forward_hook(add_mean)
-    try:
-        left, right = _losses_in(FIXED[::2], objective, specimens, step)
-        if identical(left[0], right[0]) and all(map(identical, *(of_row(results(order), 0) for order in FIXED[::2]))):
-            raise blind("the codes of quantized layers")
-    finally:
-        handle.remove()
-
-
-def _check_quantized_losses(objective: Objective, specimens: Specimens, step: TrialStep) -> None:
-    """Compare the losses of another kind of values bit for bit, in both modes, if the model runs on it."""
-    for mode in (contextlib.nullcontext(), other_mode(objective.model)):
-        try:
-            with mode:
-                found = _losses_in(FIXED, objective, specimens, step)
-        except Exception:  # outside of the data's domain
-            return
-        if not all(bool(losses.isfinite().all()) for losses in found):
-            return
-        if specimens.padded:
-            raise ModelError(PADDED)
-        for (one, row), (other, _) in PLACES_FIXED:
-            if not identical(found[one][row], found[other][row]):
-                raise ModelError(COUPLED)
-
-
-def _losses_in(
-    orders: Iterable[Sequence[int]], objective: Objective, specimens: Specimens, step: TrialStep
-) -> list[Tensor]:
-    pieces = (piece_of(specimens, order, torch.float32) for order in orders)
-    return [losses_of(objective, piece, step) for piece in pieces]
 
 
 def check_at_size(found: Findings, size: int) -> None:

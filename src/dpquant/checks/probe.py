@@ -20,6 +20,7 @@ from dpquant.checks.synthetic import Specimens
 from dpquant.engine.batches import Microbatch, leaves, with_leaves
 from dpquant.engine.context import StepContext
 from dpquant.engine.contributions import Contribution
+from dpquant.engine.layers import current_precisions, set_precisions
 from dpquant.engine.passes import Objective, RowGradients, draws_key, gradients_of_rows, losses_of
 from dpquant.engine.randomness import seeded
 from dpquant.engine.tape import no_gradient
@@ -96,6 +97,19 @@ def other_mode(model: nn.Module) -> Iterator[None]:
         model.train(not model.training)
         yield
     finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextlib.contextmanager
+def left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Restore the modes and precisions of the model's modules when the block ends."""
+    modes = {module: module.training for module in model.modules()}
+    precisions = current_precisions(model)
+    try:
+        yield
+    finally:
+        set_precisions(model, precisions)
         for module, training in modes.items():
             module.training = training
 

@@ -4,13 +4,14 @@
 Each error says what was found, why that is not private, and what to do.
 """
 
+import dataclasses
 import traceback
 
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from dpquant.errors import DPQuantError, ModelError, cause
+from dpquant.errors import DPQuantError, ModelError, quoted
 
 COUPLED = (
     "Expected each example's gradient to depend on that example alone; got one that depends on the rest of the batch. "
@@ -44,25 +45,63 @@ KEEPS_STATE = (
 )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """What is wrong with a module, seen from its type and settings alone.
+
+    Attributes:
+      module: its path in the model; empty for the model itself.
+      kind: name of its class.
+      problem: why it cannot be trained privately.
+      remedy: what to do.
+      expected: what the model lacks, as an error begins.
+    """
+
+    module: str
+    kind: str
+    problem: str
+    remedy: str
+    expected: str = "to be trainable privately"
+
+    def __str__(self) -> str:
+        return (
+            f"Expected model {self.expected}; got {self.module or 'the model'} ({self.kind}). {self.problem}. "
+            f"{self.remedy}."
+        )
+
+
 def check_trainable(model: nn.Module) -> None:
     """Refuse a model with a module of a type whose examples cannot be separated, before any data is read.
 
     Raises:
-      ModelError: with the module's path, what is wrong and what to do.
+      ModelError: the first of `refusals`, with the module's path, what is wrong and what to do.
     Privacy: reads no data.
     """
-    for path, module in model.named_modules():
-        if problem := _problem(module):
-            what, remedy = problem
-            raise ModelError(
-                f"Expected model to be trainable privately; got {path or 'the model'} ({type(module).__name__}). "
-                f"{what}. {remedy}."
-            )
+    if found := refusals(model):
+        raise ModelError(str(found[0]))
+
+
+def refusals(model: nn.Module) -> list[Refusal]:
+    """Return every module of a type whose examples cannot be separated, and whether nothing at all is trainable.
+
+    Privacy: reads no data.
+    """
+    found = [
+        Refusal(module=path, kind=type(module).__name__, problem=problem[0], remedy=problem[1])
+        for path, module in model.named_modules()
+        if (problem := _problem(module))
+    ]
     if not any(p.requires_grad for p in model.parameters()):
-        raise ModelError(
-            "Expected model to have a trainable parameter; got none. There is nothing to train. "
-            "Call requires_grad_(True) on what should be trained."
+        found.append(
+            Refusal(
+                module="",
+                kind=type(model).__name__,
+                problem="No parameter requires a gradient, so there is nothing to train",
+                remedy="Call requires_grad_(True) on what should be trained",
+                expected="to have a trainable parameter",
+            )
         )
+    return found
 
 
 def _problem(module: nn.Module) -> tuple[str, str] | None:
@@ -147,7 +186,7 @@ def explained(error: Exception) -> DPQuantError:
             f"that was tried. NaN would hide whether examples are kept apart. {_WAYS_OUT}"
         )
     refusal = ModelError(
-        f"Expected model and loss_fn(model, batch) to run on a batch shaped like the data set's; got {cause(error)}. "
+        f"Expected model and loss_fn(model, batch) to run on a batch shaped like the data set's; got {quoted(error)}. "
         f"{_WAYS_OUT}"
     )
     refusal.__cause__ = error

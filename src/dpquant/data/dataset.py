@@ -40,7 +40,7 @@ import torch.utils.data
 from PIL import Image
 from torch import Tensor
 
-from dpquant.data.folders import image_folder, square
+from dpquant.data.folders import classes_of, image_folder, square
 from dpquant.data.sizes import FOLDER_PREFIX, public_size
 from dpquant.data.split import FULL_SCALE, FULL_SCALE_16, PLAIN_NORMALISATION, Loaded, Split
 from dpquant.errors import DataError, SettingError
@@ -48,6 +48,7 @@ from dpquant.errors import DataError, SettingError
 # (mean, standard deviation) that pixels in 0..1 are normalised by: published constants, or a plain half.
 NORMALISATION = MappingProxyType({"mnist": (0.1307, 0.3081), "fashion-mnist": (0.2860, 0.3530)})
 FOLDER_IMAGE_SIZE = 32
+_GTSRB_CLASSES = 43
 DEBIAN_DATASETS = Path("/usr/share/datasets")
 
 _DOWNLOAD_TIMEOUT_S = 10.0
@@ -111,11 +112,7 @@ def load(
     Privacy: per example; which error is raised does not depend on what a single image of an image folder holds.
     """
     size = public_size(name)
-    if image_size is not None and image_size < 1:
-        raise SettingError(
-            f"Expected image_size >= 1; got image_size={image_size}. It is the side of the resized images in pixels. "
-            "Leave it out to keep the data set's own size."
-        )
+    _check_image_size(image_size)
     if data_dir is not None and not data_dir.is_dir():
         found = "a file" if data_dir.exists() else "not there"
         raise DataError(
@@ -168,6 +165,40 @@ def _folder_of(name: str) -> Path:
         raise DataError(
             f"Expected the folder of data={name} to be found; got {error}. Write the path without ~."
         ) from error
+
+
+def _check_image_size(image_size: int | None) -> None:
+    if image_size is not None and image_size < 1:
+        raise SettingError(
+            f"Expected image_size >= 1; got image_size={image_size}. It is the side of the resized images in pixels. "
+            "Leave it out to keep the data set's own size."
+        )
+
+
+def form_of(name: str, *, image_size: int | None = None) -> tuple[tuple[int, int, int], int]:
+    """Return the shape (C, H, W) of a data set's inputs and its number of classes. Opens no record.
+
+    Args:
+      name: as for `load`.
+      image_size: as for `load`.
+    Raises: DataError: the data set is unknown, or an image folder has no classes; SettingError: as for `load`.
+    """
+    public_size(name)  # refuses an unknown name
+    _check_image_size(image_size)
+    match name:
+        case "digits":
+            channels, side, classes = 1, 8, len(_DIGITS)
+        case "cifar10":
+            channels, side, classes = 3, 32, 10
+        case "gtsrb":
+            channels, side, classes = 3, FOLDER_IMAGE_SIZE, _GTSRB_CLASSES
+        case _ if name in _IDX:
+            channels, side, classes = 1, 28, len(_IDX[name].class_names)
+        case _:
+            folder = _folder_of(name)
+            channels, side, classes = 3, FOLDER_IMAGE_SIZE, len(classes_of(folder))
+    side = image_size or side
+    return (channels, side, side), classes
 
 
 def _resized(split: Split, size: int) -> Split:
@@ -364,7 +395,7 @@ def _cifar10(root: Path, download: bool, *, published: Callable[..., Any] = _tor
 
 def _gtsrb(root: Path, size: int, download: bool) -> Loaded:
     """Load the German traffic signs as torchvision reads them, resized."""
-    names = tuple(f"{label:05d}" for label in range(43))
+    names = tuple(f"{label:05d}" for label in range(_GTSRB_CLASSES))
     splits = []
     for name in ("train", "test"):
         transform = functools.partial(square, size=size)

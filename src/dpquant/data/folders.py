@@ -54,14 +54,23 @@ def image_folder(folder: Path, size: int, *, to_pixels: ToPixels = square) -> Lo
     Returns: training and test records, and class names.
     Raises: DataError: folders are missing, or one of train and test has no readable image.
     """
+    names = classes_of(folder)
+    train, test = (_folder_split(folder / split, names, size, to_pixels) for split in ("train", "test"))
+    return train, test, names
+
+
+def classes_of(folder: Path) -> tuple[str, ...]:
+    """Return the classes of an image folder: the names of the folders in train and test. Opens no file.
+
+    Raises: DataError: there are none, or those of train and test differ.
+    """
     train_names, test_names = _class_names(folder / "train"), _class_names(folder / "test")
     if problem := _problem(folder, train_names, test_names):
         raise DataError(
             f"Expected {folder} to hold train/ and test/, each with the same folders, one for each class; {problem}. "
             "A class is numbered by its folder's place."
         )
-    train, test = (_folder_split(folder / split, train_names, size, to_pixels) for split in ("train", "test"))
-    return train, test, train_names
+    return train_names
 
 
 def _problem(folder: Path, train_names: Sequence[str], test_names: Sequence[str]) -> str:

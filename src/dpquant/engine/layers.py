@@ -292,19 +292,22 @@ def current_precisions(model: nn.Module) -> dict[str, Precision]:
     return {name: layer.precision for name, layer in quantizable_layers(model).items() if layer.quantized}
 
 
-def count_macs(model: nn.Module, forward: Callable[[], object]) -> dict[str, float]:
-    """Return {quantizable layer's name: multiply-accumulates of its forward product for one example}.
+def count_macs(
+    model: nn.Module, forward: Callable[[], object], *, layers: Mapping[str, nn.Module] | None = None
+) -> dict[str, float]:
+    """Return {layer's name: multiply-accumulates of its forward product for one example}.
 
     Args:
-      model: a prepared model.
+      model: a prepared model, or any model if layers are given.
       forward: runs the model once on a batch; it is called without autograd.
+      layers: {name: convolution or linear layer} of the model; None: its quantizable layers.
     """
-    layers = quantizable_layers(model)
+    layers = quantizable_layers(model) if layers is None else layers
     macs = dict.fromkeys(layers, 0.0)
 
     def counter(name: str) -> Callable[..., None]:
         def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            macs[name] += output[0].numel() * layers[name].weight[0].numel()
+            macs[name] += output[0].numel() * cast(Tensor, module.weight)[0].numel()
 
         return count
 

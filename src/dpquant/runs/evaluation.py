@@ -20,6 +20,16 @@ EVALUATION_BATCH = 500
 _TRIED = 8  # test records on which evaluation is tried before the run
 
 
+def evaluation_batch(memory: float | None, microbatch_size: int) -> int:
+    """Return the batch size of evaluation: where memory is limited, at most the microbatch size.
+
+    Args:
+      memory: limit in GiB; None: there is none.
+      microbatch_size: of training, which fits.
+    """
+    return EVALUATION_BATCH if memory is None else min(EVALUATION_BATCH, microbatch_size)
+
+
 def per_example_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Return the cross entropy of each example, `(B,)`."""
     return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
@@ -38,15 +48,29 @@ def accuracy(
       split: of a data set.
       batch_size: records per forward pass.
       records: evaluate the first `records` records only; None evaluates all.
+    Raises:
+      ModelError: the model fails on a record. The message leaves out the text of the error, which may quote it.
     Privacy: no mechanism; on private records the result is not private.
     """
+    failed = ""
     all_ids = torch.arange(len(split))[:records]
     device = next(model.parameters()).device
     right = torch.zeros((), dtype=torch.int64, device=device)
-    with current(device), working_memory(), evaluating(model):
-        for ids in all_ids.split(batch_size):
-            inputs, targets, readable = to_device((*split.batch(ids), split.readable[ids]), device)
-            right += ((model(inputs).argmax(1) == targets) & readable).sum()
+    try:
+        with current(device), working_memory(), evaluating(model):
+            for ids in all_ids.split(batch_size):
+                inputs, targets, readable = to_device((*split.batch(ids), split.readable[ids]), device)
+                right += ((model(inputs).argmax(1) == targets) & readable).sum()
+    except DPQuantError:
+        raise
+    except Exception as error:  # a user's model may raise anything
+        failed = type(error).__name__
+    if failed:  # raised outside of `except`, so that the original exception is not attached
+        raise ModelError(
+            f"Expected a model that maps test records to logits in evaluation mode; got a {failed}. Its message is "
+            "withheld, because it may hold data. Accuracy is measured after every epoch. Make the model run in "
+            "evaluation mode."
+        )
     return int(right) / len(all_ids)
 
 
@@ -81,17 +105,9 @@ def check_evaluation(model: nn.Module, test: data.Split) -> None:
     """Evaluate a few test records, to find errors before anything is charged.
 
     Raises:
-      ModelError: evaluation fails. The message leaves out the text of the error, which may quote a record.
+      ModelError: evaluation fails.
     """
-    try:
-        accuracy(model, test, records=_TRIED)
-    except DPQuantError:
-        raise
-    except Exception as error:  # a user's model may raise anything
-        raise ModelError(
-            f"Expected a model that maps test records to logits in evaluation mode; got a {type(error).__name__}. "
-            "Accuracy is measured after every epoch. Make the model run in evaluation mode."
-        ) from error
+    accuracy(model, test, records=_TRIED)
 
 
 class Tested:

@@ -13,7 +13,7 @@ from dpquant.data import dataset as data
 from dpquant.data import models
 from dpquant.engine.convert import fix
 from dpquant.engine.randomness import seeded
-from dpquant.errors import ModelError, SettingError, cause, kind_of
+from dpquant.errors import ModelError, SettingError, kind_of, quoted
 from dpquant.runs.evaluation import evaluating
 from dpquant.runs.settings import TrainSettings
 from dpquant.runs.size import check_network_fits
@@ -43,35 +43,39 @@ def model_of(settings: TrainSettings, dataset: data.Dataset) -> nn.Module:
     if settings.fix:
         model = fix(model)
     check_trainable(model)
-    _check_outputs(model, dataset)
+    check_outputs(model, torch.zeros(_BLANKS, *dataset.input_shape), dataset.num_classes)
     return model
 
 
-def _check_outputs(model: nn.Module, dataset: data.Dataset) -> None:
-    """Check on blank images that the model returns one logit per class, in training and in evaluation mode.
+def check_outputs(model: nn.Module, blank: torch.Tensor, num_classes: int) -> None:
+    """Check that the model returns one logit per class for two blank inputs, in training and in evaluation mode.
 
+    Args:
+      model: of the user.
+      blank: two inputs of the data set's shape, of zeros.
+      num_classes: number of classes.
     Raises:
       ModelError: it does not, or it raises.
     """
-    rule = f"Expected model to map images of shape {dataset.input_shape} to {dataset.num_classes} logits"
-    blank = torch.zeros(_BLANKS, *dataset.input_shape)
+    what = "images" if blank.ndim == 4 else "inputs"
+    rule = f"Expected model to map {what} of shape {tuple(blank.shape[1:])} to {num_classes} logits"
     try:
         with torch.no_grad(), seeded(0):
             outputs = [model(blank)]
             with evaluating(model):
                 outputs.append(model(blank))
-    except Exception as error:
-        raise ModelError(f"{rule}; got {cause(error)}. Make it fit the data set's images.") from error
+    except Exception as error:  # the user's code may raise anything; it has seen no data
+        raise ModelError(f"{rule}; got {quoted(error)}. Make it fit the data set's {what}.") from error
     for output in outputs:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             raise ModelError(
                 f"{rule}; got {_kind(output)}. The loss is computed from one tensor of floating-point numbers. Let "
                 "forward return the logits alone."
             )
-        if output.shape != (_BLANKS, dataset.num_classes):
+        if output.shape != (len(blank), num_classes):
             raise ModelError(
-                f"{rule}; two images gave shape {tuple(output.shape)}. A label without a logit has no loss. "
-                f"Give the last layer {dataset.num_classes} outputs."
+                f"{rule}; two {what} gave shape {tuple(output.shape)}. A label without a logit has no loss. Give the "
+                f"last layer {num_classes} outputs."
             )
 
 

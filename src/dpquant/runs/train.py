@@ -32,10 +32,10 @@ from dpquant.privacy.plan import PrivacyPlan, rounded_up
 from dpquant.runs.devices import described, device_of
 from dpquant.runs.directory import Charged, RunDirectory
 from dpquant.runs.evaluation import (
-    EVALUATION_BATCH,
     Tested,
     accuracy,
     check_evaluation,
+    evaluation_batch,
     per_example_loss,
     warn_of_guessing,
 )
@@ -305,9 +305,7 @@ class _Run:
         return record
 
     def _accuracy(self, split: data.Split) -> float:
-        """Return the model's accuracy; under a memory limit, in batches of at most the microbatch size."""
-        limited = self.settings.memory is not None
-        size = min(EVALUATION_BATCH, self.private.execution.microbatch_size) if limited else EVALUATION_BATCH
+        size = evaluation_batch(self.settings.memory, self.private.execution.microbatch_size)
         return accuracy(self.tested.model, split, batch_size=size)
 
     def _timings(self) -> Timings:

@@ -106,7 +106,7 @@ class Records:
             raise DataError(
                 f"Expected dpquant_batch(record_ids) of train_set to give a batch; got a {type(error).__name__}. Give "
                 "the method another name if it is for something else."
-            ) from error
+            ) from None  # its text may quote a record
         if drew:
             raise DataError(
                 "Expected dpquant_batch(record_ids) of train_set to draw no random numbers; it does. They would belong "

@@ -270,7 +270,7 @@ def _first_records(train_set: MapDataset) -> list[Any]:
         raise DataError(
             f"Expected the first records of train_set to be readable; got a {type(error).__name__}. Their types and "
             "shapes, and nothing else of them, say what records look like. Mend them, or give example= records."
-        ) from error
+        ) from None  # its text may quote a record
 
 
 def _tried(setup: Setup, execution: Execution, device: torch.device) -> float:

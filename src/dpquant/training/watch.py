@@ -5,6 +5,8 @@ The check on synthetic records, before the first charge, cannot see what real re
 examples apart nothing here ever finds anything, so that what is found releases nothing.
 """
 
+import re
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -19,6 +21,7 @@ from dpquant.machine import current
 from dpquant.training.records import Records
 from dpquant.training.tuning import memory_gone
 
+_SHAPE = re.compile(r"\(\d+,[\d, ]*\)")  # as `tuple(tensor.shape)` is written
 _PROBED = 8  # records in each of the two batches in which one record's gradients are compared, once an epoch
 
 
@@ -79,18 +82,33 @@ def broken(reason: str) -> str:
 
 
 def without_details(work: Callable[[], None], choices: Choices, device: torch.device) -> None:
-    """Run `work`, which reads private records; replace a foreign exception by one that contains no data."""
-    failed, memory = None, False
+    """Run `work`, which reads private records; replace an exception by one that contains no data, and show no warning.
+
+    A foreign exception's text may quote a record. One of ours keeps its text, but for shapes, which may follow a
+    record's length, and loses what caused it. The same code has run on synthetic records, where warnings show.
+    """
+    failed, memory, refused = None, False, None
     try:
-        with current(device), working_memory(), choices.active(), torch.inference_mode(False), torch.enable_grad():
+        with (
+            current(device),
+            working_memory(),
+            choices.active(),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
             work()
-    except DPQuantError:
-        raise
+    except DPQuantError as error:
+        refused = type(error)(_SHAPE.sub("(withheld)", str(error)))
     except Exception as error:
         failed, memory = type(error).__name__, out_of_memory(error)
+    # raised outside of `except`, so that the original exception is not attached
+    if refused is not None:
+        raise refused
     if memory:
         raise memory_gone()
-    if failed is not None:  # raised outside of `except`, so that the original exception is not attached to it
+    if failed is not None:
         raise ModelError(
             f"Expected a step to run as it did on synthetic records; got a {failed}. Its message is withheld, "
             "because it may hold data. What was charged stays charged. Look for what differs from a synthetic "

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dpquant check-model` collects everything for which a run would refuse a model, and says nothing of a sound one."""
+
+import json
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from dpquant.app.check_model import check_model
+from dpquant.app.cli import run
+from dpquant.app.form import Form
+from dpquant.checks.isolation import Findings, check_isolation
+from dpquant.data import dataset as data
+
+VECTORS = Form(input_shape=(6,), num_classes=3)
+TEXTS = Form(input_shape=(5,), num_classes=3, vocabulary=12)
+IMAGES = Form(input_shape=(1, 8, 8), num_classes=3)
+
+
+def checked(model, form=VECTORS, **keywords):
+    return check_model(model, form, **keywords)
+
+
+def stages(found):
+    return [(one.stage, one.module) for one in found.findings]
+
+
+class Vectors(nn.Module):
+    """Two linear layers with something between them."""
+
+    def __init__(self, between=lambda net, x: x):
+        super().__init__()
+        self.body, self.head, self.between = nn.Linear(6, 6), nn.Linear(6, 3), between
+
+    def forward(self, x):
+        return self.head(self.between(self, torch.tanh(self.body(x))))
+
+
+def less_the_mean(net, x):
+    return x - x.mean(0)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, trained=True):
+        super().__init__()
+        self.table = nn.Embedding(12, 4)
+        self.lstm, self.head = nn.LSTM(4, 4, batch_first=True), nn.Linear(4, 3)
+        self.lstm.requires_grad_(trained)
+
+    def forward(self, x):
+        return self.head(self.lstm(self.table(x))[0][:, -1])
+
+
+class Tied(nn.Module):
+    """A table that is the head's weight as well; by hand, behind its module's back."""
+
+    def __init__(self, by_hand=False):
+        super().__init__()
+        self.table, self.head = nn.Embedding(12, 4), nn.Linear(4, 12, bias=False)
+        if not by_hand:
+            self.head.weight = self.table.weight
+        self.by_hand, self.last = by_hand, nn.Linear(12, 3)
+
+    def forward(self, x):
+        found = self.table(x).mean(1)
+        return self.last(found @ self.table.weight.T if self.by_hand else self.head(found))
+
+
+def test_a_sound_model_passes_in_both_precisions_and_its_layers_are_listed():
+    found = checked(nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(144, 3)), IMAGES)
+    assert found.passed and found.probe == {"full precision": "passed", "quantized": "passed"}
+    conv, norm, head = found.layers
+    assert (conv.kind, conv.parameters, conv.macs, conv.format, conv.reason) == ("Conv2d", 40, 36 * 36, "luq-fp4", "")
+    assert (norm.kind, norm.macs, norm.format, norm.reason) == ("GroupNorm", None, None, "no matrix product")
+    assert (head.name, head.parameters, head.macs) == ("3", 435, 432)
+
+
+def test_all_findings_come_at_once():
+    net = Vectors(less_the_mean)
+    net.head = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 4))
+    found = checked(net)
+    assert stages(found) == [("type", "head.0"), ("outputs", ""), ("full precision", "")]
+    norm, outputs, coupled = found.findings
+    assert norm.kind == "BatchNorm1d" and norm.fix is not None and "GroupNorm" in norm.fix
+    assert "shape (2, 4)" in outputs.problem and "depends on the rest of the batch" in coupled.problem
+    assert "copy" in found.probed and found.probe == {"full precision": "failed", "quantized": "not run"}
+
+
+def test_a_normalization_is_fixed_if_asked_and_the_fixed_model_is_checked():
+    net = nn.Sequential(nn.Linear(6, 32), nn.BatchNorm1d(32), nn.Tanh(), nn.Linear(32, 3))
+    found = checked(net, fixed=True)
+    assert found.passed and found.probed == "the model"
+    assert found.fixed_model is not None and "GroupNorm" in found.fixed_model and "BatchNorm" not in found.fixed_model
+    coupled = nn.Sequential(nn.BatchNorm1d(6), Vectors(less_the_mean))
+    assert stages(checked(coupled, fixed=True)) == [("full precision", "")]
+
+
+def test_a_trained_lstm_is_refused_and_a_frozen_one_is_not():
+    found = checked(Recurrent(), TEXTS)
+    assert stages(found) == [("type", "lstm")] and found.probe["quantized"] == "passed" and "frozen" in found.probed
+    found = checked(Recurrent(trained=False), TEXTS)
+    assert found.passed
+    notes = {layer.name: layer.notes for layer in found.layers}
+    assert notes == {"table": "", "lstm": "frozen", "head": ""}
+
+
+def test_tied_weights_pass_and_are_counted_once_but_not_if_tied_by_hand():
+    found = checked(Tied(), TEXTS)
+    assert found.passed
+    assert [(one.parameters, one.notes) for one in found.layers[:2]] == [(48, ""), (0, "shares parameters with table")]
+    by_hand = checked(Tied(by_hand=True), TEXTS)
+    assert stages(by_hand) == [("full precision", "")] and "table.weight" in by_hand.findings[0].problem
+
+
+def test_a_model_without_anything_to_train_is_refused():
+    found = checked(Vectors().requires_grad_(False))
+    assert stages(found) == [("type", "")] and found.findings[0].fix and "requires_grad_" in found.findings[0].fix
+
+
+@pytest.mark.parametrize(
+    ("model", "stage", "said"),
+    [
+        (Vectors(lambda net, x: x[:, :3]), "outputs", "RuntimeError"),
+        (Vectors().double(), "outputs", "RuntimeError"),
+        (Vectors(lambda net, x: x * torch.rand(len(x)).flip(0)[:, None]), "full precision", "rest of the batch"),
+    ],
+    ids=["shapes that do not fit", "another type", "random numbers by place"],
+)
+def test_other_models_are_refused_with_the_reason(model, stage, said):
+    found = checked(model)
+    assert stages(found) == [(stage, "")] and said in found.findings[0].problem
+
+
+def test_an_error_names_the_users_line():
+    found = checked(Vectors(lambda net, x: x[:, :3]))
+    line = Vectors.forward.__code__.co_firstlineno + 1
+    assert f"test_check_model.py:{line})" in found.findings[0].problem
+    assert found.probe == {"full precision": "not run", "quantized": "not run"}
+
+
+def test_a_model_that_cannot_be_saved_is_refused():
+    net = Vectors()
+    whole = torch.zeros(8)
+    net.register_buffer("low", whole[:5])
+    net.register_buffer("high", whole[3:])
+    assert stages(checked(net)) == [("saving", "")]
+
+
+def blind(objective, specimens):
+    """A live check that is disabled."""
+    return Findings(objective=objective, macs={}, specimens=next(specimens))
+
+
+def assert_hidden_coupling_is_found(isolate):
+    found = checked(Vectors(less_the_mean), format="full", isolate=isolate)
+    assert stages(found) == [("full precision", "")]
+
+
+def test_a_coupling_that_no_type_shows_is_found_by_the_live_check():
+    assert_hidden_coupling_is_found(check_isolation)
+
+
+def test_a_coupling_is_not_found_where_the_live_check_is_disabled():
+    with pytest.raises(AssertionError):
+        assert_hidden_coupling_is_found(blind)
+
+
+@pytest.mark.parametrize("name", ["digits"])
+def test_the_form_of_a_data_set_is_that_of_its_records(name):
+    found = data.load(name)
+    assert data.form_of(name) == (found.input_shape, found.num_classes)
+    assert data.form_of(name, image_size=12)[0] == (1, 12, 12)
+
+
+def test_the_form_of_an_image_folder_is_read_without_opening_a_file(tmp_path):
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / part / name).mkdir(parents=True)
+            (tmp_path / part / name / "a.png").write_bytes(b"no image")
+    assert data.form_of(f"image-folder:{tmp_path}") == ((3, 32, 32), 2)
+
+
+OWN = """
+import torch
+from torch import nn
+
+def good(num_classes, input_shape):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
+
+def normed():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.Linear(32, 10))
+
+def broken():
+    raise KeyError("width")
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working directory with a user's models."""
+    (tmp_path / "models_to_check.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "models_to_check", raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["good"], 0), (["normed"], 1), (["normed", "--fix"], 0)],
+    ids=["sound", "to be changed", "fixed"],
+)
+def test_the_exit_code_says_whether_something_has_to_change(arguments, code, here, capsys):
+    name, *rest = arguments
+    options = [f"models_to_check:{name}", "--data", "digits", *rest]
+    assert run(["check-model", *options]) == code
+    captured = capsys.readouterr()
+    shown = " ".join(captured.out.split())
+    assert captured.err == ""
+    assert ("Nothing has to change" in shown) == (code == 0) and "million MACs" in shown
+    assert sorted(path.name for path in here.iterdir() if path.name != "__pycache__") == ["models_to_check.py"]
+
+
+def test_what_is_printed_is_documented(here, capsys):
+    assert run(["check-model", "models_to_check:normed", "--data", "digits", "--json"]) == 1
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert captured.err == "" and not found["passed"] and found["input_shape"] == [1, 8, 8]
+    assert run(["check-model", "--help"]) == 0
+    help = capsys.readouterr().out
+    assert "Example: dpquant" in help and all(name in help for name in found)
+    assert all(name in help for part in ("findings", "layers") for name in found[part][0])
+
+
+SHAPE = ["--input-shape", "1x8x8", "--classes", "10"]
+BAD = {
+    "no form": ["models_to_check:good"],
+    "two forms": ["models_to_check:good", *SHAPE, "--data", "digits"],
+    "no classes": ["models_to_check:good", "--input-shape", "1x8x8"],
+    "classes of a data set": ["models_to_check:good", "--data", "digits", "--classes", "3"],
+    "no vocabulary": ["models_to_check:good", "--tokens", "8", "--classes", "3"],
+    "one class": ["models_to_check:good", "--input-shape", "8", "--classes", "1"],
+    "a shape that is none": ["models_to_check:good", "--input-shape", "3,32,32", "--classes", "10"],
+    "a size of zero": ["models_to_check:good", "--input-shape", "1x0x8", "--classes", "10"],
+    "unknown data": ["models_to_check:good", "--data", "digit"],
+    "a missing folder": ["cnn", "--data", "image-folder:/nowhere"],
+    "image size without data": ["models_to_check:good", *SHAPE, "--image-size", "8"],
+    "image size of zero": ["cnn", "--data", "digits", "--image-size", "0"],
+    "unknown model": ["cnm", "--data", "digits"],
+    "unknown function": ["models_to_check:god", "--data", "digits"],
+    "unknown format": ["models_to_check:good", "--data", "digits", "--format", "fp4"],
+    "a width of one's own": ["models_to_check:good", "--data", "digits", "--width", "2"],
+}
+
+
+@pytest.mark.parametrize("arguments", BAD.values(), ids=BAD)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, here, capsys):
+    assert run(["check-model", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("error: Expected ") and captured.err.count("\n") == 1
+
+
+def test_a_model_function_that_raises_is_one_line_with_the_users_place(here, capsys):
+    assert run(["check-model", "models_to_check:broken", "--data", "digits"]) == 2
+    captured = capsys.readouterr()
+    line = OWN.splitlines().index('    raise KeyError("width")') + 1
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert f"KeyError: 'width' (at models_to_check.py:{line})" in captured.err
