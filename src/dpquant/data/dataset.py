@@ -40,7 +40,7 @@ import torch.utils.data
 from PIL import Image
 from torch import Tensor
 
-from dpquant.data.folders import classes_of, image_folder, square
+from dpquant.data.folders import classes_of, folder_of, image_folder, square
 from dpquant.data.sizes import FOLDER_PREFIX, public_size
 from dpquant.data.split import FULL_SCALE, FULL_SCALE_16, PLAIN_NORMALISATION, Loaded, Split
 from dpquant.errors import DataError, SettingError
@@ -130,7 +130,7 @@ def load(
         case _ if name in _IDX:
             train, test, class_names = _idx(name, home, None if data_dir else debian, download)
         case _:
-            folder = _folder_of(name)
+            folder = folder_of(name)
             train, test, class_names = image_folder(folder, image_size or FOLDER_IMAGE_SIZE)
     if image_size is not None:
         train, test = _resized(train, image_size), _resized(test, image_size)
@@ -146,25 +146,6 @@ def load(
         class_names=class_names,
         public_size=size,
     )
-
-
-def _folder_of(name: str) -> Path:
-    """Return the folder that `image-folder:PATH` names.
-
-    Raises: DataError: it names none, or the home folder of a user who does not exist.
-    """
-    path = name.removeprefix(FOLDER_PREFIX)
-    if not path.strip():
-        raise DataError(
-            f"Expected a path in data={FOLDER_PREFIX}PATH; got data={name}, without one. Give the folder that holds "
-            "train/ and test/."
-        )
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise DataError(
-            f"Expected the folder of data={name} to be found; got {error}. Write the path without ~."
-        ) from error
 
 
 def _check_image_size(image_size: int | None) -> None:
@@ -195,7 +176,7 @@ def form_of(name: str, *, image_size: int | None = None) -> tuple[tuple[int, int
         case _ if name in _IDX:
             channels, side, classes = 1, 28, len(_IDX[name].class_names)
         case _:
-            folder = _folder_of(name)
+            folder = folder_of(name)
             channels, side, classes = 3, FOLDER_IMAGE_SIZE, len(classes_of(folder))
     side = image_size or side
     return (channels, side, side), classes

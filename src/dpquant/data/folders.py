@@ -17,6 +17,7 @@ from PIL import Image
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 from torch import Tensor
 
+from dpquant.data.sizes import FOLDER_PREFIX
 from dpquant.data.split import FULL_SCALE_16, Loaded, Split
 from dpquant.errors import DataError
 
@@ -42,6 +43,25 @@ def square(image: Image.Image, size: int) -> Tensor:
         raise ValueError("no full scale")
     resized = _on_white(image).resize(square, Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(resized).astype(np.uint16) * _BYTE_IN_16_BITS).permute(2, 0, 1)
+
+
+def folder_of(name: str) -> Path:
+    """Return the folder that `image-folder:PATH` names.
+
+    Raises: DataError: it names none, or the home folder of a user who does not exist.
+    """
+    path = name.removeprefix(FOLDER_PREFIX)
+    if not path.strip():
+        raise DataError(
+            f"Expected a path in data={FOLDER_PREFIX}PATH; got data={name}, without one. Give the folder that holds "
+            "train/ and test/."
+        )
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise DataError(
+            f"Expected the folder of data={name} to be found; got {error}. Write the path without ~."
+        ) from error
 
 
 def image_folder(folder: Path, size: int, *, to_pixels: ToPixels = square) -> Loaded:
