@@ -15,7 +15,6 @@ import shlex
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -138,7 +137,7 @@ OUT_OF_RANGE = {  # option: values that are out of its range
     "seed": ["-1", "9223372036854775808"],
     "threads": ["0", "-2", "100000"],
     "memory": ["-1", "0", "nan", "inf"],
-    "microbatch-size": ["0", "-4", "257"],
+    "microbatch-size": ["0", "-4", "385"],
     "analysis-every": ["0", "-1"],
     "analysis-repeats": ["0", "1000000"],
     "analysis-max-norm": ["0", "nan"],
@@ -146,8 +145,6 @@ OUT_OF_RANGE = {  # option: values that are out of its range
     "analysis-batch-size": ["0", "nan", "1e9"],
     "checkpoint-every": ["0epochs", "often", "3", "-1steps"],
 }
-AS_TYPER_HAS_IT = {"microbatch-size": "microbatch_size"}
-
 NO_SUCH_NAME = {  # verb and option: (what was meant by a name, the name)
     "plan --policy": ("rotate", "rotte"),
     "plan --optimizer": ("adam", "adamm"),
@@ -378,9 +375,9 @@ ONE_BY_ONE = {
     "model: no function after the colon": Bad(f"train {ON_PHOTOS} --model mm:", "model=mm:", network("nn.Flatten()")),
     "model: a syntax error": Bad(f"train {ON_PHOTOS} --model mm:build", "mm.py, line 4", model("def build(:\n")),
     "model: an import that fails": Bad(
-        f"train {ON_PHOTOS} --model mm:build", "No module named 'nonesuch' (mm.py:4)", model("import nonesuch\n")
+        f"train {ON_PHOTOS} --model mm:build", "No module named 'nonesuch' (at mm.py:4)", model("import nonesuch\n")
     ),
-    "model: ends Python": Bad(f"train {ON_PHOTOS} --model mm:build", "SystemExit: 3 (mm.py:4)", model("exit(3)\n")),
+    "model: ends Python": Bad(f"train {ON_PHOTOS} --model mm:build", "SystemExit: 3 (at mm.py:4)", model("exit(3)\n")),
     "model: a variable": Bad(
         f"train {ON_PHOTOS} --model mm:build", "to name a function; got an int", model("build = 3\n")
     ),
@@ -390,11 +387,11 @@ ONE_BY_ONE = {
         f"train {ON_PHOTOS} --model mm:build", "'depth'", model("def build(depth):\n    return nn.Flatten()\n")
     ),
     "model: raises when built": Bad(
-        f"train {ON_PHOTOS} --model mm:build", "got ZeroDivisionError: division by zero (mm.py:5)", network("1 / 0")
+        f"train {ON_PHOTOS} --model mm:build", "got ZeroDivisionError: division by zero (at mm.py:5)", network("1 / 0")
     ),
     "model: raises in forward": Bad(
         f"train {ON_PHOTOS} --model mm:build",
-        "got KeyError: 'nothing' (mm.py:9)",
+        "got KeyError: 'nothing' (at mm.py:9)",
         model(
             "class Net(nn.Linear):\n    def __init__(self):\n        super().__init__(192, 2)\n\n"
             "    def forward(self, x):\n        return {}['nothing']\n\n\ndef build():\n    return Net()\n"
@@ -624,6 +621,12 @@ def changes(before: dict[str, bytes], after: dict[str, bytes]) -> list[str]:
     return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
 
 
+def processor_seconds() -> float:
+    """Return the processor time of this process and its children so far: on a busy machine a clock says little."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
 def main() -> int:
     """Try every bad input, or those whose name has a word in it, and print a summary."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -636,16 +639,19 @@ def main() -> int:
     chosen = {name: bad for name, bad in TABLE.items() if not given.words or any(word in name for word in given.words)}
     wrong, seconds = 0, {}
     for name, bad in chosen.items():
-        began = time.perf_counter()
+        began = processor_seconds()
         with tempfile.TemporaryDirectory() as place:
             problems = problems_of(bad, Path(place), tried)
-        seconds[name] = time.perf_counter() - began
+        seconds[name] = processor_seconds() - began
         wrong += bool(problems)
         for problem in problems:
             print(f"{name}: {problem}", flush=True)
     slowest = max(seconds, key=lambda name: seconds[name], default="none")
     print(f"{len(chosen)} bad inputs tried, {len(chosen) - wrong} refused in one line, {wrong} not.")
-    print(f"{sum(seconds.values()):.1f} s in all; the slowest took {seconds.get(slowest, 0):.1f} s: {slowest}")
+    print(
+        f"{sum(seconds.values()):.1f} s of processor time in all, imports included; the slowest took "
+        f"{seconds.get(slowest, 0):.1f} s: {slowest}"
+    )
     return 1 if wrong else 0
 
 

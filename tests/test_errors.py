@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What messages are made of: the nearest known name, an exception and its place, and the type of a wrong argument."""
-
-import importlib
-import sys
+"""What messages are made of: the nearest known name, and the type of a wrong argument."""
 
 import pytest
 
-from dpquant.errors import DataError, DPQuantError, ModelError, SettingError, cause, did_you_mean, expect, kind_of
+from dpquant.errors import DataError, DPQuantError, ModelError, SettingError, did_you_mean, expect, kind_of
 
 NETWORKS = ("cnn", "resnet18", "resnet18-cifar", "mlp")
 
@@ -22,25 +19,6 @@ def test_the_nearest_known_name_is_found(given, meant):
 
 def test_what_is_no_name_has_no_nearest_one():
     assert did_you_mean(3, NETWORKS) == did_you_mean(None, NETWORKS) == ""
-
-
-def raised_by(work):
-    with pytest.raises(Exception) as caught:
-        work()
-    return caught.value
-
-
-def test_the_place_is_the_users_own_last_line(tmp_path, monkeypatch):
-    (tmp_path / "users_own.py").write_text("import json\n\n\ndef build(text):\n    return json.loads(text)\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    error = raised_by(lambda: importlib.import_module("users_own").build("{"))
-    del sys.modules["users_own"]
-    assert cause(error).startswith("JSONDecodeError: ") and cause(error).endswith("(users_own.py:5)")
-
-
-def test_a_cause_is_one_line_and_may_have_no_text_and_no_place():
-    assert cause(ValueError("two\nlines")) == "ValueError: two lines"
-    assert cause(KeyError()) == "KeyError"
 
 
 @pytest.mark.parametrize(

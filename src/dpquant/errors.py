@@ -28,6 +28,19 @@ class DPQuantError(Exception):
     """Base class of every exception that dpquant raises on purpose."""
 
 
+def quoted(error: BaseException) -> str:
+    """Return an exception's type and text, and the line of the user's code from which it came, if there is one.
+
+    Only for exceptions that no private record can have caused: their text may quote what the code was given.
+    """
+    installed = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    not_the_users = (*installed, str(Path(__file__).parent), "<")
+    frames = traceback.extract_tb(error.__traceback__)
+    place = next((f"{f.filename}:{f.lineno}" for f in reversed(frames) if not f.filename.startswith(not_the_users)), "")
+    place = place.removeprefix(f"{Path.cwd()}/")
+    return f"{type(error).__name__}: {error}" + (f" (at {place})" if place else "")
+
+
 class SettingError(DPQuantError, ValueError):
     """A setting is out of range, or two settings contradict each other."""
 
@@ -117,18 +130,3 @@ def kind_of(value: object) -> str:
         return f"the class {value.__name__}"
     name = type(value).__name__
     return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
-
-
-_NOT_THE_USERS = (str(Path(__file__).parent), *(sysconfig.get_paths()[key] for key in ("stdlib", "purelib", "platlib")))
-
-
-def cause(error: BaseException) -> str:
-    """Return an exception in words: its type, its text, and the file and line of the user's own code that raised it.
-
-    Privacy: the text may quote what the code was given. Never use this on an exception that saw private records.
-    """
-    text = " ".join(str(error).split())
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_NOT_THE_USERS)]
-    own = [frame for frame in frames if not frame.filename.startswith("<")]
-    place = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
-    return f"{type(error).__name__}{': ' if text else ''}{text}{place}"

@@ -334,7 +334,7 @@ def test_an_image_folder_gives_the_same_records_each_time(tmp_path: Path) -> Non
 
 
 def test_images_are_made_rgb_and_resized_without_aliasing(tmp_path: Path) -> None:
-    write_folder(tmp_path, ("x",), count=1)
+    write_folder(tmp_path, ("x", "y"), count=1)
     stripes = np.zeros((64, 64), dtype=np.uint8)
     stripes[:, ::2] = 255
     Image.fromarray(stripes).save(tmp_path / "test" / "x" / "0.png")
@@ -448,6 +448,8 @@ def write_contents(folder: Path, files: dict[str, bytes]) -> None:
     for name, content in files.items():
         (folder / "train" / "x" / name).write_bytes(content)
     Image.new("L", (4, 4)).save(folder / "test" / "x" / "0.png")
+    for split in ("train", "test"):
+        (folder / split / "y").mkdir()
 
 
 def assert_pixels_are_those_of_the_file(what: str, folder: Path, read: Callable[[Path], Split]) -> None:

@@ -71,6 +71,15 @@ def test_an_option_may_take_the_effect_of_what_a_file_says():
         TrainSettings.chosen({}, {**file, "policy": "none"})
 
 
+@pytest.mark.parametrize(("batch", "largest"), [(256.0, 384), (8.0, 64), (0.5, 64)])
+def test_a_microbatch_may_be_as_large_as_any_batch(batch, largest):
+    assert TrainSettings.chosen({"batch_size": batch, "microbatch_size": largest}).microbatch_size == largest
+    with pytest.raises(
+        SettingError, match=f"Expected microbatch_size <= {largest}, .*got microbatch_size={largest + 1}"
+    ):
+        TrainSettings.chosen({"batch_size": batch, "microbatch_size": largest + 1})
+
+
 def test_every_rule_is_of_a_setting_that_exists():
     names = {field.name for field in dataclasses.fields(TrainSettings)}
     assert names >= _RULES.keys() | {decider for decider, *_ in _RULES.values()}

@@ -93,7 +93,7 @@ def test_the_command_line_loads_neither_torch_nor_the_accountant(module):
     assert not loads(module, "import dpquant.app.cli")
 
 
-@pytest.mark.parametrize("options", [["--records", "9000"], ["--data", "cifar10"]])
+@pytest.mark.parametrize("options", [["--data", "image-folder:x", "--records", "9000"], ["--data", "cifar10"]])
 def test_planning_loads_no_torch(options):
     assert not loads("torch", f"from dpquant.app.cli import run; assert run({['plan', *options]}) == 0")
 

@@ -58,7 +58,7 @@ MISUSES = {
     "scores without an analysis": (lambda: make(policy=dpquant.DPQuantPolicy(fraction=0.5)), "Expected plan.analysis"),
     "a ledger by its name": (lambda: make(ledger="ledger.jsonl"), "ledger to be a pathlib.Path or None; got a str"),
     "a loss module": (lambda: make(loss_fn=nn.CrossEntropyLoss(reduction="none")), "takes outputs and targets"),
-    "a loss of outputs": (lambda: make(loss_fn=of_outputs), r"loss_fn\(model, batch\).*\(test_arguments.py:"),
+    "a loss of outputs": (lambda: make(loss_fn=of_outputs), r"loss_fn\(model, batch\).*test_arguments.py:"),
     "a loss of three": (lambda: make(loss_fn=lambda model, x, y: x), "missing a required argument: 'y'"),
     "a loss by its name": (lambda: make(loss_fn="cross_entropy"), "a function of the model and a batch; got a str"),
     "a mean loss": (lambda: make(loss_fn=lambda m, b: loss(m, b).mean()), "one loss per example"),

@@ -436,7 +436,7 @@ def with_batch_norm():
         ({"optimizer": lambda p, lr: torch.optim.LBFGS(p)}, SettingError, "LBFGS"),
         ({"optimizer": lambda p, lr: torch.optim.SGD([torch.zeros(1, requires_grad=True)])}, SettingError, "own param"),
         ({"optimizer": lambda p, lr: torch.optim.SGD(list(p)[:2])}, SettingError, "lacks 2.weight"),
-        ({"optimizer": lambda p, lr: None}, SettingError, "NoneType"),
+        ({"optimizer": lambda p, lr: None}, SettingError, "got None"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_before_any_work(settings, error, words, tmp_path):

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the verbs of the command line share: exit codes, the error line, and options. Loads no torch.
-
-There is an option for every field of `TrainSettings`.
-"""
+"""What the verbs share: exit codes, the error line and options, one of them for every setting. Loads no torch."""
 
 import dataclasses
 import functools
@@ -22,6 +19,8 @@ WRONG_RESULT = 1
 BAD_INPUT = 2
 DIVERGED = 4
 INTERRUPTED = 130
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")]
 
 
 def refuse(message: str, code: int = BAD_INPUT) -> int:
@@ -80,7 +79,6 @@ Out = Annotated[
     Path | None, typer.Option(parser=written_path, help="Directory to write, new or empty.", metavar="PATH")
 ]
 Config = Annotated[Path | None, typer.Option(help="TOML file of settings; options on the command line win.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")]
 
 
 def settings_of(given: dict[str, Any], config: Path | None) -> TrainSettings:

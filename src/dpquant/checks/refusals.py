@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from dpquant.errors import DPQuantError, ModelError, cause
+from dpquant.errors import DPQuantError, ModelError, quoted
 
 COUPLED = (
     "Expected each example's gradient to depend on that example alone; got one that depends on the rest of the batch. "
@@ -186,7 +186,7 @@ def explained(error: Exception) -> DPQuantError:
             f"that was tried. NaN would hide whether examples are kept apart. {_WAYS_OUT}"
         )
     refusal = ModelError(
-        f"Expected model and loss_fn(model, batch) to run on a batch shaped like the data set's; got {cause(error)}. "
+        f"Expected model and loss_fn(model, batch) to run on a batch shaped like the data set's; got {quoted(error)}. "
         f"{_WAYS_OUT}"
     )
     refusal.__cause__ = error

@@ -176,7 +176,8 @@ def form_of(name: str, *, image_size: int | None = None) -> tuple[tuple[int, int
         case _ if name in _IDX:
             channels, side, classes = 1, 28, len(_IDX[name].class_names)
         case _:
-            channels, side, classes = 3, FOLDER_IMAGE_SIZE, len(classes_of(folder_of(name)))
+            folder = folder_of(name)
+            channels, side, classes = 3, FOLDER_IMAGE_SIZE, len(classes_of(folder))
     side = image_size or side
     return (channels, side, side), classes
 

@@ -30,6 +30,21 @@ _DECODE_RUN = 256  # files that a thread decodes in a row
 ToPixels = Callable[[Image.Image, int], Tensor]  # an image and the side in pixels -> uint16 [3, side, side]
 
 
+def square(image: Image.Image, size: int) -> Tensor:
+    """Convert an image to RGB, uint16 [3, size, size]: bilinear, by Pillow's filter, antialiased when it shrinks.
+
+    Raises: ValueError: the image does not define which number is white.
+    """
+    square = (size, size)
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _WHITE_IS_65535):
+        grey = Image.fromarray(_grey(image)).resize(square, Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.rint(np.array(grey)).astype(np.uint16)).expand(3, *square)
+    if image.mode in ("I", "F"):
+        raise ValueError("no full scale")
+    resized = _on_white(image).resize(square, Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(resized).astype(np.uint16) * _BYTE_IN_16_BITS).permute(2, 0, 1)
+
+
 def folder_of(name: str) -> Path:
     """Return the folder that `image-folder:PATH` names.
 
@@ -47,21 +62,6 @@ def folder_of(name: str) -> Path:
         raise DataError(
             f"Expected the folder of data={name} to be found; got {error}. Write the path without ~."
         ) from error
-
-
-def square(image: Image.Image, size: int) -> Tensor:
-    """Convert an image to RGB, uint16 [3, size, size]: bilinear, by Pillow's filter, antialiased when it shrinks.
-
-    Raises: ValueError: the image does not define which number is white.
-    """
-    square = (size, size)
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _WHITE_IS_65535):
-        grey = Image.fromarray(_grey(image)).resize(square, Image.Resampling.BILINEAR)
-        return torch.from_numpy(np.rint(np.array(grey)).astype(np.uint16)).expand(3, *square)
-    if image.mode in ("I", "F"):
-        raise ValueError("no full scale")
-    resized = _on_white(image).resize(square, Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(resized).astype(np.uint16) * _BYTE_IN_16_BITS).permute(2, 0, 1)
 
 
 def image_folder(folder: Path, size: int, *, to_pixels: ToPixels = square) -> Loaded:

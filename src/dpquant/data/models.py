@@ -25,7 +25,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from dpquant.errors import ModelError, SettingError, cause, did_you_mean, kind_of
+from dpquant.errors import ModelError, SettingError, did_you_mean, kind_of, quoted
 
 NAMES = ("cnn", "lenet", "resnet18", "resnet18-cifar", "resnet50", "densenet121", "mlp")
 
@@ -290,10 +290,10 @@ def _users_own(name: str, num_classes: int, input_shape: tuple[int, ...], folder
         arguments = _accepted(name, function, offered)
         try:
             model = function(**arguments)
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit) as error:  # the user's code may raise anything; it has seen no data
             raise ModelError(
-                f"Expected model={name} to build a model; got {cause(error)}. It was called with "
-                f"{', '.join(f'{key}={value}' for key, value in arguments.items()) or 'no arguments'}. Mend it there."
+                f"Expected model={name} to build a model of {num_classes} classes for inputs of shape {input_shape}; "
+                f"got {quoted(error)}. Nothing can be trained. Mend it there."
             ) from error
     if not isinstance(model, nn.Module):
         raise ModelError(
@@ -329,7 +329,7 @@ def _imported(name: str, module_name: str, function_name: str) -> Callable[..., 
     except (Exception, SystemExit) as error:
         names = vars(sys.modules[module_name]) if module_name in sys.modules else {}
         raise ModelError(
-            f"Expected model={name} to name a function that can be imported; got {cause(error)}. Known names are "
+            f"Expected model={name} to name a function that can be imported; got {quoted(error)}. Known names are "
             f"{', '.join(NAMES)}. {did_you_mean(function_name, names)}Check the spelling, and that {module_name} "
             "imports by itself."
         ) from error
@@ -353,7 +353,7 @@ def _accepted(name: str, function: Callable[..., object], offered: dict[str, obj
         signature.bind(**arguments)
     except (TypeError, ValueError) as error:
         raise ModelError(
-            f"Expected model={name} to be callable with {' and '.join(offered)} or less; got {cause(error)}. "
+            f"Expected model={name} to be callable with {' and '.join(offered)} or less; got {quoted(error)}. "
             f"Nothing else is known when it is called. Give its other parameters default values."
         ) from error
     return arguments

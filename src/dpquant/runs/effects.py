@@ -6,6 +6,7 @@ A setting without effect is refused where the user gives it.
 Momentum beside Adam, or options of analyses beside a policy that makes none, would otherwise be ignored silently.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,6 +39,8 @@ _RULES: Mapping[str, _Rule] = {
         "The data set is not looked for in a folder of data sets",
     ),
 }
+_DEVIATIONS = 8  # a batch that is larger by so many standard deviations is never drawn
+_ALWAYS_ALLOWED = 64  # copies that cost little
 _INSTEAD = (
     ("epsilon", "noise_multiplier"),
     ("fraction", "macs"),
@@ -61,10 +64,12 @@ def check_contradictions(values: Mapping[str, Any]) -> None:
                 "They contradict each other. Give one."
             )
     size, batch = values["microbatch_size"], values["batch_size"]
-    if size is not None and size > max(batch, 1):
+    largest = max(math.ceil(batch + _DEVIATIONS * math.sqrt(batch)), _ALWAYS_ALLOWED)
+    if size is not None and size > largest:
         raise SettingError(
-            f"Expected microbatch_size <= {batch:g}, the batch_size; got microbatch_size={size}. A smaller batch is "
-            "filled up with copies of a record, which cost time. Leave it out, or give a smaller one."
+            f"Expected microbatch_size <= {largest}, as no Poisson batch of batch_size={batch:g} is larger; got "
+            f"microbatch_size={size}. It would be filled up with copies of a record, which cost time. Leave it out, or "
+            "give a smaller one."
         )
     if values["layers"] is not None and values["policy"] != "static":
         raise SettingError(

@@ -13,12 +13,12 @@ from dpquant.data import dataset as data
 from dpquant.data import models
 from dpquant.engine.convert import fix
 from dpquant.engine.randomness import seeded
-from dpquant.errors import ModelError, SettingError, cause, kind_of
+from dpquant.errors import ModelError, SettingError, kind_of, quoted
 from dpquant.runs.evaluation import evaluating
 from dpquant.runs.settings import TrainSettings
 from dpquant.runs.size import check_network_fits
 
-_BLANKS = 2  # inputs on which a network is tried
+_BLANKS = 2  # images on which a network is tried
 
 
 def model_of(settings: TrainSettings, dataset: data.Dataset) -> nn.Module:
@@ -47,7 +47,7 @@ def model_of(settings: TrainSettings, dataset: data.Dataset) -> nn.Module:
     return model
 
 
-def check_outputs(model: nn.Module, blank: Tensor, num_classes: int) -> None:
+def check_outputs(model: nn.Module, blank: torch.Tensor, num_classes: int) -> None:
     """Check that the model returns one logit per class for two blank inputs, in training and in evaluation mode.
 
     Args:
@@ -65,7 +65,7 @@ def check_outputs(model: nn.Module, blank: Tensor, num_classes: int) -> None:
             with evaluating(model):
                 outputs.append(model(blank))
     except Exception as error:  # the user's code may raise anything; it has seen no data
-        raise ModelError(f"{rule}; got {cause(error)}. Make it fit the data set's {what}.") from error
+        raise ModelError(f"{rule}; got {quoted(error)}. Make it fit the data set's {what}.") from error
     for output in outputs:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             raise ModelError(
@@ -74,8 +74,8 @@ def check_outputs(model: nn.Module, blank: Tensor, num_classes: int) -> None:
             )
         if output.shape != (len(blank), num_classes):
             raise ModelError(
-                f"{rule}; two {what} gave shape {tuple(output.shape)}. A label without a logit has no loss. "
-                f"Give the last layer {num_classes} outputs."
+                f"{rule}; two {what} gave shape {tuple(output.shape)}. A label without a logit has no loss. Give the "
+                f"last layer {num_classes} outputs."
             )
 
 
