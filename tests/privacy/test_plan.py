@@ -317,7 +317,7 @@ def assert_json_has_typed_numbers(text: str, a_plan: PrivacyPlan) -> None:
     read = json.loads(text)
     assert set(read) == {
         "epsilon", "delta", "noise_multiplier", "sample_rate", "expected_batch_size", "steps", "epochs",
-        "max_grad_norm", "analysis", "analysis_share",
+        "max_grad_norm", "analysis", "analysis_share", "noise",
     }  # fmt: skip
     assert read.pop("analysis") == dataclasses.asdict(a_plan.analysis)
     assert {type(value) for value in read.values()} == {float, int}

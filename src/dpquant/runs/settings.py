@@ -20,7 +20,7 @@ from dpquant.errors import FormatError, SettingError
 from dpquant.formats import precision
 
 if TYPE_CHECKING:
-    from dpquant.privacy.plan import PrivacyPlan, Score
+    from dpquant.privacy.plan import NoiseLaw, PrivacyPlan, Score
     from dpquant.training.policies import Policy
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
@@ -28,6 +28,7 @@ LR_SCHEDULES = ("constant", "linear", "cosine")
 POLICIES = ("none", "all", "static", "rotate", "prioritise", "dpquant")
 BACKENDS = ("auto", "simulate", "int8", "cuda")
 ANALYSIS_SCORES = ("loss", "gradient")
+NOISES = ("gaussian", "discrete")
 
 _ANALYSIS_PARTS = {"loss": 1 / 2, "gradient": 1 / 16}  # of a step's batch: a gradient costs more and says more
 _ANALYSIS_NORMS = {"loss": 0.25, "gradient": 1.0}
@@ -88,6 +89,7 @@ class TrainSettings:
     fix: bool = _setting("replace BatchNorm by GroupNorm", False)
     epsilon: float | None = _setting("privacy budget, training and analysis together [8, unless noise is given]")
     noise_multiplier: float | None = _setting("noise over sensitivity, instead of epsilon")
+    noise: str = _setting("gaussian, or discrete: slower, exact to the last bit of what is released", "gaussian")
     delta: float = _setting("of the (epsilon, delta) guarantee; choose it far below 1 / records")
     max_grad_norm: float = _setting("L2 norm that each example's gradient is clipped to")
     epochs: int = _setting("passes over the data, on average")
@@ -163,6 +165,7 @@ class TrainSettings:
             "policy": POLICIES,
             "backend": BACKENDS,
             "analysis_score": ANALYSIS_SCORES,
+            "noise": NOISES,
         }.items():
             _check_choice(name, getattr(self, name), allowed)
         if self.checkpoint_every is not None:
@@ -291,6 +294,7 @@ def plan_of(settings: TrainSettings) -> "PrivacyPlan":
         expected_batch_size=settings.batch_size,
         steps=settings.epochs * epoch_steps,
         analysis=analysis,
+        noise=cast("NoiseLaw", settings.noise),
     )
 
 
