@@ -8,9 +8,9 @@ of integers does not: it is exact, in any order, on any number of processes. Eve
 C / grid, because rounding towards zero lengthens nothing; so one record moves the sum by at most C / grid, exactly. (An
 int64 that overflowed would wrap around, which is a function of the exact sum, so that noise added to it hides as much.)
 
-That k_i depends on record i alone is the engine's promise in floating point: with one example a pass it holds by
-construction, since nothing of another record is there; with more it holds if the rows of a batched product do not
-depend on each other, to the last bit.
+k_i has to depend on record i alone, to the last bit. With one example a pass it does, since nothing of another record
+is there. With more it does not: the last bits of a float32 product depend on the row in which an example stands, and so
+on how many others come before it (`tests/invariants/test_porosity.py` shows it). Runs pass records one by one.
 
 G_i is materialised and its norm is taken of the same values, in float64: squares of float32 values are exact there, and
 a sum of D of them has a relative error of at most D 2^-53, which `ROUND_OFF` covers up to D = 2^35.
@@ -47,7 +47,7 @@ def grid_sum_of(
 
     Args:
       objective: model and loss.
-      pieces: microbatches of one size.
+      pieces: microbatches of one size; of one example, if the bound has to hold to the last bit.
       max_grad_norm: the clipping norm C.
       grid: the step of the grid, in units of the gradient; C / grid has to be below 2^53.
       key: of the step's draws, from `clip.step_key`.

@@ -77,9 +77,8 @@ def covered(num_values: int | None, releases: int) -> str:
         "Noise: integers from the discrete Gaussian, drawn without rounding, on a grid of 2^-28 of the noise's "
         "standard deviation. Each record's clipped contribution is rounded towards zero onto the grid, and these "
         "integers are added exactly: the bits of what is released carry no more than epsilon says. The law of integers "
-        f"instead of reals adds at most {cost} to epsilon. A record's own contribution is computed in floating point. "
-        "That no bit of it depends on other records is certain where records pass the model one by one (the default); "
-        "where they pass in larger microbatches it is tested, not proved."
+        f"instead of reals adds at most {cost} to epsilon. Records pass the model one by one, so that no bit of a "
+        "contribution, which is computed in floating point, depends on another record."
     )
 
 

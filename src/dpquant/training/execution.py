@@ -45,7 +45,7 @@ class ExecutionRequest:
       chosen: precision of the layers that the policy chooses.
       rest: precision of all other layers.
       backend: `auto`, the name of a backend, or a backend. Only `auto` excludes layers.
-      microbatch_size: examples a backward pass; None measures which size is the fastest. With discrete noise it is 1.
+      microbatch_size: examples a backward pass; None measures which size is the fastest. It is 1 with discrete noise.
       memory: largest peak memory of the process, GiB; None sets no limit.
     Raises:
       SettingError: microbatch_size is below 1, or both microbatch_size and memory are given.
@@ -148,8 +148,7 @@ def choose_execution(
     precisions = {name: chosen if name in first else rest for name in macs}
     set_precisions(model, precisions)  # refuses what the backend cannot run
     set_policy(model, ())
-    # discrete noise: a record that passes alone depends on no other record, to the last bit, and nobody has to prove it
-    alone = plan.noise == "discrete" and request.microbatch_size is None
+    alone = plan.noise == "discrete"  # the last bits of a record's gradient depend on its place in a microbatch
     size = 1 if alone else request.microbatch_size
     if size is None:
         size = decided(
