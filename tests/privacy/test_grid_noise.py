@@ -4,6 +4,7 @@
 import functools
 import itertools
 import math
+import re
 
 import mpmath
 import numpy as np
@@ -13,7 +14,7 @@ from dp_accounting.pld.privacy_loss_mechanism import AdjacencyType, DiscreteGaus
 from scipy import stats
 
 from dpquant.privacy import grid_noise
-from dpquant.privacy.grid_noise import BITS, discrete_gaussian, excess, grid_of
+from dpquant.privacy.grid_noise import BITS, covered, discrete_gaussian, excess, grid_of
 from dpquant.privacy.noise import NoiseSource
 from dpquant.privacy.secret import SecretKey
 
@@ -213,6 +214,20 @@ def test_the_privacy_loss_of_a_sampled_release_is_the_gaussians(std, sensitivity
     for epsilon in (0.0, 0.01, 0.05, 0.1):
         delta = continuous.get_delta_for_epsilon(epsilon)
         assert discrete.get_delta_for_epsilon(epsilon) == pytest.approx(delta, rel=1 / std**2)
+
+
+def assert_says_no_less(said) -> None:
+    for num_values, releases in ((1, 1), (26_010, 240), (11_000_000, 10_000)):
+        power = int(re.search(r"at most 2\^(-\d+) to epsilon", said(num_values, releases))[1])
+        assert excess(num_values * releases) <= 2.0**power < 4 * excess(num_values * releases)
+    each = int(re.search(r"at most 2\^(-\d+) for each number and release", said(None, 5))[1])
+    assert all(excess(n) <= n * 2.0**each for n in (1, 10, 10**9))
+
+
+def test_what_the_statement_says_of_the_cost_is_no_less():
+    assert_says_no_less(covered)
+    with pytest.raises(AssertionError):
+        assert_says_no_less(lambda num_values, releases: covered(num_values, 1))
 
 
 def test_the_grid_is_an_exact_part_of_the_deviation():

@@ -70,9 +70,9 @@ def excess(num_values: float) -> float:
 
 def covered(num_values: int | None, releases: int) -> str:
     """Return in words what discrete noise covers and costs, for sums of so many numbers; None if that is not known."""
-    cost = f"{excess(1):.0e} for each number and release"
+    cost = f"2^{math.frexp(excess(1))[1]} for each number and release"
     if num_values is not None:
-        cost = f"{excess(num_values * releases):.0e}"
+        cost = f"2^{math.frexp(excess(num_values * releases))[1]}"  # the next power of two
     return (
         "Noise: integers from the discrete Gaussian, drawn without rounding, on a grid of 2^-28 of the noise's "
         "standard deviation. Each record's clipped contribution is rounded towards zero onto the grid, and these "
