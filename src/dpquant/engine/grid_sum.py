@@ -71,8 +71,8 @@ def _add_rounded(
     totals: dict[str, Tensor], parts: dict[str, Contribution], piece: Microbatch, max_grad_norm: float, grid: float
 ) -> None:
     """Add the integers of the rows that count to the totals."""
-    gradients = {name: part.per_example().double() for name, part in parts.items()}
-    squares = {name: gradient.flatten(1).square().sum(1) for name, gradient in gradients.items()}
+    gradients = {name: part.per_example() for name, part in parts.items()}
+    squares = {name: squares_of(gradient) for name, gradient in gradients.items()}
     check_examples_first(squares, len(piece.record_ids))
     if not squares:
         return
@@ -80,6 +80,12 @@ def _add_rounded(
     factors_B[piece.num_examples :] = 0
     for name, gradient in gradients.items():
         totals[name] += rounded_sum(gradient, factors_B)
+
+
+def squares_of(gradients: Tensor) -> Tensor:
+    """Return the squared norms, float64 `(B,)`, of float32 `(B, ...)`, summed in float64."""
+    rows = gradients.reshape(len(gradients), -1)
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
 
 
 def grid_factors(squared_norms_B: Tensor, max_norm: float, grid: float) -> Tensor:
@@ -92,10 +98,11 @@ def rounded_sum(vectors: Tensor, factors_B: Tensor) -> Tensor:
     """Return the sum of factors times vectors, each rounded towards zero to integers.
 
     Args:
-      vectors: float64 `(B, ...)`; those with factor 0 may hold anything.
+      vectors: float32 or float64 `(B, ...)`; those with factor 0 may hold anything.
       factors_B: float64 `(B,)`, from `grid_factors`.
     Returns: int64 `(...)`.
     Privacy: per example.
     """
-    scaled = rows_or_zero(factors_B > 0, vectors) * factors_B.view(-1, *[1] * (vectors.ndim - 1))
-    return scaled.to(torch.int64).sum(0)
+    scaled = vectors * factors_B.view(-1, *[1] * (vectors.ndim - 1))  # float64; only 0 times a broken one is not finite
+    integers = scaled.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).to(torch.int64)
+    return integers[0] if len(integers) == 1 else integers.sum(0)
