@@ -29,7 +29,7 @@ class Drawn:
 
 @dataclasses.dataclass
 class Noised:
-    """Noise that goes through `change(honest, shape, std, **purpose)`."""
+    """Noise that goes through `change(honest, shape, std, **purpose)`; discrete noise without std."""
 
     inner: object
     change: object
@@ -40,6 +40,9 @@ class Noised:
 
     def gaussian(self, *arguments, **purpose):
         return self.change(self.inner.gaussian, *arguments, **purpose)
+
+    def discrete(self, *arguments, **purpose):
+        return self.change(self.inner.discrete, *arguments, **purpose)
 
 
 @dataclasses.dataclass

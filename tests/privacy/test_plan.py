@@ -317,9 +317,10 @@ def assert_json_has_typed_numbers(text: str, a_plan: PrivacyPlan) -> None:
     read = json.loads(text)
     assert set(read) == {
         "epsilon", "delta", "noise_multiplier", "sample_rate", "expected_batch_size", "steps", "epochs",
-        "max_grad_norm", "analysis", "analysis_share",
+        "max_grad_norm", "analysis", "analysis_share", "noise",
     }  # fmt: skip
     assert read.pop("analysis") == dataclasses.asdict(a_plan.analysis)
+    assert read.pop("noise") == a_plan.noise
     assert {type(value) for value in read.values()} == {float, int}
     assert read.pop("epsilon") == a_plan.epsilon_spent() and read.pop("analysis_share") == a_plan.analysis_share()
     assert read == {name: getattr(a_plan, name) for name in read}

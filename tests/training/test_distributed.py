@@ -85,7 +85,7 @@ def walked(run):
             yield
 
 
-def start(group, mechanism, policy):
+def start(group, mechanism, policy, noise="gaussian", steps=STEPS):
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 8), nn.Dropout(0.2), nn.Linear(8, 5)
@@ -93,14 +93,15 @@ def start(group, mechanism, policy):
     records = list(zip(torch.randn(RECORDS, 1, 6, 6), torch.randint(0, 5, (RECORDS,)), strict=True))
     plan = dpquant.PrivacyPlan(
         noise_multiplier=1.2, delta=1e-5, max_grad_norm=0.7, sample_rate=BATCH / RECORDS, expected_batch_size=BATCH,
-        steps=STEPS,
+        steps=steps,
         analysis=dpquant.AnalysisPlan(
-            count=ANALYSES, sample_rate=0.3, expected_batch_size=18, noise_multiplier=2.0, max_norm=0.5
+            count=min(ANALYSES, steps // 4), sample_rate=0.3, expected_batch_size=18, noise_multiplier=2.0, max_norm=0.5
         ),
+        noise=noise,
     )  # fmt: skip
     return begun(
         model, records, loss_fn=loss, plan=plan, policy=policy, mechanism=mechanism, group=group,
-        microbatch_size=4, backend="simulate",
+        microbatch_size=4 if noise == "gaussian" else 1, backend="simulate",
     )  # fmt: skip
 
 
@@ -124,19 +125,19 @@ def seen(run, group):
     return Seen(parameters, group.sums, group.shares, run.events(), run.state)
 
 
-def alone(policy):
+def alone(policy, **settings):
     group = One()
-    run = start(group, Mechanism.keyed(SecretKey(KEY), None), policy)
+    run = start(group, Mechanism.keyed(SecretKey(KEY), None), policy, **settings)
     list(walked(run))
     return seen(run, group)
 
 
-def together(policy, *, change=the_same, rank=Rank):
+def together(policy, *, change=the_same, rank=Rank, **settings):
     """Both ranks of a run; `change(mechanism, rank)` plants something."""
     groups = [rank(0)]
     groups.append(rank(1, groups[0].shared, groups[0].told))
     mechanisms = [change(Mechanism.keyed(SecretKey(KEY), None), number) for number in (0, 1)]
-    runs = [start(group, mechanism, policy) for group, mechanism in zip(groups, mechanisms, strict=True)]
+    runs = [start(group, mechanism, policy, **settings) for group, mechanism in zip(groups, mechanisms, strict=True)]
     groups[0].wait_for = walked(runs[1])
     list(walked(runs[0]))
     list(groups[0].wait_for)  # the second's last step
@@ -171,6 +172,22 @@ IN_FULL, QUANTIZED = dpquant.NonePolicy(), dpquant.DPQuantPolicy(fraction=0.7)
 def test_two_processes_compute_what_one_does(policy, exact):
     """Where layers run quantized, a step's last bit can become another code of the next: not its law, but its value."""
     assert_two_compute_what_one_does(alone(policy), together(policy), exact=exact)
+
+
+def assert_two_have_the_bits_of_one(one, two):
+    for run in two:
+        assert torch.equal(run.parameters, one.parameters)
+    for mine, wanted in zip(two[0].sums, one.sums, strict=True):
+        assert torch.equal(flat(mine), flat(wanted))
+
+
+def test_with_discrete_noise_two_processes_have_the_bits_of_one():
+    """Sums of integers are exact; a last bit that differs would be seen."""
+    one, two = (runs(IN_FULL, noise="discrete", steps=2) for runs in (alone, together))
+    assert_two_have_the_bits_of_one(one, two)
+    off = dataclasses.replace(two[1], parameters=two[1].parameters.nextafter(torch.tensor(9.0)))
+    with pytest.raises(AssertionError):
+        assert_two_have_the_bits_of_one(one, [two[0], off])
 
 
 def a_rate_of_its_own(mechanism, rank):

@@ -13,7 +13,7 @@ import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ from dpquant.engine.batches import Microbatch, to_device
 from dpquant.engine.passes import Objective
 from dpquant.errors import SettingError, did_you_mean
 from dpquant.machine import Hardware, check_threads, now
-from dpquant.privacy.plan import AnalysisPlan, PrivacyPlan
+from dpquant.privacy.plan import AnalysisPlan, NoiseLaw, PrivacyPlan
 from dpquant.runs.devices import device_of
 from dpquant.runs.evaluation import per_example_loss
 from dpquant.runs.names import RECORD
@@ -272,6 +272,7 @@ def _private(
         sample_rate=1.0,
         expected_batch_size=size,
         steps=(len(SHARES) + 1) * (rounds + 1),
+        noise=cast("NoiseLaw", settings.noise),
     )
     synthetic = SyntheticRecords(dataset.input_shape, dataset.num_classes, size)
     private = make_private(

@@ -153,8 +153,9 @@ def plan(given: dict[str, Any], config: Config = None, as_json: Json = False) ->
     """Print the privacy budget of a run. Reads no data.
 
     With --json: epsilon (of all that is planned), delta, noise_multiplier, sample_rate, expected_batch_size, steps,
-    epochs, max_grad_norm and analysis_share (the part of epsilon that the analyses cost), all numbers; and analysis:
-    null, or count, sample_rate, expected_batch_size, noise_multiplier, max_norm, repeats and score (a word).
+    epochs, max_grad_norm and analysis_share (the part of epsilon that the analyses cost), all numbers; noise, a word;
+    and analysis: null, or count, sample_rate, expected_batch_size, noise_multiplier, max_norm, repeats and score (a
+    word).
 
     Example: dpquant plan --data fashion-mnist --epsilon 3 --epochs 25
     """

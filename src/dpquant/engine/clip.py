@@ -44,15 +44,17 @@ class ClippedSum:
     """The sum over examples of clipped gradients, before noise.
 
     Attributes:
-      grads: {parameter name: float32 tensor of the parameter's shape}.
+      grads: {parameter name: float32 tensor of the parameter's shape; int64 if there is a grid}.
       sensitivity: upper bound on the L2 norm of the change of `grads`, as one vector, when one record is added or
-        removed.
+        removed; in units of the gradient.
+      grid: what 1 in `grads` stands for, in units of the gradient; None if they are gradients themselves.
     Privacy: computed from private data and not private itself. Release it only after adding noise whose standard
       deviation is proportional to `sensitivity`.
     """
 
     grads: dict[str, Tensor]
     sensitivity: float
+    grid: float | None = None
 
 
 def clipped_sum(
@@ -152,11 +154,9 @@ def clipped_sum_of(
         taping(model, trainable, clock=clock) as tape,
         running(model, StepContext(key=key, tape=tape, clock=clock)) as run,
     ):
-        passes = Passes(objective, run, tape)
         found = False
-        for piece in pieces:
+        for kept in Passes(objective, run, tape).over_pieces(pieces, leaves_out=leaves_out):
             found = True
-            kept = passes.over_sound_rows(piece) if leaves_out else passes.over_all_rows(piece)
             if kept is not None:
                 _add_clipped(tape, max_grad_norm, len(kept.record_ids), kept.num_examples)
         return ClippedSum(grads=tape.totals(trainable, complete and found), sensitivity=float(max_grad_norm))

@@ -5,7 +5,7 @@ Each microbatch has one forward and one backward pass: a second one would redraw
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -75,10 +75,20 @@ class Passes:
             self._backward(counting.sum())
         return losses
 
-    def over_all_rows(self, piece: Microbatch) -> Microbatch:
-        """Differentiate the sum of the losses that count, as `over`; return the microbatch. Exceptions propagate."""
-        self.over(piece)
-        return piece
+    def over_pieces(self, pieces: Iterable[Microbatch], *, leaves_out: bool) -> Iterator[Microbatch | None]:
+        """Differentiate one microbatch after the other, and yield each while the tape holds its gradients.
+
+        Args:
+          pieces: the microbatches.
+          leaves_out: True: leave out the rows on which model or loss raise, as `over_sound_rows`, and yield what it
+            returns. False: exceptions propagate.
+        """
+        for piece in pieces:
+            if leaves_out:
+                yield self.over_sound_rows(piece)
+            else:
+                self.over(piece)
+                yield piece
 
     def over_sound_rows(self, piece: Microbatch) -> Microbatch | None:
         """Differentiate the losses of the rows on which model and loss do not raise.

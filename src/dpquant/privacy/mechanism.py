@@ -38,7 +38,7 @@ class Sampler(Protocol):
 
 
 class Noise(Protocol):
-    """A source of Gaussian noise: `NoiseSource`, for one."""
+    """A source of noise: `NoiseSource`, for one."""
 
     @property
     def secure(self) -> bool:
@@ -47,6 +47,10 @@ class Noise(Protocol):
 
     def gaussian(self, shape: Sequence[int], std: float, *, stream: str, step: int, attempt: int, name: str) -> Tensor:
         """Return independent N(0, std^2) entries, float32. Arguments are those of `NoiseSource.gaussian`."""
+        ...
+
+    def discrete(self, shape: Sequence[int], *, stream: str, step: int, attempt: int, name: str) -> Tensor:
+        """Return integers from the discrete Gaussian, int64. Arguments are those of `NoiseSource.discrete`."""
         ...
 
 

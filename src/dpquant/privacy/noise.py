@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gaussian noise of a given standard deviation, from a secret key.
+"""Noise of a given standard deviation, from a secret key: Gaussian for sums of floats, discrete for sums of integers.
 
     noise = float32(std * z),    z: standard normals from the key's stream for (stream, step, attempt, name)
+
+Discrete noise is drawn in `grid_noise.py`; the rest of this page is about Gaussian noise.
 
 Every tensor of every step and attempt has a stream of its own, because noise that is used twice can be subtracted. The
 plan decides the standard deviation; this file knows neither clipping nor epsilon.
@@ -22,7 +24,8 @@ once in nine billion steps of a network with 11 million parameters.
 Not guaranteed: the privacy proof is about real numbers. Floating-point noise has gaps, and which values a float32 sum
 can take depends on the value to which the noise was added. Somebody who reads the last bits of a released gradient can
 exploit that (Mironov 2012, "On significance of the least significant bits for differential privacy"; Jin et al., arXiv
-2112.05307). Drawing and scaling in float64 does not prevent it. The time that a draw takes is not constant either.
+2112.05307). Drawing and scaling in float64 does not prevent it; discrete noise does. The time that a draw takes is not
+constant either.
 
 Sources: Gaussian mechanism: Dwork and Roth 2014, "The algorithmic foundations of differential privacy", appendix A.
 Normals: Box and Muller 1958, "A note on the generation of random normal deviates". Series: Abramowitz and Stegun 1964,
@@ -38,6 +41,7 @@ from torch import Tensor
 
 from dpquant.errors import SettingError
 from dpquant.native import kernels as _native
+from dpquant.privacy.grid_noise import discrete_gaussian
 from dpquant.privacy.secret import Keyed
 
 SMALLEST_STD, LARGEST_STD = 2.0**-100, 2.0**100  # within them float32 noise neither underflows nor overflows
@@ -51,7 +55,7 @@ COS = [(-1) ** k / math.factorial(2 * k) for k in range(9)]  # cos(x) in powers 
 
 
 class NoiseSource(Keyed):
-    """Gaussian noise as a function of a secret key and of the tensor, step and attempt that it is for."""
+    """Noise as a function of a secret key and of the tensor, step and attempt that it is for."""
 
     def gaussian(self, shape: Sequence[int], std: float, *, stream: str, step: int, attempt: int, name: str) -> Tensor:
         """Return independent N(0, std^2) entries.
@@ -81,6 +85,16 @@ class NoiseSource(Keyed):
             part = flat[start : start + _PIECE]
             self._fill(part, words.words(part.size + part.size % 2), std)
         return noise
+
+    def discrete(self, shape: Sequence[int], *, stream: str, step: int, attempt: int, name: str) -> Tensor:
+        """Return independent integers from the discrete Gaussian of standard deviation 2^28, in steps of a grid.
+
+        Args: as for `gaussian`.
+        Returns: int64 of that shape, on the CPU. Equal keys and arguments give equal integers.
+        Privacy: as of `gaussian`.
+        """
+        words = self._key.stream("discrete noise", stream, step, attempt, name)
+        return torch.from_numpy(discrete_gaussian(words, math.prod(shape))).view(tuple(shape))
 
     def _fill(self, noise: np.ndarray, words: np.ndarray, std: float) -> None:
         """Fill `noise` with `std` times the normals made from the words, rounded to float32."""

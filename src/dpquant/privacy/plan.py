@@ -21,56 +21,21 @@ import json
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal
 
 from dpquant.errors import SettingError
 from dpquant.privacy import accounting
 from dpquant.privacy.events import NEIGHBOURS, PUBLIC, Budget, Event
+from dpquant.privacy.grid_noise import covered, grid_of
+from dpquant.privacy.ranges import RULES, checked, checked_choice
 
 Score = Literal["loss", "gradient"]  # the quantity whose change defines a layer's impact
+NoiseLaw = Literal["gaussian", "discrete"]
 
-MOST_STEPS = 10**6  # of a plan
+_SCORE_ADVICE = "It says what a layer's impact is measured by. Use loss, as the paper does, or gradient."
+_NOISE_ADVICE = "It is the noise's law. Use gaussian, or discrete, which costs time and may be released bit by bit."
+_CHANNELS = {"gaussian": "floating-point side channels (the proof is about real numbers); ", "discrete": ""}
 LARGE_DELTA = 1e-2  # a larger delta is a weak guarantee for a data set of any size
-
-
-class _Rule(NamedTuple):
-    """Range of a setting, with the advice that its error message gives."""
-
-    low: float
-    high: float
-    advice: str
-    number: type[int] | type[float] = float
-
-
-_NORM = _Rule(
-    1e-15, 1e15, "Without a bound there is no sensitivity, and float32 must be able to hold it. Pass a clipping norm."
-)
-_RULES = {
-    "epsilon": _Rule(1e-3, 500, "Less cannot be computed well, more promises nothing. Values from 1 to 10 are usual."),
-    "noise_multiplier": _Rule(
-        accounting.SMALLEST_NOISE,
-        1e9,
-        "It is noise over sensitivity; too little hides nothing. Values near 1 are usual.",
-    ),
-    "delta": _Rule(
-        accounting.SMALLEST_DELTA,
-        0.5,
-        "It is delta of the (epsilon, delta) guarantee. Choose it far below 1 / records.",
-    ),
-    "max_grad_norm": _NORM,
-    "max_norm": _NORM,
-    "sample_rate": _Rule(
-        1e-12,
-        1,
-        "It is the probability with which a record is drawn. Pass expected_batch_size over a public data set size.",
-    ),
-    "expected_batch_size": _Rule(
-        1e-9, 1e15, "Noised sums are divided by it. Pass a public number: sample_rate times a public data set size."
-    ),
-    "steps": _Rule(1, MOST_STEPS, "They fix the privacy budget. Plan at least one.", int),
-    "count": _Rule(0, 1e6, "It is the number of analyses. Plan one for every few epochs.", int),
-    "repeats": _Rule(1, 1e4, "It is the number of roundings that are averaged. Use 1, or a few.", int),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,14 +64,10 @@ class AnalysisPlan:
     score: Score = "gradient"
 
     def __post_init__(self) -> None:
-        if self.score not in get_args(Score):
-            raise SettingError(
-                f"Expected analysis.score to be one of {', '.join(get_args(Score))}; got score={self.score!r}. It says "
-                "what a layer's impact is measured by. Use loss, as the paper does, or gradient."
-            )
+        checked_choice("analysis.score", self.score, Score, _SCORE_ADVICE)
         for field in dataclasses.fields(self):
-            if field.name in _RULES:
-                object.__setattr__(self, field.name, _checked(field.name, getattr(self, field.name), "analysis."))
+            if field.name in RULES:
+                object.__setattr__(self, field.name, checked(field.name, getattr(self, field.name), "analysis."))
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -122,6 +83,7 @@ class PrivacyPlan:
       expected_batch_size: public number by which the noised sum of gradients is divided.
       steps: number of training steps.
       analysis: settings of the analyses; None if there are none.
+      noise: `gaussian`, in floating point, or `discrete`: integers on a grid, to be released bit by bit.
     """
 
     epsilon: float
@@ -132,6 +94,7 @@ class PrivacyPlan:
     expected_batch_size: float
     steps: int
     analysis: AnalysisPlan | None
+    noise: NoiseLaw
 
     def __init__(
         self,
@@ -144,6 +107,7 @@ class PrivacyPlan:
         expected_batch_size: float,
         steps: int,
         analysis: AnalysisPlan | None = None,
+        noise: NoiseLaw = "gaussian",
     ):
         """Check every setting and calibrate the noise.
 
@@ -156,6 +120,7 @@ class PrivacyPlan:
           expected_batch_size: in [1e-9, 1e15].
           steps: in [1, 1e6].
           analysis: None for policies that need no scores.
+          noise: law of the noise of training and analyses.
         Raises:
           SettingError: a value out of range, both or neither of epsilon and noise_multiplier, more analyses than
             epochs, or an epsilon that cannot be met.
@@ -169,8 +134,9 @@ class PrivacyPlan:
         given |= {"delta": delta, "max_grad_norm": max_grad_norm, "sample_rate": sample_rate}
         given |= {"expected_batch_size": expected_batch_size, "steps": steps}
         for name, value in given.items():
-            object.__setattr__(self, name, _checked(name, value))
+            object.__setattr__(self, name, checked(name, value))
         object.__setattr__(self, "analysis", analysis)
+        object.__setattr__(self, "noise", checked_choice("noise", noise, NoiseLaw, _NOISE_ADVICE))
         self._check_analysis()
         if epsilon is None:
             object.__setattr__(self, "epsilon", self.epsilon_spent())
@@ -219,6 +185,10 @@ class PrivacyPlan:
             raise SettingError("Expected an analysis in the plan; got analysis=None. It has no noise. Plan one.")
         return self.analysis.noise_multiplier * sensitivity
 
+    def grid(self, std: float) -> float | None:
+        """Return the grid of sums whose noise has a standard deviation, in their units; None with Gaussian noise."""
+        return grid_of(std) if self.noise == "discrete" else None
+
     def events(self) -> list[Event]:
         """Return the events of a complete run."""
         return self._events(self.steps, len(self.analysis_epochs()))
@@ -253,6 +223,7 @@ class PrivacyPlan:
             ("steps", f"{self.steps} ({self.epochs} epochs of {self.epoch_steps})"),
             ("clipping norm", f"{self.max_grad_norm:g}"),
             ("noise multiplier", f"{self.noise_multiplier:.4f}"),
+            *([("noise", "discrete")] if self.noise == "discrete" else []),
         ]
         if self.analysis is not None:
             rows += [
@@ -282,6 +253,7 @@ class PrivacyPlan:
             "noise_multiplier": self.noise_multiplier,
             "sample_rate": self.sample_rate,
             "expected_batch_size": self.expected_batch_size,
+            "noise": self.noise,
             "steps": self.steps,
             "epochs": self.epochs,
             "max_grad_norm": self.max_grad_norm,
@@ -291,12 +263,15 @@ class PrivacyPlan:
         known = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in facts.items()}
         return json.dumps(known, indent=2) + "\n"
 
-    def statement(self, *, events: Sequence[Event] | None = None, secure: bool = True) -> str:
+    def statement(
+        self, *, events: Sequence[Event] | None = None, secure: bool = True, num_values: int | None = None
+    ) -> str:
         """Return the privacy statement: what is guaranteed after these releases and what is not, in words.
 
         Args:
           events: the releases, from the ledger; None for those of a complete run.
           secure: False if sampling or noise came from a given seed.
+          num_values: trainable numbers of the model, if they are known; discrete noise says what it costs for them.
         Privacy: post-processing.
         """
         events = self.events() if events is None else events
@@ -307,14 +282,14 @@ class PrivacyPlan:
             "everything else that the run released (layer scores, schedule, this statement).",
             NEIGHBOURS,
             f"Mechanism: Poisson-subsampled Gaussian: {released}.",
+            *([covered(num_values, sum(event.count for event in events))] if self.noise == "discrete" else []),
             f"Accountant: {accounting.version()}, privacy loss distributions on a grid of {accounting.GRID:g}, rounded "
             f"to the pessimistic side; Renyi accounting, as a check: epsilon = {rounded_up(check)}.",
             PUBLIC,
             "Public randomness (`seed`) only initialises the model and schedules its layers. Sampling, noise, "
             "rounding, dropout and random augmentation follow from a secret key of the run.",
             "Not covered: hyper-parameter tuning and other runs on the same data; pre-processing that was fitted to "
-            "the data; several records of one person; floating-point side channels (the proof is about real numbers); "
-            "timing and memory.",
+            f"the data; several records of one person; {_CHANNELS[self.noise]}timing and memory.",
         ]
         if not secure:
             lines.insert(
@@ -359,22 +334,6 @@ class PrivacyPlan:
                 f"analysis.count={self.analysis.count}. Layers are chosen once an epoch, so more analyses would be "
                 "wasted. Plan fewer, or more steps."
             )
-
-
-def _checked(name: str, value: Any, prefix: str = "") -> float:
-    """Return a setting as a Python number.
-
-    Raises:
-      SettingError: it is out of range, or not a number of the right type.
-    """
-    rule = _RULES[name]
-    scalar = value.item() if getattr(value, "ndim", None) == 0 else value  # a scalar of numpy or torch
-    if isinstance(scalar, bool) or not isinstance(scalar, int | rule.number) or not rule.low <= scalar <= rule.high:
-        kind = "to be a whole number in" if rule.number is int else "in"
-        raise SettingError(
-            f"Expected {prefix}{name} {kind} [{rule.low:g}, {rule.high:g}]; got {name}={value!r}. {rule.advice}"
-        )
-    return rule.number(scalar)
 
 
 def rounded_up(epsilon: float, digits: int = 4) -> str:

@@ -21,7 +21,7 @@ from dpquant.formats import precision
 from dpquant.runs.effects import check_contradictions, check_effects, has_effect
 
 if TYPE_CHECKING:
-    from dpquant.privacy.plan import PrivacyPlan, Score
+    from dpquant.privacy.plan import NoiseLaw, PrivacyPlan, Score
     from dpquant.training.policies import Policy
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
@@ -29,6 +29,7 @@ LR_SCHEDULES = ("constant", "linear", "cosine")
 POLICIES = ("none", "all", "static", "rotate", "prioritise", "dpquant")
 BACKENDS = ("auto", "simulate", "int8", "cuda")
 ANALYSIS_SCORES = ("loss", "gradient")
+NOISES = ("gaussian", "discrete")
 
 _ANALYSIS_PARTS = {"loss": 1 / 2, "gradient": 1 / 16}  # of a step's batch: a gradient costs more and says more
 _ANALYSIS_NORMS = {"loss": 0.25, "gradient": 1.0}
@@ -89,6 +90,7 @@ class TrainSettings:
     fix: bool = _setting("replace BatchNorm by GroupNorm", False)
     epsilon: float | None = _setting("privacy budget, training and analysis together [8, unless noise is given]")
     noise_multiplier: float | None = _setting("noise over sensitivity, instead of epsilon")
+    noise: str = _setting("gaussian, or discrete: slower, exact to the last bit of what is released", "gaussian")
     delta: float = _setting("of the (epsilon, delta) guarantee; choose it far below 1 / records")
     max_grad_norm: float = _setting("L2 norm that each example's gradient is clipped to")
     epochs: int = _setting("passes over the data, on average")
@@ -167,6 +169,7 @@ class TrainSettings:
             "policy": POLICIES,
             "backend": BACKENDS,
             "analysis_score": ANALYSIS_SCORES,
+            "noise": NOISES,
         }.items():
             _check_choice(name, getattr(self, name), allowed)
         if self.checkpoint_every is not None:
@@ -238,11 +241,8 @@ def plan_of(settings: TrainSettings) -> "PrivacyPlan":
       SettingError: the number of records is neither public nor given, or a privacy setting is out of range.
       DataError: the data set is unknown.
     """
-    from dpquant.privacy.plan import (
-        MOST_STEPS,
-        AnalysisPlan,
-        PrivacyPlan,
-    )  # loads the accountant, which --help does without
+    from dpquant.privacy.plan import AnalysisPlan, PrivacyPlan  # loads the accountant, which --help does without
+    from dpquant.privacy.ranges import MOST_STEPS
 
     if (records := settings.records) is None:
         records = public_size(settings.data)
@@ -287,6 +287,7 @@ def plan_of(settings: TrainSettings) -> "PrivacyPlan":
         expected_batch_size=settings.batch_size,
         steps=settings.epochs * epoch_steps,
         analysis=analysis,
+        noise=cast("NoiseLaw", settings.noise),
     )
 
 

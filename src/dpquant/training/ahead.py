@@ -9,16 +9,12 @@ the step, so nothing is done ahead there.
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from dpquant.engine.batches import pinned
-from dpquant.privacy.mechanism import Noise
-from dpquant.privacy.plan import PrivacyPlan
-from dpquant.training.epoch import Batch
 
 Item = TypeVar("Item")
 
@@ -58,12 +54,3 @@ def drawing(draws: Mapping[str, Callable[[], Tensor]], device: torch.device) -> 
         yield lambda name: coming.pop(name).result()
     finally:
         worker.shutdown(cancel_futures=True)
-
-
-def draws_of_noise(
-    noise: Noise, plan: PrivacyPlan, batch: Batch, parameters: Mapping[str, Tensor]
-) -> dict[str, Callable[[], Tensor]]:
-    """Return {parameter's name: function that draws the noise of its sum}. It depends on no record."""
-    std = plan.train_noise_std(plan.max_grad_norm)
-    of_step = partial(noise.gaussian, stream="train", step=batch.step, attempt=batch.attempt)
-    return {name: partial(of_step, parameter.shape, std, name=name) for name, parameter in parameters.items()}

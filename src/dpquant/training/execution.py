@@ -45,7 +45,7 @@ class ExecutionRequest:
       chosen: precision of the layers that the policy chooses.
       rest: precision of all other layers.
       backend: `auto`, the name of a backend, or a backend. Only `auto` excludes layers.
-      microbatch_size: examples a backward pass; None measures which size is the fastest.
+      microbatch_size: examples a backward pass; None measures which size is the fastest. It is 1 with discrete noise.
       memory: largest peak memory of the process, GiB; None sets no limit.
     Raises:
       SettingError: microbatch_size is below 1, or both microbatch_size and memory are given.
@@ -148,7 +148,8 @@ def choose_execution(
     precisions = {name: chosen if name in first else rest for name in macs}
     set_precisions(model, precisions)  # refuses what the backend cannot run
     set_policy(model, ())
-    size = request.microbatch_size
+    alone = plan.noise == "discrete"  # the last bits of a record's gradient depend on its place in a microbatch
+    size = 1 if alone else request.microbatch_size
     if size is None:
         size = decided(
             ("examples a backward pass", facts, _digest(*first), memory),
@@ -164,8 +165,8 @@ def choose_execution(
             valid=_is_size,
             lasting=memory is None,  # with a limit, the answer depends on what this process holds already
         )
-    analysis_microbatch_size = ANALYSIS_MICROBATCH
-    if memory is not None and policy.needs_scores and plan.analysis is not None:
+    analysis_microbatch_size = 1 if alone else ANALYSIS_MICROBATCH
+    if not alone and memory is not None and policy.needs_scores and plan.analysis is not None:
         names, score = list(macs)[:1], plan.analysis.score
         analysis_microbatch_size = decided(
             ("examples a pass of an analysis", facts, score, memory),

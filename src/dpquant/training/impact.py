@@ -31,6 +31,7 @@ from dpquant.engine.batches import Microbatch
 from dpquant.engine.clip import clip_factors
 from dpquant.engine.context import Replay, StepContext
 from dpquant.engine.contributions import Contribution, rows_or_zero
+from dpquant.engine.grid_sum import grid_factors, rounded_sum
 from dpquant.engine.layers import (
     current_precisions,
     quantizable_layers,
@@ -50,13 +51,15 @@ class ImpactSum:
     """A sum over examples of clipped impact vectors, before noise.
 
     Attributes:
-      impacts: float64 `(P,)`, in units of the score, in the order of the names given.
-      sensitivity: largest L2 norm by which adding or removing one record can change `impacts`.
+      impacts: float64 `(P,)`, in units of the score, in the order of the names given; int64 if there is a grid.
+      sensitivity: largest L2 norm by which adding or removing one record can change `impacts`, in units of the score.
+      grid: what 1 in `impacts` stands for, in units of the score; None if they are impacts themselves.
     Privacy: computed from private data, and not private itself.
     """
 
     impacts: Tensor
     sensitivity: float
+    grid: float | None = None
 
 
 def impact_sum(
@@ -67,6 +70,7 @@ def impact_sum(
     max_norm: float,
     keys: Sequence[int],
     score: Score = "loss",
+    grid: float | None = None,
 ) -> ImpactSum:
     """Sum per-example impact vectors over a batch, each clipped to norm `max_norm`.
 
@@ -82,6 +86,7 @@ def impact_sum(
       max_norm: C > 0, in units of the score.
       keys: keys of the roundings, from `analysis_keys`. Impacts are averaged over them before clipping.
       score: `loss` or `gradient`.
+      grid: if given, each clipped vector is rounded to its multiples, as in `engine/grid_sum.py`.
     Returns: ImpactSum with sensitivity `max_norm`. An example whose impact vector is not finite contributes zero.
     Raises:
       SettingError: an argument out of range, or a name that is not a quantizable layer.
@@ -99,12 +104,18 @@ def impact_sum(
     total = None
     for piece in pieces:
         v_BP = _of_sound_rows(lambda piece: vectors(objective, piece, names, keys), piece, len(names))
-        factors_B, finite_B = clip_factors(v_BP.square().sum(1), max_norm)
-        finite_B[piece.num_examples :] = False
-        clipped = factors_B.mul(finite_B).double() @ rows_or_zero(finite_B, v_BP)
+        if grid is None:
+            factors_B, finite_B = clip_factors(v_BP.square().sum(1), max_norm)
+            finite_B[piece.num_examples :] = False
+            clipped = factors_B.mul(finite_B).double() @ rows_or_zero(finite_B, v_BP)
+        else:
+            factors_B = grid_factors(v_BP.square().sum(1), max_norm, grid)
+            factors_B[piece.num_examples :] = 0
+            clipped = rounded_sum(v_BP, factors_B)
         total = clipped if total is None else total + clipped
-    impacts = torch.zeros(len(names), dtype=torch.float64) if total is None else total.cpu()
-    return ImpactSum(impacts=impacts, sensitivity=float(max_norm))
+    dtype = torch.float64 if grid is None else torch.int64
+    impacts = torch.zeros(len(names), dtype=dtype) if total is None else total.cpu()
+    return ImpactSum(impacts=impacts, sensitivity=float(max_norm), grid=grid)
 
 
 def analysis_keys(seed: int, step: int, repeats: int = 1) -> list[int]:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dpquant.backends.choose import Choices
 from dpquant.engine.batches import Microbatch, take_rows
-from dpquant.engine.clip import ClippedSum, clipped_sum_of, step_key
+from dpquant.engine.clip import ClippedSum, step_key
 from dpquant.engine.layers import set_policy, set_precisions
 from dpquant.errors import BudgetError, ModelError, SettingError
 from dpquant.privacy import accounting
@@ -35,7 +35,7 @@ from dpquant.privacy.events import Event, Kind
 from dpquant.privacy.mechanism import Mechanism
 from dpquant.privacy.plan import AnalysisPlan, PrivacyPlan
 from dpquant.rounding import derive_key
-from dpquant.training.ahead import drawing, draws_of_noise
+from dpquant.training.ahead import drawing
 from dpquant.training.checkpoint import Checkpoint
 from dpquant.training.continuing import Parts, Stateful, continued
 from dpquant.training.distributed import Group
@@ -46,6 +46,7 @@ from dpquant.training.policies import ema
 from dpquant.training.records import Records
 from dpquant.training.setup import Setup
 from dpquant.training.state import RunState
+from dpquant.training.sums import analysis_noise, draws_of_noise, noisy_mean, step_sum
 from dpquant.training.watch import Watch, broken, without_details
 
 
@@ -213,7 +214,10 @@ class PrivateTraining:
             self._group.add(clipped.grads)
             for name, parameter in trainable.items():
                 noise = noise_of(name).to(parameter.device, non_blocking=self._device.type != "cpu")
-                parameter.grad = noise.add_(clipped.grads[name]).div_(self.plan.expected_batch_size)
+                noisy = noisy_mean(
+                    noise, clipped.grads[name], grid=clipped.grid, expected=self.plan.expected_batch_size
+                )
+                parameter.grad = noisy.float()
         self.optimizer.step()
 
     def _key_of(self, step: int) -> int:
@@ -222,14 +226,7 @@ class PrivateTraining:
 
     def _clipped_sum(self, pieces: Iterable[Microbatch], key: int) -> ClippedSum:
         """Return the sum of the records' clipped gradients, without records on which model or loss raise."""
-        return clipped_sum_of(
-            self._objective,
-            pieces,
-            max_grad_norm=self.plan.max_grad_norm,
-            key=key,
-            leaves_out=True,
-            complete=False,
-        )
+        return step_sum(self._objective, pieces, self.plan, key, leaves_out=True)
 
     def _probe(self, batch: Batch, key: int) -> None:
         """Check once an epoch that a record's gradient does not depend on the other records of its batch."""
@@ -300,7 +297,8 @@ class PrivateTraining:
 
     def statement(self) -> str:
         """Return the privacy statement: what is guaranteed and what is not, in words."""
-        statement = self.plan.statement(events=self.events(), secure=self.secure)
+        num_values = sum(p.numel() for p in self._objective.trainable().values())
+        statement = self.plan.statement(events=self.events(), secure=self.secure, num_values=num_values)
         return f"DOES NOT HOLD: {self._state.broken}\n{statement}" if self._state.broken else statement
 
     def _run(self, layers: tuple[str, ...], num_steps: int) -> Iterator[Batch]:
@@ -380,11 +378,9 @@ class PrivateTraining:
         keys = analysis_keys(self._mechanism.record_key, batch.step, self._analysis.repeats)
         measured = self._impact_sum(self._records.microbatches(mine, size, key), names, keys)
         self._group.add({"impacts": measured.impacts})
-        std = self.plan.analysis_noise_std(measured.sensitivity)
-        noise = self._mechanism.noise.gaussian(
-            measured.impacts.shape, std, stream="analysis", step=batch.step, attempt=batch.attempt, name="impacts"
-        )
-        noisy_means = (measured.impacts + noise) / self._analysis.expected_batch_size
+        noise = analysis_noise(self._mechanism.noise, self.plan, batch, measured)
+        expected = self._analysis.expected_batch_size
+        noisy_means = noisy_mean(measured.impacts, noise, grid=measured.grid, expected=expected)
         new = dict(zip(names, noisy_means.tolist(), strict=True))
         self._advance(scores=ema(self._state.scores, new, self.policy.ema))
 
@@ -397,4 +393,5 @@ class PrivateTraining:
             max_norm=self._analysis.max_norm,
             keys=keys,
             score=self._analysis.score,
+            grid=self.plan.grid(self.plan.analysis_noise_std(self._analysis.max_norm)),
         )

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from dpquant.backends.choose import Choices, Machine
 from dpquant.checks.isolation import Findings
 from dpquant.engine.batches import Microbatch
-from dpquant.engine.clip import clipped_sum_of
 from dpquant.engine.passes import out_of_memory
 from dpquant.errors import DPQuantError, ModelError, SettingError
 from dpquant.machine import now
 from dpquant.privacy.noise import NoiseSource
 from dpquant.privacy.plan import PrivacyPlan
+from dpquant.training.epoch import Batch
 from dpquant.training.impact import analysis_keys, impact_sum
+from dpquant.training.sums import draws_of_noise, noisy_mean, step_sum
 
 _TIMED = 4, 16  # examples of the two passes from which a step's time is estimated
 
@@ -50,9 +51,8 @@ def rehearse(
     """
     try:
         with _untimed().active():
-            clipped = clipped_sum_of(  # raises where model or loss do; a step would leave the record out
-                found.objective, [_piece(found, size)], max_grad_norm=plan.max_grad_norm, key=0, complete=False
-            )
+            pieces = [_piece(found, size)]  # raises where model or loss do; a step would leave the record out
+            clipped = step_sum(found.objective, pieces, plan, 0, leaves_out=False)
             if plan.analysis is not None and analysed is not None:
                 impact_sum(
                     found.objective,
@@ -61,8 +61,8 @@ def rehearse(
                     max_norm=plan.analysis.max_norm,
                     keys=analysis_keys(0, 0),
                     score=plan.analysis.score,
+                    grid=plan.grid(plan.analysis_noise_std(plan.analysis.max_norm)),
                 )
-                plan.analysis_noise_std(plan.analysis.max_norm)
     except DPQuantError:
         raise
     except Exception as error:
@@ -72,10 +72,9 @@ def rehearse(
             f"Expected a step on synthetic records to run with {size} examples a backward pass; got a "
             f"{type(error).__name__}: {error}."
         ) from error
-    noise = NoiseSource()
-    std = plan.train_noise_std(clipped.sensitivity)
+    draws = draws_of_noise(NoiseSource(), plan, Batch(torch.empty(0, dtype=torch.int64), 0, 0, list), clipped.grads)
     gradients = {
-        name: noise.gaussian(grad.shape, std, stream="rehearsal", step=0, attempt=0, name=name).to(grad.device) + grad
+        name: noisy_mean(draws[name]().to(grad.device), grad, grid=clipped.grid, expected=1.0).float()
         for name, grad in clipped.grads.items()
     }
     _try_optimizer(found.objective.model, optimizer, gradients)
@@ -93,18 +92,18 @@ def step_seconds(found: Findings, plan: PrivacyPlan, size: int) -> float:
       size: examples a backward pass.
     Privacy: reads no private data, so that the result is public. The time of a real step is not.
     """
-    few, more = (_pass_seconds(found, number) for number in _TIMED)
+    few, more = (_pass_seconds(found, plan, number) for number in _TIMED)
     one = max(more - few, 0.0) / (_TIMED[1] - _TIMED[0])
     return (few + one * max(size - _TIMED[0], 0)) * max(plan.expected_batch_size / size, 1.0)
 
 
-def _pass_seconds(found: Findings, number: int) -> float:
+def _pass_seconds(found: Findings, plan: PrivacyPlan, number: int) -> float:
     """Return the seconds of a pass over synthetic records, the better of two."""
     piece, seconds = _piece(found, number), []
     with _untimed().active():
         for _ in range(2):
             began = now()
-            clipped_sum_of(found.objective, [piece], max_grad_norm=1.0, key=0, complete=False)
+            step_sum(found.objective, [piece], plan, 0, leaves_out=False)
             seconds.append(now() - began)
     return min(seconds)
 

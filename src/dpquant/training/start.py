@@ -85,7 +85,7 @@ def make_private(
       seed: public seed of the layer schedule. Sampling, noise, rounding, dropout and augmentation do not depend on it.
       ledger: file for charges, written before each use of data; its folder is created. None keeps them in memory.
       collate_fn: list of records -> batch, one row for each. If it pads rows, the length may depend on that row alone.
-      microbatch_size: examples a backward pass; None measures which size is the fastest.
+      microbatch_size: examples a backward pass; None measures which size is the fastest. With discrete noise it is 1.
       memory: largest peak memory of the process, GiB, or of its tensors on the model's GPU; limits the microbatches of
         steps and analyses. It does not account for records that are longer than the synthetic ones. None sets no limit.
       mechanism_seed: seed that replaces the secret key, to repeat runs for research. The run is then NOT PRIVATE, and
@@ -202,6 +202,11 @@ def _checked(request: Request) -> tuple[Setup, Records, Choices, Execution]:
             "quantization costs little, which has to be measured. Give the plan an AnalysisPlan, or use RotatePolicy."
         )
     device, wanted = next(model.parameters()).device, request.execution
+    if plan.noise == "discrete" and wanted.microbatch_size not in (None, 1):
+        raise SettingError(
+            f"Expected microbatch_size=1 with noise=discrete; got microbatch_size={wanted.microbatch_size}. The last "
+            "bits of a record's gradient depend on its place in a microbatch, and so on other records. Leave it out."
+        )
     used = [wanted.chosen, wanted.rest] if wanted.rest.quantized else [wanted.chosen]
     model = prepare(model, format=wanted.chosen, backend=resolve(wanted.backend, used, device))
     if request.example is None:

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sums that a step makes of its records, and their noise, in the arithmetic that the plan's noise asks for.
+
+plan.noise     sums       noise                                   what is released
+gaussian       float32    NoiseSource.gaussian, float32           (sum + noise) / expected batch size
+discrete       int64      NoiseSource.discrete, int64             (sum + noise) grid / expected batch size
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+
+from torch import Tensor
+
+from dpquant.engine.batches import Microbatch
+from dpquant.engine.clip import ClippedSum, clipped_sum_of
+from dpquant.engine.grid_sum import grid_sum_of
+from dpquant.engine.passes import Objective
+from dpquant.privacy.mechanism import Noise
+from dpquant.privacy.plan import PrivacyPlan
+from dpquant.training.epoch import Batch
+from dpquant.training.impact import ImpactSum
+
+
+def step_sum(
+    objective: Objective, pieces: Iterable[Microbatch], plan: PrivacyPlan, key: int, *, leaves_out: bool
+) -> ClippedSum:
+    """Return the sum of the records' clipped gradients; a parameter that none reached has zeros.
+
+    Args: as for `clip.clipped_sum_of`.
+    Privacy: per example. No noise is added here, and no event is charged.
+    """
+    norm = plan.max_grad_norm
+    grid = plan.grid(plan.train_noise_std(norm))
+    if grid is None:
+        return clipped_sum_of(objective, pieces, max_grad_norm=norm, key=key, leaves_out=leaves_out, complete=False)
+    return grid_sum_of(objective, pieces, max_grad_norm=norm, grid=grid, key=key, leaves_out=leaves_out)
+
+
+def draws_of_noise(
+    noise: Noise, plan: PrivacyPlan, batch: Batch, parameters: Mapping[str, Tensor]
+) -> dict[str, Callable[[], Tensor]]:
+    """Return {parameter's name: function that draws the noise of its sum}. It depends on no record."""
+    of_step = {"stream": "train", "step": batch.step, "attempt": batch.attempt}
+    if plan.noise == "discrete":
+        return {name: partial(noise.discrete, p.shape, **of_step, name=name) for name, p in parameters.items()}
+    std = plan.train_noise_std(plan.max_grad_norm)
+    return {name: partial(noise.gaussian, p.shape, std, **of_step, name=name) for name, p in parameters.items()}
+
+
+def analysis_noise(noise: Noise, plan: PrivacyPlan, batch: Batch, measured: ImpactSum) -> Tensor:
+    """Return the noise of a sum of impacts. It depends on no record."""
+    purpose = {"stream": "analysis", "step": batch.step, "attempt": batch.attempt, "name": "impacts"}
+    if plan.noise == "discrete":
+        return noise.discrete(measured.impacts.shape, **purpose)
+    return noise.gaussian(measured.impacts.shape, plan.analysis_noise_std(measured.sensitivity), **purpose)
+
+
+def noisy_mean(one: Tensor, other: Tensor, *, grid: float | None, expected: float) -> Tensor:
+    """Return a sum plus its noise, over the expected batch size.
+
+    Args:
+      one: the sum or its noise; overwritten.
+      other: the noise or the sum.
+      grid: what 1 stands for in integers; None: they are floats.
+      expected: the plan's expected batch size.
+    Returns: of the dtype of `one`; for integers float64.
+    Privacy: what the noise hides is hidden; without it, per example.
+    """
+    total = one.add_(other)
+    return total.div_(expected) if grid is None else total.double().mul_(grid / expected)
