@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, get_args
 from dpquant.errors import SettingError
 from dpquant.privacy import accounting
 
-
 MOST_STEPS = 10**6  # of a plan
 
 
