@@ -199,6 +199,7 @@ def assert_the_plan_was_kept(run, transcript, steps):
     secret = Mechanism.repeatable(11, None).record_key  # not the seeds that a person chose: 11, and 5 of the schedule
     assert [keywords["key"] for keywords, _ in sums] == [step_key(secret, step) for step in range(STEPS)]
     assert [keywords["keys"] for keywords, _ in impacts] == [analysis_keys(secret, step) for step in range(ANALYSES)]
+    assert len({tuple(keywords["keys"]) for keywords, _ in impacts}) == ANALYSES
     reads = {keywords["key"] for keywords, _ in transcript.of("read")}
     assert reads == {step_key(secret, step) for step in range(STEPS)} | {
         derive_key(secret, "analysis", step) for step in range(ANALYSES)
@@ -546,6 +547,18 @@ def test_a_sum_of_another_sensitivity_is_not_noised():
     with pytest.raises(dpquant.ModelError, match="Expected sums of sensitivity C"):
         first_step(run)
     assert all(parameter.grad is None for parameter in run.model.parameters())
+
+
+class Raises(PrivateTraining):
+    def _clipped_sum(self, pieces, key):
+        raise ValueError(f"secret: {next(iter(pieces)).data[0].flatten()[:3]}")
+
+
+def test_an_error_in_a_step_carries_nothing_of_a_record():
+    with pytest.raises(dpquant.ModelError, match="withheld") as error:
+        first_step(small_run(Raises))
+    assert "secret" not in str(error.value)
+    assert error.value.__cause__ is None and error.value.__context__ is None
 
 
 def test_the_statement_is_about_what_was_charged():

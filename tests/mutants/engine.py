@@ -21,58 +21,71 @@ MUTANTS = [
             SENSITIVITY,
             ".clamp(max=1) * (1 - ROUND_OFF)",
             ".clamp(max=1) * (1 + ROUND_OFF)",
+            f"{_CLIP}::test_a_clip_factor_never_rounds_up_however_small",
         ),
-        ("clip factors are not rounded down", SENSITIVITY, ".clamp(max=1) * (1 - ROUND_OFF)", ".clamp(max=1)"),
+        (
+            "clip factors are not rounded down",
+            SENSITIVITY,
+            ".clamp(max=1) * (1 - ROUND_OFF)",
+            ".clamp(max=1)",
+            f"{_CLIP}::test_long_rows_of_one_value_do_not_exceed_c",
+        ),
         (
             "a norm that is infinite counts as finite",
             SENSITIVITY,
             "finite_B = squared_norms_B.isfinite()",
             "finite_B = ~squared_norms_B.isnan()",
+            f"{_CLIP}::test_a_clip_factor_that_lets_nan_through_is_caught",
         ),
         (
             "a factor that float32 may double is used",
             SENSITIVITY,
             "(factors_B >= _SMALLEST_NORMAL)",
             "(factors_B >= 0)",
+            f"{_CLIP}::test_a_clip_factor_never_rounds_up_however_small",
         ),
         (
             "copies that fill up a microbatch count",
             SENSITIVITY,
             "        factors_B[num_examples:] = 0\n",
             "        pass\n",
+            f"{_CLIP}::test_the_copies_that_fill_a_microbatch_up_do_not_count",
         ),
         (
             "an example that is not finite is multiplied by zero and added",
             SENSITIVITY,
             "    if not finite_B.all():\n",
             "    if False:\n",
+            f"{_CLIP}::test_a_record_that_is_not_finite_contributes_nothing_and_a_huge_one_at_most_c",
         ),
         (
             "the norm leaves out the biases",
             SENSITIVITY,
             "tape.squared_norms(parts, size)",
             'tape.squared_norms({n: p for n, p in parts.items() if not n.endswith("bias")}, size)',
+            _LOOP,
         ),
         (
             "every example is clipped to twice the norm",
             SENSITIVITY,
             "(max_grad_norm / norms_B)",
             "(2 * max_grad_norm / norms_B)",
+            _LOOP,
         ),
         (
             "the sensitivity is said to be one",
             SENSITIVITY,
             "complete and found), sensitivity=float(max_grad_norm))",
             "complete and found), sensitivity=1.0)",
+            _LOOP,
         ),
-        ("all steps have the same draws", SECRET, 'derive_key(seed, "step", step)', 'derive_key(seed, "step")'),
         (
-            "the norm is taken for its square",
-            SENSITIVITY,
-            "norms_B = squared_norms_B.clamp(min=0).sqrt()",
-            "norms_B = squared_norms_B.clamp(min=0).sqrt().sqrt()",
+            "all steps have the same draws",
+            SECRET,
+            'derive_key(seed, "step", step)',
+            'derive_key(seed, "step")',
+            f"{_CLIP}::test_norms_from_one_rounding_and_sums_from_another_would_exceed_c",
         ),
-        ("an empty microbatch size is taken", SENSITIVITY, "    if size < 1:\n", "    if False:\n"),
     ),
     *mutants_of(
         f"{_ENGINE}/tape.py",
@@ -82,24 +95,28 @@ MUTANTS = [
             SENSITIVITY,
             "if complete and totals.keys() < trainable.keys():",
             "if False:",
+            f"{_CLIP}::test_an_unused_parameter_is_an_error",
         ),
         (
             "rows that are no examples are clipped",
             COUPLING,
             "        check_examples_first(squared_norms, size)\n        return torch.stack",
             "        return torch.stack",
+            f"{_CLIP}::test_a_first_axis_that_is_not_the_example_is_an_error",
         ),
         (
             "a module that gives something else alone is believed",
             COUPLING,
             "        self.settle()\n        totals: dict",
             "        totals: dict",
+            f"{_CLIP}::test_a_layer_that_gives_something_else_when_evaluated_alone_is_refused",
         ),
         (
             "of a parameter that is used twice one use is clipped",
             SENSITIVITY,
             "Materialised(torch.stack([one.per_example() for one in found]).sum(0))",
             "Materialised(found[0].per_example())",
+            _LOOP,
         ),
         (
             "of a table that is used twice one use is clipped",
@@ -113,6 +130,7 @@ MUTANTS = [
             SENSITIVITY,
             "torch.stack(list(squared_norms.values())).sum(0)",
             "torch.stack(list(squared_norms.values())).amax(0)",
+            _LOOP,
         ),
         (
             "the bias of a layer is its gradient over the batch",
@@ -122,12 +140,14 @@ MUTANTS = [
                 "rows = grad.flatten(1) if one_position else grad.flatten(2).sum(2).mean(0, "
                 "keepdim=True).expand(len(grad), -1)"
             ),
+            _LOOP,
         ),
         (
             "contributions of the last microbatch stay",
             SENSITIVITY,
             "self._contributions = {name: [] for name in self._names.values()}",
             "self._contributions = {name: self._contributions.get(name, []) for name in self._names.values()}",
+            _BOUNDED,
         ),
     ),
     *mutants_of(
@@ -138,12 +158,14 @@ MUTANTS = [
             COUPLING,
             "        if position.torch_moved():\n",
             "        if False:\n",
+            f"{_CLIP}::test_draws_of_a_backward_pass_are_refused",
         ),
         (
             "a step leaves the global random stream moved",
             SECRET,
             "        with seeded(self._key):\n            losses =",
             "        if self._key >= 0:\n            losses =",
+            f"{_CLIP}::test_a_model_that_draws_leaves_the_global_streams_as_they_were",
         ),
         (
             "model and loss draw by place",
@@ -153,18 +175,11 @@ MUTANTS = [
             _DRAWS,
         ),
         (
-            "rows on which the model raises take others along",
-            LEAK,
-            "sound = [row for row in range(piece.num_examples) if self._runs_on(copies(piece, row))]",
-            "sound = []",
-            "tests/test_attacks.py",
-        ),
-        (
             "an error of the model about a record is shown",
             LEAK,
             "return not isinstance(error, DPQuantError) and not out_of_memory(error)",
             "return False",
-            "tests/test_attacks.py",
+            "tests/test_attacks.py::test_a_broken_record_contributes_nothing_and_nothing_is_said",
         ),
         (
             "one loss for the whole batch is taken",
@@ -213,29 +228,10 @@ MUTANTS = [
             ),
         ),
         (
-            "lookups of the same row are normed one by one",
-            SENSITIVITY,
-            "squares_S = torch.cat([sums.double().square().sum(1) for sums in sums_SD.split(self._at_once)])",
-            "squares_S = torch.cat([sums.double().square().sum(1) for sums in (0.7 * sums_SD).split(self._at_once)])",
-        ),
-        (
             "examples are given each other's weights",
             SENSITIVITY,
             "weights_B.to(sums_SD.dtype)[keys_S // self._num_rows]",
             "weights_B.to(sums_SD.dtype).flip(0)[keys_S // self._num_rows]",
-        ),
-        (
-            "some of the examples get the norms of others",
-            SENSITIVITY,
-            (
-                "squares_B = None if self.squares_B is None else self.squares_B[rows]\n"
-                "        return dataclasses.replace(self, gradients"
-            ),
-            (
-                "squares_B = None if self.squares_B is None else self.squares_B[: "
-                "len(rows)]\n        return dataclasses.replace(self, gradients"
-            ),
-            (_CONTRIBUTIONS, _CLIP, "tests/engine/test_group_norm.py"),
         ),
     ),
     *mutants_of(
@@ -304,14 +300,7 @@ MUTANTS = [
             COUPLING,
             "    compare(module, again.detach(), output.detach())\n",
             "",
-            ("tests/engine/test_per_example.py", _CLIP),
-        ),
-        (
-            "any difference of what a module gives alone is let through",
-            COUPLING,
-            "close_B = gap_B <= tolerance * output_BN.abs().amax(1)",
-            "close_B = gap_B <= math_inf * output_BN.abs().amax(1)".replace("math_inf", "1e30"),
-            ("tests/engine/test_per_example.py", _CLIP),
+            f"{_CLIP}::test_a_layer_that_gives_something_else_when_evaluated_alone_is_refused",
         ),
         (
             "a padding row of an embedding is trained",
@@ -342,14 +331,7 @@ MUTANTS = [
             SECRET,
             "row_keys(derive_key(self.key, layer.name, role, call)",
             "row_keys(derive_key(0, layer.name, role, call)",
-            ("tests/test_attacks.py::test_a_runs_rounding_and_dropout_follow_from_the_secret", _CLIP),
-        ),
-        (
-            "a layer's second call has the draws of its first",
-            COUPLING,
-            "row_keys(derive_key(self.key, layer.name, role, call)",
-            "row_keys(derive_key(self.key, layer.name, role)",
-            "tests/engine",
+            f"{_CLIP}::test_norms_from_one_rounding_and_sums_from_another_would_exceed_c",
         ),
         (
             "records of the last microbatch are kept",
@@ -387,7 +369,6 @@ MUTANTS = [
             "        torch.random.set_rng_state(before[2])\n",
             "        pass\n",
         ),
-        ("numpy's global stream is not restored", SECRET, "        np.random.set_state(before[1])\n", "        pass\n"),
         (
             "a generator of the user's own draws by itself",
             SECRET,
@@ -409,7 +390,7 @@ MUTANTS = [
             COUPLING,
             "yield torch.arange(start, start + size).clamp_(max=count - 1), min(size, count - start)",
             "yield torch.arange(start, min(start + size, count)), min(size, count - start)",
-            (_CLIP, "tests/engine/test_batches.py"),
+            f"{_CLIP}::test_every_pass_has_the_same_number_of_examples_however_many_there_are",
         ),
         (
             "a batch may have fewer rows than records",
@@ -448,50 +429,21 @@ MUTANTS = [
             COUPLING,
             "                    _check_codes(found.objective, found.specimens, step)\n",
             "",
-            _COUPLINGS,
+            f"{_COUPLINGS}::test_a_scale_over_the_batch_in_the_quantizer_is_refused",
         ),
-        ("buffers are not compared", COUPLING, "        probe.compare_buffers()\n", "", _COUPLINGS),
         (
             "the other mode is not compared",
             COUPLING,
             "            probe.compare_in_the_other_mode()\n",
             "            pass\n",
+            f"{_ISOLATION}::test_coupling_is_refused_in_either_mode_and_behind_dropout",
         ),
         (
             "a coupling at the run's own size is not said",
             COUPLING,
             "    if not equal:\n",
             "    if False:\n",
-            _ISOLATION,
-        ),
-        (
-            "padding where layers run quantized is taken",
-            COUPLING,
-            "    if specimens.padded:\n        raise ModelError(PADDED)\n\n    def",
-            "    if False:\n        raise ModelError(PADDED)\n\n    def",
-            _COUPLINGS,
-        ),
-        (
-            "other kinds of values are not compared",
-            COUPLING,
-            "                _check_kind(found.objective, specimens, probe)\n",
-            "                pass\n",
-            _COUPLINGS,
-        ),
-        (
-            "what was planted and not seen is let through",
-            COUPLING,
-            (
-                "            except Blind as problem:\n                unseen = problem\n"
-                "                unclear.append(specimens)\n            else:\n"
-                "                found = Findings("
-            ),
-            (
-                "            except Blind as problem:\n"
-                "                found = Findings(objective=watched, macs=macs, "
-                "specimens=specimens)\n                break\n            else:\n"
-                "                found = Findings("
-            ),
+            f"{_ISOLATION}::test_a_coupling_at_one_size_is_refused_at_that_size",
         ),
         (
             "records whose gradients differ pass the probe of an epoch",
@@ -512,32 +464,21 @@ MUTANTS = [
             SENSITIVITY,
             "            self.compare_with_autograd()\n",
             "            pass\n",
-            (_ISOLATION, "tests/test_attacks.py"),
-        ),
-        (
-            "a comparison passes on NaN",
-            COUPLING,
-            "if not float(gap.norm()) <= max(self._tolerance * norm, smallest):",
-            "if float(gap.norm()) > max(self._tolerance * norm, smallest):",
-            ("tests/test_attacks.py", _COUPLINGS, _ISOLATION),
+            f"{_ISOLATION}::test_coupled_examples_and_hidden_uses_are_refused",
         ),
         (
             "batches are compared where a record has the same batchmates",
             COUPLING,
             "MOVED = ((0, 1, 1), (1, 2, 2), (0, 0, 2))",
             "MOVED = ((0, 1, 2), (0, 1, 2), (0, 1, 2))",
-        ),
-        (
-            "a collate function that mixes records is not noticed",
-            COUPLING,
-            "            if not all(map(identical, mine, here)):\n",
-            "            if False:\n",
+            f"{_ISOLATION}::test_coupled_examples_and_hidden_uses_are_refused",
         ),
         (
             "state that is kept from call to call is not noticed",
             COUPLING,
             "            if not self.close(self._first.losses[0], self._losses(_PAIR)[0]):\n",
             "            if False:\n",
+            f"{_COUPLINGS}::test_a_model_that_keeps_something_from_call_to_call_is_refused",
         ),
     ),
 ]

@@ -507,12 +507,14 @@ MUTANTS = [
             LEDGER,
             '"""Return once all that was written is on disk."""\n        os.fsync(descriptor)',
             '"""Return once all that was written is on disk."""',
+            "tests/invariants/test_crashes.py",
         ),
         (
             "flushing a folder does nothing",
             LEDGER,
             "        try:\n            os.fsync(descriptor)\n",
             "        try:\n            pass\n",
+            "tests/invariants/test_crashes.py",
         ),
         ("no lock is taken", LEDGER, "                disk.lock(self._descriptor)\n", "                pass\n"),
         ("the lock can be shared", LEDGER, "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
@@ -552,6 +554,7 @@ MUTANTS = [
             LEDGER,
             "            if error.errno not in _NO_LOCKS:\n                raise\n",
             "            pass\n",
+            "tests/invariants/test_crashes.py",
         ),
     ),
 ]

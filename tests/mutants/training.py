@@ -222,16 +222,22 @@ MUTANTS = [
             SENSITIVITY,
             "mine, trainable = self._group.share(batch.record_ids),",
             "mine, trainable = batch.record_ids,",
-            _TWO,
+            f"{_TWO}::test_two_processes_compute_what_one_does",
         ),
         (
             "every process takes the whole batch of an analysis",
             SENSITIVITY,
             "mine, size = self._group.share(batch.record_ids),",
             "mine, size = batch.record_ids,",
-            _TWO,
+            f"{_TWO}::test_two_processes_compute_what_one_does",
         ),
-        ("processes do not add up their sums", WIRING, "            self._group.add(clipped.grads)\n", "", _TWO),
+        (
+            "processes do not add up their sums",
+            WIRING,
+            "            self._group.add(clipped.grads)\n",
+            "",
+            f"{_TWO}::test_two_processes_compute_what_one_does",
+        ),
         (
             "processes do not wait until all is charged",
             LEDGER,
@@ -239,7 +245,13 @@ MUTANTS = [
             "",
             f"{_TWO}::test_nobody_reads_before_all_have_charged",
         ),
-        ("a record on which the model raises ends the step", LEAK, "leaves_out=True,", "leaves_out=False,", _ATTACKS),
+        (
+            "a record on which the model raises ends the step",
+            LEAK,
+            "leaves_out=True,",
+            "leaves_out=False,",
+            f"{_ATTACKS}::test_a_broken_record_contributes_nothing_and_nothing_is_said",
+        ),
         (
             "nobody looks whether real records are coupled",
             COUPLING,
@@ -288,7 +300,7 @@ MUTANTS = [
             CLAIM,
             "self.plan.statement(events=self.events(), secure=self.secure)",
             "self.plan.statement(secure=self.secure)",
-            _PRIVATE,
+            f"{_CALLS}::test_the_statement_is_about_what_was_charged",
         ),
         (
             "the statement of a seeded run says that it is private",
@@ -311,7 +323,7 @@ MUTANTS = [
             SENSITIVITY,
             "if clipped.sensitivity != self.plan.max_grad_norm:",
             "if False:",
-            _CALLS,
+            f"{_CALLS}::test_a_sum_of_another_sensitivity_is_not_noised",
         ),
         (
             "gradients are clipped to twice the planned norm",
@@ -374,8 +386,15 @@ MUTANTS = [
             SENSITIVITY,
             "factors_B.mul(finite_B).double() @",
             "finite_B.double() @",
+            f"{_IMPACT}::test_one_record_moves_the_sum_by_at_most_its_sensitivity",
         ),
-        ("an impact that is not finite spoils the sum", ANALYSIS, "rows_or_zero(finite_B, v_BP)", "v_BP"),
+        (
+            "an impact that is not finite spoils the sum",
+            ANALYSIS,
+            "rows_or_zero(finite_B, v_BP)",
+            "v_BP",
+            f"{_IMPACT}::test_an_example_that_is_not_finite_contributes_nothing",
+        ),
         ("copies that fill up a microbatch count", ANALYSIS, "        finite_B[piece.num_examples :] = False\n", ""),
         (
             "all analyses have the same keys",
@@ -389,39 +408,52 @@ MUTANTS = [
             ANALYSIS,
             "            module.training = training\n",
             "            pass\n",
+            f"{_IMPACT}::test_everything_else_is_left_bitwise_as_it_was",
         ),
         (
             "layers stay as the analysis left them",
             ANALYSIS,
             "        set_precisions(model, precisions)\n        for module",
             "        for module",
+            f"{_IMPACT}::test_everything_else_is_left_bitwise_as_it_was",
         ),
         (
             "losses are computed under the global random stream",
             ANALYSIS,
             "        with seeded(key):\n            return drawing",
             "        if key >= 0:\n            return drawing",
+            f"{_IMPACT}::test_a_model_that_draws_random_numbers_disturbs_no_global_stream",
         ),
         (
             "a record on which the model raises ends the analysis",
             LEAK,
             "        if not caused_by_records(error):\n            raise\n    rows = []",
             "        raise\n    rows = []",
-            (_IMPACT, _ATTACKS),
+            f"{_IMPACT}::test_an_example_on_which_the_loss_raises_contributes_nothing",
         ),
         (
             "the sensitivity of impacts is said to be one",
             SENSITIVITY,
             "sensitivity=float(max_norm))",
             "sensitivity=1.0)",
+            f"{_IMPACT}::test_one_record_moves_the_sum_by_at_most_its_sensitivity",
         ),
-        ("impacts are measured with dropout", ANALYSIS, "    model.eval()\n", "", (_IMPACT, _CALLS)),
+        (
+            "impacts are measured with dropout",
+            ANALYSIS,
+            "    model.eval()\n",
+            "",
+            f"{_CALLS}::test_a_run_keeps_its_plan_call_by_call",
+        ),
         (
             "the sum of impacts is clipped instead of each",
             SENSITIVITY,
             "        clipped = factors_B.mul(finite_B).double() @ rows_or_zero(finite_B, v_BP)\n",
-            "        clipped = finite_B.double() @ rows_or_zero(finite_B, v_BP)\n"
-            "        clipped = clipped * min(1.0, max_norm / max(float(clipped.norm()), 1e-30))\n",
+            (
+                "        clipped = finite_B.double() @ rows_or_zero(finite_B, v_BP)\n"
+                "        clipped = clipped * min(1.0, max_norm / max(float(clipped.norm()), 1e-30))\n"
+            ),
+            f"{_IMPACT}::test_the_sum_is_that_of_full_forward_passes",
         ),
     ),
     *mutants_of(
@@ -497,13 +529,17 @@ MUTANTS = [
             LEAK,
             "failed, memory = type(error).__name__, out_of_memory(error)",
             'failed, memory = f"{type(error).__name__}: {error}", out_of_memory(error)',
+            f"{_CALLS}::test_an_error_in_a_step_carries_nothing_of_a_record",
         ),
         (
             "an error of a step carries the model's own along",
             LEAK,
             "    except Exception as error:\n        failed, memory = type(error).__name__, out_of_memory(error)\n",
-            "    except Exception as error:\n        failed, memory = type(error).__name__, out_of_memory(error)\n"
-            "        if not memory:\n            raise ModelError(failed) from error\n",
+            (
+                "    except Exception as error:\n        failed, memory = type(error).__name__, out_of_memory(error)\n"
+                "        if not memory:\n            raise ModelError(failed) from error\n"
+            ),
+            f"{_CALLS}::test_an_error_in_a_step_carries_nothing_of_a_record",
         ),
         (
             "a coupling of real records is found and not said",
@@ -556,31 +592,42 @@ MUTANTS = [
             CHECKPOINT,
             'draft = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")',
             "draft = folder",
+            f"{_CHECKPOINT}::test_after_a_crash_at_any_operation_the_newest_checkpoint_is_whole",
         ),
         (
             "files that were changed are believed",
             CHECKPOINT,
             "            if _seal(files[name]) != seal:\n",
             "            if False:\n",
+            f"{_CHECKPOINT}::test_a_changed_bit_is_found",
         ),
         (
             "a file is known by its length alone",
             CHECKPOINT,
             'return {"bytes": len(content), "sha256": _hash(content)}',
             'return {"bytes": len(content)}',
+            f"{_CHECKPOINT}::test_a_changed_bit_is_found",
         ),
         (
             "a manifest that was changed is believed",
             CHECKPOINT,
             "        if seal != _hash(_json(manifest)):\n",
             "        if False:\n",
+            f"{_CHECKPOINT}::test_a_changed_bit_is_found",
         ),
-        ("another format is read", CHECKPOINT, '        if manifest["format"] != _FORMAT:\n', "        if False:\n"),
+        (
+            "another format is read",
+            CHECKPOINT,
+            '        if manifest["format"] != _FORMAT:\n',
+            "        if False:\n",
+            f"{_CHECKPOINT}::test_a_foreign_manifest_is_refused",
+        ),
         (
             "a manifest may name files elsewhere",
             CHECKPOINT,
             "if Path(name).name != name or not path.is_file():",
             "if not path.is_file():",
+            f"{_CHECKPOINT}::test_a_manifest_that_names_a_file_elsewhere_is_refused",
         ),
         (
             "a pickle is loaded",
@@ -590,6 +637,7 @@ MUTANTS = [
                 '(__import__("pickle").loads(content) if content[:1] == b"\\x80" else '
                 "load(content)) for name, content in files.items()}"
             ),
+            f"{_CHECKPOINT}::test_a_pickle_is_never_loaded",
         ),
         (
             "the oldest checkpoint is taken",
@@ -602,25 +650,35 @@ MUTANTS = [
                 "    for folder in sorted(_candidates(home)):\n        try:\n"
                 "            Checkpoint.read(folder)\n        except"
             ),
+            f"{_CHECKPOINT}::test_the_checkpoint_before_a_broken_one_is_taken_and_it_is_said",
         ),
         (
             "a broken checkpoint counts among those that are kept",
             CHECKPOINT,
             "            Checkpoint.read(folder)\n            sound += 1\n        except",
             "            sound += 1\n            Checkpoint.read(folder)\n        except",
+            f"{_CHECKPOINT}::test_the_newest_two_sound_ones_are_kept",
         ),
-        ("a draft is taken for a checkpoint", CHECKPOINT, ' and ".tmp-" not in folder.name]', "]"),
+        (
+            "a draft is taken for a checkpoint",
+            CHECKPOINT,
+            ' and ".tmp-" not in folder.name]',
+            "]",
+            f"{_CHECKPOINT}::test_the_checkpoint_before_a_broken_one_is_taken_and_it_is_said",
+        ),
         (
             "a draft is left behind when the disk is full",
             CHECKPOINT,
             "            disk.remove(draft)\n            raise\n",
             "            raise\n",
+            f"{_CHECKPOINT}::test_a_full_disk_leaves_nothing",
         ),
         (
             "a tensor that occurs twice is saved as another",
             CHECKPOINT,
             "same = (value.data_ptr(), value.dtype, value.shape, value.stride())",
             "same = (value.dtype, value.shape)",
+            f"{_CHECKPOINT}::test_what_was_written_is_read",
         ),
         (
             "an object that only pickle could save is left out",
@@ -630,6 +688,7 @@ MUTANTS = [
                 "            return None\n            raise SettingError(\n"
                 '                f"Expected {path} to hold tensors,'
             ),
+            f"{_CHECKPOINT}::test_what_only_pickle_could_save_is_refused",
         ),
     ),
     *mutants_of(
@@ -640,51 +699,71 @@ MUTANTS = [
             RESUME,
             "if steps < saved.steps_taken or analyses < saved.analyses_made:",
             "if analyses < saved.analyses_made:",
+            f"{_CONTINUING}::test_a_run_continues_at_what_is_charged_and_from_no_ledger_that_holds_less",
         ),
         (
             "a ledger with fewer analyses than the checkpoint is taken",
             RESUME,
             "if steps < saved.steps_taken or analyses < saved.analyses_made:",
             "if steps < saved.steps_taken:",
+            f"{_CONTINUING}::test_a_run_continues_at_what_is_charged_and_from_no_ledger_that_holds_less",
         ),
         (
             "steps that were lost are taken again",
             RESUME,
             "saved, steps_taken=steps,",
             "saved, steps_taken=saved.steps_taken,",
+            f"{_CONTINUING}::test_a_run_continues_at_what_is_charged_and_from_no_ledger_that_holds_less",
         ),
         (
             "an analysis that was lost is made again",
             RESUME,
             "analyses_made=analyses,",
             "analyses_made=saved.analyses_made,",
+            f"{_CONTINUING}::test_a_run_continues_at_what_is_charged_and_from_no_ledger_that_holds_less",
         ),
-        ("a private run repeats what was lost", RESUME, "    if repeatable:\n", "    if True:\n"),
+        (
+            "a private run repeats what was lost",
+            RESUME,
+            "    if repeatable:\n",
+            "    if True:\n",
+            f"{_CONTINUING}::test_a_run_continues_at_what_is_charged_and_from_no_ledger_that_holds_less",
+        ),
         (
             "a checkpoint of another plan is loaded",
             RESUME,
             'if checkpoint.facts.get("plan") != self.plan.to_json():',
             "if False:",
+            f"{_CONTINUING}::test_a_checkpoint_of_another_plan_is_refused",
         ),
         (
             "what is not named is not loaded and nothing is said",
             RESUME,
             "        if names != saved:\n",
             "        if names - saved:\n",
+            f"{_CONTINUING}::test_what_was_saved_must_be_loaded",
         ),
         (
             "a checkpoint of another model is loaded as far as it goes",
             RESUME,
             '        _check_tensors(self.model.state_dict(), checkpoint.parts["model"])\n',
             "",
+            f"{_CONTINUING}::test_another_model_is_refused",
         ),
         (
             "the optimizer's state is not loaded",
             RESUME,
             '{"model": self.model, "optimizer": self.optimizer, **self.others}.items()',
             '{"model": self.model, **self.others}.items()',
+            f"{_CONTINUING}::test_a_repeatable_run_continues_with_the_same_bits",
         ),
-        ("the number of draws is forgotten", RESUME, "draws=saved.draws + lost", "draws=0"),
+        (
+            "the number of draws is forgotten",
+            RESUME,
+            "draws=saved.draws + lost",
+            "draws=0",
+            f"{_CONTINUING}::test_a_run_continues_at_what_is_charged_and_from_no_ledger_that_holds_less",
+        ),
     ),
     *mutants_of(
         f"{_TRAINING}/state.py",
@@ -711,21 +790,28 @@ MUTANTS = [
             SECRET,
             "SecretKey() if mechanism_seed is None else SecretKey.from_seed(mechanism_seed)",
             "SecretKey.from_seed(seed if mechanism_seed is None else mechanism_seed)",
+            f"{_PRIVATE}::test_two_runs_differ_unless_the_mechanism_is_seeded_which_is_said",
         ),
-        ("the ledger knows no budget", LEDGER, '"budget": plan.budget(),', '"budget": None,', _CONTINUING),
+        (
+            "the ledger knows no budget",
+            LEDGER,
+            '"budget": plan.budget(),',
+            '"budget": None,',
+            f"{_CONTINUING}::test_lost_steps_are_not_taken_again",
+        ),
         (
             "a run goes on in a ledger without being asked to",
             LEDGER,
             "if resume and ledger is not None and ledger.exists():",
             "if ledger is not None and ledger.exists():",
-            _CONTINUING,
+            f"{_CONTINUING}::test_a_ledger_in_use_is_not_continued_by_accident",
         ),
         (
             "an analysis that was charged is forgotten where no step was",
             RESUME,
             'if mechanism.ledger.charged("train") or mechanism.ledger.charged("analysis"):',
             'if mechanism.ledger.charged("train"):',
-            _CONTINUING,
+            f"{_CONTINUING}::test_an_analysis_that_was_charged_before_any_step_is_not_made_again",
         ),
         (
             "each process decides for itself how it runs",
@@ -739,43 +825,53 @@ MUTANTS = [
             LEAK,
             "        synthetic = found.specimens.batch((0, 1, 2))\n",
             "        synthetic = request.collate_fn(_first_records(train_set))\n",
-            _CALLS,
+            f"{_CALLS}::test_no_value_of_a_private_record_is_used_before_a_charge",
         ),
         (
             "the step is rehearsed on private records",
             LEAK,
             "    setup = Setup(\n        optimizer=request.optimizer,",
-            "    real = from_examples(_first_records(train_set), request.collate_fn, device)\n"
-            "    found = dataclasses.replace(found, specimens=real)\n"
-            "    setup = Setup(\n        optimizer=request.optimizer,",
-            _CALLS,
+            (
+                "    real = from_examples(_first_records(train_set), request.collate_fn, device)\n"
+                "    found = dataclasses.replace(found, specimens=real)\n"
+                "    setup = Setup(\n        optimizer=request.optimizer,"
+            ),
+            f"{_CALLS}::test_no_value_of_a_private_record_is_used_before_a_charge",
         ),
         (
             "the ledger is opened before anything is checked",
             LEDGER,
             "    with current(device):\n        setup, records,",
             "    mechanism = make_mechanism(0.0)\n    with current(device):\n        setup, records,",
+            f"{_PRIVATE}::test_bad_input_is_refused_before_any_work",
         ),
         (
             "records of another form than the synthetic ones are not noticed",
             COUPLING,
             "    records.check()\n",
             "",
-            _ATTACKS,
+            f"{_ATTACKS}::test_what_a_run_cannot_do_is_refused_with_the_cause",
         ),
-        ("modules that couple examples are not refused by name", COUPLING, "    check_trainable(model)\n", ""),
+        (
+            "modules that couple examples are not refused by name",
+            COUPLING,
+            "    check_trainable(model)\n",
+            "",
+            f"{_PRIVATE}::test_bad_input_is_refused_before_any_work",
+        ),
         (
             "a parameter that the optimizer lacks is clipped for nothing",
             WIRING,
             "p.requires_grad and p not in held]",
             "p.requires_grad and p not in names]",
+            f"{_PRIVATE}::test_bad_input_is_refused_before_any_work",
         ),
         (
             "losses in a microbatch of the run's size are not compared",
             COUPLING,
             "        check_at_size(found, size)\n",
             "",
-            "tests/invariants/test_calls.py",
+            f"{_CALLS}::test_a_coupling_at_the_runs_own_size_is_refused_before_a_charge",
         ),
     ),
 ]

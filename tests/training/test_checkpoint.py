@@ -22,6 +22,7 @@ def checkpoint(step: int = 3) -> Checkpoint:
     model = {
         "weight": shared,
         "tied": shared,
+        "alike": torch.randn(3, 4, generator=generator),
         "maps": torch.randn(2, 3, 4, 4, generator=generator).contiguous(memory_format=torch.channels_last),
         "half": torch.randn(5, generator=generator).bfloat16(),
         "count": torch.tensor(7),
@@ -223,6 +224,15 @@ def test_files_of_another_step_are_found(tmp_path):
 def test_a_foreign_manifest_is_refused(change, tmp_path):
     folder = written(tmp_path / "one")
     vouch(folder, change)
+    assert refused(folder)
+
+
+def test_a_manifest_that_names_a_file_elsewhere_is_refused(tmp_path):
+    """Even one that is there, and is as the manifest says."""
+    folder = written(tmp_path / "one")
+    shutil.copy(folder / "model.safetensors", tmp_path / "other.safetensors")
+    files = json.loads((folder / "MANIFEST.json").read_text())["files"]
+    vouch(folder, {"files": {**files, "../other.safetensors": files["model.safetensors"]}})
     assert refused(folder)
 
 
