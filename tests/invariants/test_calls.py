@@ -594,6 +594,16 @@ def test_no_value_of_a_private_record_is_used_before_a_charge():
     assert_reads_no_value_before_a_charge()
 
 
+def test_examples_of_another_form_than_the_records_are_refused_before_a_charge():
+    model = network()
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
+    examples = [(image, label, torch.randn(2)) for image, label in data_set()[:3]]
+    with pytest.raises(dpquant.DataError, match="Expected example to hold records as the data set does"):
+        dpquant.make_private(
+            model, optimizer, data_set(), loss_fn=loss, plan=the_plan(), policy=dpquant.NonePolicy(), example=examples
+        )
+
+
 class CoupledAtSize(nn.Module):
     """Mixes examples in batches of the run's own size alone."""
 

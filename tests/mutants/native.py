@@ -89,18 +89,26 @@ MUTANTS = [
     *mutants_of(
         "native/code_products_avx2.cpp",
         _PRODUCTS,
-        ("examples are added with each other's clip factors", SENSITIVITY, "weights[first + b]};", "weights[b]};"),
+        (
+            "examples are added with each other's clip factors",
+            SENSITIVITY,
+            "weights[first + b]};",
+            "weights[b]};",
+            f"{_PRODUCTS}::test_many_examples_are_added_each_with_its_own_weight",
+        ),
         (
             "an example's squares leave out half of the values",
             SENSITIVITY,
             "squares = _mm256_fmadd_pd(low, low, _mm256_fmadd_pd(high, high, squares));",
             "squares = _mm256_fmadd_pd(low, low, squares);",
+            f"{_PRODUCTS}::test_many_examples_are_added_each_with_its_own_weight",
         ),
         (
             "a packed example is used again for the next",
             COUPLING,
             "packed[static_cast<size_t>(b)], s, i, j, c), o,",
             "packed[0], s, i, j, c), o,",
+            f"{_PRODUCTS}::test_many_examples_are_added_each_with_its_own_weight",
         ),
     ),
     *mutants_of(
@@ -111,6 +119,7 @@ MUTANTS = [
             SENSITIVITY,
             "kernel, weights.data() + first,",
             "kernel, weights.data(),",
+            f"{_PRODUCTS}::test_many_examples_are_added_each_with_its_own_weight",
         ),
     ),
     *mutants_of(
@@ -121,12 +130,14 @@ MUTANTS = [
             COUPLING,
             "patches.assign(static_cast<size_t>(length * length), 0);",
             "patches.resize(static_cast<size_t>(length * length), 0);",
+            f"{_PRODUCTS}::test_the_kernels_of_this_processor_are_exact",
         ),
         (
             "a norm by Gram matrices leaves out the last position",
             SENSITIVITY,
             "for (int64_t t = 0; t < length; ++t) sum +=",
             "for (int64_t t = 0; t + 1 < length; ++t) sum +=",
+            f"{_PRODUCTS}::test_the_kernels_of_this_processor_are_exact",
         ),
     ),
     *mutants_of(

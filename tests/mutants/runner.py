@@ -6,6 +6,7 @@ imports dpquant from the copy and runs pytest there. So a mutant costs what its 
 copy first, which needs cmake, ninja, a compiler and nanobind.
 """
 
+import compileall
 import dataclasses
 import importlib
 import importlib.machinery
@@ -74,6 +75,8 @@ class Tree:
                 name for name in names if (name in top and Path(folder) == ROOT) or name in ("__pycache__", ".git")
             },
         )
+        # once for all children; a file with a bug in it is newer than its bytecode, which is then not used
+        compileall.compile_dir(path / "src", quiet=2)
         self._package = path / "src" / "dpquant"
         (path / "site").mkdir()
         (path / "site" / "sitecustomize.py").write_text(_FIND_THE_COPY.format(source=str(path / "src")))

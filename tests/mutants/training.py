@@ -850,7 +850,7 @@ MUTANTS = [
             COUPLING,
             "    records.check()\n",
             "",
-            f"{_ATTACKS}::test_what_a_run_cannot_do_is_refused_with_the_cause",
+            f"{_CALLS}::test_examples_of_another_form_than_the_records_are_refused_before_a_charge",
         ),
         (
             "modules that couple examples are not refused by name",

@@ -256,16 +256,15 @@ class Bomb:
         return (pytest.fail, ("a pickle was loaded",))
 
 
-def test_a_pickle_is_never_loaded(tmp_path):
+@pytest.mark.parametrize("name", ["state.json", "model.safetensors"])
+def test_a_pickle_is_never_loaded(name, tmp_path):
     """Even if the manifest vouches for it."""
-    folder = written(tmp_path / "one")
-    for name in ("state.json", "model.safetensors"):
-        content = pickle.dumps(Bomb())
-        files = json.loads((folder / "MANIFEST.json").read_text())["files"]
-        files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        (folder / name).write_bytes(content)
-        vouch(folder, {"files": files})
-        assert refused(folder)
+    folder, content = written(tmp_path / "one"), pickle.dumps(Bomb())
+    files = json.loads((folder / "MANIFEST.json").read_text())["files"]
+    files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / name).write_bytes(content)
+    vouch(folder, {"files": files})
+    assert refused(folder)
 
 
 # Which one is kept, and which one is taken
