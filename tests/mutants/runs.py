@@ -259,22 +259,16 @@ MUTANTS = [
             f"{_RESUME}::test_the_first_signal_is_kept_and_the_second_interrupts",
         ),
         (
-            "a signal ends the run in the middle of a step",
+            "a signal is not kept",
             RESUME,
             "        self.asked = signal.Signals(number)\n",
-            "        raise KeyboardInterrupt\n",
+            "        self.asked = None\n",
             f"{_RESUME}::test_the_first_signal_is_kept_and_the_second_interrupts",
         ),
     ),
     *mutants_of(
         f"{_RUNS}/settings.py",
         "tests/runs/test_settings.py",
-        (
-            "the number of private records is guessed",
-            LEAK,
-            "    if settings.sample_rate is None and records is None:\n",
-            "    if False:\n",
-        ),
         (
             "checkpoints are as often as the disk is slow",
             CHECKPOINT,
