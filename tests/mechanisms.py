@@ -6,6 +6,8 @@ import dataclasses
 import torch
 
 import dpquant
+from dpquant.formats import precision
+from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.mechanism import Mechanism
 from dpquant.training.execution import ExecutionRequest
 from dpquant.training.private import PrivateTraining
@@ -103,6 +105,30 @@ def begun(
         ),
     )  # fmt: skip
     return begin(request, lambda seconds: mechanism or Mechanism.secret(None), group=group, make_run=make_run)
+
+
+def starting(change, make_run=PrivateTraining):
+    """What starts a run for `train`: as `make_private`, with the mechanism that `change` makes of a secret one.
+
+    Every step is a line of the ledger, because no time of a step is given to it.
+    """
+
+    def start(
+        model, optimizer, train_set, *, plan, ledger, format, rest, backend, microbatch_size, memory, resume, **keywords
+    ):
+        wanted = ExecutionRequest(
+            chosen=precision(format), rest=precision(rest), backend=backend, microbatch_size=microbatch_size,
+            memory=memory,
+        )  # fmt: skip
+        request = Request(
+            model=model, optimizer=optimizer, train_set=train_set, plan=plan, execution=wanted, **keywords
+        )
+        opened = Ledger.resumed if resume and ledger.exists() else Ledger
+        return begin(
+            request, lambda seconds: change(Mechanism.secret(opened(ledger, budget=plan.budget()))), make_run=make_run
+        )
+
+    return start
 
 
 def finish(run):

@@ -35,6 +35,13 @@ def test_direct_products_are_those_of_patches(convolution):
                 torch.testing.assert_close(products.direct_products(grad, x, geometry), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(products._native is None, reason="no native module")
+def test_the_kernels_of_this_processor_are_exact():
+    """Else they would not be taken, and the tests below would be skipped."""
+    assert products._code_products_run() == bool(products._native.code_kernels())
+    assert products._code_sums_run() == bool(products._native.code_sum_kernels())
+
+
 @pytest.mark.skipif(not products._code_products_run(), reason="no native kernel on this machine")
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(convolutions(), st.sampled_from(LARGEST), st.booleans())
@@ -73,6 +80,25 @@ def test_products_of_codes_are_exact_integers_on_every_kernel(convolution, large
             )
             assert torch.equal(again, exact.float()) == torch.equal(exact, expected_again)
             operands = shifted(grad).codes, operands[1]
+
+
+@pytest.mark.skipif(not products._code_products_run(), reason="no native kernel on this machine")
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_many_examples_are_added_each_with_its_own_weight(parts):
+    """More than are packed at once, shared among parts of the total as among threads."""
+    geometry = Geometry(kernel=(3, 3), padding=(1, 1))
+    x, grad = codes((40, 5, 4, 4), 64), codes((40, 3, 4, 4), 64, 1)
+    exact = patch_products(positions(grad.double(), geometry), im2col(x.double(), geometry))
+    weights = torch.arange(40) / 8
+    for kernel in products._native.code_kernels():
+        total = torch.zeros(parts, *exact.shape[1:])
+        products.add_code_products(shifted(grad).codes, shifted(x).codes, geometry, weights, total, kernel=kernel)
+        expected = torch.einsum("b,bod->od", weights.double(), exact)
+        torch.testing.assert_close(total.sum(0).double(), expected, rtol=1e-5, atol=1e-2)
+        norms = products.code_norms(shifted(grad).codes, shifted(x).codes, geometry, kernel=kernel)
+        torch.testing.assert_close(norms, exact.square().sum((1, 2)), rtol=1e-12, atol=0)
+        others = torch.einsum("b,bod->od", weights.double().roll(1), exact)  # each with another's would be seen
+        assert not torch.allclose(total.sum(0).double(), others, rtol=1e-5, atol=1e-2)
 
 
 @pytest.mark.skipif(not products._code_products_run(), reason="no native kernel on this machine")

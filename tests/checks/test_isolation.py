@@ -9,7 +9,7 @@ from torch.utils.data import default_collate
 
 from dpquant.backends.doubles import BlocksOfExamples
 from dpquant.backends.reference import Reference
-from dpquant.checks.isolation import check_at_size, check_isolation
+from dpquant.checks.isolation import check_at_size, check_isolation, keeps_apart
 from dpquant.checks.step import TrialStep
 from dpquant.checks.synthetic import candidates
 from dpquant.engine.batches import Microbatch
@@ -312,3 +312,35 @@ def test_separate_examples_are_accepted_at_any_size(size):
 
 def test_losses_that_follow_the_size_alone_are_compared_within_that_size():
     at_size(lambda net, x: x * (1 + 0.01 * (len(x) == 8)), 8)
+
+
+class MixedGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad + grad.mean(0)
+
+
+class MixesGradients(nn.Module):
+    """Couples examples in the backward pass alone: losses show nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return MixedGradients.apply(self.layer(x))
+
+
+@pytest.mark.parametrize(("model", "apart"), [(MixesGradients(), False), (nn.Sequential(nn.Linear(6, 3)), True)])
+def test_the_probe_of_an_epoch_sees_a_coupling_of_gradients_alone(model, apart):
+    generator = torch.Generator().manual_seed(0)
+    x, labels, ids = torch.randn(5, 6, generator=generator), torch.arange(5) % 3, torch.arange(3)
+    objective = Objective(prepare(model, backend="simulate"), loss)
+    piece, elsewhere = (
+        Microbatch((x[rows], labels[rows]), ids, 3) for rows in (torch.tensor([0, 1, 2]), torch.tensor([0, 3, 4]))
+    )
+    assert keeps_apart(objective, piece, elsewhere, key=0) == apart

@@ -70,6 +70,24 @@ def test_the_sum_is_that_of_a_loop_over_single_examples(name, clip_norm):
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5 * min(clip_norm, 1))
 
 
+class Twice(nn.Module):
+    """A table that is looked up twice for each example."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(12, 5)
+
+    def forward(self, ids):
+        return self.table(ids).mean(1) + 2 * self.table(ids[:, :3]).sum(1)
+
+
+def test_a_table_that_is_looked_up_twice_is_clipped_by_both_together():
+    torch.manual_seed(0)
+    plain, batch = Twice(), (torch.randint(0, 12, (5, 7)), torch.randint(0, 5, (5,)))
+    ours = total(prepare(copy.deepcopy(plain)), batch, clip_norm=0.05)
+    torch.testing.assert_close(ours, looped(plain, batch, 0.05), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", OPACUS_NAMES)
 def test_the_sum_is_that_of_opacus(name):
     plain, batch = zoo()[name]

@@ -378,3 +378,15 @@ def test_a_layer_that_is_not_finite_for_one_example_is_so_for_that_one():
     x[1, 0, 0, 0] = float("nan")
     y = model(x)
     assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
+
+
+def test_draws_follow_key_layer_role_call_and_record_and_nothing_else():
+    model = prepare(zoo()["strided"][0], backend="simulate")
+    first, last = list(quantizable_layers(model).values())
+
+    def keys(key=1, layer=first, role="activation", call=0, ids=(4, 7, 9)):
+        return StepContext(key=key, record_ids=torch.tensor(ids)).draw_keys(layer, role, call, len(ids)).tolist()
+
+    others = [keys(key=2), keys(layer=last), keys(role="gradient"), keys(call=1)]
+    assert len({one for found in (keys(), *others) for one in found}) == 15
+    assert keys(ids=(9, 4, 3))[:2] == [keys()[2], keys()[0]]  # wherever a record stands

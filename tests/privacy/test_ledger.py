@@ -164,6 +164,8 @@ def test_research_marks_every_line_and_every_later_attempt(tmp_path):
     assert later.research and Ledger.verify(tmp_path / "ledger").research
     later.charge(**TRAIN)
     assert Ledger.read(tmp_path / "ledger") == [Event(**TRAIN, research=True, count=2)]
+    Ledger(tmp_path / "unused", research=True).close()
+    assert Ledger.verify(tmp_path / "unused").research  # before it charges
 
 
 # Changes of the file.
@@ -233,6 +235,16 @@ def test_swapped_and_repeated_lines_are_refused(leased):
                 Ledger.read(leased)
 
 
+def test_a_line_that_was_changed_together_with_its_hash_is_refused_by_the_next(leased):
+    lines = leased.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines[:-1]):
+        entry = {**json.loads(line), "note": "changed"}
+        del entry["hash"]
+        changed, _ = line_of(entry)
+        with pytest.raises(LedgerError, match=f"line {number + 2} of"):
+            verified(leased, b"".join([*lines[:number], changed + b"\n", *lines[number + 1 :]]))
+
+
 def chained(*facts):
     """The bytes of lines that agree with each other, whatever they say."""
     data, head = b"", NO_HASH
@@ -277,6 +289,7 @@ def test_lines_that_agree_are_read(tmp_path):
         ([HEADER, BEGUN, STEP, returning(2, 1), returning(2, 1)], 5),
         ([HEADER, BEGUN, STEP, {**BEGUN, "number": 2}, returning(2, 1)], 5),
         ([HEADER, BEGUN, {**STEP, **ANALYSIS}, returning(2, 1)], 4),
+        ([HEADER, BEGUN, {**STEP, "seq": 3}], 3),
     ],
 )
 def test_lines_that_agree_and_cannot_follow_each_other_are_refused(facts, line, tmp_path):
@@ -688,6 +701,14 @@ def test_what_was_not_used_is_given_back_once_and_analyses_are_not_leased(tmp_pa
     assert count(tmp_path / "ledger") == 3
     with pytest.raises(LedgerError, match="closed"):
         ledger.charge(**TRAIN)
+
+
+def test_what_is_given_back_is_of_the_lease_alone(tmp_path):
+    ledger = leasing(tmp_path / "ledger", 2)
+    ledger.charge(**ANALYSIS, count=ANALYSES)
+    ledger.charge(**TRAIN)
+    ledger.close()
+    assert (count(tmp_path / "ledger"), count(tmp_path / "ledger", "analysis")) == (1, ANALYSES)
 
 
 def test_several_steps_at_once_are_served_by_one_line(tmp_path):

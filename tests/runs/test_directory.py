@@ -25,6 +25,7 @@ from dpquant.runs.record import Timings
 from dpquant.runs.settings import TrainSettings, plan_of
 from dpquant.runs.sinks import Sink
 from dpquant.runs.train import train
+from dpquant.training.checkpoint import Checkpoint, newest
 
 
 def small(**given):
@@ -148,6 +149,18 @@ def test_a_failure_after_a_charge_would_be_seen(planted, directory, tmp_path):
         assert_refused_before_any_charge(planted, tmp_path / "run", error, words, directory, model=model)
 
 
+def test_a_ledger_that_holds_charges_is_never_taken_back(tmp_path):
+    for name, charges in (("charged", True), ("not charged", False)):
+        files = RunDirectory(tmp_path / name)
+        files.path.mkdir()
+        Ledger(files.path / LEDGER).close()
+        if charges:
+            (files.path / LEDGER).unlink()
+            ledger_of_other_rates(files.path / LEDGER)
+        files.take_back()
+        assert (files.path / LEDGER).exists() == charges
+
+
 class Failing(RunDirectory):
     """A disk that is full from some save on; the first is the trial."""
 
@@ -218,6 +231,31 @@ def test_a_run_that_ends_early_leaves_the_model_of_its_last_good_epoch(given, si
     with pytest.raises(error):
         train(small(**given), tmp_path / "run", sinks=sinks)
     assert_keeps_the_last_good_model(tmp_path / "run", 1)
+
+
+def test_a_run_that_diverges_keeps_checkpoints_of_finite_parameters(tmp_path):
+    with pytest.raises(DivergedError):
+        train(small(**RUNS_AWAY, checkpoint_every="1step"), tmp_path / "run")
+    folder, refused = newest(tmp_path / "run" / "checkpoints")
+    assert not refused and all(t.isfinite().all() for t in Checkpoint.read(folder).parts["model"].values())
+
+
+class AtStep:
+    """A run that has taken so many steps, as far as its directory is concerned."""
+
+    steps_taken = 3
+
+    def save(self, path, **parts):
+        Checkpoint(parts={"model": {"weight": torch.ones(3)}}, facts={}).write(path)
+
+
+def test_a_checkpoint_that_does_not_hold_is_written_anew(tmp_path):
+    files = RunDirectory(tmp_path)
+    for _ in range(2):
+        files.checkpoint(AtStep(), {})
+        (tmp_path / "checkpoints" / "step-00000003" / "state.json").write_text("{}")
+    files.checkpoint(AtStep(), {})
+    assert newest(tmp_path / "checkpoints") == (tmp_path / "checkpoints" / "step-00000003", {})
 
 
 class SavedAtTheEndOnly(RunDirectory):

@@ -21,6 +21,7 @@ from dpquant.runs import fingerprint
 from dpquant.runs.record import RunRecord
 from dpquant.runs.settings import TrainSettings, checkpoint_steps, plan_of
 from dpquant.runs.sinks import Sink
+from dpquant.runs.stopping import Stopping
 from dpquant.runs.train import train
 
 SMALL = {
@@ -156,6 +157,13 @@ def test_a_broken_checkpoint_is_passed_over_and_said(stopped, tmp_path):
     assert record.steps == 18 and record.epsilon <= plan_of(settings()).epsilon + 1e-9
 
 
+def test_other_records_are_refused_when_a_run_continues(stopped, tmp_path):
+    out = copied(stopped, tmp_path)
+    fingerprint.write(out / "records.json", split())
+    with pytest.raises(DataError, match="Expected the training records with which the run was begun"):
+        train(settings(), out, resume=True)
+
+
 def test_a_ledger_that_lost_a_line_is_refused(stopped, tmp_path, capsys):
     out = copied(stopped, tmp_path)
     lines = (out / "ledger.jsonl").read_bytes().split(b"\n")
@@ -199,6 +207,20 @@ def test_equal_records_have_unequal_fingerprints(tmp_path):
     for name in ("a", "b"):
         fingerprint.write(tmp_path / name, split())
     assert json.loads((tmp_path / "a").read_text())["sha256"] != json.loads((tmp_path / "b").read_text())["sha256"]
+
+
+# Signals
+
+
+def test_the_first_signal_is_kept_and_the_second_interrupts():
+    with Stopping() as stopping:
+        assert stopping.asked is None
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stopping.asked == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)  # the signal arrives before it ends
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # How often

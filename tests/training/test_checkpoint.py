@@ -22,6 +22,7 @@ def checkpoint(step: int = 3) -> Checkpoint:
     model = {
         "weight": shared,
         "tied": shared,
+        "alike": torch.randn(3, 4, generator=generator),
         "maps": torch.randn(2, 3, 4, 4, generator=generator).contiguous(memory_format=torch.channels_last),
         "half": torch.randn(5, generator=generator).bfloat16(),
         "count": torch.tensor(7),
@@ -226,6 +227,15 @@ def test_a_foreign_manifest_is_refused(change, tmp_path):
     assert refused(folder)
 
 
+def test_a_manifest_that_names_a_file_elsewhere_is_refused(tmp_path):
+    """Even one that is there, and is as the manifest says."""
+    folder = written(tmp_path / "one")
+    shutil.copy(folder / "model.safetensors", tmp_path / "other.safetensors")
+    files = json.loads((folder / "MANIFEST.json").read_text())["files"]
+    vouch(folder, {"files": {**files, "../other.safetensors": files["model.safetensors"]}})
+    assert refused(folder)
+
+
 def vouch(folder, changes) -> None:
     """Change a manifest and its own hash."""
     path = folder / "MANIFEST.json"
@@ -246,16 +256,15 @@ class Bomb:
         return (pytest.fail, ("a pickle was loaded",))
 
 
-def test_a_pickle_is_never_loaded(tmp_path):
+@pytest.mark.parametrize("name", ["state.json", "model.safetensors"])
+def test_a_pickle_is_never_loaded(name, tmp_path):
     """Even if the manifest vouches for it."""
-    folder = written(tmp_path / "one")
-    for name in ("state.json", "model.safetensors"):
-        content = pickle.dumps(Bomb())
-        files = json.loads((folder / "MANIFEST.json").read_text())["files"]
-        files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        (folder / name).write_bytes(content)
-        vouch(folder, {"files": files})
-        assert refused(folder)
+    folder, content = written(tmp_path / "one"), pickle.dumps(Bomb())
+    files = json.loads((folder / "MANIFEST.json").read_text())["files"]
+    files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / name).write_bytes(content)
+    vouch(folder, {"files": files})
+    assert refused(folder)
 
 
 # Which one is kept, and which one is taken

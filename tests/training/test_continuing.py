@@ -13,7 +13,9 @@ import dpquant
 from dpquant.errors import BudgetError, DataError, LedgerError, SettingError
 from dpquant.privacy.ledger import Ledger
 from dpquant.training.checkpoint import Checkpoint
+from dpquant.training.continuing import continued
 from dpquant.training.start import make_private
+from dpquant.training.state import RunState
 from networks import loss
 
 RECORDS, STEPS = 60, 10  # five steps an epoch
@@ -189,6 +191,45 @@ def test_another_optimizer_is_refused(saved, tmp_path):
 def test_another_plan_is_refused(saved, tmp_path):
     with pytest.raises(LedgerError, match="plan"):
         continuing_with(saved, tmp_path, plan=plan_of(noise_multiplier=1.4))
+
+
+def test_a_checkpoint_of_another_plan_is_refused(saved, tmp_path):
+    run, checkpoint = continuing_with(saved, tmp_path)
+    read = Checkpoint.read(checkpoint)
+    other = plan_of(noise_multiplier=1.4).to_json()
+    dataclasses.replace(read, facts={**read.facts, "plan": other}).write(tmp_path / "other")
+    with pytest.raises(SettingError, match="Expected the plan of the checkpoint"):
+        run.load(tmp_path / "other")
+
+
+@dataclasses.dataclass
+class Holds:
+    """A ledger that holds so many charges."""
+
+    train: int
+    analysis: int
+
+    def charged(self, kind):
+        return getattr(self, kind)
+
+
+def test_a_run_continues_at_what_is_charged_and_from_no_ledger_that_holds_less(saved):
+    at = RunState.from_json(Checkpoint.read(saved / "checkpoint").facts["state"])
+    assert (at.steps_taken, at.analyses_made, at.draws) == (4, 1, 5)
+    after = continued(at, Holds(7, 2), at.execution, repeatable=False)
+    assert (after.steps_taken, after.steps_lost, after.analyses_made, after.draws) == (7, 3, 2, 8)
+    assert continued(at, Holds(7, 2), at.execution, repeatable=True) == at
+    for less in (Holds(3, 1), Holds(4, 0)):
+        with pytest.raises(LedgerError, match="older copy"):
+            continued(at, less, at.execution, repeatable=False)
+
+
+def test_an_analysis_that_was_charged_before_any_step_is_not_made_again(tmp_path):
+    first = Run(tmp_path / "ledger.jsonl", seed=None)
+    next(first.private.epochs())  # the analysis; then the process ends
+    first.private._mechanism.ledger._file.close()
+    second = Run(tmp_path / "ledger.jsonl", seed=None, resume=True)
+    assert (second.private.analyses_made, second.private.steps_taken) == (1, 0)
 
 
 def test_an_older_ledger_is_refused(saved, tmp_path):

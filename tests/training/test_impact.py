@@ -159,6 +159,14 @@ def test_an_example_that_is_not_finite_contributes_nothing(score):
     torch.testing.assert_close(measured(model, batch, [0, 1, 2, 3], score=score), rest)
 
 
+@pytest.mark.parametrize("score", ["loss", "gradient"])
+def test_an_example_on_which_the_loss_raises_contributes_nothing(score):
+    model, batch = prepared("strided")
+    rest = measured(model, batch, [0, 1, 3], score=score)
+    batch[1][2] = 99
+    torch.testing.assert_close(measured(model, batch, [0, 1, 2, 3], score=score), rest)
+
+
 class Dropping(nn.Module):
     def __init__(self):
         super().__init__()

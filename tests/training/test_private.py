@@ -275,6 +275,8 @@ def test_only_the_batch_just_drawn_can_be_used_and_only_once():
             run.step(other)
     second = next(batches)
     assert not torch.equal(first.record_ids, second.record_ids)
+    with pytest.raises(SettingError, match="just drawn"):  # while another one waits
+        run.step(first)
 
 
 def test_steps_beyond_the_plan_and_epochs_without_a_step_are_refused():
@@ -320,10 +322,12 @@ def parameters_after(**settings):
 
 
 def test_two_runs_differ_unless_the_mechanism_is_seeded_which_is_said():
-    assert not torch.equal(parameters_after(), parameters_after())
-    assert torch.equal(parameters_after(mechanism_seed=3), parameters_after(mechanism_seed=3))
+    few = {"plan": plan_of(steps=5, analysis=None), "policy": dpquant.RotatePolicy(fraction=0.5)}
+    assert not torch.equal(parameters_after(**few), parameters_after(**few))
+    seeded = parameters_after(mechanism_seed=3, **few)
+    assert torch.equal(seeded, parameters_after(mechanism_seed=3, **few))
     torch.testing.assert_close(
-        parameters_after(mechanism_seed=3, microbatch_size=7), parameters_after(mechanism_seed=3), rtol=1e-3, atol=1e-4
+        seeded, parameters_after(mechanism_seed=3, microbatch_size=7, **few), rtol=1e-3, atol=1e-4
     )
     run = start(mechanism_seed=3)
     assert not run.secure and "NOT PRIVATE" in run.statement() and "NOT PRIVATE" not in start().statement()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole run with recorded mechanisms: every call is held against the plan, and what comes of it too.
+"""T9, T13: a whole run with recorded mechanisms: every call is held against the plan, and what comes of it too.
 
 Each planted fault is one that left all other tests green: noise or draws that repeat, a private number in the place of
 a public one, a claim that leaves something out, an analysis that touches the run.
@@ -17,10 +17,11 @@ from torch import nn
 
 import dpquant
 from dpquant.engine.batches import microbatches
-from dpquant.engine.clip import ClippedSum
+from dpquant.engine.clip import ClippedSum, step_key
 from dpquant.engine.passes import Objective
 from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.mechanism import Mechanism
+from dpquant.rounding import derive_key
 from dpquant.training.impact import analysis_keys, impact_sum
 from dpquant.training.private import PrivateTraining
 from dpquant.training.records import Records
@@ -57,16 +58,27 @@ class Transcript:
 
         class Recorded(PrivateTraining):
             def _clipped_sum(self, pieces, key):
-                pieces = list(pieces)
+                pieces, before = list(pieces), len(transcript.modes)
                 total = super()._clipped_sum(pieces, key)
-                return transcript.add("sum", total, key=key, **facts(pieces))
+                return transcript.add("sum", total, key=key, modes=set(transcript.modes[before:]), **facts(pieces))
 
             def _impact_sum(self, pieces, names, keys):
-                pieces = list(pieces)
+                pieces, before = list(pieces), len(transcript.modes)
                 total = super()._impact_sum(pieces, names, keys)
-                return transcript.add("impacts", total, keys=tuple(keys), **facts(pieces))
+                modes = set(transcript.modes[before:])
+                return transcript.add("impacts", total, names=names, keys=keys, modes=modes, **facts(pieces))
 
         return Recorded
+
+    def of_records(transcript, records):
+        """The records, with each key written down by which they are read."""
+
+        class Read(Through):
+            def microbatches(self, record_ids, size, key):
+                transcript.add("read", None, key=key)
+                return self.inner.microbatches(record_ids, size, key)
+
+        return Read(records)
 
     def of(self, what, **wanted):
         return [
@@ -74,6 +86,19 @@ class Transcript:
             for name, keywords, result in self.calls
             if name == what and all(keywords.get(key) == value for key, value in wanted.items())
         ]
+
+
+class Through:
+    """Records that a subclass changes a call of."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __len__(self):
+        return len(self.inner)
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
 
 
 def facts(pieces):
@@ -132,11 +157,11 @@ def run_whole(plant):
     plant(parts)
 
     def make_run(setup, records, *rest):
-        return parts.run(setup, parts.records(records), *rest)
+        return parts.run(setup, parts.records(transcript.of_records(records)), *rest)
 
     run = begun(
         network(), data_set(), loss_fn=watched, plan=parts.plan, policy=dpquant.DPQuantPolicy(fraction=0.5), lr=0.05,
-        mechanism=parts.mechanism, make_run=make_run, microbatch_size=MICROBATCH, seed=5,
+        mechanism=parts.mechanism, make_run=make_run, microbatch_size=MICROBATCH, seed=5, backend="simulate",
     )  # fmt: skip
     assert not transcript.calls
     steps = []
@@ -160,6 +185,7 @@ def assert_the_plan_was_kept(run, transcript, steps):
     analyses = [keywords["given"] for keywords, _ in draws if keywords["stream"] == "analysis"]
     assert analyses == [(RECORDS, ANALYSIS_RATE)] * ANALYSES
     assert len({(k["stream"], k["step"], k["attempt"]) for k, _ in draws}) == STEPS + ANALYSES
+    assert [keywords["attempt"] for keywords, _ in draws] == list(range(1, STEPS + ANALYSES + 1))
     assert len({tuple(ids.tolist()) for _, ids in draws}) == STEPS + ANALYSES
     # sums: of the records drawn, in microbatches of a size that is no count of them, under one secret and other draws
     sums, impacts = transcript.of("sum"), transcript.of("impacts")
@@ -170,9 +196,17 @@ def assert_the_plan_was_kept(run, transcript, steps):
     assert {total.sensitivity for _, total in sums} == {plan.max_grad_norm}
     assert {total.sensitivity for _, total in impacts} == {plan.analysis.max_norm}
     assert len({keywords["key"] for keywords, _ in sums}) == STEPS
-    assert len({keywords["keys"] for keywords, _ in impacts}) == ANALYSES
-    guessed = {tuple(analysis_keys(seed, step)) for seed in (5, 0, 11) for step in range(ANALYSES)}
-    assert not guessed & {keywords["keys"] for keywords, _ in impacts}  # no seed that a person chose is the key itself
+    secret = Mechanism.repeatable(11, None).record_key  # not the seeds that a person chose: 11, and 5 of the schedule
+    assert [keywords["key"] for keywords, _ in sums] == [step_key(secret, step) for step in range(STEPS)]
+    assert [keywords["keys"] for keywords, _ in impacts] == [analysis_keys(secret, step) for step in range(ANALYSES)]
+    assert len({tuple(keywords["keys"]) for keywords, _ in impacts}) == ANALYSES
+    reads = {keywords["key"] for keywords, _ in transcript.of("read")}
+    assert reads == {step_key(secret, step) for step in range(STEPS)} | {
+        derive_key(secret, "analysis", step) for step in range(ANALYSES)
+    }
+    # the model trains in sums, if there is anything to sum, and is evaluated in analyses
+    assert set.union(*(keywords["modes"] for keywords, _ in sums)) == {True}
+    assert set.union(*(keywords["modes"] for keywords, _ in impacts)) == {False}
     assert all(set(total.grads) == set(trainable) for _, total in sums)
     # noise: for each parameter of its own shape, of the plan's size, no two alike
     noises = transcript.of("noise")
@@ -180,6 +214,8 @@ def assert_the_plan_was_kept(run, transcript, steps):
     assert len({(k["stream"], k["step"], k["attempt"], k["name"]) for k, _ in noises}) == len(noises)
     firsts = [float(noise.flatten()[0]) for _, noise in noises]
     assert len(set(firsts)) == len(firsts)
+    drawn_for = {(k["stream"], k["step"], k["attempt"]) for k, _ in draws}
+    assert {(k["stream"], k["step"], k["attempt"]) for k, _ in noises} == drawn_for
     for keywords, noise in noises:
         shape, std = keywords["given"]
         training = keywords["stream"] == "train"
@@ -193,11 +229,19 @@ def assert_the_plan_was_kept(run, transcript, steps):
             moved = (before[name] - after[name]) / 0.05
             torch.testing.assert_close(moved, (total.grads[name] + noise) / BATCH, rtol=1e-3, atol=1e-5)
         assert all(torch.equal(before[name], after[name]) for name in before if name not in trainable)
+    # the scores are the noised impacts over the public batch size, smoothed
+    scores = {}
+    for (keywords, total), (_, noise) in zip(impacts, transcript.of("noise", stream="analysis"), strict=True):
+        noised = dict(zip(keywords["names"], ((total.impacts + noise) / ANALYSIS_BATCH).tolist(), strict=True))
+        scores = {name: (scores[name] + one) / 2 if scores else one for name, one in noised.items()}
+    assert run.scores == pytest.approx(scores)
     # the ledger: every draw is charged as it was made, and marked as what it is; the statement says all of it
     charges = [keywords for keywords, _ in transcript.of("charge")]
     assert [c["sample_rate"] for c in charges if c["kind"] == "train"] == [RATE] * STEPS
     assert [c["noise_multiplier"] for c in charges if c["kind"] == "analysis"] == [2.5] * ANALYSES
     order = [name for name, *_ in transcript.calls if name in ("charge", "sum", "impacts")]
+    kinds = [keywords["kind"] for keywords, _ in transcript.of("charge")]
+    assert kinds == [*["analysis", *["train"] * 5] * 2, "train", "train"]  # five steps an epoch, two analyses in three
     assert len(charges) == STEPS + ANALYSES
     assert order[::2] == ["charge"] * len(charges) and "charge" not in order[1::2]  # each before its records are read
     assert all(charge.research for charge in run.events())
@@ -279,18 +323,9 @@ def divided_by_the_realised_size(parts):
 
 
 def a_microbatch_of_the_realised_size(parts):
-    class Planted:
-        def __init__(self, records):
-            self.records = records
-
-        def __len__(self):
-            return len(self.records)
-
-        def __getattr__(self, name):
-            return getattr(self.records, name)
-
+    class Planted(Through):
         def microbatches(self, record_ids, size, key):
-            return self.records.microbatches(record_ids, max(len(record_ids), 1), key)
+            return self.inner.microbatches(record_ids, max(len(record_ids), 1), key)
 
     parts.records = Planted
 
@@ -490,3 +525,99 @@ def test_without_the_probe_it_would_not_be_seen():
 def test_records_without_large_values_are_kept_apart():
     run = finish(coupled_run([(x / 1e5, y) for x, y in large_records()]))
     assert run.steps_taken == 4 and "DOES NOT HOLD" not in run.statement()
+
+
+class Louder(PrivateTraining):
+    """Sums of another sensitivity than the one for which noise is drawn."""
+
+    def _clipped_sum(self, pieces, key):
+        total = super()._clipped_sum(pieces, key)
+        return dataclasses.replace(total, sensitivity=2 * total.sensitivity)
+
+
+def small_run(make_run=PrivateTraining, loss_fn=loss, **settings):
+    return begun(
+        network(), data_set(), loss_fn=loss_fn, plan=the_plan(), policy=dpquant.NonePolicy(), make_run=make_run,
+        **{"microbatch_size": MICROBATCH, **settings},
+    )  # fmt: skip
+
+
+def test_a_sum_of_another_sensitivity_is_not_noised():
+    run = small_run(Louder)
+    with pytest.raises(dpquant.ModelError, match="Expected sums of sensitivity C"):
+        first_step(run)
+    assert all(parameter.grad is None for parameter in run.model.parameters())
+
+
+class Raises(PrivateTraining):
+    def _clipped_sum(self, pieces, key):
+        raise ValueError(f"secret: {next(iter(pieces)).data[0].flatten()[:3]}")
+
+
+def test_an_error_in_a_step_carries_nothing_of_a_record():
+    with pytest.raises(dpquant.ModelError, match="withheld") as error:
+        first_step(small_run(Raises))
+    assert "secret" not in str(error.value)
+    assert error.value.__cause__ is None and error.value.__context__ is None
+
+
+def test_the_statement_is_about_what_was_charged():
+    run = small_run()
+    first_step(run)
+    assert "1 training steps" in run.statement() and "12 training steps" not in run.statement()
+
+
+MARK = 7777.25
+
+
+def marked_records():
+    return [(torch.full_like(image, MARK), label) for image, label in data_set()]
+
+
+def assert_reads_no_value_before_a_charge(records=marked_records):
+    """No value of a private record reaches the model before a step is charged; then they do."""
+    seen = []
+
+    def watched(model, batch):
+        seen.append(bool((batch[0] == MARK).any()))
+        return loss(model, batch)
+
+    run = begun(
+        network(), records(), loss_fn=watched, plan=the_plan(), policy=dpquant.DPQuantPolicy(fraction=0.5)
+    )  # its microbatch size is measured
+    assert seen and not any(seen)
+    first_step(run)
+    assert any(seen)
+
+
+def test_no_value_of_a_private_record_is_used_before_a_charge():
+    assert_reads_no_value_before_a_charge()
+
+
+def test_examples_of_another_form_than_the_records_are_refused_before_a_charge():
+    model = network()
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
+    examples = [(image, label, torch.randn(2)) for image, label in data_set()[:3]]
+    with pytest.raises(dpquant.DataError, match="Expected example to hold records as the data set does"):
+        dpquant.make_private(
+            model, optimizer, data_set(), loss_fn=loss, plan=the_plan(), policy=dpquant.NonePolicy(), example=examples
+        )
+
+
+class CoupledAtSize(nn.Module):
+    """Mixes examples in batches of the run's own size alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(36, 5)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return self.layer(x + x.mean(0) if len(x) == MICROBATCH else x)
+
+
+def test_a_coupling_at_the_runs_own_size_is_refused_before_a_charge():
+    arguments = {"loss_fn": loss, "plan": the_plan(), "policy": dpquant.NonePolicy()}
+    with pytest.raises(dpquant.ModelError, match="batch"):
+        begun(CoupledAtSize(), data_set(), **arguments, microbatch_size=MICROBATCH)
+    assert begun(CoupledAtSize(), data_set(), **arguments, microbatch_size=MICROBATCH + 1).steps_taken == 0

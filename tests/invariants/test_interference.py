@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""T12: with the mechanisms' results held fixed, nothing that a run leaves behind may depend on its records.
+
+All private computation runs, but its results are replaced by constants. Times are in timings.json and on the screen,
+which are the operator's, and nowhere else.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import dpquant
+from doubles import Told
+from dpquant.backends.registry import resolve
+from dpquant.data import dataset as data
+from dpquant.engine.clip import ClippedSum
+from dpquant.formats import precision
+from dpquant.privacy.noise import NoiseSource
+from dpquant.runs.directory import RunDirectory, append_line
+from dpquant.runs.names import METRICS, RECORD
+from dpquant.runs.settings import TrainSettings
+from dpquant.runs.train import train
+from dpquant.training.checkpoint import Checkpoint
+from dpquant.training.impact import ImpactSum
+from dpquant.training.private import PrivateTraining
+from mechanisms import starting, with_doubles
+
+
+def what_the_screen_shows(progress):
+    return {name: value for name, value in dataclasses.asdict(progress).items() if name != "examples_per_second"}
+
+
+def what_a_line_says(line):
+    """A line of the ledger without the run's random name, from which its hashes follow."""
+    return {name: value for name, value in line.items() if name not in ("run", "previous", "hash")}
+
+
+class Silent(PrivateTraining):
+    """Computes on private records, and puts constants in the place of what comes of it."""
+
+    def _clipped_sum(self, pieces, key):
+        total = super()._clipped_sum(pieces, key)
+        return ClippedSum({name: torch.zeros_like(grad) for name, grad in total.grads.items()}, total.sensitivity)
+
+    def _impact_sum(self, pieces, names, keys):
+        total = super()._impact_sum(pieces, names, keys)
+        return ImpactSum(torch.zeros_like(total.impacts), total.sensitivity)
+
+
+def with_constant_noise(mechanism):
+    """The mechanism with noise that is the same in every run."""
+    constant = NoiseSource.from_seed(0).gaussian
+    return with_doubles(mechanism, gaussian=lambda honest, *a, **k: constant(*a, **k))
+
+
+def as_lists(value):
+    """Nested tensors as nested lists."""
+    match value:
+        case torch.Tensor():
+            return value.tolist()
+        case Mapping():
+            return {key: as_lists(one) for key, one in value.items()}
+        case list() | tuple():
+            return [as_lists(one) for one in value]
+        case _:
+            return value
+
+
+def left_behind(out, settings, *, make_run=Silent, directory=RunDirectory):
+    """Everything that a run leaves behind or says, less what is its operator's."""
+    told = Told()
+    record = train(
+        TrainSettings.chosen(settings),
+        out,
+        sinks=[told],
+        directory=directory,
+        start=starting(with_constant_noise, make_run),
+    )
+    files = {path.name: path for path in out.iterdir()}
+    return {
+        "files": sorted(files),
+        "config": files["config.toml"].read_bytes(),
+        "ledger": [what_a_line_says(json.loads(line)) for line in files["ledger.jsonl"].read_text().splitlines()],
+        "choices": json.loads(files["choices.json"].read_text()),
+        "metrics": [json.loads(line) for line in files["metrics.jsonl"].read_text().splitlines()],
+        "record": json.loads(files["record.json"].read_text()),
+        "checkpoints": {one.name: as_lists(Checkpoint.read(one).parts) for one in files["checkpoints"].iterdir()},
+        "weights": {name: t.tolist() for name, t in load_file(files["model.safetensors"]).items()},
+        "progress": [what_the_screen_shows(progress) for progress in told.of("stepped")],
+        "told": [(method, what) for method, what in told.all if method != "stepped"],
+        "statement": record.statement,
+    }
+
+
+RECORDS, OTHERS = 90, 80
+SETTINGS = {
+    "model": "cnn", "epochs": 2, "batch_size": 20.0, "sample_rate": 0.25, "lr": 0.01, "microbatch_size": 32,
+    "backend": resolve("auto", [precision("luq-fp4")], torch.device("cpu")).name, "checkpoint_every": "1epoch",
+}  # fmt: skip
+
+
+def two_data_sets():
+    """Two private data sets: other pixels, labels and numbers of records; some of the first cannot be read."""
+    real = data.load("digits").train
+    generator = torch.Generator().manual_seed(0)
+    random_pixels = torch.randint(0, 9, (RECORDS, *real.pixels.shape[1:]), generator=generator, dtype=torch.uint8)
+    first = random_pixels, torch.full((RECORDS,), 3), torch.arange(RECORDS) % 7 > 0
+    return first, (real.pixels[:OTHERS], real.targets[:OTHERS], torch.ones(OTHERS, dtype=torch.bool))
+
+
+def put_images(folder, records):
+    """Private records as an image folder; the test set is public."""
+    public = data.load("digits").test
+    tests = public.pixels[:50], public.targets[:50], torch.ones(50, dtype=torch.bool)
+    for part, (pixels, targets, readable) in (("train", records), ("test", tests)):
+        for label in range(10):
+            (folder / part / str(label)).mkdir(parents=True)
+        for number in range(len(targets)):
+            path = folder / part / str(int(targets[number])) / f"{number}.png"
+            if readable[number]:
+                Image.fromarray((14 * pixels[number].squeeze()).numpy()).save(path)
+            else:
+                path.write_bytes(b"torn")
+
+
+class Worlds:
+    """Two data sets, of which one at a time is at the place that the settings name.
+
+    Attributes:
+      settings: of a run on either; the timings of one run decide in all.
+    """
+
+    def __init__(self, folder):
+        self._place, self._worlds = folder / "images", [folder / "one", folder / "other"]
+        for world, records in zip(self._worlds, two_data_sets(), strict=True):
+            put_images(world, records)
+        self.settings = {**SETTINGS, "data": f"image-folder:{self._place}"}
+        self.put(0)
+        left_behind(folder / "measured", self.settings)
+        self.settings["choices"] = str(folder / "measured" / "choices.json")
+
+    def put(self, number):
+        """Put one of the data sets at the place."""
+        self._place.unlink(missing_ok=True)
+        self._place.symlink_to(self._worlds[number])
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory):
+    return Worlds(tmp_path_factory.mktemp("worlds"))
+
+
+def assert_no_interference(worlds, tmp_path, *, given=None, **planted):
+    found = []
+    for number, name in enumerate("ab"):
+        worlds.put(number)
+        found.append(left_behind(tmp_path / name, {**worlds.settings, **(given or {})}, **planted))
+    first, second = found
+    assert first["record"]["steps"] == 8 and len(first["progress"]) == 8
+    assert first["record"]["epsilon_analysis_share"] > 0
+    for what, value in first.items():
+        assert value == second[what], what
+
+
+def test_what_a_run_leaves_behind_depends_on_its_records_through_the_mechanisms_only(worlds, tmp_path):
+    assert_no_interference(worlds, tmp_path)
+
+
+class TellingTheSize(Silent):
+    """The size of the batch in the place of the sum."""
+
+    def _clipped_sum(self, pieces, key):
+        pieces = list(pieces)
+        total, size = super()._clipped_sum(pieces, key), sum(piece.num_examples for piece in pieces)
+        return ClippedSum({name: torch.full_like(grad, size) for name, grad in total.grads.items()}, total.sensitivity)
+
+
+class TellingTheGradients(Silent):
+    def _clipped_sum(self, pieces, key):
+        return PrivateTraining._clipped_sum(self, pieces, key)
+
+
+class KeepingSome(Silent):
+    """A buffer that takes in the data."""
+
+    def _clipped_sum(self, pieces, key):
+        pieces = list(pieces)
+        self.model.register_buffer("seen", torch.stack([piece.data[0].mean() for piece in pieces]).nan_to_num()[:1])
+        return super()._clipped_sum(pieces, key)
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [{"make_run": TellingTheSize}, {"make_run": TellingTheGradients}, {"given": {"unsafe_metrics": True}}],
+    ids=["batch size", "gradients", "training accuracy"],
+)
+def test_interference_is_caught(planted, worlds, tmp_path):
+    with pytest.raises(AssertionError):
+        assert_no_interference(worlds, tmp_path, **planted)
+
+
+@pytest.mark.parametrize("every", ["1epoch", "1step"])
+def test_a_buffer_that_takes_in_the_data_ends_the_run_and_is_not_kept(every, worlds, tmp_path):
+    with pytest.raises(dpquant.ModelError, match="buffer seen has begun to change"):
+        assert_no_interference(worlds, tmp_path, make_run=KeepingSome, given={"checkpoint_every": every})
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {
+        *("choices.json", "config.toml", "ledger.jsonl", "records.json", "checkpoints")
+    }
+    assert [path.name for path in (tmp_path / "a" / "checkpoints").iterdir()] == ["step-00000000"]
+
+
+class SecondsInTheMetrics(RunDirectory):
+    def keep(self, model, choices, timings):
+        super().keep(model, choices, timings)
+        append_line(self.path / METRICS, json.dumps({"seconds": time.perf_counter()}))
+
+
+class SecondsInTheRecord(RunDirectory):
+    def end(self, record, timings):
+        super().end(record, timings)
+        fields = json.loads(record.to_json())
+        (self.path / RECORD).write_text(json.dumps({**fields, "seconds": time.perf_counter()}))
+
+
+@pytest.mark.parametrize("planted", [SecondsInTheMetrics, SecondsInTheRecord])
+def test_a_clock_in_what_is_released_is_caught(planted, worlds, tmp_path):
+    with pytest.raises(AssertionError):
+        assert_no_interference(worlds, tmp_path, directory=planted)

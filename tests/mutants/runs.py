@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bugs planted in `runs`: what a run leaves behind, what it says, and how it is continued."""
+
+from mutants.mutant import CHECKPOINT, CLAIM, LEAK, LEDGER, RESUME, mutants_of
+
+_RUNS = "src/dpquant/runs"
+_RESUME = "tests/runs/test_resume.py"
+_DIRECTORY = "tests/runs/test_directory.py"
+_BLIND = (
+    "tests/invariants/test_interference.py::"
+    "test_what_a_run_leaves_behind_depends_on_its_records_through_the_mechanisms_only"
+)
+
+MUTANTS = [
+    *mutants_of(
+        f"{_RUNS}/train.py",
+        _BLIND,
+        (
+            "training accuracy is written down without being asked for",
+            LEAK,
+            "if settings.unsafe_metrics else None,",
+            "if True else None,",
+            "tests/runs/test_sinks.py::test_metrics_hold_one_line_an_epoch_and_nothing_from_private_data",
+        ),
+        (
+            "accuracy is that on the training records",
+            LEAK,
+            "accuracy_test=evaluate(tested.model, dataset.test),",
+            "accuracy_test=evaluate(tested.model, dataset.train),",
+        ),
+        (
+            "the learning rate follows the training accuracy",
+            LEAK,
+            "        _check_finite(private)\n        history.end(",
+            (
+                "        _check_finite(private)\n"
+                "        optimizer.param_groups[0]['lr'] *= 1 + evaluate(tested.model, "
+                "dataset.train)\n        history.end("
+            ),
+        ),
+        (
+            "a model that is not finite replaces the last good one",
+            CHECKPOINT,
+            "    def end_epoch(index: int, layers: Sequence[str]) -> None:\n        _check_finite(private)\n",
+            "    def end_epoch(index: int, layers: Sequence[str]) -> None:\n",
+            f"{_DIRECTORY}::test_a_run_that_ends_early_leaves_the_model_of_its_last_good_epoch",
+        ),
+        (
+            "a model that is not finite is saved as a checkpoint",
+            CHECKPOINT,
+            "    def save() -> None:\n        _check_finite(private)\n",
+            "    def save() -> None:\n",
+            f"{_DIRECTORY}::test_a_run_that_diverges_keeps_checkpoints_of_finite_parameters",
+        ),
+        (
+            "no checkpoint is loaded when a run continues",
+            RESUME,
+            "        if found is not None:\n",
+            "        if False:\n",
+            f"{_RESUME}::test_the_first_epoch_keeps_its_figures",
+        ),
+        (
+            "a run that is asked to stop leaves no checkpoint",
+            RESUME,
+            "                    save()\n                    _stop_if_asked",
+            "                    _stop_if_asked",
+            f"{_RESUME}::test_a_stopped_run_has_a_checkpoint_of_its_last_step_and_gives_back_its_lease",
+        ),
+        (
+            "a run in use is begun anew",
+            LEDGER,
+            "        files.check_place()\n        files.make",
+            "        files.make",
+            "tests/runs/test_train.py::test_a_directory_in_use_is_refused",
+        ),
+        (
+            "settings of a run that continues are not compared",
+            RESUME,
+            "        files.check_continues(settings)\n",
+            "        pass\n",
+            f"{_RESUME}::test_other_settings_are_refused",
+        ),
+        (
+            "the records of a run that continues are not compared",
+            RESUME,
+            "        files.know_records(dataset.train)\n",
+            "",
+            f"{_RESUME}::test_other_records_are_refused_when_a_run_continues",
+        ),
+        (
+            "an epoch's epsilon is that of the plan",
+            CLAIM,
+            "            epsilon=private.epsilon_spent(),\n            accuracy_test",
+            "            epsilon=plan.epsilon,\n            accuracy_test",
+            "tests/runs/test_train.py::test_a_record_keeps_every_epoch",
+        ),
+    ),
+    *mutants_of(
+        f"{_RUNS}/record.py",
+        "tests/runs/test_record.py",
+        (
+            "training accuracy is not marked as uncovered",
+            CLAIM,
+            'statement=(NOT_COVERED if settings.unsafe_metrics else "") + private.statement(),',
+            "statement=private.statement(),",
+            "tests/runs/test_train.py::test_unsafe_metrics_mark_the_run",
+        ),
+        ("the record holds a clock", LEAK, "seed=settings.seed,\n", "seed=int(private.seconds_train * 1e6),\n", _BLIND),
+        (
+            "the record's epsilon is the target",
+            CLAIM,
+            "            epsilon=private.epsilon_spent(),\n            delta",
+            "            epsilon=plan.epsilon,\n            delta",
+            "tests/runs/test_train.py::test_a_ledger_tells_what_its_run_has_spent",
+        ),
+        (
+            "a file is replaced before it is on disk",
+            CHECKPOINT,
+            '        with draft.open("rb+") as file:\n            os.fsync(file.fileno())\n',
+            "",
+            "tests/invariants/test_crashes.py",
+        ),
+        (
+            "a file is written where it is read",
+            CHECKPOINT,
+            'draft = path.with_name(path.name + ".tmp")',
+            "draft = path",
+        ),
+        (
+            "times are among the metrics",
+            LEAK,
+            '        "epsilon": epoch.epsilon,\n',
+            '        "epsilon": epoch.epsilon,\n        "seconds": time.perf_counter(),\n',
+            "tests/runs/test_sinks.py::test_metrics_hold_one_line_an_epoch_and_nothing_from_private_data",
+        ),
+        (
+            "a training accuracy that was not asked for is in the metrics",
+            LEAK,
+            "    if epoch.nonprivate_accuracy_train is not None:\n",
+            "    if True:\n",
+            "tests/runs/test_sinks.py::test_metrics_hold_one_line_an_epoch_and_nothing_from_private_data",
+        ),
+        ("a record of a newer schema is read", CLAIM, "if isinstance(schema, int) and schema > SCHEMA:", "if False:"),
+    ),
+    *mutants_of(
+        f"{_RUNS}/directory.py",
+        _DIRECTORY,
+        (
+            "a seeded run's spending looks private",
+            CLAIM,
+            "research=any(event.research for event in events),",
+            "research=False,",
+            f"{_DIRECTORY}::test_what_was_spent_is_read_from_the_ledgers_own_lines",
+        ),
+        (
+            "what was spent counts the steps alone",
+            CLAIM,
+            "epsilon=accounting.epsilon(events, plan.delta),",
+            'epsilon=accounting.epsilon([event for event in events if event.kind == "train"], plan.delta),',
+            f"{_DIRECTORY}::test_what_was_spent_is_read_from_the_ledgers_own_lines",
+        ),
+        (
+            "other settings are taken when a run continues",
+            RESUME,
+            "        if differ:\n",
+            "        if False:\n",
+            f"{_RESUME}::test_other_settings_are_refused",
+        ),
+        (
+            "a run that has ended is continued",
+            RESUME,
+            "        if (self.path / RECORD).exists():\n",
+            "        if False:\n",
+            f"{_RESUME}::test_a_run_that_has_ended_is_refused",
+        ),
+        (
+            "metrics are not on disk when an epoch ends",
+            CHECKPOINT,
+            "        file.flush()\n        os.fsync(file.fileno())\n",
+            "        file.flush()\n",
+            "tests/invariants/test_crashes.py",
+        ),
+        (
+            "a ledger that holds charges is taken back",
+            LEDGER,
+            "        if (self.path / LEDGER).exists() and Ledger.read(self.path / LEDGER):\n            return\n",
+            "",
+            f"{_DIRECTORY}::test_a_ledger_that_holds_charges_is_never_taken_back",
+        ),
+        (
+            "a model that cannot be saved is found out after an epoch",
+            CHECKPOINT,
+            "        self.try_saving(model)\n",
+            "",
+            f"{_DIRECTORY}::test_what_would_fail_after_an_epoch_is_tried_before_any_charge",
+        ),
+        (
+            "a checkpoint that does not hold is left as it is",
+            CHECKPOINT,
+            "            if newest(home)[0] == folder:\n                return\n",
+            "            return\n",
+            f"{_DIRECTORY}::test_a_checkpoint_that_does_not_hold_is_written_anew",
+        ),
+        (
+            "no checkpoint is kept but the last",
+            CHECKPOINT,
+            "_KEPT = 2",
+            "_KEPT = 1",
+            f"{_RESUME}::test_a_broken_checkpoint_is_passed_over_and_said",
+        ),
+        (
+            "a model that changes when it is loaded is not noticed",
+            CHECKPOINT,
+            "        if changed:\n",
+            "        if False:\n",
+            f"{_DIRECTORY}::test_what_would_fail_after_an_epoch_is_tried_before_any_charge",
+        ),
+    ),
+    *mutants_of(
+        f"{_RUNS}/fingerprint.py",
+        _RESUME,
+        (
+            "everybody may read the fingerprint of the records",
+            LEAK,
+            "os.chmod(path, 0o600)",
+            "os.chmod(path, 0o644)",
+            f"{_RESUME}::test_the_same_records_are_known_again",
+        ),
+        (
+            "fingerprints have no salt",
+            LEAK,
+            "salt = secrets.token_hex(16)",
+            'salt = "0" * 32',
+            f"{_RESUME}::test_equal_records_have_unequal_fingerprints",
+        ),
+        (
+            "other records are taken for the same",
+            RESUME,
+            "    if not same:\n",
+            "    if False:\n",
+            f"{_RESUME}::test_other_records_are_refused",
+        ),
+        (
+            "labels are not in the fingerprint",
+            RESUME,
+            "        for part in parts:\n",
+            "        for part in parts[:1]:\n",
+            f"{_RESUME}::test_other_records_are_refused",
+        ),
+    ),
+    *mutants_of(
+        f"{_RUNS}/stopping.py",
+        _RESUME,
+        (
+            "a second signal is not heard",
+            RESUME,
+            "            raise KeyboardInterrupt\n",
+            "            return\n",
+            f"{_RESUME}::test_the_first_signal_is_kept_and_the_second_interrupts",
+        ),
+        (
+            "a signal is not kept",
+            RESUME,
+            "        self.asked = signal.Signals(number)\n",
+            "        self.asked = None\n",
+            f"{_RESUME}::test_the_first_signal_is_kept_and_the_second_interrupts",
+        ),
+    ),
+    *mutants_of(
+        f"{_RUNS}/settings.py",
+        "tests/runs/test_settings.py",
+        (
+            "checkpoints are as often as the disk is slow",
+            CHECKPOINT,
+            "return math.ceil(max(wanted, write_seconds / (_SHARE * step_seconds), 1))",
+            "return math.ceil(max(write_seconds / (_SHARE * step_seconds), 1))",
+            f"{_RESUME}::test_checkpoints_are_as_often_as_asked",
+        ),
+    ),
+    *mutants_of(
+        f"{_RUNS}/sinks.py",
+        "tests/runs/test_sinks.py",
+        (
+            "an error of a sink is swallowed",
+            LEDGER,
+            (
+                "            except Exception as error:  # a user's sink may raise anything; "
+                "it got nothing private to quote\n                raise SettingError("
+            ),
+            "            except ZeroDivisionError as error:\n                raise SettingError(",
+            "tests/runs/test_sinks.py::test_a_sink_that_raises_ends_the_run_with_one_error",
+        ),
+    ),
+]

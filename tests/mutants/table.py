@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All planted bugs, room by room."""
+
+from mutants import backends, engine, native, privacy, runs, training
+from mutants.mutant import Mutant
+
+MUTANTS: list[Mutant] = [one for room in (privacy, engine, backends, native, training, runs) for one in room.MUTANTS]

@@ -1,0 +1,877 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bugs planted in the room `training`: what a step and an analysis are made of, records, checkpoints and resuming."""
+
+from mutants.mutant import (
+    ACCOUNTING,
+    ANALYSIS,
+    CHECKPOINT,
+    CLAIM,
+    COUPLING,
+    LEAK,
+    LEDGER,
+    NOISE,
+    RESUME,
+    SAMPLING,
+    SECRET,
+    SENSITIVITY,
+    WIRING,
+    mutants_of,
+)
+
+_TRAINING = "src/dpquant/training"
+_CALLS = "tests/invariants/test_calls.py"
+_PRIVATE = "tests/training/test_private.py"
+_RECORDS = "tests/training/test_records.py"
+_CHECKPOINT = "tests/training/test_checkpoint.py"
+_CONTINUING = "tests/training/test_continuing.py"
+_IMPACT = "tests/training/test_impact.py"
+_ATTACKS = "tests/test_attacks.py"
+_TWO = "tests/training/test_distributed.py"
+
+MUTANTS = [
+    *mutants_of(
+        f"{_TRAINING}/private.py",
+        f"{_CALLS}::test_a_run_keeps_its_plan_call_by_call",
+        (
+            "the sum is divided by the realised size of the batch",
+            SENSITIVITY,
+            ".div_(self.plan.expected_batch_size)",
+            ".div_(max(len(batch.record_ids), 1))",
+        ),
+        (
+            "gradients left from another step are added",
+            WIRING,
+            "parameter.grad = noise.add_(clipped.grads[name]).div_(self.plan.expected_batch_size)",
+            "mean = noise.add_(clipped.grads[name]).div_(self.plan.expected_batch_size)\n"
+            "                parameter.grad = mean if parameter.grad is None else parameter.grad + mean",
+        ),
+        ("no noise is added to the sum", NOISE, "noise.add_(clipped.grads[name])", "clipped.grads[name].clone()"),
+        (
+            "an empty batch is no step",
+            SAMPLING,
+            "        began = time.perf_counter()\n        self._drawn = None\n",
+            "        began = time.perf_counter()\n        self._drawn = None\n"
+            "        if len(batch.record_ids) == 0:\n            return\n",
+            f"{_PRIVATE}::test_an_empty_batch_is_a_step_like_any_other",
+        ),
+        (
+            "a step is charged after its data was used",
+            LEDGER,
+            '        self._charge("train", self.plan, self.steps_taken)\n'
+            "        self._advance(steps_taken=self.steps_taken + 1)\n"
+            "        without_details(lambda: self._descend(batch), self.choices, self._device)\n",
+            "        without_details(lambda: self._descend(batch), self.choices, self._device)\n"
+            '        self._charge("train", self.plan, self.steps_taken)\n'
+            "        self._advance(steps_taken=self.steps_taken + 1)\n",
+        ),
+        (
+            "an analysis is charged after its data was used",
+            LEDGER,
+            '        self._charge("analysis", self._analysis, number)\n'
+            "        self._advance(analyses_made=number + 1)\n"
+            '        batch = self._draw("analysis", self._analysis, number)\n'
+            "        without_details(lambda: self._score(batch), self.choices, self._device)\n",
+            "        self._advance(analyses_made=number + 1)\n"
+            '        batch = self._draw("analysis", self._analysis, number)\n'
+            "        without_details(lambda: self._score(batch), self.choices, self._device)\n"
+            '        self._charge("analysis", self._analysis, number)\n',
+        ),
+        ("an analysis is not charged", LEDGER, '        self._charge("analysis", self._analysis, number)\n', ""),
+        (
+            "an analysis is charged as a step would be",
+            ACCOUNTING,
+            'self._charge("analysis", self._analysis, number)',
+            'self._charge("analysis", self.plan, number)',
+        ),
+        (
+            "steps beyond the plan reach the ledger",
+            LEDGER,
+            "if self.steps_taken >= self.plan.steps:",
+            "if self.steps_taken > self.plan.steps:",
+            f"{_PRIVATE}::test_steps_beyond_the_plan_and_epochs_without_a_step_are_refused",
+        ),
+        (
+            "a batch of the user's own is taken",
+            SAMPLING,
+            "if batch is not self._drawn:",
+            "if self._drawn is None:",
+            f"{_PRIVATE}::test_only_the_batch_just_drawn_can_be_used_and_only_once",
+        ),
+        (
+            "a batch can be used twice",
+            SAMPLING,
+            '        self._drawn = None\n        self._charge("train"',
+            '        self._charge("train"',
+            f"{_PRIVATE}::test_only_the_batch_just_drawn_can_be_used_and_only_once",
+        ),
+        (
+            "a batch may be drawn and skipped",
+            SAMPLING,
+            "                self._refuse_what_was_skipped()\n                self._drawn",
+            "                self._drawn",
+            f"{_PRIVATE}::test_a_batch_that_is_drawn_and_skipped_is_refused",
+        ),
+        (
+            "an epoch may end with a batch that was skipped",
+            SAMPLING,
+            "                self._refuse_what_was_skipped()\n                taken = self.steps_taken",
+            "                taken = self.steps_taken",
+            f"{_PRIVATE}::test_a_batch_that_is_drawn_and_skipped_is_refused",
+        ),
+        (
+            "what is charged already is not charged again, in a private run either",
+            RESUME,
+            "if not self._mechanism.repeats or number >= self._mechanism.ledger.charged(kind):",
+            "if number >= self._mechanism.ledger.charged(kind):",
+            f"{_CONTINUING}::test_lost_steps_are_not_taken_again",
+        ),
+        ("impacts are used without noise", NOISE, "(measured.impacts + noise)", "measured.impacts"),
+        (
+            "impacts are divided by the realised size of the batch",
+            SENSITIVITY,
+            "/ self._analysis.expected_batch_size",
+            "/ max(len(batch.record_ids), 1)",
+        ),
+        (
+            "noise of impacts is that of training",
+            NOISE,
+            "std = self.plan.analysis_noise_std(measured.sensitivity)",
+            "std = self.plan.train_noise_std(measured.sensitivity)",
+        ),
+        (
+            "noise of impacts is not scaled by their sensitivity",
+            NOISE,
+            "std = self.plan.analysis_noise_std(measured.sensitivity)",
+            "std = self.plan.analysis_noise_std(1.0)",
+        ),
+        (
+            "all analyses get the same noise",
+            NOISE,
+            'stream="analysis", step=batch.step, attempt=batch.attempt',
+            'stream="analysis", step=0, attempt=0',
+        ),
+        (
+            "noise of impacts comes from the stream of training",
+            NOISE,
+            'std, stream="analysis", step=batch.step',
+            'std, stream="train", step=batch.step',
+        ),
+        (
+            "an analysis draws from the stream of training",
+            SAMPLING,
+            'self._draw("analysis", self._analysis, number)',
+            'self._draw("train", self._analysis, number)',
+        ),
+        (
+            "an analysis draws at the rate of training",
+            SAMPLING,
+            'self._draw("analysis", self._analysis, number)',
+            'self._draw("analysis", self.plan, number)',
+        ),
+        (
+            "the rate follows from the true number of records",
+            SAMPLING,
+            "len(self._records), planned.sample_rate, stream",
+            "len(self._records), planned.expected_batch_size / len(self._records), stream",
+        ),
+        ("every draw has the same attempt number", SAMPLING, "attempt = self._state.draws\n", "attempt = 1\n"),
+        (
+            "draws for records follow from the public seed",
+            SECRET,
+            "return step_key(self._mechanism.record_key, step)",
+            "return step_key(self._seed, step)",
+        ),
+        (
+            "all steps round alike",
+            SECRET,
+            "return step_key(self._mechanism.record_key, step)",
+            "return step_key(self._mechanism.record_key, 0)",
+        ),
+        (
+            "analyses round by the public seed",
+            SECRET,
+            "analysis_keys(self._mechanism.record_key, batch.step,",
+            "analysis_keys(self._seed, batch.step,",
+        ),
+        (
+            "all analyses round alike",
+            SECRET,
+            "analysis_keys(self._mechanism.record_key, batch.step,",
+            "analysis_keys(self._mechanism.record_key, 0,",
+        ),
+        (
+            "an analysis' records are read by the public seed",
+            SECRET,
+            'key = derive_key(self._mechanism.record_key, "analysis", batch.step)',
+            'key = derive_key(self._seed, "analysis", batch.step)',
+        ),
+        (
+            "microbatches are as large as the batch that was drawn",
+            LEAK,
+            "self._records.microbatches(mine, self.execution.microbatch_size, key)",
+            "self._records.microbatches(mine, max(len(mine), 1), key)",
+        ),
+        (
+            "microbatches of an analysis are as large as what was drawn",
+            LEAK,
+            "self._group.share(batch.record_ids), self.execution.analysis_microbatch_size",
+            "self._group.share(batch.record_ids), max(len(batch.record_ids), 1)",
+        ),
+        (
+            "every process takes the whole batch",
+            SENSITIVITY,
+            "mine, trainable = self._group.share(batch.record_ids),",
+            "mine, trainable = batch.record_ids,",
+            f"{_TWO}::test_two_processes_compute_what_one_does",
+        ),
+        (
+            "every process takes the whole batch of an analysis",
+            SENSITIVITY,
+            "mine, size = self._group.share(batch.record_ids),",
+            "mine, size = batch.record_ids,",
+            f"{_TWO}::test_two_processes_compute_what_one_does",
+        ),
+        (
+            "processes do not add up their sums",
+            WIRING,
+            "            self._group.add(clipped.grads)\n",
+            "",
+            f"{_TWO}::test_two_processes_compute_what_one_does",
+        ),
+        (
+            "processes do not wait until all is charged",
+            LEDGER,
+            "        self._group.barrier()\n",
+            "",
+            f"{_TWO}::test_nobody_reads_before_all_have_charged",
+        ),
+        (
+            "a record on which the model raises ends the step",
+            LEAK,
+            "leaves_out=True,",
+            "leaves_out=False,",
+            f"{_ATTACKS}::test_a_broken_record_contributes_nothing_and_nothing_is_said",
+        ),
+        (
+            "nobody looks whether real records are coupled",
+            COUPLING,
+            "        self._stop_if(self._watch.coupling(batch.record_ids, key))\n",
+            "",
+            (
+                "tests/invariants/test_calls.py::test_a_coupling_that_only_real_records_sho"
+                "w_stops_the_run_in_its_first_epoch"
+            ),
+        ),
+        (
+            "a buffer that has taken in data stays as it is after an epoch",
+            LEAK,
+            "            set_policy(self.model, ())\n            self._stop_if(self._watch.changed_buffer())\n",
+            "            set_policy(self.model, ())\n",
+            f"{_ATTACKS}::test_a_buffer_that_begins_to_follow_the_data_stops_the_run_and_is_restored",
+        ),
+        (
+            "a buffer that has taken in data is saved",
+            LEAK,
+            (
+                "        self._stop_if(self._watch.changed_buffer())\n"
+                "        self._refuse_if_broken()\n        self._parts"
+            ),
+            "        self._refuse_if_broken()\n        self._parts",
+            "tests/invariants/test_interference.py::test_a_buffer_that_takes_in_the_data_ends_the_run_and_is_not_kept",
+        ),
+        (
+            "a run that was stopped goes on",
+            COUPLING,
+            "    def _refuse_if_broken(self) -> None:\n",
+            "    def _refuse_if_broken(self) -> None:\n        return\n\n    def _say_why(self) -> None:\n",
+            (
+                "tests/invariants/test_calls.py::test_a_coupling_that_only_real_records_sho"
+                "w_stops_the_run_in_its_first_epoch"
+            ),
+        ),
+        (
+            "the analyses are not among a run's events",
+            CLAIM,
+            "return self._mechanism.ledger.events()",
+            'return [one for one in self._mechanism.ledger.events() if one.kind == "train"]',
+        ),
+        (
+            "the statement is of the plan and not of the ledger",
+            CLAIM,
+            "self.plan.statement(events=self.events(), secure=self.secure)",
+            "self.plan.statement(secure=self.secure)",
+            f"{_CALLS}::test_the_statement_is_about_what_was_charged",
+        ),
+        (
+            "the statement of a seeded run says that it is private",
+            CLAIM,
+            "self.plan.statement(events=self.events(), secure=self.secure)",
+            "self.plan.statement(events=self.events())",
+        ),
+        (
+            "the statement of a run that was stopped still holds",
+            CLAIM,
+            'return f"DOES NOT HOLD: {self._state.broken}\\n{statement}" if self._state.broken else statement',
+            "return statement",
+            (
+                "tests/invariants/test_calls.py::test_a_coupling_that_only_real_records_sho"
+                "w_stops_the_run_in_its_first_epoch"
+            ),
+        ),
+        (
+            "a sum of another sensitivity than the noise is for is noised",
+            SENSITIVITY,
+            "if clipped.sensitivity != self.plan.max_grad_norm:",
+            "if False:",
+            f"{_CALLS}::test_a_sum_of_another_sensitivity_is_not_noised",
+        ),
+        (
+            "gradients are clipped to twice the planned norm",
+            SENSITIVITY,
+            "max_grad_norm=self.plan.max_grad_norm,",
+            "max_grad_norm=2 * self.plan.max_grad_norm,",
+        ),
+        (
+            "impacts are clipped to twice the planned norm",
+            SENSITIVITY,
+            "max_norm=self._analysis.max_norm,",
+            "max_norm=2 * self._analysis.max_norm,",
+        ),
+        (
+            "a run that has drawn a batch goes back to a checkpoint",
+            RESUME,
+            "        if self._began:\n",
+            "        if False:\n",
+            f"{_CONTINUING}::test_a_run_that_has_drawn_a_batch_loads_nothing",
+        ),
+        (
+            "an analysis is made in every epoch",
+            ANALYSIS,
+            "due = sum(epoch <= index for epoch in self.plan.analysis_epochs())",
+            "due = index + 1",
+        ),
+    ),
+    *mutants_of(
+        f"{_TRAINING}/ahead.py",
+        f"{_CALLS}::test_a_run_keeps_its_plan_call_by_call",
+        (
+            "all parameters ask for the same noise",
+            NOISE,
+            "parameter.shape, std, name=name)",
+            'parameter.shape, std, name="w")',
+        ),
+        ("noise is asked for without a step", NOISE, 'stream="train", step=batch.step,', 'stream="train", step=0,'),
+        ("noise is asked for without an attempt", NOISE, "attempt=batch.attempt)", "attempt=0)"),
+        (
+            "noise is asked for a clipping norm of one",
+            NOISE,
+            "plan.train_noise_std(plan.max_grad_norm)",
+            "plan.train_noise_std(1.0)",
+        ),
+        ("noise is asked for from the stream of analyses", NOISE, 'stream="train", step', 'stream="analysis", step'),
+        (
+            "the next microbatch is made by two at once",
+            WIRING,
+            "    with ThreadPoolExecutor(1) as worker:\n        coming = worker.submit(next, iterator, _END)\n",
+            "    with ThreadPoolExecutor(1) as worker:\n        coming = worker.submit(next, iterator, _END)\n"
+            "        coming.result(), next(iterator, _END)\n",
+            "tests/training/test_ahead.py",
+        ),
+    ),
+    *mutants_of(
+        f"{_TRAINING}/impact.py",
+        _IMPACT,
+        (
+            "impacts are added without being clipped",
+            SENSITIVITY,
+            "factors_B.mul(finite_B).double() @",
+            "finite_B.double() @",
+            f"{_IMPACT}::test_one_record_moves_the_sum_by_at_most_its_sensitivity",
+        ),
+        (
+            "an impact that is not finite spoils the sum",
+            ANALYSIS,
+            "rows_or_zero(finite_B, v_BP)",
+            "v_BP",
+            f"{_IMPACT}::test_an_example_that_is_not_finite_contributes_nothing",
+        ),
+        ("copies that fill up a microbatch count", ANALYSIS, "        finite_B[piece.num_examples :] = False\n", ""),
+        (
+            "all analyses have the same keys",
+            SECRET,
+            'derive_key(seed, "analysis", step, repeat)',
+            'derive_key(seed, "analysis", repeat)',
+            f"{_CALLS}::test_a_run_keeps_its_plan_call_by_call",
+        ),
+        (
+            "the model stays in evaluation mode",
+            ANALYSIS,
+            "            module.training = training\n",
+            "            pass\n",
+            f"{_IMPACT}::test_everything_else_is_left_bitwise_as_it_was",
+        ),
+        (
+            "layers stay as the analysis left them",
+            ANALYSIS,
+            "        set_precisions(model, precisions)\n        for module",
+            "        for module",
+            f"{_IMPACT}::test_everything_else_is_left_bitwise_as_it_was",
+        ),
+        (
+            "losses are computed under the global random stream",
+            ANALYSIS,
+            "        with seeded(key):\n            return drawing",
+            "        if key >= 0:\n            return drawing",
+            f"{_IMPACT}::test_a_model_that_draws_random_numbers_disturbs_no_global_stream",
+        ),
+        (
+            "a record on which the model raises ends the analysis",
+            LEAK,
+            "        if not caused_by_records(error):\n            raise\n    rows = []",
+            "        raise\n    rows = []",
+            f"{_IMPACT}::test_an_example_on_which_the_loss_raises_contributes_nothing",
+        ),
+        (
+            "the sensitivity of impacts is said to be one",
+            SENSITIVITY,
+            "sensitivity=float(max_norm))",
+            "sensitivity=1.0)",
+            f"{_IMPACT}::test_one_record_moves_the_sum_by_at_most_its_sensitivity",
+        ),
+        (
+            "impacts are measured with dropout",
+            ANALYSIS,
+            "    model.eval()\n",
+            "",
+            f"{_CALLS}::test_a_run_keeps_its_plan_call_by_call",
+        ),
+        (
+            "the sum of impacts is clipped instead of each",
+            SENSITIVITY,
+            "        clipped = factors_B.mul(finite_B).double() @ rows_or_zero(finite_B, v_BP)\n",
+            (
+                "        clipped = finite_B.double() @ rows_or_zero(finite_B, v_BP)\n"
+                "        clipped = clipped * min(1.0, max_norm / max(float(clipped.norm()), 1e-30))\n"
+            ),
+            f"{_IMPACT}::test_the_sum_is_that_of_full_forward_passes",
+        ),
+    ),
+    *mutants_of(
+        f"{_TRAINING}/records.py",
+        _RECORDS,
+        ("a record that cannot be read ends the run", LEAK, "            return _Broken()\n", "            raise\n"),
+        ("a record of another form is taken", COUPLING, "return matches(self._specimens.form, record)", "return True"),
+        (
+            "all records draw the same random numbers",
+            COUPLING,
+            "self._with_draws_of_its_own(index, derive_key(key, index))",
+            "self._with_draws_of_its_own(index, derive_key(key, 0))",
+        ),
+        (
+            "records draw by their place in the batch",
+            COUPLING,
+            "[self._with_draws_of_its_own(index, derive_key(key, index)) for index in indices]",
+            "[self._with_draws_of_its_own(index, derive_key(key, place)) for place, index in enumerate(indices)]",
+        ),
+        (
+            "ids are not those of the rows that are left",
+            COUPLING,
+            "Microbatch(batch, _filled(record_ids[kept], size), len(kept))",
+            "Microbatch(batch, _filled(record_ids[: len(kept)], size), len(kept))",
+        ),
+        (
+            "copies that fill up a microbatch count",
+            SENSITIVITY,
+            "Microbatch(batch, _filled(record_ids[kept], size), len(kept))",
+            "Microbatch(batch, _filled(record_ids[kept], size), size)",
+        ),
+        (
+            "copies count where a data set collates by itself",
+            SENSITIVITY,
+            "self._checked(self._data_set.dpquant_batch(ids), size), ids, len(record_ids))",
+            "self._checked(self._data_set.dpquant_batch(ids), size), ids, size)",
+        ),
+        ("rows of a batch are not counted", COUPLING, "        check_rows(batch, count)\n", ""),
+        (
+            "a collate function that compares records is believed",
+            COUPLING,
+            '        if batch is None:\n            raise DataError(\n                "Expected collate_fn to collate',
+            (
+                "        if batch is None:\n            return None\n"
+                "        if batch is False:\n            raise DataError(\n"
+                '                "Expected collate_fn to collate'
+            ),
+        ),
+        (
+            "data sets draw from the global random stream",
+            SECRET,
+            '        key = derive_key(key, "read")\n        with seeded(key):\n',
+            '        key = derive_key(key, "read")\n        if key >= 0:\n',
+        ),
+        (
+            "collate functions draw from the global random stream",
+            SECRET,
+            '        key = derive_key(key, "collate")\n        with seeded(key):\n',
+            '        key = derive_key(key, "collate")\n        if key >= 0:\n',
+        ),
+        (
+            "the record that is probed is compared with itself",
+            COUPLING,
+            "return piece, Microbatch(self._collate_at(together, ids, key), ids, 1)",
+            "return piece, piece",
+        ),
+    ),
+    *mutants_of(
+        f"{_TRAINING}/watch.py",
+        _ATTACKS,
+        (
+            "an error of a step shows what the model said",
+            LEAK,
+            "failed, memory = type(error).__name__, out_of_memory(error)",
+            'failed, memory = f"{type(error).__name__}: {error}", out_of_memory(error)',
+            f"{_CALLS}::test_an_error_in_a_step_carries_nothing_of_a_record",
+        ),
+        (
+            "an error of a step carries the model's own along",
+            LEAK,
+            "    except Exception as error:\n        failed, memory = type(error).__name__, out_of_memory(error)\n",
+            (
+                "    except Exception as error:\n        failed, memory = type(error).__name__, out_of_memory(error)\n"
+                "        if not memory:\n            raise ModelError(failed) from error\n"
+            ),
+            f"{_CALLS}::test_an_error_in_a_step_carries_nothing_of_a_record",
+        ),
+        (
+            "a coupling of real records is found and not said",
+            COUPLING,
+            'return "" if apart else "one record\'s gradient',
+            'return "" if apart or True else "one record\'s gradient',
+            f"{_CALLS}::test_a_coupling_that_only_real_records_show_stops_the_run_in_its_first_epoch",
+        ),
+        (
+            "a buffer that has taken in data is not restored",
+            LEAK,
+            "        restore_buffers(self._objective.model, self._buffers)\n",
+            "",
+            f"{_ATTACKS}::test_a_buffer_that_begins_to_follow_the_data_stops_the_run_and_is_restored",
+        ),
+    ),
+    *mutants_of(
+        f"{_TRAINING}/checkpoint.py",
+        _CHECKPOINT,
+        (
+            "files are not on disk when the folder gets its name",
+            CHECKPOINT,
+            "                disk.flush(draft / name)\n",
+            "",
+            "tests/invariants/test_crashes.py",
+        ),
+        (
+            "names of files are not on disk when the folder gets its name",
+            CHECKPOINT,
+            "            disk.flush(draft)\n",
+            "",
+            "tests/invariants/test_crashes.py",
+        ),
+        (
+            "the name of the folder is not on disk when writing ends",
+            CHECKPOINT,
+            "            disk.flush(folder.parent)\n",
+            "",
+            "tests/invariants/test_crashes.py",
+        ),
+        (
+            "flushing a file does nothing",
+            CHECKPOINT,
+            "            os.fsync(descriptor)\n",
+            "            pass\n",
+            "tests/invariants/test_crashes.py",
+        ),
+        (
+            "files are written where they are read",
+            CHECKPOINT,
+            'draft = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")',
+            "draft = folder",
+            f"{_CHECKPOINT}::test_after_a_crash_at_any_operation_the_newest_checkpoint_is_whole",
+        ),
+        (
+            "files that were changed are believed",
+            CHECKPOINT,
+            "            if _seal(files[name]) != seal:\n",
+            "            if False:\n",
+            f"{_CHECKPOINT}::test_a_changed_bit_is_found",
+        ),
+        (
+            "a file is known by its length alone",
+            CHECKPOINT,
+            'return {"bytes": len(content), "sha256": _hash(content)}',
+            'return {"bytes": len(content)}',
+            f"{_CHECKPOINT}::test_a_changed_bit_is_found",
+        ),
+        (
+            "a manifest that was changed is believed",
+            CHECKPOINT,
+            "        if seal != _hash(_json(manifest)):\n",
+            "        if False:\n",
+            f"{_CHECKPOINT}::test_a_changed_bit_is_found",
+        ),
+        (
+            "another format is read",
+            CHECKPOINT,
+            '        if manifest["format"] != _FORMAT:\n',
+            "        if False:\n",
+            f"{_CHECKPOINT}::test_a_foreign_manifest_is_refused",
+        ),
+        (
+            "a manifest may name files elsewhere",
+            CHECKPOINT,
+            "if Path(name).name != name or not path.is_file():",
+            "if not path.is_file():",
+            f"{_CHECKPOINT}::test_a_manifest_that_names_a_file_elsewhere_is_refused",
+        ),
+        (
+            "a pickle is loaded",
+            CHECKPOINT,
+            "load(content) for name, content in files.items()}",
+            (
+                '(__import__("pickle").loads(content) if content[:1] == b"\\x80" else '
+                "load(content)) for name, content in files.items()}"
+            ),
+            f"{_CHECKPOINT}::test_a_pickle_is_never_loaded",
+        ),
+        (
+            "the oldest checkpoint is taken",
+            RESUME,
+            (
+                "    for folder in sorted(_candidates(home), reverse=True):\n        try:\n"
+                "            Checkpoint.read(folder)\n        except"
+            ),
+            (
+                "    for folder in sorted(_candidates(home)):\n        try:\n"
+                "            Checkpoint.read(folder)\n        except"
+            ),
+            f"{_CHECKPOINT}::test_the_checkpoint_before_a_broken_one_is_taken_and_it_is_said",
+        ),
+        (
+            "a broken checkpoint counts among those that are kept",
+            CHECKPOINT,
+            "            Checkpoint.read(folder)\n            sound += 1\n        except",
+            "            sound += 1\n            Checkpoint.read(folder)\n        except",
+            f"{_CHECKPOINT}::test_the_newest_two_sound_ones_are_kept",
+        ),
+        (
+            "a draft is taken for a checkpoint",
+            CHECKPOINT,
+            ' and ".tmp-" not in folder.name]',
+            "]",
+            f"{_CHECKPOINT}::test_the_checkpoint_before_a_broken_one_is_taken_and_it_is_said",
+        ),
+        (
+            "a draft is left behind when the disk is full",
+            CHECKPOINT,
+            "            disk.remove(draft)\n            raise\n",
+            "            raise\n",
+            f"{_CHECKPOINT}::test_a_full_disk_leaves_nothing",
+        ),
+        (
+            "a tensor that occurs twice is saved as another",
+            CHECKPOINT,
+            "same = (value.data_ptr(), value.dtype, value.shape, value.stride())",
+            "same = (value.dtype, value.shape)",
+            f"{_CHECKPOINT}::test_what_was_written_is_read",
+        ),
+        (
+            "an object that only pickle could save is left out",
+            CHECKPOINT,
+            '            raise SettingError(\n                f"Expected {path} to hold tensors,',
+            (
+                "            return None\n            raise SettingError(\n"
+                '                f"Expected {path} to hold tensors,'
+            ),
+            f"{_CHECKPOINT}::test_what_only_pickle_could_save_is_refused",
+        ),
+    ),
+    *mutants_of(
+        f"{_TRAINING}/continuing.py",
+        _CONTINUING,
+        (
+            "a ledger with fewer steps than the checkpoint is taken",
+            RESUME,
+            "if steps < saved.steps_taken or analyses < saved.analyses_made:",
+            "if analyses < saved.analyses_made:",
+            f"{_CONTINUING}::test_a_run_continues_at_what_is_charged_and_from_no_ledger_that_holds_less",
+        ),
+        (
+            "a ledger with fewer analyses than the checkpoint is taken",
+            RESUME,
+            "if steps < saved.steps_taken or analyses < saved.analyses_made:",
+            "if steps < saved.steps_taken:",
+            f"{_CONTINUING}::test_a_run_continues_at_what_is_charged_and_from_no_ledger_that_holds_less",
+        ),
+        (
+            "steps that were lost are taken again",
+            RESUME,
+            "saved, steps_taken=steps,",
+            "saved, steps_taken=saved.steps_taken,",
+            f"{_CONTINUING}::test_a_run_continues_at_what_is_charged_and_from_no_ledger_that_holds_less",
+        ),
+        (
+            "an analysis that was lost is made again",
+            RESUME,
+            "analyses_made=analyses,",
+            "analyses_made=saved.analyses_made,",
+            f"{_CONTINUING}::test_a_run_continues_at_what_is_charged_and_from_no_ledger_that_holds_less",
+        ),
+        (
+            "a private run repeats what was lost",
+            RESUME,
+            "    if repeatable:\n",
+            "    if True:\n",
+            f"{_CONTINUING}::test_a_run_continues_at_what_is_charged_and_from_no_ledger_that_holds_less",
+        ),
+        (
+            "a checkpoint of another plan is loaded",
+            RESUME,
+            'if checkpoint.facts.get("plan") != self.plan.to_json():',
+            "if False:",
+            f"{_CONTINUING}::test_a_checkpoint_of_another_plan_is_refused",
+        ),
+        (
+            "what is not named is not loaded and nothing is said",
+            RESUME,
+            "        if names != saved:\n",
+            "        if names - saved:\n",
+            f"{_CONTINUING}::test_what_was_saved_must_be_loaded",
+        ),
+        (
+            "a checkpoint of another model is loaded as far as it goes",
+            RESUME,
+            '        _check_tensors(self.model.state_dict(), checkpoint.parts["model"])\n',
+            "",
+            f"{_CONTINUING}::test_another_model_is_refused",
+        ),
+        (
+            "the optimizer's state is not loaded",
+            RESUME,
+            '{"model": self.model, "optimizer": self.optimizer, **self.others}.items()',
+            '{"model": self.model, **self.others}.items()',
+            f"{_CONTINUING}::test_a_repeatable_run_continues_with_the_same_bits",
+        ),
+        (
+            "the number of draws is forgotten",
+            RESUME,
+            "draws=saved.draws + lost",
+            "draws=0",
+            f"{_CONTINUING}::test_a_run_continues_at_what_is_charged_and_from_no_ledger_that_holds_less",
+        ),
+    ),
+    *mutants_of(
+        f"{_TRAINING}/state.py",
+        "tests/training/test_state.py",
+        (
+            "a run that was stopped goes on after a restart",
+            RESUME,
+            '"policies": policies})',
+            '"policies": policies, "broken": ""})',
+        ),
+        ("scores are forgotten at a restart", RESUME, '"policies": policies})', '"policies": policies, "scores": {}})'),
+        (
+            "a state of another format is read",
+            RESUME,
+            'if read.pop("format") != _FORMAT:',
+            'if not read.pop("format"):',
+        ),
+    ),
+    *mutants_of(
+        f"{_TRAINING}/start.py",
+        _PRIVATE,
+        (
+            "the run's key follows from the public seed",
+            SECRET,
+            "SecretKey() if mechanism_seed is None else SecretKey.from_seed(mechanism_seed)",
+            "SecretKey.from_seed(seed if mechanism_seed is None else mechanism_seed)",
+            f"{_PRIVATE}::test_two_runs_differ_unless_the_mechanism_is_seeded_which_is_said",
+        ),
+        (
+            "the ledger knows no budget",
+            LEDGER,
+            '"budget": plan.budget(),',
+            '"budget": None,',
+            f"{_CONTINUING}::test_lost_steps_are_not_taken_again",
+        ),
+        (
+            "a run goes on in a ledger without being asked to",
+            LEDGER,
+            "if resume and ledger is not None and ledger.exists():",
+            "if ledger is not None and ledger.exists():",
+            f"{_CONTINUING}::test_a_ledger_in_use_is_not_continued_by_accident",
+        ),
+        (
+            "an analysis that was charged is forgotten where no step was",
+            RESUME,
+            'if mechanism.ledger.charged("train") or mechanism.ledger.charged("analysis"):',
+            'if mechanism.ledger.charged("train"):',
+            f"{_CONTINUING}::test_an_analysis_that_was_charged_before_any_step_is_not_made_again",
+        ),
+        (
+            "each process decides for itself how it runs",
+            WIRING,
+            "state = RunState.from_json(group.from_first(place.to_json().encode()).decode())",
+            "state = place",
+            f"{_TWO}::test_the_first_ones_execution_holds_for_all",
+        ),
+        (
+            "sizes are tried on private records",
+            LEAK,
+            "        synthetic = found.specimens.batch((0, 1, 2))\n",
+            "        synthetic = request.collate_fn(_first_records(train_set))\n",
+            f"{_CALLS}::test_no_value_of_a_private_record_is_used_before_a_charge",
+        ),
+        (
+            "the step is rehearsed on private records",
+            LEAK,
+            "    setup = Setup(\n        optimizer=request.optimizer,",
+            (
+                "    real = from_examples(_first_records(train_set), request.collate_fn, device)\n"
+                "    found = dataclasses.replace(found, specimens=real)\n"
+                "    setup = Setup(\n        optimizer=request.optimizer,"
+            ),
+            f"{_CALLS}::test_no_value_of_a_private_record_is_used_before_a_charge",
+        ),
+        (
+            "the ledger is opened before anything is checked",
+            LEDGER,
+            "    with current(device):\n        setup, records,",
+            "    mechanism = make_mechanism(0.0)\n    with current(device):\n        setup, records,",
+            f"{_PRIVATE}::test_bad_input_is_refused_before_any_work",
+        ),
+        (
+            "records of another form than the synthetic ones are not noticed",
+            COUPLING,
+            "    records.check()\n",
+            "",
+            f"{_CALLS}::test_examples_of_another_form_than_the_records_are_refused_before_a_charge",
+        ),
+        (
+            "modules that couple examples are not refused by name",
+            COUPLING,
+            "    check_trainable(model)\n",
+            "",
+            f"{_PRIVATE}::test_bad_input_is_refused_before_any_work",
+        ),
+        (
+            "a parameter that the optimizer lacks is clipped for nothing",
+            WIRING,
+            "p.requires_grad and p not in held]",
+            "p.requires_grad and p not in names]",
+            f"{_PRIVATE}::test_bad_input_is_refused_before_any_work",
+        ),
+        (
+            "losses in a microbatch of the run's size are not compared",
+            COUPLING,
+            "        check_at_size(found, size)\n",
+            "",
+            f"{_CALLS}::test_a_coupling_at_the_runs_own_size_is_refused_before_a_charge",
+        ),
+    ),
+]
