@@ -5,12 +5,15 @@ import datetime
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from dpquant.app.console import ProgressBar, print_audit
+
+if TYPE_CHECKING:
+    from dpquant.audits.report import Audit
 
 REFUTED = 1
 
@@ -55,6 +58,11 @@ def audit(
             sinks=[bar],
             watch=lambda what: print(what, file=sys.stderr, flush=True),
         )
+    return report(console, found, as_json=as_json)
+
+
+def report(console: Console, found: "Audit", *, as_json: bool) -> int:
+    """Print an audit and return the verb's exit code."""
     if as_json:
         print(found.to_json(), end="")
     else:

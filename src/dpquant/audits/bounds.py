@@ -31,7 +31,7 @@ def binomial_upper(successes: ArrayLike, trials: int, alpha: float) -> Floats:
     """
     successes = np.asarray(successes, dtype=np.float64)
     failures = np.maximum(trials - successes, 0.5)  # where none failed, the limit below is not used
-    return np.where(successes < trials, special.betaincinv(successes + 1, failures, 1 - alpha), 1.0)
+    return np.where(successes < trials, special.betainccinv(successes + 1, failures, alpha), 1.0)
 
 
 def mu_lower_bound(false_alarms: ArrayLike, misses: ArrayLike, plays: int, alpha: float) -> Floats:

@@ -3,7 +3,7 @@
 
 A release with Gaussian noise of sigma times its sensitivity allows a test of mu = 1 / sigma at most, if the record
 always takes part (q = 1; that sampling is Poisson is tested elsewhere). The attacker projects a release on the
-direction in which the record moves it and compares the result with a threshold, both fixed before the game. Many plays
+direction in which the record moves it and compares the result with a threshold, both fixed before what counts. Many plays
 of either world bound the mu that the release truly has from below (`bounds.mu_lower_bound`); a bound above 1 / sigma
 refutes it.
 
@@ -42,10 +42,10 @@ from dpquant.training.start import make_private
 CONFIDENCE = 0.95
 
 _INPUTS, _CLASSES, _RECORDS = 16, 4, 4
+_WARM_UP = 5  # one play in so many, the first ones, fixes the threshold and is not counted
 _FAR_OUT = 30.0  # factor on the inputs of the record that the game is about
 _NORMALISER = 16.0  # not the number of records, by which nothing may be divided
-_SIGMA = 0.5  # with which few plays tell most about an error of a given factor
-_KEYS = 32  # roundings over which a direction is averaged
+_KEYS = 8  # roundings over which a direction is averaged
 _TRIALS = 400
 
 
@@ -129,6 +129,7 @@ class Worlds:
 
     Attributes:
       plays: K, in each world.
+      noise_multiplier: sigma of steps and analyses. With 1/2 a few plays tell most about a fault of a given factor.
       score: of the analyses.
       format: of the network's layers.
       seed: of the network and its records.
@@ -136,6 +137,7 @@ class Worlds:
     """
 
     plays: int
+    noise_multiplier: float = 0.5
     score: Score = "gradient"
     format: str = "luq-fp4"
     seed: int = 0
@@ -168,9 +170,10 @@ def world_game(worlds: Worlds, *, alpha: float, start: Start = make_private) -> 
         known = [run[release][1] for run in runs]  # what the attacker knows: the sums without noise
         direction = known[1] - known[0]
         direction /= np.linalg.norm(direction)
-        threshold = (known[0] + known[1]) @ direction / 2
-        outside, inside = (run[release][0] @ direction - threshold for run in runs)
-        found.append(judged(f"{release}, one record", outside, inside, mu=1 / _SIGMA, alpha=alpha))
+        outputs = np.stack([run[release][0] @ direction for run in runs])
+        threshold = outputs[:, : worlds.plays // _WARM_UP].mean()
+        outside, inside = outputs[:, worlds.plays // _WARM_UP :] - threshold
+        found.append(judged(f"{release}, one record", outside, inside, mu=1 / worlds.noise_multiplier, alpha=alpha))
     return found
 
 
@@ -178,7 +181,7 @@ def _played(worlds: Worlds, inputs: Tensor, labels: Tensor, start: Start) -> dic
     """Run all plays of one world; return {release: (its outputs `(K, d)`, their mean without noise `(d,)`)}."""
     # norms so small that every record's contribution is as large as it may be
     plan = PrivacyPlan(
-        noise_multiplier=_SIGMA,
+        noise_multiplier=worlds.noise_multiplier,
         delta=1e-5,
         max_grad_norm=1e-3,
         sample_rate=1.0,
@@ -188,7 +191,7 @@ def _played(worlds: Worlds, inputs: Tensor, labels: Tensor, start: Start) -> dic
             count=worlds.plays,
             sample_rate=1.0,
             expected_batch_size=_NORMALISER,
-            noise_multiplier=_SIGMA,
+            noise_multiplier=worlds.noise_multiplier,
             max_norm=1e-6,
             score=worlds.score,
         ),

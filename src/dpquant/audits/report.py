@@ -23,7 +23,7 @@ FALSE_ALARM = 1e-4  # chance, at most, that an audit refutes an honest run
 LEVEL = FALSE_ALARM / 10  # of a single test; an audit makes at most ten
 CANARIES = 1000
 
-_TAPS, _TAP_STEPS, _GAME_STEPS, _PLAYS = 2000, 100, 10, 150
+_TAP_STEPS, _GAME_STEPS = 100, 10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +69,8 @@ class AuditRequest:
       mode: `all`, or one of `tap`, `game` and `one-run`.
       canaries: in the training copy; None: 1000, or as many as there are records.
       seed: of coins, canaries and small networks.
+      taps: tap canaries.
+      plays: of a game about one record, in each world.
     Raises:
       SettingError: the mode is unknown, or the seed is out of range.
     """
@@ -76,6 +78,8 @@ class AuditRequest:
     mode: str = "all"
     canaries: int | None = None
     seed: int = 0
+    taps: int = 2000
+    plays: int = 200
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -112,7 +116,7 @@ def audit(
     Privacy: `tap` and `game` read no private record. `one-run` trains on the private records and charges
       out/ledger.jsonl.
     """
-    mode, seed = request.mode, request.seed
+    mode = request.mode
     settings = RunDirectory(run).settings()
     plan = plan_of(settings)
     records = plan.expected_batch_size / plan.sample_rate
@@ -122,15 +126,15 @@ def audit(
         RunDirectory(out).check_place()
     taps, games, found = [], [], None
     if mode in ("all", "tap"):
-        taps = _taps(settings, plan, seed, start, watch)
+        taps = _taps(settings, plan, request, start, watch)
     if mode in ("all", "game"):
-        games = _games(settings, plan, seed, start, watch)
+        games = _games(settings, plan, request, start, watch)
     if mode in ("all", "one-run"):
         watch(f"training a copy with {canaries} canaries in {out}; do not release it")
         found = one_run(
             _copied(settings, run),
             out,
-            attacker=Attacker(canaries, seed, start),
+            attacker=Attacker(canaries, request.seed, start),
             alpha=LEVEL,
             command=command,
             sinks=sinks,
@@ -149,22 +153,27 @@ def audit(
 
 
 def _taps(
-    settings: TrainSettings, plan: PrivacyPlan, seed: int, start: Start, watch: Callable[[str], None]
+    settings: TrainSettings, plan: PrivacyPlan, request: AuditRequest, start: Start, watch: Callable[[str], None]
 ) -> list[TapFound]:
     found = []
     for format in (None, settings.format):
-        watch(f"{_TAPS} tap canaries, {format or 'full precision'}")
-        tapping = Tapping(_of_steps(plan, min(plan.steps, _TAP_STEPS)), _TAPS, format, seed)
+        watch(f"{request.taps} tap canaries, {format or 'full precision'}")
+        tapping = Tapping(_of_steps(plan, min(plan.steps, _TAP_STEPS)), request.taps, format, request.seed)
         found.append(moments(tapped(tapping, start=start), format=format, alpha=LEVEL))
     return found
 
 
 def _games(
-    settings: TrainSettings, plan: PrivacyPlan, seed: int, start: Start, watch: Callable[[str], None]
+    settings: TrainSettings, plan: PrivacyPlan, request: AuditRequest, start: Start, watch: Callable[[str], None]
 ) -> list[GameFound]:
     watch("the game of telling whether a record was there, for steps and analyses")
-    tapping = Tapping(_of_steps(plan, _GAME_STEPS, sample_rate=1.0), _TAPS, settings.format, seed)
-    worlds = Worlds(_PLAYS, "gradient" if plan.analysis is None else plan.analysis.score, settings.format, seed)
+    tapping = Tapping(_of_steps(plan, _GAME_STEPS, sample_rate=1.0), request.taps, settings.format, request.seed)
+    worlds = Worlds(
+        request.plays,
+        score="gradient" if plan.analysis is None else plan.analysis.score,
+        format=settings.format,
+        seed=request.seed,
+    )
     return [tap_game(tapped(tapping, start=start), alpha=LEVEL), *world_game(worlds, alpha=LEVEL, start=start)]
 
 

@@ -121,7 +121,8 @@ def tapped(tapping: Tapping, *, start: Start = make_private) -> Sums:
 
     def loss_fn(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
         logits, taps = model(batch[0], batch[2])
-        return F.cross_entropy(logits, batch[1], reduction="none") + torch.where(batch[2] < m, weight * taps, 0.0)
+        pull = taps + weight * (taps - taps.detach())  # K in the gradient alone: in the loss it would hide all else
+        return F.cross_entropy(logits, batch[1], reduction="none") + torch.where(batch[2] < m, pull, 0.0)
 
     options: dict[str, Any] = {"policy": NonePolicy()}
     if tapping.format is not None:
