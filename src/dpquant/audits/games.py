@@ -3,9 +3,9 @@
 
 A release with Gaussian noise of sigma times its sensitivity allows a test of mu = 1 / sigma at most, if the record
 always takes part (q = 1; that sampling is Poisson is tested elsewhere). The attacker projects a release on the
-direction in which the record moves it and compares the result with a threshold, both fixed before what counts. Many plays
-of either world bound the mu that the release truly has from below (`bounds.mu_lower_bound`); a bound above 1 / sigma
-refutes it.
+direction in which the record moves it and compares the result with a threshold, both fixed before the plays that count.
+Many plays of either world bound the mu that the release truly has from below (`bounds.mu_lower_bound`); a bound above
+1 / sigma refutes it.
 
 Two ways to play. A step with taps (`taps.py`) at q = 1 is a play for each canary: thousands in a second. And runs of a
 small network, one without and one with the record, whose parameters stay as they are: every epoch is one play of the
