@@ -42,7 +42,7 @@ FORMATS = (None, "luq-fp4", "int8")
 EPSILONS = (1.0, 2.0, 8.0)
 TRAINING: dict[str, Any] = {"model": "mlp", "epochs": 60, "lr": 0.5, "threads": 1, "fraction": 0.75}
 CANARIES = 300
-MANY = 150  # plays about one record, with which a factor of two is found
+SURELY = 0.999  # power with which a fault has to be found
 
 
 @dataclasses.dataclass
@@ -154,9 +154,9 @@ def games(trials: Trials, canaries: int, plays: int) -> None:
             found = tap_game(tapped(tapping, start=start), alpha=LEVEL)
             trials.add(f"game, taps, {format or 'full precision'}", fault, 2 * found.plays, found, fault != "honest")
     for fault, start in FAULTS.items():
-        must = None if fault == "noise a quarter less" or plays < MANY else fault != "honest"
-        must = False if fault == "honest" else must
         for found in world_game(Worlds(plays, seed=seed()), alpha=LEVEL, start=start):
+            surely = fault != "noise a quarter less" and found.power["noise halved"] > SURELY
+            must = False if fault == "honest" else True if surely else None
             trials.add(f"game, {found.release}, luq-fp4", fault, 2 * plays, found, must)
 
 
@@ -199,7 +199,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a tenth of the draws, no trainings; writes nothing")
     quick = parser.parse_args().quick
     trials, seconds = Trials(), {}
-    canaries, plays = (500, 20) if quick else (2000, 250)
+    canaries, plays = (500, 20) if quick else (2000, 400)
     timed("taps", lambda: taps(trials, canaries), seconds)
     timed("games", lambda: games(trials, canaries, plays), seconds)
     if not quick:

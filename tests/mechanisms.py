@@ -110,11 +110,11 @@ def finish(run):
     return run
 
 
-def starting(seed=0, *, make_run=PrivateTraining, **changed):
+def starting(mechanism_seed=0, *, make_run=PrivateTraining, **changed):
     """A `start` of runs, with the arguments of `make_private`: draws from a seed, and calls of parts changed."""
 
     def start(
-        model, optimizer, records, *, loss_fn, plan, policy, format="luq-fp4", rest="full", backend="auto", seed=seed,
+        model, optimizer, records, *, loss_fn, plan, policy, format="luq-fp4", rest="full", backend="auto", seed=0,
         microbatch_size=None, memory=None, example=None, ledger=None, choices=None, resume=False,
     ):  # fmt: skip
         request = Request(
@@ -126,7 +126,9 @@ def starting(seed=0, *, make_run=PrivateTraining, **changed):
             example=example, choices=choices,
         )  # fmt: skip
         return begin(
-            request, lambda seconds: with_doubles(Mechanism.repeatable(seed, ledger), **changed), make_run=make_run
+            request,
+            lambda seconds: with_doubles(Mechanism.repeatable(mechanism_seed, ledger), **changed),
+            make_run=make_run,
         )
 
     return start

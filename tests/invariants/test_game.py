@@ -54,7 +54,7 @@ def test_a_step_that_tells_more_is_refuted(planted):
 
 # The real analysis and the real step, in two worlds that differ by one record. So few plays show large faults alone.
 
-FEW = Worlds(36, noise_multiplier=4.0)
+FEW = Worlds(36, noise_multiplier=6.0)
 
 
 def test_a_record_cannot_be_told_from_steps_and_analyses():
@@ -65,7 +65,7 @@ def test_a_record_cannot_be_told_from_steps_and_analyses():
 
 def test_steps_and_analyses_that_tell_more_are_refuted():
     for found in world_game(FEW, alpha=ALPHA, start=starting(5, gaussian=a_thousandth)):
-        assert found.p_value < ALPHA and found.mu_bound > found.mu_claimed
+        assert found.p_value < 1e-4 and found.mu_bound > found.mu_claimed  # three misses of 29 would still do
 
 
 # The law of an analysis: 20,000 plays at once, noise of the real source, contributions that are as far out as may be.

@@ -45,6 +45,7 @@ _INPUTS, _CLASSES, _RECORDS = 16, 4, 4
 _WARM_UP = 5  # one play in so many, the first ones, fixes the threshold and is not counted
 _FAR_OUT = 30.0  # factor on the inputs of the record that the game is about
 _NORMALISER = 16.0  # not the number of records, by which nothing may be divided
+_CLIP, _ANALYSIS_CLIP = 1e-3, 1e-6  # so small that every record's contribution is as large as it may be
 _KEYS = 8  # roundings over which a direction is averaged
 _TRIALS = 400
 
@@ -60,7 +61,7 @@ class GameFound:
       mu_claimed: 1 / sigma, as charged.
       mu_bound: lower bound on the true mu, at 95 % confidence.
       p_value: of the claim.
-      power: chance that a fault would be found at the level: {"noise halved": ...}.
+      power: chance that this attacker finds a fault at the level: {"noise halved": ...}.
     """
 
     release: str
@@ -77,7 +78,9 @@ class GameFound:
         return [self.p_value]
 
 
-def judged(release: str, outside: np.ndarray, inside: np.ndarray, *, mu: float, alpha: float) -> GameFound:
+def judged(
+    release: str, outside: np.ndarray, inside: np.ndarray, *, mu: float, alpha: float, seen: float = 1.0
+) -> GameFound:
     """Return what a game shows, whose outputs are projected and shifted so that the attacker's threshold is 0.
 
     Args:
@@ -86,6 +89,8 @@ def judged(release: str, outside: np.ndarray, inside: np.ndarray, *, mu: float, 
       inside: `(K,)` outputs with it.
       mu: as claimed.
       alpha: level of the test, for its power.
+      seen: by how much the outputs of the worlds differ, over the sensitivity: less than 1 where rounding turns the
+        record's contribution away from the direction.
     """
     plays = min(len(outside), len(inside))
     false_alarms, misses = int((outside[:plays] > 0).sum()), int((inside[:plays] <= 0).sum())
@@ -101,7 +106,7 @@ def judged(release: str, outside: np.ndarray, inside: np.ndarray, *, mu: float, 
         mu_claimed=mu,
         mu_bound=bound(1 - CONFIDENCE),
         p_value=smallest_alpha(lambda level: bound(level) > mu),
-        power={"noise halved": power(2 * mu, mu, plays, alpha)},
+        power={"noise halved": power(2 * mu * seen, mu, plays, alpha)},
     )
 
 
@@ -168,22 +173,23 @@ def world_game(worlds: Worlds, *, alpha: float, start: Start = make_private) -> 
     found = []
     for release in ("step", "analysis"):
         known = [run[release][1] for run in runs]  # what the attacker knows: the sums without noise
-        direction = known[1] - known[0]
-        direction /= np.linalg.norm(direction)
+        shift = known[1] - known[0]
+        direction = shift / np.linalg.norm(shift)
+        seen = float(np.linalg.norm(shift)) / {"step": _CLIP, "analysis": _ANALYSIS_CLIP}[release]
         outputs = np.stack([run[release][0] @ direction for run in runs])
         threshold = outputs[:, : worlds.plays // _WARM_UP].mean()
         outside, inside = outputs[:, worlds.plays // _WARM_UP :] - threshold
-        found.append(judged(f"{release}, one record", outside, inside, mu=1 / worlds.noise_multiplier, alpha=alpha))
+        mu = 1 / worlds.noise_multiplier
+        found.append(judged(f"{release}, one record", outside, inside, mu=mu, alpha=alpha, seen=seen))
     return found
 
 
 def _played(worlds: Worlds, inputs: Tensor, labels: Tensor, start: Start) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Run all plays of one world; return {release: (its outputs `(K, d)`, their mean without noise `(d,)`)}."""
-    # norms so small that every record's contribution is as large as it may be
     plan = PrivacyPlan(
         noise_multiplier=worlds.noise_multiplier,
         delta=1e-5,
-        max_grad_norm=1e-3,
+        max_grad_norm=_CLIP,
         sample_rate=1.0,
         expected_batch_size=_NORMALISER,
         steps=worlds.plays,
@@ -192,7 +198,7 @@ def _played(worlds: Worlds, inputs: Tensor, labels: Tensor, start: Start) -> dic
             sample_rate=1.0,
             expected_batch_size=_NORMALISER,
             noise_multiplier=worlds.noise_multiplier,
-            max_norm=1e-6,
+            max_norm=_ANALYSIS_CLIP,
             score=worlds.score,
         ),
     )
