@@ -148,6 +148,20 @@ def shared():
     return SharedNet(tied=True, twice=True)
 
 
+class that_remembers(torch.nn.Module):
+    """Random features, so many that no two images of noise have much in common: each is learnt by heart."""
+
+    def __init__(self):
+        super().__init__()
+        features = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("features", features)
+        self.head = torch.nn.Linear(4096, 10)
+        torch.nn.init.zeros_(self.head.weight)
+
+    def forward(self, x):
+        return self.head((x.flatten(1) @ self.features).sign())
+
+
 class Plain(torch.nn.Module):
     """A network for digits, with something wrong in a subclass."""
 

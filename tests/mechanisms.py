@@ -137,3 +137,27 @@ def finish(run):
         for batch in epoch:
             run.step(batch)
     return run
+
+
+def repeating(mechanism_seed=0, *, make_run=PrivateTraining, **changed):
+    """A `start` of runs, with the arguments of `make_private`: draws from a seed, and calls of parts changed."""
+
+    def start(
+        model, optimizer, records, *, loss_fn, plan, policy, format="luq-fp4", rest="full", backend="auto", seed=0,
+        microbatch_size=None, memory=None, example=None, ledger=None, choices=None, resume=False,
+    ):  # fmt: skip
+        request = Request(
+            model=model, optimizer=optimizer, train_set=records, loss_fn=loss_fn, plan=plan, policy=policy, seed=seed,
+            execution=ExecutionRequest(
+                chosen=dpquant.formats.precision(format), rest=dpquant.formats.precision(rest), backend=backend,
+                microbatch_size=microbatch_size, memory=memory,
+            ),
+            example=example, choices=choices,
+        )  # fmt: skip
+        return begin(
+            request,
+            lambda seconds: with_doubles(Mechanism.repeatable(mechanism_seed, ledger), **changed),
+            make_run=make_run,
+        )
+
+    return start

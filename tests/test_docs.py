@@ -37,7 +37,7 @@ def test_what_is_not_there_is_seen(text):
 
 
 def test_every_room_has_a_page():
-    assert len(ROOMS) == 8 and all((room / "README.md").exists() for room in ROOMS)
+    assert len(ROOMS) == 9 and all((room / "README.md").exists() for room in ROOMS)
 
 
 LINKS = ROOT / "scripts" / "links"

@@ -21,6 +21,7 @@ import typer
 from rich.console import Console
 from typer.exceptions import TyperException
 
+from dpquant.app.audit import audit
 from dpquant.app.console import (
     ProgressBar,
     print_account,
@@ -373,6 +374,9 @@ def bench(
         )
     record = measure(settings, watch=lambda what: print(what, file=sys.stderr, flush=True))
     return report_bench(record, out, as_json=as_json)
+
+
+app.command()(audit)
 
 
 def report_bench(record: "BenchRecord", out: Path | None, *, as_json: bool) -> int:

@@ -84,6 +84,22 @@ def epsilon(events: Iterable[Event], delta: float, accountant: _Accountant = "pl
     return _epsilon(_merged(events), float(delta), accountant, GRID)
 
 
+def deltas(events: Iterable[Event], epsilons: Iterable[float]) -> list[float]:
+    """Return, for each epsilon, the delta at which all events together are (epsilon, delta)-differentially private.
+
+    Raises:
+      SettingError: a release has no noise; delta is 1 for every epsilon.
+    Privacy: post-processing.
+    """
+    releases = _merged(events)
+    if any(sigma == 0 for _, sigma, _ in releases):
+        raise SettingError("Expected events with noise; got one without. It hides nothing. Leave it out.")
+    composer = dp_accounting.pld.PLDAccountant(value_discretization_interval=GRID)
+    with _quiet():
+        composer.compose(_composed(releases))
+        return [float(composer.get_delta(epsilon)) for epsilon in epsilons]
+
+
 def analysis_share(events: Iterable[Event], delta: float) -> float:
     """Return the share of epsilon that would be saved without the analyses, in [0, 1]; 0 if nothing was released.
 
