@@ -19,7 +19,7 @@ SMALL = {
 }  # fmt: skip
 CONFIGS = {
     "full precision": {"policy": "none"},
-    "analyses": {"policy": "dpquant", "analysis_every": 1, "epochs": 2},
+    "analyses": {"policy": "dpquant", "analysis_every": 1},
     "accumulation": {"policy": "rotate", "microbatch_size": 8},
     "given noise": {"policy": "none", "noise_multiplier": 1.7, "max_grad_norm": 0.3, "optimizer": "adam"},
     "resumed": {"policy": "prioritise", "analysis_every": 1, "epochs": 2},
