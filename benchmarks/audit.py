@@ -153,11 +153,12 @@ def games(trials: Trials, canaries: int, plays: int) -> None:
             tapping = Tapping(plan(sample_rate=1.0, steps=20), canaries, format, seed())
             found = tap_game(tapped(tapping, start=start), alpha=LEVEL)
             trials.add(f"game, taps, {format or 'full precision'}", fault, 2 * found.plays, found, fault != "honest")
-    for fault, start in FAULTS.items():
-        for found in world_game(Worlds(plays, seed=seed()), alpha=LEVEL, start=start):
-            surely = fault != "noise a quarter less" and found.power["noise halved"] > SURELY
-            must = False if fault == "honest" else True if surely else None
-            trials.add(f"game, {found.release}, luq-fp4", fault, 2 * plays, found, must)
+    for format in ("luq-fp4", "int8"):
+        for fault, start in FAULTS.items():
+            for found in world_game(Worlds(plays, format=format, seed=seed()), alpha=LEVEL, start=start):
+                surely = fault != "noise a quarter less" and found.power["noise halved"] > SURELY
+                must = False if fault == "honest" else True if surely else None
+                trials.add(f"game, {found.release}, {format}", fault, 2 * found.plays, found, must)
 
 
 def trainings(trials: Trials, canaries: int, work: Path) -> None:
@@ -199,7 +200,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a tenth of the draws, no trainings; writes nothing")
     quick = parser.parse_args().quick
     trials, seconds = Trials(), {}
-    canaries, plays = (500, 20) if quick else (2000, 400)
+    canaries, plays = (500, 20) if quick else (2000, 300)
     timed("taps", lambda: taps(trials, canaries), seconds)
     timed("games", lambda: games(trials, canaries, plays), seconds)
     if not quick:

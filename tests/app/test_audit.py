@@ -48,6 +48,7 @@ def test_the_training_with_canaries_is_charged_and_a_claim_above_the_ceiling_sta
     found = json.loads(audited.to_json())
     one, out = found["one_run"], Path(found["copy"])
     assert found["refuted"] is False and len(found["taps"]) == 2 and len(found["games"]) == 3
+    assert all(game["p_value"] > 1e-6 for game in found["games"]) and one["p_value"] > 1e-6
     assert one["epsilon_claimed"] == pytest.approx(epsilon(Ledger.read(out / "ledger.jsonl"), 1e-4))
     assert one["canaries"] == 40 and one["guesses"][0]["made"] == 40
     assert 0 <= one["epsilon_bound"] <= one["epsilon_bound_gaussian"] + 0.5 and one["ceiling"] < 8
@@ -78,8 +79,8 @@ def test_a_refuted_run_has_an_exit_code_of_its_own(trained, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["refuted"] is True
 
 
-def with_canaries(tmp_path, **changed):
-    """A training that learns its records by heart, of a small claim."""
+def test_a_training_without_noise_is_refuted(tmp_path):
+    """One that learns its records by heart, and claims little."""
     settings = TrainSettings.chosen(
         {
             **SMALL,
@@ -92,16 +93,8 @@ def with_canaries(tmp_path, **changed):
             "microbatch_size": 256,
         }
     )
-    return one_run(settings, tmp_path / "copy", attacker=Attacker(120, 0, repeating(3, **changed)), alpha=LEVEL)
-
-
-def test_canaries_of_a_private_training_are_not_told_apart(tmp_path):
-    found = with_canaries(tmp_path)
-    assert found.p_value > 1e-6 and found.epsilon_bound_gaussian < found.epsilon_claimed
-
-
-def test_a_training_without_noise_is_refuted(tmp_path):
-    found = with_canaries(tmp_path, gaussian=silent)
+    attacker = Attacker(120, 0, repeating(3, gaussian=silent))
+    found = one_run(settings, tmp_path / "copy", attacker=attacker, alpha=LEVEL)
     assert found.p_value < LEVEL and found.epsilon_bound_gaussian > found.epsilon_bound > found.epsilon_claimed
     assert found.ceiling > found.epsilon_claimed and found.detectable is not None
 

@@ -19,6 +19,7 @@ Symbols: K plays in each world, mu as in Dong et al., arXiv 1905.02383. Source o
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,12 +42,12 @@ from dpquant.training.start import make_private
 
 CONFIDENCE = 0.95
 
-_INPUTS, _CLASSES, _RECORDS = 16, 4, 4
+_INPUTS, _CLASSES, _RECORDS = 16, 4, 2
 _WARM_UP = 5  # one play in so many, the first ones, fixes the threshold and is not counted
 _FAR_OUT = 30.0  # factor on the inputs of the record that the game is about
 _NORMALISER = 16.0  # not the number of records, by which nothing may be divided
 _CLIP, _ANALYSIS_CLIP = 1e-3, 1e-6  # so small that every record's contribution is as large as it may be
-_KEYS = 8  # roundings over which a direction is averaged
+_KEYS = 16  # roundings from which the attacker learns the direction
 _TRIALS = 400
 
 
@@ -79,7 +80,7 @@ class GameFound:
 
 
 def judged(
-    release: str, outside: np.ndarray, inside: np.ndarray, *, mu: float, alpha: float, seen: float = 1.0
+    release: str, outside: np.ndarray, inside: np.ndarray, *, mu: float, alpha: float, true_mu: float | None = None
 ) -> GameFound:
     """Return what a game shows, whose outputs are projected and shifted so that the attacker's threshold is 0.
 
@@ -89,8 +90,8 @@ def judged(
       inside: `(K,)` outputs with it.
       mu: as claimed.
       alpha: level of the test, for its power.
-      seen: by how much the outputs of the worlds differ, over the sensitivity: less than 1 where rounding turns the
-        record's contribution away from the direction.
+      true_mu: of the outputs if the noise were half of what is claimed; None: twice the claim. Less where rounding
+        turns contributions away from the direction and adds noise of its own.
     """
     plays = min(len(outside), len(inside))
     false_alarms, misses = int((outside[:plays] > 0).sum()), int((inside[:plays] <= 0).sum())
@@ -106,7 +107,7 @@ def judged(
         mu_claimed=mu,
         mu_bound=bound(1 - CONFIDENCE),
         p_value=smallest_alpha(lambda level: bound(level) > mu),
-        power={"noise halved": power(2 * mu * seen, mu, plays, alpha)},
+        power={"noise halved": power(2 * mu if true_mu is None else true_mu, mu, plays, alpha)},
     )
 
 
@@ -149,6 +150,12 @@ class Worlds:
     backend: str = "simulate"
 
 
+def _network(seed: int) -> nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(_INPUTS, 8), nn.ReLU(), nn.Linear(8, _CLASSES))
+
+
 def _loss(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
@@ -168,24 +175,35 @@ def world_game(worlds: Worlds, *, alpha: float, start: Start = make_private) -> 
     random = torch.Generator().manual_seed(worlds.seed)
     inputs = torch.randn(_RECORDS + 1, _INPUTS, generator=random)
     inputs[-1] *= _FAR_OUT
-    labels = torch.randint(_CLASSES, (_RECORDS + 1,), generator=random)
+    with torch.no_grad():
+        labels = _network(worlds.seed)(inputs).argmin(1)  # a large gradient, whose direction rounding changes little
     runs = [_played(worlds, inputs[:count], labels[:count], start) for count in (_RECORDS, _RECORDS + 1)]
     found = []
     for release in ("step", "analysis"):
-        known = [run[release][1] for run in runs]  # what the attacker knows: the sums without noise
-        shift = known[1] - known[0]
-        direction = shift / np.linalg.norm(shift)
-        seen = float(np.linalg.norm(shift)) / {"step": _CLIP, "analysis": _ANALYSIS_CLIP}[release]
+        known = np.stack([run[release][1] for run in runs])  # what the attacker knows: sums without noise, by rounding
+        shift = known[1].mean(0) - known[0].mean(0)
+        distance = float(np.linalg.norm(shift))
+        direction = shift / distance
         outputs = np.stack([run[release][0] @ direction for run in runs])
         threshold = outputs[:, : worlds.plays // _WARM_UP].mean()
         outside, inside = outputs[:, worlds.plays // _WARM_UP :] - threshold
-        mu = 1 / worlds.noise_multiplier
-        found.append(judged(f"{release}, one record", outside, inside, mu=mu, alpha=alpha, seen=seen))
+        sigma, clip = worlds.noise_multiplier, {"step": _CLIP, "analysis": _ANALYSIS_CLIP}[release]
+        spread = float((known @ direction).var(1, ddof=1).mean())
+        found.append(
+            judged(
+                f"{release}, one record",
+                outside,
+                inside,
+                mu=1 / sigma,
+                alpha=alpha,
+                true_mu=distance / math.hypot(sigma * clip / 2, math.sqrt(spread)),
+            )
+        )
     return found
 
 
 def _played(worlds: Worlds, inputs: Tensor, labels: Tensor, start: Start) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Run all plays of one world; return {release: (its outputs `(K, d)`, their mean without noise `(d,)`)}."""
+    """Run all plays of one world; return {release: (outputs `(K, d)`, sums without noise `(R, d)`)}."""
     plan = PrivacyPlan(
         noise_multiplier=worlds.noise_multiplier,
         delta=1e-5,
@@ -202,9 +220,7 @@ def _played(worlds: Worlds, inputs: Tensor, labels: Tensor, start: Start) -> dic
             score=worlds.score,
         ),
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(worlds.seed)
-        model = nn.Sequential(nn.Linear(_INPUTS, 8), nn.ReLU(), nn.Linear(8, _CLASSES))
+    model = _network(worlds.seed)
     private = start(
         model,
         torch.optim.SGD(model.parameters(), lr=0.0),  # every play is one of the same mechanism
@@ -230,7 +246,7 @@ def _played(worlds: Worlds, inputs: Tensor, labels: Tensor, start: Start) -> dic
 
 
 def _without_noise(worlds: Worlds, model: nn.Module, plan: PrivacyPlan, data: Any) -> dict[str, np.ndarray]:
-    """Return the means of a world's clipped sums, over roundings."""
+    """Return a world's clipped sums, under several roundings, `(R, d)`."""
     assert plan.analysis is not None, "the plan of a game has one"
     ids, names = torch.arange(len(data[1])), list(quantizable_layers(model))
     impacts = [
@@ -253,7 +269,7 @@ def _without_noise(worlds: Worlds, model: nn.Module, plan: PrivacyPlan, data: An
         for number in range(_KEYS)
     ]  # fmt: skip
     set_policy(model, ())
-    return {"step": np.mean([_flat(grads) for grads in clipped], 0), "analysis": np.mean(impacts, 0)}
+    return {"step": np.stack([_flat(grads) for grads in clipped]), "analysis": np.stack(impacts)}
 
 
 def _flat(tensors: Any) -> np.ndarray:
