@@ -16,7 +16,7 @@ from unittest import mock
 from dpquant.app import cli
 from dpquant.backends.doubles import SharedScale
 from dpquant.backends.registry import BACKENDS
-from dpquant.checks import isolation
+from dpquant.checks import codes
 from dpquant.training import start, watch
 
 NOT_PRIVATE = "NOT PRIVATE, whatever was printed before: scales were taken over the batch."
@@ -26,8 +26,8 @@ def main(arguments: list[str]) -> int:
     """Run the command line of `dpquant` with shared scales, and remove epsilon and statement from its record."""
     with (
         mock.patch.dict(BACKENDS, shared_scales(), clear=True),
-        mock.patch.object(isolation, "_check_codes"),
-        mock.patch.object(isolation, "_check_quantized_losses"),
+        mock.patch.object(codes, "_check_codes"),
+        mock.patch.object(codes, "_check_quantized_losses"),
         mock.patch.object(start, "check_at_size"),
         mock.patch.object(watch, "keeps_apart", return_value=True),
     ):

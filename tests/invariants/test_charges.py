@@ -15,14 +15,14 @@ from mechanisms import starting, with_doubles
 
 SMALL = {
     "backend": "simulate", "microbatch_size": 64, "sample_rate": 0.25, "batch_size": 40.0, "epochs": 1, "width": 0.5,
-    "analysis_batch_size": 4.0,
 }  # fmt: skip
+ANALYSED = {"analysis_every": 1, "analysis_batch_size": 4.0}
 CONFIGS = {
     "full precision": {"policy": "none"},
-    "analyses": {"policy": "dpquant", "analysis_every": 1},
+    "analyses": {"policy": "dpquant", **ANALYSED},
     "accumulation": {"policy": "rotate", "microbatch_size": 8},
     "given noise": {"policy": "none", "noise_multiplier": 1.7, "max_grad_norm": 0.3, "optimizer": "adam"},
-    "resumed": {"policy": "prioritise", "analysis_every": 1, "epochs": 2},
+    "resumed": {"policy": "prioritise", **ANALYSED, "epochs": 2},
 }
 
 

@@ -151,13 +151,13 @@ def test_a_failure_after_a_charge_would_be_seen(planted, directory, tmp_path):
 
 def test_a_ledger_that_holds_charges_is_never_taken_back(tmp_path):
     for name, charges in (("charged", True), ("not charged", False)):
-        files = RunDirectory(tmp_path / name)
+        files = Place(tmp_path / name)
         files.path.mkdir()
         Ledger(files.path / LEDGER).close()
         if charges:
             (files.path / LEDGER).unlink()
             ledger_of_other_rates(files.path / LEDGER)
-        files.take_back()
+        files.give_back()
         assert (files.path / LEDGER).exists() == charges
 
 

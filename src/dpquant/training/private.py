@@ -380,7 +380,7 @@ class PrivateTraining:
         self._group.add({"impacts": measured.impacts})
         noise = analysis_noise(self._mechanism.noise, self.plan, batch, measured)
         expected = self._analysis.expected_batch_size
-        noisy_means = noisy_mean(measured.impacts, noise, grid=measured.grid, expected=expected)
+        noisy_means = noisy_mean(noise, measured.impacts, grid=measured.grid, expected=expected)
         new = dict(zip(names, noisy_means.tolist(), strict=True))
         self._advance(scores=ema(self._state.scores, new, self.policy.ema))
 

@@ -48,23 +48,24 @@ def draws_of_noise(
 
 
 def analysis_noise(noise: Noise, plan: PrivacyPlan, batch: Batch, measured: ImpactSum) -> Tensor:
-    """Return the noise of a sum of impacts. It depends on no record."""
+    """Return the noise of a sum of impacts, in its dtype. It depends on no record."""
     purpose = {"stream": "analysis", "step": batch.step, "attempt": batch.attempt, "name": "impacts"}
     if plan.noise == "discrete":
         return noise.discrete(measured.impacts.shape, **purpose)
-    return noise.gaussian(measured.impacts.shape, plan.analysis_noise_std(measured.sensitivity), **purpose)
+    drawn = noise.gaussian(measured.impacts.shape, plan.analysis_noise_std(measured.sensitivity), **purpose)
+    return drawn.to(measured.impacts.dtype)
 
 
-def noisy_mean(one: Tensor, other: Tensor, *, grid: float | None, expected: float) -> Tensor:
+def noisy_mean(noise: Tensor, total: Tensor, *, grid: float | None, expected: float) -> Tensor:
     """Return a sum plus its noise, over the expected batch size.
 
     Args:
-      one: the sum or its noise; overwritten.
-      other: the noise or the sum.
+      noise: of the sum; overwritten.
+      total: the sum of what the records contribute.
       grid: what 1 stands for in integers; None: they are floats.
       expected: the plan's expected batch size.
-    Returns: of the dtype of `one`; for integers float64.
+    Returns: of the dtype of `noise`; for integers float64.
     Privacy: what the noise hides is hidden; without it, per example.
     """
-    total = one.add_(other)
-    return total.div_(expected) if grid is None else total.double().mul_(grid / expected)
+    noisy = noise.add_(total)
+    return noisy.div_(expected) if grid is None else noisy.double().mul_(grid / expected)
