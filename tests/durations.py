@@ -7,13 +7,15 @@ again until the file is written anew: a line too many leaves nothing out.
 """
 
 import os
-from collections import Counter
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+from pytest import TestReport
 
 LONG = Path(__file__).with_name("long.txt")
-SECONDS = 1.0  # of one test, with its set-up: longer is long
+SECONDS = 1.0  # of processor time, with those of a test's own processes and its set-up: longer is long
+_BEGAN = pytest.StashKey[float]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,21 +45,35 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item.nodeid in keep]
 
 
+def _processor_seconds() -> float:
+    """Return the processor time of this process and of those that it has waited for; other work makes it no longer."""
+    return sum(os.times()[:4])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    item.stash[_BEGAN] = _processor_seconds()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Generator[None, TestReport, TestReport]:
+    if call.when == "teardown":
+        item.user_properties.append(("processor", _processor_seconds() - item.stash[_BEGAN]))
+    return (yield)
+
+
 class Noting:
-    """Adds up the time of every test and writes the file at the end, in the process that sees all reports."""
+    """Writes the file at the end, in the process that sees all reports."""
 
     def __init__(self):
-        self._seconds: Counter[str] = Counter()
-        self._always: set[str] = set()
+        self._long: set[str] = set()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self._seconds[report.nodeid] += report.duration
-        if "always" in report.keywords:
-            self._always.add(report.nodeid)
+        if dict(report.user_properties).get("processor", 0) > SECONDS and "always" not in report.keywords:
+            self._long.add(report.nodeid)
 
     def pytest_sessionfinish(self) -> None:
-        long = sorted(one for one, seconds in self._seconds.items() if seconds > SECONDS and one not in self._always)
-        LONG.write_text("".join(f"{one}\n" for one in long))
+        LONG.write_text("".join(f"{one}\n" for one in sorted(self._long)))
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -40,6 +40,7 @@ def test_the_help_of_plan_documents_its_json(capsys):
     assert all(name in help for name in names)
 
 
+@pytest.mark.always
 def test_train_writes_a_run_and_prints_its_statement(capsys, tmp_path):
     assert run(["train", "--epochs", "1", "--policy", "rotate", "--out", str(tmp_path / "run")]) == 0
     printed = " ".join(capsys.readouterr().out.split())

@@ -88,6 +88,7 @@ def assert_canaries_are_heard_as_promised(sums):
     assert abs(present.mean().item() - STEPS * RATE) / ((variance + binomial) / n) ** 0.5 < Z
 
 
+@pytest.mark.always
 @pytest.mark.parametrize("policy", [dpquant.NonePolicy(), dpquant.AllPolicy()], ids=["full", "quantized"])
 def test_canaries_are_heard_as_loudly_as_the_accounting_assumes(policy):
     assert_canaries_are_heard_as_promised(canary_sums(policy))

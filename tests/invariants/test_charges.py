@@ -89,6 +89,7 @@ def assert_ledger_tells_all(record, settings, out, seen):
     assert record.steps == sum(kind == "train" for kind, *_ in told)
 
 
+@pytest.mark.always
 @pytest.mark.parametrize("config", CONFIGS)
 def test_the_ledger_is_what_the_mechanism_did(config, tmp_path):
     seen = Seen()

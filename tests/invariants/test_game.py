@@ -74,6 +74,7 @@ def outputs_of_a_step(make_run=PrivateTraining, **doubles):
     return outputs[1::2], outputs[::2]
 
 
+@pytest.mark.always
 def test_a_step_is_no_easier_to_see_through_than_is_claimed():
     assert_claim_is_kept(*outputs_of_a_step(), SIGMA)
 
@@ -160,6 +161,7 @@ def worlds():
     return sums
 
 
+@pytest.mark.always
 def test_an_analysis_is_no_easier_to_see_through_than_is_claimed(worlds):
     assert_claim_is_kept(*outputs_of_analyses(worlds, SIGMA), SIGMA)
 

@@ -168,6 +168,7 @@ def assert_no_interference(worlds, tmp_path, *, given=None, **planted):
         assert value == second[what], what
 
 
+@pytest.mark.always
 def test_what_a_run_leaves_behind_depends_on_its_records_through_the_mechanisms_only(worlds, tmp_path):
     assert_no_interference(worlds, tmp_path)
 
@@ -195,6 +196,7 @@ class KeepingSome(Silent):
         return super()._clipped_sum(pieces, key)
 
 
+@pytest.mark.always
 @pytest.mark.parametrize(
     "planted",
     [{"make_run": TellingTheSize}, {"make_run": TellingTheGradients}, {"given": {"unsafe_metrics": True}}],

@@ -78,12 +78,14 @@ def assert_a_sum_of_parts_of_at_most(bound, summed, count):
     assert (whole - sum(parts, torch.zeros_like(whole))).norm() <= 1e-4 * bound * max(count, 1)
 
 
+@pytest.mark.always
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.sampled_from(sorted(NETS)), nasty_images())
 def test_clipped_gradients_are_a_sum_of_bounded_parts_whatever_the_records(net, batch):
     assert_a_sum_of_parts_of_at_most(1.0, clipped(NETS[net], batch), len(batch[1]))
 
 
+@pytest.mark.always
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(st.sampled_from(sorted(NETS)), nasty_images())
 def test_clipped_impacts_are_a_sum_of_bounded_parts_whatever_the_records(net, batch):

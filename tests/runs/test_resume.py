@@ -100,6 +100,7 @@ def test_the_first_epoch_keeps_its_figures(stopped, tmp_path):
     assert record.per_epoch[0].layers_quantized == before["layers_quantized"]
 
 
+@pytest.mark.always
 @pytest.mark.parametrize("at", [1, 7, 18])
 def test_a_killed_run_ends_within_its_plan(at, tmp_path):
     out = tmp_path / "run"
@@ -251,6 +252,7 @@ def test_an_interval_in_no_known_form_is_refused(text):
 # The real program
 
 
+@pytest.mark.always
 def test_sigkill_at_any_moment_loses_no_charge(tmp_path):
     """Also before the first step, and while files are written."""
     out = tmp_path / "run"

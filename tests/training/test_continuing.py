@@ -95,6 +95,7 @@ def killed_and_continued(folder, at, *, checkpoint, seed=7, again=7):
     return Run(folder / "killed.jsonl", seed=again, resume=True).load(folder / "checkpoint").steps()
 
 
+@pytest.mark.always
 @pytest.mark.parametrize(("at", "checkpoint"), [(4, 4), (5, 5), (6, 4), (8, 3)])
 def test_a_repeatable_run_continues_with_the_same_bits(at, checkpoint, tmp_path):
     whole = Run(tmp_path / "whole.jsonl").steps()

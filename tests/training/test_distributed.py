@@ -168,6 +168,7 @@ def assert_two_compute_what_one_does(one, two, *, exact):
 IN_FULL, QUANTIZED = dpquant.NonePolicy(), dpquant.DPQuantPolicy(fraction=0.7)
 
 
+@pytest.mark.always
 @pytest.mark.parametrize(("policy", "exact"), [(IN_FULL, STEPS), (QUANTIZED, 2)], ids=["full", "quantized"])
 def test_two_processes_compute_what_one_does(policy, exact):
     """Where layers run quantized, a step's last bit can become another code of the next: not its law, but its value."""
