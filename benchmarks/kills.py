@@ -202,7 +202,7 @@ def main() -> None:
     given = parser.parse_args()
     draw, attempts, began = random.Random(given.seed), Attempts(), time.monotonic()
     kills: list[Kill] = []
-    runs = []
+    runs: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder) / "images"
         put_images(images)
@@ -218,17 +218,22 @@ def main() -> None:
             kills += found
             runs.append({"data": name, "kills": [dataclasses.asdict(one) for one in found]})
             print(f"{len(kills)} kills, {len(runs)} runs ended, {time.monotonic() - began:.0f} s", flush=True)
-    summary = {
+            result = {**summary(kills, len(runs)), "seed": given.seed, "each_run": runs}
+            (folder_here() / "kills.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(summary(kills, len(runs)), indent=2))
+
+
+def summary(kills: Sequence[Kill], runs: int) -> dict:
+    """Return what there is to say of all kills together."""
+    return {
         "kills": len(kills),
-        "runs": len(runs),
-        "cold": sum(one.cold for one in kills),
+        "runs": runs,
+        "new_processes": sum(one.cold for one in kills),
         "phases": dict(Counter(one.phase for one in kills)),
         "lost_charges": 0,  # one would have ended the benchmark
-        "most_steps_lost": max(one.lost for one in kills),
-        "seed": given.seed,
+        "most_steps_lost": max(one.lost for one in kills) if kills else 0,
+        "interval": EVERY,
     }
-    print(json.dumps(summary, indent=2))
-    (folder_here() / "kills.json").write_text(json.dumps({**summary, "each_run": runs}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
