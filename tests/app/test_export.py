@@ -160,6 +160,13 @@ def test_a_report_is_copied_unless_it_shows_what_is_the_operators(page, why, run
     assert (why or "") in done["left"].get(REPORT, "")
 
 
+def test_a_report_that_may_show_training_accuracy_is_left(run, tmp_path, capsys):
+    (run / REPORT).write_text("<p>epsilon</p>")
+    dataclasses.replace(RunRecord.read(run / RECORD), unsafe_metrics=True).write(run / RECORD)
+    assert "training accuracy" in exported(run, tmp_path / "out", capsys)["left"][REPORT]
+    assert not (tmp_path / "out" / REPORT).exists()
+
+
 def without(name):
     return lambda run, out: (run / name).unlink()
 

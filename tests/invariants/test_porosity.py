@@ -331,6 +331,37 @@ def test_less_noise_or_a_shift_would_be_heard(planted):
         assert_only_noise_is_heard(doubled)
 
 
+class Measured(PrivateTraining):
+    """Keeps the grids of the sums of impacts."""
+
+    grids = ()
+
+    def _impact_sum(self, pieces, names, keys):
+        total = super()._impact_sum(pieces, names, keys)
+        self.grids = (*self.grids, total.grid)
+        return total
+
+
+def assert_impacts_have_the_grid_of_their_noise(of) -> None:
+    assert finish(run(plan=of, make_run=Measured)).grids == (grid_of(2.0 * 0.5),)
+
+
+def test_impacts_are_counted_in_steps_of_their_own_noise():
+    assert_impacts_have_the_grid_of_their_noise(DISCRETE)
+
+
+class NoiseOfTraining(dpquant.PrivacyPlan):
+    def analysis_noise_std(self, sensitivity):
+        return self.noise_multiplier * sensitivity
+
+
+def test_steps_of_another_noise_would_be_seen():
+    with pytest.raises(AssertionError):
+        assert_impacts_have_the_grid_of_their_noise(
+            NoiseOfTraining(**SETTINGS, analysis=ANALYSIS, noise="discrete")  # type: ignore[arg-type]
+        )
+
+
 class OffTheSum(PrivateTraining):
     """Sums of another sensitivity than the plan's."""
 
