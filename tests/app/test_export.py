@@ -132,6 +132,10 @@ def test_record_settings_and_ledger_of_an_export_say_what_the_run_said(run, tmp_
     spent, contents = json.loads((out / SPENT).read_text()), Ledger.verify(run / LEDGER)
     assert spent["head"] == contents.head == done["head"] and spent["epsilon"] == own.epsilon == done["epsilon"]
     assert spent["events"] == [dataclasses.asdict(event) for event in contents.events] and spent["steps"] == 4
+    assert set(spent) == {  # not how often a process has begun
+        "epsilon", "delta", "steps", "analyses", "research", "head", "run", "format", "dpquant", "neighbours", "public",
+        "events",
+    }  # fmt: skip
 
 
 def test_an_export_says_what_was_copied_and_what_was_left(run, tmp_path, capsys):

@@ -70,7 +70,7 @@ MUTANTS = [
             LEAK,
             ("    if record.unsafe_metrics:\n        return"),
             ("    if False:\n        return"),
-            f"{_EXPORT}::test_a_report_is_copied_unless_it_shows_what_is_the_operators",
+            f"{_EXPORT}::test_a_report_that_may_show_training_accuracy_is_left",
         ),
         (
             "a ledger that has charged more than the record says is exported",

@@ -108,7 +108,12 @@ MUTANTS = [
             "undecided = self._first[np.minimum(counts, len(self._first) - 1)] == words",
             "undecided = np.zeros(len(words), bool)",
         ),
-        ("a tie with a boundary counts as below", NOISE, "result = words < first", "result = words <= first"),
+        (
+            "a number that ties with a boundary counts as not below it",
+            NOISE,
+            "for place in np.flatnonzero(words == first):",
+            "for place in []:",
+        ),
         (
             "the error of a boundary is ignored",
             NOISE,

@@ -44,7 +44,7 @@ MUTANTS = [
             CHECKPOINT,
             ("        self._check_finite()\n        self.history.end(\n"),
             "        self.history.end(\n",
-            f"{_DIRECTORY}::test_a_run_that_ends_early_leaves_the_model_of_its_last_good_epoch",
+            "tests/runs/test_diverging.py::test_the_model_of_the_last_finite_epoch_and_the_checkpoints_are_kept",
         ),
         (
             "a model that is not finite is saved as a checkpoint",

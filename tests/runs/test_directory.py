@@ -225,7 +225,7 @@ def test_a_run_that_diverges_keeps_checkpoints_of_finite_parameters(tmp_path):
     with pytest.raises(DivergedError):
         train(small(**RUNS_AWAY, checkpoint_every="1step"), tmp_path / "run")
     folder, refused = newest(tmp_path / "run" / "checkpoints")
-    assert not refused and all(t.isfinite().all() for t in Checkpoint.read(folder).parts["model"].values())
+    assert not refused and all((t.abs() <= 1e12).all() for t in Checkpoint.read(folder).parts["model"].values())
 
 
 class AtStep:

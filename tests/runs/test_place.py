@@ -102,5 +102,5 @@ class FullDisk:
 
 def test_a_directory_is_never_there_without_its_settings(tmp_path):
     with pytest.raises(SettingError, match="No space left"):
-        Place(tmp_path / "run").make(FullDisk())  # type: ignore[arg-type]
+        Place(tmp_path / "run").make(FullDisk())
     assert list(tmp_path.iterdir()) == []
