@@ -213,7 +213,7 @@ def main() -> None:
         while len(kills) < given.kills:
             name = ("digits", "image-folder")[len(runs) % 2]
             out = Path(folder) / f"run-{len(runs)}"
-            found = endured(out, jobs[name], attempts, draw, min(draw.randint(1, 8), given.kills - len(kills)))
+            found = endured(out, jobs[name], attempts, draw, min(draw.randint(4, 20), given.kills - len(kills)))
             shutil.rmtree(out)
             kills += found
             runs.append({"data": name, "kills": [dataclasses.asdict(one) for one in found]})

@@ -132,6 +132,10 @@ def test_record_settings_and_ledger_of_an_export_say_what_the_run_said(run, tmp_
     spent, contents = json.loads((out / SPENT).read_text()), Ledger.verify(run / LEDGER)
     assert spent["head"] == contents.head == done["head"] and spent["epsilon"] == own.epsilon == done["epsilon"]
     assert spent["events"] == [dataclasses.asdict(event) for event in contents.events] and spent["steps"] == 4
+    assert set(spent) == {  # not how often a process has begun
+        "epsilon", "delta", "steps", "analyses", "research", "head", "run", "format", "dpquant", "neighbours", "public",
+        "events",
+    }  # fmt: skip
 
 
 def test_an_export_says_what_was_copied_and_what_was_left(run, tmp_path, capsys):
@@ -158,6 +162,13 @@ def test_a_report_is_copied_unless_it_shows_what_is_the_operators(page, why, run
     done = exported(run, tmp_path / "out", capsys)
     assert (tmp_path / "out" / REPORT).exists() == (why is None)
     assert (why or "") in done["left"].get(REPORT, "")
+
+
+def test_a_report_that_may_show_training_accuracy_is_left(run, tmp_path, capsys):
+    (run / REPORT).write_text("<p>epsilon</p>")
+    dataclasses.replace(RunRecord.read(run / RECORD), unsafe_metrics=True).write(run / RECORD)
+    assert "training accuracy" in exported(run, tmp_path / "out", capsys)["left"][REPORT]
+    assert not (tmp_path / "out" / REPORT).exists()
 
 
 def without(name):

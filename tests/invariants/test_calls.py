@@ -66,7 +66,9 @@ class Transcript:
                 pieces, before = list(pieces), len(transcript.modes)
                 total = super()._impact_sum(pieces, names, keys)
                 modes = set(transcript.modes[before:])
-                return transcript.add("impacts", total, names=names, keys=keys, modes=modes, **facts(pieces))
+                kept = dataclasses.replace(total, impacts=total.impacts.clone())  # noise is added to them in place
+                transcript.add("impacts", kept, names=names, keys=keys, modes=modes, **facts(pieces))
+                return total
 
         return Recorded
 

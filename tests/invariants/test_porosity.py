@@ -160,17 +160,18 @@ def test_broken_records_contribute_nothing_and_clipping_cuts_nothing_off_small_o
 
 def test_impacts_are_summed_in_integers_too():
     objective, batch = network("residual", quantized=False)
-    names, grid = list(dpquant.quantizable_layers(objective.model)), grid_of(0.2)
+    norm = 0.05  # most vectors are longer
+    names, grid = list(dpquant.quantizable_layers(objective.model)), grid_of(norm)
 
     def sum_of(rows):
         rows = torch.as_tensor(rows, dtype=torch.int64)
         pieces = microbatches(tuple(t[rows] for t in batch), rows, 1) if len(rows) else ()
         keys = analysis_keys(0, 0)
-        return impact_sum(objective, pieces, names=names, max_norm=0.2, keys=keys, score="gradient", grid=grid).impacts
+        return impact_sum(objective, pieces, names=names, max_norm=norm, keys=keys, score="gradient", grid=grid).impacts
 
     assert_sums_are_exact(sum_of, len(batch[1]))
     for row in range(len(batch[1])):
-        assert sum(int(k) ** 2 for k in sum_of([row]).tolist()) * Fraction(grid) ** 2 <= Fraction(0.2) ** 2
+        assert sum(int(k) ** 2 for k in sum_of([row]).tolist()) * Fraction(grid) ** 2 <= Fraction(norm) ** 2
     assert sum_of(range(len(batch[1]))).any()
 
 
@@ -329,6 +330,35 @@ def test_less_noise_or_a_shift_would_be_heard(planted):
     doubled = with_doubles(Mechanism.repeatable(3, None), gaussian=lambda honest, *a, **k: planted(honest(*a, **k)))
     with pytest.raises(AssertionError):
         assert_only_noise_is_heard(doubled)
+
+
+class Measured(PrivateTraining):
+    """Keeps the grids of the sums of impacts."""
+
+    grids = ()
+
+    def _impact_sum(self, pieces, names, keys):
+        total = super()._impact_sum(pieces, names, keys)
+        self.grids = (*self.grids, total.grid)
+        return total
+
+
+def assert_impacts_have_the_grid_of_their_noise(of) -> None:
+    assert finish(run(plan=of, make_run=Measured)).grids == (grid_of(2.0 * 0.5),)
+
+
+def test_impacts_are_counted_in_steps_of_their_own_noise():
+    assert_impacts_have_the_grid_of_their_noise(DISCRETE)
+
+
+class NoiseOfTraining(dpquant.PrivacyPlan):
+    def analysis_noise_std(self, sensitivity):
+        return self.noise_multiplier * sensitivity
+
+
+def test_steps_of_another_noise_would_be_seen():
+    with pytest.raises(AssertionError):
+        assert_impacts_have_the_grid_of_their_noise(NoiseOfTraining(**SETTINGS, analysis=ANALYSIS, noise="discrete"))
 
 
 class OffTheSum(PrivateTraining):

@@ -81,6 +81,40 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
+        "src/dpquant/engine/grid_sum.py",
+        "tests/invariants/test_porosity.py",
+        (
+            "contributions are rounded to the nearest integers",
+            SENSITIVITY,
+            "neginf=0.0).to(torch.int64)",
+            "neginf=0.0).round_().to(torch.int64)",
+        ),
+        (
+            "contributions in integers are clipped to twice the norm",
+            SENSITIVITY,
+            "tape.contributions(), kept, max_grad_norm, grid)",
+            "tape.contributions(), kept, 2 * max_grad_norm, grid)",
+        ),
+        (
+            "contributions in integers are not clipped",
+            SENSITIVITY,
+            "(max_norm / squared_norms_B.sqrt()).clamp(max=1) *",
+            "torch.ones_like(squared_norms_B) *",
+        ),
+        (
+            "integers are added as floats",
+            SENSITIVITY,
+            "torch.zeros(p.shape, dtype=torch.int64, device=p.device)",
+            "torch.zeros(p.shape, dtype=torch.float32, device=p.device)",
+        ),
+        (
+            "a gradient that is not finite becomes an integer",
+            SENSITIVITY,
+            "scaled.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).to(",
+            "scaled.to(",
+        ),
+    ),
+    *mutants_of(
         f"{_ENGINE}/tape.py",
         _CLIP,
         (
@@ -398,13 +432,6 @@ MUTANTS = [
         f"{_CHECKS}/isolation.py",
         (_ISOLATION, _COUPLINGS),
         (
-            "codes are not compared among batchmates",
-            COUPLING,
-            "                    _check_codes(found.objective, found.specimens, step)\n",
-            "",
-            f"{_COUPLINGS}::test_a_scale_over_the_batch_in_the_quantizer_is_refused",
-        ),
-        (
             "the other mode is not compared",
             COUPLING,
             "            probe.compare_in_the_other_mode()\n",
@@ -424,6 +451,17 @@ MUTANTS = [
             "if not (one.distance(other) <= TOLERANCE * norm or not norm < math.inf):",
             "if False:",
             f"{_ISOLATION}::test_the_probe_of_an_epoch_sees_a_coupling_of_gradients_alone",
+        ),
+    ),
+    *mutants_of(
+        f"{_CHECKS}/codes.py",
+        (_ISOLATION, _COUPLINGS),
+        (
+            "codes are not compared among batchmates",
+            COUPLING,
+            "            _check_codes(objective, specimens, step)\n",
+            "",
+            f"{_COUPLINGS}::test_a_scale_over_the_batch_in_the_quantizer_is_refused",
         ),
     ),
     *mutants_of(

@@ -13,8 +13,8 @@ MUTANTS = [
         (
             "records are drawn five percent more often than is charged",
             SAMPLING,
-            "int(math.ldexp(sample_rate, 64))",
-            "int(math.ldexp(min(1.05 * sample_rate, 1.0), 64))",
+            "digits = _digits(float(sample_rate))",
+            "digits = _digits(min(1.05 * float(sample_rate), 1.0))",
         ),
         (
             "every step draws the same records",
@@ -37,32 +37,88 @@ MUTANTS = [
         (
             "batches are truncated at 1.2 times their expectation",
             SAMPLING,
-            "torch.from_numpy(np.flatnonzero(draws < threshold))",
-            "torch.from_numpy(np.flatnonzero(draws < threshold)[: round(1.2 * num_records * sample_rate)])",
+            "drawn[: np.searchsorted(drawn, num_records)]",
+            "drawn[: min(np.searchsorted(drawn, num_records), round(1.2 * num_records * sample_rate))]",
         ),
         (
             "all batches have the expected size",
             SAMPLING,
-            "torch.from_numpy(np.flatnonzero(draws < threshold))",
-            "torch.from_numpy(np.sort(np.argsort(draws)[: round(num_records * sample_rate)]))",
+            "return torch.from_numpy(drawn[: np.searchsorted(drawn, num_records)])",
+            "order = np.argsort(words.words(num_records))\n"
+            "        return torch.from_numpy(np.sort(order[: round(num_records * sample_rate)]))",
         ),
         (
             "an empty batch is filled with the first record",
             SAMPLING,
-            "torch.from_numpy(np.flatnonzero(draws < threshold))",
-            "torch.from_numpy(found if len(found := np.flatnonzero(draws < threshold)) else np.zeros(1, np.int64))",
+            "return torch.from_numpy(drawn[: np.searchsorted(drawn, num_records)])",
+            (
+                "drawn = drawn[: np.searchsorted(drawn, num_records)]\n"
+                "        return torch.from_numpy(drawn if len(drawn) else np.zeros(1, np.int64))"
+            ),
         ),
         (
-            "neighbouring records are drawn together",
+            "every gap comes twice",
             SAMPLING,
-            "torch.from_numpy(np.flatnonzero(draws < threshold))",
-            "torch.from_numpy(np.flatnonzero(draws[np.arange(num_records) // 2 * 2] < threshold))",
+            "return np.minimum(gaps, limit)",
+            "return np.minimum(np.repeat(gaps, 2)[:count], limit)",
         ),
         (
             "a rate above one is taken",
             SAMPLING,
-            "if not 0 < sample_rate <= 1:",
-            "if not 0 < sample_rate:",
+            "if not SMALLEST_RATE <= sample_rate <= 1:",
+            "if not SMALLEST_RATE <= sample_rate:",
+        ),
+        (
+            "a gap is one too long",
+            SAMPLING,
+            "count, sample_rate, num_records) + 1)",
+            "count, sample_rate, num_records) + 2)",
+        ),
+        (
+            "long gaps are cut off",
+            SAMPLING,
+            "functools.partial(_floor, sample_rate, width, None)",
+            "functools.partial(_floor, sample_rate, width, 8)",
+        ),
+        (
+            "all digits of a gap follow from one word",
+            SAMPLING,
+            "boundaries.above(drawn[:, number], words)",
+            "boundaries.above(drawn[:, 0], words)",
+        ),
+        (
+            "a piece of a draw begins one record too late",
+            SAMPLING,
+            "place = int(places[-1])",
+            "place = int(places[-1]) + 1",
+        ),
+        (
+            "the law of a gap's digits is rounded to float64",
+            SAMPLING,
+            "return floor_of(probability, bits)",
+            "return int(float(probability()) * 2**53) << (bits - 53)",
+        ),
+    ),
+    *mutants_of(
+        f"{_PRIVACY}/exact.py",
+        "tests/privacy/test_exact.py",
+        (
+            "a number that ties with a boundary is not looked at further",
+            SAMPLING,
+            "undecided = self._first[np.minimum(counts, len(self._first) - 1)] == words",
+            "undecided = np.zeros(len(words), bool)",
+        ),
+        (
+            "a number that ties with a boundary counts as not below it",
+            NOISE,
+            "for place in np.flatnonzero(words == first):",
+            "for place in []:",
+        ),
+        (
+            "the error of a boundary is ignored",
+            NOISE,
+            "for x in (scaled - error, scaled + error)",
+            "for x in (scaled, scaled)",
         ),
     ),
     *mutants_of(
@@ -123,6 +179,49 @@ MUTANTS = [
             "if not SMALLEST_STD <= std <= LARGEST_STD:",
             "if not 0 <= std <= LARGEST_STD:",
         ),
+        (
+            "discrete noise of all parameters is the same",
+            NOISE,
+            '.stream("discrete noise", stream, step, attempt, name)',
+            '.stream("discrete noise", stream, step, attempt)',
+            "tests/privacy/test_grid_noise.py",
+        ),
+    ),
+    *mutants_of(
+        f"{_PRIVACY}/grid_noise.py",
+        "tests/privacy/test_grid_noise.py",
+        ("zero is proposed twice", NOISE, "    accepted &= ~(negative & (size == 0))\n", ""),
+        (
+            "every candidate near the middle is accepted",
+            NOISE,
+            "accepted = near & _accepts(exponent, words[:, 2:], stream)",
+            "accepted = near",
+        ),
+        (
+            "the last digits of an exponent decide nothing",
+            NOISE,
+            "np.flatnonzero(result & (words[:, 2] >= _SURE))",
+            "[]",
+        ),
+        (
+            "exponents of far candidates overflow",
+            NOISE,
+            "near = number < 1 << (strips + _FAR)",
+            "near = number < 1 << 62",
+        ),
+        (
+            "the sign of noise follows from its size",
+            NOISE,
+            "negative = (words[:, 1] & np.uint64(1)).astype(bool)",
+            "negative = (words[:, 1] >> np.uint64(63)).astype(bool)",
+        ),
+        (
+            "a step of the grid is half of what it should be",
+            NOISE,
+            "return math.ldexp(std, -BITS)",
+            "return math.ldexp(std, -BITS - 1)",
+        ),
+        ("the cost of integers is that of one release", CLAIM, "excess(num_values * releases)", "excess(num_values)"),
     ),
     *mutants_of(
         f"{_PRIVACY}/secret.py",
@@ -252,12 +351,6 @@ MUTANTS = [
         ),
         ("the number of records is called public", CLAIM, "            PUBLIC,\n", '            "",\n'),
         (
-            "noise of any size may be planned",
-            ACCOUNTING,
-            "        accounting.SMALLEST_NOISE,\n        1e9,",
-            "        0.0,\n        1e9,",
-        ),
-        (
             "the budget that the ledger enforces has one step more",
             LEDGER,
             "events=tuple(self.events()))",
@@ -269,6 +362,16 @@ MUTANTS = [
             CLAIM,
             "return accounting.analysis_share(self.events(), self.delta)",
             "return 0.0",
+        ),
+    ),
+    *mutants_of(
+        f"{_PRIVACY}/ranges.py",
+        "tests/privacy/test_plan.py",
+        (
+            "noise of any size may be planned",
+            ACCOUNTING,
+            ("        accounting.SMALLEST_NOISE,\n        1e9,"),
+            ("        0.0,\n        1e9,"),
         ),
     ),
     *mutants_of(

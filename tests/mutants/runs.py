@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bugs planted in `runs`: what a run leaves behind, what it says, and how it is continued."""
 
-from mutants.mutant import CHECKPOINT, CLAIM, LEAK, LEDGER, RESUME, mutants_of
+from mutants.mutant import CHECKPOINT, CLAIM, LEAK, LEDGER, RESUME, WIRING, mutants_of
 
 _RUNS = "src/dpquant/runs"
 _RESUME = "tests/runs/test_resume.py"
 _DIRECTORY = "tests/runs/test_directory.py"
+_PLACE = "tests/runs/test_place.py"
 _BLIND = (
     "tests/invariants/test_interference.py::"
     "test_what_a_run_leaves_behind_depends_on_its_records_through_the_mechanisms_only"
@@ -18,38 +19,38 @@ MUTANTS = [
         (
             "training accuracy is written down without being asked for",
             LEAK,
-            "if settings.unsafe_metrics else None,",
-            "if True else None,",
+            "self._accuracy(self.dataset.train) if self.settings.unsafe_metrics else None,",
+            "self._accuracy(self.dataset.train),",
             "tests/runs/test_sinks.py::test_metrics_hold_one_line_an_epoch_and_nothing_from_private_data",
         ),
         (
             "accuracy is that on the training records",
             LEAK,
-            "accuracy_test=evaluate(tested.model, dataset.test),",
-            "accuracy_test=evaluate(tested.model, dataset.train),",
+            "accuracy_test=self._accuracy(self.dataset.test),",
+            "accuracy_test=self._accuracy(self.dataset.train),",
         ),
         (
             "the learning rate follows the training accuracy",
             LEAK,
-            "        _check_finite(private)\n        history.end(",
+            ("        self._check_finite()\n        self.history.end(\n"),
             (
-                "        _check_finite(private)\n"
-                "        optimizer.param_groups[0]['lr'] *= 1 + evaluate(tested.model, "
-                "dataset.train)\n        history.end("
+                "        self._check_finite()\n"
+                '        private.optimizer.param_groups[0]["lr"] *= 1 + self._accuracy(self.dataset.train)\n'
+                "        self.history.end(\n"
             ),
         ),
         (
             "a model that is not finite replaces the last good one",
             CHECKPOINT,
-            "    def end_epoch(index: int, layers: Sequence[str]) -> None:\n        _check_finite(private)\n",
-            "    def end_epoch(index: int, layers: Sequence[str]) -> None:\n",
-            f"{_DIRECTORY}::test_a_run_that_ends_early_leaves_the_model_of_its_last_good_epoch",
+            ("        self._check_finite()\n        self.history.end(\n"),
+            "        self.history.end(\n",
+            "tests/runs/test_diverging.py::test_the_model_of_the_last_finite_epoch_and_the_checkpoints_are_kept",
         ),
         (
             "a model that is not finite is saved as a checkpoint",
             CHECKPOINT,
-            "    def save() -> None:\n        _check_finite(private)\n",
-            "    def save() -> None:\n",
+            ('        """Write a checkpoint."""\n        self._check_finite()\n'),
+            '        """Write a checkpoint."""\n',
             f"{_DIRECTORY}::test_a_run_that_diverges_keeps_checkpoints_of_finite_parameters",
         ),
         (
@@ -62,23 +63,9 @@ MUTANTS = [
         (
             "a run that is asked to stop leaves no checkpoint",
             RESUME,
-            "                    save()\n                    _stop_if_asked",
-            "                    _stop_if_asked",
+            "if stopping.asked or private.steps_taken >= self.saved + self.every:",
+            "if private.steps_taken >= self.saved + self.every:",
             f"{_RESUME}::test_a_stopped_run_has_a_checkpoint_of_its_last_step_and_gives_back_its_lease",
-        ),
-        (
-            "a run in use is begun anew",
-            LEDGER,
-            "        files.check_place()\n        files.make",
-            "        files.make",
-            "tests/runs/test_train.py::test_a_directory_in_use_is_refused",
-        ),
-        (
-            "settings of a run that continues are not compared",
-            RESUME,
-            "        files.check_continues(settings)\n",
-            "        pass\n",
-            f"{_RESUME}::test_other_settings_are_refused",
         ),
         (
             "the records of a run that continues are not compared",
@@ -160,32 +147,11 @@ MUTANTS = [
             f"{_DIRECTORY}::test_what_was_spent_is_read_from_the_ledgers_own_lines",
         ),
         (
-            "other settings are taken when a run continues",
-            RESUME,
-            "        if differ:\n",
-            "        if False:\n",
-            f"{_RESUME}::test_other_settings_are_refused",
-        ),
-        (
-            "a run that has ended is continued",
-            RESUME,
-            "        if (self.path / RECORD).exists():\n",
-            "        if False:\n",
-            f"{_RESUME}::test_a_run_that_has_ended_is_refused",
-        ),
-        (
             "metrics are not on disk when an epoch ends",
             CHECKPOINT,
             "        file.flush()\n        os.fsync(file.fileno())\n",
             "        file.flush()\n",
             "tests/invariants/test_crashes.py",
-        ),
-        (
-            "a ledger that holds charges is taken back",
-            LEDGER,
-            "        if (self.path / LEDGER).exists() and Ledger.read(self.path / LEDGER):\n            return\n",
-            "",
-            f"{_DIRECTORY}::test_a_ledger_that_holds_charges_is_never_taken_back",
         ),
         (
             "a model that cannot be saved is found out after an epoch",
@@ -214,6 +180,101 @@ MUTANTS = [
             "        if changed:\n",
             "        if False:\n",
             f"{_DIRECTORY}::test_what_would_fail_after_an_epoch_is_tried_before_any_charge",
+        ),
+    ),
+    *mutants_of(
+        f"{_RUNS}/place.py",
+        _PLACE,
+        (
+            "a run in use is begun anew",
+            LEDGER,
+            ("            self.check()\n            self.make(settings)\n"),
+            "            self.make(settings)\n",
+            "tests/runs/test_train.py::test_a_directory_in_use_is_refused",
+        ),
+        (
+            "what a run that continues is given is not compared",
+            RESUME,
+            "            self.check_continues(settings)\n",
+            "",
+            f"{_RESUME}::test_other_settings_are_refused",
+        ),
+        (
+            "other settings are taken when a run continues",
+            RESUME,
+            "        if differ:\n",
+            "        if False:\n",
+            f"{_RESUME}::test_other_settings_are_refused",
+        ),
+        (
+            "a run that has ended is continued",
+            RESUME,
+            "        if (self.path / RECORD).exists():\n",
+            "        if False:\n",
+            f"{_RESUME}::test_a_run_that_has_ended_is_refused",
+        ),
+        (
+            "a run that has diverged is continued",
+            RESUME,
+            "        if (self.path / DIVERGED).exists():\n",
+            "        if False:\n",
+            "tests/runs/test_diverging.py",
+        ),
+        (
+            "a ledger that holds charges is taken back",
+            LEDGER,
+            ("        if self._is_charged():\n            return\n"),
+            "",
+        ),
+        (
+            "a ledger that cannot be read is taken back",
+            LEDGER,
+            ("        except LedgerError:\n            return True\n"),
+            ("        except LedgerError:\n            return False\n"),
+        ),
+        (
+            "the directory of a run that continues is given back",
+            LEDGER,
+            ("            if not continues:\n                self.give_back()\n"),
+            "            self.give_back()\n",
+        ),
+        (
+            "files of others go with the directory of a run that is refused",
+            WIRING,
+            "                    folder.rmdir()\n",
+            "                    shutil.rmtree(folder)\n",
+        ),
+        (
+            "a directory that was there is removed with a run that is refused",
+            WIRING,
+            "        if self._is_new:\n",
+            "        if True:\n",
+            f"{_DIRECTORY}::test_a_directory_that_was_there_stays_when_a_run_is_refused",
+        ),
+        (
+            "a run that is refused leaves its files",
+            WIRING,
+            "                self.give_back()\n",
+            "                pass\n",
+            f"{_DIRECTORY}::test_what_would_fail_after_an_epoch_is_tried_before_any_charge",
+        ),
+        (
+            "the fingerprint of records stays when a run is refused",
+            LEAK,
+            "for name in (CONFIG, LEDGER, CHOICES, METRICS, RECORDS):",
+            "for name in (CONFIG, LEDGER, CHOICES, METRICS):",
+        ),
+        (
+            "a directory gets its name before the settings are in it",
+            RESUME,
+            (
+                "            write_whole(draft / CONFIG, settings.to_toml())\n"
+                "            draft.replace(self.path)  # over an empty directory, too\n"
+            ),
+            (
+                "            draft.replace(self.path)  # over an empty directory, too\n"
+                "            write_whole(self.path / CONFIG, settings.to_toml())\n"
+            ),
         ),
     ),
     *mutants_of(

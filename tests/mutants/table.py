@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """All planted bugs, room by room."""
 
-from mutants import backends, engine, native, privacy, runs, training
+from mutants import app, backends, engine, native, privacy, runs, training
 from mutants.mutant import Mutant
 
-MUTANTS: list[Mutant] = [one for room in (privacy, engine, backends, native, training, runs) for one in room.MUTANTS]
+MUTANTS: list[Mutant] = [
+    one for room in (privacy, engine, backends, native, training, runs, app) for one in room.MUTANTS
+]

@@ -27,6 +27,7 @@ _CONTINUING = "tests/training/test_continuing.py"
 _IMPACT = "tests/training/test_impact.py"
 _ATTACKS = "tests/test_attacks.py"
 _TWO = "tests/training/test_distributed.py"
+_POROSITY = "tests/invariants/test_porosity.py"
 
 MUTANTS = [
     *mutants_of(
@@ -35,17 +36,21 @@ MUTANTS = [
         (
             "the sum is divided by the realised size of the batch",
             SENSITIVITY,
-            ".div_(self.plan.expected_batch_size)",
-            ".div_(max(len(batch.record_ids), 1))",
+            "noise, clipped.grads[name], grid=clipped.grid, expected=self.plan.expected_batch_size",
+            "noise, clipped.grads[name], grid=clipped.grid, expected=max(len(batch.record_ids), 1)",
         ),
         (
             "gradients left from another step are added",
             WIRING,
-            "parameter.grad = noise.add_(clipped.grads[name]).div_(self.plan.expected_batch_size)",
-            "mean = noise.add_(clipped.grads[name]).div_(self.plan.expected_batch_size)\n"
-            "                parameter.grad = mean if parameter.grad is None else parameter.grad + mean",
+            "parameter.grad = noisy.float()",
+            "parameter.grad = noisy.float() + (0 if parameter.grad is None else parameter.grad)",
         ),
-        ("no noise is added to the sum", NOISE, "noise.add_(clipped.grads[name])", "clipped.grads[name].clone()"),
+        (
+            "no noise is added to the sum",
+            NOISE,
+            "noise, clipped.grads[name], grid=clipped.grid, expected=self.plan.expected_batch_size",
+            "noise.zero_(), clipped.grads[name], grid=clipped.grid, expected=self.plan.expected_batch_size",
+        ),
         (
             "an empty batch is no step",
             SAMPLING,
@@ -125,36 +130,17 @@ MUTANTS = [
             "if number >= self._mechanism.ledger.charged(kind):",
             f"{_CONTINUING}::test_lost_steps_are_not_taken_again",
         ),
-        ("impacts are used without noise", NOISE, "(measured.impacts + noise)", "measured.impacts"),
+        (
+            "impacts are used without noise",
+            NOISE,
+            "noisy_mean(noise, measured.impacts, grid",
+            "noisy_mean(noise.zero_(), measured.impacts, grid",
+        ),
         (
             "impacts are divided by the realised size of the batch",
             SENSITIVITY,
-            "/ self._analysis.expected_batch_size",
-            "/ max(len(batch.record_ids), 1)",
-        ),
-        (
-            "noise of impacts is that of training",
-            NOISE,
-            "std = self.plan.analysis_noise_std(measured.sensitivity)",
-            "std = self.plan.train_noise_std(measured.sensitivity)",
-        ),
-        (
-            "noise of impacts is not scaled by their sensitivity",
-            NOISE,
-            "std = self.plan.analysis_noise_std(measured.sensitivity)",
-            "std = self.plan.analysis_noise_std(1.0)",
-        ),
-        (
-            "all analyses get the same noise",
-            NOISE,
-            'stream="analysis", step=batch.step, attempt=batch.attempt',
-            'stream="analysis", step=0, attempt=0',
-        ),
-        (
-            "noise of impacts comes from the stream of training",
-            NOISE,
-            'std, stream="analysis", step=batch.step',
-            'std, stream="train", step=batch.step',
+            "expected = self._analysis.expected_batch_size",
+            "expected = max(len(batch.record_ids), 1)",
         ),
         (
             "an analysis draws from the stream of training",
@@ -248,8 +234,8 @@ MUTANTS = [
         (
             "a record on which the model raises ends the step",
             LEAK,
-            "leaves_out=True,",
-            "leaves_out=False,",
+            "key, leaves_out=True)",
+            "key, leaves_out=False)",
             f"{_ATTACKS}::test_a_broken_record_contributes_nothing_and_nothing_is_said",
         ),
         (
@@ -298,15 +284,15 @@ MUTANTS = [
         (
             "the statement is of the plan and not of the ledger",
             CLAIM,
-            "self.plan.statement(events=self.events(), secure=self.secure)",
-            "self.plan.statement(secure=self.secure)",
+            "self.plan.statement(events=self.events(), secure=self.secure, num_values=num_values)",
+            "self.plan.statement(secure=self.secure, num_values=num_values)",
             f"{_CALLS}::test_the_statement_is_about_what_was_charged",
         ),
         (
             "the statement of a seeded run says that it is private",
             CLAIM,
-            "self.plan.statement(events=self.events(), secure=self.secure)",
-            "self.plan.statement(events=self.events())",
+            "self.plan.statement(events=self.events(), secure=self.secure, num_values=num_values)",
+            "self.plan.statement(events=self.events(), num_values=num_values)",
         ),
         (
             "the statement of a run that was stopped still holds",
@@ -324,12 +310,6 @@ MUTANTS = [
             "if clipped.sensitivity != self.plan.max_grad_norm:",
             "if False:",
             f"{_CALLS}::test_a_sum_of_another_sensitivity_is_not_noised",
-        ),
-        (
-            "gradients are clipped to twice the planned norm",
-            SENSITIVITY,
-            "max_grad_norm=self.plan.max_grad_norm,",
-            "max_grad_norm=2 * self.plan.max_grad_norm,",
         ),
         (
             "impacts are clipped to twice the planned norm",
@@ -350,25 +330,17 @@ MUTANTS = [
             "due = sum(epoch <= index for epoch in self.plan.analysis_epochs())",
             "due = index + 1",
         ),
+        (
+            "the grid of impacts is that of training",
+            NOISE,
+            "grid=self.plan.grid(self.plan.analysis_noise_std(self._analysis.max_norm)),",
+            "grid=self.plan.grid(self.plan.train_noise_std(self.plan.max_grad_norm)),",
+            _POROSITY,
+        ),
     ),
     *mutants_of(
         f"{_TRAINING}/ahead.py",
         f"{_CALLS}::test_a_run_keeps_its_plan_call_by_call",
-        (
-            "all parameters ask for the same noise",
-            NOISE,
-            "parameter.shape, std, name=name)",
-            'parameter.shape, std, name="w")',
-        ),
-        ("noise is asked for without a step", NOISE, 'stream="train", step=batch.step,', 'stream="train", step=0,'),
-        ("noise is asked for without an attempt", NOISE, "attempt=batch.attempt)", "attempt=0)"),
-        (
-            "noise is asked for a clipping norm of one",
-            NOISE,
-            "plan.train_noise_std(plan.max_grad_norm)",
-            "plan.train_noise_std(1.0)",
-        ),
-        ("noise is asked for from the stream of analyses", NOISE, 'stream="train", step', 'stream="analysis", step'),
         (
             "the next microbatch is made by two at once",
             WIRING,
@@ -376,6 +348,98 @@ MUTANTS = [
             "    with ThreadPoolExecutor(1) as worker:\n        coming = worker.submit(next, iterator, _END)\n"
             "        coming.result(), next(iterator, _END)\n",
             "tests/training/test_ahead.py",
+        ),
+    ),
+    *mutants_of(
+        f"{_TRAINING}/sums.py",
+        f"{_CALLS}::test_a_run_keeps_its_plan_call_by_call",
+        (
+            "gradients are clipped to twice the planned norm",
+            SENSITIVITY,
+            "max_grad_norm=norm, key=key",
+            "max_grad_norm=2 * norm, key=key",
+        ),
+        (
+            "all parameters ask for the same noise",
+            NOISE,
+            "partial(noise.gaussian, p.shape, std, **of_step, name=name)",
+            'partial(noise.gaussian, p.shape, std, **of_step, name="w")',
+        ),
+        (
+            "noise is asked for without a step",
+            NOISE,
+            'of_step = {"stream": "train", "step": batch.step, "attempt": batch.attempt}',
+            'of_step = {"stream": "train", "step": 0, "attempt": batch.attempt}',
+        ),
+        (
+            "noise is asked for without an attempt",
+            NOISE,
+            'of_step = {"stream": "train", "step": batch.step, "attempt": batch.attempt}',
+            'of_step = {"stream": "train", "step": batch.step, "attempt": 0}',
+        ),
+        (
+            "noise is asked for from the stream of analyses",
+            NOISE,
+            'of_step = {"stream": "train", "step": batch.step, "attempt": batch.attempt}',
+            'of_step = {"stream": "analysis", "step": batch.step, "attempt": batch.attempt}',
+        ),
+        (
+            "noise is asked for a clipping norm of one",
+            NOISE,
+            "plan.train_noise_std(plan.max_grad_norm)",
+            "plan.train_noise_std(1.0)",
+        ),
+        (
+            "noise of impacts is that of training",
+            NOISE,
+            "plan.analysis_noise_std(measured.sensitivity)",
+            "plan.train_noise_std(measured.sensitivity)",
+        ),
+        (
+            "noise of impacts is not scaled by their sensitivity",
+            NOISE,
+            "plan.analysis_noise_std(measured.sensitivity)",
+            "plan.analysis_noise_std(1.0)",
+        ),
+        (
+            "all analyses get the same noise",
+            NOISE,
+            'purpose = {"stream": "analysis", "step": batch.step, "attempt": batch.attempt, "name": "impacts"}',
+            'purpose = {"stream": "analysis", "step": 0, "attempt": 0, "name": "impacts"}',
+        ),
+        (
+            "noise of impacts comes from the stream of training",
+            NOISE,
+            'purpose = {"stream": "analysis", "step": batch.step, "attempt": batch.attempt, "name": "impacts"}',
+            'purpose = {"stream": "train", "step": batch.step, "attempt": batch.attempt, "name": "impacts"}',
+        ),
+        (
+            "gradients in integers are clipped to twice the planned norm",
+            SENSITIVITY,
+            "max_grad_norm=norm, grid=grid",
+            "max_grad_norm=2 * norm, grid=grid",
+            _POROSITY,
+        ),
+        (
+            "all parameters ask for the same discrete noise",
+            NOISE,
+            "partial(noise.discrete, p.shape, **of_step, name=name)",
+            'partial(noise.discrete, p.shape, **of_step, name="w")',
+            _POROSITY,
+        ),
+        (
+            "the grid of a sum is that of half of its noise",
+            NOISE,
+            "grid = plan.grid(plan.train_noise_std(norm))",
+            "grid = plan.grid(plan.train_noise_std(0.5 * norm))",
+            _POROSITY,
+        ),
+        (
+            "what is released leaves the grid",
+            NOISE,
+            "noisy.double().mul_(grid / expected)",
+            "noisy.float().mul_(grid / expected)",
+            _POROSITY,
         ),
     ),
     *mutants_of(
@@ -395,7 +459,12 @@ MUTANTS = [
             "v_BP",
             f"{_IMPACT}::test_an_example_that_is_not_finite_contributes_nothing",
         ),
-        ("copies that fill up a microbatch count", ANALYSIS, "        finite_B[piece.num_examples :] = False\n", ""),
+        (
+            "copies that fill up a microbatch count",
+            ANALYSIS,
+            "            finite_B[piece.num_examples :] = False\n",
+            "",
+        ),
         (
             "all analyses have the same keys",
             SECRET,
@@ -434,8 +503,8 @@ MUTANTS = [
         (
             "the sensitivity of impacts is said to be one",
             SENSITIVITY,
-            "sensitivity=float(max_norm))",
-            "sensitivity=1.0)",
+            "sensitivity=float(max_norm), grid=grid)",
+            "sensitivity=1.0, grid=grid)",
             f"{_IMPACT}::test_one_record_moves_the_sum_by_at_most_its_sensitivity",
         ),
         (
@@ -448,12 +517,19 @@ MUTANTS = [
         (
             "the sum of impacts is clipped instead of each",
             SENSITIVITY,
-            "        clipped = factors_B.mul(finite_B).double() @ rows_or_zero(finite_B, v_BP)\n",
+            "            clipped = factors_B.mul(finite_B).double() @ rows_or_zero(finite_B, v_BP)\n",
             (
-                "        clipped = finite_B.double() @ rows_or_zero(finite_B, v_BP)\n"
-                "        clipped = clipped * min(1.0, max_norm / max(float(clipped.norm()), 1e-30))\n"
+                "            clipped = finite_B.double() @ rows_or_zero(finite_B, v_BP)\n"
+                "            clipped = clipped * min(1.0, max_norm / max(float(clipped.norm()), 1e-30))\n"
             ),
             f"{_IMPACT}::test_the_sum_is_that_of_full_forward_passes",
+        ),
+        (
+            "impacts in integers are clipped to twice the norm",
+            SENSITIVITY,
+            "grid_factors(v_BP.square().sum(1), max_norm, grid)",
+            "grid_factors(v_BP.square().sum(1), 2 * max_norm, grid)",
+            _POROSITY,
         ),
     ),
     *mutants_of(
@@ -554,6 +630,47 @@ MUTANTS = [
             "        restore_buffers(self._objective.model, self._buffers)\n",
             "",
             f"{_ATTACKS}::test_a_buffer_that_begins_to_follow_the_data_stops_the_run_and_is_restored",
+        ),
+        (
+            "an error of ours tells how long a record is",
+            LEAK,
+            'refused = type(error)(_SHAPE.sub("(withheld)", str(error)))',
+            "refused = type(error)(str(error))",
+            "tests/training/test_watch.py",
+        ),
+        (
+            "an error of ours carries along what caused it",
+            LEAK,
+            'refused = type(error)(_SHAPE.sub("(withheld)", str(error)))\n',
+            (
+                'refused = type(error)(_SHAPE.sub("(withheld)", str(error)))\n'
+                "        refused.__cause__ = error.__cause__\n"
+            ),
+            "tests/training/test_watch.py",
+        ),
+        (
+            "warnings of a step are shown",
+            LEAK,
+            'warnings.simplefilter("ignore")',
+            'warnings.simplefilter("default")',
+            "tests/training/test_watch.py",
+        ),
+        (
+            "records are compared in the first epoch alone",
+            COUPLING,
+            ('        """Compare one more record."""\n        self._probed = False\n'),
+            '        """Compare one more record."""\n',
+            "tests/training/test_watch.py",
+        ),
+        (
+            "a record on which the model raises ends the run when it is compared",
+            LEAK,
+            (
+                "        except Exception:  # the model does not run on this record, which then contributes nothing\n"
+                '            return ""\n'
+            ),
+            ('        except ZeroDivisionError:\n            return ""\n'),
+            "tests/training/test_watch.py",
         ),
     ),
     *mutants_of(

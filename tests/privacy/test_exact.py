@@ -42,6 +42,7 @@ def test_digits_of_an_exponential_are_right(number, bits):
 def test_numbers_that_end_are_taken_as_they_are():
     assert floor_of(lambda: Decimal("0.375"), 64) == 3 * 2**61
     assert floor_of(lambda: Decimal(1) / 3 * 3, 64) == 2**64  # what only rounding makes less than an integer
+    assert floor_of(lambda: (Decimal(1) / 3 * 3) ** 1000, 64) == 2**64  # by more than one unit in the last place
     assert exp_floor(0, 5, 128) == 2**128
 
 

@@ -132,11 +132,17 @@ def candidate(number, place, *accepting, negative=False):
     return [int(strip), (place << 40) | int(negative), *accepting]
 
 
-@pytest.mark.parametrize("number", [0, 15, 16, 200])
+@pytest.mark.parametrize("number", [0, 15, 16, 200, 300])
 def test_a_candidate_becomes_what_its_words_say(number):
     place = 12345
     found = grid_noise._accepted(Recorded(candidate(number, place, 1, 1, 1, negative=True)), 1, BITS)
     assert found.tolist() == ([-(number * 2**24 + place)] if number < 100 else [])  # exp(-66) is below every word
+
+
+def test_the_last_digits_of_an_exponent_decide_too():
+    """A third word above exp(-low), low the last 43 digits of E, refuses: 2^48 + 2^42.5 are the digits of this E."""
+    for word, kept in ((2**63, 1), (2**64 - 1, 0)):
+        assert len(grid_noise._accepted(Recorded(candidate(15, 12345, 1, 1, word)), 1, BITS)) == kept
 
 
 def test_far_candidates_are_decided_like_near_ones():

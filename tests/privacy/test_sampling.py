@@ -137,6 +137,9 @@ def assert_geometric(found: np.ndarray, sample_rate: float) -> None:
     expected = -np.diff((1 - sample_rate) ** edges, append=0.0) * len(found)
     counts = np.bincount(np.searchsorted(edges, found, side="right") - 1, minlength=len(edges))
     assert stats.chisquare(counts[expected > 5], expected[expected > 5], sum_check=False).pvalue > ALPHA
+    for far in (math.ceil(4 / sample_rate), math.ceil(8.5 / sample_rate)):  # beyond the last cell
+        rest = math.exp(far * math.log1p(-sample_rate))
+        assert stats.binomtest(int((found >= far).sum()), len(found), rest).pvalue > ALPHA
     correlation = np.corrcoef(found[1:], found[:-1])[0, 1]
     assert_standard_normal(float(correlation * math.sqrt(len(found))))
 
@@ -154,6 +157,7 @@ PLANTED_GAPS = {
     "no zero": lambda found: np.maximum(found, 1),
     "the lowest digit left out": lambda found: found >> 5 << 5,
     "a cut tail": lambda found: np.minimum(found, 127),
+    "a tail cut far out": lambda found: np.where(found < 8 / 0.02, found, 0),
     "a digit that repeats another": lambda found: (found >> 6 << 6) | (found >> 1 & 63),
     "a digit that is uniform": lambda found: (found >> 5 << 5) | np.random.default_rng(0).integers(0, 32, len(found)),
 }

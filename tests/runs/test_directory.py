@@ -125,9 +125,9 @@ class WithoutTrial(RunDirectory):
 
 
 class ChargesFirst(RunDirectory):
-    def begin(self, settings, model, choices):
+    def begin(self, model, choices, epochs):
         ledger_of_other_rates(self.path / "other").replace(self.path / LEDGER)
-        super().begin(settings, model, choices)
+        super().begin(model, choices, epochs)
 
 
 class FailsAfterAnEpoch(Sink):
@@ -147,18 +147,6 @@ def test_a_failure_after_a_charge_would_be_seen(planted, directory, tmp_path):
     model, error, words = REFUSED["half a tensor"]
     with pytest.raises(AssertionError, match=r"charged|begun"):
         assert_refused_before_any_charge(planted, tmp_path / "run", error, words, directory, model=model)
-
-
-def test_a_ledger_that_holds_charges_is_never_taken_back(tmp_path):
-    for name, charges in (("charged", True), ("not charged", False)):
-        files = Place(tmp_path / name)
-        files.path.mkdir()
-        Ledger(files.path / LEDGER).close()
-        if charges:
-            (files.path / LEDGER).unlink()
-            ledger_of_other_rates(files.path / LEDGER)
-        files.give_back()
-        assert (files.path / LEDGER).exists() == charges
 
 
 class Failing(RunDirectory):
@@ -237,7 +225,7 @@ def test_a_run_that_diverges_keeps_checkpoints_of_finite_parameters(tmp_path):
     with pytest.raises(DivergedError):
         train(small(**RUNS_AWAY, checkpoint_every="1step"), tmp_path / "run")
     folder, refused = newest(tmp_path / "run" / "checkpoints")
-    assert not refused and all(t.isfinite().all() for t in Checkpoint.read(folder).parts["model"].values())
+    assert not refused and all((t.abs() <= 1e12).all() for t in Checkpoint.read(folder).parts["model"].values())
 
 
 class AtStep:

@@ -9,10 +9,12 @@ import torch
 
 from dpquant.backends.choose import Choices
 from dpquant.data import dataset as data
+from dpquant.engine.passes import Objective
 from dpquant.errors import DataError, ModelError, SettingError
 from dpquant.runs.evaluation import accuracy
 from dpquant.training.start import _first_records
-from dpquant.training.watch import without_details
+from dpquant.training.watch import Watch, without_details
+from networks import loss
 
 SECRET = "diagnosis: none"
 
@@ -81,6 +83,41 @@ def test_what_a_step_would_tell_is_seen(work):
 def test_an_error_of_ours_keeps_what_is_public():
     with pytest.raises(SettingError, match=r"one loss per example; got shape \(withheld\) or \(withheld\), at most 8"):
         carefully(names_a_length)
+
+
+class Asked:
+    """Records that keep the keys by which some are asked for, and on which no model runs."""
+
+    def __init__(self):
+        self.keys = []
+
+    def batchmates(self, record_ids, count, key):
+        self.keys.append(key)
+        return None, None
+
+
+class Once(Watch):
+    def begin_epoch(self):
+        """What is forgotten: another record is compared."""
+
+
+def assert_compares_once_an_epoch(kind) -> None:
+    records = Asked()
+    watch = kind(Objective(torch.nn.Linear(1, 1), loss), records)
+    for key in range(6):
+        if key % 2 == 0:
+            watch.begin_epoch()
+        assert watch.coupling(torch.arange(3 * (key > 1)), key) == ""  # the first two batches are empty
+    assert records.keys == [2, 4]
+
+
+def test_a_record_is_compared_in_every_epoch_and_one_on_which_the_model_raises_says_nothing():
+    assert_compares_once_an_epoch(Watch)
+
+
+def test_comparing_one_record_in_all_would_be_seen():
+    with pytest.raises(AssertionError):
+        assert_compares_once_an_epoch(Once)
 
 
 class Unreadable:

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bugs planted in `app`: what an export copies and what it leaves."""
+
+from mutants.mutant import CLAIM, LEAK, mutants_of
+
+_EXPORT = "tests/app/test_export.py"
+
+MUTANTS = [
+    *mutants_of(
+        "src/dpquant/app/export.py",
+        _EXPORT,
+        (
+            "training accuracy is exported",
+            LEAK,
+            "nonprivate_accuracy_train=None)",
+            "nonprivate_accuracy_train=epoch.nonprivate_accuracy_train)",
+            f"{_EXPORT}::test_training_accuracy_is_not_exported",
+        ),
+        (
+            "settings are exported with folders of the machine",
+            LEAK,
+            "CONFIG: _public(settings).to_toml(),",
+            "CONFIG: settings.to_toml(),",
+            f"{_EXPORT}::test_an_export_holds_what_is_released_with_its_sums",
+        ),
+        (
+            "the command line is exported",
+            LEAK,
+            'command=f"dpquant train --config {CONFIG}",',
+            "command=record.command,",
+            f"{_EXPORT}::test_an_export_holds_what_is_released_with_its_sums",
+        ),
+        (
+            "the folder of the records is exported",
+            LEAK,
+            "dataset=_unplaced(record.dataset),",
+            "dataset=record.dataset,",
+            f"{_EXPORT}::test_an_export_holds_what_is_released_with_its_sums",
+        ),
+        ("the lines of the ledger are exported", LEAK, "SPENT: _summary(spent),", "SPENT: _read(run / LEDGER),"),
+        (
+            "how often processes began is exported",
+            LEAK,
+            ('    return json.dumps(facts, indent=2) + "\\n"\n\n\ndef _write('),
+            (
+                '    facts["attempts"] = contents.attempts\n'
+                '    return json.dumps(facts, indent=2) + "\\n"\n'
+                "\n"
+                "\n"
+                "def _write("
+            ),
+            f"{_EXPORT}::test_record_settings_and_ledger_of_an_export_say_what_the_run_said",
+        ),
+        (
+            "a report that shows times is exported",
+            LEAK,
+            "if any(part in text for part in (NOT_FOR_RELEASE, html.escape(NOT_FOR_RELEASE))):",
+            "if False:",
+            f"{_EXPORT}::test_a_report_is_copied_unless_it_shows_what_is_the_operators",
+        ),
+        (
+            "a report that names folders of the machine is exported",
+            LEAK,
+            "if any(part in text for one in withheld for part in (one, html.escape(one))):",
+            "if False:",
+            f"{_EXPORT}::test_a_report_is_copied_unless_it_shows_what_is_the_operators",
+        ),
+        (
+            "a report that may show training accuracy is exported",
+            LEAK,
+            ("    if record.unsafe_metrics:\n        return"),
+            ("    if False:\n        return"),
+            f"{_EXPORT}::test_a_report_that_may_show_training_accuracy_is_left",
+        ),
+        (
+            "a ledger that has charged more than the record says is exported",
+            CLAIM,
+            "if not spent.together.epsilon <= record.epsilon * (1 + _ROUND_OFF):",
+            "if False:",
+            f"{_EXPORT}::test_what_cannot_be_released_is_one_line_and_nothing_is_made",
+        ),
+        (
+            "a run that has not ended is exported",
+            CLAIM,
+            ("    if not (run / RECORD).is_file():\n        raise SettingError("),
+            ("    if False:\n        raise SettingError("),
+            f"{_EXPORT}::test_what_cannot_be_released_is_one_line_and_nothing_is_made",
+        ),
+        (
+            "what lies in the folder of an export is taken for released",
+            LEAK,
+            "if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):",
+            "if folder.exists() and not folder.is_dir():",
+            f"{_EXPORT}::test_what_cannot_be_released_is_one_line_and_nothing_is_made",
+        ),
+        (
+            "an export that fails leaves what it had copied",
+            LEAK,
+            ("    except OSError as error:\n        shutil.rmtree(draft, ignore_errors=True)\n"),
+            "    except OSError as error:\n",
+            f"{_EXPORT}::test_an_export_that_fails_half_way_leaves_nothing",
+        ),
+    ),
+]
