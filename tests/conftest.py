@@ -10,7 +10,7 @@ import torch
 
 from dpquant.backends.choose import CACHE
 
-pytest_plugins = ["durations"]
+pytest_plugins = ["durations", "tried"]
 
 torch.set_num_threads(1)
 os.environ[CACHE] = "off"

@@ -21,6 +21,7 @@ _BEGAN = pytest.StashKey[float]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("durations")
     group.addoption("--all", action="store_true", help="run the tests of tests/long.txt too")
+    group.addoption("--long", action="store_true", help="run the tests of tests/long.txt only")
     group.addoption("--note-long", action="store_true", help="run every test and write tests/long.txt anew")
 
 
@@ -29,9 +30,9 @@ def long_tests() -> frozenset[str]:
     return frozenset(LONG.read_text().splitlines())
 
 
-def chosen(ids: list[str], always: set[str], long: frozenset[str]) -> list[str]:
-    """Return the ids that are not long, in their order."""
-    return [one for one in ids if one not in long or one in always]
+def chosen(ids: list[str], always: set[str], long: frozenset[str], *, only_long: bool = False) -> list[str]:
+    """Return the ids that are not long, or those that are, in their order."""
+    return [one for one in ids if (one in long and one not in always) == only_long]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -40,7 +41,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if asked or named:
         return
     always = {item.nodeid for item in items if item.get_closest_marker("always")}
-    keep = set(chosen([item.nodeid for item in items], always, long_tests()))
+    keep = set(chosen([item.nodeid for item in items], always, long_tests(), only_long=config.getoption("long")))
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in keep])
     items[:] = [item for item in items if item.nodeid in keep]
 

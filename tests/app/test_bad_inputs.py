@@ -11,7 +11,8 @@ from dpquant.app.cli import run
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_a_bad_input_is_refused_in_one_line(name, tmp_path):
+def test_a_bad_input_is_refused_in_one_line(name, tmp_path, tried):
+    tried("bad inputs")
     assert problems_of(TABLE[name], tmp_path, in_process(run)) == []
 
 

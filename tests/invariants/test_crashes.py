@@ -116,7 +116,7 @@ def step_of(folder: Path) -> int:
 def assert_no_crash_loses_a_checkpoint(tmp_path, disk_class=Lossy):
     """A second and a third are written, and the first is purged: after any crash the newest is whole, and none is torn.
 
-    Once `write` has returned, what it wrote is there after any crash.
+    Once `write` has returned, what it wrote is there after any crash. Returns the number of states tried.
     """
     home = tmp_path / "home"
     home.mkdir()
@@ -138,10 +138,11 @@ def assert_no_crash_loses_a_checkpoint(tmp_path, disk_class=Lossy):
             seen[key] = newest(tmp_path / f"{number}")
         folder, refused = seen[key]
         assert folder is not None and step_of(folder) >= least and not refused, (number, least, refused)
+    return len(disk.states)
 
 
-def test_no_crash_loses_a_checkpoint(tmp_path):
-    assert_no_crash_loses_a_checkpoint(tmp_path)
+def test_no_crash_loses_a_checkpoint(tmp_path, tried):
+    tried("crash points", assert_no_crash_loses_a_checkpoint(tmp_path))
 
 
 class FilesUnflushed(Lossy):

@@ -815,8 +815,8 @@ def assert_no_crash_hides_a_release(folder, *, lease=4, disk_class=Recorded, ord
 
 
 @pytest.mark.parametrize("lease", [1, 4, 64])
-def test_no_crash_hides_a_release(tmp_path, lease):
-    assert_no_crash_hides_a_release(tmp_path, lease=lease)
+def test_no_crash_hides_a_release(tmp_path, lease, tried):
+    tried("crash points", len(assert_no_crash_hides_a_release(tmp_path, lease=lease)))
     assert (count(tmp_path / "ledger"), count(tmp_path / "ledger", "analysis")) == (STEPS, ANALYSES)
 
 

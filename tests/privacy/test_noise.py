@@ -56,7 +56,8 @@ def assert_unrelated(draws: list[Tensor]) -> None:
 HONEST = draw("train", 0, 0, "weight", NUM_DRAWS)
 
 
-def test_noise_is_normal_with_the_stated_standard_deviation():
+def test_noise_is_normal_with_the_stated_standard_deviation(tried):
+    tried("draws of records and noise", NUM_DRAWS)
     assert_normal_of(STD, HONEST)
 
 

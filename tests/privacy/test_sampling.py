@@ -77,7 +77,8 @@ def truncated() -> np.ndarray:
     return drawn
 
 
-def test_every_record_is_drawn_at_its_rate():
+def test_every_record_is_drawn_at_its_rate(tried):
+    tried("draws of records and noise", HONEST.size)
     assert_every_record_has_its_rate(HONEST)
 
 
