@@ -219,7 +219,7 @@ def main() -> None:
             runs.append({"data": name, "kills": [dataclasses.asdict(one) for one in found]})
             print(f"{len(kills)} kills, {len(runs)} runs ended, {time.monotonic() - began:.0f} s", flush=True)
             result = {**summary(kills, len(runs)), "seed": given.seed, "each_run": runs}
-            (folder_here() / "kills.json").write_text(json.dumps(result, indent=1) + "\n")
+            (folder_here() / f"kills-{given.seed}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(summary(kills, len(runs)), indent=2))
 
 
