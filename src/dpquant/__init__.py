@@ -8,6 +8,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from dpquant.app.check_model import check_model
+    from dpquant.app.form import Form
+    from dpquant.audits.report import AuditRequest, audit
     from dpquant.backends.qtensor import QTensor
     from dpquant.backends.quantize import quantize
     from dpquant.engine.clip import clipped_sum
@@ -45,12 +48,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "AllPolicy": "training.policies",
     "AnalysisPlan": "privacy.plan",
+    "AuditRequest": "audits.report",
     "BudgetError": "errors",
     "DPQuantError": "errors",
     "DPQuantPolicy": "training.policies",
     "DataError": "errors",
     "DivergedError": "errors",
     "Event": "privacy.events",
+    "Form": "app.form",
     "FormatError": "errors",
     "Ledger": "privacy.ledger",
     "LedgerError": "errors",
@@ -67,6 +72,8 @@ _HOMES = {
     "SettingError": "errors",
     "Sink": "runs.sinks",
     "StaticPolicy": "training.policies",
+    "audit": "audits.report",
+    "check_model": "app.check_model",
     "clipped_sum": "engine.clip",
     "fix": "engine.convert",
     "make_private": "training.start",
@@ -80,12 +87,14 @@ _HOMES = {
 __all__ = [
     "AllPolicy",
     "AnalysisPlan",
+    "AuditRequest",
     "BudgetError",
     "DPQuantError",
     "DPQuantPolicy",
     "DataError",
     "DivergedError",
     "Event",
+    "Form",
     "FormatError",
     "Ledger",
     "LedgerError",
@@ -102,6 +111,8 @@ __all__ = [
     "SettingError",
     "Sink",
     "StaticPolicy",
+    "audit",
+    "check_model",
     "clipped_sum",
     "fix",
     "make_private",
