@@ -216,3 +216,17 @@ class that_fails_on_records(Plain):
         if not self.training and (x == -1).any():  # as the background of a digit is
             raise ValueError(f"secret {x.flatten()[:3].tolist()}")
         return super().forward(x)
+
+
+class Dies(Sink):
+    """SIGKILL, as far as files go: nothing is tidied up after so many steps."""
+
+    class Killed(BaseException):
+        pass
+
+    def __init__(self, steps):
+        self._steps = steps
+
+    def stepped(self, progress):
+        if progress.step == self._steps:
+            raise Dies.Killed

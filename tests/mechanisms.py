@@ -6,10 +6,12 @@ import dataclasses
 import torch
 
 import dpquant
+from dpquant.engine.clip import ClippedSum
 from dpquant.formats import precision
 from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.mechanism import Mechanism
 from dpquant.training.execution import ExecutionRequest
+from dpquant.training.impact import ImpactSum
 from dpquant.training.private import PrivateTraining
 from dpquant.training.start import Request, begin
 
@@ -161,3 +163,15 @@ def repeating(mechanism_seed=0, *, make_run=PrivateTraining, **changed):
         )
 
     return start
+
+
+class Silent(PrivateTraining):
+    """Computes on private records, and puts zeros in the place of what comes of it."""
+
+    def _clipped_sum(self, pieces, key):
+        total = super()._clipped_sum(pieces, key)
+        return ClippedSum({name: torch.zeros_like(grad) for name, grad in total.grads.items()}, total.sensitivity)
+
+    def _impact_sum(self, pieces, names, keys):
+        total = super()._impact_sum(pieces, names, keys)
+        return ImpactSum(torch.zeros_like(total.impacts), total.sensitivity)

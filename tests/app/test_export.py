@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 
 from dpquant.app.cli import run as command
 from dpquant.app.export import SPENT, STATEMENT, SUMS, export
-from dpquant.engine.clip import ClippedSum
 from dpquant.errors import SettingError
 from dpquant.privacy.disk import Disk
 from dpquant.privacy.ledger import Ledger
@@ -29,10 +28,9 @@ from dpquant.runs.names import CONFIG, LEDGER, MODEL, RECORD, REPORT, TIMINGS
 from dpquant.runs.record import NOT_FOR_RELEASE, RunRecord
 from dpquant.runs.settings import TrainSettings, from_toml
 from dpquant.runs.train import train
-from dpquant.training.impact import ImpactSum
 from dpquant.training.private import PrivateTraining
 from dpquant.training.start import make_private
-from mechanisms import with_doubles
+from mechanisms import Silent, with_doubles
 
 FILES = {MODEL, RECORD, CONFIG, STATEMENT, SPENT, SUMS}
 
@@ -59,18 +57,6 @@ def settings_of(images, **others):
         "sample_rate": 0.5, "lr": 0.01, "microbatch_size": 16, "backend": "simulate", **others,
     }  # fmt: skip
     return TrainSettings.chosen(given)
-
-
-class Silent(PrivateTraining):
-    """Computes on private records, and puts zeros in the place of what comes of it."""
-
-    def _clipped_sum(self, pieces, key):
-        total = super()._clipped_sum(pieces, key)
-        return ClippedSum({name: torch.zeros_like(grad) for name, grad in total.grads.items()}, total.sensitivity)
-
-    def _impact_sum(self, pieces, names, keys):
-        total = super()._impact_sum(pieces, names, keys)
-        return ImpactSum(torch.zeros_like(total.impacts), total.sensitivity)
 
 
 def silently(*arguments, make_run=Silent, **keywords):

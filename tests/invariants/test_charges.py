@@ -6,10 +6,10 @@ import json
 
 import pytest
 
+from doubles import Dies
 from dpquant.privacy import accounting
 from dpquant.privacy.ledger import Ledger
 from dpquant.runs.settings import TrainSettings
-from dpquant.runs.sinks import Sink
 from dpquant.runs.train import train
 from mechanisms import starting, with_doubles
 
@@ -24,20 +24,6 @@ CONFIGS = {
     "given noise": {"policy": "none", "noise_multiplier": 1.7, "max_grad_norm": 0.3, "optimizer": "adam"},
     "resumed": {"policy": "prioritise", **ANALYSED, "epochs": 2},
 }
-
-
-class Dies(Sink):
-    """The process ends after so many steps, and nothing is tidied up."""
-
-    class Killed(BaseException):
-        pass
-
-    def __init__(self, steps):
-        self._steps = steps
-
-    def stepped(self, progress):
-        if progress.step == self._steps:
-            raise Dies.Killed
 
 
 class Seen:

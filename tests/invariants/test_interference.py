@@ -27,9 +27,8 @@ from dpquant.runs.names import METRICS, RECORD
 from dpquant.runs.settings import TrainSettings
 from dpquant.runs.train import train
 from dpquant.training.checkpoint import Checkpoint
-from dpquant.training.impact import ImpactSum
 from dpquant.training.private import PrivateTraining
-from mechanisms import starting, with_doubles
+from mechanisms import Silent, starting, with_doubles
 
 
 def what_the_screen_shows(progress):
@@ -39,18 +38,6 @@ def what_the_screen_shows(progress):
 def what_a_line_says(line):
     """A line of the ledger without the run's random name, from which its hashes follow."""
     return {name: value for name, value in line.items() if name not in ("run", "previous", "hash")}
-
-
-class Silent(PrivateTraining):
-    """Computes on private records, and puts constants in the place of what comes of it."""
-
-    def _clipped_sum(self, pieces, key):
-        total = super()._clipped_sum(pieces, key)
-        return ClippedSum({name: torch.zeros_like(grad) for name, grad in total.grads.items()}, total.sensitivity)
-
-    def _impact_sum(self, pieces, names, keys):
-        total = super()._impact_sum(pieces, names, keys)
-        return ImpactSum(torch.zeros_like(total.impacts), total.sensitivity)
 
 
 def with_constant_noise(mechanism):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bugs planted in `engine` and `checks`: clipping, per-example gradients, random draws, and the checks before a run."""
 
-from mutants.mutant import COUPLING, LEAK, SECRET, SENSITIVITY, mutants_of
+from mutants.mutant import ANALYSIS, COUPLING, LEAK, SECRET, SENSITIVITY, mutants_of
 
 _ENGINE, _CHECKS = "src/dpquant/engine", "src/dpquant/checks"
 _CLIP = "tests/engine/test_clip.py"
@@ -473,6 +473,13 @@ MUTANTS = [
             "            self.compare_with_autograd()\n",
             "            pass\n",
             f"{_ISOLATION}::test_coupled_examples_and_hidden_uses_are_refused",
+        ),
+        (
+            "layers stay as the analysis left them",
+            ANALYSIS,
+            "        set_precisions(model, precisions)\n        for module",
+            "        for module",
+            "tests/training/test_impact.py::test_everything_else_is_left_bitwise_as_it_was",
         ),
     ),
 ]

@@ -475,15 +475,8 @@ MUTANTS = [
         (
             "the model stays in evaluation mode",
             ANALYSIS,
-            "            module.training = training\n",
-            "            pass\n",
-            f"{_IMPACT}::test_everything_else_is_left_bitwise_as_it_was",
-        ),
-        (
-            "layers stay as the analysis left them",
-            ANALYSIS,
-            "        set_precisions(model, precisions)\n        for module",
-            "        for module",
+            "    with left_as_it_was(model):\n        model.eval()\n        yield",
+            "    model.eval()\n    yield",
             f"{_IMPACT}::test_everything_else_is_left_bitwise_as_it_was",
         ),
         (
@@ -510,7 +503,7 @@ MUTANTS = [
         (
             "impacts are measured with dropout",
             ANALYSIS,
-            "    model.eval()\n",
+            "        model.eval()\n",
             "",
             f"{_CALLS}::test_a_run_keeps_its_plan_call_by_call",
         ),

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from doubles import Dies
 from dpquant.app.cli import run as dpquant
 from dpquant.data.split import Split
 from dpquant.errors import DataError, SettingError
@@ -46,20 +47,6 @@ class Asks(Sink):
     def stepped(self, progress):
         if progress.step == self._steps:
             os.kill(os.getpid(), self._number)
-
-
-class Dies(Sink):
-    """SIGKILL, as far as files go: nothing is tidied up after so many steps."""
-
-    class Killed(BaseException):
-        pass
-
-    def __init__(self, steps):
-        self._steps = steps
-
-    def stepped(self, progress):
-        if progress.step == self._steps:
-            raise Dies.Killed
 
 
 @pytest.fixture(scope="module")

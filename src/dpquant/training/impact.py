@@ -27,17 +27,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from dpquant.checks.probe import left_as_it_was
 from dpquant.engine.batches import Microbatch
 from dpquant.engine.clip import clip_factors
 from dpquant.engine.context import Replay, StepContext
 from dpquant.engine.contributions import Contribution, rows_or_zero
 from dpquant.engine.grid_sum import grid_factors, rounded_sum
 from dpquant.engine.layers import (
-    current_precisions,
     quantizable_layers,
     running,
     set_policy,
-    set_precisions,
 )
 from dpquant.engine.passes import Objective, caused_by_records, copies, gradients_of_rows
 from dpquant.engine.randomness import seeded
@@ -221,11 +220,6 @@ def gradient_impact_vectors(
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Put the model into evaluation mode within the block; afterwards restore its modes and precisions."""
-    precisions, modes = current_precisions(model), {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with left_as_it_was(model):
+        model.eval()
         yield
-    finally:
-        set_precisions(model, precisions)
-        for module, training in modes.items():
-            module.training = training
