@@ -14,7 +14,7 @@ import pytest
 from pytest import TestReport
 
 LONG = Path(__file__).with_name("long.txt")
-SECONDS = 1.0  # of processor time, with those of a test's own processes and its set-up: longer is long
+SECONDS = 0.6  # of processor time, with those of a test's own processes and its set-up: longer is long
 _BEGAN = pytest.StashKey[float]()
 
 
