@@ -4,8 +4,9 @@
     scripts/bench kills --kills 1000
 
 Every attempt is `dpquant train --resume` on a small job, digits or an image folder, and gets SIGKILL at a moment that
-is drawn beforehand. One attempt in ten is a new process, which also dies while it imports; the others are forked from a
-process that has imported everything. After each kill the ledger and the checkpoints on disk are read as they are. Every
+is drawn beforehand: four in five within half a second after their first charge, the others from their start on. One
+attempt in ten is a new process, which also dies while it imports; the others are forked from a process that has
+imported everything. After each kill the ledger and the checkpoints on disk are read as they are. Every
 kill is in the result. The first that breaks a promise ends the benchmark with an error:
 
 - The ledger verifies, and holds no fewer charges than before.
@@ -16,6 +17,7 @@ kill is in the result. The first that breaks a promise ends the benchmark with a
 
 import argparse
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -27,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +59,7 @@ SMALL = [
 ]
 IMAGES = ["--model", "cnn", "--image-size", "12", "--records", "120", "--batch-size", "20"]
 LONGEST = 300.0  # seconds of an attempt that nobody kills
-COLD_ONE_IN = 10
+COLD_ONE_IN, EARLY_ONE_IN = 10, 5  # attempts that are new processes, and that may be killed before they train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +89,10 @@ class Attempts:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["dpquant.runs.train", "dpquant.app.cli", "sklearn.datasets"])
 
-    def killed(self, arguments: Sequence[str], seconds: float, *, cold: bool, log: Path) -> bool:
-        """Run a command line and kill it after so many seconds. Return whether it was still there."""
+    def killed(
+        self, arguments: Sequence[str], seconds: float, *, cold: bool, log: Path, begun: Callable[[], bool]
+    ) -> bool:
+        """Run a command line and kill it so many seconds after it has begun. Return whether it was still there."""
         if cold:
             with log.open("w") as file:
                 process = subprocess.Popen([sys.executable, "-m", "dpquant", *arguments], stdout=file, stderr=file)
@@ -99,6 +103,8 @@ class Attempts:
             return process.wait() == -signal.SIGKILL
         process = self._context.Process(target=_verb, args=(arguments, log))
         process.start()
+        while process.is_alive() and not begun():
+            time.sleep(0.005)
         process.join(seconds)
         process.kill()
         process.join()
@@ -144,9 +150,11 @@ def endured(out: Path, options: Sequence[str], attempts: Attempts, draw: random.
     found: list[Kill] = []
     before = 0
     while len(found) < kills and not (out / RECORD).exists():
-        cold = draw.randrange(COLD_ONE_IN) == 0
-        seconds = draw.uniform(0, 8) if cold else draw.uniform(0, 2)
-        if not attempts.killed(command, seconds, cold=cold, log=log):
+        cold, early = draw.randrange(COLD_ONE_IN) == 0, draw.randrange(EARLY_ONE_IN) == 0
+        seconds = draw.uniform(0, 8) if cold else draw.uniform(0, 2) if early else draw.uniform(0, 0.5)
+        charges = _num_charges(out / LEDGER)
+        begun = functools.partial(_begun, out / LEDGER, 0 if early else charges + 1)
+        if not attempts.killed(command, seconds, cold=cold, log=log, begun=begun):
             assert (out / RECORD).exists(), f"ended by itself without a record: {log.read_text()[-500:]}"
             break
         found.append(_checked(out, before, seconds, cold=cold))
@@ -174,14 +182,26 @@ def _checked(out: Path, before: int, seconds: float, *, cold: bool) -> Kill:
     step = int(found.name.removeprefix("step-")) if found is not None else 0
     assert step <= steps, "a checkpoint is ahead of the ledger"
     lost = steps - max(step, before)
-    assert lost <= EVERY + _longest_lease(ledger), f"{lost} steps are lost"
+    assert lost <= EVERY + max(_charges(ledger), default=0), f"{lost} steps are lost"
     phase = "training" if steps > before else "ledger"
     return Kill(seconds=seconds, cold=cold, charged=steps, lost=lost, phase=phase)
 
 
-def _longest_lease(ledger: Path) -> int:
+def _charges(ledger: Path) -> list[int]:
+    """Return the number of steps of each complete train line."""
+    if not ledger.exists():
+        return []
     lines = [json.loads(line) for line in ledger.read_bytes().split(b"\n")[:-1]]
-    return max((line["count"] for line in lines if line["kind"] == "train"), default=0)
+    return [line["count"] for line in lines if line["kind"] == "train"]
+
+
+def _num_charges(ledger: Path) -> int:
+    return len(_charges(ledger))
+
+
+def _begun(ledger: Path, charges: int) -> bool:
+    """Return whether the ledger holds so many charges."""
+    return _num_charges(ledger) >= charges
 
 
 def put_images(folder: Path) -> None:
