@@ -239,7 +239,6 @@ def test_an_interval_in_no_known_form_is_refused(text):
 # The real program
 
 
-@pytest.mark.always
 def test_sigkill_at_any_moment_loses_no_charge(tmp_path):
     """Also before the first step, and while files are written."""
     out = tmp_path / "run"
