@@ -67,7 +67,7 @@ class Kill:
     """One attempt that was killed.
 
     Attributes:
-      seconds: from its start.
+      seconds: from its start, or from its first charge.
       cold: whether it was a new process, which had to import first.
       charged: training steps that the ledger held afterwards.
       lost: of the steps that this attempt charged, those that no checkpoint holds.
@@ -152,8 +152,7 @@ def endured(out: Path, options: Sequence[str], attempts: Attempts, draw: random.
     while len(found) < kills and not (out / RECORD).exists():
         cold, early = draw.randrange(COLD_ONE_IN) == 0, draw.randrange(EARLY_ONE_IN) == 0
         seconds = draw.uniform(0, 8) if cold else draw.uniform(0, 2) if early else draw.uniform(0, 0.5)
-        charges = _num_charges(out / LEDGER)
-        begun = functools.partial(_begun, out / LEDGER, 0 if early else charges + 1)
+        begun = functools.partial(_begun, out / LEDGER, 0 if early else len(_charges(out / LEDGER)) + 1)
         if not attempts.killed(command, seconds, cold=cold, log=log, begun=begun):
             assert (out / RECORD).exists(), f"ended by itself without a record: {log.read_text()[-500:]}"
             break
@@ -195,13 +194,9 @@ def _charges(ledger: Path) -> list[int]:
     return [line["count"] for line in lines if line["kind"] == "train"]
 
 
-def _num_charges(ledger: Path) -> int:
-    return len(_charges(ledger))
-
-
 def _begun(ledger: Path, charges: int) -> bool:
     """Return whether the ledger holds so many charges."""
-    return _num_charges(ledger) >= charges
+    return len(_charges(ledger)) >= charges
 
 
 def put_images(folder: Path) -> None:

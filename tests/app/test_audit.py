@@ -8,8 +8,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from dpquant.app.audit import report
 from dpquant.app.cli import run
+from dpquant.app.verbs.audit import report
 from dpquant.audits.one_run import Attacker, Canaries, one_run
 from dpquant.audits.report import LEVEL, AuditRequest, audit
 from dpquant.data import dataset as data

@@ -124,6 +124,14 @@ def test_record_settings_and_ledger_of_an_export_say_what_the_run_said(run, tmp_
     }  # fmt: skip
 
 
+def test_settings_that_state_a_default_without_effect_can_be_exported(run, tmp_path, capsys):
+    text = "".join(line for line in (run / CONFIG).read_text().splitlines(True) if not line.startswith("policy"))
+    (run / CONFIG).write_text(f'policy = "rotate"\n{text}')  # in which nothing of the analyses has an effect
+    assert exported(run, tmp_path / "out", capsys)["copied"]
+    with pytest.raises(SettingError, match="it would be ignored"):  # as if a user had given each setting
+        TrainSettings.chosen(from_toml(run / CONFIG))
+
+
 def test_an_export_says_what_was_copied_and_what_was_left(run, tmp_path, capsys):
     assert command(["export", str(run), str(tmp_path / "out")]) == 0
     shown = " ".join(capsys.readouterr().out.split())

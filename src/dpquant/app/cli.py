@@ -9,7 +9,6 @@ import datetime
 import functools
 import importlib.metadata
 import os
-import shlex
 import sys
 import typing
 import warnings
@@ -21,7 +20,6 @@ import typer
 from rich.console import Console
 from typer.exceptions import TyperException
 
-from dpquant.app.audit import audit
 from dpquant.app.console import (
     ProgressBar,
     print_account,
@@ -38,11 +36,13 @@ from dpquant.app.options import (
     Config,
     Json,
     Out,
+    command_line,
     refuse,
     settings_of,
     with_settings,
     written_path,
 )
+from dpquant.app.verbs.audit import audit
 from dpquant.app.verbs.check_model import check_model
 from dpquant.app.verbs.export import export
 from dpquant.errors import DivergedError, DPQuantError, LedgerError, SettingError, StoppedError
@@ -64,6 +64,7 @@ app = typer.Typer(
 )
 app.command("check-model")(check_model)
 app.command("export")(export)
+app.command("audit")(audit)
 
 
 class _Interrupted(Exception):
@@ -210,10 +211,9 @@ def _train(settings: TrainSettings, folder: Path, *, resume: bool, as_json: bool
         from dpquant.runs.train import train as run_training
 
         console = Console(quiet=as_json)
-        command = shlex.join(["dpquant", *sys.argv[1:]])
         try:
             with ProgressBar(console) as bar:
-                record = run_training(settings, place, command=command, sinks=[bar])
+                record = run_training(settings, place, command=command_line(), sinks=[bar])
         except KeyboardInterrupt as interrupt:
             budget = plan_of(settings)
             raise _Interrupted(charged(folder / LEDGER, budget).told(budget)) from interrupt
@@ -374,9 +374,6 @@ def bench(
         )
     record = measure(settings, watch=lambda what: print(what, file=sys.stderr, flush=True))
     return report_bench(record, out, as_json=as_json)
-
-
-app.command()(audit)
 
 
 def report_bench(record: "BenchRecord", out: Path | None, *, as_json: bool) -> int:

@@ -40,8 +40,9 @@ from dpquant.runs.names import (
     REPORT,
     TIMINGS,
 )
+from dpquant.runs.place import Place
 from dpquant.runs.record import NOT_FOR_RELEASE, RunRecord
-from dpquant.runs.settings import TrainSettings, from_toml
+from dpquant.runs.settings import TrainSettings
 
 STATEMENT, SPENT, SUMS = "statement.txt", "ledger.json", "SHA256SUMS"
 _ROUND_OFF = 1e-6  # of epsilon, which versions of the accountant compute slightly differently
@@ -168,11 +169,7 @@ def export(run: Path, folder: Path, *, disk: Disk = DISK) -> Export:
 
 def _ended(run: Path) -> tuple[RunRecord, TrainSettings]:
     """Return record and settings of a run, and check that its model can be read."""
-    if not (run / CONFIG).is_file():
-        raise SettingError(
-            f"Expected the directory of a run; got {run}, which holds no {CONFIG}. Name the directory that dpquant "
-            "train has made."
-        )
+    settings = Place(run).settings()
     if not (run / RECORD).is_file():
         raise SettingError(
             f"Expected a run that has ended; got {run}, which holds no {RECORD}. Whether its epsilon holds is known at "
@@ -186,7 +183,7 @@ def _ended(run: Path) -> tuple[RunRecord, TrainSettings]:
             f"Expected {run / MODEL} to hold the model; got {type(error).__name__}: {error}. There is nothing to "
             "release without it. Restore it from a copy."
         ) from error
-    return RunRecord.read(run / RECORD), TrainSettings.chosen(from_toml(run / CONFIG))
+    return RunRecord.read(run / RECORD), settings
 
 
 def _spent(run: Path, record: RunRecord) -> Account:

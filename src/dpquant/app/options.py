@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 import inspect
+import shlex
 import sys
 import typing
 from collections.abc import Callable
@@ -27,6 +28,11 @@ def refuse(message: str, code: int = BAD_INPUT) -> int:
     """Print one error line on standard error, and return the exit code."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+def command_line() -> str:
+    """Return the command line that the user typed, for a run's record."""
+    return shlex.join(["dpquant", *sys.argv[1:]])
 
 
 def with_settings(verb: Callable[..., None]) -> Callable[..., None]:

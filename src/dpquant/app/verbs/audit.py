@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`dpquant audit`: tries to refute a run's epsilon. Importing this file loads no torch."""
+"""The verb `dpquant audit`. Loads no torch before it runs."""
 
 import datetime
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,11 +10,10 @@ import typer
 from rich.console import Console
 
 from dpquant.app.console import ProgressBar, print_audit
+from dpquant.app.options import WRONG_RESULT, Json, command_line
 
 if TYPE_CHECKING:
     from dpquant.audits.report import Audit
-
-REFUTED = 1
 
 
 def audit(
@@ -28,7 +26,7 @@ def audit(
     out: Annotated[
         Path | None, typer.Option(help="new directory of the training copy [RUN-audit-TIME, beside RUN]")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")] = False,
+    as_json: Json = False,
 ) -> int:
     """Try to refute a run's epsilon, by its own settings on the real code. Exit code 1: refuted; 0: not refuted.
 
@@ -46,7 +44,6 @@ def audit(
     from dpquant.audits.report import audit as audited
 
     request = AuditRequest(mode=mode, canaries=canaries, seed=seed)
-
     place = out or run.with_name(f"{run.absolute().name}-audit-{datetime.datetime.now():%Y%m%d-%H%M%S}")
     console = Console(quiet=as_json)
     with ProgressBar(console) as bar:
@@ -54,7 +51,7 @@ def audit(
             run,
             request,
             out=place,
-            command=shlex.join(["dpquant", *sys.argv[1:]]),
+            command=command_line(),
             sinks=[bar],
             watch=lambda what: print(what, file=sys.stderr, flush=True),
         )
@@ -67,4 +64,4 @@ def report(console: Console, found: "Audit", *, as_json: bool) -> int:
         print(found.to_json(), end="")
     else:
         print_audit(console, found)
-    return REFUTED if found.refuted else 0
+    return WRONG_RESULT if found.refuted else 0
