@@ -507,8 +507,14 @@ MUTANTS = [
         (
             "leases are as long as they may be",
             LEDGER,
-            "self.lease = min(max(math.ceil(least), 1), LONGEST_LEASE)",
-            "self.lease = LONGEST_LEASE",
+            "self.lease = max(1, min(math.ceil(least), longest))",
+            "self.lease = max(1, longest)",
+        ),
+        (
+            "a crash of a short run costs as many steps as that of a long one",
+            LEDGER,
+            "longest = min(LONGEST_LEASE, math.floor(_WASTE * planned.count))",
+            "longest = LONGEST_LEASE",
         ),
         (
             "analyses are written and not counted",

@@ -21,7 +21,13 @@ FIXTURES = Path(__file__).parent / "fixtures"
 TRAIN = {"kind": "train", "sample_rate": 0.05, "noise_multiplier": 1.1}
 ANALYSIS = {"kind": "analysis", "sample_rate": 0.01, "noise_multiplier": 2.0}
 STEPS, ANALYSES = 12, 3
-BUDGET = Budget(epsilon=8.0, delta=1e-5, events=(Event(**ANALYSIS, count=ANALYSES), Event(**TRAIN, count=STEPS)))
+
+
+def budget_of(steps):
+    return Budget(epsilon=8.0, delta=1e-5, events=(Event(**ANALYSIS, count=ANALYSES), Event(**TRAIN, count=steps)))
+
+
+BUDGET = budget_of(STEPS)
 
 
 @contextlib.contextmanager
@@ -51,8 +57,10 @@ class Slow(Disk):
 
 
 def leasing(path, steps, disk_class=Slow, **settings):
-    """A ledger of the budget whose leases are so many steps long."""
-    return Ledger(path, budget=BUDGET, step_seconds=4.0 / steps, disk=disk_class(), **settings)
+    """A ledger of the budget whose leases are so many steps long, as those of a much longer plan may be."""
+    ledger = Ledger(path, budget=BUDGET, disk=disk_class(), **settings)
+    ledger.lease = steps
+    return ledger
 
 
 @pytest.fixture
@@ -68,7 +76,8 @@ def path(tmp_path: Path) -> Path:
 def leased(tmp_path: Path) -> Path:
     """A ledger of all kinds of lines: two attempts, of which the first crashed within a lease and the second ended."""
     with leasing_crashed(tmp_path / "leased.jsonl") as path:
-        ledger = Ledger.resumed(path, step_seconds=1.0, disk=Slow())
+        ledger = Ledger.resumed(path, disk=Slow())
+    ledger.lease = 4
     ledger.charge(**ANALYSIS)
     ledger.charge(**TRAIN)
     ledger.close()
@@ -670,8 +679,18 @@ def test_a_crash_counts_against_the_plan_and_another_plan_is_refused(tmp_path):
 @pytest.mark.parametrize(("step", "steps"), [(8.0, 1), (4.0, 1), (2.0, 2), (1.0, 4), (0.0, LONGEST_LEASE)])
 def test_a_lease_costs_a_hundredth_of_its_steps(tmp_path, step, steps):
     """A line takes 0.04 s: it is worth no more than a hundredth of the time of the steps that it charges."""
-    ledger = Ledger(tmp_path / "ledger", budget=BUDGET, step_seconds=step, disk=Slow())
+    ledger = Ledger(tmp_path / "ledger", budget=budget_of(100_000), step_seconds=step, disk=Slow())
     assert ledger.lease == steps and (ledger.lease == LONGEST_LEASE or 0.01 * steps * step >= 0.04)
+
+
+@pytest.mark.parametrize(("planned", "steps"), [(36, 1), (199, 1), (200, 2), (1_000, 10), (6_399, 63), (6_400, 64)])
+def test_a_crash_costs_at_most_a_hundredth_of_the_plan(tmp_path, planned, steps):
+    """However slow the disk, also for the process that continues."""
+    slow = {"budget": budget_of(planned), "step_seconds": 1e-6, "disk": Slow()}
+    with contextlib.closing(Ledger(tmp_path / "ledger", **slow)) as first:
+        assert first.lease == steps
+    with contextlib.closing(Ledger.resumed(tmp_path / "ledger", **slow)) as second:
+        assert second.lease == steps
 
 
 def test_a_leased_step_touches_no_disk_and_is_charged_before(tmp_path):
@@ -805,7 +824,9 @@ def assert_no_crash_hides_a_release(folder, *, lease=4, disk_class=Recorded, ord
     """Charged is at least used, after any crash."""
     path = folder / "ledger"
     disk = disk_class()
-    work(Ledger(path, budget=BUDGET, step_seconds=4.0 / lease, disk=disk), disk.trace, order)
+    ledger = Ledger(path, budget=BUDGET, disk=disk)
+    ledger.lease = lease
+    work(ledger, disk.trace, order)
     states = dict.fromkeys((data, tuple(used.items())) for data, used in after_crashes(disk.trace))
     assert len(states) > 100
     for data, used in states:
@@ -849,7 +870,8 @@ def test_a_crash_of_a_run_that_continues_hides_none_either(tmp_path):
         path.write_bytes(data or b"")
         disk, before = Recorded(), dict(used)
         try:
-            ledger = Ledger.resumed(path, budget=BUDGET, step_seconds=1.0, disk=disk)
+            ledger = Ledger.resumed(path, budget=BUDGET, disk=disk)
+            ledger.lease = 4
         except LedgerError as error:
             assert "no complete line" in str(error) and not any(before.values())
             continue

@@ -15,7 +15,8 @@ of the line before (`previous`, zeros in the first) and its own `hash` (sha256 o
 therefore charge up to `lease` steps ahead, which `charge` then serves without touching the disk. The number is fixed
 when the ledger is opened, from the time that its own line took and from a step's time on synthetic records: a real
 step's time depends on the size of its batch, which is private. A clean end gives the rest back; that is sound, because
-the rest never touched data. After a crash the whole lease stays charged.
+the rest never touched data. After a crash the whole lease stays charged, and so a lease is never more than a hundredth
+of the plan: on a slow disk it would otherwise be a third of a short run, which three crashes would leave without steps.
 
 **Reading** recomputes every hash, so that a changed, removed, inserted or swapped line is an error. Two changes are not
 errors. A torn last line, one without its end, is ignored: its charge had not returned, so no data was read under it.
@@ -38,6 +39,7 @@ from dpquant.privacy.events import Budget, Event, Kind, merged
 
 LONGEST_LEASE = 64  # steps; a crash wastes at most as many
 _SHARE = 0.01  # of a step's time, which its ledger may take
+_WASTE = 0.01  # of the planned steps, which a crash may cost; also bounds the lines of a run, on whatever disk, by 100
 
 
 class Ledger:
@@ -262,9 +264,11 @@ class Ledger:
         number = self._contents.attempts + 1
         seconds = self._append({"kind": "attempt", "number": number, "research": self.research})
         self._contents.attempts = number
-        if self.budget is not None and self._step_seconds is not None:
+        planned = None if self.budget is None else self.budget.planned("train")
+        if planned is not None and self._step_seconds is not None:
             least = seconds / (_SHARE * max(self._step_seconds, 1e-9))
-            self.lease = min(max(math.ceil(least), 1), LONGEST_LEASE)
+            longest = min(LONGEST_LEASE, math.floor(_WASTE * planned.count))
+            self.lease = max(1, min(math.ceil(least), longest))
 
     def _append(self, facts: dict[str, Any]) -> float:
         """Write a line, return once it is on disk, and return how many seconds that took."""
