@@ -37,7 +37,6 @@ from dpquant.checks.probe import (
     left_as_it_was,
     piece_of,
     restore_buffers,
-    shaken,
 )
 from dpquant.checks.refusals import BUFFERS, BY_PLACE, COUNTS, COUPLED, FOLLOWS, NotFinite, explained
 from dpquant.checks.synthetic import Specimens
@@ -49,8 +48,9 @@ from dpquant.engine.layers import (
     set_policy,
 )
 from dpquant.engine.passes import Objective, gradients_of_rows, losses_of, out_of_memory
+from dpquant.engine.perturbation import shaken
 from dpquant.engine.randomness import Drawing, seeded
-from dpquant.engine.tape import check_examples_first, no_gradient
+from dpquant.engine.tape import Unreached, check_examples_first
 from dpquant.errors import DataError, DPQuantError, ModelError
 from dpquant.formats import Precision
 
@@ -149,7 +149,11 @@ def _run(objective: Objective, specimens: Specimens) -> None:
     """Run one pass over the three records; raises what the user's code raises, and NotFinite."""
     piece = piece_of(specimens, (0, 1, 2), torch.float32)
     unwatched = dataclasses.replace(objective, drawing=objective.drawing.unknown())
+    unwatched.learn(piece)
     found = gradients_of_rows(unwatched, piece, StepContext(key=KEY))
+    unreached = objective.trainable().keys() - found.parts.keys()
+    if unreached and unwatched.learn(piece, unreached):
+        found = gradients_of_rows(unwatched, piece, StepContext(key=KEY))
     squared_norms = {name: part.squared_norms() for name, part in found.parts.items()}
     check_examples_first(squared_norms, 3)
     if not all(bool(values.isfinite().all()) for values in (found.losses, *squared_norms.values())):
@@ -180,7 +184,7 @@ def _check(objective: Objective, specimens: Specimens, kind: type[Probe], *, pla
         if moved >= trainable or not planted:
             return
     if missing := sorted(trainable - reached):
-        raise no_gradient(missing[0])
+        raise Unreached(missing)
     raise Blind(
         f"Expected synthetic records that give every trainable parameter a gradient; {min(trainable - moved)} got "
         "zero. So the check could not see whether examples are kept apart. Freeze the parameter if it has no effect, "

@@ -22,8 +22,9 @@ from dpquant.engine.context import StepContext
 from dpquant.engine.contributions import Contribution
 from dpquant.engine.layers import current_precisions, set_precisions
 from dpquant.engine.passes import Objective, RowGradients, draws_key, gradients_of_rows, losses_of
+from dpquant.engine.perturbation import converted
 from dpquant.engine.randomness import seeded
-from dpquant.engine.tape import no_gradient
+from dpquant.engine.tape import Unreached
 from dpquant.errors import DataError, ModelError
 
 KEY = 0  # of the random draws on synthetic records; not secret, because no private value is involved
@@ -51,42 +52,6 @@ def _in_type(piece: Microbatch, dtype: torch.dtype) -> Microbatch:
         return piece
     data = with_leaves(piece.data, lambda leaf: leaf.to(dtype) if leaf.dtype == torch.float32 else leaf)
     return dataclasses.replace(piece, data=data)
-
-
-@contextlib.contextmanager
-def shaken(model: nn.Module, seed: int, share: float) -> Iterator[None]:
-    """Perturb parameters until the block ends; then restore them and the buffers in place.
-
-    Each entry changes by up to `share` of itself, a zero by up to `share`: a zero may be a gate that lets no gradient
-    through.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def perturbed(parameter: Tensor) -> Tensor:
-        noise = torch.rand(parameter.shape, generator=generator).mul_(2 * share).sub_(share).to(parameter.device)
-        return torch.where(parameter == 0, noise, noise * parameter).add_(parameter)
-
-    parameters = set(model.parameters())
-    with _replaced(model, lambda tensor: (perturbed if tensor in parameters else Tensor.clone)(tensor.data)):
-        yield
-
-
-def converted(model: nn.Module, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
-    """Convert parameters and buffers to a type until the block ends; then restore them in place."""
-    return _replaced(model, lambda tensor: tensor.data.to(dtype))
-
-
-@contextlib.contextmanager
-def _replaced(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Replace the values of parameters and buffers of type float32 until the block ends."""
-    kept = [(t, t.data) for t in (*model.parameters(), *model.buffers()) if t.dtype == torch.float32]
-    for tensor, _ in kept:
-        tensor.data = change(tensor)
-    try:
-        yield
-    finally:
-        for tensor, data in kept:
-            tensor.data = data
 
 
 @contextlib.contextmanager
@@ -291,7 +256,7 @@ class Probe:
             gap = reference if name not in mine else reference - mine[name].per_example()[0]
             if not float(gap.norm()) <= max(self._tolerance * norm, smallest):
                 if name not in mine:
-                    raise no_gradient(name)
+                    raise Unreached([name])
                 raise ModelError(
                     f"Expected {name} to be used only by the module that owns it; got a gradient that its per-example "
                     "gradients do not add up to. Clipping would miss a part of it. Call the module instead of using "

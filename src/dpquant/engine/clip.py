@@ -15,6 +15,7 @@ Symbols: B examples, O output channels, C clip norm, G_i the whole gradient of e
 import dataclasses
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,8 +27,9 @@ from dpquant.engine.batches import Microbatch, check_rows, microbatches
 from dpquant.engine.clock import Clock
 from dpquant.engine.context import StepContext
 from dpquant.engine.layers import quantizable_layers, running
+from dpquant.engine.leaves import Routes
 from dpquant.engine.passes import Objective, Passes, PerExampleLoss
-from dpquant.engine.tape import GradientTape, taping
+from dpquant.engine.tape import GradientTape, Unreached, taping
 from dpquant.errors import ModelError, SettingError, expect
 from dpquant.rounding import derive_key
 
@@ -80,6 +82,10 @@ def clipped_sum(
     many other examples there are. Another microbatch size changes memory, time and the last bits of every sum. Where a
     quantized layer follows one in full precision, a different last bit can give a different code.
 
+    The first call on a model with parameters beside its layers (class tokens, positions) finds out on the batch's first
+    rows how their gradients are got, and keeps that on the model (`engine/leaves.py`). A run does it on synthetic
+    records.
+
     Args:
       model: a prepared model (`dpquant.prepare`) that can be trained privately (`check_trainable`).
       loss_fn: `(model, batch) -> Tensor (B,)`, the loss of each example.
@@ -108,16 +114,24 @@ def clipped_sum(
     size = MICROBATCH if microbatch_size is None else microbatch_size
     if size < 1:
         raise SettingError(f"Expected microbatch_size >= 1; got microbatch_size={microbatch_size}.")
-    if not quantizable_layers(model) and any(type(m) in (nn.Conv2d, nn.Linear) for m in model.modules()):
+    routes, plain = Routes.of(model), (nn.Conv2d, nn.Linear)
+    unprepared = any(type(m) in plain and not routes.within(path) for path, m in model.named_modules())
+    if unprepared and not quantizable_layers(model):
         raise ModelError("Expected a prepared model; got one without quantizable layers. Call dpquant.prepare(model).")
-    pieces: Iterable[Microbatch] = ()
     record_ids = record_ids.cpu()  # which rows belong together is decided there
-    if len(record_ids) > 0:
-        check_rows(batch, len(record_ids))
-        pieces = microbatches(batch, record_ids, size)
     objective, key = Objective(model, loss_fn), step_key(seed, step)
+    sum_of = partial(clipped_sum_of, objective, max_grad_norm=max_grad_norm, key=key, clock=clock)
     with working_memory():
-        return clipped_sum_of(objective, pieces, max_grad_norm=max_grad_norm, key=key, clock=clock)
+        if len(record_ids) == 0:
+            return sum_of(())
+        check_rows(batch, len(record_ids))
+        objective.learn(first := next(microbatches(batch, record_ids, size)))
+        try:
+            return sum_of(microbatches(batch, record_ids, size))
+        except Unreached as error:
+            if not objective.learn(first, error.names):
+                raise
+        return sum_of(microbatches(batch, record_ids, size))
 
 
 def step_key(seed: int, step: int) -> int:

@@ -28,7 +28,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
 from dpquant.engine.group_norm import TapedGroupNorm
-from dpquant.engine.layers import QuantConv2d, QuantLinear
+from dpquant.engine.layers import ROUTES, QuantConv2d, QuantLinear
 from dpquant.errors import ModelError, SettingError, expect
 
 _MAX_GROUPS = 32
@@ -166,6 +166,7 @@ def restore(model: nn.Module) -> nn.Module:
     Privacy: reads no data.
     """
     _check_module(model)
+    model.__dict__.pop(ROUTES, None)
     for module in model.modules():
         if type(module) in _PLAIN:
             module.__class__ = _PLAIN[type(module)]

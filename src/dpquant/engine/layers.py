@@ -44,6 +44,7 @@ from dpquant.errors import ModelError, SettingError, expect
 from dpquant.formats import FULL_PRECISION, Precision, Recipe, RoleFormat, precision
 from dpquant.rounding import derive_key, row_keys
 
+ROUTES = "_gradient_routes"  # attribute of a model, see `leaves.py`
 _POINT = Geometry()
 
 
@@ -93,6 +94,16 @@ class QuantizableLayer(nn.Module):
         keys = row_keys(derive_key(run.key, self.name, "weight"), torch.arange(len(rows), device=weight.device))
         q = quantize_rows(rows, role, keys).rearranged(lambda part: part.view(weight.shape))
         return q.rearranged(lambda part: swap_in_out(part, self.geometry.groups)) if kept == "input" else q
+
+    def for_each_example(self, x: Tensor) -> Tensor:
+        """Return x, repeated for each example of the microbatch if it is one row outside of autograd, as for positions.
+
+        Each example then has its own gradient and its own rounding draws.
+        """
+        run = self.current
+        if run is None or run.record_ids is None or x.shape[0] != 1 or x.requires_grad:
+            return x
+        return repeated(x, len(run.record_ids))
 
     def convolve(self, x: Tensor) -> Tensor:
         """Apply the convolution to x `(B, C, H, W)`; return `(B, O, H', W')`.
@@ -149,6 +160,7 @@ class QuantConv2d(QuantizableLayer, nn.Conv2d):
         return self.padding_mode == "zeros" and not isinstance(self.padding, str)
 
     def forward(self, input: Tensor) -> Tensor:
+        input = self.for_each_example(input)
         if not self._pads_inside:
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=mode)
@@ -165,6 +177,7 @@ class QuantLinear(QuantizableLayer, nn.Linear):
                 f"{tuple(input.shape)}. Its first axis is the example, whose gradient is clipped; its last the "
                 "features. Reshape the input."
             )
+        input = self.for_each_example(input)
         if input.ndim == 2 and not self.quantized:
             return self.computed(RowProducts, input, self.weight)
         if input.ndim == 2:  # fewer nodes for autograd
@@ -172,6 +185,11 @@ class QuantLinear(QuantizableLayer, nn.Linear):
         positions_BTD = input.flatten(1, -2)
         y_BOT1 = self.convolve(positions_BTD.transpose(1, 2).unsqueeze(3))
         return y_BOT1.squeeze(3).transpose(1, 2).reshape(*input.shape[:-1], self.out_features)
+
+
+def repeated(row: Tensor, size: int) -> Tensor:
+    """Return a tensor of one row as `size` rows that share memory; a tensor without axes as it is."""
+    return row.expand(size, *row.shape[1:]) if row.ndim else row
 
 
 _TWINS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
@@ -212,9 +230,10 @@ def prepare(
                 "calibrated in float32. Call model.float() first."
             )
     resolved = resolve(backend, [chosen], device)
+    model.__dict__.pop(ROUTES, None)  # found again, because the model may have other layers by now
     twins: dict[nn.Module, nn.Module] = {}
     for module in list(model.modules()):
-        if type(module) in _TWINS:
+        if type(module) in _TWINS and "forward" not in module.__dict__:  # a forward of its own may compute anything
             twins[module] = _TWINS[type(module)](module)
     for parent in list(model.modules()):
         for child_name, child in parent._modules.items():

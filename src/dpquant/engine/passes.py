@@ -15,9 +15,11 @@ from dpquant.backends.precision import ieee_float32
 from dpquant.backends.qtensor import QTensor
 from dpquant.engine.batches import Microbatch, take_rows
 from dpquant.engine.context import StepContext
-from dpquant.engine.contributions import Contribution
+from dpquant.engine.contributions import Contribution, Materialised
 from dpquant.engine.layers import running
+from dpquant.engine.leaves import Leaves, Routes
 from dpquant.engine.randomness import Drawing, TorchPosition, seeded
+from dpquant.engine.routing import learn
 from dpquant.engine.tape import GradientTape, taping
 from dpquant.errors import DPQuantError, ModelError, SettingError
 from dpquant.rounding import derive_key
@@ -59,6 +61,25 @@ class Objective:
             )
         return losses
 
+    def learn(self, piece: Microbatch, names: Iterable[str] = ()) -> bool:
+        """Find out how gradients of parameters are got that lie beside other layers; return whether any was found.
+
+        Args:
+          piece: rows on which this is tried; three of them are used.
+          names: of further parameters, which no hook has reached.
+        Raises:
+          ModelError: there is no way for one of them.
+        Privacy: decides by the rows that it is given. A run gives synthetic ones, before it reads a record.
+        """
+        trainable = self.trainable()
+        asked = dict.fromkeys([*Routes.of(self.model).pending(self.model, trainable), *names])
+        if not asked:
+            return False
+        count = len(piece.record_ids)
+        rows = torch.tensor([0, count // 2, count - 1])
+        few = Microbatch(take_rows(piece.data, rows), piece.record_ids[rows], len(rows))
+        return learn(self.model, trainable, asked, lambda: self.losses(few))
+
 
 class Passes:
     """Runs forward and backward passes that record a microbatch's per-example gradients on a tape."""
@@ -69,10 +90,13 @@ class Passes:
 
     def over(self, piece: Microbatch) -> Tensor:
         """Differentiate the sum of the losses of the rows that count; return the losses of all rows, `(B,)`."""
-        with seeded(self._key):
+        model, size = self._objective.model, len(piece.record_ids)
+        with seeded(self._key), Leaves.placed(model, self._tape.leaves, size) as leaves:
             losses = self._objective.drawing.by_record(lambda: self._forward(piece), self._key, piece.record_ids)
             counting = losses if piece.num_examples == len(losses) else losses[: piece.num_examples]
             self._backward(counting.sum())
+            for parameter, gradients in leaves.gradients():
+                self._tape.add(parameter, Materialised(gradients))
         return losses
 
     def over_pieces(self, pieces: Iterable[Microbatch], *, leaves_out: bool) -> Iterator[Microbatch | None]:
@@ -115,7 +139,7 @@ class Passes:
 
     def _forward(self, piece: Microbatch) -> Tensor:
         self._run.begin(piece.record_ids)
-        self._tape.rewind()
+        self._tape.rewind(len(piece.record_ids))
         self._run.phase = "forward"
         return self._objective.losses(piece)
 

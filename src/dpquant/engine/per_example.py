@@ -102,18 +102,24 @@ def contributions_of(
             x = None
         if isinstance(x, Tensor):
             return rules[type(module)](module, x.detach(), grad)
-    return _generally(module, args, kwargs, output, grad, compare)
+    own = dict(module.named_parameters(recurse=False))
+    return one_at_a_time(module, args, kwargs, output, grad, compare, own)
 
 
-def _generally(
+def one_at_a_time(
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     output: Tensor,
     grad: Tensor,
     compare: Compare,
+    parameters: Mapping[str, Tensor],
 ) -> dict[str, Contribution]:
-    """Return a module's gradients by evaluating it on one example at a time, vectorised by vmap where that works."""
+    """Return a module's gradients by evaluating it on one example at a time, vectorised by vmap where that works.
+
+    Args: as for `contributions_of`, and
+      parameters: {name inside the module: parameter} of those whose gradients are returned; of inner modules too.
+    """
     values, tree = pytree.tree_flatten((args, dict(kwargs)))
     values = [value.detach() if isinstance(value, Tensor) else value for value in values]
     count = len(grad)
@@ -124,7 +130,7 @@ def _generally(
             "first axis of a tensor; got none such. Its per-example gradients are unknown. Give it the batch, or "
             "freeze it."
         )
-    parameters = {f"module.{name}": p.detach() for name, p in module.named_parameters(recurse=False)}
+    fixed = {f"module.{name}": p.detach() for name, p in parameters.items()}
     rows = [value for value, own in zip(values, per_example, strict=True) if own]
 
     def of_one(parameters: dict[str, Tensor], rows: list[Tensor], grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,9 +146,9 @@ def _generally(
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of operators that vmap runs slowly
             differentiated = torch.func.vmap(torch.func.grad(of_one, has_aux=True), (None, 0, 0), randomness="error")
-            gradients, again = differentiated(parameters, rows, grad)
+            gradients, again = differentiated(fixed, rows, grad)
     except (RuntimeError, NotImplementedError):  # vmap does not support an operator or data-dependent control flow
-        gradients, again = _one_by_one(module, of_one, parameters, rows, grad)
+        gradients, again = _one_by_one(module, of_one, fixed, rows, grad)
     compare(module, again.detach(), output.detach())
     return {name.removeprefix("module."): Materialised(gradient.detach()) for name, gradient in gradients.items()}
 

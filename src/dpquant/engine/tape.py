@@ -12,19 +12,23 @@ Symbols: B examples, G_i the gradient of example i.
 
 import contextlib
 import functools
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from dpquant.backends.precision import ieee_float32, input_error
 from dpquant.backends.qtensor import QTensor
 from dpquant.engine.clock import Clock
 from dpquant.engine.contributions import Contribution, Lookup, Materialised, WeightedSum
 from dpquant.engine.group_norm import TapedGroupNorm
-from dpquant.engine.layers import QuantizableLayer
-from dpquant.engine.per_example import TOLERANCE, contributions_of, differs, has_formula, unlike
+from dpquant.engine.layers import QuantizableLayer, repeated
+from dpquant.engine.leaves import Routes, beside_layers
+from dpquant.engine.per_example import TOLERANCE, contributions_of, differs, has_formula, one_at_a_time, unlike
 from dpquant.engine.weight_gradients import LazyWeightGradient
 from dpquant.errors import ModelError
 
@@ -37,6 +41,8 @@ class GradientTape:
     Attributes:
       anchor: a scalar that requires a gradient; added to outputs and losses, it makes backward reach every layer.
       listening: False while a module is evaluated again outside the model's forward pass.
+      size: number of examples of the current microbatch, padding included.
+      leaves: {name: form} of the parameters in whose places a pass puts leaves, see `leaves.py`.
       operands: codes and scales of the current microbatch, if they are kept.
     """
 
@@ -48,6 +54,7 @@ class GradientTape:
         forming: bool,
         keeping: bool,
         clock: Clock | None,
+        leaves: Mapping[str, int] = MappingProxyType({}),
     ):
         """Make an empty tape.
 
@@ -58,6 +65,7 @@ class GradientTape:
             are kept.
           keeping: keep the operands' codes and scales, to compare them with those of another microbatch.
           clock: times norms and sums under the name of the module that owns the parameter; None = no timing.
+          leaves: see above.
         """
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self._names = names
@@ -65,17 +73,15 @@ class GradientTape:
         self._contributions: dict[str, list[Contribution]] = {}
         self._sums: dict[tuple[str, Hashable], WeightedSum[Any]] = {}
         self._gaps: dict[nn.Module, Tensor] = {}
+        self.size, self.leaves = 0, leaves
         self.operands: list[QTensor] = []
         self.listening = True
 
-    def rewind(self) -> None:
-        """Discard the contributions of the last microbatch; sums are kept."""
+    def rewind(self, size: int) -> None:
+        """Discard the contributions of the last microbatch; sums are kept. The next one has `size` examples."""
+        self.size = size
         self._contributions = {name: [] for name in self._names.values()}
         self.operands = []
-
-    def owns(self, module: nn.Module) -> bool:
-        """Return whether the module itself, not a child, has a trainable parameter."""
-        return any(p in self._names for p in module.parameters(recurse=False))
 
     @ieee_float32()
     def record(self, layer: QuantizableLayer, x: Tensor | QTensor, g: Tensor | QTensor, grad: Tensor) -> None:
@@ -123,7 +129,7 @@ class GradientTape:
         for (name, _), one in self._sums.items():
             totals[name] = one.value() if name not in totals else totals[name] + one.value()
         if complete and totals.keys() < trainable.keys():
-            raise no_gradient(next(name for name in trainable if name not in totals))
+            raise Unreached([name for name in trainable if name not in totals])
         return {name: totals[name] if name in totals else torch.zeros_like(p) for name, p in trainable.items()}
 
     def compare(self, module: nn.Module, again: Tensor, output: Tensor, *, tolerance: float) -> None:
@@ -175,13 +181,21 @@ def _one_contribution(found: list[Contribution]) -> Contribution:
     return Materialised(torch.stack([one.per_example() for one in found]).sum(0))
 
 
-def no_gradient(name: str) -> ModelError:
-    """Return the error for a trainable parameter that got no per-example gradient."""
-    return ModelError(
-        f"Expected every trainable parameter to get a per-example gradient; {name} got none. Its module was "
-        "not called, or its output does not reach the loss, or the parameter is used outside its module. "
-        "Freeze it with requires_grad_(False), or use it through the module that owns it."
-    )
+class Unreached(ModelError):
+    """Trainable parameters got no per-example gradient.
+
+    Attributes:
+      names: of these parameters.
+    """
+
+    def __init__(self, names: Sequence[str]):
+        self.names = names
+        freeze = "\n".join(f'    model.get_parameter("{name}").requires_grad_(False)' for name in names)
+        super().__init__(
+            f"Expected every trainable parameter to get a per-example gradient; {names[0]} got none. Its module was "
+            "not called, or its output does not reach the loss, or the parameter is used outside its module. "
+            f"Use it through the module that owns it, or freeze what is not used:\n{freeze}"
+        )
 
 
 @contextlib.contextmanager
@@ -194,15 +208,19 @@ def taping(
     clock: Clock | None = None,
 ) -> Iterator[GradientTape]:
     """Detach trainable parameters and hook the modules that own them until the block ends; options as of the tape."""
+    routes = Routes.of(model)
     device = next((p.device for p in trainable.values()), torch.device("cpu"))
     names: dict[Tensor, str] = {p: name for name, p in trainable.items()}
-    tape = GradientTape(names, device, forming=forming, keeping=keeping, clock=clock)
-    # prepended, so that it sees the module's output before other hooks change it
-    handles = [
-        module.register_forward_hook(_listener(tape), prepend=True, with_kwargs=True)
-        for module in model.modules()
-        if not isinstance(module, QuantizableLayer) and tape.owns(module)
-    ]
+    leaves = {name: form for name, form in routes.leaves.items() if name in trainable}
+    tape = GradientTape(names, device, forming=forming, keeping=keeping, clock=clock, leaves=leaves)
+    handles: list[RemovableHandle] = []
+    for path, module in model.named_modules():
+        own = {} if isinstance(module, QuantizableLayer) else routes.owned(module, path, names)
+        if own:
+            expand, listen = _expander(tape), _listener(tape, own, whole=path in routes.alone)
+            handles.append(module.register_forward_pre_hook(expand, with_kwargs=True))
+            # prepended, so that it sees the module's output before other hooks change it
+            handles.append(module.register_forward_hook(listen, prepend=True, with_kwargs=True))
     for parameter in trainable.values():
         parameter.requires_grad_(False)
     try:
@@ -214,8 +232,32 @@ def taping(
             handle.remove()
 
 
-def _listener(tape: GradientTape) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]:
-    """Return a forward hook that records the module's per-example gradients once its output's gradient is known."""
+def _expander(tape: GradientTape) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]:
+    """Return a pre-hook that repeats for each example what a module is called with once for all of them.
+
+    Position ids of shape (1, T), for instance, whose embedding is then added to every example. Only tensors outside of
+    autograd are repeated, so no activation is.
+    """
+
+    def expand(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tensors = [one for one in pytree.tree_leaves((args, kwargs)) if isinstance(one, Tensor) and one.ndim]
+        if not tape.listening or not tensors or any(len(one) != 1 or one.requires_grad for one in tensors):
+            return None
+        return pytree.tree_map_only(Tensor, lambda one: repeated(one, tape.size), (args, kwargs))
+
+    return expand
+
+
+def _listener(
+    tape: GradientTape, own: Mapping[str, Tensor], *, whole: bool
+) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]:
+    """Return a forward hook that records the module's per-example gradients once its output's gradient is known.
+
+    Args:
+      tape: receives them.
+      own: {name inside the module: parameter}.
+      whole: the module is evaluated alone with all modules in it, whose parameters `own` has too.
+    """
 
     def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         x = args[0] if args else kwargs.get("input")
@@ -228,10 +270,10 @@ def _listener(tape: GradientTape) -> Callable[[nn.Module, tuple[Any, ...], dict[
                 f"{type(module).__name__} returns a {type(output).__name__}. Its per-example gradients are unknown. "
                 "Freeze it, or put its parameters into modules of their own."
             )
-        if not has_formula(module) and any(isinstance(inner, QuantizableLayer) for inner in module.modules()):
+        if beside_layers(module) and not whole:
             raise ModelError(
                 f"Expected parameters to be used by a module that holds nothing else; a {type(module).__name__} has "
-                "parameters of its own beside other layers. Their per-example gradients are unknown. Put them into a "
+                "parameters of its own beside other layers, and no record showed how they are used. Put them into a "
                 "small module of their own, which is called with the batch, or freeze them."
             )
         plain = (
@@ -242,11 +284,13 @@ def _listener(tape: GradientTape) -> Callable[[nn.Module, tuple[Any, ...], dict[
 
         def record(grad: Tensor) -> None:
             tape.listening = False  # `contributions_of` may call the module again
-            own = dict(module.named_parameters(recurse=False))
             # the call may have rounded its inputs, which the evaluation below does not
             compare = functools.partial(tape.compare, tolerance=TOLERANCE + _INPUTS * input_error(grad.device))
             with ieee_float32():
-                found = contributions_of(module, args, kwargs, plain, grad, compare=compare)
+                if whole:
+                    found = one_at_a_time(module, args, kwargs, plain, grad, compare, own)
+                else:
+                    found = contributions_of(module, args, kwargs, plain, grad, compare=compare)
             for name, contribution in found.items():
                 if name in own:  # a formula may give a bias that the module lacks
                     tape.add(own[name], contribution)

@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds out, on a few rows, how gradients of parameters are got that are used outside of a module of their own.
+
+The model runs once as it is, perturbed a little, in full precision and in evaluation mode; autograd gives each row's
+gradient of its own loss. Then each parameter in question gets a leaf (`leaves.py`), form after form, and only the
+module around it runs again. A form is taken if outputs are equal and each row's gradient is autograd's. If none is, the
+modules around the parameter are evaluated one example at a time, the smallest first, and compared in the same manner.
+What fits neither is refused.
+
+A run does this on synthetic records, and its isolation check then compares everything again among other batchmates.
+"""
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from dpquant.engine.convert import restore
+from dpquant.engine.layers import current_precisions, set_precisions
+from dpquant.engine.leaves import Leaves, Routes, beside_layers, forms_of, place_of
+from dpquant.engine.per_example import TOLERANCE, differs, one_at_a_time, unlike
+from dpquant.engine.perturbation import shaken
+from dpquant.engine.randomness import seeded
+from dpquant.errors import ModelError
+
+_SHARE, _MOST_SHAKES = 0.1, 3  # as the isolation check perturbs
+_SMALLEST = 1e-6  # of the largest row's gradient: what a row differs by that has none
+
+
+@dataclasses.dataclass
+class Call:
+    """One call of a module: detached copies of its arguments, its output, and the loss' gradient of each tensor of it.
+
+    Attributes:
+      args, kwargs: as the forward method got them.
+      outputs: the tensors of the output that take part in autograd, detached once the gradients are known.
+      tensor: whether the output is one tensor.
+      grads: the gradients of the sum of the losses; None where there is none.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: list[Tensor] = dataclasses.field(default_factory=list)
+    tensor: bool = False
+    grads: list[Tensor | None] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Observed:
+    """One pass of the model as it is, over a few rows.
+
+    Attributes:
+      calls: {module: its calls}, of modules that hold trainable parameters.
+      rows: {parameter's name: each row's gradient, `(rows, *parameter shape)`}; None if it is not part of the losses.
+    """
+
+    calls: dict[nn.Module, list[Call]]
+    rows: dict[str, Tensor | None]
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, trainable: dict[str, nn.Parameter], names: Iterable[str], losses: Callable[[], Tensor]
+    ) -> "Observed":
+        """Run the model and differentiate each row's loss alone.
+
+        Args:
+          model: the model.
+          trainable: its trainable parameters.
+          names: of the parameters in question; those whose module is not called at all are added.
+          losses: runs the model on a few rows.
+        """
+        holders = [module for module in model.modules() if any(p.requires_grad for p in module.parameters())]
+        calls: dict[nn.Module, list[Call]] = {}
+        with contextlib.ExitStack() as stack:
+            for module in holders:
+                _watch(module, calls, stack)
+            found = losses()
+        asked = dict.fromkeys([*names, *(name for name in trainable if place_of(model, name)[0] not in calls)])
+        parameters = [trainable[name] for name in asked]
+        each = [torch.autograd.grad(one, parameters, retain_graph=True, allow_unused=True) for one in found]
+        made = [call for of_module in calls.values() for call in of_module]
+        outputs = [output for call in made for output in call.outputs]
+        grads = iter(torch.autograd.grad(found.sum(), outputs, allow_unused=True) if outputs else ())
+        for call in made:
+            call.grads = [next(grads) for _ in call.outputs]
+            call.outputs = [output.detach() for output in call.outputs]
+        of_each = zip(*each, strict=True)
+        rows = {name: _rows(list(mine), trainable[name]) for name, mine in zip(asked, of_each, strict=True)}
+        return cls(calls, rows)
+
+
+def _rows(gradients: Sequence[Tensor | None], parameter: Tensor) -> Tensor | None:
+    """Return the rows' gradients as one tensor; None if the parameter is not part of any row's loss."""
+    if all(one is None for one in gradients):
+        return None
+    return torch.stack([torch.zeros_like(parameter) if one is None else one.to_dense() for one in gradients])
+
+
+def _watch(module: nn.Module, calls: dict[nn.Module, list[Call]], stack: contextlib.ExitStack) -> None:
+    """Note the module's calls until the stack is closed. What follows gets copies, into which it may write."""
+    begun: list[Call] = []
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        begun.append(Call(*pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs))))
+
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        call = begun.pop()
+        call.outputs = [one for one in pytree.tree_leaves(output) if isinstance(one, Tensor) and one.requires_grad]
+        call.tensor = isinstance(output, Tensor)
+        calls.setdefault(module, []).append(call)
+        return pytree.tree_map_only(Tensor, lambda t: t.clone() if t.requires_grad else t, output)
+
+    stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+    stack.callback(module.register_forward_hook(after, prepend=True, with_kwargs=True).remove)
+
+
+def learn(
+    model: nn.Module, trainable: dict[str, nn.Parameter], names: Iterable[str], losses: Callable[[], Tensor]
+) -> bool:
+    """Find routes for parameters, keep them on the model, and return whether there are new ones.
+
+    The layers inside a module that is evaluated alone become plain torch layers; this is said by a warning.
+
+    Args:
+      model: a prepared model, whose parameters require gradients.
+      trainable: {name: parameter} of its trainable parameters.
+      names: of parameters that no hook reaches. Those whose module is not called are added.
+      losses: runs model and loss on a few rows, at least two; returns `(rows,)`.
+    Raises:
+      ModelError: a parameter takes part in the losses in a way that gives no gradient per example.
+    Privacy: looks at the rows that it is given. A run gives synthetic ones.
+    """
+    routes = Routes.of(model)
+    search = _Search(model, trainable, routes)
+    with _plainly(model), torch.enable_grad():
+        for shake in range(_MOST_SHAKES):
+            with shaken(model, shake, _SHARE), seeded(0):
+                open_ones = search.one_round(Observed.of(model, trainable, names, losses))
+            if not open_ones:
+                break
+    for path in search.hosts:
+        restore(model.get_submodule(path))
+    if search.new or routes.unused:
+        routes.keep(model)
+    if search.hosts:
+        _say(model, search.hosts)
+    return search.new
+
+
+@contextlib.contextmanager
+def _plainly(model: nn.Module) -> Iterator[None]:
+    """Run the model in full precision and in evaluation mode until the block ends."""
+    modes = {module: module.training for module in model.modules()}
+    precisions = current_precisions(model)
+    try:
+        set_precisions(model, {})
+        model.eval()
+        yield
+    finally:
+        set_precisions(model, precisions)
+        for module, training in modes.items():
+            module.training = training
+
+
+def _say(model: nn.Module, hosts: Sequence[str]) -> None:
+    kinds = sorted({type(model.get_submodule(path)).__name__ for path in hosts})
+    warnings.warn(
+        f"{len(hosts)} modules ({', '.join(kinds)}; the first is {hosts[0]}) use parameters of the layers in them "
+        "without calling these. They are evaluated one example at a time, which is slower, and the layers in them are "
+        "not quantized.",
+        stacklevel=2,
+    )
+
+
+class _Search:
+    """Looks for routes.
+
+    Attributes:
+      hosts: modules that are to be evaluated alone from now on.
+      new: whether a route was found.
+    """
+
+    def __init__(self, model: nn.Module, trainable: dict[str, nn.Parameter], routes: Routes):
+        self._model, self._trainable, self._routes = model, trainable, routes
+        self._paths = {module: path for path, module in model.named_modules()}
+        self._alike: dict[Any, tuple[str, int]] = {}  # routes, by type of the owner, name in it and number of axes
+        self.hosts: list[str] = []
+        self.new = False
+
+    def one_round(self, seen: "Observed") -> list[str]:
+        """Find routes for the parameters that have a gradient; return the names of those that have none yet."""
+        self._routes.unused = {
+            name for name, rows in seen.rows.items() if rows is None and beside_layers(place_of(self._model, name)[0])
+        }
+        left = []
+        for name, rows in sorted(seen.rows.items(), key=lambda item: place_of(self._model, item[0])[0] in seen.calls):
+            if rows is None or name in self._routes.leaves or self._routes.within(name):
+                continue
+            if not bool(rows.isfinite().all()) or not bool(rows.any()):
+                left.append(name)
+            else:
+                self._decide(seen, name)
+                self.new = True
+        return left
+
+    def _decide(self, seen: "Observed", name: str) -> None:
+        """Find the route of one parameter, or raise a ModelError."""
+        parameter, (owner, key) = self._trainable[name], place_of(self._model, name)
+        around = [module for module in self._around(name) if module in seen.calls]
+        kind = type(owner), key, parameter.ndim
+        known = self._alike.get(kind)
+        forms = [*forms_of(parameter.shape)]
+        if known is not None:
+            forms = [known[1]] if known[0] == "leaf" else []
+        for form in forms:
+            if around and self._fits(seen, around[0], name, form):
+                self._routes.leaves[name] = form
+                self._alike[kind] = "leaf", form
+                return
+        for place, host in enumerate(around):
+            path = self._paths[host]
+            if not path or known not in (None, ("alone", place)):  # the whole model would run without quantization
+                continue
+            if self._fits_alone(seen, host):
+                self._routes.alone.append(path)
+                self._routes.leaves = {n: f for n, f in self._routes.leaves.items() if not self._routes.within(n)}
+                self.hosts.append(path)
+                self._alike[kind] = "alone", place
+                return
+        if known is not None:
+            del self._alike[kind]
+            return self._decide(seen, name)
+        raise _unknown(name, owner)
+
+    def _around(self, name: str) -> Iterator[nn.Module]:
+        """Yield the module that owns a parameter, the module that holds it, and so on up to the model."""
+        path = name
+        while path:
+            path = path.rpartition(".")[0]
+            yield self._model.get_submodule(path)
+
+    def _fits(self, seen: "Observed", host: nn.Module, name: str, form: int) -> bool:
+        """Whether a leaf of this form gives the host's outputs and each row's gradient."""
+        wanted = seen.rows[name]
+        assert wanted is not None
+        found = torch.zeros_like(wanted)
+        try:
+            for call in seen.calls[host]:
+                with seeded(0), Leaves.placed(self._model, {name: form}, len(wanted)) as leaves:
+                    output = host.forward(*call.args, **call.kwargs)
+                    outputs = [y for y in pytree.tree_leaves(output) if isinstance(y, Tensor) and y.requires_grad]
+                    if len(outputs) != len(call.outputs):
+                        return False
+                    for mine, theirs in zip(outputs, call.outputs, strict=True):
+                        if mine.shape != theirs.shape or differs(mine.detach(), theirs):
+                            return False
+                    reaching = [(y, g) for y, g in zip(outputs, call.grads, strict=True) if g is not None]
+                    if not reaching:
+                        continue
+                    ys, grads = zip(*reaching, strict=True)
+                    leaf = leaves.leaf(self._trainable[name])
+                    (gradient,) = torch.autograd.grad(ys, leaf, grads, allow_unused=True)
+                    if gradient is not None:
+                        found += gradient.reshape(found.shape)
+        except Exception:  # the model's code may raise anything on a parameter of another shape
+            return False
+        return _equal(found, wanted)
+
+    def _fits_alone(self, seen: "Observed", host: nn.Module) -> bool:
+        """Whether the host, evaluated one example at a time, gives its outputs and each row's gradient."""
+        names = {p: name for name, p in self._trainable.items()}
+        inner = {key: p for key, p in host.named_parameters() if p in names}
+        wanted = {key: rows for key, p in inner.items() if (rows := seen.rows.get(names[p])) is not None}
+        found = {key: torch.zeros_like(rows) for key, rows in wanted.items()}
+
+        def compare(module: nn.Module, again: Tensor, output: Tensor) -> None:
+            if differs(again, output):
+                raise unlike(module)
+
+        try:
+            for call in seen.calls[host]:
+                if not call.tensor or len(call.outputs) != 1:
+                    return False
+                if call.grads[0] is None:
+                    continue
+                parts = one_at_a_time(host, call.args, call.kwargs, call.outputs[0], call.grads[0], compare, inner)
+                for key in found:
+                    found[key] += parts[key].per_example()
+        except ModelError:
+            return False
+        return all(_equal(found[key], wanted[key]) for key in found)
+
+
+def _equal(found: Tensor, wanted: Tensor) -> bool:
+    """Whether each row's gradient is the wanted one, up to round-off; False if there is a NaN."""
+    gaps, norms = (rows.flatten(1).norm(dim=1) for rows in (found - wanted, wanted))
+    return bool((gaps <= TOLERANCE * norms + _SMALLEST * norms.max()).all())
+
+
+def _unknown(name: str, owner: nn.Module) -> ModelError:
+    return ModelError(
+        f"Expected parameters whose gradients can be found for each example; got {name} of a {type(owner).__name__}, "
+        "which is used beside other layers, or by another module than its own. A copy of it for each example does not "
+        "fit the model's code, and no module around it gives the same for one example alone. Put it with what uses it "
+        "into a small module, which is called with the batch, or freeze it: "
+        f'model.get_parameter("{name}").requires_grad_(False)'
+    )
