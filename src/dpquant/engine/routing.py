@@ -298,7 +298,7 @@ class _Search:
 
 def _equal(found: Tensor, wanted: Tensor) -> bool:
     """Whether each row's gradient is the wanted one, up to round-off; False if there is a NaN."""
-    gaps, norms = (rows.flatten(1).norm(dim=1) for rows in (found - wanted, wanted))
+    gaps, norms = (rows.reshape(len(rows), -1).norm(dim=1) for rows in (found - wanted, wanted))
     return bool((gaps <= TOLERANCE * norms + _SMALLEST * norms.max()).all())
 
 
