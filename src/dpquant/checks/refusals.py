@@ -104,13 +104,25 @@ def refusals(model: nn.Module) -> list[Refusal]:
     return found
 
 
+_SHARDED = ("FullyShardedDataParallel", "FSDPModule")  # by name: importing them takes seconds
+
+
 def _problem(module: nn.Module) -> tuple[str, str] | None:
     """Return (what is wrong with a module, what to do), or None."""
     match module:
         case _ if type(module).__name__ == "OptimizedModule":  # naming its class would load torch's compiler
             return "torch.compile hides the layers", "Pass the module that was compiled, model._orig_mod"
+        case _ if module._compiled_call_impl is not None:
+            return "torch.compile hides the layers", "Build it without calling compile(), which cannot be undone"
         case nn.DataParallel() | nn.parallel.DistributedDataParallel():
             return "It splits batches by itself", "Pass the module inside, model.module"
+        case _ if any(kind.__name__ in _SHARDED for kind in type(module).__mro__):
+            return "It holds only a part of its parameters", "Pass the model before it is sharded"
+        case _ if getattr(module, "is_gradient_checkpointing", False) is True:
+            return (
+                "Activation checkpointing computes layers again in the backward pass, with other roundings",
+                "Call model.gradient_checkpointing_disable(): a smaller microbatch_size saves as much memory",
+            )
         case nn.modules.batchnorm._BatchNorm() if not module.training:
             return (
                 "In evaluation it keeps examples apart, but training mode, which can be set any time, would mix them",

@@ -38,6 +38,7 @@ from dpquant.backends.qtensor import QTensor
 from dpquant.backends.quantize import quantize_rows
 from dpquant.backends.registry import resolve
 from dpquant.engine.context import StepContext, twin_of
+from dpquant.engine.foreign import refuse_foreign_codes
 from dpquant.engine.group_norm import TapedGroupNorm
 from dpquant.engine.products import Convolution, RowProducts, timed
 from dpquant.errors import ModelError, SettingError, expect
@@ -217,12 +218,14 @@ def prepare(
     Returns: the prepared model.
     Raises:
       FormatError: the recipe or the backend is unknown, or the recipe cannot run on the backend.
-      ModelError: model is not a module, has parameters that are not float32, or is on two devices.
+      ModelError: model is not a module, has parameters that are not float32 or that another library has quantized, or
+        is on two devices.
     Privacy: reads no data.
     """
     expect("model", model, nn.Module, "a torch.nn.Module", "Pass the model itself", ModelError)
     chosen = precision(format)
     device = _device_of(model)
+    refuse_foreign_codes(model)
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
             raise ModelError(

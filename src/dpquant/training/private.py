@@ -218,7 +218,7 @@ class PrivateTraining:
                     noise, clipped.grads[name], grid=clipped.grid, expected=self.plan.expected_batch_size
                 )
                 parameter.grad = noisy.float()
-        self.optimizer.step()
+        self._watch.take_step(self.optimizer)
 
     def _key_of(self, step: int) -> int:
         """Return the secret key of all random numbers that are drawn for records in a step."""

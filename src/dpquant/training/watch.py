@@ -18,6 +18,7 @@ from dpquant.checks.isolation import buffers_of, changed_buffer, keeps_apart, re
 from dpquant.engine.passes import Objective, out_of_memory
 from dpquant.errors import DPQuantError, ModelError
 from dpquant.machine import current
+from dpquant.training.moved import check_moved
 from dpquant.training.records import Records
 from dpquant.training.tuning import memory_gone
 
@@ -35,6 +36,7 @@ class Watch:
         """Watch a model from now on, with its buffers as they are."""
         self._objective, self._records = objective, records
         self._buffers, self._probed = buffers_of(objective.model), False
+        self._moved = False
 
     def begin_epoch(self) -> None:
         """Compare one more record."""
@@ -62,6 +64,17 @@ class Watch:
         except Exception:  # the model does not run on this record, which then contributes nothing
             return ""
         return "" if apart else "one record's gradient depends on the other records of its batch"
+
+    def take_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Call the optimizer's step; the first that moves anything has to move what is trainable, and nothing else.
+
+        Raises:
+          ModelError: it does not; see `check_moved`.
+        """
+        if self._moved:
+            optimizer.step()
+        else:
+            self._moved = check_moved(self._objective.model, optimizer)
 
     def changed_buffer(self) -> str:
         """Return why a buffer that has changed matters, and restore it: it holds information on records. Else ""."""
