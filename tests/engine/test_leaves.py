@@ -103,7 +103,7 @@ class Listed(Body):
 
 
 class Windows(nn.Module):
-    """As Swin's attention: calls none of its layers, and has a table of its own."""
+    """As Swin's attention: uses a layer's weight without a call, and has a table of its own. It calls another layer."""
 
     def __init__(self, dim=D):
         super().__init__()
@@ -112,7 +112,7 @@ class Windows(nn.Module):
 
     def forward(self, x):
         q, k, v = F.linear(x, self.qkv.weight, self.qkv.bias).chunk(3, -1)
-        return F.linear(torch.softmax(q @ k.mT + self.bias, -1) @ v, self.proj.weight, self.proj.bias)
+        return self.proj(torch.softmax(q @ k.mT + self.bias, -1) @ v)
 
 
 class Swin(Body):

@@ -7,6 +7,7 @@ _ENGINE, _CHECKS = "src/dpquant/engine", "src/dpquant/checks"
 _CLIP = "tests/engine/test_clip.py"
 _CONTRIBUTIONS = "tests/engine/test_contributions.py"
 _BOUNDED = f"{_CLIP}::test_quantized_or_not_the_sum_is_that_of_its_examples_and_each_is_at_most_c"
+_LEAVES = "tests/engine/test_leaves.py"
 _LOOP = f"{_CLIP}::test_the_sum_is_that_of_a_loop_over_single_examples"
 _DRAWS = f"{_CLIP}::test_a_record_that_leaves_moves_no_other_s_draws"
 _COUPLINGS = "tests/checks/test_couplings.py"
@@ -171,6 +172,13 @@ MUTANTS = [
             _LOOP,
         ),
         (
+            "activations of all examples are repeated for each",
+            COUPLING,
+            "any(len(one) != 1 or one.requires_grad for one in tensors)",
+            "any(len(one) != 1 for one in tensors)",
+            f"{_LEAVES}::test_activations_are_not_repeated",
+        ),
+        (
             "contributions of the last microbatch stay",
             SENSITIVITY,
             "self._contributions = {name: [] for name in self._names.values()}",
@@ -191,8 +199,8 @@ MUTANTS = [
         (
             "a step leaves the global random stream moved",
             SECRET,
-            "        with seeded(self._key):\n            losses =",
-            "        if self._key >= 0:\n            losses =",
+            "with seeded(self._key), Leaves.placed",
+            "with Leaves.placed",
             f"{_CLIP}::test_a_model_that_draws_leaves_the_global_streams_as_they_were",
         ),
         (
@@ -292,6 +300,42 @@ MUTANTS = [
             "scale_B = None if self.scale_B is None else self.scale_B[rows]",
             "scale_B = None if self.scale_B is None else self.scale_B[: len(rows)]",
             f"{_CLIP}::test_a_record_that_is_not_finite_contributes_nothing_and_a_huge_one_at_most_c",
+        ),
+    ),
+    *mutants_of(
+        f"{_ENGINE}/leaves.py",
+        _LEAVES,
+        (
+            "a leaf's gradients are their mean over the batch",
+            COUPLING,
+            "leaf.grad.reshape(len(leaf), *parameter.shape)",
+            "leaf.grad.mean(0, keepdim=True).expand_as(leaf.grad).reshape(len(leaf), *parameter.shape)",
+            f"{_LEAVES}::test_the_sum_is_that_of_a_loop_over_single_examples",
+        ),
+        (
+            "layers in a module that is evaluated alone record a second time",
+            SENSITIVITY,
+            "        if self.within(path):\n            return {}\n",
+            "",
+            f"{_LEAVES}::test_the_sum_is_that_of_a_loop_over_single_examples",
+        ),
+    ),
+    *mutants_of(
+        f"{_ENGINE}/routing.py",
+        _LEAVES,
+        (
+            "a leaf is believed by the outputs alone",
+            COUPLING,
+            "        return _equal(found, wanted)\n",
+            "        return True\n",
+            f"{_LEAVES}::test_what_has_no_copy_for_each_example_is_refused",
+        ),
+        (
+            "layers in a module that is evaluated alone stay quantized",
+            SENSITIVITY,
+            "        restore(model.get_submodule(path))\n",
+            "        pass\n",
+            f"{_LEAVES}::test_layers_that_are_not_called_are_not_quantized_and_this_is_said",
         ),
     ),
     *mutants_of(

@@ -591,6 +591,24 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
+        f"{_TRAINING}/moved.py",
+        "tests/training/test_moved.py",
+        (
+            "a frozen parameter may move",
+            CLAIM,
+            "        if not torch.equal(_checksum(now[name]), checksum):\n",
+            "        if False:\n",
+            "tests/training/test_moved.py::test_a_frozen_parameter_that_moves_is_named",
+        ),
+        (
+            "a trainable parameter may stay",
+            WIRING,
+            "        if name not in may_stay:\n",
+            "        if False:\n",
+            "tests/training/test_moved.py::test_a_run_stops_at_its_first_step",
+        ),
+    ),
+    *mutants_of(
         f"{_TRAINING}/watch.py",
         _ATTACKS,
         (

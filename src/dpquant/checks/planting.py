@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpquant.engine.batches import Microbatch, leaves, with_leaves
+from dpquant.engine.leaves import Routes
 from dpquant.engine.passes import Objective
 from dpquant.engine.randomness import seeded
 from dpquant.errors import ModelError
@@ -53,7 +54,9 @@ class Places:
             varies = of_examples and not (torch.equal(output[0], output[1]) and torch.equal(output[0], output[2]))
             called.setdefault(module, []).append(output[1:].clone() if varies else None)
 
-        own = [m for m in objective.model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
+        routes = Routes.of(objective.model)  # inside a module that is evaluated alone, nothing else must be changed
+        modules = [m for path, m in objective.model.named_modules() if not routes.within(path)]
+        own = [m for m in modules if any(p.requires_grad for p in m.parameters(recurse=False))]
         handles = [module.register_forward_hook(note) for module in own]
         paths, tensors = zip(*leaves(piece.data), strict=True)
         try:
