@@ -23,6 +23,7 @@ from dpquant.engine.clip import clip_factors, clipped_sum
 from dpquant.engine.convert import fix
 from dpquant.engine.layers import prepare, quantizable_layers, set_policy, set_precisions
 from dpquant.engine.weight_gradients import LazyWeightGradient
+from dpquant.engine.weight_layout import WeightLayout
 from dpquant.errors import DPQuantError, ModelError, SettingError
 from dpquant.formats import precision
 from networks import NAMES, Residual, loss, zoo
@@ -235,7 +236,7 @@ def test_long_rows_of_one_value_do_not_exceed_c(positions):
 
 
 def lazy(x, g, geometry, shape, **settings):
-    return LazyWeightGradient.of(x, g, geometry, torch.Size(shape), backend=Reference(), **settings)
+    return LazyWeightGradient.of(x, g, geometry, WeightLayout(torch.Size(shape)), backend=Reference(), **settings)
 
 
 @given(convolutions(), st.booleans())

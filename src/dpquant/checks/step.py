@@ -3,11 +3,11 @@
 
 import dataclasses
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpquant.backends.interface import PackedWeight
 from dpquant.engine.context import StepContext
-from dpquant.engine.layers import QuantizableLayer
+from dpquant.engine.quantizable import WeightProduct
 from dpquant.formats import Recipe
 
 
@@ -20,19 +20,17 @@ class TrialStep(StepContext):
     precision take a new `StepContext` for every pass.
     """
 
-    _packed_from: dict[nn.Module, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    _packed_from: dict[WeightProduct, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
-    def dense_weight(self, layer: QuantizableLayer, weight: Tensor, size: tuple[int, int]) -> Tensor:
+    def dense_weight(self, layer: WeightProduct, weight: Tensor, size: tuple[int, int]) -> Tensor:
         self._forget_if_changed(layer)
         return super().dense_weight(layer, weight, size)
 
-    def packed_weight(
-        self, layer: QuantizableLayer, recipe: Recipe, size: tuple[int, int], *, side: str
-    ) -> PackedWeight:
+    def packed_weight(self, layer: WeightProduct, recipe: Recipe, size: tuple[int, int], *, side: str) -> PackedWeight:
         self._forget_if_changed(layer)
         return super().packed_weight(layer, recipe, size, side=side)
 
-    def _forget_if_changed(self, layer: QuantizableLayer) -> None:
+    def _forget_if_changed(self, layer: WeightProduct) -> None:
         now = layer.weight.data_ptr(), layer.weight._version
         if self._packed_from.setdefault(layer, now) != now:
             self.forget(layer)

@@ -25,7 +25,7 @@ from dpquant.backends.malloc import working_memory
 from dpquant.engine.batches import Microbatch, check_rows, microbatches
 from dpquant.engine.clock import Clock
 from dpquant.engine.context import StepContext
-from dpquant.engine.layers import quantizable_layers, running
+from dpquant.engine.layers import quantizable_layers, quantizable_twin, running
 from dpquant.engine.passes import Objective, Passes, PerExampleLoss
 from dpquant.engine.tape import GradientTape, taping
 from dpquant.errors import ModelError, SettingError, expect
@@ -108,7 +108,7 @@ def clipped_sum(
     size = MICROBATCH if microbatch_size is None else microbatch_size
     if size < 1:
         raise SettingError(f"Expected microbatch_size >= 1; got microbatch_size={microbatch_size}.")
-    if not quantizable_layers(model) and any(type(m) in (nn.Conv2d, nn.Linear) for m in model.modules()):
+    if not quantizable_layers(model) and any(quantizable_twin(type(m)) for m in model.modules()):
         raise ModelError("Expected a prepared model; got one without quantizable layers. Call dpquant.prepare(model).")
     pieces: Iterable[Microbatch] = ()
     record_ids = record_ids.cpu()  # which rows belong together is decided there

@@ -20,7 +20,7 @@ from dpquant.formats import Recipe, RoleFormat
 from dpquant.rounding import derive_key, row_keys
 
 if TYPE_CHECKING:
-    from dpquant.engine.layers import QuantizableLayer
+    from dpquant.engine.quantizable import WeightProduct
 
 Twin = TypeVar("Twin", bound=nn.Module)
 
@@ -44,7 +44,7 @@ class Tape(Protocol):
         """Take the per-example gradients of a parameter from one call of its module."""
         ...
 
-    def record(self, layer: "QuantizableLayer", x: Tensor | QTensor, g: Tensor | QTensor, grad: Tensor) -> None:
+    def record(self, layer: "WeightProduct", x: Tensor | QTensor, g: Tensor | QTensor, grad: Tensor) -> None:
         """Take the operands of one call: weight gradient scale_i sum_t g_it x_it^T, bias gradient sum_t grad_it."""
         ...
 
@@ -104,9 +104,9 @@ class StepContext:
     replay: Replay | None = None
     clock: Clock | None = None
     phase: Literal["forward", "backward"] | None = None
-    _weights: dict[tuple[nn.Module, RoleFormat, str], QTensor] = dataclasses.field(default_factory=dict)
-    _dense_weights: dict[tuple[nn.Module, Geometry], Tensor] = dataclasses.field(default_factory=dict)
-    _packed: dict[tuple[nn.Module, Recipe, str, Geometry], PackedWeight] = dataclasses.field(default_factory=dict)
+    _weights: dict[tuple[Any, RoleFormat, str], QTensor] = dataclasses.field(default_factory=dict)
+    _dense_weights: dict[tuple[Any, Geometry], Tensor] = dataclasses.field(default_factory=dict)
+    _packed: dict[tuple[Any, Recipe, str, Geometry], PackedWeight] = dataclasses.field(default_factory=dict)
     _calls: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
     def begin(self, record_ids: Tensor) -> None:
@@ -121,7 +121,7 @@ class StepContext:
         self._calls[layer] += 1
         return self._calls[layer] - 1
 
-    def draw_keys(self, layer: "QuantizableLayer", role: str, call: int, batch_size: int) -> Tensor:
+    def draw_keys(self, layer: "WeightProduct", role: str, call: int, batch_size: int) -> Tensor:
         """Return one key per example, int64 `(B,)` on the layer's device, for the draws of one role in one call."""
         device = layer.weight.device
         if self.record_ids is None:
@@ -130,7 +130,7 @@ class StepContext:
             self.record_ids = self.record_ids.to(device, non_blocking=True)
         return row_keys(derive_key(self.key, layer.name, role, call), self.record_ids)
 
-    def dense_weight(self, layer: "QuantizableLayer", weight: Tensor, size: tuple[int, int]) -> Tensor:
+    def dense_weight(self, layer: "WeightProduct", weight: Tensor, size: tuple[int, int]) -> Tensor:
         """Return the weight cropped for inputs of `size`, `(O, C / G, *taps)`, channels last; cached for the step."""
         geometry, taps = layer.geometry.cropped(size)
         if (layer, geometry) not in self._dense_weights:
@@ -138,7 +138,7 @@ class StepContext:
         return self._dense_weights[layer, geometry]
 
     def packed_weight(
-        self, layer: "QuantizableLayer", recipe: Recipe, size: tuple[int, int], *, side: str
+        self, layer: "WeightProduct", recipe: Recipe, size: tuple[int, int], *, side: str
     ) -> PackedWeight:
         """Return the layer's quantized weight, packed for inputs of `size`; cached for the whole step.
 
@@ -158,14 +158,14 @@ class StepContext:
             self._packed[layer, recipe, kept, geometry] = packed
         return self._packed[layer, recipe, kept, geometry]
 
-    def forget(self, layer: "QuantizableLayer") -> None:
+    def forget(self, layer: "WeightProduct") -> None:
         """Forget the layer's packed weights: its weight has changed."""
         caches: list[dict[Any, Any]] = [self._weights, self._dense_weights, self._packed]
         for cache in caches:
             for key in [key for key in cache if key[0] is layer]:
                 del cache[key]
 
-    def _quantized_weight(self, layer: "QuantizableLayer", role: RoleFormat, kept: str) -> QTensor:
+    def _quantized_weight(self, layer: "WeightProduct", role: RoleFormat, kept: str) -> QTensor:
         if (layer, role, kept) not in self._weights:
             self._weights[layer, role, kept] = layer.quantize_weight(self, role, kept)
         return self._weights[layer, role, kept]

@@ -25,18 +25,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
+from dpquant.engine.attention import PaddedTransformerEncoder, QuantMultiheadAttention, QuantOutProjection
+from dpquant.engine.convolutions import QuantConv1d, QuantConv2d, QuantConv3d
 from dpquant.engine.group_norm import TapedGroupNorm
-from dpquant.engine.layers import QuantConv2d, QuantLinear
+from dpquant.engine.quantizable import QuantLinear, QuantTransposedLinear
 from dpquant.errors import ModelError, SettingError, expect
 
 _MAX_GROUPS = 32
 _VECTOR_GROUP = 16  # channels per group where a channel may be one value; `data/models.py` does the same for 1x1 maps
 _TOO_FEW = 2  # normalising vectors of at most this many channels leaves only signs
 _CHOICES = ("group", "freeze")
-_PLAIN = {QuantConv2d: nn.Conv2d, QuantLinear: nn.Linear, TapedGroupNorm: nn.GroupNorm}
-_OF_TWINS = ("name", "backend", "chosen", "precision", "current", "tape")  # attributes that torch's layers lack
+_PLAIN: dict[type[nn.Module], type[nn.Module]] = {
+    QuantConv1d: nn.Conv1d,
+    QuantConv2d: nn.Conv2d,
+    QuantConv3d: nn.Conv3d,
+    QuantLinear: nn.Linear,
+    QuantOutProjection: NonDynamicallyQuantizableLinear,
+    QuantMultiheadAttention: nn.MultiheadAttention,
+    PaddedTransformerEncoder: nn.TransformerEncoder,
+    TapedGroupNorm: nn.GroupNorm,
+}
+_OF_TWINS = ("name", "backend", "chosen", "precision", "current", "tape", "parts", "plain")  # torch's layers lack these
 
 
 class FrozenBatchNorm(nn.Module):
@@ -151,7 +163,7 @@ def fix(model: nn.Module, *, batch_norm: Literal["group", "freeze"] = "group") -
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Turn a prepared model's layers back into torch's own Conv2d, Linear and GroupNorm, in full precision.
+    """Turn a prepared model's layers back into the plain layers that they replaced, in full precision.
 
     The model is changed in place and returned. Modules, parameters, hooks and settings are the same objects as before,
     so shared modules stay shared. Without dpquant's layers a model can be scripted, exported, pickled and
@@ -167,8 +179,9 @@ def restore(model: nn.Module) -> nn.Module:
     """
     _check_module(model)
     for module in model.modules():
-        if type(module) in _PLAIN:
-            module.__class__ = _PLAIN[type(module)]
+        plain = module.__dict__.get("plain", _PLAIN.get(type(module)))
+        if isinstance(module, (QuantTransposedLinear, *_PLAIN)) and plain is not None:
+            module.__class__ = plain
             for name in _OF_TWINS:
                 module.__dict__.pop(name, None)
     return model

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The autograd functions of the quantizable layers: forward product, input gradient, and operands for the tape.
 
-Gradients are straight-through: rounding is treated as the identity. `layers.py` has the definition of the products.
+Gradients are straight-through: rounding is treated as the identity. `quantizable.py` defines the products.
 
 Symbols: B examples, D input features, x input, g output gradient.
 """
@@ -20,15 +20,15 @@ from dpquant.errors import ModelError
 from dpquant.formats import Recipe, RoleFormat
 
 if TYPE_CHECKING:
-    from dpquant.engine.layers import QuantizableLayer
+    from dpquant.engine.quantizable import WeightProduct
 
 
 class Convolution(torch.autograd.Function):
     """Computes the three products of a layer. Gradients are straight-through: rounding is treated as the identity."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, anchor, layer: "QuantizableLayer", run: StepContext):
-        ctx.layer, ctx.run, ctx.call, ctx.precision = layer, run, run.next_call(layer), layer.precision
+    def forward(ctx, x, weight, bias, anchor, layer: "WeightProduct", run: StepContext):
+        ctx.layer, ctx.run, ctx.call, ctx.precision = layer, run, run.next_call(layer.layer), layer.precision
         ctx.size = x.shape[2:]
         ctx.geometry = geometry = layer.geometry.cropped(ctx.size)[0]
         recipe, dgrad, wgrad = ctx.precision.recipes
@@ -72,7 +72,7 @@ class RowProducts(torch.autograd.Function):
     """The products of a linear layer in full precision on rows `(B, D)`: what `Convolution` does without its views."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, anchor, layer: "QuantizableLayer", run: StepContext):
+    def forward(ctx, x, weight, bias, anchor, layer: "WeightProduct", run: StepContext):
         ctx.layer, ctx.run = layer, run
         ctx.save_for_backward(x, weight)
         return F.linear(x, weight, bias)
@@ -99,7 +99,7 @@ def timed(products: type[torch.autograd.Function]) -> type[torch.autograd.Functi
 
     class Timed(products):
         @staticmethod
-        def forward(ctx, x, weight, bias, anchor, layer: "QuantizableLayer", run: StepContext):
+        def forward(ctx, x, weight, bias, anchor, layer: "WeightProduct", run: StepContext):
             assert run.clock is not None
             with run.clock.timing(layer.name):
                 return products.forward(ctx, x, weight, bias, anchor, layer, run)

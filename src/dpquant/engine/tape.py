@@ -12,7 +12,8 @@ Symbols: B examples, G_i the gradient of example i.
 
 import contextlib
 import functools
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,8 +24,9 @@ from dpquant.backends.qtensor import QTensor
 from dpquant.engine.clock import Clock
 from dpquant.engine.contributions import Contribution, Lookup, Materialised, WeightedSum
 from dpquant.engine.group_norm import TapedGroupNorm
-from dpquant.engine.layers import QuantizableLayer
 from dpquant.engine.per_example import TOLERANCE, contributions_of, differs, has_formula, unlike
+from dpquant.engine.quantizable import QuantizableLayer, WeightProduct
+from dpquant.engine.summed import Summed, can_be_summed
 from dpquant.engine.weight_gradients import LazyWeightGradient
 from dpquant.errors import ModelError
 
@@ -48,6 +50,7 @@ class GradientTape:
         forming: bool,
         keeping: bool,
         clock: Clock | None,
+        shared: Collection[Tensor] = (),
     ):
         """Make an empty tape.
 
@@ -58,9 +61,11 @@ class GradientTape:
             are kept.
           keeping: keep the operands' codes and scales, to compare them with those of another microbatch.
           clock: times norms and sums under the name of the module that owns the parameter; None = no timing.
+          shared: the parameters that several modules own.
         """
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self._names = names
+        self._shared = shared
         self._forming, self._keeping, self._clock = forming, keeping, clock
         self._contributions: dict[str, list[Contribution]] = {}
         self._sums: dict[tuple[str, Hashable], WeightedSum[Any]] = {}
@@ -78,7 +83,7 @@ class GradientTape:
         return any(p in self._names for p in module.parameters(recurse=False))
 
     @ieee_float32()
-    def record(self, layer: QuantizableLayer, x: Tensor | QTensor, g: Tensor | QTensor, grad: Tensor) -> None:
+    def record(self, layer: WeightProduct, x: Tensor | QTensor, g: Tensor | QTensor, grad: Tensor) -> None:
         if self._keeping:
             self.operands += [operand for operand in (x, g) if isinstance(operand, QTensor)]
         squares_B = None
@@ -86,15 +91,17 @@ class GradientTape:
             recipe = layer.precision.wgrad
             bits = 0 if recipe is None else recipe.gradient.format.significant_bits
             gradient = LazyWeightGradient.of(
-                x, g, layer.geometry, layer.weight.shape, backend=layer.backend, significant_bits=bits
+                x, g, layer.geometry, layer.layout, backend=layer.backend, significant_bits=bits
             )
-            self.add(layer.weight, gradient.evaluated() if self._forming else gradient)
+            # a parameter that is used elsewhere too is normed with that use, and is not materialised for this one
+            forms = self._forming and layer.weight not in self._shared
+            self.add(layer.weight, gradient.evaluated() if forms else gradient)
             if self._forming and gradient.operands.rank_one and g is grad:
                 squares_B = gradient.operands.row_squares[1]  # a factor of the weight's norm is the bias's
         if layer.bias is not None:
             one_position = grad.shape[2:] == (1, 1)
             rows = grad.flatten(1) if one_position else grad.flatten(2).sum(2)
-            self.add(layer.bias, Materialised(rows, squares_B))
+            self.add(layer.bias, Materialised(layer.bias_layout.in_rows(rows), squares_B))
 
     def add(self, parameter: Tensor, contribution: Contribution) -> None:
         """Record a contribution to a parameter's per-example gradients. Those of a frozen parameter are ignored."""
@@ -166,12 +173,14 @@ def check_examples_first(squared_norms: Mapping[str, Tensor], size: int) -> None
 
 
 def _one_contribution(found: list[Contribution]) -> Contribution:
-    """Merge the contributions to one parameter: one is kept as it is, lookups are joined, others materialised."""
+    """Merge the contributions to one parameter: lookups are joined, all others kept apart or materialised."""
+    lookups = [one for one in found if isinstance(one, Lookup)]
+    if len(lookups) > 1:
+        found = [Lookup.merged(lookups), *(one for one in found if not isinstance(one, Lookup))]
     if len(found) == 1:
         return found[0]
-    lookups = [one for one in found if isinstance(one, Lookup)]
-    if len(lookups) == len(found):
-        return Lookup.merged(lookups)
+    if can_be_summed(found):
+        return Summed(found)
     return Materialised(torch.stack([one.per_example() for one in found]).sum(0))
 
 
@@ -196,7 +205,9 @@ def taping(
     """Detach trainable parameters and hook the modules that own them until the block ends; options as of the tape."""
     device = next((p.device for p in trainable.values()), torch.device("cpu"))
     names: dict[Tensor, str] = {p: name for name, p in trainable.items()}
-    tape = GradientTape(names, device, forming=forming, keeping=keeping, clock=clock)
+    owners = Counter(p for module in model.modules() for p in set(module.parameters(recurse=False)))
+    shared = {p for p, count in owners.items() if count > 1}
+    tape = GradientTape(names, device, forming=forming, keeping=keeping, clock=clock, shared=shared)
     # prepended, so that it sees the module's output before other hooks change it
     handles = [
         module.register_forward_hook(_listener(tape), prepend=True, with_kwargs=True)
