@@ -40,6 +40,10 @@ class Tape(Protocol):
     anchor: Tensor  # a scalar that requires a gradient, so that backward reaches layers whose parameters are detached
     listening: bool  # False while a module is evaluated again outside the model's forward pass
 
+    def owns(self, module: nn.Module) -> bool:
+        """Return whether the module itself, not a child, has a parameter that is trained."""
+        ...
+
     def add(self, parameter: Tensor, contribution: Materialised) -> None:
         """Take the per-example gradients of a parameter from one call of its module."""
         ...

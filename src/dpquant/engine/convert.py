@@ -32,6 +32,7 @@ from dpquant.engine.attention import PaddedTransformerEncoder, QuantMultiheadAtt
 from dpquant.engine.convolutions import QuantConv1d, QuantConv2d, QuantConv3d
 from dpquant.engine.group_norm import TapedGroupNorm
 from dpquant.engine.quantizable import QuantLinear, QuantTransposedLinear
+from dpquant.engine.recurrent import QuantGRU, QuantLSTM, QuantRNN
 from dpquant.errors import ModelError, SettingError, expect
 
 _MAX_GROUPS = 32
@@ -46,6 +47,9 @@ _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     QuantOutProjection: NonDynamicallyQuantizableLinear,
     QuantMultiheadAttention: nn.MultiheadAttention,
     PaddedTransformerEncoder: nn.TransformerEncoder,
+    QuantRNN: nn.RNN,
+    QuantLSTM: nn.LSTM,
+    QuantGRU: nn.GRU,
     TapedGroupNorm: nn.GroupNorm,
 }
 _OF_TWINS = ("name", "backend", "chosen", "precision", "current", "tape", "parts", "plain")  # torch's layers lack these
@@ -207,13 +211,6 @@ def _problem(module: nn.Module, batch_norm: str) -> tuple[str, str] | None:
     match module:
         case nn.DataParallel() | nn.parallel.DistributedDataParallel():
             return "It is a wrapper that splits and sums batches by itself", "Pass model.module"
-        case nn.RNNBase() | nn.MultiheadAttention():
-            if not any(p.requires_grad for p in module.parameters()):
-                return None
-            return (
-                "It has trainable parameters, and there is no private equivalent here yet",
-                "Freeze it with requires_grad_(False), or replace it; attention can be built of Linear layers",
-            )
         case _BatchNorm() if any(is_lazy(t) for t in (*module.parameters(), *module.buffers())):
             return "Its parameters have no shape yet", "Run one forward pass on synthetic data first"
         case _BatchNorm() if type(module).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):

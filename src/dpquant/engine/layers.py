@@ -2,7 +2,7 @@
 """The quantizable layers of a model: replace a model's layers by twins, and set which of them run quantized.
 
 `prepare` replaces every layer that has a quantizable twin: a subclass with the same parameters and state_dict
-(`quantizable.py`, `convolutions.py`, `attention.py`). A twin in full precision computes what the original computes.
+(`quantizable.py`, `convolutions.py`, `attention.py`, `recurrent.py`). A twin in full precision computes what the original computes.
 """
 
 import contextlib
@@ -27,6 +27,7 @@ from dpquant.engine.context import StepContext, twin_of
 from dpquant.engine.convolutions import QuantConv1d, QuantConv2d, QuantConv3d
 from dpquant.engine.group_norm import TapedGroupNorm
 from dpquant.engine.quantizable import QuantizableLayer, QuantLinear, QuantTransposedLinear
+from dpquant.engine.recurrent import QuantGRU, QuantLSTM, QuantRNN
 from dpquant.errors import ModelError, SettingError, expect
 from dpquant.formats import FULL_PRECISION, Precision, Recipe, precision
 
@@ -37,6 +38,9 @@ _QUANTIZABLE: dict[type[nn.Module], type[QuantizableLayer]] = {
     nn.Linear: QuantLinear,
     NonDynamicallyQuantizableLinear: QuantOutProjection,
     nn.MultiheadAttention: QuantMultiheadAttention,
+    nn.RNN: QuantRNN,
+    nn.LSTM: QuantLSTM,
+    nn.GRU: QuantGRU,
 }
 
 
@@ -66,10 +70,11 @@ def prepare(
 ) -> nn.Module:
     """Replace the layers of a model by their quantizable twins, and every GroupNorm by a `TapedGroupNorm`.
 
-    Quantizable are Linear, Conv1d to Conv3d, MultiheadAttention (its projections) and the Conv1D of transformers. All
-    layers run in full precision until `set_policy` or `set_precisions`. The model is changed in place and returned; if
-    it is itself such a layer, its twin is returned. Parameters are the same objects, so an existing
-    optimizer stays valid, and the state_dict has the same keys and values. A second call changes recipe and backend.
+    Quantizable are Linear, Conv1d to Conv3d, MultiheadAttention (its projections), RNN, LSTM and GRU (the products with
+    their inputs) and the Conv1D of transformers. All run in full precision until `set_policy` or `set_precisions`. The
+    model is changed in place and returned; if it is itself such a layer, its twin is returned. Parameters are the same
+    objects, so an existing optimizer stays valid, and the state_dict has the same keys and values. A second call
+    changes recipe and backend.
 
     Args:
       model: any module with float32 parameters.

@@ -45,7 +45,7 @@ class Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor):
         grad, layer, run = grads[0], ctx.layer, ctx.run
-        _check_differentiating(run)
+        check_differentiating(run)
         grad_x = grad_weight = grad_bias = None
         (x, weight), recipe = ctx.saved_tensors, ctx.precision.dgrad
         codes, g = _codes(ctx, "gradient", grad, recipe if ctx.needs_input_grad[0] else None, ctx.precision.wgrad)
@@ -80,7 +80,7 @@ class RowProducts(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor):
         grad, run = grads[0], ctx.run
-        _check_differentiating(run)
+        check_differentiating(run)
         x, weight = ctx.saved_tensors
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None
         grad_weight = grad_bias = None
@@ -112,7 +112,7 @@ def timed(products: type[torch.autograd.Function]) -> type[torch.autograd.Functi
     return Timed
 
 
-def _check_differentiating(run: StepContext) -> None:
+def check_differentiating(run: StepContext) -> None:
     """Raise ModelError if the losses are still being computed."""
     if run.phase == "forward":
         raise ModelError(

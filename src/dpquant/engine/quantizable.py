@@ -252,7 +252,7 @@ class QuantLinear(QuantizableLayer, nn.Linear):
 
 
 class QuantTransposedLinear(QuantizableLayer):
-    """GPT-2's linear layer (`Conv1D` of transformers), with a weight `(inputs, outputs)`; its products can run quantized.
+    """GPT-2's linear layer (`Conv1D` of transformers), whose weight is `(inputs, outputs)`, quantizable.
 
     Attributes:
       plain: the class that it replaces.
