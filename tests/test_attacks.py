@@ -598,7 +598,7 @@ def batch_of(kind="vectors"):
 REFUSED_MODELS = {
     "a mask put on a module (TorchJD 443)": ("state that was put on it before the call", PutOn, "masked"),
     "positions broadcast (opacus 841)": ("first axis", lambda: Positions(False), "texts"),
-    "LSTM (opacus 103)": ("lstm .LSTM.*no per-example gradient", lambda: Packed(True), "texts"),
+    "LSTM (opacus 103)": ("trainable LSTM .'lstm'.*PackedSequence", lambda: Packed(True), "texts"),
     "spectral_norm (opacus 646)": (
         "spectral_norm",
         lambda: nn.Sequential(nn.utils.spectral_norm(nn.Linear(6, 3))),

@@ -143,7 +143,7 @@ def _problem(module: nn.Module) -> tuple[str, str] | None:
             if known or not any(p.requires_grad for p in module.parameters()):
                 return None
             return (
-                "It is a subclass, which need not compute what torch's class does, so its parameters have no per-example "
+                "It is a subclass, which need not compute what torch's class does: its parameters have no per-example "
                 "gradient here",
                 "Use torch's class itself, build it of Linear layers, or freeze it with requires_grad_(False)",
             )

@@ -9,8 +9,8 @@ The twin is itself the quantizable layer of the in-projection. Inputs that are t
 rows of the parameter together: self-attention is one product, attention to a memory is two. `out_proj` is a quantizable
 layer of its own. The attention between them has no parameters and stays in full precision.
 
-Torch's encoder layers leave their modules out where nothing requires a gradient: in evaluation they call one kernel with
-all weights, which would compute quantized layers in full precision. The twins do not meet its conditions.
+Torch's encoder layers leave their modules out where nothing requires a gradient: in evaluation they call one kernel
+with all weights, which would compute quantized layers in full precision. The twins do not meet its conditions.
 
 Symbols: B examples, L queries, S keys, E features, N heads.
 """

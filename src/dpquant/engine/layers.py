@@ -2,7 +2,8 @@
 """The quantizable layers of a model: replace a model's layers by twins, and set which of them run quantized.
 
 `prepare` replaces every layer that has a quantizable twin: a subclass with the same parameters and state_dict
-(`quantizable.py`, `convolutions.py`, `attention.py`, `recurrent.py`). A twin in full precision computes what the original computes.
+(`quantizable.py`, `convolutions.py`, `attention.py`, `recurrent.py`). A twin in full precision computes what
+the original computes.
 """
 
 import contextlib

@@ -9,6 +9,9 @@ example:
 
     <A_i, B_i> = sum_ts g_is[id_it] (x_is . e_it)     A_i: rows id_it get e_it;     B_i = sum_s g_is x_is^T
 
+A and B may cancel, so both have to be added with one factor. Of codes the factor c_i s_i is rounded down to a bfloat16
+(`weight_gradients.scaled_weights`); A_i is then added with that number over s_i.
+
 Symbols: B examples, T positions that look up, S positions of the output layer, D features, V rows of the table.
 """
 
@@ -21,7 +24,7 @@ from torch import Tensor
 
 from dpquant.backends.algebra import ROUND_OFF
 from dpquant.engine.contributions import Contribution, Lookup, Materialised, WeightedSum, distances
-from dpquant.engine.weight_gradients import LazyWeightGradient, MaterialisedWeightGradient
+from dpquant.engine.weight_gradients import LazyWeightGradient, MaterialisedWeightGradient, scaled_weights
 
 _FLOAT64_AT_ONCE = 2**22  # elements of the (example, T, S) products that are formed at a time, 32 MiB each
 
@@ -66,6 +69,18 @@ class Summed:
     def tensors(self) -> Sequence[Tensor]:
         return [tensor for part in self.parts for tensor in part.tensors()]
 
+    def factors(self, weights_B: Tensor) -> Tensor:
+        """Return the factors with which all parts can be added for these example weights, at most as large.
+
+        They differ from the weights where a tied layer's gradients are products of codes.
+        """
+        for one in self.parts:
+            if isinstance(one, LazyWeightGradient) and any(_tied(one, other) for other in self.parts):
+                scale_B = one.operands.scale_B
+                if scale_B is not None:
+                    return torch.where(scale_B > 0, scaled_weights(weights_B, scale_B) / scale_B, weights_B)
+        return weights_B
+
     def begin_sum(self) -> "SumOfSums":
         return SumOfSums([part.begin_sum() for part in self.parts])
 
@@ -83,8 +98,11 @@ class SumOfSums:
         self._sums = sums
 
     def add(self, part: Summed, weights_B: Tensor) -> None:
+        factors_B = part.factors(weights_B)
         for one, its_sum in zip(part.parts, self._sums, strict=True):
-            its_sum.add(one, weights_B)
+            # a little more, which rounding down takes away again
+            weights = factors_B * (1 + 2**-22) if isinstance(one, LazyWeightGradient) else factors_B
+            its_sum.add(one, weights if factors_B is not weights_B else weights_B)
 
     def value(self) -> Tensor:
         return torch.stack([one.value() for one in self._sums]).sum(0)
