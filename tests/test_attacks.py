@@ -191,7 +191,8 @@ class Packed(nn.Module):
         for frozen in (self.table, self.lstm):
             frozen.requires_grad_(trained)
 
-    def forward(self, ids, lengths):
+    def forward(self, ids, lengths=None):
+        lengths = torch.full((len(ids),), ids.shape[1]) if lengths is None else lengths
         packed = nn.utils.rnn.pack_padded_sequence(self.table(ids), lengths, batch_first=True, enforce_sorted=False)
         out = nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=ids.shape[1])[0]
         return self.head(out.sum(1))
