@@ -52,7 +52,17 @@ _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     QuantGRU: nn.GRU,
     TapedGroupNorm: nn.GroupNorm,
 }
-_OF_TWINS = ("name", "backend", "chosen", "precision", "current", "tape", "parts", "plain")  # torch's layers lack these
+_OF_TWINS = (
+    "name",
+    "backend",
+    "chosen",
+    "precision",
+    "current",
+    "frozen",
+    "tape",
+    "parts",
+    "plain",
+)  # torch's layers lack these
 
 
 class FrozenBatchNorm(nn.Module):

@@ -29,6 +29,7 @@ from dpquant.engine.convolutions import QuantConv1d, QuantConv2d, QuantConv3d
 from dpquant.engine.group_norm import TapedGroupNorm
 from dpquant.engine.quantizable import QuantizableLayer, QuantLinear, QuantTransposedLinear
 from dpquant.engine.recurrent import QuantGRU, QuantLSTM, QuantRNN
+from dpquant.engine.weight_cache import WeightCache
 from dpquant.errors import ModelError, SettingError, expect
 from dpquant.formats import FULL_PRECISION, Precision, Recipe, precision
 
@@ -109,7 +110,7 @@ def prepare(
                 setattr(parent, child_name, twins[child])
     model = twins.get(model, model)
     for name, layer in quantizable_layers(model).items():
-        layer.name, layer.chosen, layer.backend = name, chosen, resolved
+        layer.name, layer.chosen, layer.backend, layer.frozen = name, chosen, resolved, WeightCache()
     return model
 
 

@@ -8,8 +8,9 @@ A twin in full precision computes what the original layer computes. A quantized 
     dgrad     gx_i = s(g_i) s(W) conv_transpose(code(g_i), code(W))
     wgrad     G_i  = s(g_i) s(x_i) sum_t code(g_it) code(x_it)^T
 
-x is quantized once, and its codes are kept for wgrad. W is quantized once per logical step. g is quantized once, for
-both dgrad and wgrad. Only if two products use an operand in different formats, it is quantized once per format: with
+x is quantized once, and its codes are kept for wgrad. W is quantized once per logical step, or once per run if it is
+frozen; a frozen weight's wgrad is not formed and codes for it are not kept. g is quantized once, for both dgrad and
+wgrad. Only if two products use an operand in different formats, it is quantized once per format: with
 `mxfp4`, x and g have codes in blocks for forward and dgrad, and int8 codes with one scale per example for wgrad. The
 bias gradient is the sum of the output gradient before quantization. Scales of x and g are taken per example, never over
 the batch: with a batch-wide scale each example's gradient would depend on every other example, and clipping would not
@@ -34,6 +35,7 @@ from dpquant.backends.qtensor import QTensor
 from dpquant.backends.quantize import quantize_rows
 from dpquant.engine.context import StepContext
 from dpquant.engine.products import Convolution, RowProducts, timed
+from dpquant.engine.weight_cache import WeightCache
 from dpquant.engine.weight_layout import WeightLayout
 from dpquant.errors import ModelError
 from dpquant.formats import Precision, RoleFormat
@@ -52,6 +54,7 @@ class WeightProduct:
       backend: quantizes the operands and multiplies their codes.
       precision: the current precision.
       current: the step context in which the layer runs; None = an ordinary layer.
+      frozen: forms of the weight that outlive a step, used while it is frozen.
     """
 
     weight: Any
@@ -60,6 +63,7 @@ class WeightProduct:
     backend: Any
     precision: Any
     current: Any
+    frozen: WeightCache
 
     @property
     def layer(self) -> "QuantizableLayer":
@@ -98,7 +102,7 @@ class WeightProduct:
         weight = swap_in_out(weight, self.geometry.groups) if kept == "input" else weight
         rows = weight.flatten(1) if kept else weight.reshape(1, -1)
         rows = weight if role.blocks is not None else rows  # maps: a block is channels of one tap
-        key = derive_key(run.key, self.name, "weight", *(self.layout.rows or ()))
+        key = derive_key(run.weight_key(self), self.name, "weight", *(self.layout.rows or ()))
         keys = row_keys(key, torch.arange(len(rows), device=weight.device))
         q = quantize_rows(rows, role, keys).rearranged(lambda part: part.view(weight.shape))
         return q.rearranged(lambda part: swap_in_out(part, self.geometry.groups)) if kept == "input" else q
@@ -131,7 +135,8 @@ class WeightProduct:
             )
         if run.replay is not None and (stored := run.replay.stored()) is not None:
             return stored
-        anchor = run.tape.anchor if run.tape is not None else None
+        trained = run.trains(self.weight) or run.trains(self.bias)
+        anchor = run.tape.anchor if run.tape is not None and trained else None
         bias = None if self.bias is None else self.bias_layout.part(self.bias)
         function = products if run.clock is None else timed(products)
         y = cast(Tensor, function.apply(x, weight, bias, anchor, self, run))
@@ -202,6 +207,7 @@ class PartOfLayer(WeightProduct):
         """
         self._layer, self._weight, self._bias = layer, weight, bias
         self._rows, self._bias_rows = rows, bias_rows
+        self.frozen = WeightCache()
 
     @property
     def layer(self) -> QuantizableLayer:

@@ -103,7 +103,7 @@ class QuantRecurrent(QuantizableLayer, nn.RNNBase):
         if self.current is None:
             return False
         tape = self.current.tape  # parameters are detached while there is one
-        return any(p.requires_grad for p in self.parameters()) if tape is None else tape.owns(self)
+        return any(p.requires_grad if tape is None else tape.takes(p) for p in self.parameters())
 
     def _states(self, x_BTD: Tensor, hx: Any, lone: bool) -> list[Tensor]:
         """Return the first states, `(layers * directions, B, H)`; of an LSTM also the first cell states."""
@@ -207,7 +207,7 @@ class _StepByStep:
         """
         self._part, self._states = part, []
         self._probes = None
-        if run.tape is not None:
+        if run.tape is not None and (run.trains(part.weight) or run.trains(part.bias)):
             shape = (*like_BTD.shape[:2], part.weight.shape[0])
             zeros = cast(Tensor, _Probe.apply(run.tape.anchor, like_BTD.new_zeros(shape), part, run, self._states))
             self._probes = iter(zeros.unbind(1))
