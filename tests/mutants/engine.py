@@ -149,8 +149,8 @@ MUTANTS = [
         (
             "of a table that is used twice one use is clipped",
             SENSITIVITY,
-            "return Lookup.merged(lookups)",
-            "return lookups[0]",
+            "found = [Lookup.merged(lookups), ",
+            "found = [lookups[0], ",
             f"{_CLIP}::test_a_table_that_is_looked_up_twice_is_clipped_by_both_together",
         ),
         (
