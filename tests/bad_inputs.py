@@ -435,7 +435,11 @@ ONE_BY_ONE = {
         "1 (LazyLinear)",
         network("nn.Sequential(nn.Flatten(), nn.LazyLinear(2))"),
     ),
-    "model: recurrent": Bad(f"train {ON_PHOTOS} --model mm:build", "(LSTM)", network("nn.LSTM(8, 8)")),
+    "model: attention": Bad(
+        f"train {ON_PHOTOS} --model mm:build",
+        "(MultiheadAttention)",
+        network("nn.MultiheadAttention(8, 2, add_bias_kv=True)"),
+    ),
     "model: frozen": Bad(
         f"train {ON_PHOTOS} --model mm:build",
         "Expected model to have a trainable parameter",

@@ -191,7 +191,8 @@ class Packed(nn.Module):
         for frozen in (self.table, self.lstm):
             frozen.requires_grad_(trained)
 
-    def forward(self, ids, lengths):
+    def forward(self, ids, lengths=None):
+        lengths = torch.full((len(ids),), ids.shape[1]) if lengths is None else lengths
         packed = nn.utils.rnn.pack_padded_sequence(self.table(ids), lengths, batch_first=True, enforce_sorted=False)
         out = nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=ids.shape[1])[0]
         return self.head(out.sum(1))
@@ -598,7 +599,7 @@ def batch_of(kind="vectors"):
 REFUSED_MODELS = {
     "a mask put on a module (TorchJD 443)": ("state that was put on it before the call", PutOn, "masked"),
     "positions broadcast (opacus 841)": ("first axis", lambda: Positions(False), "texts"),
-    "LSTM (opacus 103)": ("lstm .LSTM.*no per-example gradient", lambda: Packed(True), "texts"),
+    "LSTM (opacus 103)": ("trainable LSTM .'lstm'.*PackedSequence", lambda: Packed(True), "texts"),
     "spectral_norm (opacus 646)": (
         "spectral_norm",
         lambda: nn.Sequential(nn.utils.spectral_norm(nn.Linear(6, 3))),

@@ -27,6 +27,7 @@ from dpquant.backends.reference import Reference
 from dpquant.engine.contributions import Lookup, Materialised
 from dpquant.engine.layers import quantizable_layers, set_policy
 from dpquant.engine.weight_gradients import LazyWeightGradient
+from dpquant.engine.weight_layout import WeightLayout
 from networks import loss
 from processor import preferring
 
@@ -325,7 +326,9 @@ CONVOLUTION = Geometry(kernel=(3, 3), padding=(1, 1), groups=2)
 
 def product(batch: int, backend: Backend, side: int = 5) -> LazyWeightGradient:
     x, g = torch.randn(batch, 4, side, side), torch.randn(batch, 6, side, side)
-    return LazyWeightGradient.of(x, g, CONVOLUTION, torch.Size((6, 2, 3, 3)), backend=backend, significant_bits=0)
+    return LazyWeightGradient.of(
+        x, g, CONVOLUTION, WeightLayout(torch.Size((6, 2, 3, 3))), backend=backend, significant_bits=0
+    )
 
 
 class Sums(Wrapped):

@@ -150,8 +150,8 @@ MUTANTS = [
         (
             "of a table that is used twice one use is clipped",
             SENSITIVITY,
-            "return Lookup.merged(lookups)",
-            "return lookups[0]",
+            "found = [Lookup.merged(lookups), ",
+            "found = [lookups[0], ",
             f"{_CLIP}::test_a_table_that_is_looked_up_twice_is_clipped_by_both_together",
         ),
         (
@@ -366,6 +366,35 @@ MUTANTS = [
             "    if module.padding_idx is not None:\n",
             "    if False:\n",
             _LOOP,
+        ),
+    ),
+    *mutants_of(
+        f"{_ENGINE}/summed.py",
+        "tests/engine/test_twins.py",
+        (
+            "a tied table's norm forgets the cross term",
+            SENSITIVITY,
+            "return (total_B + crossed_B).clamp(min=0) + margin_B",
+            "return total_B",
+            "tests/engine/test_twins.py::test_a_tied_table_is_normed_as_its_materialised_gradients",
+        ),
+        (
+            "a tied table's lookups are added with another factor than its codes",
+            SENSITIVITY,
+            "scaled_weights(weights_B, scale_B) / scale_B, weights_B)",
+            "weights_B, weights_B)",
+            "tests/engine/test_twins.py::test_what_may_cancel_is_added_with_one_factor",
+        ),
+    ),
+    *mutants_of(
+        f"{_ENGINE}/recurrent.py",
+        "tests/engine/test_twins.py",
+        (
+            "states are those after the step",
+            SENSITIVITY,
+            "torch.stack(ctx.states, 2)",
+            "torch.stack(ctx.states[1:] + ctx.states[-1:], 2)",
+            "tests/engine/test_twins.py::test_the_sum_is_that_of_a_loop_over_single_examples",
         ),
     ),
     *mutants_of(

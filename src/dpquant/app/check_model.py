@@ -28,7 +28,7 @@ from dpquant.checks.refusals import Refusal, refusals
 from dpquant.checks.synthetic import Specimens
 from dpquant.data import models
 from dpquant.engine.convert import fix
-from dpquant.engine.layers import count_macs, prepare, quantizable_layers
+from dpquant.engine.layers import count_macs, prepare, quantizable_layers, quantizable_twin
 from dpquant.engine.passes import Objective
 from dpquant.engine.randomness import seeded
 from dpquant.errors import DPQuantError, ModelError
@@ -286,10 +286,10 @@ def _layers(model: nn.Module, form: Form | None, chosen: Precision) -> list[Laye
 
 def _why_not(module: nn.Module) -> str:
     """Return why a module never runs quantized; empty if it may."""
-    if type(module) in _QUANTIZABLE:
+    if quantizable_twin(type(module)) is not None:
         return ""
     if isinstance(module, _QUANTIZABLE):
         return f"a subclass, which need not compute what {type(module).__mro__[1].__name__} does"
     if isinstance(module, _WITHOUT_PRODUCT) or all(p.ndim < 2 for p in module.parameters(recurse=False)):
         return "no matrix product"
-    return "only Conv2d and Linear have quantized products"
+    return "no quantized product for layers of its kind"

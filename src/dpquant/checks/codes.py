@@ -24,9 +24,10 @@ from dpquant.checks.probe import (
 from dpquant.checks.refusals import COUPLED, PADDED
 from dpquant.checks.step import TrialStep
 from dpquant.checks.synthetic import Specimens
-from dpquant.engine.layers import QuantizableLayer, quantizable_layers, set_precisions
+from dpquant.engine.layers import quantizable_layers, set_precisions
 from dpquant.engine.passes import Objective, gradients_of_rows, losses_of
 from dpquant.engine.perturbation import shaken
+from dpquant.engine.quantizable import QuantizableLayer
 from dpquant.errors import ModelError
 from dpquant.formats import Precision
 

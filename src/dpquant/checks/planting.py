@@ -102,7 +102,17 @@ def means_with(calls: Sequence[Tensor | None]) -> Callable[[Any, Any, Any], Any]
 
 
 def add_mean(module: Any, inputs: Any, output: Any) -> Any:
-    """Add the batch's mean to each row: a coupling to plant as a forward hook or on a loss."""
+    """Add the batch's mean to each row: a coupling to plant as a forward hook or on a loss.
+
+    Attention and recurrent layers return tuples, whose examples may lie on the second axis: means over both are added.
+    """
+    if isinstance(output, tuple):
+        return tuple(
+            add_mean(module, inputs, add_mean(module, inputs, one).transpose(0, 1)).transpose(0, 1)
+            if isinstance(one, Tensor) and one.ndim > 1
+            else one
+            for one in output
+        )
     if isinstance(output, Tensor) and output.is_floating_point() and output.ndim:
         return output + output.detach().mean(0, keepdim=True)
     return output

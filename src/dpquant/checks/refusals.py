@@ -11,6 +11,9 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
+from dpquant.engine.attention import has_product
+from dpquant.engine.layers import quantizable_twin
+from dpquant.engine.quantizable import QuantizableLayer
 from dpquant.errors import DPQuantError, ModelError, quoted
 
 COUPLED = (
@@ -142,12 +145,19 @@ def _problem(module: nn.Module) -> tuple[str, str] | None:
             )
         case nn.modules.instancenorm._InstanceNorm() if module.track_running_stats:
             return "Its running statistics keep raw data", "Set track_running_stats=False"
+        case nn.MultiheadAttention() if any(p.requires_grad for p in module.parameters()) and not has_product(module):
+            return (
+                "The keys and values that add_bias_kv and add_zero_attn add have no per-example gradient here",
+                "Make it without them, or freeze it with requires_grad_(False)",
+            )
         case nn.RNNBase() | nn.MultiheadAttention():
-            if not any(p.requires_grad for p in module.parameters()):
+            known = isinstance(module, QuantizableLayer) or quantizable_twin(type(module))
+            if known or not any(p.requires_grad for p in module.parameters()):
                 return None
             return (
-                "Its parameters have no per-example gradient here",
-                "Build it of Linear layers, or freeze it with requires_grad_(False)",
+                "It is a subclass, which need not compute what torch's class does: its parameters have no per-example "
+                "gradient here",
+                "Use torch's class itself, build it of Linear layers, or freeze it with requires_grad_(False)",
             )
         case nn.Embedding() if module.scale_grad_by_freq:
             return "scale_grad_by_freq weighs by counts over the batch", "Set scale_grad_by_freq=False"

@@ -4,7 +4,7 @@
 import dataclasses
 
 from dpquant.engine.context import StepContext
-from dpquant.engine.layers import QuantizableLayer
+from dpquant.engine.quantizable import WeightProduct
 from dpquant.engine.weight_cache import WeightCache
 
 
@@ -17,5 +17,5 @@ class TrialStep(StepContext):
     comparisons in full precision take a new `StepContext` for every pass.
     """
 
-    def cache(self, layer: QuantizableLayer) -> WeightCache:
+    def cache(self, layer: WeightProduct) -> WeightCache:
         return super().cache(layer).of(layer.weight)

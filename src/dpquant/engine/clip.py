@@ -26,7 +26,7 @@ from dpquant.backends.malloc import working_memory
 from dpquant.engine.batches import Microbatch, check_rows, microbatches
 from dpquant.engine.clock import Clock
 from dpquant.engine.context import StepContext
-from dpquant.engine.layers import quantizable_layers, running
+from dpquant.engine.layers import quantizable_layers, quantizable_twin, running
 from dpquant.engine.leaves import Routes
 from dpquant.engine.passes import Objective, Passes, PerExampleLoss
 from dpquant.engine.tape import GradientTape, Unreached, taping
@@ -114,8 +114,8 @@ def clipped_sum(
     size = MICROBATCH if microbatch_size is None else microbatch_size
     if size < 1:
         raise SettingError(f"Expected microbatch_size >= 1; got microbatch_size={microbatch_size}.")
-    routes, plain = Routes.of(model), (nn.Conv2d, nn.Linear)
-    unprepared = any(type(m) in plain and not routes.within(path) for path, m in model.named_modules())
+    routes = Routes.of(model)
+    unprepared = any(quantizable_twin(type(m)) and not routes.within(path) for path, m in model.named_modules())
     if unprepared and not quantizable_layers(model):
         raise ModelError("Expected a prepared model; got one without quantizable layers. Call dpquant.prepare(model).")
     record_ids = record_ids.cpu()  # which rows belong together is decided there

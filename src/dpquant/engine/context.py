@@ -20,7 +20,7 @@ from dpquant.formats import Recipe, RoleFormat
 from dpquant.rounding import derive_key, row_keys
 
 if TYPE_CHECKING:
-    from dpquant.engine.layers import QuantizableLayer
+    from dpquant.engine.quantizable import WeightProduct
 
 _FROZEN_KEY = 0  # of the rounding draws of frozen weights, which are public
 
@@ -50,7 +50,7 @@ class Tape(Protocol):
         """Take the per-example gradients of a parameter from one call of its module."""
         ...
 
-    def record(self, layer: "QuantizableLayer", x: Tensor | QTensor | None, g: Tensor | QTensor, grad: Tensor) -> None:
+    def record(self, layer: "WeightProduct", x: Tensor | QTensor | None, g: Tensor | QTensor, grad: Tensor) -> None:
         """Take the operands of one call: weight gradient scale_i sum_t g_it x_it^T, bias gradient sum_t grad_it.
 
         x is None if the weight is frozen.
@@ -113,7 +113,7 @@ class StepContext:
     replay: Replay | None = None
     clock: Clock | None = None
     phase: Literal["forward", "backward"] | None = None
-    _weights: dict[nn.Module, WeightCache] = dataclasses.field(default_factory=dict)
+    _weights: dict[Any, WeightCache] = dataclasses.field(default_factory=dict)
     _calls: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
     def begin(self, record_ids: Tensor) -> None:
@@ -128,7 +128,7 @@ class StepContext:
         self._calls[layer] += 1
         return self._calls[layer] - 1
 
-    def draw_keys(self, layer: "QuantizableLayer", role: str, call: int, batch_size: int) -> Tensor:
+    def draw_keys(self, layer: "WeightProduct", role: str, call: int, batch_size: int) -> Tensor:
         """Return one key per example, int64 `(B,)` on the layer's device, for the draws of one role in one call."""
         device = layer.weight.device
         if self.record_ids is None:
@@ -143,17 +143,17 @@ class StepContext:
             return self.tape.takes(parameter)
         return parameter is not None and parameter.requires_grad
 
-    def weight_key(self, layer: "QuantizableLayer") -> int:
+    def weight_key(self, layer: "WeightProduct") -> int:
         """Return the key of the draws that round the layer's weight: the step's, or one for a whole run if frozen."""
         return self.key if self.trains(layer.weight) else _FROZEN_KEY
 
-    def cache(self, layer: "QuantizableLayer") -> WeightCache:
+    def cache(self, layer: "WeightProduct") -> WeightCache:
         """Return the forms of the layer's weight: for this step or, of a frozen weight, for the run."""
         if self.trains(layer.weight):
             return self._weights.setdefault(layer, WeightCache())
         return layer.frozen.of(layer.weight)
 
-    def dense_weight(self, layer: "QuantizableLayer", weight: Tensor, size: tuple[int, int]) -> Tensor:
+    def dense_weight(self, layer: "WeightProduct", weight: Tensor, size: tuple[int, int]) -> Tensor:
         """Return the weight cropped for inputs of `size`, `(O, C / G, *taps)`, channels last; cached."""
         geometry, taps = layer.geometry.cropped(size)
         dense = self.cache(layer).dense
@@ -162,7 +162,7 @@ class StepContext:
         return dense[geometry]
 
     def packed_weight(
-        self, layer: "QuantizableLayer", recipe: Recipe, size: tuple[int, int], *, side: str
+        self, layer: "WeightProduct", recipe: Recipe, size: tuple[int, int], *, side: str
     ) -> PackedWeight:
         """Return the layer's quantized weight, packed for inputs of `size`; cached.
 
@@ -182,7 +182,7 @@ class StepContext:
             packed[recipe, kept, geometry] = layer.backend.pack(cropped, geometry, max_code=recipe.max_code)
         return packed[recipe, kept, geometry]
 
-    def _quantized_weight(self, layer: "QuantizableLayer", role: RoleFormat, kept: str) -> QTensor:
+    def _quantized_weight(self, layer: "WeightProduct", role: RoleFormat, kept: str) -> QTensor:
         quantized = self.cache(layer).quantized
         if (role, kept) not in quantized:
             quantized[role, kept] = layer.quantize_weight(self, role, kept)

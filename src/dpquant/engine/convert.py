@@ -25,18 +25,45 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
+from dpquant.engine.attention import PaddedTransformerEncoder, QuantMultiheadAttention, QuantOutProjection
+from dpquant.engine.convolutions import QuantConv1d, QuantConv2d, QuantConv3d
 from dpquant.engine.group_norm import TapedGroupNorm
-from dpquant.engine.layers import ROUTES, QuantConv2d, QuantLinear
+from dpquant.engine.layers import ROUTES
+from dpquant.engine.quantizable import QuantLinear, QuantTransposedLinear
+from dpquant.engine.recurrent import QuantGRU, QuantLSTM, QuantRNN
 from dpquant.errors import ModelError, SettingError, expect
 
 _MAX_GROUPS = 32
 _VECTOR_GROUP = 16  # channels per group where a channel may be one value; `data/models.py` does the same for 1x1 maps
 _TOO_FEW = 2  # normalising vectors of at most this many channels leaves only signs
 _CHOICES = ("group", "freeze")
-_PLAIN = {QuantConv2d: nn.Conv2d, QuantLinear: nn.Linear, TapedGroupNorm: nn.GroupNorm}
-_OF_TWINS = ("name", "backend", "chosen", "precision", "current", "frozen", "tape")  # what torch's layers lack
+_PLAIN: dict[type[nn.Module], type[nn.Module]] = {
+    QuantConv1d: nn.Conv1d,
+    QuantConv2d: nn.Conv2d,
+    QuantConv3d: nn.Conv3d,
+    QuantLinear: nn.Linear,
+    QuantOutProjection: NonDynamicallyQuantizableLinear,
+    QuantMultiheadAttention: nn.MultiheadAttention,
+    PaddedTransformerEncoder: nn.TransformerEncoder,
+    QuantRNN: nn.RNN,
+    QuantLSTM: nn.LSTM,
+    QuantGRU: nn.GRU,
+    TapedGroupNorm: nn.GroupNorm,
+}
+_OF_TWINS = (
+    "name",
+    "backend",
+    "chosen",
+    "precision",
+    "current",
+    "frozen",
+    "tape",
+    "parts",
+    "plain",
+)  # torch's layers lack these
 
 
 class FrozenBatchNorm(nn.Module):
@@ -151,7 +178,7 @@ def fix(model: nn.Module, *, batch_norm: Literal["group", "freeze"] = "group") -
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Turn a prepared model's layers back into torch's own Conv2d, Linear and GroupNorm, in full precision.
+    """Turn a prepared model's layers back into the plain layers that they replaced, in full precision.
 
     The model is changed in place and returned. Modules, parameters, hooks and settings are the same objects as before,
     so shared modules stay shared. Without dpquant's layers a model can be scripted, exported, pickled and
@@ -168,8 +195,9 @@ def restore(model: nn.Module) -> nn.Module:
     _check_module(model)
     model.__dict__.pop(ROUTES, None)
     for module in model.modules():
-        if type(module) in _PLAIN:
-            module.__class__ = _PLAIN[type(module)]
+        plain = module.__dict__.get("plain", _PLAIN.get(type(module)))
+        if isinstance(module, (QuantTransposedLinear, *_PLAIN)) and plain is not None:
+            module.__class__ = plain
             for name in _OF_TWINS:
                 module.__dict__.pop(name, None)
     return model
@@ -195,13 +223,6 @@ def _problem(module: nn.Module, batch_norm: str) -> tuple[str, str] | None:
     match module:
         case nn.DataParallel() | nn.parallel.DistributedDataParallel():
             return "It is a wrapper that splits and sums batches by itself", "Pass model.module"
-        case nn.RNNBase() | nn.MultiheadAttention():
-            if not any(p.requires_grad for p in module.parameters()):
-                return None
-            return (
-                "It has trainable parameters, and there is no private equivalent here yet",
-                "Freeze it with requires_grad_(False), or replace it; attention can be built of Linear layers",
-            )
         case _BatchNorm() if any(is_lazy(t) for t in (*module.parameters(), *module.buffers())):
             return "Its parameters have no shape yet", "Run one forward pass on synthetic data first"
         case _BatchNorm() if type(module).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):

@@ -25,8 +25,9 @@ from typing import Self
 
 from torch import Tensor, nn
 
-from dpquant.engine.layers import ROUTES, QuantizableLayer
+from dpquant.engine.layers import ROUTES
 from dpquant.engine.per_example import has_formula
+from dpquant.engine.quantizable import QuantizableLayer
 
 
 @dataclasses.dataclass

@@ -47,6 +47,13 @@ def _of_layer_norm(module: nn.LayerNorm, x: Tensor, grad: Tensor) -> dict[str, C
     return {"weight": Materialised(total(grad * normalised)), "bias": Materialised(total(grad))}
 
 
+def _of_rms_norm(module: nn.RMSNorm, x: Tensor, grad: Tensor) -> dict[str, Contribution]:
+    normalised = F.rms_norm(x, module.normalized_shape, None, module.eps)
+    axes = tuple(range(1, x.ndim - len(module.normalized_shape)))
+    products = grad * normalised
+    return {"weight": Materialised(products.sum(axes) if axes else products)}
+
+
 def _of_embedding(module: nn.Embedding, x: Tensor, grad: Tensor) -> dict[str, Contribution]:
     ids_BT = x.reshape(len(x), -1)
     g_BTD = grad.reshape(len(x), -1, module.embedding_dim)
@@ -60,6 +67,7 @@ RULES: Mapping[type[nn.Module], Rule] = MappingProxyType(
         nn.GroupNorm: _of_group_norm,
         TapedGroupNorm: _of_group_norm,
         nn.LayerNorm: _of_layer_norm,
+        nn.RMSNorm: _of_rms_norm,
         nn.Embedding: _of_embedding,
     }
 )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The autograd functions of the quantizable layers: forward product, input gradient, and operands for the tape.
 
-Gradients are straight-through: rounding is treated as the identity. `layers.py` has the definition of the products.
+Gradients are straight-through: rounding is treated as the identity. `quantizable.py` defines the products.
 
 Symbols: B examples, D input features, x input, g output gradient.
 """
@@ -20,15 +20,15 @@ from dpquant.errors import ModelError
 from dpquant.formats import Recipe, RoleFormat
 
 if TYPE_CHECKING:
-    from dpquant.engine.layers import QuantizableLayer
+    from dpquant.engine.quantizable import WeightProduct
 
 
 class Convolution(torch.autograd.Function):
     """Computes the three products of a layer. Gradients are straight-through: rounding is treated as the identity."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, anchor, layer: "QuantizableLayer", run: StepContext):
-        ctx.layer, ctx.run, ctx.call, ctx.precision = layer, run, run.next_call(layer), layer.precision
+    def forward(ctx, x, weight, bias, anchor, layer: "WeightProduct", run: StepContext):
+        ctx.layer, ctx.run, ctx.call, ctx.precision = layer, run, run.next_call(layer.layer), layer.precision
         ctx.size = x.shape[2:]
         ctx.geometry = geometry = layer.geometry.cropped(ctx.size)[0]
         recipe, dgrad, wgrad = ctx.precision.recipes
@@ -47,7 +47,7 @@ class Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor):
         grad, layer, run = grads[0], ctx.layer, ctx.run
-        _check_differentiating(run)
+        check_differentiating(run)
         grad_x = grad_weight = grad_bias = None
         (x, weight), recipe = ctx.saved_tensors, ctx.precision.dgrad
         wgrad = ctx.precision.wgrad if ctx.trains else None
@@ -75,7 +75,7 @@ class RowProducts(torch.autograd.Function):
     """The products of a linear layer in full precision on rows `(B, D)`: what `Convolution` does without its views."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, anchor, layer: "QuantizableLayer", run: StepContext):
+    def forward(ctx, x, weight, bias, anchor, layer: "WeightProduct", run: StepContext):
         ctx.layer, ctx.run, ctx.trains = layer, run, run.trains(layer.weight)
         ctx.save_for_backward(x if ctx.trains else None, weight)
         return F.linear(x, weight, bias)
@@ -83,7 +83,7 @@ class RowProducts(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor):
         grad, run = grads[0], ctx.run
-        _check_differentiating(run)
+        check_differentiating(run)
         x, weight = ctx.saved_tensors
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None
         grad_weight = grad_bias = None
@@ -102,7 +102,7 @@ def timed(products: type[torch.autograd.Function]) -> type[torch.autograd.Functi
 
     class Timed(products):
         @staticmethod
-        def forward(ctx, x, weight, bias, anchor, layer: "QuantizableLayer", run: StepContext):
+        def forward(ctx, x, weight, bias, anchor, layer: "WeightProduct", run: StepContext):
             assert run.clock is not None
             with run.clock.timing(layer.name):
                 return products.forward(ctx, x, weight, bias, anchor, layer, run)
@@ -115,7 +115,7 @@ def timed(products: type[torch.autograd.Function]) -> type[torch.autograd.Functi
     return Timed
 
 
-def _check_differentiating(run: StepContext) -> None:
+def check_differentiating(run: StepContext) -> None:
     """Raise ModelError if the losses are still being computed."""
     if run.phase == "forward":
         raise ModelError(

@@ -12,7 +12,8 @@ Symbols: B examples, G_i the gradient of example i.
 
 import contextlib
 import functools
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -26,9 +27,10 @@ from dpquant.backends.qtensor import QTensor
 from dpquant.engine.clock import Clock
 from dpquant.engine.contributions import Contribution, Lookup, Materialised, WeightedSum
 from dpquant.engine.group_norm import TapedGroupNorm
-from dpquant.engine.layers import QuantizableLayer, repeated
 from dpquant.engine.leaves import Routes, beside_layers
 from dpquant.engine.per_example import TOLERANCE, contributions_of, differs, has_formula, one_at_a_time, unlike
+from dpquant.engine.quantizable import QuantizableLayer, WeightProduct, repeated
+from dpquant.engine.summed import Summed, can_be_summed
 from dpquant.engine.weight_gradients import LazyWeightGradient
 from dpquant.errors import ModelError
 
@@ -55,6 +57,7 @@ class GradientTape:
         keeping: bool,
         clock: Clock | None,
         leaves: Mapping[str, int] = MappingProxyType({}),
+        shared: Collection[Tensor] = (),
     ):
         """Make an empty tape.
 
@@ -66,9 +69,11 @@ class GradientTape:
           keeping: keep the operands' codes and scales, to compare them with those of another microbatch.
           clock: times norms and sums under the name of the module that owns the parameter; None = no timing.
           leaves: see above.
+          shared: the parameters that several modules own.
         """
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self._names = names
+        self._shared = shared
         self._forming, self._keeping, self._clock = forming, keeping, clock
         self._contributions: dict[str, list[Contribution]] = {}
         self._sums: dict[tuple[str, Hashable], WeightedSum[Any]] = {}
@@ -87,7 +92,7 @@ class GradientTape:
         return parameter is not None and parameter in self._names
 
     @ieee_float32()
-    def record(self, layer: QuantizableLayer, x: Tensor | QTensor | None, g: Tensor | QTensor, grad: Tensor) -> None:
+    def record(self, layer: WeightProduct, x: Tensor | QTensor | None, g: Tensor | QTensor, grad: Tensor) -> None:
         if self._keeping:
             self.operands += [operand for operand in (x, g) if isinstance(operand, QTensor)]
         squares_B = None
@@ -95,15 +100,17 @@ class GradientTape:
             recipe = layer.precision.wgrad
             bits = 0 if recipe is None else recipe.gradient.format.significant_bits
             gradient = LazyWeightGradient.of(
-                x, g, layer.geometry, layer.weight.shape, backend=layer.backend, significant_bits=bits
+                x, g, layer.geometry, layer.layout, backend=layer.backend, significant_bits=bits
             )
-            self.add(layer.weight, gradient.evaluated() if self._forming else gradient)
+            # a parameter that is used elsewhere too is normed with that use, and is not materialised for this one
+            forms = self._forming and layer.weight not in self._shared
+            self.add(layer.weight, gradient.evaluated() if forms else gradient)
             if self._forming and gradient.operands.rank_one and g is grad:
                 squares_B = gradient.operands.row_squares[1]  # a factor of the weight's norm is the bias's
         if self.takes(layer.bias):
             one_position = grad.shape[2:] == (1, 1)
             rows = grad.flatten(1) if one_position else grad.flatten(2).sum(2)
-            self.add(layer.bias, Materialised(rows, squares_B))
+            self.add(layer.bias, Materialised(layer.bias_layout.in_rows(rows), squares_B))
 
     def add(self, parameter: Tensor, contribution: Contribution) -> None:
         """Record a contribution to a parameter's per-example gradients. Those of a frozen parameter are ignored."""
@@ -175,12 +182,14 @@ def check_examples_first(squared_norms: Mapping[str, Tensor], size: int) -> None
 
 
 def _one_contribution(found: list[Contribution]) -> Contribution:
-    """Merge the contributions to one parameter: one is kept as it is, lookups are joined, others materialised."""
+    """Merge the contributions to one parameter: lookups are joined, all others kept apart or materialised."""
+    lookups = [one for one in found if isinstance(one, Lookup)]
+    if len(lookups) > 1:
+        found = [Lookup.merged(lookups), *(one for one in found if not isinstance(one, Lookup))]
     if len(found) == 1:
         return found[0]
-    lookups = [one for one in found if isinstance(one, Lookup)]
-    if len(lookups) == len(found):
-        return Lookup.merged(lookups)
+    if can_be_summed(found):
+        return Summed(found)
     return Materialised(torch.stack([one.per_example() for one in found]).sum(0))
 
 
@@ -215,7 +224,9 @@ def taping(
     device = next((p.device for p in trainable.values()), torch.device("cpu"))
     names: dict[Tensor, str] = {p: name for name, p in trainable.items()}
     leaves = {name: form for name, form in routes.leaves.items() if name in trainable}
-    tape = GradientTape(names, device, forming=forming, keeping=keeping, clock=clock, leaves=leaves)
+    owners = Counter(p for module in model.modules() for p in set(module.parameters(recurse=False)))
+    shared = {p for p, count in owners.items() if count > 1}
+    tape = GradientTape(names, device, forming=forming, keeping=keeping, clock=clock, leaves=leaves, shared=shared)
     handles: list[RemovableHandle] = []
     for path, module in model.named_modules():
         own = {} if isinstance(module, QuantizableLayer) else routes.owned(module, path, names)

@@ -28,7 +28,9 @@ from dpquant.backends.interface import Accumulator, Backend, Method, Norms, Oper
 from dpquant.backends.qtensor import Operand, QTensor, code_values
 from dpquant.backends.reference import costs, materialise_by_patches, norms_by_grams
 from dpquant.engine.contributions import Contribution, DenseSum, Materialised, WeightedSum, distances, rows_or_zero
+from dpquant.engine.weight_layout import WeightLayout
 
+_AT_ONCE = 2**24  # elements of gradients that are materialised at a time for their norms, 64 MiB
 _HOPELESS = 3  # a method with more than this times the multiplications of the cheapest one is not timed
 
 
@@ -37,22 +39,22 @@ class KernelCrop:
     """Scatters gradients of a cropped kernel into the full weight; zero elsewhere.
 
     Attributes:
-      shape: of the weight, `(O, C / G, *kernel)` or `(O, C)`.
+      layout: where the weight lies in its parameter.
       kernel: (height, width) of the full kernel.
       taps: rows and columns of the kernel that the gradients belong to.
     """
 
-    shape: torch.Size
+    layout: WeightLayout
     kernel: tuple[int, int]
     taps: tuple[slice, slice]
 
     def full(self, gradients: Tensor) -> Tensor:
-        """Return gradients `(..., O, C / G, *taps)` as gradients of the weight, `(..., *shape)`."""
+        """Return gradients `(..., O, C / G, *taps)` as gradients of the parameter."""
         (top, bottom), (left, right) = (
             (taps.start, size - taps.stop) for taps, size in zip(self.taps, self.kernel, strict=True)
         )
         full = F.pad(gradients, (left, right, top, bottom)) if top or bottom or left or right else gradients
-        return full.reshape(*gradients.shape[:-4], *self.shape)
+        return self.layout.full(full)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -73,7 +75,7 @@ class MaterialisedWeightGradient(Materialised):
 
     @property
     def kind(self) -> Hashable:
-        return type(self), self.patches
+        return type(self), self.patches, self.crop.layout.rows
 
     def squared_norms(self) -> Tensor:
         return _times_squares(super().squared_norms(), self.scale_B)
@@ -125,7 +127,14 @@ class LazyWeightGradient:
 
     @classmethod
     def of(
-        cls, x: Operand, g: Operand, geometry: Geometry, shape: torch.Size, *, backend: Backend, significant_bits: int
+        cls,
+        x: Operand,
+        g: Operand,
+        geometry: Geometry,
+        layout: WeightLayout,
+        *,
+        backend: Backend,
+        significant_bits: int,
     ) -> "LazyWeightGradient":
         """Make the weight gradients of one call of a layer. If only one of x and g is codes, both are used as values.
 
@@ -133,7 +142,7 @@ class LazyWeightGradient:
           x: input of the layer.
           g: gradient of its output.
           geometry: of the layer.
-          shape: of its weight.
+          layout: of its weight.
           backend: of the layer.
           significant_bits: of g's codes; not used for values.
         """
@@ -147,7 +156,7 @@ class LazyWeightGradient:
         height, width = shape_of(x)[2:]
         cropped, taps = geometry.cropped((height, width))
         operands = Operands(x=x, g=g, geometry=cropped, bf16_terms=bf16_terms)
-        return cls(operands=operands, crop=KernelCrop(shape, geometry.kernel, taps), backend=backend)
+        return cls(operands=operands, crop=KernelCrop(layout, geometry.kernel, taps), backend=backend)
 
     def methods(self) -> dict[str, Method]:
         """Return {name: method} of the methods that support the operands and are not clearly slower than another."""
@@ -193,14 +202,19 @@ class LazyWeightGradient:
 
     @property
     def kind(self) -> Hashable:
-        return type(self), None if self.method is None else self.method.name, self.operands.geometry
+        method = None if self.method is None else self.method.name
+        return type(self), method, self.operands.geometry, self.crop.layout.rows
 
     def squared_norms(self) -> Tensor:
         squares_B = self.squares_B
         if squares_B is None:
             formed, grams = costs(self.operands)
-            norms_of = norms_by_grams if grams <= formed else materialise_by_patches
-            squares_B = norms_of(self.operands).squares_B
+            if grams <= formed:
+                squares_B = norms_by_grams(self.operands).squares_B
+            else:  # a few examples at a time: their gradients are not kept
+                rows = torch.arange(len(self.operands), device=self.operands.device).split(max(_AT_ONCE // formed, 1))
+                pieces = (materialise_by_patches(self.operands.take(some)) for some in rows)
+                squares_B = torch.cat([piece.squares_B for piece in pieces])
         return _times_squares(squares_B, self.operands.scale_B)
 
     def per_example(self) -> Tensor:
@@ -210,7 +224,7 @@ class LazyWeightGradient:
 
     def inner_products(self, other: Contribution) -> Tensor:
         """Contract Gram matrices between the positions of both, or materialise both, whichever multiplies less."""
-        if not isinstance(other, LazyWeightGradient):
+        if not isinstance(other, LazyWeightGradient) or self.crop != other.crop:
             return (self.per_example() * other.per_example()).flatten(1).sum(1)
         pairs = [
             (im2col(x, one.operands.geometry), positions(g, one.operands.geometry))
@@ -231,7 +245,7 @@ class LazyWeightGradient:
 
     def squared_distances(self, other: Contribution) -> Tensor:
         """Compute in float64, by Gram matrices over the positions of both or by materialising the difference."""
-        if not isinstance(other, LazyWeightGradient):
+        if not isinstance(other, LazyWeightGradient) or self.crop != other.crop:
             return distances(self, other)
         x, g = [], []
         for operands, sign in ((self.operands, 1.0), (other.operands, -1.0)):

@@ -19,8 +19,9 @@ from dpquant.backends.interface import Backend
 from dpquant.backends.reference import Reference
 from dpquant.backends.registry import reason_for
 from dpquant.engine.batches import leaves
-from dpquant.engine.layers import QuantizableLayer, quantizable_layers, set_policy, set_precisions
+from dpquant.engine.layers import quantizable_layers, set_policy, set_precisions
 from dpquant.engine.passes import Objective
+from dpquant.engine.quantizable import QuantizableLayer
 from dpquant.errors import SettingError
 from dpquant.formats import FULL_PRECISION, Precision
 from dpquant.privacy.plan import PrivacyPlan
