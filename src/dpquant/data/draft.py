@@ -63,7 +63,7 @@ def _column(values: Sequence[Any]) -> Iterator[str]:
     different = sorted(set(texts))
     numbers = _numbers(texts)
     if numbers is not None:
-        yield f'kind = "number"  # (read) every value that is there is one'
+        yield 'kind = "number"  # (read) every value that is there is one'
         yield f"range = {_range(numbers)}  # (read) smallest and largest value"
     elif len(different) <= max(_MOST_CATEGORIES, 1) or len(different) <= _IGNORED_ABOVE * len(texts):
         yield 'kind = "category"'
@@ -73,7 +73,7 @@ def _column(values: Sequence[Any]) -> Iterator[str]:
         yield 'kind = "ignored"  # (read) nearly every record has a value of its own'
         return
     if len(texts) < len(values):
-        yield f'missing = [""]  # (read) some values are empty'
+        yield 'missing = [""]  # (read) some values are empty'
 
 
 def _present(values: Sequence[Any]) -> list[str]:

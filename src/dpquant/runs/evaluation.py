@@ -156,11 +156,10 @@ def warn_of_guessing(accuracy_test: float | None, test: Held) -> None:
     It may have diverged while its parameters stayed finite. Privacy: uses test records alone, as `accuracy`.
 
     Args:
-      accuracy_test: None where no class is guessed.
+      accuracy_test: of a classification.
       test: the test records.
     """
-    if accuracy_test is None:
-        return
+    assert accuracy_test is not None
     guessed = int(torch.bincount(test.targets[test.readable]).max()) / len(test)
     if accuracy_test <= guessed:
         warnings.warn(

@@ -61,7 +61,7 @@ class EpochRecord:
       index: from 0.
       epsilon: spent by the end of the epoch, at the run's delta. None: not recorded.
       accuracy_test: accuracy on the test set, in 0..1; None for a regression.
-      metrics_test: {metric of the task: its value on the test set}; {}: not recorded.
+      metrics_test: {metric of the task: its value on the test set}. None: not recorded.
       layers_quantized: names of the layers that the policy chose, possibly none. None: not recorded.
       nonprivate_accuracy_train: accuracy on the training set, in 0..1, which the privacy statement does not cover. None
         without `unsafe_metrics`.
@@ -75,7 +75,7 @@ class EpochRecord:
     layers_quantized: list[str] | None
     nonprivate_accuracy_train: float | None
     scores: dict[str, float] | None
-    metrics_test: dict[str, float] = dataclasses.field(default_factory=dict)
+    metrics_test: dict[str, float] | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ class RunRecord:
 
     Attributes:
       schema: version of the record's format, the first field in its file.
-      source: public facts on how tables or texts were read, such as spec, tokenizer and buckets; {} for images.
+      source: public facts on how tables or texts were read, such as spec, tokenizer and buckets. None: not recorded.
       execution: backend and the reason for it, microbatch size, and the layers that stay in full precision.
       device: that the run computed on, with the name of a GPU. None: not recorded.
       average: decay of the average of parameters that was tested and saved; 0: the last parameters were.
@@ -134,8 +134,8 @@ class RunRecord:
     per_epoch: list[EpochRecord]
     statement: str
     unsafe_metrics: bool
-    metrics_test: dict[str, float] = dataclasses.field(default_factory=dict)
-    source: dict[str, Any] = dataclasses.field(default_factory=dict)
+    metrics_test: dict[str, float] | None
+    source: dict[str, Any] | None
 
     @property
     def accuracy_per_epoch(self) -> list[float]:
@@ -227,8 +227,7 @@ class RunRecord:
         """Return the record from its JSON, in the present format or an earlier one.
 
         Schema 1 has no `schema` field and only the test accuracy of each epoch; the other facts of an epoch become
-        None. Its first files hold times, which are ignored. Schemas 1 and 2 do not name the device;
-        before schema 4 there is no metric but the accuracy, and no source.
+        None. Its first files hold times, which are ignored. Device came with schema 3; source and metrics with 4.
 
         Raises:
           DataError: the text is not JSON, the schema is newer, or a field is missing or unknown.
@@ -246,12 +245,13 @@ class RunRecord:
                 case 1:
                     fields["per_epoch"] = _epochs_of_schema_1(fields.pop("accuracy_per_epoch"))
                 case 2 | 3 | 4:
-                    fields["per_epoch"] = [EpochRecord(**epoch) for epoch in fields["per_epoch"]]
+                    new: dict[str, Any] = {"metrics_test": None} if schema < 4 else {}
+                    fields["per_epoch"] = [EpochRecord(**epoch, **new) for epoch in fields["per_epoch"]]
                 case _:
                     raise ValueError(f"schema {schema}")
-            if schema < 3:
-                fields["device"] = None
-            return cls(**{**fields, "layers": [LayerRecord(**layer) for layer in fields["layers"]]})
+            unknown: dict[str, Any] = {"device": None} if schema < 3 else {}
+            unknown |= {"metrics_test": None, "source": None} if schema < 4 else {}
+            return cls(**{**fields, "layers": [LayerRecord(**layer) for layer in fields["layers"]]}, **unknown)
         except DataError:
             raise
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -293,13 +293,8 @@ def metrics_line(epoch: EpochRecord) -> str:
 
 
 def _epochs_of_schema_1(accuracies: Sequence[float]) -> list[EpochRecord]:
-    unknown: dict[str, Any] = {
-        "epsilon": None,
-        "layers_quantized": None,
-        "nonprivate_accuracy_train": None,
-        "scores": None,
-    }
-    return [EpochRecord(index=index, accuracy_test=value, **unknown) for index, value in enumerate(accuracies)]
+    new: Any = dict.fromkeys(("epsilon", "layers_quantized", "nonprivate_accuracy_train", "scores", "metrics_test"))
+    return [EpochRecord(index=index, accuracy_test=value, **new) for index, value in enumerate(accuracies)]
 
 
 def _share_of_macs(private: "PrivateTraining", most_bits: int) -> float:

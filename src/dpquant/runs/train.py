@@ -308,7 +308,8 @@ class _Run:
         with self._writing():
             self.files.end(record, self._timings())
         self.tell.finished(record)
-        warn_of_guessing(record.accuracy_test, self.dataset.test)
+        if self.dataset.task.kind == "classification":  # where positives are rare, always no is right nearly always
+            warn_of_guessing(record.accuracy_test, self.dataset.test)
         return record
 
     def _metrics(self, split: Held) -> dict[str, float]:
@@ -392,5 +393,5 @@ class History:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.epochs = [EpochRecord(**one) for one in state_dict["epochs"]]
+        self.epochs = [EpochRecord(**{"metrics_test": None, **one}) for one in state_dict["epochs"]]
         self._scores, self._index = state_dict["scores"], state_dict["index"]
