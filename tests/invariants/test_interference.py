@@ -151,8 +151,8 @@ def assert_no_interference(worlds, tmp_path, *, given=None, **planted):
     first, second = found
     assert first["record"]["steps"] == 8 and len(first["progress"]) == 8
     assert first["record"]["epsilon_analysis_share"] > 0
-    for what, value in first.items():
-        assert value == second[what], what
+    # Names only: where CI is set pytest would work out a difference of 20,000 lines of numbers, for hours.
+    assert [what for what, value in first.items() if value != second[what]] == []
 
 
 @pytest.mark.always
