@@ -238,6 +238,7 @@ class _Run:
         """Test and save the model, and tell of the epoch."""
         private = self.private
         self._check_finite()
+        unsafe = self.settings.unsafe_metrics
         found = self._metrics(self.dataset.test)
         self.history.end(
             index=index,
@@ -245,9 +246,7 @@ class _Run:
             accuracy_test=found.get("accuracy"),
             metrics_test=found,
             layers_quantized=list(layers),
-            nonprivate_accuracy_train=self._metrics(self.dataset.train).get("accuracy")
-            if self.settings.unsafe_metrics
-            else None,
+            nonprivate_accuracy_train=self._metrics(self.dataset.train).get("accuracy") if unsafe else None,
         )
         with self._writing():
             self.files.keep(self.tested.model, private.choices, self._timings())
