@@ -17,6 +17,7 @@ from dpquant.data.task import UNREADABLE, Task
 from dpquant.errors import DataError, SettingError
 from dpquant.runs.evaluation import check_evaluation, loss_of, metrics, rare_metrics
 from dpquant.runs.settings import TrainSettings
+from dpquant.runs.sinks import Sink
 from dpquant.runs.sources import dataset_of
 from dpquant.runs.train import train
 from words import bert_in, tokenizer_in
@@ -116,11 +117,6 @@ def test_texts_are_trained_on_by_the_command_line(tmp_path, capsys):
 
 def test_a_run_on_texts_continues_where_it_was(tmp_path):
     settings = TrainSettings.chosen({**texts(tmp_path), "epochs": 2, "checkpoint_every": "1steps"})
-
-    class Ends(Exception):
-        pass
-
-    from dpquant.runs.sinks import Sink
 
     class Stops(Sink):
         def stepped(self, progress):
