@@ -239,8 +239,8 @@ ONE_BY_ONE = {
     "train: an argument": Bad("train digits", "unexpected extra argument(s) (digits)"),
     "plan: a flag with a value": Bad("plan --fix true", "unexpected extra argument(s) (true)"),
     "plan: an option without its value": Bad("plan --epsilon", "requires an argument"),
-    "resume: no run named": Bad("resume", "Missing argument", "Missing option"),
-    "ledger: no run named": Bad("ledger", "Missing argument", "Missing option"),
+    "resume: no run named": Bad("resume", "Missing argument"),
+    "ledger: no run named": Bad("ledger", "Missing argument"),
     # settings that contradict each other or cannot be met
     "plan: epsilon and noise": Bad("plan --epsilon 3 --noise-multiplier 1", "epsilon=3.0 and noise_multiplier=1.0"),
     "plan: fraction and macs": Bad("plan --fraction 0.5 --macs 0.5", "one of fraction and macs"),
