@@ -21,7 +21,14 @@ from pathlib import Path
 from PIL import Image
 
 Prepare = Callable[[Path], object]
-TYPERS = ("No such", "Invalid value", "unexpected extra argument", "requires an argument", "Missing argument")
+TYPERS = (
+    "No such",
+    "Invalid value",
+    "unexpected extra argument",
+    "requires an argument",
+    "Missing argument",
+    "Missing option",
+)
 BAD_INPUT = 2
 
 
@@ -185,6 +192,18 @@ IGNORED = [  # settings that have no effect beside others
     "--data mnist --records 60000",
     "--data digits --data-dir .",
     "--data image-folder:x --records 9000 --data-dir .",
+    "--data table:x.csv --records 9000 --data-dir .",
+    "--data table:x.csv --records 9000 --image-size 8",
+    "--data text:x.csv --records 9000 --image-size 8",
+    "--data digits --test x.csv",
+    "--data digits --test-share 0.2",
+    "--data digits --label-column y",
+    "--data text:x.csv --records 9000 --spec s.toml",
+    "--data table:x.csv --records 9000 --text-column t",
+    "--data table:x.csv --records 9000 --classes a,b",
+    "--data table:x.csv --records 9000 --tokenizer k",
+    "--data table:x.csv --records 9000 --max-length 9",
+    "--data digits --lora 4",
 ]
 
 NO_NUMBER = [  # typer's own words
@@ -508,9 +527,251 @@ ONE_BY_ONE = {
     "bench: a strange device": Bad("bench --device gpu", "device=gpu"),
 }  # fmt: skip
 
+SPEC = """task = "classification"
+classes = ["no", "yes"]
+[columns.a]
+kind = "number"
+range = [0, 9]
+[columns.b]
+kind = "category"
+values = ["u", "v"]
+other = false
+"""
+RARE, REGRESSION = (
+    SPEC.replace('task = "classification"', 'task = "rare positives"'),
+    SPEC.replace('task = "classification"\nclasses = ["no", "yes"]', 'task = "regression"'),
+)
+CSV = "a,b,y\n" + "1,u,no\n2,v,yes\n" * 10
+JSONL = '{"t": "one two", "y": "no"}\n{"t": "two", "y": "yes"}\n' * 10
+TOKENIZER = """{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+"pre_tokenizer": {"type": "Whitespace"}, "post_processor": null, "decoder": null,
+"model": {"type": "WordLevel", "vocab": {"[UNK]": 0, "one": 1, "two": 2}, "unk_token": "[UNK]"}}"""
+OWN = f"train --records 20 --batch-size 8 {CHEAP} --backend simulate"
+ON_TABLE = f"{OWN} --data table:t.csv --label-column y --spec s.toml --test e.csv"
+ON_TEXTS = f"{OWN} --data text:t.jsonl --text-column t --label-column y --classes no,yes --tokenizer k --test e.jsonl"
+
+
+def table(spec: str = SPEC, train: str | bytes = CSV, test: str | bytes = CSV, *more: Prepare) -> Prepare:
+    return together(file("s.toml", spec), file("t.csv", train), file("e.csv", test), *more)
+
+
+def texts(train: str | bytes = JSONL, test: str | bytes = JSONL, tokenizer: str = TOKENIZER, *more: Prepare) -> Prepare:
+    return together(file("t.jsonl", train), file("e.jsonl", test), file("k/tokenizer.json", tokenizer), *more)
+
+
+def column(line: str, *, of: str = "a") -> Prepare:
+    """A table whose spec has this line in place of what it says of a column."""
+    kept = {"a": SPEC.replace('kind = "number"\nrange = [0, 9]', line), "b": SPEC.split("[columns.b]")[0] + line}
+    return table(kept[of])
+
+
+SOURCES = {
+    # tables
+    "table: not named": Bad(f"{OWN} --data table:", "without one"),
+    "table: not there": Bad(ON_TABLE, "t.csv to be a file of records; it is not there", file("s.toml", SPEC)),
+    "table: a folder": Bad(ON_TABLE, "it is a folder", together(file("s.toml", SPEC), folder("t.csv"))),
+    "table: of another kind": Bad(f"{ON_TABLE} --data table:t.xlsx", "got t.xlsx", table()),
+    "table: no label column": Bad(
+        f"{OWN} --data table:t.csv --spec s.toml --test e.csv", "Expected label_column", table()
+    ),
+    "table: no spec": Bad(f"{OWN} --data table:t.csv --label-column y --test e.csv", "Expected spec", table()),
+    "table: no test": Bad(
+        f"{OWN} --data table:t.csv --label-column y --spec s.toml", "Expected test or test_share", table()
+    ),
+    "table: two tests": Bad(f"{ON_TABLE} --test-share 0.2", "one of test and test_share", table()),
+    "table: no size": Bad("plan --data table:t.csv", "Expected records or sample_rate"),
+    "table: a label that is no column": Bad(f"{ON_TABLE} --label-column Y", "Did you mean y?", table()),
+    "table: a label among the columns": Bad(f"{ON_TABLE} --label-column a", "no column a in the spec", table()),
+    "table: empty": Bad(ON_TABLE, "line of column names", table(SPEC, "")),
+    "table: a header alone": Bad(ON_TABLE, "at least one record; it holds none", table(SPEC, "a,b,y\n")),
+    "table: a column too many": Bad(ON_TABLE, "describe column c", table(SPEC, "a,b,c,y\n1,u,0,no\n")),
+    "table: a column too few": Bad(ON_TABLE, "to have column b", table(SPEC, "a,y\n1,no\n")),
+    "table: a column twice": Bad(ON_TABLE, "got a twice", table(SPEC, "a,b,a,y\n1,u,1,no\n")),
+    "table: UTF-16": Bad(ON_TABLE, "to be UTF-8 text", table(SPEC, CSV.encode("utf-16"))),
+    "table: quotes that do not close": Bad(ON_TABLE, "t.csv to be a whole file", table(SPEC, CSV + '"1,u,no\n')),
+    "table: words alone in a column of numbers": Bad(
+        ON_TABLE, "at least one record, for", table(SPEC, "a,b,y\nx,u,no\n")
+    ),
+    "table: words in a column of numbers of the test": Bad(
+        ON_TABLE, "column a of record 2", table(SPEC, CSV, "a,b,y\n1,u,no\nx,u,no\n")
+    ),
+    "table: a category that the test alone has": Bad(
+        ON_TABLE, "column b of record 1", table(SPEC, CSV, "a,b,y\n1,w,no\n")
+    ),
+    "table: a class that the test alone has": Bad(
+        ON_TABLE, "column y of record 1", table(SPEC, CSV, "a,b,y\n1,u,so\n")
+    ),
+    "table: a field too few in the test": Bad(ON_TABLE, "of record 1", table(SPEC, CSV, "a,b,y\n1,u\n")),
+    "table: Latin-1 in the test": Bad(ON_TABLE, "column b of record 1", table(SPEC, CSV, b"a,b,y\n1,\xfc,no\n")),
+    "table: Parquet that is none": Bad(
+        f"{ON_TABLE} --data table:t.parquet",
+        "t.parquet to be a whole file",
+        table(SPEC, CSV, CSV, file("t.parquet", "no")),
+    ),
+    "table: a test of another kind": Bad(f"{ON_TABLE} --test e.json", "got e.json", table()),
+    "table: a share of all": Bad(f"{OWN} --data table:t.csv --test-share 1", "test_share=1.0"),
+    "table: one class where positives are rare": Bad(
+        f"{ON_TABLE} --model mlp --width 0.02",
+        "both classes",
+        table(RARE.replace("[columns.a]", "prior = 0.1\n[columns.a]", 1), CSV, "a,b,y\n1,u,no\n"),
+    ),
+    "table: a network of images": Bad(f"{ON_TABLE} --model cnn", "Expected images for model=cnn", table()),
+    "table: a network of texts": Bad(
+        f"{ON_TABLE} --model embedding-mean", "Expected texts for model=embedding-mean", table()
+    ),
+    "table: a pretrained network": Bad(f"{ON_TABLE} --model hf:k", "Expected texts", table()),
+    "table: adapters": Bad(f"{ON_TABLE} --lora 4", "Expected no lora with model=mlp", table()),
+    "table: parameters that are not there": Bad(f"{ON_TABLE} --train-only head*", "head* matches none", table()),
+    "table: compared in a regression": Bad(
+        f"compare {ON_TABLE[6:].replace('--policy none', '')} --policies none",
+        "got a regression",
+        table(REGRESSION.replace("[columns.a]", "range = [0, 1]\n[columns.a]", 1)),
+    ),
+    "table: assessed": Bad(f"assess {ON_TABLE[6:]}", "Expected a data set of images", table()),
+    "table: a model checked for it": Bad("check-model mlp --data table:t.csv", "Expected a data set of images"),
+    "table: not in its resumed place": Bad(
+        "resume r",
+        "t.csv to be a file",
+        run_with(
+            'data = "table:t.csv"\nrecords = 20\nlabel_column = "y"\nspec = "s.toml"\ntest = "e.csv"\n'
+            'policy = "none"\nnoise_multiplier = 1.0\nbatch_size = 8.0\n',
+            file("s.toml", SPEC),
+        ),
+    ),
+    # specs
+    "spec: not there": Bad(ON_TABLE, "got s.toml", file("t.csv", CSV)),
+    "spec: no TOML": Bad(ON_TABLE, "got s.toml", table("= 3")),
+    "spec: a draft": Bad(ON_TABLE, "a draft", table("draft = true\n" + SPEC)),
+    "spec: no task": Bad(ON_TABLE, "task of s.toml", table(SPEC.split("\n", 1)[1])),
+    "spec: a task that is none": Bad(ON_TABLE, "Did you mean classification?", table(SPEC.replace("fication", "fy"))),
+    "spec: no columns": Bad(ON_TABLE, "to describe columns", table(SPEC.split("[")[0] + '["no", "yes"]')),
+    "spec: all columns ignored": Bad(
+        ON_TABLE,
+        "that is not ignored",
+        table(SPEC.split("[columns.a]")[0] + '[columns.a]\nkind = "ignored"\n[columns.b]\nkind = "ignored"\n'),
+    ),
+    "spec: a column in capitals": Bad(ON_TABLE, "Did you mean A?", table(SPEC.replace("columns.a", "columns.A"))),
+    "spec: an unknown key": Bad(ON_TABLE, "Did you mean classes?", table(SPEC.replace("classes", "klasses"))),
+    "spec: one class": Bad(ON_TABLE, "two classes or more", table(SPEC.replace('"no", ', ""))),
+    "spec: no classes": Bad(ON_TABLE, "classes of s.toml", table(SPEC.replace('["no", "yes"]', "3"))),
+    "spec: a class twice": Bad(ON_TABLE, "got 'no' twice", table(SPEC.replace('"yes"', '"no"'))),
+    "spec: rare positives of three classes": Bad(
+        ON_TABLE, "two classes, the rare", table(RARE.replace('"no"', '"no", "so"'))
+    ),
+    "spec: rare positives without a prior": Bad(ON_TABLE, "Expected a prior", table(RARE)),
+    "spec: a prior that is none": Bad(
+        ON_TABLE, "prior=2", table(RARE.replace("[columns.a]", "prior = 2\n[columns.a]", 1))
+    ),
+    "spec: a regression without a range": Bad(ON_TABLE, "range of s.toml", table(REGRESSION)),
+    "spec: a column that is no table": Bad(
+        ON_TABLE,
+        "to be a table with a kind",
+        table('task = "classification"\nclasses = ["no", "yes"]\n[columns]\na = "number"\nb = "number"\n'),
+    ),
+    "spec: a kind that is none": Bad(ON_TABLE, "Did you mean number?", column('kind = "numbers"')),
+    "spec: a number without a range": Bad(ON_TABLE, "range of column a", column('kind = "number"')),
+    "spec: a range from high to low": Bad(ON_TABLE, "got [9, 0]", column('kind = "number"\nrange = [9, 0]')),
+    "spec: a range without an end": Bad(ON_TABLE, "got [0, inf]", column('kind = "number"\nrange = [0, inf]')),
+    "spec: a range of words": Bad(ON_TABLE, "got ['low', 'high']", column('kind = "number"\nrange = ["low", "high"]')),
+    "spec: a scale that is none": Bad(
+        ON_TABLE, "scale of column a", column('kind = "number"\nrange = [0, 9]\nscale = "sqrt"')
+    ),
+    "spec: values of a number": Bad(ON_TABLE, "got values", column('kind = "number"\nrange = [0, 9]\nvalues = ["u"]')),
+    "spec: a category without values": Bad(
+        ON_TABLE, "values of column b", column('[columns.b]\nkind = "category"', of="b")
+    ),
+    "spec: a category of no values": Bad(
+        ON_TABLE, "at least one category", column('[columns.b]\nkind = "category"\nvalues = []', of="b")
+    ),
+    "spec: a category twice": Bad(
+        ON_TABLE, "got 'u' twice", column('[columns.b]\nkind = "category"\nvalues = ["u", "u"]', of="b")
+    ),
+    "spec: a value that is missing": Bad(
+        ON_TABLE, "'u' in both", column('[columns.b]\nkind = "category"\nvalues = ["u"]\nmissing = ["u"]', of="b")
+    ),
+    "spec: a word for a flag": Bad(
+        ON_TABLE, "got 'no'", column('[columns.b]\nkind = "category"\nvalues = ["u"]\nother = "no"', of="b")
+    ),
+    # drafts of specs
+    "init: a table that is not there": Bad("init --table t.csv --label-column y", "t.csv to be a file"),
+    "init: a label that is no column": Bad(
+        "init --table t.csv --label-column z", "to have the label_column z", table()
+    ),
+    "init: a file in the way": Bad("init --table t.csv --label-column y --out s.toml", "which exists", table()),
+    "init: a folder that is not there": Bad("init --table t.csv --label-column y --out n/s.toml", "not there", table()),
+    "init: no table": Bad("init --label-column y", "Missing option"),
+    # texts
+    "texts: not named": Bad(f"{OWN} --data text: --tokenizer k --test e.jsonl", "without one"),
+    "texts: not there": Bad(f"{ON_TEXTS} --data text:u.jsonl", "u.jsonl to be a file", texts()),
+    "texts: of another kind": Bad(f"{ON_TEXTS} --data text:u.txt", "got u.txt", texts()),
+    "texts: no column": Bad(
+        f"{OWN} --data text:t.jsonl --label-column y --classes no,yes --tokenizer k --test e.jsonl",
+        "Expected text_column",
+        texts(),
+    ),
+    "texts: no label": Bad(
+        f"{OWN} --data text:t.jsonl --text-column t --classes no,yes --tokenizer k --test e.jsonl",
+        "Expected label_column",
+        texts(),
+    ),
+    "texts: no classes": Bad(
+        f"{OWN} --data text:t.jsonl --text-column t --label-column y --tokenizer k --test e.jsonl",
+        "Expected classes",
+        texts(),
+    ),
+    "texts: one class": Bad(f"{ON_TEXTS} --classes no", "got classes=no", texts()),
+    "texts: a class twice": Bad(f"{ON_TEXTS} --classes no,no", "got classes=no,no", texts()),
+    "texts: three columns": Bad(f"{ON_TEXTS} --text-column a,b,c", "got text_column=a,b,c", texts()),
+    "texts: no tokenizer": Bad(
+        f"{OWN} --data text:t.jsonl --text-column t --label-column y --classes no,yes --test e.jsonl",
+        "Expected tokenizer",
+        texts(),
+    ),
+    "texts: a tokenizer that is not there": Bad(f"{ON_TEXTS} --tokenizer n", "got tokenizer=n", texts()),
+    "texts: a tokenizer that is none": Bad(ON_TEXTS, "k/tokenizer.json to be a tokenizer", texts(JSONL, JSONL, "{}")),
+    "texts: a folder without a tokenizer": Bad(
+        f"{ON_TEXTS} --tokenizer d", "got tokenizer=d", texts(JSONL, JSONL, TOKENIZER, folder("d"))
+    ),
+    "texts: no length": Bad(f"{ON_TEXTS} --max-length 0", "max_length=0", texts()),
+    "texts: a key that no line has": Bad(f"{ON_TEXTS} --text-column u", "the key u; none has", texts()),
+    "texts: no lines": Bad(ON_TEXTS, "at least one record", texts("")),
+    "texts: no JSON": Bad(ON_TEXTS, "at least one record", texts("one\ntwo\n")),
+    "texts: all empty": Bad(ON_TEXTS, "at least one record", texts('{"t": "", "y": "no"}\n')),
+    "texts: labels in no list": Bad(f"{ON_TEXTS} --classes a,b", "e.jsonl to have a text", texts()),
+    "texts: an empty one in the test": Bad(
+        ON_TEXTS, "an empty text in record 1", texts(JSONL, '{"t": "", "y": "no"}\n')
+    ),
+    "texts: a label in no list in the test": Bad(
+        ON_TEXTS, "none of them in record 1", texts(JSONL, '{"t": "one", "y": "so"}\n')
+    ),
+    "texts: no JSON in the test": Bad(
+        ON_TEXTS, "cannot be read, or lacks a column in record 21", texts(JSONL, JSONL + "one\n")
+    ),
+    "texts: Latin-1 in the test": Bad(ON_TEXTS, "not UTF-8 in record 1", texts(JSONL, b'{"t": "\xfc", "y": "no"}\n')),
+    "texts: a CSV without the column": Bad(
+        f"{ON_TEXTS} --data text:t.csv", "to have a column t", texts(JSONL, JSONL, TOKENIZER, file("t.csv", CSV))
+    ),
+    "texts: a CSV in UTF-16": Bad(
+        f"{ON_TEXTS} --data text:t.csv",
+        "to be UTF-8",
+        texts(JSONL, JSONL, TOKENIZER, file("t.csv", CSV.encode("utf-16"))),
+    ),
+    "texts: a network of images": Bad(f"{ON_TEXTS} --model cnn", "Expected images for model=cnn", texts()),
+    "texts: a network of tables": Bad(f"{ON_TEXTS} --model mlp", "for model=mlp; got texts", texts()),
+    "texts: a network that is not there": Bad(f"{ON_TEXTS} --model hf:nowhere", "got model=hf:nowhere", texts()),
+    "texts: a folder that is no network": Bad(
+        f"{ON_TEXTS} --model hf:m",
+        "Expected m to hold a network",
+        texts(JSONL, JSONL, TOKENIZER, file("m/config.json", "{}")),
+    ),
+    "texts: a pretrained network with a width": Bad(f"{ON_TEXTS} --model hf:m --width 2", "no width", texts()),
+    "texts: adapters of no rank": Bad(f"{ON_TEXTS} --model hf:m --lora 0", "lora=0", texts()),
+    "texts: assessed": Bad(f"assess {ON_TEXTS[6:]}", "Expected a data set of images", texts()),
+}
+
 
 def _table() -> dict[str, Bad]:
-    table = dict(ONE_BY_ONE)
+    table = {**ONE_BY_ONE, **SOURCES}
     for option, values in OUT_OF_RANGE.items():
         name = option.replace("-", "_").removeprefix("analysis_") if "analysis" in option else option.replace("-", "_")
         for value in values:

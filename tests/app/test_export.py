@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dpquant.app.cli import run as command
-from dpquant.app.export import SPENT, STATEMENT, SUMS, export
+from dpquant.app.export import SPENT, STATEMENT, SUMS, _public, export
 from dpquant.errors import SettingError
 from dpquant.privacy.disk import Disk
 from dpquant.privacy.ledger import Ledger
@@ -304,3 +304,18 @@ class LossInTheRecord(RunDirectory):
 def test_an_export_that_tells_data_sets_apart_is_caught(planted, where, tmp_path):
     with pytest.raises(AssertionError, match=f"^{where}"):
         assert_exports_do_not_tell_data_sets_apart(tmp_path, **planted)
+
+
+def test_settings_lose_the_folders_of_every_file_they_name():
+    settings = TrainSettings.chosen(
+        {
+            "data": "text:/home/ann/t.csv",
+            "test": "/home/ann/e.csv",
+            "tokenizer": "/home/ann/bert",
+            "model": "hf:/home/ann/bert",
+            "records": 2000,
+        }
+    )
+    public = _public(settings)
+    assert "ann" not in public.to_toml()
+    assert (public.data, public.test, public.tokenizer, public.model) == ("text:t.csv", "e.csv", "bert", "hf:bert")

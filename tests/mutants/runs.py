@@ -19,31 +19,31 @@ MUTANTS = [
         (
             "training accuracy is written down without being asked for",
             LEAK,
-            "self._accuracy(self.dataset.train) if self.settings.unsafe_metrics else None,",
-            "self._accuracy(self.dataset.train),",
+            'self._metrics(self.dataset.train).get("accuracy") if unsafe else None,',
+            'self._metrics(self.dataset.train).get("accuracy"),',
             "tests/runs/test_sinks.py::test_metrics_hold_one_line_an_epoch_and_nothing_from_private_data",
         ),
         (
             "accuracy is that on the training records",
             LEAK,
-            "accuracy_test=self._accuracy(self.dataset.test),",
-            "accuracy_test=self._accuracy(self.dataset.train),",
+            "found = self._metrics(self.dataset.test)",
+            "found = self._metrics(self.dataset.train)",
         ),
         (
             "the learning rate follows the training accuracy",
             LEAK,
-            ("        self._check_finite()\n        self.history.end(\n"),
+            ("        self._check_finite()\n        unsafe = self.settings.unsafe_metrics\n"),
             (
                 "        self._check_finite()\n"
-                '        private.optimizer.param_groups[0]["lr"] *= 1 + self._accuracy(self.dataset.train)\n'
-                "        self.history.end(\n"
+                '        private.optimizer.param_groups[0]["lr"] *= 1 + self._metrics(self.dataset.train)["accuracy"]\n'
+                "        unsafe = self.settings.unsafe_metrics\n"
             ),
         ),
         (
             "a model that is not finite replaces the last good one",
             CHECKPOINT,
-            ("        self._check_finite()\n        self.history.end(\n"),
-            "        self.history.end(\n",
+            ("        self._check_finite()\n        unsafe = self.settings.unsafe_metrics\n"),
+            "        unsafe = self.settings.unsafe_metrics\n",
             "tests/runs/test_diverging.py::test_the_model_of_the_last_finite_epoch_and_the_checkpoints_are_kept",
         ),
         (
@@ -304,8 +304,8 @@ MUTANTS = [
         (
             "labels are not in the fingerprint",
             RESUME,
-            "        for part in parts:\n",
-            "        for part in parts[:1]:\n",
+            "        for _, part in leaves(parts):\n",
+            "        for _, part in leaves(parts[:1]):\n",
             f"{_RESUME}::test_other_records_are_refused",
         ),
     ),

@@ -529,6 +529,13 @@ MUTANTS = [
         f"{_TRAINING}/records.py",
         _RECORDS,
         ("a record that cannot be read ends the run", LEAK, "            return _Broken()\n", "            raise\n"),
+        (
+            "texts of all lengths share a microbatch",
+            COUPLING,
+            "        return [record_ids[groups == group] for group in groups.unique()]\n",
+            "        return [record_ids]\n",
+            "tests/data/test_texts.py::test_a_long_companion_changes_no_record_s_shape",
+        ),
         ("a record of another form is taken", COUPLING, "return matches(self._specimens.form, record)", "return True"),
         (
             "all records draw the same random numbers",

@@ -47,7 +47,8 @@ class Counting:
     """A split that counts the records that are asked for at once."""
 
     def __init__(self, split):
-        self._split, self.readable, self.sizes = split, split.readable, []
+        self._split, self.sizes = split, []
+        self.targets, self.readable = split.targets, split.readable
 
     def __len__(self):
         return len(self._split)

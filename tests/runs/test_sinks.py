@@ -57,6 +57,7 @@ EPOCH = EpochRecord(
     index=1,
     epsilon=2.0,
     accuracy_test=0.5,
+    metrics_test={"accuracy": 0.5},
     layers_quantized=["0"],
     nonprivate_accuracy_train=None,
     scores={"0": 0.25},
@@ -67,7 +68,13 @@ def test_metrics_hold_one_line_an_epoch_and_nothing_from_private_data(run):
     out, record, _ = run
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert lines == [
-        {"epoch": e.index, "epsilon": e.epsilon, "accuracy_test": e.accuracy_test, "layers_quantized": []}
+        {
+            "epoch": e.index,
+            "epsilon": e.epsilon,
+            "accuracy_test": e.accuracy_test,
+            "metrics_test": e.metrics_test,
+            "layers_quantized": [],
+        }
         for e in record.per_epoch
     ]
 
@@ -78,7 +85,8 @@ def test_a_training_accuracy_that_was_measured_is_in_the_metrics(tmp_path):
     sink.epoch_ended(dataclasses.replace(EPOCH, nonprivate_accuracy_train=0.75))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line.get("nonprivate_accuracy_train") for line in lines] == [None, 0.75]
-    assert lines[0] == {"epoch": 1, "epsilon": 2.0, "accuracy_test": 0.5, "layers_quantized": ["0"]}
+    expected = {"epoch": 1, "epsilon": 2.0, "accuracy_test": 0.5, "layers_quantized": ["0"]}
+    assert lines[0] == {**expected, "metrics_test": {"accuracy": 0.5}}
 
 
 # A sink that raises

@@ -26,6 +26,7 @@ from dpquant.runs.names import CONFIG, LEDGER, RECORD, TIMINGS
 from dpquant.runs.record import RunRecord, Timings, write_whole
 from dpquant.runs.settings import POLICIES, TrainSettings, plan_of
 from dpquant.runs.sinks import Sink
+from dpquant.runs.sources import check_accuracy
 from dpquant.runs.train import train
 
 CONFIDENCE = 0.95
@@ -58,7 +59,7 @@ class Row:
     def of(cls, records: Sequence[RunRecord], timings: Sequence[Timings | None]) -> "Row":
         """Return the row of one policy from the records and timings of its runs, one per seed."""
         seconds = [found.seconds_train + found.seconds_analysis for found in timings if found is not None]
-        accuracies = tuple(record.accuracy_test for record in records)
+        accuracies = tuple(record.accuracy_test for record in records if record.accuracy_test is not None)
         return cls(
             accuracies=accuracies,
             mean=statistics.mean(accuracies),
@@ -135,6 +136,7 @@ def compare(
                 f"Expected every policy once; got policies={','.join(policies)}. Runs of {name} would be counted "
                 "twice. Leave one out, or give more seeds."
             )
+    check_accuracy(settings)
     runs = {
         (policy, seed): dataclasses.replace(settings, policy=policy, seed=seed)
         for seed in range(num_seeds)

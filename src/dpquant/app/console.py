@@ -30,7 +30,11 @@ def print_run(console: Console, record: "RunRecord", folder: Path) -> None:
     from dpquant.privacy.plan import rounded_up
 
     result = Table(show_header=False, box=None)
-    result.add_row("test accuracy", f"{record.accuracy_test:.2%}")
+    if record.accuracy_test is not None:
+        result.add_row("test accuracy", f"{record.accuracy_test:.2%}")
+    for name, value in (record.metrics_test or {}).items():
+        if name != "accuracy":
+            result.add_row(f"test {name.replace('_', ' ')}", f"{value:.4g}")
     result.add_row("epsilon spent", f"{rounded_up(record.epsilon)} (delta {record.delta:g})")
     result.add_row(
         "ran quantized",

@@ -23,7 +23,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from dpquant.app.spent import Account, account
-from dpquant.data.sizes import FOLDER_PREFIX
+from dpquant.data.sizes import HF_PREFIX, OWN_PREFIXES
 from dpquant.errors import DataError, LedgerError, SettingError
 from dpquant.privacy.disk import DISK, Disk
 from dpquant.privacy.events import NEIGHBOURS, PUBLIC
@@ -202,15 +202,28 @@ def _spent(run: Path, record: RunRecord) -> Account:
     return spent
 
 
+_PATHS = ("test", "spec", "tokenizer")  # settings that name a file or folder
+
+
 def _public(settings: TrainSettings) -> TrainSettings:
     """Return the settings without folders of this machine."""
-    return dataclasses.replace(settings, data=_unplaced(settings.data), data_dir=None, choices=None)
+    named = {name: _unplaced(getattr(settings, name)) for name in _PATHS}
+    places = {"data": _unplaced(settings.data), "model": _unplaced_model(settings.model)}
+    return dataclasses.replace(settings, **named, **places, data_dir=None, choices=None)
 
 
-def _unplaced(data: str) -> str:
-    """Return a data set's name without the folder in which it lies."""
-    kind, prefix, path = data.partition(":")
-    return f"{kind}{prefix}{Path(path).name}" if prefix else data
+def _unplaced(path: str | None) -> str | None:
+    """Return a path, or the name of a data set with one, without the folder in which it lies."""
+    if path is None:
+        return None
+    prefix = next((one for one in OWN_PREFIXES if path.startswith(one)), "")
+    return f"{prefix}{Path(path.removeprefix(prefix)).name}" if prefix or "/" in path else path
+
+
+def _unplaced_model(model: str) -> str:
+    """Return a model's name without the folder of a pretrained one."""
+    path = model.removeprefix(HF_PREFIX)
+    return model if path == model else f"{HF_PREFIX}{Path(path).name}"
 
 
 def _without_folders(record: RunRecord, settings: TrainSettings) -> tuple[RunRecord, list[str]]:
@@ -218,11 +231,15 @@ def _without_folders(record: RunRecord, settings: TrainSettings) -> tuple[RunRec
     public = dataclasses.replace(
         record,
         command=f"dpquant train --config {CONFIG}",
-        dataset=_unplaced(record.dataset),
+        dataset=_unplaced(record.dataset) or "",
+        model=_unplaced_model(record.model),
         per_epoch=[dataclasses.replace(epoch, nonprivate_accuracy_train=None) for epoch in record.per_epoch],
     )
     places = [record.command, settings.data_dir, settings.choices]
-    places += [text.removeprefix(FOLDER_PREFIX) for text in (record.dataset, settings.data) if ":" in text]
+    for name in (record.dataset, settings.data):
+        places += [name.removeprefix(prefix) for prefix in OWN_PREFIXES if name.startswith(prefix)]
+    places += [path for path in (getattr(settings, name) for name in _PATHS) if path and "/" in path]
+    places += [model.removeprefix(HF_PREFIX) for model in (record.model,) if model.startswith(HF_PREFIX)]
     return public, [text for text in places if text]
 
 

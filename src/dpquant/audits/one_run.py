@@ -38,6 +38,7 @@ from dpquant.audits.guesses import (
     profile_least,
 )
 from dpquant.audits.taps import Start
+from dpquant.data.sizes import TABLE_PREFIX, TEXT_PREFIX
 from dpquant.data.split import Split
 from dpquant.engine.batches import to_device
 from dpquant.errors import SettingError
@@ -173,6 +174,19 @@ class OneRunFound:
         return [self.p_value]
 
 
+def check_images(settings: TrainSettings) -> None:
+    """Check that a run is on images, as the canaries are.
+
+    Raises:
+      SettingError: it is not.
+    """
+    if settings.data.startswith((TABLE_PREFIX, TEXT_PREFIX)):
+        raise SettingError(
+            f"Expected a run on images; got data={settings.data}. Canaries are images. Give --mode tap or --mode game, "
+            "which try the plan's numbers on the real code."
+        )
+
+
 def check_count(canaries: int, settings: TrainSettings, records: float) -> None:
     """Check that a training can have so many canaries: with more than records, it would not be that training.
 
@@ -215,6 +229,7 @@ def one_run(
     """
     record = train(settings, out, command=command, sinks=sinks, start=attacker)
     found = guessed(attacker.scores(), attacker.inside)
+    assert record.accuracy_test is not None, "check_images refuses other tasks than telling images apart"
     return judged(found, attacker.private.events(), settings.delta, record.accuracy_test, alpha)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpquant.audits.games import GameFound, Worlds, tap_game, world_game
-from dpquant.audits.one_run import Attacker, OneRunFound, check_count, one_run
+from dpquant.audits.one_run import Attacker, OneRunFound, check_count, check_images, one_run
 from dpquant.audits.taps import Start, TapFound, Tapping, moments, tapped
 from dpquant.errors import SettingError
 from dpquant.privacy.plan import PrivacyPlan
@@ -111,7 +111,7 @@ def audit(
       start: starts a run.
       watch: called with a few words when a trial begins.
     Raises:
-      SettingError: the directory holds no run, or canaries out of range.
+      SettingError: the directory holds no run, canaries are out of range, or a training copy is of no images.
       DPQuantError: as `runs.train.train`.
     Privacy: `tap` and `game` read no private record. `one-run` trains on the private records and charges
       out/ledger.jsonl.
@@ -123,6 +123,7 @@ def audit(
     canaries = min(CANARIES, round(records)) if request.canaries is None else request.canaries
     check_count(canaries, settings, records)
     if mode in ("all", "one-run"):
+        check_images(settings)
         Place(out).check()
     taps, games, found = [], [], None
     if mode in ("all", "tap"):

@@ -28,7 +28,7 @@ import string
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -41,8 +41,10 @@ from PIL import Image
 from torch import Tensor
 
 from dpquant.data.folders import classes_of, folder_of, image_folder, square
-from dpquant.data.sizes import FOLDER_PREFIX, public_size
+from dpquant.data.held import Held
+from dpquant.data.sizes import FOLDER_PREFIX, TABLE_PREFIX, TEXT_PREFIX, public_size
 from dpquant.data.split import FULL_SCALE, FULL_SCALE_16, PLAIN_NORMALISATION, Loaded, Split
+from dpquant.data.task import CLASSIFICATION, Task
 from dpquant.errors import DataError, SettingError
 
 # (mean, standard deviation) that pixels in 0..1 are normalised by: published constants, or a plain half.
@@ -63,19 +65,30 @@ class Dataset:
       name: As given to `load`.
       train: The private records.
       test: Held out; what is measured on them is not covered by the guarantee.
-      num_classes: Targets lie in [0, num_classes).
-      input_shape: (C, H, W) of every input.
-      class_names: One for each class, in the order of the targets.
+      num_classes: Targets lie in [0, num_classes). Of a regression 1: the model's outputs.
+      input_shape: (C, H, W) of every input; of a row of a table (columns,); of a text (tokens,), the largest length.
+      class_names: One for each class, in the order of the targets; () for a regression.
       public_size: The published number of training records, or None where that number is private.
+      task: What is to be told from a record.
+      categories: Of a table: numbers of codes of its last columns.
+      vocabulary, padding: Of texts: number of tokens, and the token that pads; None: inputs are no texts.
+      synthetic: Records in the data's domain, of which none is one of its records; None: any values are.
+      facts: Public facts on how the records were read, for a run's record.
     """
 
     name: str
-    train: Split
-    test: Split
+    train: Held
+    test: Held
     num_classes: int
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
     class_names: tuple[str, ...]
     public_size: int | None
+    task: Task = CLASSIFICATION
+    categories: tuple[int, ...] = ()
+    vocabulary: int | None = None
+    padding: int | None = None
+    synthetic: Sequence[Any] | None = None
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def load(
@@ -112,6 +125,7 @@ def load(
     Privacy: per example; which error is raised does not depend on what a single image of an image folder holds.
     """
     size = public_size(name)
+    _check_images(name)
     _check_image_size(image_size)
     if data_dir is not None and not data_dir.is_dir():
         found = "a file" if data_dir.exists() else "not there"
@@ -148,6 +162,14 @@ def load(
     )
 
 
+def _check_images(name: str) -> None:
+    if name.startswith((TABLE_PREFIX, TEXT_PREFIX)):
+        raise DataError(
+            f"Expected a data set of images; got data={name}. What a row or a text becomes is not in its name. "
+            "Describe it by its shape: check-model has --input-shape for rows, and --tokens for texts."
+        )
+
+
 def _check_image_size(image_size: int | None) -> None:
     if image_size is not None and image_size < 1:
         raise SettingError(
@@ -165,6 +187,7 @@ def form_of(name: str, *, image_size: int | None = None) -> tuple[tuple[int, int
     Raises: DataError: the data set is unknown, or an image folder has no classes; SettingError: as for `load`.
     """
     public_size(name)  # refuses an unknown name
+    _check_images(name)
     _check_image_size(image_size)
     match name:
         case "digits":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds plain torch networks for images and tables by name, and the user's own by `module:function`.
+"""Builds plain torch networks for images, tables and texts by name, and the user's own by `module:function`.
 
 Every network here can be trained privately without changes: it normalises by GroupNorm, never over the batch. Nothing
 here depends on quantization or privacy. Parameters are initialised as in torch, from torch's global generator, which
@@ -20,14 +20,20 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from dpquant.data.table_models import mlp, tabular_resnet
+from dpquant.data.text_models import EmbeddingMean
 from dpquant.errors import ModelError, SettingError, did_you_mean, kind_of, quoted
 
-NAMES = ("cnn", "lenet", "resnet18", "resnet18-cifar", "resnet50", "densenet121", "mlp")
+NAMES = (
+    *("cnn", "lenet", "resnet18", "resnet18-cifar", "resnet50", "densenet121"),
+    *("mlp", "tabular-resnet", "embedding-mean"),
+)
+_FOR_ROWS = ("mlp", "tabular-resnet")
 
 _PUBLISHED_SIDE = 28
 _MAX_GROUPS = 32
@@ -45,16 +51,20 @@ def build(
     input_shape: tuple[int, ...],
     width: float = 1.0,
     folder: Path | None = None,
+    categories: Sequence[int] = (),
+    vocabulary: int | None = None,
 ) -> nn.Module:
     """Build a network that maps [B, *input_shape] to logits [B, num_classes].
 
     Args:
-      name: One of NAMES, or `module:function`, imported with `folder` on the path and called with those of num_classes=
-        and input_shape= that its signature takes.
+      name: One of NAMES, or `module:function`, imported with `folder` on the path and called with those of
+        num_classes=, input_shape=, categories= and vocabulary= that there are and that its signature takes.
       num_classes: Number of logits.
-      input_shape: (C, H, W); of a row of a table (columns,), which mlp takes as well.
+      input_shape: (C, H, W); of a row of a table (columns,); of a text (tokens,), its largest length.
       width: Factor on the numbers of channels; 1 for a function of the user's own.
       folder: Of the user's modules; None: the working directory.
+      categories: Of a table: numbers of codes of its last columns.
+      vocabulary: Of texts: number of tokens; None: inputs are no texts.
     Raises: ModelError: the name is unknown, or the function cannot be imported, called or gives no module.
       SettingError: width is out of range, or the network has none.
     Privacy: sees no data.
@@ -68,16 +78,17 @@ def build(
             f"Expected width = 1 for model={name}; got width={width}. Your own function decides how wide the network "
             f"is. Leave it out, or choose one of {', '.join(NAMES)}."
         )
-    if name in NAMES and name != "mlp" and len(input_shape) != 3:
-        raise ModelError(
-            f"Expected images for model={name}; got input_shape={input_shape}. It convolves over rows and columns of "
-            "pixels. Use mlp for tables, or a function of your own."
-        )
+    if name in NAMES:
+        _check_inputs(name, input_shape, vocabulary)
     channels, *sides = input_shape
     small = min(sides, default=0) < _PUBLISHED_SIDE
     match name:
         case "mlp":
-            return _mlp(math.prod(input_shape), num_classes, width)
+            return mlp(math.prod(input_shape), categories, num_classes, width)
+        case "tabular-resnet":
+            return tabular_resnet(math.prod(input_shape), categories, num_classes, width)
+        case "embedding-mean":
+            return EmbeddingMean(vocabulary or 1, num_classes, width)
         case "cnn":
             return _small_cnn(channels, num_classes, width) if small else _cnn(channels, num_classes, width)
         case "lenet":
@@ -89,11 +100,28 @@ def build(
         case "densenet121":
             return _densenet121(channels, num_classes, width)
         case _ if ":" in name:
-            return _users_own(name, num_classes, input_shape, folder or Path.cwd())
+            offered: dict[str, object] = {"num_classes": num_classes, "input_shape": input_shape}
+            offered |= {"categories": tuple(categories)} if categories else {}
+            offered |= {"vocabulary": vocabulary} if vocabulary is not None else {}
+            return _users_own(name, offered, folder or Path.cwd())
     raise ModelError(
         f"Expected model to be one of {', '.join(NAMES)}, or module:function; got model={name}. "
         f"{did_you_mean(name, NAMES)}For a model of your own, name the function that builds it, as in my_models:build."
     )
+
+
+def _check_inputs(name: str, input_shape: tuple[int, ...], vocabulary: int | None) -> None:
+    """Refuse a named network that is for inputs of another kind."""
+    kinds = {"embedding-mean": "texts"} | dict.fromkeys(_FOR_ROWS, "rows of a table, or images,")
+    fits = vocabulary is not None if name == "embedding-mean" else vocabulary is None
+    if name in kinds and fits:
+        return
+    if name in kinds or not fits or len(input_shape) != 3:
+        raise ModelError(
+            f"Expected {kinds.get(name, 'images')} for model={name}; got "
+            f"{'texts' if vocabulary is not None else f'input_shape={input_shape}'}. It is made for them. Use "
+            f"{' or '.join(_FOR_ROWS)} for tables, embedding-mean for texts, or a function of your own."
+        )
 
 
 def _scaled(channels: int, width: float) -> int:
@@ -132,19 +160,6 @@ def _small_cnn(channels: int, num_classes: int, width: float) -> nn.Module:
         nn.Flatten(),
         nn.Linear(second * 16, hidden),
         nn.Tanh(),
-        nn.Linear(hidden, num_classes),
-    )
-
-
-def _mlp(inputs: int, num_classes: int, width: float) -> nn.Module:
-    """Two hidden layers of 128, as for the rows of a table."""
-    hidden = _scaled(128, width)
-    return nn.Sequential(
-        nn.Flatten(),
-        nn.Linear(inputs, hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, hidden),
-        nn.ReLU(),
         nn.Linear(hidden, num_classes),
     )
 
@@ -281,19 +296,18 @@ def _resnet18_cifar(channels: int, num_classes: int, width: float) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, num_classes))
 
 
-def _users_own(name: str, num_classes: int, input_shape: tuple[int, ...], folder: Path) -> nn.Module:
-    """Call the function that `module:function` names and return the module that it builds."""
+def _users_own(name: str, offered: dict[str, object], folder: Path) -> nn.Module:
+    """Call the function that `module:function` names, with what it takes of the offered, and return its module."""
     module_name, _, function_name = name.partition(":")
     with _on_path(folder):
         function = _imported(name, module_name, function_name)
-        offered = {"num_classes": num_classes, "input_shape": input_shape}
         arguments = _accepted(name, function, offered)
         try:
             model = function(**arguments)
         except (Exception, SystemExit) as error:  # the user's code may raise anything; it has seen no data
             raise ModelError(
-                f"Expected model={name} to build a model of {num_classes} classes for inputs of shape {input_shape}; "
-                f"got {quoted(error)}. Nothing can be trained. Mend it there."
+                f"Expected model={name} to build a model of {offered['num_classes']} classes for inputs of shape "
+                f"{offered['input_shape']}; got {quoted(error)}. Nothing can be trained. Mend it there."
             ) from error
     if not isinstance(model, nn.Module):
         raise ModelError(

@@ -5,7 +5,9 @@ from types import MappingProxyType
 
 from dpquant.errors import DataError, did_you_mean
 
-FOLDER_PREFIX = "image-folder:"
+FOLDER_PREFIX, TABLE_PREFIX, TEXT_PREFIX = OWN_PREFIXES = ("image-folder:", "table:", "text:")  # a user's own files
+
+HF_PREFIX = "hf:"  # of a model's name: a pretrained network, in a folder of this machine
 
 # The number of training records of each known data set, as published.
 PUBLIC_SIZES = MappingProxyType(
@@ -23,18 +25,18 @@ _ALSO = MappingProxyType({"cifar": "cifar10", "fashion": "fashion-mnist", "signs
 
 
 def public_size(name: str) -> int | None:
-    """Return the published number of training records, or None for an image folder, without touching any data.
+    """Return the published number of training records, or None for a user's own files, without touching any data.
 
     Args:
       name: As for `dataset.load`.
     Raises: DataError: the name is unknown.
     """
-    if name.startswith(FOLDER_PREFIX):
+    if name.startswith(OWN_PREFIXES):
         return None
     if name not in PUBLIC_SIZES:
         raise DataError(
-            f"Expected data to be one of {', '.join(PUBLIC_SIZES)} or {FOLDER_PREFIX}PATH; got data={name}. "
-            f"{did_you_mean(name, PUBLIC_SIZES, _ALSO)}For images of your own, give {FOLDER_PREFIX}PATH with "
-            "PATH/train/CLASS/* and PATH/test/CLASS/*."
+            f"Expected data to be one of {', '.join(PUBLIC_SIZES)}, {FOLDER_PREFIX}PATH, {TABLE_PREFIX}FILE or "
+            f"{TEXT_PREFIX}FILE; got data={name}. {did_you_mean(name, PUBLIC_SIZES, _ALSO)}For images of your own, "
+            f"give {FOLDER_PREFIX}PATH with PATH/train/CLASS/* and PATH/test/CLASS/*."
         )
     return PUBLIC_SIZES[name]

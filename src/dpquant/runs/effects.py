@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dpquant.data.sizes import FOLDER_PREFIX, PUBLIC_SIZES
+from dpquant.data.sizes import OWN_PREFIXES, PUBLIC_SIZES, TABLE_PREFIX, TEXT_PREFIX
 from dpquant.errors import SettingError
 
 _IN_MEMORY = "digits"  # comes with scikit-learn
@@ -19,7 +19,24 @@ _IN_MEMORY = "digits"  # comes with scikit-learn
 _Rule = tuple[str, Callable[[Any], bool], str]
 _WITH_SHARE: _Rule = ("policy", lambda x: x not in ("none", "all"), "The policy quantizes no share but none or all")
 _WITH_ANALYSIS: _Rule = ("policy", lambda x: x in ("prioritise", "dpquant"), "The policy makes no analysis")
+_OF_FILES: _Rule = ("data", lambda x: x.startswith((TABLE_PREFIX, TEXT_PREFIX)), "Only tables and texts have it")
+_OF_TABLES: _Rule = ("data", lambda x: x.startswith(TABLE_PREFIX), "Only tables have it")
+_OF_TEXTS: _Rule = ("data", lambda x: x.startswith(TEXT_PREFIX), "Only texts have it")
 _RULES: Mapping[str, _Rule] = {
+    "test": _OF_FILES,
+    "test_share": _OF_FILES,
+    "label_column": _OF_FILES,
+    "spec": _OF_TABLES,
+    "text_column": _OF_TEXTS,
+    "classes": _OF_TEXTS,
+    "tokenizer": _OF_TEXTS,
+    "max_length": _OF_TEXTS,
+    "image_size": (
+        "data",
+        lambda x: not x.startswith((TABLE_PREFIX, TEXT_PREFIX)),
+        "Neither tables nor texts are images",
+    ),
+    "lora": ("model", lambda x: x.startswith("hf:"), "Only pretrained networks of texts have adapters"),
     "momentum": ("optimizer", lambda x: x == "sgd", "The optimizer has no such setting"),
     "fraction": _WITH_SHARE,
     "macs": _WITH_SHARE,
@@ -35,7 +52,7 @@ _RULES: Mapping[str, _Rule] = {
     "records": ("data", lambda x: x not in PUBLIC_SIZES, "How many training records it has is public already"),
     "data_dir": (
         "data",
-        lambda x: x != _IN_MEMORY and not x.startswith(FOLDER_PREFIX),
+        lambda x: x != _IN_MEMORY and not x.startswith(OWN_PREFIXES),
         "The data set is not looked for in a folder of data sets",
     ),
 }
@@ -48,6 +65,7 @@ _INSTEAD = (
     ("macs", "layers"),
     ("sample_rate", "records"),
     ("microbatch_size", "memory"),
+    ("test", "test_share"),
 )
 
 

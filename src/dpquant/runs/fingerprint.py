@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dpquant.engine.batches import leaves
 from dpquant.errors import DataError
 from dpquant.runs.record import NOT_FOR_RELEASE, write_whole
 from dpquant.training.records import MapDataset
@@ -60,6 +61,6 @@ def _hash(train_set: MapDataset, salt: str) -> str:
             parts = train_set[index]
         except Exception as error:  # a user's data set may raise anything
             parts = (type(error).__name__,)
-        for part in parts:
+        for _, part in leaves(parts):
             found.update(part.numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode())
     return found.hexdigest()

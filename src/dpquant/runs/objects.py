@@ -4,13 +4,18 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from dpquant.checks.refusals import check_trainable
 from dpquant.data import dataset as data
 from dpquant.data import models
+from dpquant.data.sizes import HF_PREFIX
+from dpquant.data.text_models import freeze_others, pretrained
+from dpquant.engine.batches import leaves
 from dpquant.engine.convert import fix
 from dpquant.engine.randomness import seeded
 from dpquant.errors import ModelError, SettingError, kind_of, quoted
@@ -18,7 +23,7 @@ from dpquant.runs.evaluation import evaluating
 from dpquant.runs.settings import TrainSettings
 from dpquant.runs.size import check_network_fits
 
-_BLANKS = 2  # images on which a network is tried
+_BLANKS = 2  # inputs on which a network is tried
 
 
 def model_of(settings: TrainSettings, dataset: data.Dataset) -> nn.Module:
@@ -34,31 +39,61 @@ def model_of(settings: TrainSettings, dataset: data.Dataset) -> nn.Module:
         num_classes=dataset.num_classes,
         input_shape=dataset.input_shape,
         width=settings.width,
+        categories=dataset.categories,
+        vocabulary=dataset.vocabulary,
     )
-    if settings.model in models.NAMES:  # a user's function may do what the meta device cannot
+    if settings.model in models.NAMES and dataset.vocabulary is None:  # a user's function may not run on meta
         blank = torch.empty(_BLANKS, *dataset.input_shape, device="meta")
-        check_network_fits(build, blank, f"width={settings.width:g} and images of {tuple(blank.shape[1:])}")
+        kind = "images" if blank.ndim == 4 else "rows"
+        check_network_fits(build, blank, f"width={settings.width:g} and {kind} of {tuple(blank.shape[1:])}")
     torch.manual_seed(settings.seed)
-    model = build()
+    model = _pretrained(settings, dataset) if settings.model.startswith(HF_PREFIX) else build()
     if settings.fix:
         model = fix(model)
+    if settings.train_only is not None:
+        freeze_others(model, settings.train_only)
     check_trainable(model)
-    check_outputs(model, torch.zeros(_BLANKS, *dataset.input_shape), dataset.num_classes)
+    check_outputs(model, blank_of(dataset), dataset.num_classes)
     return model
 
 
-def check_outputs(model: nn.Module, blank: torch.Tensor, num_classes: int) -> None:
+def _pretrained(settings: TrainSettings, dataset: data.Dataset) -> nn.Module:
+    if dataset.vocabulary is None or settings.width != 1.0:
+        raise ModelError(
+            f"Expected texts, and no width, for model={settings.model}; got data={settings.data} and "
+            f"width={settings.width:g}. A pretrained network is as it was trained. Use another model."
+        )
+    return pretrained(
+        settings.model,
+        num_classes=dataset.num_classes,
+        vocabulary=dataset.vocabulary,
+        padding=dataset.padding or 0,
+        lora=settings.lora,
+    )
+
+
+def blank_of(dataset: data.Dataset) -> Any:
+    """Return inputs on which a model is tried: zeros, or synthetic texts, since an empty text has no meaning."""
+    if dataset.vocabulary is None:
+        return torch.zeros(_BLANKS, *dataset.input_shape)
+    assert dataset.synthetic is not None
+    return default_collate([inputs for inputs, _ in dataset.synthetic[:_BLANKS]])
+
+
+def check_outputs(model: nn.Module, blank: Any, num_classes: int) -> None:
     """Check that the model returns one logit per class for two blank inputs, in training and in evaluation mode.
 
     Args:
       model: of the user.
-      blank: two inputs of the data set's shape, of zeros.
-      num_classes: number of classes.
+      blank: two inputs of the data set's shape, of zeros, or the tensors of two texts by name.
+      num_classes: number of classes, or 1 for a regression.
     Raises:
       ModelError: it does not, or it raises.
     """
-    what = "images" if blank.ndim == 4 else "inputs"
-    rule = f"Expected model to map {what} of shape {tuple(blank.shape[1:])} to {num_classes} logits"
+    first = next(leaf for _, leaf in leaves(blank))
+    what = "texts" if first is not blank else "images" if first.ndim == 4 else "inputs"
+    shape = f"{len(first[0])} tokens" if first is not blank else f"shape {tuple(first.shape[1:])}"
+    rule = f"Expected model to map {what} of {shape} to {num_classes} logits"
     try:
         with torch.no_grad(), seeded(0):
             outputs = [model(blank)]
@@ -72,7 +107,7 @@ def check_outputs(model: nn.Module, blank: torch.Tensor, num_classes: int) -> No
                 f"{rule}; got {_kind(output)}. The loss is computed from one tensor of floating-point numbers. Let "
                 "forward return the logits alone."
             )
-        if output.shape != (len(blank), num_classes):
+        if output.shape != (len(first), num_classes):
             raise ModelError(
                 f"{rule}; two {what} gave shape {tuple(output.shape)}. A label without a logit has no loss. Give the "
                 f"last layer {num_classes} outputs."

@@ -13,7 +13,7 @@ import importlib.metadata
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dpquant.runs.settings import TrainSettings
     from dpquant.training.private import PrivateTraining
 
-SCHEMA = 3
+SCHEMA = 4
 """Version of the record's format. Raise it with every change of a field, and keep reading the earlier formats."""
 NOT_FOR_RELEASE = (
     "The operator's own, not for release: times follow the realised batch sizes, which are private. No privacy "
@@ -60,7 +60,8 @@ class EpochRecord:
     Attributes:
       index: from 0.
       epsilon: spent by the end of the epoch, at the run's delta. None: not recorded.
-      accuracy_test: accuracy on the test set, in 0..1.
+      accuracy_test: accuracy on the test set, in 0..1; None for a regression.
+      metrics_test: {metric of the task: its value on the test set}. None: not recorded.
       layers_quantized: names of the layers that the policy chose, possibly none. None: not recorded.
       nonprivate_accuracy_train: accuracy on the training set, in 0..1, which the privacy statement does not cover. None
         without `unsafe_metrics`.
@@ -70,10 +71,11 @@ class EpochRecord:
 
     index: int
     epsilon: float | None
-    accuracy_test: float
+    accuracy_test: float | None
     layers_quantized: list[str] | None
     nonprivate_accuracy_train: float | None
     scores: dict[str, float] | None
+    metrics_test: dict[str, float] | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,7 @@ class RunRecord:
 
     Attributes:
       schema: version of the record's format, the first field in its file.
+      source: public facts on how tables or texts were read, such as spec, tokenizer and buckets. None: not recorded.
       execution: backend and the reason for it, microbatch size, and the layers that stay in full precision.
       device: that the run computed on, with the name of a GPU. None: not recorded.
       average: decay of the average of parameters that was tested and saved; 0: the last parameters were.
@@ -116,7 +119,7 @@ class RunRecord:
     device: str | None
     epochs: int
     steps: int
-    accuracy_test: float
+    accuracy_test: float | None
     epsilon: float
     delta: float
     epsilon_analysis_share: float
@@ -131,11 +134,13 @@ class RunRecord:
     per_epoch: list[EpochRecord]
     statement: str
     unsafe_metrics: bool
+    metrics_test: dict[str, float] | None
+    source: dict[str, Any] | None
 
     @property
     def accuracy_per_epoch(self) -> list[float]:
-        """Return the test accuracy after each epoch."""
-        return [epoch.accuracy_test for epoch in self.per_epoch]
+        """Return the test accuracy after each epoch; [] for a regression."""
+        return [epoch.accuracy_test for epoch in self.per_epoch if epoch.accuracy_test is not None]
 
     @classmethod
     def of(
@@ -148,6 +153,7 @@ class RunRecord:
         torch: str,
         threads: int,
         device: str,
+        source: Mapping[str, Any],
     ) -> Self:
         """Return the record of a run that has ended.
 
@@ -159,6 +165,7 @@ class RunRecord:
           torch: version of torch.
           threads: number of threads that torch used.
           device: that the run computed on, in words.
+          source: public facts on how the data set was read.
         Privacy: post-processing.
         """
         from dpquant.privacy import accounting  # takes seconds to load, and reading a record needs none of it
@@ -207,6 +214,8 @@ class RunRecord:
             per_epoch=list(per_epoch),
             statement=(NOT_COVERED if settings.unsafe_metrics else "") + private.statement(),
             unsafe_metrics=settings.unsafe_metrics,
+            metrics_test=per_epoch[-1].metrics_test,
+            source=dict(source),
         )
 
     def to_json(self) -> str:
@@ -218,7 +227,7 @@ class RunRecord:
         """Return the record from its JSON, in the present format or an earlier one.
 
         Schema 1 has no `schema` field and only the test accuracy of each epoch; the other facts of an epoch become
-        None. Its first files hold times, which are ignored. Schemas 1 and 2 do not name the device.
+        None. Its first files hold times, which are ignored. Device came with schema 3; source and metrics with 4.
 
         Raises:
           DataError: the text is not JSON, the schema is newer, or a field is missing or unknown.
@@ -235,13 +244,14 @@ class RunRecord:
             match schema:
                 case 1:
                     fields["per_epoch"] = _epochs_of_schema_1(fields.pop("accuracy_per_epoch"))
-                case 2 | 3:
-                    fields["per_epoch"] = [EpochRecord(**epoch) for epoch in fields["per_epoch"]]
+                case 2 | 3 | 4:
+                    new: dict[str, Any] = {"metrics_test": None} if schema < 4 else {}
+                    fields["per_epoch"] = [EpochRecord(**epoch, **new) for epoch in fields["per_epoch"]]
                 case _:
                     raise ValueError(f"schema {schema}")
-            if schema < 3:
-                fields["device"] = None
-            return cls(**{**fields, "layers": [LayerRecord(**layer) for layer in fields["layers"]]})
+            unknown: dict[str, Any] = {"device": None} if schema < 3 else {}
+            unknown |= {"metrics_test": None, "source": None} if schema < 4 else {}
+            return cls(**{**fields, "layers": [LayerRecord(**layer) for layer in fields["layers"]]}, **unknown)
         except DataError:
             raise
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -274,6 +284,7 @@ def metrics_line(epoch: EpochRecord) -> str:
         "epoch": epoch.index,
         "epsilon": epoch.epsilon,
         "accuracy_test": epoch.accuracy_test,
+        "metrics_test": epoch.metrics_test,
         "layers_quantized": epoch.layers_quantized,
     }
     if epoch.nonprivate_accuracy_train is not None:
@@ -282,8 +293,8 @@ def metrics_line(epoch: EpochRecord) -> str:
 
 
 def _epochs_of_schema_1(accuracies: Sequence[float]) -> list[EpochRecord]:
-    unknown = {"epsilon": None, "layers_quantized": None, "nonprivate_accuracy_train": None, "scores": None}
-    return [EpochRecord(index=index, accuracy_test=value, **unknown) for index, value in enumerate(accuracies)]
+    new: Any = dict.fromkeys(("epsilon", "layers_quantized", "nonprivate_accuracy_train", "scores", "metrics_test"))
+    return [EpochRecord(index=index, accuracy_test=value, **new) for index, value in enumerate(accuracies)]
 
 
 def _share_of_macs(private: "PrivateTraining", most_bits: int) -> float:

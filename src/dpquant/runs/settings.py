@@ -15,10 +15,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self, cast
 
-from dpquant.data.sizes import public_size
+from dpquant.data.sizes import OWN_PREFIXES, TABLE_PREFIX, TEXT_PREFIX, public_size
 from dpquant.errors import FormatError, SettingError, did_you_mean
 from dpquant.formats import precision
 from dpquant.runs.effects import check_contradictions, check_effects, has_effect
+from dpquant.runs.source_settings import SourceSettings, setting
 
 if TYPE_CHECKING:
     from dpquant.privacy.plan import NoiseLaw, PrivacyPlan, Score
@@ -65,77 +66,72 @@ BY_DATA: Mapping[str, Mapping[str, Any]] = {
     },
     "mnist": _FASHION,
     "fashion-mnist": _FASHION,
+    TABLE_PREFIX: {"model": "mlp"},
+    TEXT_PREFIX: {"model": "embedding-mean", "max_length": 128},
 }
 
 
-def _setting(help: str, default: Any = None) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help})
+def _by_data(data: str) -> Mapping[str, Any]:
+    """Return the defaults of a data set, by its name or its kind of file."""
+    return BY_DATA.get(next((prefix for prefix in OWN_PREFIXES if data.startswith(prefix)), data), {})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainSettings:
+class TrainSettings(SourceSettings):
     """All settings of `dpquant train`. Build them with `chosen`, which adds the defaults of the data set.
 
     Raises:
       SettingError: a value is out of range, or two values contradict each other.
     """
 
-    data: str = _setting("digits, fashion-mnist, mnist, emnist, cifar10, gtsrb or image-folder:PATH", "digits")
-    data_dir: str | None = _setting("folder that holds the data set's files")
-    image_size: int | None = _setting("side in pixels that images are resized to")
-    model: str = _setting(
-        "cnn, lenet, resnet18, resnet18-cifar, resnet50, densenet121, mlp or your own module:function"
-    )
-    width: float = _setting("factor on the model's channels", 1.0)
-    fix: bool = _setting("replace BatchNorm by GroupNorm", False)
-    epsilon: float | None = _setting("privacy budget, training and analysis together [8, unless noise is given]")
-    noise_multiplier: float | None = _setting("noise over sensitivity, instead of epsilon")
-    noise: str = _setting("gaussian, or discrete: slower, exact to the last bit of what is released", "gaussian")
-    delta: float = _setting("of the (epsilon, delta) guarantee; choose it far below 1 / records")
-    max_grad_norm: float = _setting("L2 norm that each example's gradient is clipped to")
-    epochs: int = _setting("passes over the data, on average")
-    batch_size: float = _setting("expected size of a Poisson batch")
-    sample_rate: float | None = _setting("each record's probability to be drawn [batch size / records]")
-    records: int | None = _setting("public, if need be approximate, number of training records")
-    optimizer: str = _setting("sgd, adam or adamw")
-    lr: float = _setting("learning rate")
-    momentum: float = _setting("of sgd")
-    weight_decay: float = _setting("of the optimizer", 0.0)
-    lr_schedule: str = _setting("constant, linear (to zero) or cosine (to zero)", "constant")
-    average: float = _setting("weight of the past in an average of the parameters, which is tested and saved", 0.0)
-    policy: str = _setting("none, all, static, rotate, prioritise or dpquant", "dpquant")
-    fraction: float | None = _setting("share of the layers that run quantized [0.75, unless macs is given]")
-    macs: float | None = _setting("share of the multiply-accumulates that run quantized, instead of fraction")
-    layers: str | None = _setting("names, with commas between them, of policy static's layers, instead of fraction")
-    beta: float = _setting("how much impact counts against chance, 0 = rotation", 3.0)
-    ema: float = _setting("weight of the newest analysis", 0.5)
-    format: str = _setting(
+    epsilon: float | None = setting("privacy budget, training and analysis together [8, unless noise is given]")
+    noise_multiplier: float | None = setting("noise over sensitivity, instead of epsilon")
+    noise: str = setting("gaussian, or discrete: slower, exact to the last bit of what is released", "gaussian")
+    delta: float = setting("of the (epsilon, delta) guarantee; choose it far below 1 / records")
+    max_grad_norm: float = setting("L2 norm that each example's gradient is clipped to")
+    epochs: int = setting("passes over the data, on average")
+    batch_size: float = setting("expected size of a Poisson batch")
+    sample_rate: float | None = setting("each record's probability to be drawn [batch size / records]")
+    records: int | None = setting("public, if need be approximate, number of training records")
+    optimizer: str = setting("sgd, adam or adamw")
+    lr: float = setting("learning rate")
+    momentum: float = setting("of sgd")
+    weight_decay: float = setting("of the optimizer", 0.0)
+    lr_schedule: str = setting("constant, linear (to zero) or cosine (to zero)", "constant")
+    average: float = setting("weight of the past in an average of the parameters, which is tested and saved", 0.0)
+    policy: str = setting("none, all, static, rotate, prioritise or dpquant", "dpquant")
+    fraction: float | None = setting("share of the layers that run quantized [0.75, unless macs is given]")
+    macs: float | None = setting("share of the multiply-accumulates that run quantized, instead of fraction")
+    layers: str | None = setting("names, with commas between them, of policy static's layers, instead of fraction")
+    beta: float = setting("how much impact counts against chance, 0 = rotation", 3.0)
+    ema: float = setting("weight of the newest analysis", 0.5)
+    format: str = setting(
         "of a quantized layer: luq-fp4, luq, int4-clip, int8, fp8, mxfp4, nvfp4, or three for its products", "luq-fp4"
     )
-    rest: str = _setting("format of the other layers: full/luq-fp4/luq-fp4 quantizes their backward pass", "full")
-    backend: str = _setting("auto, simulate, int8 or cuda", "auto")
-    device: str = _setting("auto (a GPU if there is one), cpu, cuda or cuda:N", "auto")
-    analysis_every: int = _setting("epochs between analyses", 1)
-    analysis_score: str = _setting("what quantizing is measured by: loss, or gradient, its direction", "gradient")
-    analysis_batch_size: float | None = _setting(
+    rest: str = setting("format of the other layers: full/luq-fp4/luq-fp4 quantizes their backward pass", "full")
+    backend: str = setting("auto, simulate, int8 or cuda", "auto")
+    device: str = setting("auto (a GPU if there is one), cpu, cuda or cuda:N", "auto")
+    analysis_every: int = setting("epochs between analyses", 1)
+    analysis_score: str = setting("what quantizing is measured by: loss, or gradient, its direction", "gradient")
+    analysis_batch_size: float | None = setting(
         "expected size of an analysis' batch [a sixteenth of the batch size; loss half]"
     )
-    analysis_noise_multiplier: float = _setting("noise over sensitivity of an analysis", 1.0)
-    analysis_max_norm: float | None = _setting("L2 norm that each example's impacts are clipped to [1; loss 0.25]")
-    analysis_repeats: int = _setting("roundings averaged in an analysis", 1)
-    seed: int = _setting(
+    analysis_noise_multiplier: float = setting("noise over sensitivity of an analysis", 1.0)
+    analysis_max_norm: float | None = setting("L2 norm that each example's impacts are clipped to [1; loss 0.25]")
+    analysis_repeats: int = setting("roundings averaged in an analysis", 1)
+    seed: int = setting(
         "of the model's first parameters and of the schedule; public, so no other draw follows from it", 0
     )
-    threads: int | None = _setting("threads to compute with [all cores]")
-    microbatch_size: int | None = _setting("examples a backward pass [the fastest, measured]")
-    memory: float | None = _setting(
+    threads: int | None = setting("threads to compute with [all cores]")
+    microbatch_size: int | None = setting("examples a backward pass [the fastest, measured]")
+    memory: float | None = setting(
         "GiB that the process, or its tensors on a GPU, may use at most, by which microbatch-size is chosen"
     )
-    choices: str | None = _setting("file of what an earlier run has measured on its machine: its choices.json")
-    checkpoint_every: str | None = _setting(
+    choices: str | None = setting("file of what an earlier run has measured on its machine: its choices.json")
+    checkpoint_every: str | None = setting(
         "as 2epochs, 100steps or 10minutes [an epoch or five minutes, if that costs less than 2 % of the time]"
     )
-    unsafe_metrics: bool = _setting("also measure training accuracy, which is NOT private", False)
+    unsafe_metrics: bool = setting("also measure training accuracy, which is NOT private", False)
 
     @classmethod
     def chosen(cls, given: Mapping[str, Any], file: Mapping[str, Any] = MappingProxyType({})) -> Self:
@@ -157,7 +153,7 @@ class TrainSettings:
         budget = {} if both.get("noise_multiplier") is not None else {"epsilon": 8.0}
         named = both.get("macs") is not None or both.get("layers") is not None
         share = {} if named else {"fraction": 0.75}
-        defaults = {**GENERAL, **BY_DATA.get(both.get("data", cls.data), {}), **budget, **share}
+        defaults = {**GENERAL, **_by_data(both.get("data", cls.data)), **budget, **share}
         settings = cls(**{**defaults, **both})
         check_effects(given, file, {name: defaults.get(name, field.default) for name, field in fields.items()})
         return settings
@@ -332,6 +328,9 @@ _POSITIVE: tuple[str, Callable[[Any], bool]] = ("> 0 and finite", lambda x: 0 < 
 _NOT_NEGATIVE: tuple[str, Callable[[Any], bool]] = (">= 0 and finite", lambda x: 0 <= x < math.inf)
 _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "image_size": ("in 1 .. 16384", lambda x: 1 <= x <= 16384),
+    "test_share": ("in (0, 1)", lambda x: 0 < x < 1),
+    "max_length": ("in 1 .. 65536", lambda x: 1 <= x <= 65536),
+    "lora": ("in 1 .. 4096", lambda x: 1 <= x <= 4096),
     "width": ("in (0, 10000]", lambda x: 0 < x <= 10_000),
     "epochs": _AT_LEAST_ONE,
     "batch_size": _POSITIVE,

@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 
 from dpquant.backends.choose import Choices
 from dpquant.data import dataset as data
+from dpquant.data.held import Held
 from dpquant.errors import BudgetError, DivergedError, SettingError, StoppedError
 from dpquant.machine import check_threads
 from dpquant.privacy.plan import PrivacyPlan, rounded_up
@@ -33,10 +34,10 @@ from dpquant.runs.devices import described, device_of
 from dpquant.runs.directory import Charged, RunDirectory
 from dpquant.runs.evaluation import (
     Tested,
-    accuracy,
     check_evaluation,
     evaluation_batch,
-    per_example_loss,
+    loss_of,
+    metrics,
     warn_of_guessing,
 )
 from dpquant.runs.names import LEDGER, METRICS, MODEL
@@ -46,6 +47,7 @@ from dpquant.runs.record import EpochRecord, RunRecord, Timings
 from dpquant.runs.settings import TrainSettings, checkpoint_steps, plan_of, policy_of
 from dpquant.runs.sinks import MetricsFile, Progress, Sink, Sinks
 from dpquant.runs.size import check_data_fits
+from dpquant.runs.sources import dataset_of
 from dpquant.runs.stopping import Stopping
 from dpquant.training.continuing import Stateful
 from dpquant.training.epoch import Batch, Epoch
@@ -154,9 +156,8 @@ class _Run:
         choices = files.choices()
         if choices is None and settings.choices is not None:
             choices = Choices.read(Path(settings.choices))
-        data_dir = Path(settings.data_dir) if settings.data_dir is not None else None
         check_data_fits(settings)
-        dataset = data.load(settings.data, data_dir, image_size=settings.image_size)
+        dataset = dataset_of(settings)
         model = model_of(settings, dataset).to(device)
         optimizer = optimizer_of(settings, model)
         schedule = schedule_of(settings, optimizer, plan.steps)
@@ -165,7 +166,8 @@ class _Run:
             model,
             optimizer,
             dataset.train,
-            loss_fn=per_example_loss,
+            loss_fn=loss_of(dataset.task),
+            example=dataset.synthetic,
             plan=plan,
             policy=policy_of(settings),
             format=settings.format,
@@ -190,7 +192,7 @@ class _Run:
             began=began,
         )
         run._continue()
-        check_evaluation(run.tested.model, dataset.test)
+        check_evaluation(run.tested.model, dataset.test, dataset.task)
         run._try_writing()
         run.tell.started(plan, settings)
         return run
@@ -236,12 +238,15 @@ class _Run:
         """Test and save the model, and tell of the epoch."""
         private = self.private
         self._check_finite()
+        unsafe = self.settings.unsafe_metrics
+        found = self._metrics(self.dataset.test)
         self.history.end(
             index=index,
             epsilon=private.epsilon_spent(),
-            accuracy_test=self._accuracy(self.dataset.test),
+            accuracy_test=found.get("accuracy"),
+            metrics_test=found,
             layers_quantized=list(layers),
-            nonprivate_accuracy_train=self._accuracy(self.dataset.train) if self.settings.unsafe_metrics else None,
+            nonprivate_accuracy_train=self._metrics(self.dataset.train).get("accuracy") if unsafe else None,
         )
         with self._writing():
             self.files.keep(self.tested.model, private.choices, self._timings())
@@ -297,16 +302,18 @@ class _Run:
             torch=torch.__version__,
             threads=torch.get_num_threads(),
             device=described(self.device),
+            source=self.dataset.facts,
         )
         with self._writing():
             self.files.end(record, self._timings())
         self.tell.finished(record)
-        warn_of_guessing(record.accuracy_test, self.dataset.test)
+        if self.dataset.task.kind == "classification":  # where positives are rare, always no is right nearly always
+            warn_of_guessing(record.accuracy_test, self.dataset.test)
         return record
 
-    def _accuracy(self, split: data.Split) -> float:
+    def _metrics(self, split: Held) -> dict[str, float]:
         size = evaluation_batch(self.settings.memory, self.private.execution.microbatch_size)
-        return accuracy(self.tested.model, split, batch_size=size)
+        return metrics(self.tested.model, split, self.dataset.task, batch_size=size)
 
     def _timings(self) -> Timings:
         return Timings.of(self.private, self.began, self.history.ends)
@@ -385,5 +392,5 @@ class History:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.epochs = [EpochRecord(**one) for one in state_dict["epochs"]]
+        self.epochs = [EpochRecord(**{"metrics_test": None, **one}) for one in state_dict["epochs"]]
         self._scores, self._index = state_dict["scores"], state_dict["index"]

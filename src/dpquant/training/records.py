@@ -39,7 +39,8 @@ class MapDataset(Protocol):
 
 @runtime_checkable
 class Collated(Protocol):
-    """A data set that reads and collates several records at once; all of its records have equal types and shapes.
+    """A data set that reads and collates several records at once; all of its records have equal types and shapes, or
+    those of a group have (`InGroups`).
 
     It draws no random numbers. While a GPU computes, it is called from another thread than the main one, one call at a
     time.
@@ -47,6 +48,19 @@ class Collated(Protocol):
 
     def dpquant_batch(self, record_ids: Tensor, /) -> Any:
         """Return a batch with one row for each of the ids, int64 `(B,)`."""
+        ...
+
+
+@runtime_checkable
+class InGroups(Protocol):
+    """A data set that collates itself and whose records have several shapes: equal within a group, as texts in buckets.
+
+    Microbatches are made within groups. If records were padded to the longest of their microbatch instead, each one's
+    shape, its scales and so its gradient would depend on the others.
+    """
+
+    def dpquant_groups(self, record_ids: Tensor, /) -> Tensor:
+        """Return the group of each of the ids, int64 `(B,)`: a function of each record alone."""
         ...
 
 
@@ -133,7 +147,7 @@ class Records:
           DataError: the collate function does not give one row for each record.
         Privacy: per example.
         """
-        pieces = (self.microbatch(ids, size, key) for ids in record_ids.split(size))
+        pieces = (self.microbatch(ids, size, key) for group in self._groups(record_ids) for ids in group.split(size))
         for piece in one_ahead(pieces) if self.reads_ahead else pieces:
             if piece is not None:
                 yield piece
@@ -161,6 +175,13 @@ class Records:
         sound = [row for row, record in enumerate(records) if self._is_sound(record)]
         return self._collated([records[row] for row in sound], record_ids[sound], size, key)
 
+    def _groups(self, record_ids: Tensor) -> list[Tensor]:
+        """Return the ids of records that may be in one microbatch, in the order of the ids."""
+        if not isinstance(self._data_set, InGroups):
+            return [record_ids]
+        groups = self._data_set.dpquant_groups(record_ids)
+        return [record_ids[groups == group] for group in groups.unique()]
+
     def batchmates(self, record_ids: Tensor, size: int, key: int) -> tuple[Microbatch, Microbatch] | None:
         """Return two microbatches with one sound record in the first row; None if all records are broken.
 
@@ -172,14 +193,17 @@ class Records:
           key: secret key of the step, for the random numbers of data set and collate function.
         Privacy: per example.
         """
-        piece = self.microbatch(record_ids[:size], size, key)
+        groups = self._groups(record_ids[:size])
+        piece = self.microbatch(groups[0], size, key) if groups else None
         if piece is None:
             return None
         ids = torch.cat([piece.record_ids[:1], -1 - torch.arange(1, size)])
         numbers = [1 + row % 2 for row in range(size - 1)]
         if isinstance(self._data_set, Collated):
             synthetic = iter(_tensors(self._specimens.batch(numbers)))
-            data = with_leaves(take_rows(piece.data, slice(0, 1)), lambda leaf: torch.cat([leaf, next(synthetic)]))
+            data = with_leaves(
+                take_rows(piece.data, slice(0, 1)), lambda leaf: torch.cat([leaf, _cut(next(synthetic), leaf)])
+            )
             return piece, Microbatch(data, ids, 1)
         record = self._read(piece.record_ids[:1].tolist(), key)[0]
         together = [record, *(self._specimens.records[number] for number in numbers)]
@@ -279,6 +303,11 @@ class Records:
         """Return a batch on the device, once it is known to have `count` rows."""
         check_rows(batch, count)
         return to_device(batch, self._device)
+
+
+def _cut(synthetic: Tensor, like: Tensor) -> Tensor:
+    """Return rows cut to the shape of a group's: synthetic records have the shape of the largest."""
+    return synthetic[(slice(None), *(slice(size) for size in like.shape[1:]))]
 
 
 def _filled(record_ids: Tensor, size: int) -> Tensor:

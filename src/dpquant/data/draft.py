@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drafts the spec of a table from its file, for the owner to replace what was read by what is publicly known.
+
+Privacy: not private. The draft says of every value that it was read from the records, and no run accepts it before the
+owner has taken the line `draft = true` out. Loads no torch.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dpquant.data.columns import BROKEN, Columns, read_columns
+from dpquant.data.tables import SUFFIXES, number_of, text_of
+from dpquant.errors import DataError, did_you_mean
+
+_MOST_CATEGORIES = 30  # different values of a column that is taken for one of categories
+_IGNORED_ABOVE = 0.5  # share of different texts among the records: names and identifiers
+
+
+def drafted(path: Path, label: str) -> str:
+    """Return the draft of a spec, as TOML.
+
+    Args:
+      path: of the table.
+      label: name of the label's column.
+    Raises:
+      DataError: the table cannot be read, or has no such column.
+    """
+    columns = read_columns(path, None, SUFFIXES)
+    if label not in columns.names:
+        raise DataError(
+            f"Expected {path} to have the label_column {label}; its columns are {', '.join(columns.names)}. "
+            f"{did_you_mean(label, columns.names)}Name one of them."
+        )
+    return "\n".join(_lines(columns, label)) + "\n"
+
+
+def _lines(columns: Columns, label: str) -> Iterator[str]:
+    yield f"# Draft of a spec for {columns.path.name}. NOT PRIVATE: it names values of the records."
+    yield "# Taken from the header: the names of the columns. Taken from the records: everything marked with (read)."
+    yield "# Replace what is marked by what is publicly known, as from a code book. Then delete the next line."
+    yield "draft = true"
+    labels = _present(columns.values[label])
+    numbers = _numbers(labels)
+    classes = sorted(set(labels))
+    if numbers is not None and len(classes) > _MOST_CATEGORIES:
+        yield 'task = "regression"'
+        yield f"range = {_range(numbers)}  # (read)"
+    else:
+        yield 'task = "classification"  # or "rare positives", with prior = the public share of the last class'
+        yield f"classes = {_list(classes)}  # (read)"
+    for name in columns.names:
+        if name != label:
+            yield ""
+            yield f"[columns.{json.dumps(name)}]"
+            yield from _column(columns.values[name])
+
+
+def _column(values: Sequence[Any]) -> Iterator[str]:
+    texts = _present(values)
+    different = sorted(set(texts))
+    numbers = _numbers(texts)
+    if numbers is not None:
+        yield 'kind = "number"  # (read) every value that is there is one'
+        yield f"range = {_range(numbers)}  # (read) smallest and largest value"
+    elif len(different) <= max(_MOST_CATEGORIES, 1) or len(different) <= _IGNORED_ABOVE * len(texts):
+        yield 'kind = "category"'
+        yield f"values = {_list(different)}  # (read)"
+        yield "other = true"
+    else:
+        yield 'kind = "ignored"  # (read) nearly every record has a value of its own'
+        return
+    if len(texts) < len(values):
+        yield 'missing = [""]  # (read) some values are empty'
+
+
+def _present(values: Sequence[Any]) -> list[str]:
+    """Return the texts of the values that are there."""
+    texts = (text_of(value) for value in values if value is not BROKEN)
+    return [text for text in texts if text]
+
+
+def _numbers(texts: Sequence[str]) -> list[float] | None:
+    """Return texts as numbers; None if there are none, or one is no number."""
+    found = [number_of(text) for text in texts]
+    numbers = [one for one in found if one is not None]
+    return numbers if numbers and len(numbers) == len(found) else None
+
+
+def _range(numbers: Sequence[float]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"[{low!r}, {high if high > low else math.nextafter(low, math.inf)!r}]"
+
+
+def _list(texts: Sequence[str]) -> str:
+    return json.dumps(list(texts), ensure_ascii=False)

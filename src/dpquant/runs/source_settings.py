@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of a run's data and network: where records lie, how they are read, and what is trained on them."""
+
+import dataclasses
+from typing import Any
+
+
+def setting(help: str, default: Any = None) -> Any:
+    """Return a field of settings with its help and default."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceSettings:
+    """Settings of data and network. `TrainSettings` has them and all others."""
+
+    data: str = setting(
+        "digits, fashion-mnist, mnist, emnist, cifar10, gtsrb, image-folder:PATH, table:FILE or text:FILE", "digits"
+    )
+    data_dir: str | None = setting("folder that holds the data set's files")
+    image_size: int | None = setting("side in pixels that images are resized to")
+    test: str | None = setting("of a table or texts: file of the test records")
+    test_share: float | None = setting("of a table or texts, instead of test: share of the records, by their content")
+    label_column: str | None = setting("of a table or texts: column of the label")
+    spec: str | None = setting(
+        "of a table: TOML file of what its columns hold, publicly known (dpquant init drafts it)"
+    )
+    text_column: str | None = setting("of texts: column of the text, or two with a comma for a pair")
+    classes: str | None = setting("of texts: names of the classes, with commas between them; public")
+    tokenizer: str | None = setting("of texts: folder with a tokenizer.json, or the file")
+    max_length: int | None = setting("of texts: tokens at which they are cut [128]")
+    model: str = setting(
+        "cnn, lenet, resnet18, resnet18-cifar, resnet50, densenet121; mlp or tabular-resnet; embedding-mean or "
+        "hf:PATH; or your own module:function"
+    )
+    width: float = setting("factor on the model's channels", 1.0)
+    lora: int | None = setting("of hf:PATH: rank of adapters that are trained instead of the network")
+    train_only: str | None = setting("patterns, as *classifier*, with commas, of the parameters that are trained")
+    fix: bool = setting("replace BatchNorm by GroupNorm", False)

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads the data set that a run's settings describe: images by name, tables and texts from files."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from dpquant.data import dataset as data
+from dpquant.data.sizes import TABLE_PREFIX, TEXT_PREFIX
+from dpquant.errors import DataError, SettingError
+from dpquant.runs.settings import TrainSettings
+
+Load = Callable[[TrainSettings], data.Dataset]
+
+
+def dataset_of(settings: TrainSettings) -> data.Dataset:
+    """Load a run's data set into memory.
+
+    Raises:
+      DataError: it is unknown, missing or malformed, or what has to be said of it is not.
+      SettingError: a setting that it needs is missing.
+    Privacy: per example; which error is raised does not depend on a single training record.
+    """
+    if settings.data.startswith(TABLE_PREFIX):
+        return _table(settings)
+    if settings.data.startswith(TEXT_PREFIX):
+        return _texts(settings)
+    data_dir = Path(settings.data_dir) if settings.data_dir is not None else None
+    return data.load(settings.data, data_dir, image_size=settings.image_size)
+
+
+def check_accuracy(settings: TrainSettings) -> None:
+    """Check that a run has a test accuracy. Reads no record.
+
+    Raises:
+      SettingError: its task is a regression.
+      DataError: the spec cannot be read.
+    """
+    from dpquant.data.spec import Spec
+
+    if not settings.data.startswith(TABLE_PREFIX) or settings.spec is None:
+        return
+    if Spec.read(Path(settings.spec)).task.kind == "regression":
+        raise SettingError(
+            f"Expected a task with an accuracy; got a regression in spec={settings.spec}. Runs are compared by their "
+            "test accuracies. Train them one by one, and compare mean_absolute_error in their records."
+        )
+
+
+def _table(settings: TrainSettings) -> data.Dataset:
+    from dpquant.data.rows import synthetic_rows
+    from dpquant.data.spec import Spec
+    from dpquant.data.tables import TableSource, load_table
+
+    path = _file_of(settings, TABLE_PREFIX)
+    label = _needed(settings, "label_column", "It names the column that is to be predicted")
+    spec_path = _needed(settings, "spec", "Ranges and categories are public knowledge, and are not read from records")
+    spec = Spec.read(Path(spec_path))
+    train, test = load_table(
+        TableSource(path=path, label=label, spec=spec, test=_test_of(settings), test_share=settings.test_share)
+    )
+    return data.Dataset(
+        name=settings.data,
+        train=train,
+        test=test,
+        num_classes=len(spec.classes) or 1,
+        input_shape=(spec.width,),
+        class_names=spec.classes,
+        public_size=None,
+        task=spec.task,
+        categories=tuple(category.size for category in spec.categories.values()),
+        synthetic=synthetic_rows(spec),
+        facts={"task": spec.task.kind, "spec": spec.text},
+    )
+
+
+def _texts(settings: TrainSettings) -> data.Dataset:
+    from dpquant.data.texts import TextSource, load_texts
+    from dpquant.data.tokens import synthetic_texts
+
+    source = TextSource.chosen(
+        _file_of(settings, TEXT_PREFIX),
+        texts=settings.text_column,
+        label=settings.label_column,
+        classes=settings.classes,
+        tokenizer=Path(_needed(settings, "tokenizer", "It turns text into numbers")),
+        max_length=settings.max_length,
+        test=_test_of(settings),
+        test_share=settings.test_share,
+    )
+    train, test, tokens = load_texts(source)
+    return data.Dataset(
+        name=settings.data,
+        train=train,
+        test=test,
+        num_classes=len(source.classes),
+        input_shape=(tokens.buckets[-1],),
+        class_names=source.classes,
+        public_size=None,
+        vocabulary=tokens.vocabulary,
+        padding=tokens.padding,
+        synthetic=synthetic_texts(tokens, len(source.classes), pairs=len(source.texts) == 2),
+        facts={
+            "task": "classification",
+            "classes": list(source.classes),
+            "left_out_by_label": source.dropped,
+            "tokenizer_sha256": tokens.sha256,
+            "buckets": list(tokens.buckets),
+        },
+    )
+
+
+def _file_of(settings: TrainSettings, prefix: str) -> Path:
+    path = settings.data.removeprefix(prefix)
+    if not path.strip():
+        raise DataError(f"Expected a file in data={prefix}FILE; got data={settings.data}, without one. Name it.")
+    return Path(path)
+
+
+def _needed(settings: TrainSettings, name: str, why: str) -> str:
+    value = getattr(settings, name)
+    if not value or not value.strip():
+        raise SettingError(
+            f"Expected {name} with data={settings.data}; got none. {why}. Give --{name.replace('_', '-')}."
+        )
+    return value
+
+
+def _test_of(settings: TrainSettings) -> Path | None:
+    if settings.test is None and settings.test_share is None:
+        raise SettingError(
+            f"Expected test or test_share with data={settings.data}; got neither. What is measured on test records is "
+            "not protected, so which they are is for you to say. Give --test FILE, or --test-share 0.2, by which each "
+            "record's content decides."
+        )
+    return None if settings.test is None else Path(settings.test)

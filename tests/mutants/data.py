@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bugs planted in `data`: what a record, or another one, decides where only public knowledge may."""
+
+from mutants.mutant import COUPLING, LEAK, mutants_of
+
+_DATA = "src/dpquant/data"
+_TABLES, _TEXTS = "tests/data/test_tables.py", "tests/data/test_texts.py"
+
+MUTANTS = [
+    *mutants_of(
+        f"{_DATA}/tables.py",
+        _TABLES,
+        (
+            "a row that cannot be used is refused and so reported",
+            LEAK,
+            "_usable(_rows(source, columns), source.path), test",
+            "_usable(_rows(source, columns, strict=True), source.path), test",
+        ),
+        (
+            "a row that cannot be used is trained on",
+            LEAK,
+            "    targets[~readable] = nothing\n",
+            "",
+        ),
+        (
+            "the error for a test record quotes it",
+            LEAK,
+            "got another value in column {name} of record",
+            "got {columns.values[name][row]} in column {name} of record",
+        ),
+        (
+            "categories are taken from the records",
+            COUPLING,
+            "enumerate(column.values)}",
+            "enumerate(sorted(set(map(text_of, values))))}",
+        ),
+    ),
+    *mutants_of(
+        f"{_DATA}/spec.py",
+        _TABLES,
+        ("a draft of a spec is accepted", LEAK, 'if found.get("draft"):', "if False:"),
+        (
+            "numbers are not clamped to the public range",
+            COUPLING,
+            "above = min(max(value, self.low), self.high) - self.low",
+            "above = max(value, self.low) - self.low",
+        ),
+    ),
+    *mutants_of(
+        f"{_DATA}/held.py",
+        _TABLES,
+        (
+            "whether a record is for test follows from how often it was asked",
+            COUPLING,
+            '    digest = hashlib.sha256(f"dpquant test {content}".encode',
+            '    is_for_test.__dict__["n"] = is_for_test.__dict__.get("n", 0) + 1\n'
+            '    content = str(is_for_test.__dict__["n"])\n'
+            '    digest = hashlib.sha256(f"dpquant test {content}".encode',
+        ),
+    ),
+    *mutants_of(
+        f"{_DATA}/texts.py",
+        _TEXTS,
+        (
+            "a text with an unknown label is trained on",
+            LEAK,
+            "codes.get(label, UNREADABLE) if",
+            "codes.get(label, 0) if",
+        ),
+    ),
+    *mutants_of(
+        f"{_DATA}/tokens.py",
+        _TEXTS,
+        (
+            "all texts are in one bucket",
+            COUPLING,
+            "return torch.from_numpy(self._buckets[record_ids.numpy()])",
+            "return torch.zeros_like(record_ids)",
+        ),
+    ),
+]

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs on tables and texts by the command line, from a file to the record; what their losses and metrics are."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import balanced_accuracy_score
+from torch import nn
+
+from dpquant.app.cli import run
+from dpquant.data.rows import Rows
+from dpquant.data.task import UNREADABLE, Task
+from dpquant.errors import DataError, SettingError
+from dpquant.runs.evaluation import check_evaluation, loss_of, metrics, rare_metrics
+from dpquant.runs.settings import TrainSettings
+from dpquant.runs.sinks import Sink
+from dpquant.runs.sources import dataset_of
+from dpquant.runs.train import train
+from words import bert_in, tokenizer_in
+
+SPEC = """
+task = "rare positives"
+classes = ["no", "yes"]
+prior = 0.25
+
+[columns.amount]
+kind = "number"
+range = [0, 100]
+
+[columns.country]
+kind = "category"
+values = ["AT", "DE"]
+"""
+TINY = {"records": 60, "batch_size": 30.0, "noise_multiplier": 1.0, "epochs": 1, "backend": "simulate"}
+TINY |= {"policy": "all", "microbatch_size": 8, "width": 0.1}
+
+
+def as_options(settings) -> list[str]:
+    return [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def table(folder: Path) -> dict[str, object]:
+    """Write a table of 80 records and its spec, and return the settings that name them."""
+    random = np.random.default_rng(0)
+    lines = []
+    for number in range(80):
+        label, country = "yes" if number % 4 == 0 else "no", ("AT", "DE", "IT")[random.integers(3)]
+        lines.append(f"{random.integers(50) + (0 if label == 'no' else 50)},{country},{label}")
+    (folder / "t.csv").write_text("amount,country,label\n" + "\n".join(lines) + "\n")
+    (folder / "spec.toml").write_text(SPEC)
+    return {
+        "data": f"table:{folder / 't.csv'}",
+        "label_column": "label",
+        "spec": str(folder / "spec.toml"),
+        "test_share": 0.25,
+        **TINY,
+    }
+
+
+def texts(folder: Path) -> dict[str, object]:
+    """Write 60 texts and a tokenizer, and return the settings that name them."""
+    kinds = (("bad night ", "spam"), ("good day ", "ham"))
+    records = [(kinds[n % 2][0] * (1 + 5 * (n % 5)), kinds[n % 2][1]) for n in range(60)]
+    lines = [json.dumps({"text": text, "label": label}) for text, label in records]
+    for name in ("t.jsonl", "test.jsonl"):
+        (folder / name).write_text("\n".join(lines) + "\n")
+    return {
+        "data": f"text:{folder / 't.jsonl'}",
+        "text_column": "text",
+        "label_column": "label",
+        "classes": "ham,spam",
+        "tokenizer": str(tokenizer_in(folder)),
+        "max_length": 40,
+        "test": str(folder / "test.jsonl"),
+        **TINY,
+    }
+
+
+def test_a_table_is_trained_on_by_the_command_line(tmp_path, capsys):
+    settings = table(tmp_path)
+    assert run(["train", *as_options(settings), "--out", str(tmp_path / "r"), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["source"]["spec"] == SPEC and record["source"]["task"] == "rare positives"
+    assert set(record["metrics_test"]) == {
+        "accuracy",
+        "balanced_accuracy",
+        "average_precision",
+        "recall_at_1_percent_fpr",
+    }
+    assert record["accuracy_test"] == record["metrics_test"]["accuracy"]
+    weights = (tmp_path / "r" / "model.safetensors").read_bytes()
+    assert b"0.embedding.weight" in weights
+
+
+def test_a_regression_has_no_accuracy_but_an_error_in_its_own_unit(tmp_path):
+    settings = table(tmp_path)
+    text = (tmp_path / "t.csv").read_text().replace("yes", "1000").replace("no", "900")
+    (tmp_path / "t.csv").write_text(text)
+    task = 'task = "regression"\nrange = [0, 2000]\n'
+    (tmp_path / "spec.toml").write_text(task + SPEC.split("prior = 0.25\n")[1])
+    record = train(TrainSettings.chosen(settings), tmp_path / "r")
+    assert record.accuracy_test is None and 0 < record.metrics_test["mean_absolute_error"] < 1000
+    assert record.source["task"] == "regression" and record.accuracy_per_epoch == []
+
+
+def test_texts_are_trained_on_by_the_command_line(tmp_path, capsys):
+    settings = texts(tmp_path)
+    assert run(["train", *as_options(settings), "--out", str(tmp_path / "r"), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["source"]["buckets"] == [32, 40] and record["source"]["classes"] == ["ham", "spam"]
+    assert len(record["source"]["tokenizer_sha256"]) == 64
+
+
+def test_a_run_on_texts_continues_where_it_was(tmp_path):
+    settings = TrainSettings.chosen({**texts(tmp_path), "epochs": 2, "checkpoint_every": "1steps"})
+
+    class Stops(Sink):
+        def stepped(self, progress):
+            if progress.step == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, tmp_path / "r", sinks=[Stops()])
+    lines = (tmp_path / "t.jsonl").read_text()
+    (tmp_path / "t.jsonl").write_text(lines.replace("good day", "bad day", 1))
+    with pytest.raises(DataError, match="training records with which the run was begun"):
+        train(settings, tmp_path / "r", resume=True)
+    (tmp_path / "t.jsonl").write_text(lines)
+    assert train(settings, tmp_path / "r", resume=True).steps <= 4
+
+
+# Losses and metrics
+
+
+class Fixed(nn.Module):
+    """A model that returns what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return x * self.factor
+
+
+def test_rare_positives_are_learned_from_logits_shifted_by_the_declared_shares():
+    logits, targets = torch.tensor([[0.3, -0.2], [1.0, 2.0], [5.0, 1.0]]), torch.tensor([0, 1, UNREADABLE])
+    found = loss_of(Task(kind="rare positives", prior=0.1))(Fixed(), (logits, targets))
+    odds = [math.exp(-0.5) / 9, math.exp(1.0) / 9]
+    expected = [math.log1p(odds[0]), math.log1p(1 / odds[1]), 0.0]
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def test_a_regression_s_loss_is_zero_with_its_gradient_where_the_target_is_unknown():
+    model, inputs = Fixed(), torch.tensor([[0.5], [2.0]])
+    found = loss_of(Task(kind="regression"))(model, (inputs, torch.tensor([1.0, math.nan])))
+    assert found.tolist() == [0.25, 0.0]
+    assert torch.autograd.grad(found[1], model.factor)[0] == 0
+
+
+def rows(inputs, targets, readable=None):
+    ok = torch.ones(len(targets), dtype=torch.bool) if readable is None else torch.tensor(readable)
+    return Rows(torch.tensor(inputs), torch.tensor(targets), ok)
+
+
+def test_accuracies_of_a_classification():
+    scores = [[2.0, 1.0], [0.0, 1.0], [3.0, 1.0], [1.0, 5.0], [9.0, 0.0]]
+    split = rows(scores, [0, 0, 0, 1, UNREADABLE], [True, True, True, True, False])
+    found = metrics(Fixed(), split, Task())
+    assert found["accuracy"] == 3 / 5, "a record that cannot be used counts as wrong"
+    assert found["balanced_accuracy"] == balanced_accuracy_score([0, 0, 0, 1], [0, 1, 0, 1])
+
+
+def test_accuracy_of_rare_positives_takes_their_declared_share_into_account():
+    split = rows([[0.0, 1.0], [0.0, 3.0]], [0, 1])
+    assert metrics(Fixed(), split, Task(kind="rare positives", prior=0.1))["accuracy"] == 1.0
+    assert metrics(Fixed(), split, Task(kind="rare positives", prior=0.5))["accuracy"] == 0.5
+
+
+def test_recall_at_a_false_positive_rate_of_a_hundredth():
+    negatives = np.arange(200.0)  # at most two of them may score higher than a positive that is found
+    positives = np.array([197.5, 198.5, 1000.0, 3.0])
+    scores, positive = np.concatenate([negatives, positives]), np.arange(204) >= 200
+    assert rare_metrics(scores, positive)["recall_at_1_percent_fpr"] == 3 / 4
+    assert rare_metrics(scores, positive)["average_precision"] == pytest.approx((1 / 1 + 2 / 3 + 3 / 5 + 4 / 201) / 4)
+
+
+def test_an_error_of_clamped_values_in_the_targets_own_unit():
+    split = rows([[3.0], [-0.5], [0.0]], [0.5, 0.0, math.nan], [True, True, False])
+    found = metrics(Fixed(), split, Task(kind="regression", low=0, high=100))
+    assert found == {"mean_absolute_error": pytest.approx(25.0)}
+
+
+def test_a_test_set_of_one_class_is_refused_where_positives_are_rare():
+    with pytest.raises(DataError, match="both classes"):
+        check_evaluation(Fixed(), rows([[0.0, 1.0]], [0]), Task(kind="rare positives", prior=0.5))
+
+
+# Pretrained networks
+
+
+def pretrained(folder: Path) -> dict[str, object]:
+    settings = texts(folder)
+    del settings["width"]
+    return {**settings, "model": f"hf:{bert_in(folder)}"}
+
+
+def test_a_pretrained_network_is_trained_by_adapters(tmp_path):
+    pytest.importorskip("peft")
+    record = train(TrainSettings.chosen({**pretrained(tmp_path), "lora": 2}), tmp_path / "r")
+    assert any("lora_A" in layer.name for layer in record.layers) and record.accuracy_test is not None
+
+
+def test_only_named_parameters_of_a_pretrained_network_are_trained(tmp_path):
+    from safetensors.torch import load_file
+
+    settings = TrainSettings.chosen({**pretrained(tmp_path), "train_only": "*classifier*,*pooler*"})
+    before = load_file(tmp_path / "model.safetensors")
+    train(settings, tmp_path / "r")
+    found = load_file(tmp_path / "r" / "model.safetensors")
+    after = {name.removeprefix("network."): values for name, values in found.items()}
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    assert moved == {name for name in before if "classifier" in name or "pooler" in name}
+
+
+# What has to be said of a file
+
+
+def test_test_records_are_the_owner_s_choice(tmp_path):
+    settings = table(tmp_path)
+    del settings["test_share"]
+    with pytest.raises(SettingError, match="Expected test or test_share"):
+        dataset_of(TrainSettings.chosen(settings))
