@@ -114,9 +114,9 @@ def clipped_sum(
     size = MICROBATCH if microbatch_size is None else microbatch_size
     if size < 1:
         raise SettingError(f"Expected microbatch_size >= 1; got microbatch_size={microbatch_size}.")
-    routes = Routes.of(model)
-    unprepared = any(quantizable_twin(type(m)) and not routes.within(path) for path, m in model.named_modules())
-    if unprepared and not quantizable_layers(model):
+    if not quantizable_layers(model) and any(
+        quantizable_twin(type(m)) and not Routes.of(model).within(path) for path, m in model.named_modules()
+    ):
         raise ModelError("Expected a prepared model; got one without quantizable layers. Call dpquant.prepare(model).")
     record_ids = record_ids.cpu()  # which rows belong together is decided there
     objective, key = Objective(model, loss_fn), step_key(seed, step)
