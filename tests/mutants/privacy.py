@@ -389,7 +389,12 @@ MUTANTS = [
             "float(event.noise_multiplier)] += event.count",
             'float(event.noise_multiplier)] += event.count * (event.kind == "train")',
         ),
-        ("epsilon is that of ten times delta", ACCOUNTING, "get_epsilon(delta)))", "get_epsilon(10 * delta)))"),
+        (
+            "epsilon is that of ten times delta",
+            ACCOUNTING,
+            "releases)).get_epsilon(delta)))",
+            "releases)).get_epsilon(10 * delta)))",
+        ),
         (
             "the sample rate is a twentieth too low",
             ACCOUNTING,

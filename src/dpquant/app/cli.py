@@ -27,6 +27,7 @@ from dpquant.app.console import (
     print_bench,
     print_budget,
     print_comparison,
+    print_meaning,
     print_run,
 )
 from dpquant.app.options import (
@@ -45,6 +46,8 @@ from dpquant.app.options import (
 from dpquant.app.verbs.audit import audit
 from dpquant.app.verbs.check_model import check_model
 from dpquant.app.verbs.export import export
+from dpquant.app.verbs.total import total
+from dpquant.app.verbs.verify import verify
 from dpquant.errors import DivergedError, DPQuantError, LedgerError, SettingError, StoppedError
 from dpquant.runs.place import Place
 from dpquant.runs.settings import TrainSettings, plan_of
@@ -65,6 +68,8 @@ app = typer.Typer(
 app.command("check-model")(check_model)
 app.command("export")(export)
 app.command("audit")(audit)
+app.command("verify")(verify)
+app.command("total")(total)
 
 
 class _Interrupted(Exception):
@@ -156,16 +161,19 @@ def plan(given: dict[str, Any], config: Config = None, as_json: Json = False) ->
 
     With --json: epsilon (of all that is planned), delta, noise_multiplier, sample_rate, expected_batch_size, steps,
     epochs, max_grad_norm and analysis_share (the part of epsilon that the analyses cost), all numbers; noise, a word;
-    and analysis: null, or count, sample_rate, expected_batch_size, noise_multiplier, max_norm, repeats and score (a
-    word).
+    analysis: null, or count, sample_rate, expected_batch_size, noise_multiplier, max_norm, repeats and score (a
+    word); records_per_person and epsilon_per_person, null if not given; and meaning: null, or attacks (a list of
+    false_positive_rate, true_positive_rate and from_epsilon_alone), even_odds and mu.
 
     Example: dpquant plan --data fashion-mnist --epsilon 3 --epochs 25
     """
-    budget = plan_of(settings_of(given, config))
+    settings = settings_of(given, config)
+    budget = plan_of(settings)
     if as_json:
         print(budget.to_json(), end="")
     else:
         print_budget(Console(), budget)
+        print_meaning(Console(), budget, settings.public_records)
 
 
 @app.command()

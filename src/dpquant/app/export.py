@@ -12,7 +12,6 @@ Privacy: post-processing of what the run has released.
 """
 
 import dataclasses
-import hashlib
 import html
 import json
 import os
@@ -28,10 +27,12 @@ from dpquant.errors import DataError, LedgerError, SettingError
 from dpquant.privacy.disk import DISK, Disk
 from dpquant.privacy.events import NEIGHBOURS, PUBLIC
 from dpquant.privacy.plan import rounded_up
+from dpquant.runs.description import ModelDescription
 from dpquant.runs.names import (
     CHECKPOINTS,
     CHOICES,
     CONFIG,
+    DESCRIPTION,
     LEDGER,
     METRICS,
     MODEL,
@@ -41,8 +42,9 @@ from dpquant.runs.names import (
     TIMINGS,
 )
 from dpquant.runs.place import Place
-from dpquant.runs.record import NOT_FOR_RELEASE, RunRecord
+from dpquant.runs.record import RunRecord, sha256
 from dpquant.runs.settings import TrainSettings
+from dpquant.runs.timings import NOT_FOR_RELEASE
 
 STATEMENT, SPENT, SUMS = "statement.txt", "ledger.json", "SHA256SUMS"
 _ROUND_OFF = 1e-6  # of epsilon, which versions of the accountant compute slightly differently
@@ -51,6 +53,7 @@ _COPIED = {
     MODEL: "parameters and buffers after the last epoch",
     RECORD: "all numbers of the run, without folders of this machine and training accuracy",
     CONFIG: "all settings, without folders of this machine",
+    DESCRIPTION: "what is needed to use the model: classes, shape of an input, normalisation",
     STATEMENT: "the privacy statement",
     SPENT: "what the ledger has charged, epsilon, and the hash of its last line",
     REPORT: "the report, as it was made",
@@ -145,6 +148,8 @@ def export(run: Path, folder: Path, *, disk: Disk = DISK) -> Export:
         STATEMENT: record.statement.rstrip("\n") + "\n",
         SPENT: _summary(spent),
     }
+    if (run / DESCRIPTION).exists():  # runs of schema 3 and earlier have none
+        texts[DESCRIPTION] = ModelDescription.read(run / DESCRIPTION).to_json()
     left = {path.name: _LEFT.get(path.name, _UNKNOWN) for path in sorted(run.iterdir())}
     for name in (MODEL, *texts):
         left.pop(name, None)
@@ -286,6 +291,4 @@ def _write(model: Path, texts: Mapping[str, str], folder: Path, disk: Disk) -> l
 
 
 def _copied(path: Path) -> Copied:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Copied(name=path.name, what=_COPIED[path.name], bytes=path.stat().st_size, sha256=digest)
+    return Copied(name=path.name, what=_COPIED[path.name], bytes=path.stat().st_size, sha256=sha256(path))

@@ -44,7 +44,7 @@ def with_settings(verb: Callable[..., None]) -> Callable[..., None]:
     own_names = {p.name for p in parameters}
     hints = typing.get_type_hints(TrainSettings)
     for field in dataclasses.fields(TrainSettings):
-        if field.name in own_names:
+        if field.name in own_names or not field.metadata["option"]:
             continue
         plain = hints[field.name]
         shown = _default_shown(field)

@@ -14,7 +14,8 @@ from pathlib import Path
 from torch import Tensor
 
 from dpquant.errors import DataError
-from dpquant.runs.record import NOT_FOR_RELEASE, write_whole
+from dpquant.runs.record import write_whole
+from dpquant.runs.timings import NOT_FOR_RELEASE
 from dpquant.training.records import MapDataset
 
 _COMPARED = 64  # records, evenly spaced
