@@ -33,7 +33,7 @@ MUTANTS = [
         (
             "the folder of the records is exported",
             LEAK,
-            "dataset=_unplaced(record.dataset),",
+            "dataset=unplaced(record.dataset),",
             "dataset=record.dataset,",
             f"{_EXPORT}::test_an_export_holds_what_is_released_with_its_sums",
         ),

@@ -22,7 +22,6 @@ from typer.exceptions import TyperException
 
 from dpquant.app.console import (
     ProgressBar,
-    print_account,
     print_assessment,
     print_bench,
     print_budget,
@@ -36,6 +35,7 @@ from dpquant.app.options import (
     WRONG_RESULT,
     Config,
     Json,
+    NoReport,
     Out,
     command_line,
     refuse,
@@ -46,9 +46,11 @@ from dpquant.app.options import (
 from dpquant.app.verbs.audit import audit
 from dpquant.app.verbs.check_model import check_model
 from dpquant.app.verbs.export import export
+from dpquant.app.verbs.ledger import ledger
+from dpquant.app.verbs.report import report
 from dpquant.app.verbs.total import total
 from dpquant.app.verbs.verify import verify
-from dpquant.errors import DivergedError, DPQuantError, LedgerError, SettingError, StoppedError
+from dpquant.errors import DivergedError, DPQuantError, SettingError, StoppedError
 from dpquant.runs.place import Place
 from dpquant.runs.settings import TrainSettings, plan_of
 
@@ -68,6 +70,8 @@ app = typer.Typer(
 app.command("check-model")(check_model)
 app.command("export")(export)
 app.command("audit")(audit)
+app.command("ledger")(ledger)
+app.command("report")(report)
 app.command("verify")(verify)
 app.command("total")(total)
 
@@ -183,6 +187,7 @@ def train(
     config: Config = None,
     out: Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in OUT, if there is one.")] = False,
+    no_report: NoReport = False,
     as_json: Json = False,
 ) -> None:
     """Train a model privately, layers rotating through low precision. Without options: handwritten digits, offline.
@@ -196,21 +201,25 @@ def train(
         raise SettingError("Expected out with resume; got none. It names the run. Give --out RUN.")
     name = settings.data.rsplit("/", 1)[-1].replace(":", "-")
     folder = out or Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{name}"
-    _train(settings, folder, resume=resume, as_json=as_json)
+    _train(settings, folder, resume=resume, no_report=no_report, as_json=as_json)
 
 
 @app.command()
-def resume(run: Annotated[Path, typer.Argument(help="directory of the run")], as_json: Json = False) -> None:
+def resume(
+    run: Annotated[Path, typer.Argument(help="directory of the run")],
+    no_report: NoReport = False,
+    as_json: Json = False,
+) -> None:
     """Continue a run that was stopped or killed, from its newest checkpoint, with the settings in its directory.
 
     What was charged stays charged: steps after the checkpoint are lost, and epsilon does not exceed the plan's.
 
     Example: dpquant resume runs/fashion
     """
-    _train(Place(run).settings(), run, resume=True, as_json=as_json)
+    _train(Place(run).settings(), run, resume=True, no_report=no_report, as_json=as_json)
 
 
-def _train(settings: TrainSettings, folder: Path, *, resume: bool, as_json: bool) -> None:
+def _train(settings: TrainSettings, folder: Path, *, resume: bool, no_report: bool, as_json: bool) -> None:
     """Train into a run directory and print the result."""
     place = Place(folder)
     with place.taken(settings, resume=resume):  # before torch is imported: a run killed meanwhile can be continued
@@ -225,6 +234,10 @@ def _train(settings: TrainSettings, folder: Path, *, resume: bool, as_json: bool
         except KeyboardInterrupt as interrupt:
             budget = plan_of(settings)
             raise _Interrupted(charged(folder / LEDGER, budget).told(budget)) from interrupt
+    if not no_report:
+        from dpquant.app.report import write_report
+
+        write_report(folder)
     if as_json:
         print(record.to_json(), end="")
         return
@@ -302,35 +315,6 @@ def compare(
         print(comparison.to_json(), end="")
     else:
         print_comparison(Console(), comparison, folder)
-
-
-@app.command()
-def ledger(
-    runs: Annotated[list[Path], typer.Argument(help="run directories or ledger files, on the same data")],
-    delta: Annotated[float | None, typer.Option(help="at which epsilon is stated [that of the plans]")] = None,
-    as_json: Json = False,
-) -> int:
-    """Verify the ledgers of runs and print what each has spent; of several, also what all have spent together.
-
-    Exit code 1: a ledger is not as it was written. A torn last line is no error: nothing was done under it.
-
-    With --json: epsilon, delta, steps, analyses, attempts, research (true: a seed was given, not private) of all runs
-    together; head, the hash of a single ledger's last line; and runs, a list with the same of each run, its events, its
-    planned_epsilon, format, run, dpquant and torn_bytes.
-
-    Example: dpquant ledger runs/fashion
-    """
-    from dpquant.app.spent import account
-
-    try:
-        found = account(runs, delta)
-    except LedgerError as error:
-        return refuse(str(error), WRONG_RESULT)
-    if as_json:
-        print(found.to_json(), end="")
-    else:
-        print_account(Console(), found)
-    return 0
 
 
 @app.command()

@@ -190,12 +190,7 @@ def print_total(console: Console, found: "Total") -> None:
     for path, spent in found.account.runs.items():
         table.add_row(str(path), rounded_up(spent.epsilon), f"{spent.count('train')}", f"{spent.count('analysis')}")
     console.print(table, highlight=False)
-    together = found.account.together
-    lines = [f"\nTogether: epsilon = {rounded_up(together.epsilon)} at delta = {together.delta:g}."]
-    lines += [] if found.meaning is None else [found.meaning.told]
-    lines += ["NOT PRIVATE: sampling or noise of a run came from a given seed."] if together.research else []
-    lines.append("This holds for people who have one record in each run's data. Runs that only tuned settings count.")
-    console.print("\n".join([*lines, *(f"Note: {note}." for note in found.notes)]), markup=False, highlight=False)
+    console.print(f"\n{found.told} Runs that only tuned settings count.", markup=False, highlight=False)
 
 
 def print_verification(console: Console, found: "Verification") -> None:

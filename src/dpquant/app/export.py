@@ -209,10 +209,10 @@ def _spent(run: Path, record: RunRecord) -> Account:
 
 def _public(settings: TrainSettings) -> TrainSettings:
     """Return the settings without folders of this machine."""
-    return dataclasses.replace(settings, data=_unplaced(settings.data), data_dir=None, choices=None)
+    return dataclasses.replace(settings, data=unplaced(settings.data), data_dir=None, choices=None)
 
 
-def _unplaced(data: str) -> str:
+def unplaced(data: str) -> str:
     """Return a data set's name without the folder in which it lies."""
     kind, prefix, path = data.partition(":")
     return f"{kind}{prefix}{Path(path).name}" if prefix else data
@@ -223,7 +223,7 @@ def _without_folders(record: RunRecord, settings: TrainSettings) -> tuple[RunRec
     public = dataclasses.replace(
         record,
         command=f"dpquant train --config {CONFIG}",
-        dataset=_unplaced(record.dataset),
+        dataset=unplaced(record.dataset),
         per_epoch=[dataclasses.replace(epoch, nonprivate_accuracy_train=None) for epoch in record.per_epoch],
     )
     places = [record.command, settings.data_dir, settings.choices]

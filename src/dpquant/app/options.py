@@ -23,6 +23,8 @@ INTERRUPTED = 130
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")]
 
+NoReport = Annotated[bool, typer.Option("--no-report", help="Do not write report.html at the end.")]
+
 
 def refuse(message: str, code: int = BAD_INPUT) -> int:
     """Print one error line on standard error, and return the exit code."""

@@ -20,6 +20,7 @@ from dpquant.privacy.entries import Contents
 from dpquant.privacy.events import Event, merged
 from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.meaning import Meaning, meaning_of
+from dpquant.privacy.plan import rounded_up
 from dpquant.runs.names import LEDGER
 
 
@@ -161,6 +162,18 @@ class Total:
     account: Account
     meaning: Meaning | None
     notes: list[str]
+
+    @property
+    def told(self) -> str:
+        """The total in words."""
+        together = self.account.together
+        lines = [
+            f"Whoever sees all of these runs: epsilon = {rounded_up(together.epsilon)} at delta = {together.delta:g}, "
+            "for people who have one record in each run's data."
+        ]
+        lines += [] if self.meaning is None else [self.meaning.told]
+        lines += ["NOT PRIVATE: sampling or noise of a run came from a given seed."] if together.research else []
+        return " ".join([*lines, *(f"Note: {note}." for note in self.notes)])
 
     def to_json(self) -> str:
         """Return the total as JSON."""
