@@ -17,14 +17,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dpquant.app.cli import run as command
-from dpquant.app.export import SPENT, STATEMENT, SUMS, export
+from dpquant.app.export import STATEMENT, SUMS, export
 from dpquant.errors import SettingError
 from dpquant.privacy.disk import Disk
 from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.noise import NoiseSource
 from dpquant.runs.directory import RunDirectory
 from dpquant.runs.evaluation import per_example_loss
-from dpquant.runs.names import CONFIG, DESCRIPTION, LEDGER, MODEL, RECORD, REPORT, TIMINGS
+from dpquant.runs.names import CONFIG, DESCRIPTION, LEDGER, MODEL, RECORD, REPORT, SPENT, TIMINGS
 from dpquant.runs.record import RunRecord
 from dpquant.runs.settings import TrainSettings, from_toml
 from dpquant.runs.timings import NOT_FOR_RELEASE

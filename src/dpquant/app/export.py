@@ -39,6 +39,7 @@ from dpquant.runs.names import (
     RECORD,
     RECORDS,
     REPORT,
+    SPENT,
     TIMINGS,
 )
 from dpquant.runs.place import Place
@@ -46,7 +47,7 @@ from dpquant.runs.record import RunRecord, sha256
 from dpquant.runs.settings import TrainSettings
 from dpquant.runs.timings import NOT_FOR_RELEASE
 
-STATEMENT, SPENT, SUMS = "statement.txt", "ledger.json", "SHA256SUMS"
+STATEMENT, SUMS = "statement.txt", "SHA256SUMS"
 _ROUND_OFF = 1e-6  # of epsilon, which versions of the accountant compute slightly differently
 
 _COPIED = {

@@ -21,10 +21,11 @@ from typing import Any
 from dpquant.errors import DPQuantError, LedgerError, SettingError
 from dpquant.privacy import accounting
 from dpquant.privacy.entries import Contents
+from dpquant.privacy.events import Event
 from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.plan import rounded_up
 from dpquant.runs.description import ModelDescription
-from dpquant.runs.names import CONFIG, DESCRIPTION, LEDGER, METRICS, MODEL, RECORD, REPORT
+from dpquant.runs.names import CONFIG, DESCRIPTION, LEDGER, METRICS, MODEL, RECORD, REPORT, SPENT
 from dpquant.runs.place import Place
 from dpquant.runs.provenance import PlanRecord
 from dpquant.runs.record import RunRecord, metrics_line, sha256
@@ -116,15 +117,18 @@ def _shown(value: Any) -> str:
 
 def _ledger_and_epsilon(run: Path, record: RunRecord) -> Iterator[Finding]:
     """Verify the chain, and what follows from it."""
+    exported = not (run / LEDGER).is_file() and (run / SPENT).is_file()
     try:
-        if not (run / LEDGER).is_file():
-            raise LedgerError(f"{run} holds no {LEDGER}; without it no epsilon can be stated. Restore it from a copy")
-        contents = Ledger.verify(run / LEDGER)
+        contents = _summary(run / SPENT) if exported else _lines(run)
     except LedgerError as error:
         yield Finding(what="ledger: chain of hashes", holds=False, detail=str(error))
         return
     yield Finding(
-        what="ledger: chain of hashes", holds=True, detail=f"{contents.num_lines} lines, head {contents.head}"
+        what="ledger: summary of an export" if exported else "ledger: chain of hashes",
+        holds=True,
+        detail=f"its lines stay with the operator, head {contents.head}"
+        if exported
+        else f"{contents.num_lines} lines, head {contents.head}",
     )
     if record.ledger is not None:
         yield _equal("ledger: head", record.ledger.head, contents.head, LEDGER)
@@ -145,6 +149,34 @@ def _ledger_and_epsilon(run: Path, record: RunRecord) -> Iterator[Finding]:
         yield Finding(
             what="statement", holds=False, detail="the ledger has charges of a known seed, and it is not NOT PRIVATE"
         )
+
+
+def _lines(run: Path) -> Contents:
+    """Return what a run's ledger says, every line of it verified; raise a LedgerError if it is not there."""
+    if not (run / LEDGER).is_file():
+        raise LedgerError(
+            f"Expected the ledger of the run; got {run}, which holds no {LEDGER}. Without it no epsilon can be stated. "
+            "Restore it from a copy."
+        )
+    return Ledger.verify(run / LEDGER)
+
+
+def _summary(path: Path) -> Contents:
+    """Return what an export says of its run's ledger; raise a LedgerError if it cannot be read."""
+    try:
+        fields = json.loads(path.read_text())
+        events = [Event(**event) for event in fields["events"]]
+        return Contents(
+            format=fields["format"],
+            run=fields["run"],
+            head=fields["head"],
+            events=events,
+            research=fields["research"],
+        )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise LedgerError(
+            f"Expected {path} to say what a ledger has charged; got {type(error).__name__}. Restore it from a copy."
+        ) from error
 
 
 def _counted(events: Any) -> list[str]:
