@@ -32,7 +32,7 @@ MUTANTS = [
     *mutants_of(
         "src/dpquant/app/report.py",
         f"{_REPORT}::test_a_report_is_of_its_record_and_leaves_out_what_is_redacted",
-        ("a redacted report names the command", LEAK, 'record, command="", dataset', "record, dataset"),
+        ("a redacted report holds the settings", LEAK, "None if redact or not (run", "None if not (run"),
     ),
     *mutants_of(
         "src/dpquant/app/spent.py",
