@@ -303,6 +303,7 @@ ONE_BY_ONE = {
     "train: out of 300 characters": Bad(f"train --out {'x' * 300}", "xxx: File name too long"),
     "train: out among the system's": Bad("train --out /proc/dpquant", "got out=/proc/dpquant"),
     "compare: out of no name": Bad("compare --out ''", "got an empty one"),
+    "audit: out of no name": Bad("audit r --out ''", "got an empty one"),
     "compare: out is a file": Bad(f"{COMPARE} --out r", "got out=r", file("r", "mine")),
     "bench: out is a folder": Bad("bench --out r", "got out=r", folder("r")),
     "bench: out in a folder that is not there": Bad("bench --out no/where.json", "got out=no/where.json"),

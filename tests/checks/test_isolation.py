@@ -274,7 +274,7 @@ def test_a_trial_packs_a_weight_anew_once_it_has_changed(how):
 def test_a_trial_packs_a_weight_once_while_it_stays():
     step = TrialStep(key=0)
     assert torch.equal(*losses_before_and_after(step, lambda weight: None))
-    assert len(step._packed) == 1
+    assert [len(cache.packed) for cache in step._weights.values()] == [1]
 
 
 # At the run's own size.

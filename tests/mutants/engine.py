@@ -11,6 +11,7 @@ _LOOP = f"{_CLIP}::test_the_sum_is_that_of_a_loop_over_single_examples"
 _DRAWS = f"{_CLIP}::test_a_record_that_leaves_moves_no_other_s_draws"
 _COUPLINGS = "tests/checks/test_couplings.py"
 _ISOLATION = "tests/checks/test_isolation.py"
+_FROZEN = "tests/engine/test_frozen.py"
 
 MUTANTS = [
     *mutants_of(
@@ -324,8 +325,26 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
+        f"{_ENGINE}/weight_cache.py",
+        _FROZEN,
+        (
+            "a frozen weight that was written to is used as it was",
+            COUPLING,
+            "if state != self._state:",
+            "if self._state is None:",
+            f"{_FROZEN}::test_a_frozen_weight_that_changes_is_packed_anew",
+        ),
+    ),
+    *mutants_of(
         f"{_ENGINE}/context.py",
         _CLIP,
+        (
+            "trained weights are rounded as frozen ones",
+            SECRET,
+            "return self.key if self.trains(layer.weight) else _FROZEN_KEY",
+            "return _FROZEN_KEY",
+            f"{_FROZEN}::test_a_weight_that_is_frozen_later_or_trained_again_is_rounded_as_such",
+        ),
         (
             "rounding draws follow the place in the batch",
             COUPLING,

@@ -3,37 +3,19 @@
 
 import dataclasses
 
-from torch import Tensor, nn
-
-from dpquant.backends.interface import PackedWeight
 from dpquant.engine.context import StepContext
 from dpquant.engine.layers import QuantizableLayer
-from dpquant.formats import Recipe
+from dpquant.engine.weight_cache import WeightCache
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class TrialStep(StepContext):
     """A step context that packs a weight anew when the layer has another one, or when it was written to.
 
-    A step of a run packs a weight once, whatever happens to it during the step. A check must not: a model that sets
-    its weights from its input would go unseen. Writing through `.data` is not noticed here, so the comparisons in full
-    precision take a new `StepContext` for every pass.
+    A step of a run packs a trainable weight once, whatever happens to it during the step. A check must not: a model
+    that sets its weights from its input would go unseen. Writing through `.data` is not noticed here, so the
+    comparisons in full precision take a new `StepContext` for every pass.
     """
 
-    _packed_from: dict[nn.Module, tuple[int, int]] = dataclasses.field(default_factory=dict)
-
-    def dense_weight(self, layer: QuantizableLayer, weight: Tensor, size: tuple[int, int]) -> Tensor:
-        self._forget_if_changed(layer)
-        return super().dense_weight(layer, weight, size)
-
-    def packed_weight(
-        self, layer: QuantizableLayer, recipe: Recipe, size: tuple[int, int], *, side: str
-    ) -> PackedWeight:
-        self._forget_if_changed(layer)
-        return super().packed_weight(layer, recipe, size, side=side)
-
-    def _forget_if_changed(self, layer: QuantizableLayer) -> None:
-        now = layer.weight.data_ptr(), layer.weight._version
-        if self._packed_from.setdefault(layer, now) != now:
-            self.forget(layer)
-            self._packed_from[layer] = now
+    def cache(self, layer: QuantizableLayer) -> WeightCache:
+        return super().cache(layer).of(layer.weight)

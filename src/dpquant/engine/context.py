@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The context of one logical step: rounding key, current record ids, gradient tape and the cache of packed weights.
+"""The context of one logical step: rounding key, current record ids, gradient tape and the caches of packed weights.
 
 `layers.running` attaches the context to the layers of a model.
 """
@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dpquant.backends.geometry import Geometry
 from dpquant.backends.interface import PackedWeight
 from dpquant.backends.qtensor import QTensor
 from dpquant.engine.clock import Clock
 from dpquant.engine.contributions import Materialised
+from dpquant.engine.weight_cache import WeightCache
 from dpquant.formats import Recipe, RoleFormat
 from dpquant.rounding import derive_key, row_keys
 
 if TYPE_CHECKING:
     from dpquant.engine.layers import QuantizableLayer
+
+_FROZEN_KEY = 0  # of the rounding draws of frozen weights, which are public
 
 Twin = TypeVar("Twin", bound=nn.Module)
 
@@ -40,12 +42,19 @@ class Tape(Protocol):
     anchor: Tensor  # a scalar that requires a gradient, so that backward reaches layers whose parameters are detached
     listening: bool  # False while a module is evaluated again outside the model's forward pass
 
+    def takes(self, parameter: Tensor | None) -> bool:
+        """Return whether per-example gradients of a parameter are wanted: it is trained."""
+        ...
+
     def add(self, parameter: Tensor, contribution: Materialised) -> None:
         """Take the per-example gradients of a parameter from one call of its module."""
         ...
 
-    def record(self, layer: "QuantizableLayer", x: Tensor | QTensor, g: Tensor | QTensor, grad: Tensor) -> None:
-        """Take the operands of one call: weight gradient scale_i sum_t g_it x_it^T, bias gradient sum_t grad_it."""
+    def record(self, layer: "QuantizableLayer", x: Tensor | QTensor | None, g: Tensor | QTensor, grad: Tensor) -> None:
+        """Take the operands of one call: weight gradient scale_i sum_t g_it x_it^T, bias gradient sum_t grad_it.
+
+        x is None if the weight is frozen.
+        """
         ...
 
 
@@ -104,9 +113,7 @@ class StepContext:
     replay: Replay | None = None
     clock: Clock | None = None
     phase: Literal["forward", "backward"] | None = None
-    _weights: dict[tuple[nn.Module, RoleFormat, str], QTensor] = dataclasses.field(default_factory=dict)
-    _dense_weights: dict[tuple[nn.Module, Geometry], Tensor] = dataclasses.field(default_factory=dict)
-    _packed: dict[tuple[nn.Module, Recipe, str, Geometry], PackedWeight] = dataclasses.field(default_factory=dict)
+    _weights: dict[nn.Module, WeightCache] = dataclasses.field(default_factory=dict)
     _calls: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
     def begin(self, record_ids: Tensor) -> None:
@@ -130,17 +137,34 @@ class StepContext:
             self.record_ids = self.record_ids.to(device, non_blocking=True)
         return row_keys(derive_key(self.key, layer.name, role, call), self.record_ids)
 
+    def trains(self, parameter: Tensor | None) -> bool:
+        """Return whether gradients of a layer's parameter are wanted. None, a bias that is not there, has none."""
+        if self.tape is not None:  # which has detached the parameters
+            return self.tape.takes(parameter)
+        return parameter is not None and parameter.requires_grad
+
+    def weight_key(self, layer: "QuantizableLayer") -> int:
+        """Return the key of the draws that round the layer's weight: the step's, or one for a whole run if frozen."""
+        return self.key if self.trains(layer.weight) else _FROZEN_KEY
+
+    def cache(self, layer: "QuantizableLayer") -> WeightCache:
+        """Return the forms of the layer's weight: for this step or, of a frozen weight, for the run."""
+        if self.trains(layer.weight):
+            return self._weights.setdefault(layer, WeightCache())
+        return layer.frozen.of(layer.weight)
+
     def dense_weight(self, layer: "QuantizableLayer", weight: Tensor, size: tuple[int, int]) -> Tensor:
-        """Return the weight cropped for inputs of `size`, `(O, C / G, *taps)`, channels last; cached for the step."""
+        """Return the weight cropped for inputs of `size`, `(O, C / G, *taps)`, channels last; cached."""
         geometry, taps = layer.geometry.cropped(size)
-        if (layer, geometry) not in self._dense_weights:
-            self._dense_weights[layer, geometry] = weight[:, :, *taps].contiguous(memory_format=torch.channels_last)
-        return self._dense_weights[layer, geometry]
+        dense = self.cache(layer).dense
+        if geometry not in dense:
+            dense[geometry] = weight[:, :, *taps].contiguous(memory_format=torch.channels_last)
+        return dense[geometry]
 
     def packed_weight(
         self, layer: "QuantizableLayer", recipe: Recipe, size: tuple[int, int], *, side: str
     ) -> PackedWeight:
-        """Return the layer's quantized weight, packed for inputs of `size`; cached for the whole step.
+        """Return the layer's quantized weight, packed for inputs of `size`; cached.
 
         Args:
           layer: the layer whose weight is packed.
@@ -151,21 +175,15 @@ class StepContext:
         """
         kept = side if recipe.weight.per_channel else ""
         geometry, taps = layer.geometry.cropped(size)
-        if (layer, recipe, kept, geometry) not in self._packed:
+        packed = self.cache(layer).packed
+        if (recipe, kept, geometry) not in packed:
             weight = self._quantized_weight(layer, recipe.weight, kept)
             cropped = weight.rearranged(lambda part: part[:, :, *taps].contiguous())
-            packed = layer.backend.pack(cropped, geometry, max_code=recipe.max_code)
-            self._packed[layer, recipe, kept, geometry] = packed
-        return self._packed[layer, recipe, kept, geometry]
-
-    def forget(self, layer: "QuantizableLayer") -> None:
-        """Forget the layer's packed weights: its weight has changed."""
-        caches: list[dict[Any, Any]] = [self._weights, self._dense_weights, self._packed]
-        for cache in caches:
-            for key in [key for key in cache if key[0] is layer]:
-                del cache[key]
+            packed[recipe, kept, geometry] = layer.backend.pack(cropped, geometry, max_code=recipe.max_code)
+        return packed[recipe, kept, geometry]
 
     def _quantized_weight(self, layer: "QuantizableLayer", role: RoleFormat, kept: str) -> QTensor:
-        if (layer, role, kept) not in self._weights:
-            self._weights[layer, role, kept] = layer.quantize_weight(self, role, kept)
-        return self._weights[layer, role, kept]
+        quantized = self.cache(layer).quantized
+        if (role, kept) not in quantized:
+            quantized[role, kept] = layer.quantize_weight(self, role, kept)
+        return quantized[role, kept]

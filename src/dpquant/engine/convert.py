@@ -36,7 +36,7 @@ _VECTOR_GROUP = 16  # channels per group where a channel may be one value; `data
 _TOO_FEW = 2  # normalising vectors of at most this many channels leaves only signs
 _CHOICES = ("group", "freeze")
 _PLAIN = {QuantConv2d: nn.Conv2d, QuantLinear: nn.Linear, TapedGroupNorm: nn.GroupNorm}
-_OF_TWINS = ("name", "backend", "chosen", "precision", "current", "tape")  # attributes that torch's layers lack
+_OF_TWINS = ("name", "backend", "chosen", "precision", "current", "frozen", "tape")  # what torch's layers lack
 
 
 class FrozenBatchNorm(nn.Module):

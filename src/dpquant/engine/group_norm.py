@@ -41,7 +41,8 @@ class TapedGroupNorm(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.records(input) or (self._runs_native(input) and not torch.is_grad_enabled()):
-            anchor = self.tape.anchor if self.tape is not None else None
+            trained = self.tape is not None and (self.tape.takes(self.weight) or self.tape.takes(self.bias))
+            anchor = self.tape.anchor if self.tape is not None and trained else None
             return cast(Tensor, _GroupNorm.apply(input, self.weight, self.bias, anchor, self, self.tape))
         return super().forward(input)
 

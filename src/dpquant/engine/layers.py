@@ -9,7 +9,8 @@ arXiv 2509.03472), except those that its precision keeps in float32:
     dgrad     gx_i = s(g_i) s(W) conv_transpose(code(g_i), code(W))
     wgrad     G_i  = s(g_i) s(x_i) sum_t code(g_it) code(x_it)^T
 
-x is quantized once, and its codes are kept for wgrad. W is quantized once per logical step. g is quantized once, for
+x is quantized once, and its codes are kept for wgrad. W is quantized once per logical step, or once per run if it is
+frozen; a frozen weight's wgrad is not formed and codes for it are not kept. g is quantized once, for
 both dgrad and wgrad. Only if two products use an operand in different formats, it is quantized once per format: with
 `mxfp4`, x and g have codes in blocks for forward and dgrad, and int8 codes with one scale per example for wgrad. The
 bias gradient is the sum of the output gradient before quantization. Scales of x and g are taken per example, never over
@@ -40,6 +41,7 @@ from dpquant.backends.registry import resolve
 from dpquant.engine.context import StepContext, twin_of
 from dpquant.engine.group_norm import TapedGroupNorm
 from dpquant.engine.products import Convolution, RowProducts, timed
+from dpquant.engine.weight_cache import WeightCache
 from dpquant.errors import ModelError, SettingError, expect
 from dpquant.formats import FULL_PRECISION, Precision, Recipe, RoleFormat, precision
 from dpquant.rounding import derive_key, row_keys
@@ -56,6 +58,7 @@ class QuantizableLayer(nn.Module):
       chosen: the precision of the layer when a policy selects it (`set_policy`).
       precision: the current precision.
       current: the step context in which the layer runs; None = an ordinary layer.
+      frozen: forms of the layer's weight that outlive a step, used while it is frozen.
     """
 
     weight: Tensor
@@ -65,6 +68,7 @@ class QuantizableLayer(nn.Module):
     chosen: Precision
     precision: Precision
     current: StepContext | None
+    frozen: WeightCache
 
     @property
     def quantized(self) -> bool:
@@ -90,7 +94,9 @@ class QuantizableLayer(nn.Module):
         weight = swap_in_out(weight, self.geometry.groups) if kept == "input" else weight
         rows = weight.flatten(1) if kept else weight.reshape(1, -1)
         rows = weight if role.blocks is not None else rows  # maps: a block is channels of one tap
-        keys = row_keys(derive_key(run.key, self.name, "weight"), torch.arange(len(rows), device=weight.device))
+        keys = row_keys(
+            derive_key(run.weight_key(self), self.name, "weight"), torch.arange(len(rows), device=weight.device)
+        )
         q = quantize_rows(rows, role, keys).rearranged(lambda part: part.view(weight.shape))
         return q.rearranged(lambda part: swap_in_out(part, self.geometry.groups)) if kept == "input" else q
 
@@ -115,7 +121,8 @@ class QuantizableLayer(nn.Module):
             )
         if run.replay is not None and (stored := run.replay.stored()) is not None:
             return stored
-        anchor = run.tape.anchor if run.tape is not None else None
+        trained = run.trains(self.weight) or run.trains(self.bias)
+        anchor = run.tape.anchor if run.tape is not None and trained else None
         function = products if run.clock is None else timed(products)
         y = cast(Tensor, function.apply(x, weight, self.bias, anchor, self, run))
         if run.replay is not None:
@@ -222,7 +229,7 @@ def prepare(
                 setattr(parent, child_name, twins[child])
     model = twins.get(model, model)
     for name, layer in quantizable_layers(model).items():
-        layer.name, layer.chosen, layer.backend = name, chosen, resolved
+        layer.name, layer.chosen, layer.backend, layer.frozen = name, chosen, resolved, WeightCache()
     return model
 
 

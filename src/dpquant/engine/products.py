@@ -32,10 +32,12 @@ class Convolution(torch.autograd.Function):
         ctx.size = x.shape[2:]
         ctx.geometry = geometry = layer.geometry.cropped(ctx.size)[0]
         recipe, dgrad, wgrad = ctx.precision.recipes
+        ctx.trains = run.trains(layer.weight)
+        wgrad = wgrad if ctx.trains else None
         codes, ctx.x = _codes(ctx, "activation", x, recipe, wgrad)
         if recipe is None or dgrad is None:
             weight = run.dense_weight(layer, weight, ctx.size)
-        ctx.save_for_backward(x if wgrad is None else None, weight if dgrad is None else None)
+        ctx.save_for_backward(x if ctx.trains and wgrad is None else None, weight if dgrad is None else None)
         if recipe is None:
             y = convolved(x, weight, bias, geometry)
         else:
@@ -48,7 +50,8 @@ class Convolution(torch.autograd.Function):
         _check_differentiating(run)
         grad_x = grad_weight = grad_bias = None
         (x, weight), recipe = ctx.saved_tensors, ctx.precision.dgrad
-        codes, g = _codes(ctx, "gradient", grad, recipe if ctx.needs_input_grad[0] else None, ctx.precision.wgrad)
+        wgrad = ctx.precision.wgrad if ctx.trains else None
+        codes, g = _codes(ctx, "gradient", grad, recipe if ctx.needs_input_grad[0] else None, wgrad)
         x, g = ctx.x or x, g or grad
         if ctx.needs_input_grad[0] and codes is None:
             grad_x = input_gradient(grad, weight, ctx.geometry, ctx.size)
@@ -73,8 +76,8 @@ class RowProducts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, anchor, layer: "QuantizableLayer", run: StepContext):
-        ctx.layer, ctx.run = layer, run
-        ctx.save_for_backward(x, weight)
+        ctx.layer, ctx.run, ctx.trains = layer, run, run.trains(layer.weight)
+        ctx.save_for_backward(x if ctx.trains else None, weight)
         return F.linear(x, weight, bias)
 
     @staticmethod
@@ -86,7 +89,7 @@ class RowProducts(torch.autograd.Function):
         grad_weight = grad_bias = None
         if run.tape is not None:
             g = grad[:, :, None, None]
-            run.tape.record(ctx.layer, x[:, :, None, None], g, g)
+            run.tape.record(ctx.layer, x[:, :, None, None] if ctx.trains else None, g, g)
         else:
             grad_weight = grad.t() @ x if ctx.needs_input_grad[1] else None
             grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None

@@ -75,14 +75,17 @@ class GradientTape:
 
     def owns(self, module: nn.Module) -> bool:
         """Return whether the module itself, not a child, has a trainable parameter."""
-        return any(p in self._names for p in module.parameters(recurse=False))
+        return any(self.takes(p) for p in module.parameters(recurse=False))
+
+    def takes(self, parameter: Tensor | None) -> bool:
+        return parameter is not None and parameter in self._names
 
     @ieee_float32()
-    def record(self, layer: QuantizableLayer, x: Tensor | QTensor, g: Tensor | QTensor, grad: Tensor) -> None:
+    def record(self, layer: QuantizableLayer, x: Tensor | QTensor | None, g: Tensor | QTensor, grad: Tensor) -> None:
         if self._keeping:
             self.operands += [operand for operand in (x, g) if isinstance(operand, QTensor)]
         squares_B = None
-        if layer.weight in self._names:  # else the operands of a frozen layer would be copied for nothing
+        if x is not None:
             recipe = layer.precision.wgrad
             bits = 0 if recipe is None else recipe.gradient.format.significant_bits
             gradient = LazyWeightGradient.of(
@@ -91,7 +94,7 @@ class GradientTape:
             self.add(layer.weight, gradient.evaluated() if self._forming else gradient)
             if self._forming and gradient.operands.rank_one and g is grad:
                 squares_B = gradient.operands.row_squares[1]  # a factor of the weight's norm is the bias's
-        if layer.bias is not None:
+        if self.takes(layer.bias):
             one_position = grad.shape[2:] == (1, 1)
             rows = grad.flatten(1) if one_position else grad.flatten(2).sum(2)
             self.add(layer.bias, Materialised(rows, squares_B))

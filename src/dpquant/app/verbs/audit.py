@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from dpquant.app.console import ProgressBar, print_audit
-from dpquant.app.options import WRONG_RESULT, Json, command_line
+from dpquant.app.options import WRONG_RESULT, Json, command_line, written_path
 
 if TYPE_CHECKING:
     from dpquant.audits.report import Audit
@@ -24,7 +24,10 @@ def audit(
     ] = None,
     seed: Annotated[int, typer.Option(help="of coins, canaries and small networks; public")] = 0,
     out: Annotated[
-        Path | None, typer.Option(help="new directory of the training copy [RUN-audit-TIME, beside RUN]")
+        Path | None,
+        typer.Option(
+            parser=written_path, help="new directory of the training copy [RUN-audit-TIME, beside RUN]", metavar="PATH"
+        ),
     ] = None,
     as_json: Json = False,
 ) -> int:

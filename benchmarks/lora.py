@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One step of fine-tuning a text encoder of MiniLM's size: PyTorch, Opacus and dpquant, wholly, by LoRA, or its head.
+
+    scripts/bench lora
+    scripts/bench lora --rounds 5 --format int8 --what lora
+
+The network is BERT with 6 layers of 384 features and 12 heads, a vocabulary of 30,522 and three classes; its weights
+are random, which changes no time. A record has 64 tokens, of which the last are padding. `all`: everything is trained.
+`lora`: adapters of rank 8 on query and value, and the classifier. `head`: the classifier alone.
+
+Sides take turns, in an order that changes, in one process; each ends in the same SGD. `full` and `quantized` are
+dpquant's, without and with the recipe on every layer. Before times are taken, the clipped sum of a few examples is
+compared with plain autograd, one example at a time. Peak memory is measured in a process for each side, above what the
+process holds once network and data are there.
+"""
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.results import folder_here
+from dpquant.app.contenders import StepSettings
+from dpquant.engine.batches import take_rows
+from dpquant.engine.clip import clipped_sum
+from dpquant.engine.layers import prepare, quantizable_layers, set_policy
+from dpquant.machine import Hardware, memory_mib, reset_peak
+from dpquant.training.tuning import fastest_microbatch_size
+
+LENGTH, VOCABULARY, CLASSES = 64, 30_522, 3
+WHATS = ("all", "lora", "head")
+SIDES = ("plain", "opacus", "full", "quantized")
+
+Batch = dict[str, Any]
+Step = Callable[[], None]
+
+
+def network(what: str) -> nn.Module:
+    """Return the encoder, with the parameters that are not trained frozen."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(
+        BertConfig(
+            vocab_size=VOCABULARY, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536,
+            max_position_embeddings=512, num_labels=CLASSES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        )
+    )  # fmt: skip
+    if what == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        wanted = LoraConfig(task_type="SEQ_CLS", r=8, target_modules=["query", "value"], lora_dropout=0.0)
+        model = get_peft_model(model, wanted)
+    if what == "head":
+        model.requires_grad_(False)
+        model.classifier.requires_grad_(True)
+    return model.train()
+
+
+def records(count: int) -> Batch:
+    """Return a batch of texts of different lengths; each has its position ids, which Opacus needs."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(8, LENGTH + 1, (count, 1), generator=generator)
+    mask = (torch.arange(LENGTH) < lengths).long()
+    ids = torch.randint(1, VOCABULARY, (count, LENGTH), generator=generator) * mask
+    positions = torch.arange(LENGTH).expand(count, LENGTH).contiguous()
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    return {"inputs": inputs, "labels": torch.randint(0, CLASSES, (count,), generator=generator)}
+
+
+def losses(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the cross-entropy of each example, `(B,)`."""
+    return F.cross_entropy(model(**batch["inputs"]).logits, batch["labels"], reduction="none")
+
+
+def _optimizer(model: nn.Module, settings: StepSettings) -> torch.optim.SGD:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=settings.lr)
+
+
+def plain(model: nn.Module, batch: Batch, settings: StepSettings) -> Step:
+    """Make a step of ordinary fine-tuning in pieces, of which each is one pass. Not private."""
+    optimizer = _optimizer(model, settings)
+    count = len(batch["labels"])
+
+    def step() -> None:
+        for piece in _pieces(batch, settings):
+            (losses(model, piece).sum() / count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def opacus(model: nn.Module, batch: Batch, settings: StepSettings) -> Step:
+    """Make a step of Opacus with hooks, in physical batches."""
+    from opacus import GradSampleModule
+    from opacus.optimizers import DPOptimizer
+
+    wrapped = GradSampleModule(model)
+    count = len(batch["labels"])
+    optimizer = DPOptimizer(
+        _optimizer(wrapped, settings),
+        noise_multiplier=settings.noise_multiplier,
+        max_grad_norm=settings.max_grad_norm,
+        expected_batch_size=count,
+    )
+
+    def step() -> None:
+        pieces = list(_pieces(batch, settings))
+        for number, piece in enumerate(pieces):
+            optimizer.zero_grad()
+            optimizer.signal_skip_step(do_skip=number + 1 < len(pieces))
+            losses(wrapped, piece).mean().backward()
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def ours(model: nn.Module, batch: Batch, settings: StepSettings, *, quantized: bool) -> Step:
+    """Make a step of dpquant, with every quantizable layer in the recipe or none."""
+    model = prepare(model, format=settings.format)
+    layers = quantizable_layers(model)
+    set_policy(model, layers if quantized else ())
+    optimizer = _optimizer(model, settings)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    count, number = len(batch["labels"]), 0
+    size = fastest_microbatch_size(
+        model, losses, batch, {name: layer.precision for name, layer in layers.items()},
+        expected_batch_size=count, memory=None,
+    )  # fmt: skip
+
+    def step() -> None:
+        nonlocal number
+        number += 1
+        total = clipped_sum(
+            model, losses, batch, max_grad_norm=settings.max_grad_norm, record_ids=torch.arange(count), step=number,
+            seed=0, microbatch_size=min(size, count),
+        )  # fmt: skip
+        std = settings.noise_multiplier * total.sensitivity
+        for name, parameter in trained.items():
+            parameter.grad = torch.randn_like(parameter).mul_(std).add_(total.grads[name]).div_(count)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def side_of(name: str, model: nn.Module, batch: Batch, settings: StepSettings) -> Step:
+    """Make the step of a side."""
+    if name in ("full", "quantized"):
+        return ours(model, batch, settings, quantized=name == "quantized")
+    return {"plain": plain, "opacus": opacus}[name](model, batch, settings)
+
+
+def _pieces(batch: Batch, settings: StepSettings):
+    for start in range(0, len(batch["labels"]), settings.physical_batch_size):
+        yield take_rows(batch, slice(start, start + settings.physical_batch_size))
+
+
+def checked(what: str, format: str) -> float:
+    """Return the relative error of the clipped sum against autograd, one example at a time, in full precision."""
+    batch, bound = records(4), 0.5
+    model = network(what)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    expected = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in trained.items()}
+    for row in range(4):
+        grads = torch.autograd.grad(
+            losses(model, take_rows(batch, slice(row, row + 1))).sum(), list(trained.values()), allow_unused=True
+        )
+        found = {name: grad for name, grad in zip(trained, grads, strict=True) if grad is not None}
+        norm = torch.stack([grad.double().norm() for grad in found.values()]).norm()
+        for name, grad in found.items():
+            expected[name] += grad.double() * min(1.0, bound / norm.item())
+    total = clipped_sum(
+        prepare(model, format=format), losses, batch, max_grad_norm=bound, record_ids=torch.arange(4), step=0, seed=0
+    )
+    gap = torch.stack([(total.grads[name].double() - one).norm() for name, one in expected.items()]).norm()
+    error = (gap / torch.stack([one.norm() for one in expected.values()]).norm()).item()
+    if error > 1e-4:
+        raise SystemExit(f"error: the clipped sum of {what} is off by {error:.1e}")
+    return error
+
+
+def peak_gib(what: str, name: str, count: int, settings: StepSettings, threads: int) -> float:
+    """Return the peak memory of a step above what network and data take, GiB, in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak, (what, name, count, settings, threads))
+
+
+def _peak(what: str, name: str, count: int, settings: StepSettings, threads: int) -> float:
+    torch.set_num_threads(threads)
+    model, batch = network(what), records(count)
+    before = memory_mib()[0]
+    step = side_of(name, model, batch, settings)
+    reset_peak()
+    step()
+    return (memory_mib()[1] - before) / 1024
+
+
+def measured(what: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Measure what is trained, all sides in turn."""
+    torch.manual_seed(0)
+    batch = records(given.batch_size)
+    settings = StepSettings(format=given.format, physical_batch_size=given.physical_batch_size)
+    error = checked(what, given.format)
+    steps = {name: side_of(name, network(what), batch, settings) for name in SIDES}
+    seconds: dict[str, list[float]] = {name: [] for name in SIDES}
+    for step in steps.values():
+        step()  # warms up
+    for number in range(given.rounds):
+        for name in SIDES[number % len(SIDES) :] + SIDES[: number % len(SIDES)]:
+            began = time.perf_counter()
+            steps[name]()
+            seconds[name].append(time.perf_counter() - began)
+    del steps
+    threads = torch.get_num_threads()
+    memory = {name: peak_gib(what, name, given.batch_size, settings, threads) for name in SIDES if given.memory}
+    ratios = {
+        name: sorted(other / own for other, own in zip(seconds[name], seconds["quantized"], strict=True))
+        for name in SIDES
+        if name != "quantized"
+    }
+    for name, many in ratios.items():
+        print(f"{what}: {name} / quantized {statistics.median(many):.2f} ({many[0]:.2f} to {many[-1]:.2f})", flush=True)
+    medians = {name: statistics.median(many) for name, many in seconds.items()}
+    print(f"{what}: seconds {medians}, GiB {memory}, error {error:.1e}", flush=True)
+    return {"what": what, "seconds": seconds, "ratios": ratios, "peak_gib": memory, "error": error}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--what", choices=WHATS, action="append")
+    parser.add_argument("--format", default="int8")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--physical-batch-size", type=int, default=16, help="of Opacus and of plain PyTorch")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True)
+    given = parser.parse_args()
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    hardware = Hardware.here()
+    rows = [measured(what, given) for what in given.what or WHATS]
+    result = {"hardware": dataclasses.asdict(hardware), "busy": hardware.busy, "options": vars(given), "rows": rows}
+    (folder_here() / "lora.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
