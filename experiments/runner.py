@@ -23,8 +23,9 @@ from types import NoneType
 
 from dpquant.app.compare import draw_accuracies, half_width
 from dpquant.errors import DataError
-from dpquant.runs.record import RunRecord, Timings
+from dpquant.runs.record import RunRecord
 from dpquant.runs.settings import TrainSettings
+from dpquant.runs.timings import Timings
 
 RESULTS = Path(__file__).parent / "results"
 FOLDERS = ("GTSRB", "CIFAR10")  # placeholders in options for the folders of data sets

@@ -105,6 +105,9 @@ def run_with(text: str, *more: Prepare) -> Prepare:
     return together(file("r/config.toml", text), *more)
 
 
+config_of_a_run = file("r/config.toml", "")
+
+
 def idx(shape: tuple[int, ...], content: bytes) -> bytes:
     return bytes((0, 0, 8, len(shape))) + b"".join(size.to_bytes(4, "big") for size in shape) + content
 
@@ -240,6 +243,28 @@ ONE_BY_ONE = {
     "plan: a flag with a value": Bad("plan --fix true", "unexpected extra argument(s) (true)"),
     "plan: an option without its value": Bad("plan --epsilon", "requires an argument"),
     "resume: no run named": Bad("resume", "Missing argument"),
+    "report: no run named": Bad("report", "Missing argument"),
+    "report: not there": Bad("report nowhere", "got nowhere, which is none"),
+    "report: no run": Bad("report r", "holds no record.json", folder("r")),
+    "report: a run that has not ended": Bad("report r", "dpquant resume r", config_of_a_run),
+    "report: half a record": Bad("report r", "a run's record", together(config_of_a_run, file("r/record.json", "{"))),
+    "report: a record of another kind": Bad("report r", "a run's record", file("r/record.json", "[1]")),
+    "report: out of no name": Bad("report r --out ''", "got an empty one", folder("r")),
+    "verify: no run named": Bad("verify", "Missing argument"),
+    "verify: not there": Bad("verify nowhere", "holds no config.toml"),
+    "verify: a run that has not ended": Bad("verify r", "dpquant ledger r", config_of_a_run),
+    "verify: half a record": Bad("verify r", "a run's record", together(config_of_a_run, file("r/record.json", "{"))),
+    "total: no run named": Bad("total", "Missing argument"),
+    "total: not there": Bad("total nowhere", "got nowhere"),
+    "total: no number": Bad("total r --delta small", "Invalid value"),
+    "plan: too many records of a person": Bad("plan --records-per-person 65", "records_per_person=65"),
+    "config: declared words for an unknown question": Bad(
+        "plan --config c.toml", "Did you mean curator?", config("[declared]\ncurater = 'me'")
+    ),
+    "config: a number for declared words": Bad(
+        "plan --config c.toml", "declared.curator", config("[declared]\ncurator = 3")
+    ),
+    "config: declared words without a table": Bad("plan --config c.toml", "declared", config("declared = 'me'")),
     "ledger: no run named": Bad("ledger", "Missing argument"),
     # settings that contradict each other or cannot be met
     "plan: epsilon and noise": Bad("plan --epsilon 3 --noise-multiplier 1", "epsilon=3.0 and noise_multiplier=1.0"),

@@ -17,22 +17,23 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dpquant.app.cli import run as command
-from dpquant.app.export import SPENT, STATEMENT, SUMS, _public, export
+from dpquant.app.export import STATEMENT, SUMS, _public, export
 from dpquant.errors import SettingError
 from dpquant.privacy.disk import Disk
 from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.noise import NoiseSource
 from dpquant.runs.directory import RunDirectory
 from dpquant.runs.evaluation import per_example_loss
-from dpquant.runs.names import CONFIG, LEDGER, MODEL, RECORD, REPORT, TIMINGS
-from dpquant.runs.record import NOT_FOR_RELEASE, RunRecord
+from dpquant.runs.names import CONFIG, DESCRIPTION, LEDGER, MODEL, RECORD, REPORT, SPENT, TIMINGS
+from dpquant.runs.record import RunRecord
 from dpquant.runs.settings import TrainSettings, from_toml
+from dpquant.runs.timings import NOT_FOR_RELEASE
 from dpquant.runs.train import train
 from dpquant.training.private import PrivateTraining
 from dpquant.training.start import make_private
 from mechanisms import Silent, with_doubles
 
-FILES = {MODEL, RECORD, CONFIG, STATEMENT, SPENT, SUMS}
+FILES = {MODEL, RECORD, CONFIG, DESCRIPTION, STATEMENT, SPENT, SUMS}
 
 
 def put_images(folder, count, seed, broken=()):
@@ -243,11 +244,16 @@ def test_an_export_that_fails_half_way_leaves_nothing(run, tmp_path):
 
 
 def released(folder):
-    """The bytes of an export, less what follows from the run's random name."""
+    """The bytes of an export, less what follows from the run's random name and when it began."""
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    record = json.loads(files[RECORD])
+    del record["ledger"]["head"], record["provenance"]["run_id"], record["provenance"]["started"]
+    files[RECORD] = json.dumps(record).encode()
     spent = json.loads(files[SPENT])
     files[SPENT] = json.dumps({name: spent[name] for name in spent if name not in ("run", "head")}).encode()
-    files[SUMS] = b"\n".join(line for line in files[SUMS].splitlines() if not line.endswith(SPENT.encode()))
+    files[SUMS] = b"\n".join(
+        line for line in files[SUMS].splitlines() if not line.endswith((SPENT.encode(), RECORD.encode()))
+    )
     return files
 
 

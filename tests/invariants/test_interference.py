@@ -23,7 +23,8 @@ from dpquant.engine.clip import ClippedSum
 from dpquant.formats import precision
 from dpquant.privacy.noise import NoiseSource
 from dpquant.runs.directory import RunDirectory, append_line
-from dpquant.runs.names import METRICS, RECORD
+from dpquant.runs.names import DESCRIPTION, METRICS, RECORD
+from dpquant.runs.record import RunRecord
 from dpquant.runs.settings import TrainSettings
 from dpquant.runs.train import train
 from dpquant.training.checkpoint import Checkpoint
@@ -38,6 +39,23 @@ def what_the_screen_shows(progress):
 def what_a_line_says(line):
     """A line of the ledger without the run's random name, from which its hashes follow."""
     return {name: value for name, value in line.items() if name not in ("run", "previous", "hash")}
+
+
+def what_a_record_says(record):
+    """A record without the run's random name, and without when it began, which was before a record was read."""
+    ledger, provenance = dict(record["ledger"]), dict(record["provenance"])
+    del ledger["head"], provenance["run_id"], provenance["started"]
+    return {**record, "ledger": ledger, "provenance": provenance}
+
+
+def what_was_told(what):
+    return what_a_record_says(dataclasses.asdict(what)) if isinstance(what, RunRecord) else what
+
+
+def what_a_checkpoint_says(path):
+    parts = as_lists(Checkpoint.read(path).parts)
+    del parts["history"]["started"]
+    return parts
 
 
 def with_constant_noise(mechanism):
@@ -76,11 +94,12 @@ def left_behind(out, settings, *, make_run=Silent, directory=RunDirectory):
         "ledger": [what_a_line_says(json.loads(line)) for line in files["ledger.jsonl"].read_text().splitlines()],
         "choices": json.loads(files["choices.json"].read_text()),
         "metrics": [json.loads(line) for line in files["metrics.jsonl"].read_text().splitlines()],
-        "record": json.loads(files["record.json"].read_text()),
-        "checkpoints": {one.name: as_lists(Checkpoint.read(one).parts) for one in files["checkpoints"].iterdir()},
+        "record": what_a_record_says(json.loads(files["record.json"].read_text())),
+        "description": json.loads(files["model.json"].read_text()),
+        "checkpoints": {one.name: what_a_checkpoint_says(one) for one in files["checkpoints"].iterdir()},
         "weights": {name: t.tolist() for name, t in load_file(files["model.safetensors"]).items()},
         "progress": [what_the_screen_shows(progress) for progress in told.of("stepped")],
-        "told": [(method, what) for method, what in told.all if method != "stepped"],
+        "told": [(method, what_was_told(what)) for method, what in told.all if method != "stepped"],
         "statement": record.statement,
     }
 
@@ -199,7 +218,7 @@ def test_a_buffer_that_takes_in_the_data_ends_the_run_and_is_not_kept(every, wor
     with pytest.raises(dpquant.ModelError, match="buffer seen has begun to change"):
         assert_no_interference(worlds, tmp_path, make_run=KeepingSome, given={"checkpoint_every": every})
     assert {path.name for path in (tmp_path / "a").iterdir()} == {
-        *("choices.json", "config.toml", "ledger.jsonl", "records.json", "checkpoints")
+        *("choices.json", "config.toml", "ledger.jsonl", "model.json", "records.json", "checkpoints")
     }
     assert [path.name for path in (tmp_path / "a" / "checkpoints").iterdir()] == ["step-00000000"]
 
@@ -215,6 +234,25 @@ class SecondsInTheRecord(RunDirectory):
         super().end(record, timings)
         fields = json.loads(record.to_json())
         (self.path / RECORD).write_text(json.dumps({**fields, "seconds": time.perf_counter()}))
+
+
+class FittedNormalisation(RunDirectory):
+    """The mean of the private pixels in the place of a constant."""
+
+    def know_records(self, train_set):
+        super().know_records(train_set)
+        self.train_set = train_set
+
+    def describe(self, description):
+        super().describe(description)
+        fields = json.loads((self.path / DESCRIPTION).read_text())
+        fields["normalisation"]["mean"] = float(self.train_set.pixels.float().mean())
+        (self.path / DESCRIPTION).write_text(json.dumps(fields))
+
+
+def test_a_normalisation_that_is_fitted_to_the_records_is_caught(worlds, tmp_path):
+    with pytest.raises(AssertionError, match="description"):
+        assert_no_interference(worlds, tmp_path, directory=FittedNormalisation)
 
 
 @pytest.mark.parametrize("planted", [SecondsInTheMetrics, SecondsInTheRecord])

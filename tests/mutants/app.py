@@ -4,8 +4,41 @@
 from mutants.mutant import CLAIM, LEAK, mutants_of
 
 _EXPORT = "tests/app/test_export.py"
+_REPORT = "tests/app/test_report.py"
 
 MUTANTS = [
+    *mutants_of(
+        "src/dpquant/app/verify.py",
+        f"{_REPORT}::test_what_was_edited_is_one_line_and_exit_code_1",
+        (
+            "an edited epsilon is believed",
+            CLAIM,
+            'yield _equal("epsilon", record.epsilon, accounting.epsilon(contents.events, record.delta), LEDGER)',
+            'yield _equal("epsilon", record.epsilon, record.epsilon, LEDGER)',
+        ),
+        (
+            "a ledger that was cut is believed",
+            CLAIM,
+            'yield _equal("ledger: head", record.ledger.head, contents.head, LEDGER)',
+            'yield _equal("ledger: head", record.ledger.head, record.ledger.head, LEDGER)',
+        ),
+        (
+            "other weights are believed",
+            CLAIM,
+            'yield _equal("model: SHA-256", record.model_sha256, sha256(run / MODEL), MODEL)',
+            'yield _equal("model: SHA-256", record.model_sha256, record.model_sha256, MODEL)',
+        ),
+    ),
+    *mutants_of(
+        "src/dpquant/app/report.py",
+        f"{_REPORT}::test_a_report_is_of_its_record_and_leaves_out_what_is_redacted",
+        ("a redacted report holds the settings", LEAK, "None if redact or not (run", "None if not (run"),
+    ),
+    *mutants_of(
+        "src/dpquant/app/spent.py",
+        f"{_REPORT}::test_other_runs_add_up_and_two_states_of_one_run_both_count",
+        ("only the last run counts", CLAIM, "        once.append(run)\n", "        once = [run]\n"),
+    ),
     *mutants_of(
         "src/dpquant/app/export.py",
         _EXPORT,
@@ -33,7 +66,7 @@ MUTANTS = [
         (
             "the folder of the records is exported",
             LEAK,
-            'dataset=_unplaced(record.dataset) or "",',
+            'dataset=unplaced(record.dataset) or "",',
             "dataset=record.dataset,",
             f"{_EXPORT}::test_an_export_holds_what_is_released_with_its_sums",
         ),

@@ -375,6 +375,21 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
+        f"{_PRIVACY}/meaning.py",
+        "tests/privacy/test_meaning.py",
+        (
+            "an attacker gains what a smaller epsilon allows",
+            CLAIM,
+            "np.exp(epsilons) * rate",
+            "np.exp(epsilons - 1) * rate",
+        ),
+        ("an attacker's gain is read without delta", CLAIM, "* rate + deltas", "* rate"),
+        ("mu is the smallest of all points", CLAIM, "return max(mus, default", "return min(mus, default"),
+        ("a share is rounded down", CLAIM, "math.ceil(value * 10**digits)", "math.floor(value * 10**digits)"),
+        ("a person's records count as one", CLAIM, "    if records == 1:\n", "    if records >= 1:\n"),
+        ("no delta is too large", CLAIM, "if records is None or delta * records <= 1:", "if True:"),
+    ),
+    *mutants_of(
         f"{_PRIVACY}/accounting.py",
         "tests/privacy/test_accounting.py",
         (
@@ -389,7 +404,19 @@ MUTANTS = [
             "float(event.noise_multiplier)] += event.count",
             'float(event.noise_multiplier)] += event.count * (event.kind == "train")',
         ),
-        ("epsilon is that of ten times delta", ACCOUNTING, "get_epsilon(delta)))", "get_epsilon(10 * delta)))"),
+        (
+            "epsilon is that of ten times delta",
+            ACCOUNTING,
+            "releases)).get_epsilon(delta)))",
+            "releases)).get_epsilon(10 * delta)))",
+        ),
+        (
+            "a person has one record less",
+            ACCOUNTING,
+            "numbers = range(records + 1)",
+            "records -= 1; numbers = range(records + 1)",
+            "tests/privacy/test_meaning.py",
+        ),
         (
             "the sample rate is a twentieth too low",
             ACCOUNTING,

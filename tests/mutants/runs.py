@@ -14,6 +14,27 @@ _BLIND = (
 
 MUTANTS = [
     *mutants_of(
+        f"{_RUNS}/provenance.py",
+        _BLIND,
+        (
+            "the record says when the run ended",
+            LEAK,
+            "cores=cores,\n",
+            'cores=int(__import__("time").perf_counter_ns()),\n',
+        ),
+    ),
+    *mutants_of(
+        f"{_RUNS}/pages/facts.py",
+        "tests/runs/test_pages.py",
+        ("a run of a known seed is said to be private", CLAIM, 'return "NOT PRIVATE" in', 'return "NOT SO" in'),
+        ("checks that fail are not told", CLAIM, "if not one.holds]", "if one.holds is None]"),
+    ),
+    *mutants_of(
+        f"{_RUNS}/pages/report.py",
+        "tests/runs/test_pages.py",
+        ("texts of a run are markup on its page", LEAK, "autoescape=True", "autoescape=False"),
+    ),
+    *mutants_of(
         f"{_RUNS}/train.py",
         _BLIND,
         (
@@ -261,8 +282,8 @@ MUTANTS = [
         (
             "the fingerprint of records stays when a run is refused",
             LEAK,
-            "for name in (CONFIG, LEDGER, CHOICES, METRICS, RECORDS):",
-            "for name in (CONFIG, LEDGER, CHOICES, METRICS):",
+            "for name in (CONFIG, LEDGER, CHOICES, METRICS, RECORDS, DESCRIPTION):",
+            "for name in (CONFIG, LEDGER, CHOICES, METRICS, DESCRIPTION):",
         ),
         (
             "a directory gets its name before the settings are in it",

@@ -236,6 +236,11 @@ def assert_statement_says_it_all(text: str) -> None:
         "pre-processing",
         "floating-point",
         "timing",
+        "knows all other records",
+        "every intermediate state",
+        "In risk: an attacker",
+        "test set",
+        "AES-128",
     ):
         assert words in text, words
     assert "data set's size" not in text, "that size is private"
@@ -265,6 +270,21 @@ CHARGED = [
     Event(kind="train", sample_rate=0.02, noise_multiplier=0.9, count=7),
     Event(kind="analysis", sample_rate=0.03, noise_multiplier=3.0, count=2),
 ]
+
+
+def test_a_plan_for_persons_with_several_records_says_so():
+    person = plan(records_per_person=3)
+    assert person.epsilon_per_person() > 2 * person.epsilon == 2 * plan().epsilon
+    assert f"up to 3 records, all of them added or removed: epsilon = {rounded_up(person.epsilon_per_person(), 2)}" in (
+        person.statement()
+    )
+    assert "a person with more than 3 records" in person.statement()
+    assert "several records of one person" in plan().statement() and "up to" not in plan().statement()
+    assert person.meaning_table()[-1] == (
+        "epsilon of a person with up to 3 records", rounded_up(person.epsilon_per_person(), 2)
+    )  # fmt: skip
+    with pytest.raises(SettingError, match="records_per_person to be a whole number"):
+        plan(records_per_person=0)
 
 
 def assert_statement_is_about(events, text: str) -> None:
@@ -317,10 +337,13 @@ def assert_json_has_typed_numbers(text: str, a_plan: PrivacyPlan) -> None:
     read = json.loads(text)
     assert set(read) == {
         "epsilon", "delta", "noise_multiplier", "sample_rate", "expected_batch_size", "steps", "epochs",
-        "max_grad_norm", "analysis", "analysis_share", "noise",
+        "max_grad_norm", "analysis", "analysis_share", "noise", "records_per_person", "epsilon_per_person", "meaning",
     }  # fmt: skip
     assert read.pop("analysis") == dataclasses.asdict(a_plan.analysis)
     assert read.pop("noise") == a_plan.noise
+    meaning = read.pop("meaning")
+    assert meaning["mu"] == a_plan.meaning().mu and len(meaning["attacks"]) == 3
+    assert read.pop("epsilon_per_person") is a_plan.epsilon_per_person() is read.pop("records_per_person") is None
     assert {type(value) for value in read.values()} == {float, int}
     assert read.pop("epsilon") == a_plan.epsilon_spent() and read.pop("analysis_share") == a_plan.analysis_share()
     assert read == {name: getattr(a_plan, name) for name in read}

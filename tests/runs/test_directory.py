@@ -21,9 +21,9 @@ from dpquant.runs.directory import Charged, RunDirectory, charged
 from dpquant.runs.evaluation import accuracy
 from dpquant.runs.names import LEDGER, MODEL
 from dpquant.runs.place import Place
-from dpquant.runs.record import Timings
 from dpquant.runs.settings import TrainSettings, plan_of
 from dpquant.runs.sinks import Sink
+from dpquant.runs.timings import Timings
 from dpquant.runs.train import train
 from dpquant.training.checkpoint import Checkpoint, newest
 

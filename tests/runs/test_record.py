@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from dpquant.errors import DataError
-from dpquant.runs.record import SCHEMA, RunRecord, Timings, replacing
+from dpquant.runs.record import SCHEMA, RunRecord, replacing
+from dpquant.runs.timings import Timings
 
 FIXTURES = Path(__file__).parent / "fixtures"
 """One record of every schema that a version has ever written; none is ever changed."""

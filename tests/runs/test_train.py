@@ -17,9 +17,10 @@ from dpquant.privacy.ledger import Ledger
 from dpquant.runs import objects
 from dpquant.runs.directory import charged
 from dpquant.runs.evaluation import accuracy
-from dpquant.runs.record import RunRecord, Timings
+from dpquant.runs.record import RunRecord
 from dpquant.runs.settings import TrainSettings, from_toml, plan_of
 from dpquant.runs.sinks import Sink
+from dpquant.runs.timings import Timings
 from dpquant.runs.train import train
 
 

@@ -22,11 +22,11 @@ from typer.exceptions import TyperException
 
 from dpquant.app.console import (
     ProgressBar,
-    print_account,
     print_assessment,
     print_bench,
     print_budget,
     print_comparison,
+    print_meaning,
     print_run,
 )
 from dpquant.app.options import (
@@ -35,6 +35,7 @@ from dpquant.app.options import (
     WRONG_RESULT,
     Config,
     Json,
+    NoReport,
     Out,
     command_line,
     refuse,
@@ -46,7 +47,11 @@ from dpquant.app.verbs.audit import audit
 from dpquant.app.verbs.check_model import check_model
 from dpquant.app.verbs.export import export
 from dpquant.app.verbs.init import init
-from dpquant.errors import DivergedError, DPQuantError, LedgerError, SettingError, StoppedError
+from dpquant.app.verbs.ledger import ledger
+from dpquant.app.verbs.report import report
+from dpquant.app.verbs.total import total
+from dpquant.app.verbs.verify import verify
+from dpquant.errors import DivergedError, DPQuantError, SettingError, StoppedError
 from dpquant.runs.place import Place
 from dpquant.runs.settings import TrainSettings, plan_of
 
@@ -67,6 +72,10 @@ app.command("check-model")(check_model)
 app.command("export")(export)
 app.command("audit")(audit)
 app.command("init")(init)
+app.command("ledger")(ledger)
+app.command("report")(report)
+app.command("verify")(verify)
+app.command("total")(total)
 
 
 class _Interrupted(Exception):
@@ -158,16 +167,19 @@ def plan(given: dict[str, Any], config: Config = None, as_json: Json = False) ->
 
     With --json: epsilon (of all that is planned), delta, noise_multiplier, sample_rate, expected_batch_size, steps,
     epochs, max_grad_norm and analysis_share (the part of epsilon that the analyses cost), all numbers; noise, a word;
-    and analysis: null, or count, sample_rate, expected_batch_size, noise_multiplier, max_norm, repeats and score (a
-    word).
+    analysis: null, or count, sample_rate, expected_batch_size, noise_multiplier, max_norm, repeats and score (a
+    word); records_per_person and epsilon_per_person, null if not given; and meaning: null, or attacks (a list of
+    false_positive_rate, true_positive_rate and from_epsilon_alone), even_odds and mu.
 
     Example: dpquant plan --data fashion-mnist --epsilon 3 --epochs 25
     """
-    budget = plan_of(settings_of(given, config))
+    settings = settings_of(given, config)
+    budget = plan_of(settings)
     if as_json:
         print(budget.to_json(), end="")
     else:
         print_budget(Console(), budget)
+        print_meaning(Console(), budget, settings.public_records)
 
 
 @app.command()
@@ -177,6 +189,7 @@ def train(
     config: Config = None,
     out: Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in OUT, if there is one.")] = False,
+    no_report: NoReport = False,
     as_json: Json = False,
 ) -> None:
     """Train a model privately, layers rotating through low precision. Without options: handwritten digits, offline.
@@ -190,21 +203,25 @@ def train(
         raise SettingError("Expected out with resume; got none. It names the run. Give --out RUN.")
     name = settings.data.rsplit("/", 1)[-1].replace(":", "-")
     folder = out or Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{name}"
-    _train(settings, folder, resume=resume, as_json=as_json)
+    _train(settings, folder, resume=resume, no_report=no_report, as_json=as_json)
 
 
 @app.command()
-def resume(run: Annotated[Path, typer.Argument(help="directory of the run")], as_json: Json = False) -> None:
+def resume(
+    run: Annotated[Path, typer.Argument(help="directory of the run")],
+    no_report: NoReport = False,
+    as_json: Json = False,
+) -> None:
     """Continue a run that was stopped or killed, from its newest checkpoint, with the settings in its directory.
 
     What was charged stays charged: steps after the checkpoint are lost, and epsilon does not exceed the plan's.
 
     Example: dpquant resume runs/fashion
     """
-    _train(Place(run).settings(), run, resume=True, as_json=as_json)
+    _train(Place(run).settings(), run, resume=True, no_report=no_report, as_json=as_json)
 
 
-def _train(settings: TrainSettings, folder: Path, *, resume: bool, as_json: bool) -> None:
+def _train(settings: TrainSettings, folder: Path, *, resume: bool, no_report: bool, as_json: bool) -> None:
     """Train into a run directory and print the result."""
     place = Place(folder)
     with place.taken(settings, resume=resume):  # before torch is imported: a run killed meanwhile can be continued
@@ -219,6 +236,10 @@ def _train(settings: TrainSettings, folder: Path, *, resume: bool, as_json: bool
         except KeyboardInterrupt as interrupt:
             budget = plan_of(settings)
             raise _Interrupted(charged(folder / LEDGER, budget).told(budget)) from interrupt
+    if not no_report:
+        from dpquant.app.report import write_report
+
+        write_report(folder)
     if as_json:
         print(record.to_json(), end="")
         return
@@ -296,35 +317,6 @@ def compare(
         print(comparison.to_json(), end="")
     else:
         print_comparison(Console(), comparison, folder)
-
-
-@app.command()
-def ledger(
-    runs: Annotated[list[Path], typer.Argument(help="run directories or ledger files, on the same data")],
-    delta: Annotated[float | None, typer.Option(help="at which epsilon is stated [that of the plans]")] = None,
-    as_json: Json = False,
-) -> int:
-    """Verify the ledgers of runs and print what each has spent; of several, also what all have spent together.
-
-    Exit code 1: a ledger is not as it was written. A torn last line is no error: nothing was done under it.
-
-    With --json: epsilon, delta, steps, analyses, attempts, research (true: a seed was given, not private) of all runs
-    together; head, the hash of a single ledger's last line; and runs, a list with the same of each run, its events, its
-    planned_epsilon, format, run, dpquant and torn_bytes.
-
-    Example: dpquant ledger runs/fashion
-    """
-    from dpquant.app.spent import account
-
-    try:
-        found = account(runs, delta)
-    except LedgerError as error:
-        return refuse(str(error), WRONG_RESULT)
-    if as_json:
-        print(found.to_json(), end="")
-    else:
-        print_account(Console(), found)
-    return 0
 
 
 @app.command()

@@ -4,6 +4,7 @@
 Importing this file loads neither torch nor the accountant, so that `dpquant --help` answers at once.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from dpquant.app.check_model import ModelCheck
     from dpquant.app.compare import Comparison
     from dpquant.app.export import Export
-    from dpquant.app.spent import Account
+    from dpquant.app.spent import Account, Total
+    from dpquant.app.verify import Verification
     from dpquant.audits.report import Audit
     from dpquant.privacy.plan import PrivacyPlan
     from dpquant.runs.record import EpochRecord, RunRecord
@@ -182,6 +184,32 @@ def print_account(console: Console, account: "Account") -> None:
         )
 
 
+def print_total(console: Console, found: "Total") -> None:
+    """Print what runs on the same people cost together."""
+    from dpquant.privacy.plan import rounded_up
+
+    table = Table(box=None, pad_edge=False)
+    for number, title in enumerate(("run", "epsilon", "steps", "analyses")):
+        table.add_column(title, justify="right" if number else "left")
+    for path, spent in found.account.runs.items():
+        table.add_row(str(path), rounded_up(spent.epsilon), f"{spent.count('train')}", f"{spent.count('analysis')}")
+    console.print(table, highlight=False)
+    console.print(f"\n{found.told} Runs that only tuned settings count.", markup=False, highlight=False)
+
+
+def print_verification(console: Console, found: "Verification") -> None:
+    """Print one line for each thing that was checked, then the verdict."""
+    for one in found.findings:
+        line = f"{'ok    ' if one.holds else 'WRONG '} {one.what}: {' '.join(one.detail.split())}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for name in found.skipped:
+        line = f"-      {name}: not recorded by this version of dpquant"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    wrong = sum(not one.holds for one in found.findings)
+    verdict = f"{found.run}: {len(found.findings)} checks, all hold." if found.holds else f"{found.run}: {wrong} WRONG."
+    console.print(verdict, markup=False, highlight=False, soft_wrap=True)
+
+
 def print_model_check(console: Console, found: "ModelCheck") -> None:
     """Print a model's layers, how the live check went, and everything that has to change."""
     table = Table(box=None, pad_edge=False)
@@ -225,8 +253,22 @@ def print_export(console: Console, done: "Export") -> None:
 
 def print_budget(console: Console, budget: "PrivacyPlan") -> None:
     """Print the table of a privacy plan."""
-    table = Table(title="privacy budget", show_header=False)
-    for what, how_much in budget.table():
+    _print_rows(console, "privacy budget", budget.table())
+
+
+def print_meaning(console: Console, budget: "PrivacyPlan", records: int | None) -> None:
+    """Print what the budget means in risk, and a warning if delta is too large for a public number of records."""
+    from dpquant.privacy.meaning import too_large
+
+    if rows := budget.meaning_table():
+        _print_rows(console, "what it means", rows)
+    if warning := too_large(budget.delta, records):
+        console.print(f"Warning: {warning}", markup=False, highlight=False)
+
+
+def _print_rows(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:
+    table = Table(title=title, show_header=False)
+    for what, how_much in rows:
         table.add_row(what, how_much)
     console.print(table)
 

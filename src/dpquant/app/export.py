@@ -12,7 +12,6 @@ Privacy: post-processing of what the run has released.
 """
 
 import dataclasses
-import hashlib
 import html
 import json
 import os
@@ -28,29 +27,34 @@ from dpquant.errors import DataError, LedgerError, SettingError
 from dpquant.privacy.disk import DISK, Disk
 from dpquant.privacy.events import NEIGHBOURS, PUBLIC
 from dpquant.privacy.plan import rounded_up
+from dpquant.runs.description import ModelDescription
 from dpquant.runs.names import (
     CHECKPOINTS,
     CHOICES,
     CONFIG,
+    DESCRIPTION,
     LEDGER,
     METRICS,
     MODEL,
     RECORD,
     RECORDS,
     REPORT,
+    SPENT,
     TIMINGS,
 )
 from dpquant.runs.place import Place
-from dpquant.runs.record import NOT_FOR_RELEASE, RunRecord
+from dpquant.runs.record import RunRecord, sha256
 from dpquant.runs.settings import TrainSettings
+from dpquant.runs.timings import NOT_FOR_RELEASE
 
-STATEMENT, SPENT, SUMS = "statement.txt", "ledger.json", "SHA256SUMS"
+STATEMENT, SUMS = "statement.txt", "SHA256SUMS"
 _ROUND_OFF = 1e-6  # of epsilon, which versions of the accountant compute slightly differently
 
 _COPIED = {
     MODEL: "parameters and buffers after the last epoch",
     RECORD: "all numbers of the run, without folders of this machine and training accuracy",
     CONFIG: "all settings, without folders of this machine",
+    DESCRIPTION: "what is needed to use the model: classes, shape of an input, normalisation",
     STATEMENT: "the privacy statement",
     SPENT: "what the ledger has charged, epsilon, and the hash of its last line",
     REPORT: "the report, as it was made",
@@ -145,6 +149,9 @@ def export(run: Path, folder: Path, *, disk: Disk = DISK) -> Export:
         STATEMENT: record.statement.rstrip("\n") + "\n",
         SPENT: _summary(spent),
     }
+    if (run / DESCRIPTION).exists():  # runs of schema 3 and earlier have none
+        description = ModelDescription.read(run / DESCRIPTION)
+        texts[DESCRIPTION] = dataclasses.replace(description, model=unplaced_model(description.model)).to_json()
     left = {path.name: _LEFT.get(path.name, _UNKNOWN) for path in sorted(run.iterdir())}
     for name in (MODEL, *texts):
         left.pop(name, None)
@@ -207,12 +214,12 @@ _PATHS = ("test", "spec", "tokenizer")  # settings that name a file or folder
 
 def _public(settings: TrainSettings) -> TrainSettings:
     """Return the settings without folders of this machine."""
-    named = {name: _unplaced(getattr(settings, name)) for name in _PATHS}
-    places = {"data": _unplaced(settings.data), "model": _unplaced_model(settings.model)}
+    named = {name: unplaced(getattr(settings, name)) for name in _PATHS}
+    places = {"data": unplaced(settings.data), "model": unplaced_model(settings.model)}
     return dataclasses.replace(settings, **named, **places, data_dir=None, choices=None)
 
 
-def _unplaced(path: str | None) -> str | None:
+def unplaced(path: str | None) -> str | None:
     """Return a path, or the name of a data set with one, without the folder in which it lies."""
     if path is None:
         return None
@@ -220,7 +227,7 @@ def _unplaced(path: str | None) -> str | None:
     return f"{prefix}{Path(path.removeprefix(prefix)).name}" if prefix or "/" in path else path
 
 
-def _unplaced_model(model: str) -> str:
+def unplaced_model(model: str) -> str:
     """Return a model's name without the folder of a pretrained one."""
     path = model.removeprefix(HF_PREFIX)
     return model if path == model else f"{HF_PREFIX}{Path(path).name}"
@@ -231,8 +238,8 @@ def _without_folders(record: RunRecord, settings: TrainSettings) -> tuple[RunRec
     public = dataclasses.replace(
         record,
         command=f"dpquant train --config {CONFIG}",
-        dataset=_unplaced(record.dataset) or "",
-        model=_unplaced_model(record.model),
+        dataset=unplaced(record.dataset) or "",
+        model=unplaced_model(record.model),
         per_epoch=[dataclasses.replace(epoch, nonprivate_accuracy_train=None) for epoch in record.per_epoch],
     )
     places = [record.command, settings.data_dir, settings.choices]
@@ -303,6 +310,4 @@ def _write(model: Path, texts: Mapping[str, str], folder: Path, disk: Disk) -> l
 
 
 def _copied(path: Path) -> Copied:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Copied(name=path.name, what=_COPIED[path.name], bytes=path.stat().st_size, sha256=digest)
+    return Copied(name=path.name, what=_COPIED[path.name], bytes=path.stat().st_size, sha256=sha256(path))

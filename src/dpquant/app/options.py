@@ -23,6 +23,8 @@ INTERRUPTED = 130
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")]
 
+NoReport = Annotated[bool, typer.Option("--no-report", help="Do not write report.html at the end.")]
+
 
 def refuse(message: str, code: int = BAD_INPUT) -> int:
     """Print one error line on standard error, and return the exit code."""
@@ -44,7 +46,7 @@ def with_settings(verb: Callable[..., None]) -> Callable[..., None]:
     own_names = {p.name for p in parameters}
     hints = typing.get_type_hints(TrainSettings)
     for field in dataclasses.fields(TrainSettings):
-        if field.name in own_names:
+        if field.name in own_names or not field.metadata["option"]:
             continue
         plain = hints[field.name]
         shown = _default_shown(field)

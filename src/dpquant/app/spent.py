@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`dpquant ledger`: verifies the ledgers of runs and composes what they charged. This module loads no torch.
+"""`dpquant ledger` and `dpquant total`: verify the ledgers of runs and compose what they charged.
+
+This module loads no torch.
 
 Runs on the same data are composed: their events are one list, of which epsilon is computed. Tuning of hyper-parameters
 is such a number of runs. Nothing but the ledgers enters, so that a run that crashed is accounted for as any other.
@@ -17,6 +19,8 @@ from dpquant.privacy import accounting
 from dpquant.privacy.entries import Contents
 from dpquant.privacy.events import Event, merged
 from dpquant.privacy.ledger import Ledger
+from dpquant.privacy.meaning import Meaning, meaning_of
+from dpquant.privacy.plan import rounded_up
 from dpquant.runs.names import LEDGER
 
 
@@ -126,9 +130,7 @@ def account(runs: Sequence[Path], delta: float | None = None) -> Account:
     """
     ledgers: dict[Path, Contents] = {}
     for run in runs:
-        path = run / LEDGER if run.is_dir() else run
-        if not path.is_file():
-            raise SettingError(f"Expected a run directory or a ledger file; got {run}. Check the path.")
+        path = _ledger_of(run)
         if any(path.samefile(other) for other in ledgers):
             raise SettingError(f"Expected every run once; got {run} twice. It would be counted twice. Leave one out.")
         ledgers[path] = Ledger.verify(path)
@@ -145,6 +147,83 @@ def account(runs: Sequence[Path], delta: float | None = None) -> Account:
         runs={path: Spent.of([contents], delta) for path, contents in ledgers.items()},
         together=Spent.of(list(ledgers.values()), delta),
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Total:
+    """Result of `dpquant total`.
+
+    Attributes:
+      account: of the runs, each counted once.
+      meaning: of all together in risk; None if epsilon is infinite or nothing was released.
+      notes: what was counted once or more often than it looks.
+    """
+
+    account: Account
+    meaning: Meaning | None
+    notes: list[str]
+
+    @property
+    def told(self) -> str:
+        """The total in words."""
+        together = self.account.together
+        lines = [
+            f"Whoever sees all of these runs: epsilon = {rounded_up(together.epsilon)} at delta = {together.delta:g}, "
+            "for people who have one record in each run's data."
+        ]
+        lines += [] if self.meaning is None else [self.meaning.told]
+        lines += ["NOT PRIVATE: sampling or noise of a run came from a given seed."] if together.research else []
+        return " ".join([*lines, *(f"Note: {note}." for note in self.notes)])
+
+    def to_json(self) -> str:
+        """Return the total as JSON."""
+        account = self.account
+        runs = [
+            {"ledger": str(path), "run": contents.run, "epsilon": account.runs[path].facts()["epsilon"]}
+            for path, contents in account.ledgers.items()
+        ]
+        meaning = None if self.meaning is None else dataclasses.asdict(self.meaning)
+        facts = {**account.together.facts(), "runs": runs, "meaning": meaning, "notes": self.notes}
+        return json.dumps(facts, indent=2) + "\n"
+
+
+def total(runs: Sequence[Path], delta: float | None = None) -> Total:
+    """Return what runs on the same people cost together, each run counted once however often it is given.
+
+    Args:
+      runs: run directories or ledger files, at least one.
+      delta: at which epsilon is stated; None takes that of the plans.
+    Raises:
+      LedgerError: a ledger is not as it was written.
+      SettingError: a path is missing, or no one delta is known.
+    Privacy: post-processing. Two states of one run, as a copy that was continued, both count: epsilon is too large
+      then, and never too small.
+    """
+    heads: dict[str, Path] = {}
+    names: dict[str, Path] = {}
+    once: list[Path] = []
+    notes = []
+    for run in runs:
+        path = _ledger_of(run)
+        contents = Ledger.verify(path)
+        if contents.head in heads and contents.num_lines:
+            notes.append(f"{run} is the run in {heads[contents.head]}: it is counted once")
+            continue
+        if contents.run and contents.run in names:
+            notes.append(f"{run} and {names[contents.run]} are two states of one run: both are counted")
+        heads.setdefault(contents.head, run)
+        names.setdefault(contents.run, run)
+        once.append(run)
+    found = account(once, delta)
+    return Total(account=found, meaning=meaning_of(found.together.events, found.together.delta), notes=notes)
+
+
+def _ledger_of(run: Path) -> Path:
+    """Return the path of a run's ledger; raise a SettingError if there is none."""
+    path = run / LEDGER if run.is_dir() else run
+    if not path.is_file():
+        raise SettingError(f"Expected a run directory or a ledger file; got {run}. Check the path.")
+    return path
 
 
 def _planned(contents: Contents) -> float | None:

@@ -31,6 +31,7 @@ from typing import Literal, NamedTuple, get_args
 
 import dp_accounting
 import numpy as np
+from dp_accounting import dp_event
 
 from dpquant.errors import SettingError
 from dpquant.privacy.events import Event
@@ -84,20 +85,56 @@ def epsilon(events: Iterable[Event], delta: float, accountant: _Accountant = "pl
     return _epsilon(_merged(events), float(delta), accountant, GRID)
 
 
-def deltas(events: Iterable[Event], epsilons: Iterable[float]) -> list[float]:
+def deltas(events: Iterable[Event], epsilons: Iterable[float], *, grid: float = GRID) -> list[float]:
     """Return, for each epsilon, the delta at which all events together are (epsilon, delta)-differentially private.
 
+    Args:
+      events: everything that was released from one data set.
+      epsilons: each >= 0.
+      grid: of the privacy loss; a coarser one takes less time and gives slightly larger deltas.
     Raises:
       SettingError: a release has no noise; delta is 1 for every epsilon.
     Privacy: post-processing.
     """
-    releases = _merged(events)
-    if any(sigma == 0 for _, sigma, _ in releases):
-        raise SettingError("Expected events with noise; got one without. It hides nothing. Leave it out.")
-    composer = dp_accounting.pld.PLDAccountant(value_discretization_interval=GRID)
+    releases = _noisy(events)
+    if not releases:
+        return [0.0 for _ in epsilons]
+    composer = dp_accounting.pld.PLDAccountant(value_discretization_interval=grid)
     with _quiet():
         composer.compose(_composed(releases))
         return [float(composer.get_delta(epsilon)) for epsilon in epsilons]
+
+
+def epsilons(events: Iterable[Event], deltas: Iterable[float], *, records: int = 1, grid: float = GRID) -> list[float]:
+    """Return, for each delta, the epsilon at which a person with `records` records is protected.
+
+    Each of a person's records is drawn on its own, so a release holds a binomial number of them, each of which adds at
+    most the sensitivity: a mixture of Gaussians. Source: Choquette-Choo et al., arXiv 2401.10294.
+
+    Args:
+      events: everything that was released from one data set.
+      deltas: each in [1e-12, 1).
+      records: of one person at most, >= 1; all of them are added or removed together.
+      grid: of the privacy loss; a coarser one takes less time and gives slightly larger epsilons.
+    Raises:
+      SettingError: a release has no noise; no epsilon is finite.
+    Privacy: post-processing.
+    """
+    releases = _noisy(events)
+    if not releases:
+        return [0.0 for _ in deltas]
+    composer = dp_accounting.pld.PLDAccountant(value_discretization_interval=grid)
+    with _quiet():
+        composer.compose(_composed(releases) if records == 1 else _of_a_person(releases, records))
+        return [max(0.0, float(composer.get_epsilon(delta))) for delta in deltas]
+
+
+def _noisy(events: Iterable[Event]) -> tuple[_Release, ...]:
+    """Return the events merged; raise a SettingError if one has no noise."""
+    releases = _merged(events)
+    if any(sigma == 0 for _, sigma, _ in releases):
+        raise SettingError("Expected events with noise; got one without. It hides nothing. Leave it out.")
+    return releases
 
 
 def analysis_share(events: Iterable[Event], delta: float) -> float:
@@ -229,6 +266,18 @@ def _composed(releases: Iterable[_Release]) -> dp_accounting.DpEvent:
             for q, sigma, count in releases
         ]
     )
+
+
+def _of_a_person(releases: Iterable[_Release], records: int) -> dp_accounting.DpEvent:
+    """Return what releases show of `records` records that come and go together."""
+    numbers = range(records + 1)
+    events = []
+    for q, sigma, count in releases:
+        chances = [math.comb(records, k) * q**k * (1 - q) ** (records - k) for k in numbers]
+        total = math.fsum(chances)  # of round-off, to which dp_accounting would object
+        mixture = dp_event.MixtureOfGaussiansDpEvent(sigma, list(numbers), [one / total for one in chances])
+        events.append(dp_accounting.SelfComposedDpEvent(mixture, count))
+    return dp_accounting.ComposedDpEvent(events)
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from dpquant.errors import SettingError
 from dpquant.privacy import accounting
 from dpquant.privacy.events import NEIGHBOURS, PUBLIC, Budget, Event
 from dpquant.privacy.grid_noise import covered, grid_of
+from dpquant.privacy.meaning import Meaning, epsilon_of_person, meaning_of
 from dpquant.privacy.ranges import RULES, checked, checked_choice
 
 Score = Literal["loss", "gradient"]  # the quantity whose change defines a layer's impact
@@ -35,6 +36,10 @@ NoiseLaw = Literal["gaussian", "discrete"]
 _SCORE_ADVICE = "It says what a layer's impact is measured by. Use loss, as the paper does, or gradient."
 _NOISE_ADVICE = "It is the noise's law. Use gaussian, or discrete, which costs time and may be released bit by bit."
 _CHANNELS = {"gaussian": "floating-point side channels (the proof is about real numbers); ", "discrete": ""}
+PROTECTED = (
+    "Protected is each record, against whoever has the model, every intermediate state of it and everything else that "
+    "the run released, and knows all other records."
+)
 LARGE_DELTA = 1e-2  # a larger delta is a weak guarantee for a data set of any size
 
 
@@ -84,6 +89,7 @@ class PrivacyPlan:
       steps: number of training steps.
       analysis: settings of the analyses; None if there are none.
       noise: `gaussian`, in floating point, or `discrete`: integers on a grid, to be released bit by bit.
+      records_per_person: public number of records that a person has at most, for the statement; None: not known.
     """
 
     epsilon: float
@@ -95,6 +101,7 @@ class PrivacyPlan:
     steps: int
     analysis: AnalysisPlan | None
     noise: NoiseLaw
+    records_per_person: int | None
 
     def __init__(
         self,
@@ -108,6 +115,7 @@ class PrivacyPlan:
         steps: int,
         analysis: AnalysisPlan | None = None,
         noise: NoiseLaw = "gaussian",
+        records_per_person: int | None = None,
     ):
         """Check every setting and calibrate the noise.
 
@@ -121,6 +129,7 @@ class PrivacyPlan:
           steps: in [1, 1e6].
           analysis: None for policies that need no scores.
           noise: law of the noise of training and analyses.
+          records_per_person: in [1, 64]; epsilon and delta are those of one record all the same.
         Raises:
           SettingError: a value out of range, both or neither of epsilon and noise_multiplier, more analyses than
             epochs, or an epsilon that cannot be met.
@@ -137,6 +146,8 @@ class PrivacyPlan:
             object.__setattr__(self, name, checked(name, value))
         object.__setattr__(self, "analysis", analysis)
         object.__setattr__(self, "noise", checked_choice("noise", noise, NoiseLaw, _NOISE_ADVICE))
+        most = None if records_per_person is None else checked("records_per_person", records_per_person)
+        object.__setattr__(self, "records_per_person", most)
         self._check_analysis()
         if epsilon is None:
             object.__setattr__(self, "epsilon", self.epsilon_spent())
@@ -215,6 +226,10 @@ class PrivacyPlan:
         """Return the share of the planned epsilon that a run without analyses would save, in [0, 1]."""
         return accounting.analysis_share(self.events(), self.delta)
 
+    def meaning(self) -> Meaning | None:
+        """Return what the planned epsilon means in risk; None if there is none. Takes a fraction of a second."""
+        return meaning_of(self.events(), self.delta)
+
     def table(self) -> list[tuple[str, str]]:
         """Return the budget as rows (name, value) of text."""
         rows = [
@@ -241,11 +256,30 @@ class PrivacyPlan:
             ("epsilon (RDP, as a check)", rounded_up(accounting.epsilon(self.events(), self.delta, "rdp"))),
         ]
 
+    def epsilon_per_person(self, events: Sequence[Event] | None = None) -> float | None:
+        """Return epsilon for a person with `records_per_person` records; None if that number is not known.
+
+        Args:
+          events: the releases, from the ledger; None for those of a complete run.
+        """
+        if self.records_per_person is None:
+            return None
+        return epsilon_of_person(self.events() if events is None else events, self.delta, self.records_per_person)
+
+    def meaning_table(self) -> list[tuple[str, str]]:
+        """Return what the planned epsilon means as rows (name, value) of text; empty if it is infinite."""
+        meaning = self.meaning()
+        rows = [] if meaning is None else meaning.rows()
+        if (person := self.epsilon_per_person()) is not None:
+            rows.append((f"epsilon of a person with up to {self.records_per_person} records", rounded_up(person, 2)))
+        return rows
+
     def to_json(self) -> str:
         """Return the budget as JSON with typed values, for programs.
 
         `epsilon` is the cost of the whole plan at `delta`. `analysis_share` is the share of it that a run without
-        analyses would save. `analysis` is null if none is planned. A number that is not finite is null.
+        analyses would save. `analysis` is null if none is planned. `epsilon_per_person` is null without
+        `records_per_person`. `meaning` is what an attacker gains (`Meaning`). A number that is not finite is null.
         """
         facts = {
             "epsilon": self.epsilon_spent(),
@@ -259,6 +293,9 @@ class PrivacyPlan:
             "max_grad_norm": self.max_grad_norm,
             "analysis": None if self.analysis is None else dataclasses.asdict(self.analysis),
             "analysis_share": self.analysis_share(),
+            "records_per_person": self.records_per_person,
+            "epsilon_per_person": self.epsilon_per_person(),
+            "meaning": None if (meaning := self.meaning()) is None else dataclasses.asdict(meaning),
         }
         known = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in facts.items()}
         return json.dumps(known, indent=2) + "\n"
@@ -280,16 +317,21 @@ class PrivacyPlan:
         lines = [
             f"Differential privacy with epsilon = {rounded_up(spent)} and delta = {self.delta:g}, for the model and "
             "everything else that the run released (layer scores, schedule, this statement).",
+            PROTECTED,
             NEIGHBOURS,
+            *self._person_told(events),
+            *([] if (meaning := meaning_of(events, self.delta)) is None else [meaning.told]),
             f"Mechanism: Poisson-subsampled Gaussian: {released}.",
             *([covered(num_values, sum(event.count for event in events))] if self.noise == "discrete" else []),
             f"Accountant: {accounting.version()}, privacy loss distributions on a grid of {accounting.GRID:g}, rounded "
             f"to the pessimistic side; Renyi accounting, as a check: epsilon = {rounded_up(check)}.",
             PUBLIC,
             "Public randomness (`seed`) only initialises the model and schedules its layers. Sampling, noise, "
-            "rounding, dropout and random augmentation follow from a secret key of the run.",
+            "rounding, dropout and random augmentation follow from a secret key of the run, which the operating system "
+            "gives; noise is AES-128 in counter mode.",
             "Not covered: hyper-parameter tuning and other runs on the same data; pre-processing that was fitted to "
-            f"the data; several records of one person; {_CHANNELS[self.noise]}timing and memory.",
+            f"the data; {self._persons_not_covered}; what is measured on a test set; {_CHANNELS[self.noise]}timing "
+            "and memory.",
         ]
         if not secure:
             lines.insert(
@@ -312,6 +354,21 @@ class PrivacyPlan:
             for kind, plan, count in planned
             if plan is not None and count != 0
         ]
+
+    def _person_told(self, events: Sequence[Event]) -> list[str]:
+        person = self.epsilon_per_person(events)
+        if person is None:
+            return []
+        return [
+            f"Of a person with up to {self.records_per_person} records, all of them added or removed: epsilon = "
+            f"{rounded_up(person, 2)} at the same delta. That a person has no more is taken as given."
+        ]
+
+    @property
+    def _persons_not_covered(self) -> str:
+        if self.records_per_person is None:
+            return "several records of one person"
+        return f"a person with more than {self.records_per_person} records"
 
     def _described(self, event: Event) -> str:
         """Return an event in words."""

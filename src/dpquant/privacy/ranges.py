@@ -46,6 +46,9 @@ RULES: Mapping[str, _Rule] = {
     ),
     "steps": _Rule(1, MOST_STEPS, "They fix the privacy budget. Plan at least one.", int),
     "count": _Rule(0, 1e6, "It is the number of analyses. Plan one for every few epochs.", int),
+    "records_per_person": _Rule(
+        1, 64, "It is the number of records that one person has at most, as a public fact. Leave it out otherwise.", int
+    ),
     "repeats": _Rule(1, 1e4, "It is the number of roundings that are averaged. Use 1, or a few.", int),
 }
 

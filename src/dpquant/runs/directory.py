@@ -20,8 +20,10 @@ from dpquant.privacy import accounting
 from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.plan import PrivacyPlan, rounded_up
 from dpquant.runs import fingerprint
-from dpquant.runs.names import CHECKPOINTS, CHOICES, DIVERGED, METRICS, MODEL, RECORD, RECORDS, TIMINGS
-from dpquant.runs.record import EpochRecord, RunRecord, Timings, metrics_line, replacing, write_whole
+from dpquant.runs.description import ModelDescription
+from dpquant.runs.names import CHECKPOINTS, CHOICES, DESCRIPTION, DIVERGED, METRICS, MODEL, RECORD, RECORDS, TIMINGS
+from dpquant.runs.record import EpochRecord, RunRecord, metrics_line, replacing, sha256, write_whole
+from dpquant.runs.timings import Timings
 from dpquant.training.checkpoint import newest, purge
 from dpquant.training.continuing import Stateful
 from dpquant.training.private import PrivateTraining
@@ -100,6 +102,22 @@ class RunDirectory:
                 f"Expected out to be a place that can be written to; got {path}: {error.strerror or error}. Make "
                 "room, or name another place."
             ) from error
+
+    def describe(self, description: ModelDescription) -> None:
+        """Write what is needed to use the model. To be called before any charge.
+
+        Raises:
+          OSError: the file cannot be written.
+        """
+        description.write(self.path / DESCRIPTION)
+
+    def model_sha256(self) -> str:
+        """Return the SHA-256 of the model's file. Privacy: post-processing.
+
+        Raises:
+          OSError: the file cannot be read.
+        """
+        return sha256(self.path / MODEL)
 
     def begin(self, model: nn.Module, choices: Choices, epochs: Sequence[EpochRecord]) -> None:
         """Try to save the model, then write choices and the metrics of past epochs. To be called before any charge.

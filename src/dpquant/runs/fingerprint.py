@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dpquant.engine.batches import leaves
 from dpquant.errors import DataError
-from dpquant.runs.record import NOT_FOR_RELEASE, write_whole
+from dpquant.runs.record import write_whole
+from dpquant.runs.timings import NOT_FOR_RELEASE
 from dpquant.training.records import MapDataset
 
 _COMPARED = 64  # records, evenly spaced

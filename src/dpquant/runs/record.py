@@ -3,21 +3,22 @@
 
 The record holds nothing computed from private data without a charge, except what `unsafe_metrics` adds and marks.
 
-Wall-clock times are not in the record but in `Timings`: the time of a step depends on the size of its Poisson batch,
-which is private.
+Wall-clock times are not in the record but in `timings.py`: the time of a step depends on the size of its Poisson batch,
+which is private. The record therefore has the time when a run began, before any record was read, and not its end.
 """
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from dpquant.errors import DataError, expect
+from dpquant.runs.provenance import LedgerRecord, PlanRecord, Provenance
 
 if TYPE_CHECKING:
     from dpquant.runs.settings import TrainSettings
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
 
 SCHEMA = 4
 """Version of the record's format. Raise it with every change of a field, and keep reading the earlier formats."""
-NOT_FOR_RELEASE = (
-    "The operator's own, not for release: times follow the realised batch sizes, which are private. No privacy "
-    "statement covers this file."
-)
 NOT_COVERED = "NOT COVERED: training accuracy was measured on private data and written down.\n"
+_SINCE_4 = (
+    *("metrics_test", "source"),
+    *("provenance", "plan", "ledger", "epsilon_rdp", "records", "model_sha256", "declared"),
+)
 # Fields of old records, from before `timings.json` existed. They are ignored.
 _FORMER_FIELDS = frozenset({"seconds_train", "seconds_analysis", "seconds_total", "samples_per_second"})
 
@@ -98,6 +99,13 @@ class RunRecord:
       per_epoch: one entry for each epoch.
       statement: the privacy statement.
       unsafe_metrics: training accuracy was computed from private data, which the statement does not cover.
+      provenance: where the run comes from. It and all fields after it are None where they are not recorded.
+      plan: every number of the privacy plan.
+      ledger: what the ledger has charged, and the hash of its last line.
+      epsilon_rdp: epsilon by the second accountant, a check.
+      records: public number of training records, given or published; None: there is none.
+      model_sha256: of model.safetensors.
+      declared: the user's own words, {name of a question: answer}.
     """
 
     schema: int = dataclasses.field(default=SCHEMA, init=False)
@@ -136,6 +144,13 @@ class RunRecord:
     unsafe_metrics: bool
     metrics_test: dict[str, float] | None
     source: dict[str, Any] | None
+    provenance: Provenance | None
+    plan: PlanRecord | None
+    ledger: LedgerRecord | None
+    epsilon_rdp: float | None
+    records: int | None
+    model_sha256: str | None
+    declared: dict[str, str] | None
 
     @property
     def accuracy_per_epoch(self) -> list[float]:
@@ -154,6 +169,9 @@ class RunRecord:
         threads: int,
         device: str,
         source: Mapping[str, Any],
+        provenance: Provenance,
+        ledger: LedgerRecord,
+        model_sha256: str,
     ) -> Self:
         """Return the record of a run that has ended.
 
@@ -166,6 +184,9 @@ class RunRecord:
           threads: number of threads that torch used.
           device: that the run computed on, in words.
           source: public facts on how the data set was read.
+          provenance: where the run comes from.
+          ledger: what the ledger says.
+          model_sha256: of the file of the model.
         Privacy: post-processing.
         """
         from dpquant.privacy import accounting  # takes seconds to load, and reading a record needs none of it
@@ -216,6 +237,13 @@ class RunRecord:
             unsafe_metrics=settings.unsafe_metrics,
             metrics_test=per_epoch[-1].metrics_test,
             source=dict(source),
+            provenance=provenance,
+            plan=PlanRecord.of(plan),
+            ledger=ledger,
+            epsilon_rdp=accounting.epsilon(private.events(), plan.delta, "rdp"),
+            records=settings.public_records,
+            model_sha256=model_sha256,
+            declared=dict(settings.declared or {}),
         )
 
     def to_json(self) -> str:
@@ -227,7 +255,8 @@ class RunRecord:
         """Return the record from its JSON, in the present format or an earlier one.
 
         Schema 1 has no `schema` field and only the test accuracy of each epoch; the other facts of an epoch become
-        None. Its first files hold times, which are ignored. Device came with schema 3; source and metrics with 4.
+        None. Its first files hold times, which are ignored. Schemas 1 and 2 do not name the device. Before schema 4 a
+        record does not hold metrics, source, provenance, plan, ledger and what comes after them.
 
         Raises:
           DataError: the text is not JSON, the schema is newer, or a field is missing or unknown.
@@ -249,9 +278,13 @@ class RunRecord:
                     fields["per_epoch"] = [EpochRecord(**epoch, **new) for epoch in fields["per_epoch"]]
                 case _:
                     raise ValueError(f"schema {schema}")
-            unknown: dict[str, Any] = {"device": None} if schema < 3 else {}
-            unknown |= {"metrics_test": None, "source": None} if schema < 4 else {}
-            return cls(**{**fields, "layers": [LayerRecord(**layer) for layer in fields["layers"]]}, **unknown)
+            if schema < 4:
+                fields |= dict.fromkeys(_SINCE_4)
+            else:
+                fields |= _parts_of(fields)
+            if schema < 3:
+                fields["device"] = None
+            return cls(**{**fields, "layers": [LayerRecord(**layer) for layer in fields["layers"]]})
         except DataError:
             raise
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -292,6 +325,12 @@ def metrics_line(epoch: EpochRecord) -> str:
     return json.dumps(line)
 
 
+def _parts_of(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the nested parts of a record since schema 4, each of which may be null."""
+    parts = {"provenance": Provenance, "plan": PlanRecord, "ledger": LedgerRecord}
+    return {name: None if fields[name] is None else part.from_fields(fields[name]) for name, part in parts.items()}
+
+
 def _epochs_of_schema_1(accuracies: Sequence[float]) -> list[EpochRecord]:
     new: Any = dict.fromkeys(("epsilon", "layers_quantized", "nonprivate_accuracy_train", "scores", "metrics_test"))
     return [EpochRecord(index=index, accuracy_test=value, **new) for index, value in enumerate(accuracies)]
@@ -309,71 +348,10 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def examples_per_second(private: "PrivateTraining") -> float:
-    """Return the expected batch size times the number of steps, over the seconds of steps and analyses.
-
-    Privacy: for the operator only. The time depends on how many records each step drew, which is private.
-    """
-    seconds = private.seconds_train + private.seconds_analysis
-    return private.plan.expected_batch_size * private.steps_taken / seconds
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Timings:
-    """Wall-clock times of a run so far, for its operator only: no privacy statement covers them.
-
-    Attributes:
-      note: NOT_FOR_RELEASE, the first field in the file.
-      seconds_total: since the run began, including the measurements at its start.
-      seconds_train, seconds_analysis: total time of the steps, and of the analyses.
-      seconds_at_epoch_ends: for each epoch, the time from the start of the run to the epoch's end.
-      examples_per_second: expected batch size times the number of steps, over the time of steps and analyses.
-    """
-
-    note: str = NOT_FOR_RELEASE
-    seconds_total: float
-    seconds_train: float
-    seconds_analysis: float
-    seconds_at_epoch_ends: list[float]
-    examples_per_second: float
-
-    @classmethod
-    def of(cls, private: "PrivateTraining", began: float, ends: Sequence[float]) -> Self:
-        """Return the times of a run so far.
-
-        Args:
-          private: the run, after at least one step.
-          began: `time.perf_counter` at the start of the run.
-          ends: `time.perf_counter` at the end of each epoch so far.
-        """
-        return cls(
-            seconds_total=time.perf_counter() - began,
-            seconds_train=private.seconds_train,
-            seconds_analysis=private.seconds_analysis,
-            seconds_at_epoch_ends=[end - began for end in ends],
-            examples_per_second=examples_per_second(private),
-        )
-
-    def write(self, path: Path) -> None:
-        """Write the times as JSON, completely or not at all."""
-        write_whole(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
-
-    @classmethod
-    def read(cls, path: Path) -> Self | None:
-        """Return the times in a file; None if there is no file, because the operator may keep it elsewhere.
-
-        Raises:
-          DataError: the file cannot be read, or holds no timings.
-        """
-        try:
-            return cls(**json.loads(path.read_text()))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, TypeError) as error:
-            raise DataError(
-                f"Expected readable timings; got {path}: {type(error).__name__}: {error}. Nothing but a run writes "
-                "them. Remove the file to go on without."
-            ) from error
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any, Self, cast
 from dpquant.data.sizes import OWN_PREFIXES, TABLE_PREFIX, TEXT_PREFIX, public_size
 from dpquant.errors import FormatError, SettingError, did_you_mean
 from dpquant.formats import precision
+from dpquant.runs.declared import checked
 from dpquant.runs.effects import check_contradictions, check_effects, has_effect
 from dpquant.runs.source_settings import SourceSettings, setting
+from dpquant.runs.toml import toml_of
 
 if TYPE_CHECKING:
     from dpquant.privacy.plan import NoiseLaw, PrivacyPlan, Score
@@ -93,6 +95,7 @@ class TrainSettings(SourceSettings):
     batch_size: float = setting("expected size of a Poisson batch")
     sample_rate: float | None = setting("each record's probability to be drawn [batch size / records]")
     records: int | None = setting("public, if need be approximate, number of training records")
+    records_per_person: int | None = setting("public number of records that a person has at most, for the statement")
     optimizer: str = setting("sgd, adam or adamw")
     lr: float = setting("learning rate")
     momentum: float = setting("of sgd")
@@ -132,6 +135,7 @@ class TrainSettings(SourceSettings):
         "as 2epochs, 100steps or 10minutes [an epoch or five minutes, if that costs less than 2 % of the time]"
     )
     unsafe_metrics: bool = setting("also measure training accuracy, which is NOT private", False)
+    declared: Mapping[str, str] | None = setting("your words for the report, a table [declared]", option=False)
 
     @classmethod
     def chosen(cls, given: Mapping[str, Any], file: Mapping[str, Any] = MappingProxyType({})) -> Self:
@@ -149,7 +153,8 @@ class TrainSettings(SourceSettings):
         for name, value in both.items():
             if name not in fields:
                 raise SettingError(_unknown(name, value, fields))
-            _check_type(name, value, str(fields[name].type))
+            if name != "declared":
+                _check_type(name, value, str(fields[name].type))
         budget = {} if both.get("noise_multiplier") is not None else {"epsilon": 8.0}
         named = both.get("macs") is not None or both.get("layers") is not None
         share = {} if named else {"fraction": 0.75}
@@ -175,6 +180,8 @@ class TrainSettings(SourceSettings):
             if value is not None and not holds(value):
                 raise SettingError(f"Expected {name} {rule}; got {name}={value}. See dpquant train --help.")
         check_contradictions(vars(self))
+        if self.declared is not None:
+            object.__setattr__(self, "declared", checked(self.declared) or None)
         if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", self.device):
             raise SettingError(
                 f"Expected device to be auto, cpu, cuda or cuda:N; got device={self.device}. See dpquant train --help."
@@ -185,13 +192,19 @@ class TrainSettings(SourceSettings):
             except FormatError as error:
                 raise SettingError(re.sub(r"\bformat\b", name, str(error))) from error
 
+    @property
+    def public_records(self) -> int | None:
+        """Public number of training records, given or published; None if there is none."""
+        return public_size(self.data) if self.records is None else self.records
+
     def to_toml(self) -> str:
         """Return all settings that have an effect and are not None, as TOML that `from_toml` reads."""
         lines = ["# dpquant train --config FILE runs this again."]
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value is not None and has_effect(field.name, vars(self)):
-                lines.append(f"{field.name} = {_toml(value)}")
+                lines += [f"{field.name} = {toml_of(value)}"] if field.name != "declared" else ["", "[declared]"]
+        lines += [f"{name} = {toml_of(words)}" for name, words in (self.declared or {}).items()]
         return "\n".join(lines) + "\n"
 
 
@@ -240,8 +253,7 @@ def plan_of(settings: TrainSettings) -> "PrivacyPlan":
     from dpquant.privacy.plan import AnalysisPlan, PrivacyPlan  # loads the accountant, which --help does without
     from dpquant.privacy.ranges import MOST_STEPS
 
-    if (records := settings.records) is None:
-        records = public_size(settings.data)
+    records = settings.public_records
     if settings.sample_rate is None and records is None:
         raise SettingError(
             f"Expected records or sample_rate for data={settings.data}; got neither. The size of a private data set is "
@@ -284,6 +296,7 @@ def plan_of(settings: TrainSettings) -> "PrivacyPlan":
         steps=settings.epochs * epoch_steps,
         analysis=analysis,
         noise=cast("NoiseLaw", settings.noise),
+        records_per_person=settings.records_per_person,
     )
 
 
@@ -335,6 +348,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "epochs": _AT_LEAST_ONE,
     "batch_size": _POSITIVE,
     "sample_rate": ("in (0, 1]", lambda x: 0 < x <= 1),
+    "records_per_person": ("in 1 .. 64", lambda x: 1 <= x <= 64),
     "records": ("in 1 .. 10^12", lambda x: 1 <= x <= 10**12),
     "lr": _POSITIVE,
     "momentum": ("in [0, 1)", lambda x: 0 <= x < 1),
@@ -375,14 +389,3 @@ def _unknown(name: str, value: Any, known: Iterable[str]) -> str:
         )
     hint = did_you_mean(name, known)
     return f"Expected known settings; got {name}. It would be ignored. {hint}See dpquant train --help."
-
-
-def _toml(value: str | int | float | bool) -> str:
-    match value:
-        case bool():
-            return str(value).lower()
-        case str():
-            escaped = "".join(c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08X}" for c in value)
-            return f'"{escaped}"'
-        case _:
-            return repr(value)

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Protocol
 from dpquant.errors import SettingError
 from dpquant.privacy.plan import PrivacyPlan, rounded_up
 from dpquant.runs.directory import append_line
-from dpquant.runs.record import EpochRecord, RunRecord, examples_per_second, metrics_line
+from dpquant.runs.record import EpochRecord, RunRecord, metrics_line
 from dpquant.runs.settings import TrainSettings
+from dpquant.runs.timings import examples_per_second
 
 if TYPE_CHECKING:
     from dpquant.training.private import Epoch, PrivateTraining

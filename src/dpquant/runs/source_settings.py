@@ -5,9 +5,9 @@ import dataclasses
 from typing import Any
 
 
-def setting(help: str, default: Any = None) -> Any:
-    """Return a field of settings with its help and default."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def setting(help: str, default: Any = None, *, option: bool = True) -> Any:
+    """Return a field of settings with its help and default, and whether the command line has it as an option."""
+    return dataclasses.field(default=default, metadata={"help": help, "option": option})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

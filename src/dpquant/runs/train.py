@@ -3,9 +3,10 @@
 
 A run directory holds config.toml (all settings, to repeat the run), ledger.jsonl (the events charged, each written
 before its data is used), metrics.jsonl (one line per epoch), model.safetensors (the model's parameters and buffers,
-written after every epoch, for `safetensors.torch.load_model`), record.json, choices.json (decisions by timing on this
-machine, which `--choices` hands to another run), and checkpoints, from the newest of which a run continues. For the
-operator only: timings.json and records.json (a fingerprint of the training records).
+written after every epoch, for `safetensors.torch.load_model`), model.json (what is needed to use it), record.json,
+choices.json (decisions by timing on this machine, which `--choices` hands to another run), and checkpoints, from the
+newest of which a run continues. For the operator only: timings.json and records.json (a fingerprint of the training
+records).
 
 The directory is made first (`place.py`), with the settings in it, so that a run can be continued however early it was
 killed; if a check fails, it is removed again. Saving, testing and a checkpoint of the model are tried once before
@@ -19,7 +20,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from safetensors import SafetensorError
@@ -29,7 +30,9 @@ from dpquant.data import dataset as data
 from dpquant.data.held import Held
 from dpquant.errors import BudgetError, DivergedError, SettingError, StoppedError
 from dpquant.machine import check_threads
+from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.plan import PrivacyPlan, rounded_up
+from dpquant.runs.description import ModelDescription
 from dpquant.runs.devices import described, device_of
 from dpquant.runs.directory import Charged, RunDirectory
 from dpquant.runs.evaluation import (
@@ -40,15 +43,18 @@ from dpquant.runs.evaluation import (
     metrics,
     warn_of_guessing,
 )
+from dpquant.runs.history import History
 from dpquant.runs.names import LEDGER, METRICS, MODEL
 from dpquant.runs.objects import model_of, move_schedule, optimizer_of, schedule_of
 from dpquant.runs.place import Place
-from dpquant.runs.record import EpochRecord, RunRecord, Timings
+from dpquant.runs.provenance import LedgerRecord, Provenance, utc_now
+from dpquant.runs.record import RunRecord
 from dpquant.runs.settings import TrainSettings, checkpoint_steps, plan_of, policy_of
 from dpquant.runs.sinks import MetricsFile, Progress, Sink, Sinks
 from dpquant.runs.size import check_data_fits
 from dpquant.runs.sources import dataset_of
 from dpquant.runs.stopping import Stopping
+from dpquant.runs.timings import Timings
 from dpquant.training.continuing import Stateful
 from dpquant.training.epoch import Batch, Epoch
 from dpquant.training.private import PrivateTraining
@@ -147,7 +153,7 @@ class _Run:
         start: Callable[..., PrivateTraining],
     ) -> Self:
         """Return the run before its next step: everything that can fail is tried, and nothing is charged."""
-        began = time.perf_counter()
+        began, started = time.perf_counter(), utc_now()
         if settings.threads is not None:
             check_threads(settings.threads)
             torch.set_num_threads(settings.threads)
@@ -187,7 +193,7 @@ class _Run:
             dataset=dataset,
             schedule=schedule,
             tested=Tested(private.model, settings.average),
-            history=History(),
+            history=History(started),
             tell=Sinks([MetricsFile(files.path / METRICS), *sinks], private.epsilon_spent),
             began=began,
         )
@@ -219,7 +225,9 @@ class _Run:
 
     def _try_writing(self) -> None:
         """Write everything once: whether it can be written, and how long a checkpoint takes."""
+        parameters = sum(one.numel() for one in self.private.model.parameters() if one.requires_grad)
         with self._writing():
+            self.files.describe(ModelDescription.of(self.settings, self.dataset, parameters))
             self.files.begin(self.tested.model, self.private.choices, self.history.epochs)
             written = time.perf_counter()
             self.files.checkpoint(self.private, self._parts)
@@ -294,6 +302,9 @@ class _Run:
 
     def end(self, command: str) -> RunRecord:
         """Write and return the record."""
+        contents = Ledger.verify(self.files.path / LEDGER)
+        with self._writing():
+            model_sha256 = self.files.model_sha256()
         record = RunRecord.of(
             self.settings,
             self.private,
@@ -303,6 +314,9 @@ class _Run:
             threads=torch.get_num_threads(),
             device=described(self.device),
             source=self.dataset.facts,
+            provenance=Provenance.here(contents.run, self.history.started),
+            ledger=LedgerRecord.of(contents),
+            model_sha256=model_sha256,
         )
         with self._writing():
             self.files.end(record, self._timings())
@@ -351,46 +365,3 @@ class _Run:
             with self._writing():
                 self.files.note_divergence(reason)
             raise DivergedError(reason)
-
-
-class History:
-    """The epochs of a run so far, as part of its checkpoints.
-
-    Attributes:
-      epochs: the records of the epochs that have ended.
-      ends: `time.perf_counter` at their ends, for the operator; not in checkpoints.
-    Privacy: post-processing, but for `ends`.
-    """
-
-    def __init__(self):
-        self.epochs: list[EpochRecord] = []
-        self.ends: list[float] = []
-        self._scores: dict[str, float] | None = None
-        self._index, self._analyses = -1, 0
-
-    def continues(self, private: PrivateTraining) -> None:
-        """Begin where the run is: an analysis that was lost belongs to no epoch."""
-        self._analyses = private.analyses_made
-
-    def begin(self, private: PrivateTraining, epoch: Epoch) -> float:
-        """Begin an epoch, unless it continues, and return the epsilon spent."""
-        if epoch.index != self._index:
-            self._scores = dict(private.scores) if private.analyses_made > self._analyses else None
-            self._index, self._analyses = epoch.index, private.analyses_made
-        return private.epsilon_spent()
-
-    def end(self, **facts: Any) -> None:
-        """End an epoch with these facts."""
-        self.epochs.append(EpochRecord(**facts, scores=self._scores))
-        self.ends.append(time.perf_counter())
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "epochs": [dataclasses.asdict(one) for one in self.epochs],
-            "scores": self._scores,
-            "index": self._index,
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.epochs = [EpochRecord(**{"metrics_test": None, **one}) for one in state_dict["epochs"]]
-        self._scores, self._index = state_dict["scores"], state_dict["index"]

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a report is made of, and the warnings that follow from it. All of it is released."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from dpquant.privacy.events import Event
+from dpquant.privacy.meaning import Details, Meaning, too_large
+from dpquant.privacy.plan import rounded_up
+from dpquant.runs.description import ModelDescription
+from dpquant.runs.record import RunRecord
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Check:
+    """Something that was recomputed, and whether it is as the run says."""
+
+    what: str
+    holds: bool
+    detail: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is known about one run.
+
+    Attributes:
+      name: of the run, as its reader knows it.
+      record: of the run.
+      record_sha256: of the file of the record.
+      events: what the ledger charged, from the record or the ledger; None: neither says.
+      checks: what `dpquant verify` recomputed.
+      meaning: of the run's epsilon; None: it is infinite or not known.
+      details: for persons and other deltas; None: as for meaning.
+      description: of the model; None: not recorded.
+      settings: text of config.toml; None: left out, or not there.
+      redacted: command, folders and declared words were left out.
+    """
+
+    name: str
+    record: RunRecord
+    record_sha256: str
+    events: Sequence[Event] | None
+    checks: Sequence[Check]
+    meaning: Meaning | None
+    details: Details | None
+    description: ModelDescription | None
+    settings: str | None
+    redacted: bool
+
+    @property
+    def wrong(self) -> list[Check]:
+        """The checks that do not hold."""
+        return [one for one in self.checks if not one.holds]
+
+    @property
+    def records_per_person(self) -> int | None:
+        """Declared number of records of a person; None: not known."""
+        return None if self.record.plan is None else self.record.plan.records_per_person
+
+    @property
+    def research(self) -> bool:
+        """Whether a part of the randomness came from a known seed."""
+        return "NOT PRIVATE" in self.record.statement
+
+    @property
+    def void(self) -> bool:
+        """Whether nothing is promised, whatever number epsilon is."""
+        return self.research or "DOES NOT HOLD" in self.record.statement or not math.isfinite(self.record.epsilon)
+
+    @property
+    def promise(self) -> str:
+        """What the run promises, in one sentence; that it promises nothing, if it does not."""
+        if self.void:
+            return "Nothing is promised about the records of this run: see above."
+        epsilon, delta = rounded_up(self.record.epsilon), f"{self.record.delta:g}"
+        claimed = "is said to be" if self.wrong else "is"
+        return (
+            f"Each record {claimed} protected by differential privacy with epsilon = {epsilon} and delta = {delta}, "
+            "against anyone who has the model and everything on this page and knows every other record."
+        )
+
+    def alarms(self) -> list[str]:
+        """Return what makes the guarantee void or weaker than it looks, the gravest first."""
+        record, found = self.record, []
+        if "DOES NOT HOLD" in record.statement:
+            found.append("The guarantee does not hold: the run found that its model mixes records. See the statement.")
+        if self.research:
+            found.append("Not private: sampling or noise came from a known seed. Whoever knows it can undo the noise.")
+        if self.wrong:
+            found.append(
+                f"{len(self.wrong)} of {len(self.checks)} checks do not hold: the files of this run do not agree with "
+                "one another. Do not sign this page."
+            )
+        if record.unsafe_metrics:
+            found.append(
+                "Training accuracy was measured on private records and written down. Epsilon does not cover it."
+            )
+        if not math.isfinite(record.epsilon):
+            found.append("Epsilon is infinite: nothing is promised.")
+        if warning := too_large(record.delta, record.records):
+            found.append(warning)
+        return found
+
+    def persons(self) -> list[tuple[int, str]]:
+        """Return (number of records, epsilon) of persons with several records."""
+        if self.details is None:
+            return []
+        return [(one.records, rounded_up(one.epsilon, 2)) for one in self.details.persons]

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report of one run: one HTML file that loads nothing. A pure function of facts; see `facts.py`."""
+
+import functools
+import importlib.metadata
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from dpquant.privacy.meaning import percent_up
+from dpquant.privacy.plan import rounded_up
+from dpquant.runs.declared import QUESTIONS
+from dpquant.runs.pages import charts
+from dpquant.runs.pages.answers import ASSUMPTIONS, NOT_DECLARED, NOT_RECORDED, RELEASED, answers
+from dpquant.runs.pages.facts import Facts
+from dpquant.runs.record import RunRecord
+
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+def report(facts: Facts) -> str:
+    """Return the report of a run as HTML.
+
+    Privacy: post-processing of what the run has released.
+    """
+    record = facts.record
+    asked = answers(facts)
+    numbers: dict[str, list[int]] = {}
+    for number, one in enumerate(asked, 1):
+        numbers.setdefault(one.section, []).append(number)
+    said = record.declared or {}
+
+    def declared(name: str) -> str:
+        return "left out" if facts.redacted else said.get(name, NOT_DECLARED)
+
+    return rendered(
+        "report.html.jinja",
+        title=f"Privacy report: {record.model} on {record.dataset}",
+        embedded={"record_sha256": facts.record_sha256, "epsilon": _number(record.epsilon), "delta": record.delta},
+        f=facts,
+        r=record,
+        answers=asked,
+        numbers=numbers,
+        declared=declared,
+        questions=QUESTIONS,
+        missing=NOT_RECORDED,
+        assumptions=ASSUMPTIONS,
+        released=RELEASED,
+        **_charts(facts),
+    )
+
+
+def rendered(template: str, *, embedded: Mapping[str, Any], **values: Any) -> str:
+    """Return a page from its template; `embedded` is put into it for programs."""
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            version=importlib.metadata.version("dpquant"),
+            style=Markup((_TEMPLATES / "style.css").read_text()),
+            script=Markup((_TEMPLATES / "page.js").read_text()),
+            embedded=_json(embedded),
+            **values,
+        )
+    )
+
+
+def accuracy_chart(record: RunRecord) -> Markup:
+    """Return the chart of a run's test accuracy."""
+    values = record.accuracy_per_epoch
+    low = math.floor(10 * max(0.0, min(values) - 0.02)) / 10
+    label = f"Test accuracy over {len(values)} epochs, from {values[0]:.1%} to {values[-1]:.1%}"
+    return charts.lines(values, label=label, axis=(low, 1.0), percent=True, limit=None)
+
+
+def _charts(facts: Facts) -> dict[str, Any]:
+    record = facts.record
+    drawn: dict[str, Any] = {"accuracy_chart": accuracy_chart(record), "epsilon_chart": None, "attack_chart": None}
+    spent = [one.epsilon for one in record.per_epoch if one.epsilon is not None and math.isfinite(one.epsilon)]
+    if spent and len(spent) == len(record.per_epoch):
+        limit = None if record.plan is None else record.plan.epsilon
+        drawn["epsilon_chart"] = charts.lines(
+            spent,
+            label=f"Epsilon over {len(spent)} epochs, ends at {rounded_up(spent[-1], 2)}",
+            axis=(0.0, 1.1 * max(spent[-1], limit or 0.0, 1e-3)),
+            percent=False,
+            limit=limit,
+        )
+    if facts.meaning is not None:
+        found = [(one.false_positive_rate, one.true_positive_rate) for one in facts.meaning.attacks]
+        told = "; ".join(f"at {100 * rate:g} % false accusations at most {percent_up(hit)}" for rate, hit in found)
+        rows = [(f"{100 * rate:g} % falsely", hit, rate, percent_up(hit)) for rate, hit in found]
+        drawn["attack_chart"] = charts.bars(rows, label=f"Members found out: {told}")
+    return {**drawn, **_map(record)}
+
+
+def _map(record: RunRecord) -> dict[str, Any]:
+    """Return the map of layers and epochs, if the record has them."""
+    chosen = [frozenset(one.layers_quantized) for one in record.per_epoch if one.layers_quantized is not None]
+    if not record.layers or len(chosen) != len(record.per_epoch):
+        return {"map_chart": None, "map_data": None, "levelled": False}
+    names = [layer.name for layer in record.layers]
+    levels = charts.levels_of([one.scores for one in record.per_epoch])
+    rows = charts.cells(names, chosen, levels)
+    label = (
+        f"{len(names)} layers over {len(chosen)} epochs; {record.quantized_fraction_layers:.0%} of the cells are "
+        "quantized. The table below has the numbers."
+    )
+    return {
+        "map_chart": charts.layer_map(names, rows, label=label),
+        "map_data": _json({"names": names, "rows": rows}),
+        "levelled": any(levels),
+    }
+
+
+def _json(value: Any) -> Markup:
+    """Return JSON that can stand in a script element, whatever its texts hold."""
+    text = json.dumps(value, separators=(",", ":"))
+    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"eps": rounded_up, "pct": _percent, "up": percent_up, "delta": lambda x: f"{x:g}"}
+    return environment
+
+
+def _percent(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f} %"

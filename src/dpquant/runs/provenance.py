@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parts of a run's record: where the run comes from, its plan, and what its ledger says. This module loads no torch."""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Self
+
+from dpquant import native
+from dpquant.machine import processor
+from dpquant.privacy.entries import Contents
+from dpquant.privacy.events import Event
+
+if TYPE_CHECKING:
+    from dpquant.privacy.plan import PrivacyPlan
+
+_PACKAGES = {"numpy": "numpy", "torch": "torch", "dp_accounting": "dp-accounting", "cryptography": "cryptography"}
+
+
+def utc_now() -> str:
+    """Return the time, in UTC and whole seconds, as 2026-11-29T12:00:00Z."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where a run comes from. It names no host, no user and no folder.
+
+    Attributes:
+      run_id: random, public name of the run, as in its ledger.
+      started: UTC, when the run began and had read no record. There is no end: how long a run takes is not released.
+      cpu: the processor's name.
+      instructions: its instruction sets that decide which products are fast.
+      cores: that the run might use.
+      system: operating system and architecture.
+      versions: {package: version}, Python among them.
+      native: whether the C++ kernels were there.
+    """
+
+    run_id: str
+    started: str
+    cpu: str
+    instructions: list[str]
+    cores: int
+    system: str
+    versions: dict[str, str]
+    native: bool
+
+    @classmethod
+    def here(cls, run_id: str, started: str) -> Self:
+        """Return the provenance of a run on this machine. Privacy: public facts."""
+        cpu, instructions, cores = processor()
+        found = {name: importlib.metadata.version(package) for name, package in _PACKAGES.items()}
+        return cls(
+            run_id=run_id,
+            started=started,
+            cpu=cpu,
+            instructions=list(instructions),
+            cores=cores,
+            system=f"{platform.system()} {platform.machine()}",
+            versions={"python": platform.python_version(), **found},
+            native=native.kernels is not None,
+        )
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Self:
+        return cls(**fields)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnalysisRecord:
+    """The numbers of an `AnalysisPlan`."""
+
+    count: int
+    sample_rate: float
+    expected_batch_size: float
+    noise_multiplier: float
+    max_norm: float
+    repeats: int
+    score: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanRecord:
+    """The numbers of a `PrivacyPlan`; `epsilon` is its target, or the cost of the plan where the noise was given."""
+
+    epsilon: float
+    delta: float
+    noise_multiplier: float
+    max_grad_norm: float
+    sample_rate: float
+    expected_batch_size: float
+    steps: int
+    epochs: int
+    noise: str
+    records_per_person: int | None
+    analysis: AnalysisRecord | None
+
+    @classmethod
+    def of(cls, plan: "PrivacyPlan") -> Self:
+        """Return the numbers of a plan."""
+        names = {field.name for field in dataclasses.fields(cls)} - {"analysis"}
+        analysis = None if plan.analysis is None else AnalysisRecord(**dataclasses.asdict(plan.analysis))
+        return cls(**{name: getattr(plan, name) for name in names}, analysis=analysis)
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Self:
+        analysis = fields["analysis"]
+        return cls(**{**fields, "analysis": None if analysis is None else AnalysisRecord(**analysis)})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LedgerRecord:
+    """What a run's ledger says at its end.
+
+    How many processes have charged it is left out: when a process ends may follow memory and time, and so the sizes of
+    batches.
+
+    Attributes:
+      head: hash of the last line, from which an earlier line cannot be removed unnoticed.
+      format: of the file.
+      research: a part of the randomness came from a seed, so that epsilon is no guarantee.
+      events: what was charged, equal releases counted together.
+    """
+
+    head: str
+    format: int
+    research: bool
+    events: list[Event]
+
+    @classmethod
+    def of(cls, contents: Contents) -> Self:
+        """Return what a ledger says."""
+        return cls(head=contents.head, format=contents.format, research=contents.research, events=list(contents.events))
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Self:
+        return cls(**{**fields, "events": [Event(**event) for event in fields["events"]]})
+
+    def count(self, kind: str) -> int:
+        """Return the number of releases of a kind."""
+        return sum(event.count for event in self.events if event.kind == kind)

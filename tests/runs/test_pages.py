@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A report says what the record says, whatever stands in it, loads nothing, and stays small."""
+
+import dataclasses
+import html
+import json
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpquant.privacy.meaning import Attack, Details, Meaning, Person
+from dpquant.privacy.plan import rounded_up
+from dpquant.runs.description import ModelDescription, Normalisation
+from dpquant.runs.pages import charts
+from dpquant.runs.pages.answers import ASSUMPTIONS, answers
+from dpquant.runs.pages.comparison import comparison
+from dpquant.runs.pages.facts import Check, Facts
+from dpquant.runs.pages.report import report
+from dpquant.runs.pages.texts import TODO, model_card, registry_draft
+from dpquant.runs.record import SCHEMA, EpochRecord, LayerRecord, RunRecord
+
+ROOT = Path(__file__).parents[2]
+FIXTURES = Path(__file__).parent / "fixtures"
+RECORD = RunRecord.read(FIXTURES / f"record-{SCHEMA}.json")
+MEANING = Meaning(
+    attacks=tuple(
+        Attack(false_positive_rate=rate, true_positive_rate=hit, from_epsilon_alone=1.0)
+        for rate, hit in ((0.001, 0.0731), (0.01, 0.2214), (0.1, 0.5727))
+    ),
+    even_odds=0.7609,
+    mu=1.839,
+)
+DETAILS = Details(
+    persons=tuple(Person(records=k, epsilon=e) for k, e in ((1, 7.99999), (2, 19.28), (5, 68.3301), (10, 195.18))),
+    epsilons={1e-4: 7.99999, 1e-5: 9.4023},
+)
+
+
+def facts(record=RECORD, **changes):
+    given = {
+        "name": "run", "record": record, "record_sha256": "ab" * 32,
+        "events": None if record.ledger is None else record.ledger.events,
+        "checks": [Check(what="epsilon", holds=True, detail="8")], "meaning": MEANING, "details": DETAILS,
+        "description": None, "settings": "lr = 0.2\n", "redacted": False, **changes,
+    }  # fmt: skip
+    return Facts(**given)
+
+
+def text_of(page):
+    """The text of a page as a reader sees it."""
+    body = re.sub(r"<(script|style)[^>]*>.*?</\1>", " ", page, flags=re.S)
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", body)).split())
+
+
+def assert_says_what_the_record_says(page, record):
+    text = text_of(page)
+    for number in (
+        f"protected by differential privacy with epsilon = {rounded_up(record.epsilon)} and delta = {record.delta:g}",
+        f"{100 * record.accuracy_test:.1f} % test accuracy, which epsilon does not cover",
+        f"sampling rate q {record.sample_rate:.6g}",
+        f"noise over sensitivity {record.noise_multiplier:.6g}",
+        f"clipping norm, the sensitivity {record.max_grad_norm:g}",
+        f"second opinion (Renyi) {rounded_up(record.epsilon_rdp)}",
+        f"Hash of the last line: {record.ledger.head}",
+        f"model, SHA-256 {record.model_sha256}",
+        f"run {record.provenance.run_id}",
+        f"begun {record.provenance.started}",
+        f"torch {record.torch}",
+        "1 % 22.2 % 100.0 %",
+        "10 % 57.3 %",
+        "0.1 % 7.4 %",
+        "at most 76.1 %",
+        "mu = 1.84",
+        "2 19.28 5 68.34 10 195.18",
+        "1e-05 9.4023",
+        "1,442",
+        record.declared["curator"],
+    ):
+        assert number in text, number
+    for epoch in record.per_epoch:
+        assert f"{epoch.index + 1} {100 * epoch.accuracy_test:.1f} % {rounded_up(epoch.epsilon)}" in text
+    for layer in record.layers:
+        assert f"{layer.name} {layer.macs / 1e6:.3f} {layer.times_quantized}" in text
+
+
+def test_a_report_says_what_the_record_says():
+    assert_says_what_the_record_says(report(facts()), RECORD)
+
+
+@pytest.mark.parametrize("change", [{"epsilon": 7.1}, {"accuracy_test": 0.8}, {"noise_multiplier": 0.7}])
+def test_a_report_of_other_numbers_would_be_seen(change):
+    with pytest.raises(AssertionError):
+        assert_says_what_the_record_says(report(facts(dataclasses.replace(RECORD, **change))), RECORD)
+
+
+def assert_answers_all(page):
+    """Every question stands on the page with a link to a section that is there."""
+    rows = re.findall(r'<tr id="q(\d+)"><td[^>]*><a href="#([\w-]+)"', page)
+    assert [int(number) for number, _ in rows] == list(range(1, 25))
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert {section for _, section in rows} <= set(ids) and len(ids) == len(set(ids))
+    assert all(f"#{ref}" in page and ref in ids for ref in re.findall(r'href="#([^"]+)"', page))
+
+
+def test_the_24_questions_are_answered_and_lead_somewhere():
+    for record in (RECORD, RunRecord.read(FIXTURES / "record-1.json")):
+        assert_answers_all(report(facts(record, events=None)))
+        assert_answers_all(report(facts(record, meaning=None, details=None)))
+
+
+def test_a_question_less_or_a_link_to_nowhere_would_be_seen():
+    page = report(facts())
+    for planted in (page.replace('id="q7"', 'id="q77"'), page.replace('id="uncovered"', 'id="x"')):
+        with pytest.raises(AssertionError):
+            assert_answers_all(planted)
+
+
+@pytest.mark.parametrize("schema", range(1, SCHEMA + 1))
+def test_a_record_of_every_schema_renders_for_ever(schema):
+    record = RunRecord.read(FIXTURES / f"record-{schema}.json")
+    text = text_of(report(facts(record)))
+    assert rounded_up(record.epsilon) in text and ("not recorded by this version" in text) == (schema < 4)
+
+
+def assert_loads_nothing(page):
+    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+    assert policy in page
+    assert not re.search(r"(src|href|action|data|poster)\s*=\s*[\"'](?!#)", page.replace('data-value="', ""))
+    assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest|https?://", page)
+
+
+HOSTILE = "<img src=x onerror=alert(1)>\"'&</script><script>alert(2)</script>" + "x" * 200
+
+
+def hostile():
+    epochs = [dataclasses.replace(one, layers_quantized=[HOSTILE], scores={HOSTILE: 0.1}) for one in RECORD.per_epoch]
+    layers = [dataclasses.replace(RECORD.layers[0], name=HOSTILE)]
+    texts = dict.fromkeys(
+        ("model", "dataset", "command", "policy", "format", "execution", "device", "backend"), HOSTILE
+    )
+    declared = dict.fromkeys(("curator", "justification", "tuning"), HOSTILE)
+    record = dataclasses.replace(RECORD, per_epoch=epochs, layers=layers, declared=declared, **texts)
+    description = ModelDescription(
+        model=HOSTILE, width=1.0, fix=False, parameters=3, num_classes=1, class_names=[HOSTILE], input_shape=[3],
+        image_size=None, normalisation=Normalisation(mean=0.5, std=0.5),
+    )  # fmt: skip
+    checks = [Check(what="epsilon", holds=False, detail=HOSTILE)]
+    return facts(record, name=HOSTILE, description=description, checks=checks, settings=HOSTILE)
+
+
+def assert_is_inert(page):
+    assert "<img" not in page and "alert(2)</script>" not in page.replace("&lt;", "") and "<script>alert" not in page
+    assert page.count("</script>") == page.count("<script")
+    for block in re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', page, flags=re.S):
+        json.loads(block)
+
+
+def test_hostile_texts_are_shown_and_do_nothing():
+    for page in (report(hostile()), comparison([hostile(), facts()], together=HOSTILE)):
+        assert_loads_nothing(page.replace(html.escape(HOSTILE), "").replace(str(charts.escape(HOSTILE)), ""))
+        assert_is_inert(page)
+        assert "<img src=x" in html.unescape(page)
+    assert not re.search(r"(?<!\\)<", model_card(hostile()).split("```")[0])
+
+
+def test_a_text_that_is_not_escaped_would_be_seen():
+    page = report(facts())
+    with pytest.raises(AssertionError):
+        assert_is_inert(page.replace("</h1>", f"{HOSTILE}</h1>", 1))
+    with pytest.raises(AssertionError):
+        assert_loads_nothing(page.replace("</h1>", '<a href="https://example.org">x</a></h1>', 1))
+
+
+def test_the_page_of_a_run_and_of_several_load_nothing():
+    assert_loads_nothing(report(facts()))
+    assert_loads_nothing(comparison([facts(), facts()], together="epsilon = 12"))
+
+
+def large():
+    """The record of DenseNet121 over 100 epochs: 121 layers, an analysis in every epoch."""
+    names = [f"features.denseblock{i // 30}.denselayer{i}.conv{i % 2 + 1}" for i in range(121)]
+    per_epoch = [
+        EpochRecord(
+            index=index,
+            epsilon=8.0 * (index + 1) / 100,
+            accuracy_test=0.5,
+            layers_quantized=[name for number, name in enumerate(names) if (7 * number + 13 * index) % 4],
+            nonprivate_accuracy_train=None,
+            scores={name: (31 * number * (index + 3) % 97) / 97 for number, name in enumerate(names)},
+        )
+        for index in range(100)
+    ]
+    layers = [LayerRecord(name=n, macs=1e8, times_quantized=75, last_score=0.25, gain=1.5) for n in names]
+    return dataclasses.replace(RECORD, per_epoch=per_epoch, layers=layers, epochs=100, accuracy_test=0.5)
+
+
+def test_the_report_of_a_large_network_is_at_most_300_kb():
+    assert len(report(facts(large())).encode()) <= 300_000
+
+
+def test_the_same_facts_give_the_same_bytes():
+    assert report(facts()) == report(facts())
+
+
+finite = st.floats(0, 1e6) | st.just(1e-300)
+words = st.text(max_size=30)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    names=st.lists(words, min_size=1, max_size=4, unique=True),
+    numbers=st.lists(finite, min_size=4, max_size=4),
+    accuracies=st.lists(st.floats(0, 1), min_size=1, max_size=5),
+    text=words,
+)
+def test_any_record_renders(names, numbers, accuracies, text):
+    epsilon, delta, macs, score = numbers
+    per_epoch = [
+        EpochRecord(
+            index=index, epsilon=epsilon, accuracy_test=value, layers_quantized=names[: index % 3],
+            nonprivate_accuracy_train=None, scores={names[0]: score - 1} if index % 2 == 0 else None,
+        )
+        for index, value in enumerate(accuracies)
+    ]  # fmt: skip
+    layers = [LayerRecord(name=name, macs=macs, times_quantized=1, last_score=None, gain=None) for name in names]
+    changed = {"epsilon": epsilon, "delta": delta, "layers": layers, "per_epoch": per_epoch}
+    page = report(
+        facts(dataclasses.replace(RECORD, **changed, model=text, statement=text, accuracy_test=accuracies[-1]))
+    )
+    assert_is_inert(page)
+    assert html.escape(text.strip()[:1]) in page
+
+
+ALARMS = {
+    "a seed": ({"statement": "NOT PRIVATE: " + RECORD.statement}, "known seed"),
+    "a model that mixes records": ({"statement": "DOES NOT HOLD: " + RECORD.statement}, "does not hold"),
+    "training accuracy": ({"unsafe_metrics": True}, "Training accuracy was measured"),
+    "no epsilon": ({"epsilon": float("inf")}, "Epsilon is infinite"),
+    "a delta above one in the records": ({"delta": 0.01}, "larger than 1 / records"),
+}
+
+
+@pytest.mark.parametrize(("change", "said"), ALARMS.values(), ids=ALARMS)
+def test_what_makes_the_guarantee_void_or_weak_stands_on_top(change, said):
+    found = facts(dataclasses.replace(RECORD, **change))
+    page = report(found)
+    assert said in text_of(page.split('id="promise"')[0])
+    assert ("Nothing is promised" in page) == found.void
+    assert found.void == (said in ("known seed", "does not hold", "Epsilon is infinite"))
+    assert facts().alarms() == [] and 'class="alarm"' not in report(facts())
+
+
+def test_checks_that_do_not_hold_stand_on_top():
+    page = report(facts(checks=[Check(what="epsilon", holds=False, detail="halved")]))
+    assert "1 of 1 checks do not hold" in text_of(page.split('id="promise"')[0]) and "is said to be protected" in page
+
+
+def test_what_is_not_declared_does_not_vanish_and_what_is_redacted_says_so():
+    assert text_of(report(facts())).count("not declared") >= 7
+    assert "left out" in report(facts(redacted=True, settings=None))
+
+
+def test_the_tests_that_assumptions_name_are_there():
+    assert all((ROOT / where).is_file() for _, where in ASSUMPTIONS)
+
+
+def test_a_comparison_names_every_run_and_the_sum():
+    second = dataclasses.replace(RECORD, policy="none", accuracy_test=0.5)
+    text = text_of(comparison([facts(), facts(second, name="other")], together="epsilon = 12.5 together"))
+    assert "2 runs compared" in text and "other" in text and "epsilon = 12.5 together" in text and "50.00 %" in text
+
+
+def test_the_registry_draft_is_yaml_with_what_is_known():
+    yaml = pytest.importorskip("yaml")
+    for one in (facts(), hostile(), facts(RunRecord.read(FIXTURES / "record-1.json"), meaning=None)):
+        draft = yaml.safe_load(registry_draft(one))["deployment"]
+        parameters = draft["privacy_loss"]["privacy_parameters"]
+        assert parameters == {"epsilon": float(rounded_up(one.record.epsilon)), "delta": one.record.delta}
+        assert draft["administrative"]["tier"] == 3 and draft["administrative"]["registry_authors"] == [TODO]
+        assert draft["implementation"]["additional_information"] == one.record.statement
+    declared = yaml.safe_load(registry_draft(facts()))["deployment"]["basic"]["data_curators"][0]
+    assert declared["data_curator_name"] == RECORD.declared["curator"]
+
+
+def test_the_model_card_holds_the_statement_and_its_tag():
+    card = model_card(facts())
+    assert "- differential-privacy" in card and RECORD.statement.strip() in card and rounded_up(RECORD.epsilon) in card
+
+
+def test_levels_are_shares_of_all_impacts_and_last_until_the_next_analysis():
+    levels = charts.levels_of([{"a": 0.0, "b": 1.0, "c": 0.5}, None, {"a": 0.25, "b": float("nan"), "c": 0.75}])
+    assert levels[0] == levels[1] and levels[0]["a"] == 1 and levels[0]["b"] == 5 and "b" not in levels[2]
+    assert charts.cells(["a", "b"], [frozenset("a"), frozenset("b")], [{}, {"b": 3}]) == ["q0", "03"]
+
+
+def test_answers_do_not_ask_for_numbers_that_a_record_does_not_have():
+    for schema in range(1, SCHEMA + 1):
+        assert len(answers(facts(RunRecord.read(FIXTURES / f"record-{schema}.json"), events=None))) == 24
