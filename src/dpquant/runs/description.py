@@ -57,6 +57,8 @@ class ModelDescription:
     @classmethod
     def of(cls, settings: "TrainSettings", dataset: "Dataset", parameters: int) -> Self:
         """Return the description of a run's model. Privacy: public facts."""
+        from dpquant.data.split import Split  # loads torch
+
         split = dataset.train
         return cls(
             model=settings.model,
@@ -67,7 +69,7 @@ class ModelDescription:
             class_names=list(dataset.class_names),
             input_shape=list(dataset.input_shape),
             image_size=settings.image_size,
-            normalisation=Normalisation(mean=split.mean, std=split.std) if hasattr(split, "mean") else None,
+            normalisation=Normalisation(mean=split.mean, std=split.std) if isinstance(split, Split) else None,
         )
 
     def to_json(self) -> str:
