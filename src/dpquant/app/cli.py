@@ -46,6 +46,7 @@ from dpquant.app.verbs.audit import audit
 from dpquant.app.verbs.check_model import check_model
 from dpquant.app.verbs.export import export
 from dpquant.app.verbs.init import init
+from dpquant.app.verbs.pack import pack
 from dpquant.errors import DivergedError, DPQuantError, LedgerError, SettingError, StoppedError
 from dpquant.runs.place import Place
 from dpquant.runs.settings import TrainSettings, plan_of
@@ -67,6 +68,7 @@ app.command("check-model")(check_model)
 app.command("export")(export)
 app.command("audit")(audit)
 app.command("init")(init)
+app.command("pack")(pack)
 
 
 class _Interrupted(Exception):

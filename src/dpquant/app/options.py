@@ -7,7 +7,7 @@ import inspect
 import shlex
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,8 +35,8 @@ def command_line() -> str:
     return shlex.join(["dpquant", *sys.argv[1:]])
 
 
-def with_settings(verb: Callable[..., None]) -> Callable[..., None]:
-    """Return the verb with one option for every field of TrainSettings, collected in `given`.
+def with_settings(verb: Callable[..., None], names: Collection[str] | None = None) -> Callable[..., None]:
+    """Return the verb with one option for every field of TrainSettings, or for those named, collected in `given`.
 
     An option that the user does not give is not in `given`. A field that the verb has a parameter for stays the verb's.
     """
@@ -44,7 +44,7 @@ def with_settings(verb: Callable[..., None]) -> Callable[..., None]:
     own_names = {p.name for p in parameters}
     hints = typing.get_type_hints(TrainSettings)
     for field in dataclasses.fields(TrainSettings):
-        if field.name in own_names:
+        if field.name in own_names or (names is not None and field.name not in names):
             continue
         plain = hints[field.name]
         shown = _default_shown(field)
