@@ -200,7 +200,6 @@ def test_a_file_that_becomes_shorter_is_an_error_and_no_signal(tmp_path):
     file = RowFile(tmp_path / "a.npy")
     with (tmp_path / "a.npy").open("rb+") as other:
         other.truncate(4000)
-    assert file.rows(torch.tensor([0])).sum() == 100
     with pytest.raises(DataError, match="stay as it was"):
         file.rows(torch.tensor([99]))
 

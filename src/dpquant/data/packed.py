@@ -126,6 +126,8 @@ def load_packed(name: str, folder: Path) -> Dataset:
         train, test, synthetic = (_files(manifest, folder, part) for part in ("train", "test", "synthetic"))
         splits = [_split(manifest, files) for files in (train, test)]
         examples = _examples(synthetic, manifest.reading.get("synthetic", ()))
+    except DataError:  # which is a ValueError
+        raise
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise DataError(
             f"Expected the files that packed {manifest.kind} have; got others in {folder}. Pack the records again."

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads chosen rows of a .npy file, whatever its size.
 
-Rows are read by position and not mapped into memory. What is read of a mapped file counts as the process' own memory
-until the kernel takes it back, a row of many pages comes page by page, and a file that becomes shorter meanwhile would
-end the process by a signal instead of an error.
+The file is mapped into memory. All rows of a batch are first asked for at once, since a device answers many requests
+together sooner than one after another; then they are copied; then the mapped pages are given back, as they would count
+as the process' own memory. The kernel keeps them as long as it has room.
 """
 
+import mmap
 import os
 import weakref
 from collections.abc import Iterable
@@ -40,8 +41,8 @@ class RowFile:
                     raise ValueError("another version")
                 self.shape, in_columns, self.dtype = np.lib.format.read_array_header_1_0(file)
                 self._begin = file.tell()
-            size = self._begin + self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
-            whole = path.stat().st_size == size and len(self.shape) > 0
+            self._size = self._begin + self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
+            whole = path.stat().st_size == self._size and len(self.shape) > 0
             if in_columns or self.dtype.hasobject or not whole:
                 raise ValueError("another layout")
             self._descriptor = os.open(path, os.O_RDONLY)
@@ -51,6 +52,9 @@ class RowFile:
                 "something else. Pack the records again."
             ) from error
         weakref.finalize(self, os.close, self._descriptor)
+        self._map = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
+        self._map.madvise(mmap.MADV_RANDOM)  # what is not asked for is not read
+        self._array = np.ndarray(self.shape, self.dtype, buffer=self._map, offset=self._begin)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -59,46 +63,42 @@ class RowFile:
         """Return the rows with these ids, int64 (B,), in 0 .. N - 1, as a tensor of shape (B, ...).
 
         Raises:
-          DataError: the file cannot be read any more.
+          DataError: the file has become another one.
         """
-        return self._read((row, row + 1) for row in ids.tolist())
+        self._ask_for((row, row + 1) for row in ids.tolist())
+        return self._taken(self._array[ids.numpy()])
 
     def runs(self, begins: Tensor, ends: Tensor) -> Tensor:
         """Return the rows begins[0] .. ends[0], begins[1] .. ends[1] and so on, one after another.
 
         Raises:
-          DataError: the file cannot be read any more.
+          DataError: the file has become another one.
         """
-        return self._read(zip(begins.tolist(), ends.tolist(), strict=True))
+        runs = list(zip(begins.tolist(), ends.tolist(), strict=True))
+        self._ask_for(runs)
+        return self._taken(np.concatenate([self._array[begin:end] for begin, end in runs] or [self._array[:0]]))
 
-    def _read(self, runs: Iterable[tuple[int, int]]) -> Tensor:
-        runs = list(runs)
-        if any(not 0 <= begin <= end <= len(self) for begin, end in runs):
-            raise IndexError(f"row out of range of {self._path.name}")
-        found = np.empty((sum(end - begin for begin, end in runs), *self.shape[1:]), dtype=self.dtype)
-        if found.size == 0:
-            return torch.from_numpy(found)
-        flat = found.reshape(-1).view(np.uint8).data
-        row = found.nbytes // len(found)
-        for begin, end in runs:  # the device gets all requests at once
-            os.posix_fadvise(self._descriptor, self._begin + begin * row, (end - begin) * row, os.POSIX_FADV_WILLNEED)
-        place = 0
+    def _ask_for(self, runs: Iterable[tuple[int, int]]) -> None:
+        """Have the device begin with all rows that come next, after a check that the file has not become shorter.
+
+        To read beyond the end of a mapped file would end the process by a signal.
+
+        Raises:
+          DataError: it has.
+          IndexError: a row is out of range.
+        """
+        if os.fstat(self._descriptor).st_size != self._size:
+            raise DataError(
+                f"Expected {self._path} to stay as it was when the run began; it has another size. Records would be "
+                "missing. Restore the file, or pack the records again."
+            )
+        row = self._array.nbytes // max(len(self), 1)
         for begin, end in runs:
-            size = (end - begin) * row
-            self._fill(flat[place : place + size], self._begin + begin * row)
-            place += size
-        return torch.from_numpy(found)
+            if not 0 <= begin <= end <= len(self):
+                raise IndexError(f"row out of range of {self._path.name}")
+            os.posix_fadvise(self._descriptor, self._begin + begin * row, (end - begin) * row, os.POSIX_FADV_WILLNEED)
 
-    def _fill(self, into: memoryview, offset: int) -> None:
-        """Read bytes from an offset on; one call gives at most 2 GiB."""
-        while len(into):
-            try:
-                read = os.preadv(self._descriptor, [into], offset)
-            except OSError:
-                read = 0
-            if read == 0:
-                raise DataError(
-                    f"Expected {self._path} to stay as it was when the run began; it cannot be read as far. Records "
-                    "would be missing. Restore the file, or pack the records again."
-                )
-            into, offset = into[read:], offset + read
+    def _taken(self, found: np.ndarray) -> Tensor:
+        """Return rows that were copied, after the process has given the mapped pages back."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+        return torch.from_numpy(found)
