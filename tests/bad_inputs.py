@@ -206,6 +206,9 @@ IGNORED = [  # settings that have no effect beside others
     "--data table:x.csv --records 9000 --classes a,b",
     "--data table:x.csv --records 9000 --tokenizer k",
     "--data table:x.csv --records 9000 --max-length 9",
+    "--data packed:p --records 9000 --image-size 8",
+    "--data packed:p --records 9000 --test x.csv",
+    "--data packed:p --records 9000 --data-dir .",
     "--data digits --lora 4",
 ]
 
@@ -584,6 +587,14 @@ def texts(train: str | bytes = JSONL, test: str | bytes = JSONL, tokenizer: str 
     return together(file("t.jsonl", train), file("e.jsonl", test), file("k/tokenizer.json", tokenizer), *more)
 
 
+def packed() -> Prepare:
+    """A manifest of rows, without its file, which has 4 bytes."""
+    manifest = """{"format": 1, "note": "", "kind": "rows", "num_classes": 2, "input_shape": [6], "categories": [],
+    "class_names": ["a", "b"], "task": {}, "vocabulary": null, "padding": null, "facts": {}, "reading": {},
+    "files": {"train/inputs.npy": {"bytes": 4, "sha256": "00"}}}"""
+    return file("p/manifest.json", manifest)
+
+
 def column(line: str, *, of: str = "a") -> Prepare:
     """A table whose spec has this line in place of what it says of a column."""
     kept = {"a": SPEC.replace('kind = "number"\nrange = [0, 9]', line), "b": SPEC.split("[columns.b]")[0] + line}
@@ -791,6 +802,54 @@ SOURCES = {
     ),
     "texts: a pretrained network with a width": Bad(f"{ON_TEXTS} --model hf:m --width 2", "no width", texts()),
     "texts: adapters of no rank": Bad(f"{ON_TEXTS} --model hf:m --lora 0", "lora=0", texts()),
+    # packed records
+    "pack: no source": Bad("pack", "Expected a source and a folder"),
+    "pack: nowhere to write": Bad("pack digits", "Expected a source and a folder"),
+    "pack: an empty place": Bad("pack digits ''", "an empty one"),
+    "pack: a folder in the way": Bad("pack digits p", "which exists", folder("p")),
+    "pack: a folder that is not there": Bad("pack digits n/p", "not there"),
+    "pack: an unknown source": Bad("pack digit p", "Did you mean digits?"),
+    "pack: a folder without images": Bad("pack image-folder:n p", "it is not there"),
+    "pack: an option of another source": Bad("pack image-folder:n p --spec s.toml", "Only tables have it"),
+    "pack: a table without a spec": Bad("pack table:t.csv p --label-column y --test e.csv", "Expected spec", table()),
+    "pack: a table without records": Bad(
+        "pack table:t.csv p --label-column y --spec s.toml --test e.csv", "it holds none", table(SPEC, "a,b,y\n")
+    ),
+    "pack: packed records": Bad("pack packed: p", "without one"),
+    "pack: verify beside a source": Bad("pack digits --verify p", "verify alone"),
+    "pack: verify nothing": Bad("pack --verify p", "holds no manifest.json"),
+    "packed: not named": Bad(f"{OWN} --data packed:", "without one"),
+    "packed: not there": Bad(f"{OWN} --data packed:p", "holds no manifest.json"),
+    "packed: a file": Bad(f"{OWN} --data packed:p", "holds no manifest.json", file("p", "")),
+    "packed: no size": Bad("plan --data packed:p", "Expected records or sample_rate"),
+    "packed: a manifest that is none": Bad(
+        f"{OWN} --data packed:p", "manifest of format 1", file("p/manifest.json", "{}")
+    ),
+    "packed: a manifest that is no JSON": Bad(
+        f"{OWN} --data packed:p", "manifest of format 1", file("p/manifest.json", "{")
+    ),
+    "packed: a file is missing": Bad(
+        f"{OWN} --data packed:p", "p/train/inputs.npy to be as its manifest.json says", packed()
+    ),
+    "packed: a file of another size": Bad(
+        f"{OWN} --data packed:p", "it has another size", together(packed(), file("p/train/inputs.npy", "other"))
+    ),
+    "packed: a file of the same size": Bad(
+        "pack --verify p", "its content has changed", together(packed(), file("p/train/inputs.npy", "same"))
+    ),
+    "packed: a file that is no array": Bad(
+        f"{OWN} --data packed:p", "array as dpquant pack writes", together(packed(), file("p/train/inputs.npy", "same"))
+    ),
+    "packed: assessed": Bad("assess --data packed:p --records 9000", "Expected a data set of images"),
+    "packed: a model checked for it in another size": Bad(
+        "check-model cnn --data packed:p --image-size 8", "no image_size with packed"
+    ),
+    "packed: a model checked for nothing": Bad("check-model cnn --data packed:p", "holds no manifest.json"),
+    "packed: not in its resumed place": Bad(
+        "resume r",
+        "holds no manifest.json",
+        run_with('data = "packed:p"\nrecords = 20\npolicy = "none"\nnoise_multiplier = 1.0\nbatch_size = 8.0\n'),
+    ),
     "texts: assessed": Bad(f"assess {ON_TEXTS[6:]}", "Expected a data set of images", texts()),
 }
 

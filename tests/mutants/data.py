@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bugs planted in `data`: what a record, or another one, decides where only public knowledge may."""
 
-from mutants.mutant import COUPLING, LEAK, mutants_of
+from mutants.mutant import COUPLING, LEAK, RESUME, mutants_of
 
 _DATA = "src/dpquant/data"
 _TABLES, _TEXTS = "tests/data/test_tables.py", "tests/data/test_texts.py"
@@ -76,6 +76,44 @@ MUTANTS = [
             COUPLING,
             "return torch.from_numpy(self._buckets[record_ids.numpy()])",
             "return torch.zeros_like(record_ids)",
+        ),
+    ),
+    *mutants_of(
+        f"{_DATA}/packed.py",
+        "tests/data/test_packed.py",
+        (
+            "packed records have the targets of others",
+            COUPLING,
+            'return Rows(self.files["inputs"].rows(ids), self.targets[ids]',
+            'return Rows(self.files["inputs"].rows(ids), self.targets[: len(ids)]',
+        ),
+        (
+            "a broken packed image is trained on",
+            LEAK,
+            "readable=self.readable[ids], full_scale",
+            "readable=None, full_scale",
+        ),
+        (
+            "all packed texts are in one bucket",
+            COUPLING,
+            "return self._buckets[record_ids].long()",
+            "return torch.zeros_like(record_ids)",
+        ),
+        ("packed files that have changed are read", RESUME, "    manifest.check(folder)\n", ""),
+    ),
+    *mutants_of(
+        f"{_DATA}/manifest.py",
+        "tests/data/test_packed.py",
+        ("hashes of packed files are not compared", RESUME, "elif verify and sha", "elif False and sha"),
+    ),
+    *mutants_of(
+        f"{_DATA}/row_file.py",
+        "tests/data/test_packed.py",
+        (
+            "rows come from the begin of the file",
+            COUPLING,
+            "self._taken(self._array[ids.numpy()])",
+            "self._taken(self._array[: len(ids)].copy())",
         ),
     ),
 ]

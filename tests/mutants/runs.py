@@ -309,6 +309,13 @@ MUTANTS = [
             f"{_RESUME}::test_the_same_records_are_known_again",
         ),
         (
+            "packed records are known again by a few of them alone",
+            RESUME,
+            "    if isinstance(train_set, Packed):\n        found.update(train_set.manifest.encode())\n",
+            "",
+            "tests/runs/test_packed.py::test_a_run_that_continues_refuses_another_manifest",
+        ),
+        (
             "fingerprints have no salt",
             LEAK,
             "salt = secrets.token_hex(16)",

@@ -94,6 +94,14 @@ class Hurried(PrivateTraining):
         records._checked = lambda batch, count: batch  # which stays on the CPU
 
 
+class Patient(PrivateTraining):
+    """A run that reads nothing ahead."""
+
+    def __init__(self, setup, records, *others):
+        super().__init__(setup, records, *others)
+        records.__class__ = type("ReadsNothingAhead", (Records,), {"reads_ahead": False})
+
+
 class Reckless(Hurried):
     """A plant: every data set is read in the thread, those that draw too."""
 
@@ -110,11 +118,33 @@ def parameters(run):
 def test_a_run_is_the_same_bit_for_bit_whatever_is_done_ahead(data_set, readers):
     """Random transforms and dropout, quantized: data sets that draw are read between passes, others in the thread."""
     records = data_set()
-    plain = trained(records, PrivateTraining)
+    plain = trained(records, Patient)
     assert records.readers == {True}
-    ahead = trained(records, Hurried)
-    assert records.readers == readers  # the probe's two batches are always read by the main thread
-    assert torch.equal(parameters(plain), parameters(ahead))
+    for kind in (PrivateTraining, Hurried):  # on a CPU only records are read ahead
+        ahead = trained(records, kind)
+        assert records.readers == readers  # the probe's two batches are always read by the main thread
+        assert torch.equal(parameters(plain), parameters(ahead))
+
+
+def test_records_are_read_ahead_within_a_charged_step_alone():
+    """What is read when a step begins was drawn for it, and its charge is in the ledger."""
+    charged, read = [], []
+
+    class Seen(Collating):
+        def dpquant_batch(self, record_ids):
+            read.append(len(charged))
+            return super().dpquant_batch(record_ids)
+
+    class Counting(PrivateTraining):
+        def step(self, batch):
+            before = len(read)
+            charged.append(batch)
+            super().step(batch)
+            assert set(read[before:]) <= {len(charged)} and threading.active_count() == threads
+
+    threads = threading.active_count()
+    trained(Seen(), Counting)
+    assert len(charged) == 4 and read[-1] == 4
 
 
 def test_a_random_transform_in_the_thread_would_be_seen():

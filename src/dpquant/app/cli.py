@@ -48,6 +48,7 @@ from dpquant.app.verbs.check_model import check_model
 from dpquant.app.verbs.export import export
 from dpquant.app.verbs.init import init
 from dpquant.app.verbs.ledger import ledger
+from dpquant.app.verbs.pack import pack
 from dpquant.app.verbs.report import report
 from dpquant.app.verbs.total import total
 from dpquant.app.verbs.verify import verify
@@ -76,6 +77,7 @@ app.command("ledger")(ledger)
 app.command("report")(report)
 app.command("verify")(verify)
 app.command("total")(total)
+app.command("pack")(pack)
 
 
 class _Interrupted(Exception):

@@ -12,6 +12,8 @@ from torch.utils.data import default_collate
 
 from dpquant.checks.synthetic import Specimens, candidates, from_examples
 from dpquant.data import dataset as data
+from dpquant.data.manifest import Manifest, folder_of
+from dpquant.data.sizes import PACKED_PREFIX
 from dpquant.errors import SettingError
 
 _CPU = torch.device("cpu")
@@ -73,6 +75,8 @@ class Form:
                 raise SettingError(
                     f"Expected no classes with data; got classes={classes}. The data set has its own. Leave it out."
                 )
+            if data_set.startswith(PACKED_PREFIX):
+                return cls._packed(data_set, image_size)
             shape, num_classes = data.form_of(data_set, image_size=image_size)
             return cls(input_shape=shape, num_classes=num_classes)
         if image_size is not None:
@@ -93,6 +97,17 @@ class Form:
                 f"Expected input_shape to be sizes with x between them, as 3x32x32 or 30; got {input_shape!r}."
             )
         return cls(input_shape=tuple(map(int, input_shape.split("x"))), num_classes=classes)
+
+    @classmethod
+    def _packed(cls, data_set: str, image_size: int | None) -> Self:
+        """Return the form in the manifest of packed records."""
+        if image_size is not None:
+            raise SettingError(
+                f"Expected no image_size with packed records; got image_size={image_size}. They have the size with "
+                "which they were packed. Leave it out."
+            )
+        manifest = Manifest.read(folder_of(data_set))
+        return cls(input_shape=manifest.input_shape, num_classes=manifest.num_classes, vocabulary=manifest.vocabulary)
 
     def blank(self, count: int) -> Tensor:
         """Return `count` inputs of zeros, float32 or tokens."""

@@ -7,7 +7,7 @@ import inspect
 import shlex
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,8 +37,8 @@ def command_line() -> str:
     return shlex.join(["dpquant", *sys.argv[1:]])
 
 
-def with_settings(verb: Callable[..., None]) -> Callable[..., None]:
-    """Return the verb with one option for every field of TrainSettings, collected in `given`.
+def with_settings(verb: Callable[..., None], names: Collection[str] | None = None) -> Callable[..., None]:
+    """Return the verb with one option for every field of TrainSettings, or for those named, collected in `given`.
 
     An option that the user does not give is not in `given`. A field that the verb has a parameter for stays the verb's.
     """
@@ -46,7 +46,8 @@ def with_settings(verb: Callable[..., None]) -> Callable[..., None]:
     own_names = {p.name for p in parameters}
     hints = typing.get_type_hints(TrainSettings)
     for field in dataclasses.fields(TrainSettings):
-        if field.name in own_names or not field.metadata["option"]:
+        named = names is None or field.name in names
+        if field.name in own_names or not named or not field.metadata["option"]:
             continue
         plain = hints[field.name]
         shown = _default_shown(field)

@@ -38,7 +38,7 @@ from dpquant.audits.guesses import (
     profile_least,
 )
 from dpquant.audits.taps import Start
-from dpquant.data.sizes import TABLE_PREFIX, TEXT_PREFIX
+from dpquant.data.sizes import PACKED_PREFIX, TABLE_PREFIX, TEXT_PREFIX
 from dpquant.data.split import Split
 from dpquant.engine.batches import to_device
 from dpquant.errors import SettingError
@@ -180,10 +180,10 @@ def check_images(settings: TrainSettings) -> None:
     Raises:
       SettingError: it is not.
     """
-    if settings.data.startswith((TABLE_PREFIX, TEXT_PREFIX)):
+    if settings.data.startswith((TABLE_PREFIX, TEXT_PREFIX, PACKED_PREFIX)):
         raise SettingError(
-            f"Expected a run on images; got data={settings.data}. Canaries are images. Give --mode tap or --mode game, "
-            "which try the plan's numbers on the real code."
+            f"Expected a run on images in memory; got data={settings.data}. Canaries are images. Give --mode tap or "
+            "--mode game, which try the plan's numbers on the real code."
         )
 
 

@@ -40,9 +40,9 @@ import torch.utils.data
 from PIL import Image
 from torch import Tensor
 
-from dpquant.data.folders import classes_of, folder_of, image_folder, square
+from dpquant.data.folders import Store, classes_of, folder_of, image_folder, in_memory, square
 from dpquant.data.held import Held
-from dpquant.data.sizes import FOLDER_PREFIX, TABLE_PREFIX, TEXT_PREFIX, public_size
+from dpquant.data.sizes import FOLDER_PREFIX, PACKED_PREFIX, TABLE_PREFIX, TEXT_PREFIX, public_size
 from dpquant.data.split import FULL_SCALE, FULL_SCALE_16, PLAIN_NORMALISATION, Loaded, Split
 from dpquant.data.task import CLASSIFICATION, Task
 from dpquant.errors import DataError, SettingError
@@ -99,6 +99,7 @@ def load(
     download: bool = True,
     cache: Path | None = None,
     debian: Path = DEBIAN_DATASETS,
+    store: Store = in_memory,
 ) -> Dataset:
     """Load a data set into memory.
 
@@ -120,6 +121,7 @@ def load(
       download: Whether missing files may be downloaded.
       cache: Folder of files and downloads without data_dir; None: ~/.cache/dpquant.
       debian: Folder of data sets that Debian's packages install.
+      store: Gives the place of an image folder's pixels.
     Returns: Inputs float32 [C, H, W], targets int64, in an order that never changes.
     Raises: DataError: unknown, missing, empty or malformed; SettingError: image_size is not positive.
     Privacy: per example; which error is raised does not depend on what a single image of an image folder holds.
@@ -145,7 +147,7 @@ def load(
             train, test, class_names = _idx(name, home, None if data_dir else debian, download)
         case _:
             folder = folder_of(name)
-            train, test, class_names = image_folder(folder, image_size or FOLDER_IMAGE_SIZE)
+            train, test, class_names = image_folder(folder, image_size or FOLDER_IMAGE_SIZE, store=store)
     if image_size is not None:
         train, test = _resized(train, image_size), _resized(test, image_size)
     for split in (train, test):
@@ -163,7 +165,7 @@ def load(
 
 
 def _check_images(name: str) -> None:
-    if name.startswith((TABLE_PREFIX, TEXT_PREFIX)):
+    if name.startswith((TABLE_PREFIX, TEXT_PREFIX, PACKED_PREFIX)):
         raise DataError(
             f"Expected a data set of images; got data={name}. What a row or a text becomes is not in its name. "
             "Describe it by its shape: check-model has --input-shape for rows, and --tokens for texts."

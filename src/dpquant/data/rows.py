@@ -32,6 +32,10 @@ class Rows(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self.inputs[index], self.targets[index]
 
+    def arrays(self) -> dict[str, Tensor]:
+        """Return what `pack` writes, by name, with one row for each record."""
+        return {"inputs": self.inputs, "targets": self.targets, "readable": self.readable}
+
     def dpquant_batch(self, record_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return `batch(record_ids)`: the method of data sets that collate themselves, see `make_private`."""
         return self.batch(record_ids)

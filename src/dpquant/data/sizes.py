@@ -5,7 +5,13 @@ from types import MappingProxyType
 
 from dpquant.errors import DataError, did_you_mean
 
-FOLDER_PREFIX, TABLE_PREFIX, TEXT_PREFIX = OWN_PREFIXES = ("image-folder:", "table:", "text:")  # a user's own files
+# a user's own files
+FOLDER_PREFIX, TABLE_PREFIX, TEXT_PREFIX, PACKED_PREFIX = OWN_PREFIXES = (
+    "image-folder:",
+    "table:",
+    "text:",
+    "packed:",
+)
 
 HF_PREFIX = "hf:"  # of a model's name: a pretrained network, in a folder of this machine
 
@@ -35,8 +41,8 @@ def public_size(name: str) -> int | None:
         return None
     if name not in PUBLIC_SIZES:
         raise DataError(
-            f"Expected data to be one of {', '.join(PUBLIC_SIZES)}, {FOLDER_PREFIX}PATH, {TABLE_PREFIX}FILE or "
-            f"{TEXT_PREFIX}FILE; got data={name}. {did_you_mean(name, PUBLIC_SIZES, _ALSO)}For images of your own, "
-            f"give {FOLDER_PREFIX}PATH with PATH/train/CLASS/* and PATH/test/CLASS/*."
+            f"Expected data to be one of {', '.join(PUBLIC_SIZES)}, {FOLDER_PREFIX}PATH, {TABLE_PREFIX}FILE, "
+            f"{TEXT_PREFIX}FILE or {PACKED_PREFIX}PATH; got data={name}. {did_you_mean(name, PUBLIC_SIZES, _ALSO)}For "
+            f"images of your own, give {FOLDER_PREFIX}PATH with PATH/train/CLASS/* and PATH/test/CLASS/*."
         )
     return PUBLIC_SIZES[name]

@@ -48,6 +48,10 @@ class Split(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         inputs, targets = self.batch(torch.tensor(indices, dtype=torch.int64))
         return list(zip(inputs.unbind(), targets.unbind(), strict=True))
 
+    def arrays(self) -> dict[str, Tensor]:
+        """Return what `pack` writes, by name, with one row for each record."""
+        return {"pixels": self.pixels, "targets": self.targets, "readable": self.readable}
+
     def dpquant_batch(self, record_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return `batch(record_ids)`: the method of data sets that collate themselves, see `make_private`."""
         return self.batch(record_ids)

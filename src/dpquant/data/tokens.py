@@ -42,8 +42,8 @@ class Texts(torch.utils.data.Dataset[tuple[Inputs, Tensor]]):
         buckets: Sequence[int],
         padding: int,
     ) -> None:
-        self._tokens, self._kinds, self._starts, self._padding = tokens, kinds, starts, padding
-        self._lengths = np.asarray(buckets)
+        self._tokens, self._kinds, self._starts = tokens, kinds, starts
+        self.buckets, self.padding, self._lengths = tuple(buckets), padding, np.asarray(buckets)
         self._buckets = np.searchsorted(self._lengths, np.diff(starts))
         self.targets, self.readable = targets, targets != UNREADABLE
 
@@ -71,6 +71,13 @@ class Texts(torch.utils.data.Dataset[tuple[Inputs, Tensor]]):
         inputs, targets = self.batch(torch.tensor([index]))
         return {name: values[0] for name, values in inputs.items()}, targets[0]
 
+    def arrays(self) -> dict[str, Tensor]:
+        """Return what `pack` writes, by name: tokens without padding, where each record's begin, and targets."""
+        found = {"tokens": self._tokens, "starts": self._starts}
+        if self._kinds is not None:
+            found["kinds"] = self._kinds
+        return {name: torch.from_numpy(values) for name, values in found.items()} | {"targets": self.targets}
+
     def dpquant_groups(self, record_ids: Tensor) -> Tensor:
         """Return the bucket of each record, int64 (B,): records of a bucket have equal shapes. Privacy: per example."""
         return torch.from_numpy(self._buckets[record_ids.numpy()])
@@ -86,7 +93,7 @@ class Texts(torch.utils.data.Dataset[tuple[Inputs, Tensor]]):
         """
         rows = indices.numpy()
         length = int(self._lengths[self._buckets[rows]].max(initial=self._lengths[0]))
-        ids = np.full((len(rows), length), self._padding, dtype=np.int64)
+        ids = np.full((len(rows), length), self.padding, dtype=np.int64)
         found = {"input_ids": ids, "attention_mask": np.zeros_like(ids)}
         if self._kinds is not None:
             found["token_type_ids"] = np.zeros_like(ids)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dpquant.data.sizes import OWN_PREFIXES, PUBLIC_SIZES, TABLE_PREFIX, TEXT_PREFIX
+from dpquant.data.sizes import OWN_PREFIXES, PACKED_PREFIX, PUBLIC_SIZES, TABLE_PREFIX, TEXT_PREFIX
 from dpquant.errors import SettingError
 
 _IN_MEMORY = "digits"  # comes with scikit-learn
@@ -33,8 +33,8 @@ _RULES: Mapping[str, _Rule] = {
     "max_length": _OF_TEXTS,
     "image_size": (
         "data",
-        lambda x: not x.startswith((TABLE_PREFIX, TEXT_PREFIX)),
-        "Neither tables nor texts are images",
+        lambda x: not x.startswith((TABLE_PREFIX, TEXT_PREFIX, PACKED_PREFIX)),
+        "Tables and texts are no images, and packed images have their size",
     ),
     "lora": ("model", lambda x: x.startswith("hf:"), "Only pretrained networks of texts have adapters"),
     "momentum": ("optimizer", lambda x: x == "sgd", "The optimizer has no such setting"),

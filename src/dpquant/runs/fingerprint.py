@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A salted fingerprint of a run's training records, by which a run that continues knows them again.
 
+Of packed records it also holds the hash of their manifest, so that no file need be read whole.
+
 Privacy: the file is for the operator only. It is in no checkpoint and no export: whoever has salt and hash can test
 guesses of the records.
 """
@@ -13,6 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dpquant.data.packed import Packed
 from dpquant.engine.batches import leaves
 from dpquant.errors import DataError
 from dpquant.runs.record import write_whole
@@ -57,6 +60,8 @@ def check(path: Path, train_set: MapDataset) -> None:
 def _hash(train_set: MapDataset, salt: str) -> str:
     """Hash the number of records and some of the records; one that cannot be read counts as such."""
     found = hashlib.sha256(f"{salt} {len(train_set)}".encode())
+    if isinstance(train_set, Packed):
+        found.update(train_set.manifest.encode())
     for index in sorted({place * len(train_set) // _COMPARED for place in range(_COMPARED)}):
         try:
             parts = train_set[index]

@@ -15,7 +15,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self, cast
 
-from dpquant.data.sizes import OWN_PREFIXES, TABLE_PREFIX, TEXT_PREFIX, public_size
+from dpquant.data.manifest import kind_of
+from dpquant.data.sizes import OWN_PREFIXES, PACKED_PREFIX, TABLE_PREFIX, TEXT_PREFIX, public_size
 from dpquant.errors import FormatError, SettingError, did_you_mean
 from dpquant.formats import precision
 from dpquant.runs.declared import checked
@@ -73,8 +74,16 @@ BY_DATA: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+_OF_PACKED: Mapping[str | None, Mapping[str, Any]] = {
+    "rows": BY_DATA[TABLE_PREFIX],
+    "texts": {"model": BY_DATA[TEXT_PREFIX]["model"]},
+}
+
+
 def _by_data(data: str) -> Mapping[str, Any]:
-    """Return the defaults of a data set, by its name or its kind of file."""
+    """Return the defaults of a data set, by its name, its kind of file or, of packed records, its manifest."""
+    if data.startswith(PACKED_PREFIX):
+        return _OF_PACKED.get(kind_of(data), {})
     return BY_DATA.get(next((prefix for prefix in OWN_PREFIXES if data.startswith(prefix)), data), {})
 
 

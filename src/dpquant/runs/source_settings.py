@@ -15,7 +15,8 @@ class SourceSettings:
     """Settings of data and network. `TrainSettings` has them and all others."""
 
     data: str = setting(
-        "digits, fashion-mnist, mnist, emnist, cifar10, gtsrb, image-folder:PATH, table:FILE or text:FILE", "digits"
+        "digits, fashion-mnist, mnist, emnist, cifar10, gtsrb, image-folder:PATH, table:FILE, text:FILE or packed:PATH",
+        "digits",
     )
     data_dir: str | None = setting("folder that holds the data set's files")
     image_size: int | None = setting("side in pixels that images are resized to")

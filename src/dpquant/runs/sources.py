@@ -5,16 +5,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dpquant.data import dataset as data
-from dpquant.data.sizes import TABLE_PREFIX, TEXT_PREFIX
+from dpquant.data.folders import Store, in_memory
+from dpquant.data.manifest import Manifest, folder_of
+from dpquant.data.sizes import PACKED_PREFIX, TABLE_PREFIX, TEXT_PREFIX
 from dpquant.errors import DataError, SettingError
 from dpquant.runs.settings import TrainSettings
 
 Load = Callable[[TrainSettings], data.Dataset]
 
 
-def dataset_of(settings: TrainSettings) -> data.Dataset:
-    """Load a run's data set into memory.
+def dataset_of(settings: TrainSettings, store: Store = in_memory) -> data.Dataset:
+    """Load a run's data set into memory, or open it if it is packed.
 
+    Args:
+      settings: of the run.
+      store: gives the place of an image folder's pixels.
     Raises:
       DataError: it is unknown, missing or malformed, or what has to be said of it is not.
       SettingError: a setting that it needs is missing.
@@ -24,8 +29,12 @@ def dataset_of(settings: TrainSettings) -> data.Dataset:
         return _table(settings)
     if settings.data.startswith(TEXT_PREFIX):
         return _texts(settings)
+    if settings.data.startswith(PACKED_PREFIX):
+        from dpquant.data.packed import load_packed
+
+        return load_packed(settings.data, folder_of(settings.data))
     data_dir = Path(settings.data_dir) if settings.data_dir is not None else None
-    return data.load(settings.data, data_dir, image_size=settings.image_size)
+    return data.load(settings.data, data_dir, image_size=settings.image_size, store=store)
 
 
 def check_accuracy(settings: TrainSettings) -> None:
@@ -33,15 +42,19 @@ def check_accuracy(settings: TrainSettings) -> None:
 
     Raises:
       SettingError: its task is a regression.
-      DataError: the spec cannot be read.
+      DataError: the spec or the manifest of packed records cannot be read.
     """
     from dpquant.data.spec import Spec
 
-    if not settings.data.startswith(TABLE_PREFIX) or settings.spec is None:
+    if settings.data.startswith(PACKED_PREFIX):
+        task, where = Manifest.read(folder_of(settings.data)).task, f"data={settings.data}"
+    elif settings.data.startswith(TABLE_PREFIX) and settings.spec is not None:
+        task, where = Spec.read(Path(settings.spec)).task, f"spec={settings.spec}"
+    else:
         return
-    if Spec.read(Path(settings.spec)).task.kind == "regression":
+    if task.kind == "regression":
         raise SettingError(
-            f"Expected a task with an accuracy; got a regression in spec={settings.spec}. Runs are compared by their "
+            f"Expected a task with an accuracy; got a regression in {where}. Runs are compared by their "
             "test accuracies. Train them one by one, and compare mean_absolute_error in their records."
         )
 

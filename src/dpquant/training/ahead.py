@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work of a step that the host does while a GPU computes: the next microbatch is read, and the noise is drawn.
+"""Work of a step that is done while the model computes: the next microbatch is read, and for a GPU the noise is drawn.
 
 One worker thread does it. Both belong to a step that is charged already, and neither changes a bit: microbatches are
-made in the same order, and noise follows from key, step and name alone. On a CPU the thread would take the cores from
-the step, so nothing is done ahead there.
+made in the same order, and noise follows from key, step and name alone. A thread that reads mostly waits for a disk,
+so it reads ahead on a CPU, too. Drawing noise would take the cores from the step there.
 """
 
 import contextlib

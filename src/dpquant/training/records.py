@@ -42,8 +42,8 @@ class Collated(Protocol):
     """A data set that reads and collates several records at once; all of its records have equal types and shapes, or
     those of a group have (`InGroups`).
 
-    It draws no random numbers. While a GPU computes, it is called from another thread than the main one, one call at a
-    time.
+    It draws no random numbers. While the model computes, it is called from another thread than the main one, one call
+    at a time.
     """
 
     def dpquant_batch(self, record_ids: Tensor, /) -> Any:
@@ -154,12 +154,12 @@ class Records:
 
     @property
     def reads_ahead(self) -> bool:
-        """Whether the next microbatch is read in a thread: for a GPU, from a data set that collates by itself.
+        """Whether the next microbatch is read in a thread: from a data set that collates by itself.
 
         Other data sets and their collate functions may draw random numbers, from generators that the process has once:
         the model's own draws at the same time would change both.
         """
-        return self._device.type != "cpu" and isinstance(self._data_set, Collated)
+        return isinstance(self._data_set, Collated)
 
     def microbatch(self, record_ids: Tensor, size: int, key: int) -> Microbatch | None:
         """Return one microbatch of at most `size` records; None if there are none, or all of them are broken.

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs on packed records: the same as on their source, known again by the manifest, and within little memory."""
+
+import json
+
+import pytest
+import torch
+from benchmarks.data import ROW_BYTES, memory
+
+from dpquant.app.cli import run
+from dpquant.data.dataset import Dataset
+from dpquant.data.manifest import MANIFEST
+from dpquant.data.pack import pack
+from dpquant.data.packed import PackedRows, load_packed
+from dpquant.data.rows import Rows
+from dpquant.errors import DataError
+from dpquant.runs import fingerprint
+from dpquant.training.private import PrivateTraining
+from items import trained
+
+TABLE_SPEC = """
+task = "classification"
+classes = ["no", "yes"]
+
+[columns.amount]
+kind = "number"
+range = [0, 100]
+
+[columns.country]
+kind = "category"
+values = ["AT", "DE"]
+"""
+TINY = (
+    "--records 60 --batch-size 30 --noise-multiplier 1 --epochs 1 --backend simulate --policy all --microbatch-size 8"
+)
+
+
+def rows(count=40):
+    random = torch.Generator().manual_seed(0)
+    targets = torch.randint(5, (count,), generator=random)
+    return Rows(torch.randn(count, 6, generator=random), targets, torch.ones(count, dtype=torch.bool))
+
+
+def packed(source, folder):
+    facts = {"name": "table:t", "num_classes": 5, "input_shape": (6,), "class_names": tuple("abcde")}
+    pack(lambda store: Dataset(train=source, test=source, public_size=None, **facts), folder)
+    return load_packed(f"packed:{folder}", folder).train
+
+
+class Neighbours(PackedRows):
+    """A plant: each record is read from its neighbour's row."""
+
+    def _some(self, ids):
+        return super()._some(ids ^ 1)
+
+
+def test_a_run_on_packed_records_is_the_run_on_their_source_bit_for_bit(tmp_path):
+    source = rows()
+    found = packed(source, tmp_path / "out")
+    planted = Neighbours(found.files, found.targets, found.readable, found.manifest)
+    first, same, other = (
+        torch.cat([p.detach().flatten() for p in trained(one, PrivateTraining).model.parameters()])
+        for one in (source, found, planted)
+    )
+    assert torch.equal(first, same) and not torch.equal(first, other)
+
+
+def test_a_run_that_continues_refuses_another_manifest(tmp_path):
+    """The records that are compared themselves are the same: only the manifest tells."""
+    source, changed = rows(1000), rows(1000)
+    changed.inputs[1] += 1  # between two of those that are compared
+    ours, theirs = packed(source, tmp_path / "a"), packed(changed, tmp_path / "b")
+    fingerprint.write(tmp_path / "records.json", ours)
+    fingerprint.check(tmp_path / "records.json", packed(source, tmp_path / "c"))
+    with pytest.raises(DataError, match="training records with which the run was begun"):
+        fingerprint.check(tmp_path / "records.json", theirs)
+
+
+def table(folder):
+    lines = [f"{number % 50},{('AT', 'DE')[number % 2]},{('no', 'yes')[number % 3 == 0]}" for number in range(80)]
+    (folder / "t.csv").write_text("amount,country,y\n" + "\n".join(lines) + "\n")
+    (folder / "s.toml").write_text(TABLE_SPEC)
+
+
+def test_a_table_is_packed_and_trained_on_by_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    table(tmp_path)
+    assert run(["pack", "table:t.csv", "p", "--label-column", "y", "--spec", "s.toml", "--test-share", "0.25"]) == 0
+    assert run(["pack", "--verify", "p"]) == 0
+    assert (tmp_path / "p").stat().st_mode & 0o077 == 0
+    assert "as it was packed" in capsys.readouterr().out
+    assert run(f"train --data packed:p {TINY} --out r --json".split()) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["model"] == "mlp" and record["source"] == {"task": "classification", "spec": TABLE_SPEC}
+    assert "balanced_accuracy" in record["metrics_test"]
+
+
+def test_nothing_that_a_run_releases_holds_the_hash_of_the_manifest(tmp_path, monkeypatch, capsys):
+    """It would confirm a guess of the whole data set. Neither do sizes and hashes of files, which the manifest has."""
+    monkeypatch.chdir(tmp_path)
+    table(tmp_path)
+    assert run(["pack", "table:t.csv", "p", "--label-column", "y", "--spec", "s.toml", "--test-share", "0.25"]) == 0
+    assert run(f"train --data packed:p {TINY} --out r".split()) == 0
+    capsys.readouterr()
+    manifest = load_packed("packed:p", tmp_path / "p").train.manifest
+    files = json.loads((tmp_path / "p" / MANIFEST).read_text())["files"]
+    hashes = {manifest, *(facts["sha256"] for facts in files.values())}
+    written = [path.read_bytes() for path in (tmp_path / "r").rglob("*") if path.is_file()]
+    assert not [one for one in hashes for content in written if one.encode() in content]
+
+
+def test_a_run_takes_less_memory_than_its_records(tmp_path):
+    records = 100_000
+    found = memory(tmp_path, records)
+    assert found["records"] == records
+    assert found["peak_mib"] - found["imported_mib"] < records * ROW_BYTES[0] / 2**20
