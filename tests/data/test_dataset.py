@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dpquant.data import dataset as data
-from dpquant.data.dataset import Dataset, Split, leaving_no_folders, load, public_size, read_idx
+from dpquant.data.dataset import Dataset, Split, leaving_no_folders, load, public_size
 from dpquant.data.folders import image_folder
+from dpquant.data.idx import read_idx
 from dpquant.errors import DataError, SettingError
 
 SPLITS = ("train", "t10k")

@@ -20,14 +20,11 @@ records. Symbols: N records, B batch, C channels, H height, W width.
 import contextlib
 import dataclasses
 import functools
-import gzip
 import http.client
-import math
 import socket
 import string
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -42,6 +39,7 @@ from torch import Tensor
 
 from dpquant.data.folders import Store, classes_of, folder_of, image_folder, in_memory, square
 from dpquant.data.held import Held
+from dpquant.data.idx import read_idx
 from dpquant.data.sizes import FOLDER_PREFIX, PACKED_PREFIX, TABLE_PREFIX, TEXT_PREFIX, public_size
 from dpquant.data.split import FULL_SCALE, FULL_SCALE_16, PLAIN_NORMALISATION, Loaded, Split
 from dpquant.data.task import CLASSIFICATION, Task
@@ -315,34 +313,6 @@ def _idx_split(place: Path, stem: str, source: _IdxSource) -> Split:
     if source.transposed:
         images = images.transpose(1, 2).contiguous()
     return _checked(images[:, None], labels.long() - source.first_label, source.class_names, str(place / stem))
-
-
-def read_idx(path: Path, *, dimensions: int) -> Tensor:
-    """Read an IDX file of unsigned bytes, plain or .gz.
-
-    Args:
-      path: The file.
-      dimensions: Their required number: 3 for images, 1 for labels.
-    Returns: uint8, of the shape in the header.
-    Raises: DataError: unreadable, of another type, of another size than its header states, or empty.
-    Source: Y. LeCun, "The MNIST database": magic 0x000008DD (DD dimensions), DD sizes, all big-endian, then the data.
-    """
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(
-            f"Expected {path} to be a readable file; got {type(error).__name__}. Images and labels of both splits are "
-            "needed. Fetch it again."
-        ) from error
-    header = 4 + 4 * dimensions
-    shape = [int.from_bytes(content[start : start + 4], "big") for start in range(4, header, 4)]
-    whole = content[:4] == bytes((0, 0, 8, dimensions)) and len(content) == header + math.prod(shape)
-    if not whole or 0 in shape:
-        raise DataError(
-            f"Expected {path} to be a whole IDX file of unsigned bytes with {dimensions} dimension(s), none of them 0; "
-            "its header or its size says otherwise. It is damaged or another kind of file. Fetch it again."
-        )
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).reshape(shape)
 
 
 def _torchvision(
