@@ -27,6 +27,8 @@ class Split(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     Privacy: per example, reads no other record.
     """
 
+    in_memory = True  # reading a batch takes no time worth a thread
+
     def __init__(
         self, pixels: Tensor, targets: Tensor, *, readable: Tensor | None = None, full_scale: int = FULL_SCALE
     ) -> None:

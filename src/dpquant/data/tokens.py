@@ -32,6 +32,8 @@ class Texts(torch.utils.data.Dataset[tuple[Inputs, Tensor]]):
     Privacy: per example, reads no other record.
     """
 
+    in_memory = True  # reading a batch takes no time worth a thread
+
     def __init__(
         self,
         tokens: np.ndarray,

@@ -57,9 +57,7 @@ class ModelDescription:
     @classmethod
     def of(cls, settings: "TrainSettings", dataset: "Dataset", parameters: int) -> Self:
         """Return the description of a run's model. Privacy: public facts."""
-        from dpquant.data.split import Split  # loads torch
-
-        split = dataset.train
+        mean, std = (getattr(dataset.train, name, None) for name in ("mean", "std"))  # images alone have them
         return cls(
             model=settings.model,
             width=settings.width,
@@ -69,7 +67,7 @@ class ModelDescription:
             class_names=list(dataset.class_names),
             input_shape=list(dataset.input_shape),
             image_size=settings.image_size,
-            normalisation=Normalisation(mean=split.mean, std=split.std) if isinstance(split, Split) else None,
+            normalisation=None if mean is None or std is None else Normalisation(mean=mean, std=std),
         )
 
     def to_json(self) -> str:

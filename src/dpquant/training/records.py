@@ -157,9 +157,11 @@ class Records:
         """Whether the next microbatch is read in a thread: from a data set that collates by itself.
 
         Other data sets and their collate functions may draw random numbers, from generators that the process has once:
-        the model's own draws at the same time would change both.
+        the model's own draws at the same time would change both. Beside a model on the CPU, a data set that says that
+        it is `in_memory` would gain nothing.
         """
-        return isinstance(self._data_set, Collated)
+        waits = self._device.type != "cpu" or not getattr(self._data_set, "in_memory", False)
+        return waits and isinstance(self._data_set, Collated)
 
     def microbatch(self, record_ids: Tensor, size: int, key: int) -> Microbatch | None:
         """Return one microbatch of at most `size` records; None if there are none, or all of them are broken.
