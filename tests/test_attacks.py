@@ -355,6 +355,7 @@ RIGHT = {
     "a batch norm with frozen statistics": lambda: (normalised_by_frozen_statistics(), (floats(1, 6, 6), labels())),
     "a spectral norm, frozen in evaluation": lambda: (with_a_frozen_spectral_norm(), (floats(), labels())),
     "positions expanded (opacus 841)": lambda: (Positions(True), (ids(), labels())),
+    "positions broadcast (opacus 841)": lambda: (Positions(False), (ids(), labels())),
     "views on a second axis (opacus 455)": lambda: (Views(), (floats(4, 6), labels())),
     "a graph in a buffer (opacus 588)": lambda: (Graph(), (floats(5, 2), labels())),
     "VAE, logits (tf privacy 91)": lambda: (
@@ -598,7 +599,6 @@ def batch_of(kind="vectors"):
 
 REFUSED_MODELS = {
     "a mask put on a module (TorchJD 443)": ("state that was put on it before the call", PutOn, "masked"),
-    "positions broadcast (opacus 841)": ("first axis", lambda: Positions(False), "texts"),
     "LSTM (opacus 103)": ("trainable LSTM .'lstm'.*PackedSequence", lambda: Packed(True), "texts"),
     "spectral_norm (opacus 646)": (
         "spectral_norm",

@@ -24,6 +24,7 @@ from dpquant.backends.interface import Operands, shape_of
 from dpquant.backends.qtensor import code_values
 from dpquant.backends.reference import Reference
 from dpquant.engine.weight_gradients import LazyWeightGradient
+from dpquant.engine.weight_layout import WeightLayout
 
 
 def ways(calls, **seconds):
@@ -206,9 +207,9 @@ def assert_timed_methods_see_no_data(kind):
         timing = Timing()
         watched = Watched(Reference(), timing)
         x, g = torch.randn(5, 4, 6, 6), torch.randn(5, 3, 6, 6)
-        geometry, shape = Geometry(kernel=(3, 3), padding=(1, 1)), torch.Size((3, 4, 3, 3))
+        geometry, layout = Geometry(kernel=(3, 3), padding=(1, 1)), WeightLayout(torch.Size((3, 4, 3, 3)))
         with Choices(timed=timing, machine=Machine(None)).active():
-            kind.of(x, g, geometry, shape, backend=watched, significant_bits=0).evaluated()
+            kind.of(x, g, geometry, layout, backend=watched, significant_bits=0).evaluated()
         met.append(watched.met)
     assert met[0] and met[0] == met[1]
 

@@ -190,6 +190,7 @@ def large():
             layers_quantized=[name for number, name in enumerate(names) if (7 * number + 13 * index) % 4],
             nonprivate_accuracy_train=None,
             scores={name: (31 * number * (index + 3) % 97) / 97 for number, name in enumerate(names)},
+            metrics_test=None,
         )
         for index in range(100)
     ]
@@ -222,6 +223,7 @@ def test_any_record_renders(names, numbers, accuracies, text):
         EpochRecord(
             index=index, epsilon=epsilon, accuracy_test=value, layers_quantized=names[: index % 3],
             nonprivate_accuracy_train=None, scores={names[0]: score - 1} if index % 2 == 0 else None,
+            metrics_test={"accuracy": value},
         )
         for index, value in enumerate(accuracies)
     ]  # fmt: skip
