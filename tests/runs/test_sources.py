@@ -215,6 +215,19 @@ def test_a_pretrained_network_is_trained_by_adapters(tmp_path):
     assert any("lora_A" in layer.name for layer in record.layers) and record.accuracy_test is not None
 
 
+def test_a_pretrained_network_is_trained_whole(tmp_path):
+    from safetensors.torch import load_file
+
+    settings = TrainSettings.chosen(pretrained(tmp_path))
+    before = load_file(tmp_path / "model.safetensors")
+    train(settings, tmp_path / "r")
+    found = load_file(tmp_path / "r" / "model.safetensors")
+    after = {name.removeprefix("network."): values for name, values in found.items()}
+    assert before.keys() <= after.keys() and not any(
+        torch.equal(after[name], values) for name, values in before.items()
+    )
+
+
 def test_only_named_parameters_of_a_pretrained_network_are_trained(tmp_path):
     from safetensors.torch import load_file
 

@@ -110,6 +110,13 @@ def refusals(model: nn.Module) -> list[Refusal]:
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule")  # by name: importing them takes seconds
 
 
+def _recomputes(module: nn.Module) -> bool:
+    """Return whether a model of transformers checkpoints activations. The older name for that warns: it comes last."""
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")
+    known = next((name for name in names if hasattr(type(module), name) or name in vars(module)), None)
+    return known is not None and getattr(module, known) is True
+
+
 def _problem(module: nn.Module) -> tuple[str, str] | None:
     """Return (what is wrong with a module, what to do), or None."""
     match module:
@@ -121,7 +128,7 @@ def _problem(module: nn.Module) -> tuple[str, str] | None:
             return "It splits batches by itself", "Pass the module inside, model.module"
         case _ if any(kind.__name__ in _SHARDED for kind in type(module).__mro__):
             return "It holds only a part of its parameters", "Pass the model before it is sharded"
-        case _ if getattr(module, "is_gradient_checkpointing", False) is True:
+        case _ if _recomputes(module):
             return (
                 "Activation checkpointing computes layers again in the backward pass, with other roundings",
                 "Call model.gradient_checkpointing_disable(): a smaller microbatch_size saves as much memory",
