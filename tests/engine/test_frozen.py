@@ -157,6 +157,17 @@ def test_a_weight_that_is_frozen_later_or_trained_again_is_rounded_as_such():
     assert all(torch.equal(codes(0), codes(key)) for key in range(1, 9)), "drawn once"
 
 
+def test_another_backend_packs_the_parts_of_a_frozen_attention_again():
+    x = torch.randn(2, 3, 8)
+    model = nn.MultiheadAttention(8, 2, batch_first=True).requires_grad_(False)
+    for _ in range(2):
+        model = prepare(model, format="int8", backend=Counting(Reference()))
+        set_policy(model, list(quantizable_layers(model)))
+        with running(model, StepContext(key=0)), torch.no_grad():
+            model(x, x, x)
+        assert model.backend.packed == 2, "the projections of the inputs, and that of the output"
+
+
 def test_copies_and_pickles_carry_no_packed_weight():
     model = network("first")
     step(model, 0)

@@ -118,6 +118,7 @@ def prepare(
     model = twins.get(model, model)
     for name, layer in quantizable_layers(model).items():
         layer.name, layer.chosen, layer.backend, layer.frozen = name, chosen, resolved, WeightCache()
+        layer.__dict__.pop("parts", None)  # made again: they hold weights that the former backend packed
     return model
 
 
