@@ -100,10 +100,7 @@ class QuantRecurrent(QuantizableLayer, nn.RNNBase):
 
     def _trained(self) -> bool:
         """Return whether the layer runs in a step context that trains parameters of it."""
-        if self.current is None:
-            return False
-        tape = self.current.tape  # parameters are detached while there is one
-        return any(p.requires_grad if tape is None else tape.takes(p) for p in self.parameters())
+        return self.current is not None and any(map(self.current.trains, self.parameters()))
 
     def _states(self, x_BTD: Tensor, hx: Any, lone: bool) -> list[Tensor]:
         """Return the first states, `(layers * directions, B, H)`; of an LSTM also the first cell states."""
