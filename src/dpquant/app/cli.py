@@ -34,6 +34,7 @@ from dpquant.app.options import (
     INTERRUPTED,
     WRONG_RESULT,
     Config,
+    EndsQuietly,
     Json,
     NoReport,
     Out,
@@ -45,6 +46,8 @@ from dpquant.app.options import (
 )
 from dpquant.app.verbs.audit import audit
 from dpquant.app.verbs.check_model import check_model
+from dpquant.app.verbs.doctor import doctor
+from dpquant.app.verbs.explain import explain
 from dpquant.app.verbs.export import export
 from dpquant.app.verbs.init import init
 from dpquant.app.verbs.ledger import ledger
@@ -52,6 +55,7 @@ from dpquant.app.verbs.pack import pack
 from dpquant.app.verbs.report import report
 from dpquant.app.verbs.total import total
 from dpquant.app.verbs.verify import verify
+from dpquant.app.verbs.watch import watch
 from dpquant.errors import DivergedError, DPQuantError, SettingError, StoppedError
 from dpquant.runs.place import Place
 from dpquant.runs.settings import TrainSettings, plan_of
@@ -78,6 +82,9 @@ app.command("report")(report)
 app.command("verify")(verify)
 app.command("total")(total)
 app.command("pack")(pack)
+app.command("watch")(watch)
+app.command("doctor")(doctor)
+app.command("explain")(explain)
 
 
 class _Interrupted(Exception):
@@ -132,6 +139,8 @@ def _run(arguments: list[str]) -> int:
         return refuse(str(error), DIVERGED)
     except StoppedError as stop:
         return refuse(str(stop), stop.exit_code)
+    except EndsQuietly as end:
+        return end.exit_code
     except DPQuantError as error:
         return refuse(str(error))
     except _Interrupted as stop:

@@ -55,19 +55,34 @@ def report(facts: Facts) -> str:
     )
 
 
-def rendered(template: str, *, embedded: Mapping[str, Any], **values: Any) -> str:
-    """Return a page from its template; `embedded` is put into it for programs."""
+def rendered(
+    template: str, *, embedded: Mapping[str, Any], sources: tuple[str, str] = ("style.css", "page.js"), **values: Any
+) -> str:
+    """Return a page from its template.
+
+    Args:
+      template: its name.
+      embedded: put into the page for programs.
+      sources: names of its style and its script.
+      values: for the template.
+    """
+    style, script = map(read_source, sources)
     return (
-        _environment()
+        environment()
         .get_template(template)
         .render(
             version=importlib.metadata.version("dpquant"),
-            style=Markup((_TEMPLATES / "style.css").read_text()),
-            script=Markup((_TEMPLATES / "page.js").read_text()),
+            style=style,
+            script=script,
             embedded=_json(embedded),
             **values,
         )
     )
+
+
+def read_source(name: str) -> Markup:
+    """Return a style sheet or a script of ours, to be put into a page as it is."""
+    return Markup((_TEMPLATES / name).read_text())
 
 
 def accuracy_chart(record: RunRecord) -> Markup:
@@ -129,16 +144,17 @@ def _number(value: float) -> float | None:
 
 
 @functools.cache
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
+def environment() -> jinja2.Environment:
+    """Return what templates are read with: every text in them is escaped, and a missing value is an error."""
+    found = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"eps": rounded_up, "pct": _percent, "up": percent_up, "delta": lambda x: f"{x:g}"}
-    return environment
+    found.filters |= {"eps": rounded_up, "pct": _percent, "up": percent_up, "delta": lambda x: f"{x:g}"}
+    return found
 
 
 def _percent(share: float, digits: int = 1) -> str:
