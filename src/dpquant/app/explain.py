@@ -18,6 +18,7 @@ from dpquant.runs.effects import decider
 from dpquant.runs.settings import BY_DATA, GENERAL, RANGES, TrainSettings
 
 _TEXTS = Path(__file__).parent / "explanations"
+_FOR_PROGRAMS = ("With --json", "With --once --json")  # paragraphs of a verb's help that describe fields
 _HEADING = re.compile(r"^## (.+)\n", re.MULTILINE)
 _ALSO = {
     "exit code": "exit codes", "dp": "privacy", "sigma": "noise_multiplier", "learning rate": "lr",
@@ -57,8 +58,9 @@ def explained(word: str, verbs: Mapping[str, str]) -> str:
     if name in settings():
         parts.append(facts(settings()[name]))
     if name in verbs:
-        parts.append(f"**dpquant {name}**: {inspect.cleandoc(verbs[name])}\n\nOptions: `dpquant {name} --help`")
-    return "\n\n".join([f"# {name}", *parts]) + "\n"
+        told = [one for one in inspect.cleandoc(verbs[name]).split("\n\n") if not one.startswith(_FOR_PROGRAMS)]
+        parts += [f"dpquant {name}: {told[0]}", *told[1:], f"Options: dpquant {name} --help"]
+    return "\n\n".join([f"**{name}**", *parts]) + "\n"
 
 
 def words(verbs: Mapping[str, str]) -> list[str]:
@@ -91,9 +93,9 @@ def default_of(field: dataclasses.Field[Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    return (
-        "off" if value is False else "on" if value is True else f"{value:g}" if isinstance(value, float) else str(value)
-    )
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _spelt(word: str) -> str:

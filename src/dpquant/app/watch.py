@@ -4,8 +4,8 @@
 How far a run is and how fast it goes is its operator's. So the server
 
 - binds 127.0.0.1 and nothing else; from another machine the way is `ssh -L`;
-- answers under one path only, which begins with a random token. Nothing in it names a file: no path of a request reaches
-  the disk;
+- answers under one path only, which begins with a random token. Nothing in it names a file: no path of a request
+  reaches the disk;
 - refuses a Host that is not this machine, so that a page elsewhere whose name is made to point here (DNS rebinding)
   reads nothing;
 - answers GET only, allows no other origin, and forbids the page every address but its own by a
@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from markupsafe import Markup
 
@@ -137,13 +137,16 @@ class WatchServer(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: WatchServer
     server_version, sys_version = "dpquant", ""
     timeout = 30  # seconds that a request may take to arrive
 
+    @property
+    def _watch(self) -> WatchServer:
+        return cast(WatchServer, self.server)
+
     def do_GET(self) -> None:
         """Answer the page or its events; everything else is refused."""
-        home = f"/{self.server.token}/"
+        home = f"/{self._watch.token}/"
         if not self._is_for_this_machine():
             self._refuse(http.HTTPStatus.MISDIRECTED_REQUEST)
         elif self._asks_for(home):
@@ -173,7 +176,7 @@ class _Handler(BaseHTTPRequestHandler):
         return hmac.compare_digest(self.path.encode("utf-8", "surrogateescape"), path.encode())
 
     def _page(self) -> None:
-        nonce, news = secrets.token_urlsafe(16), self.server.feed.since(0, _FIRST)
+        nonce, news = secrets.token_urlsafe(16), self._watch.feed.since(0, _FIRST)
         if not news.parts:
             self._refuse(http.HTTPStatus.SERVICE_UNAVAILABLE)
             return
@@ -184,20 +187,20 @@ class _Handler(BaseHTTPRequestHandler):
         body = page(news.parts, nonce=nonce).encode()
         self._begin(http.HTTPStatus.OK, "text/html; charset=utf-8", {"Content-Security-Policy": policy})
         self.wfile.write(body)
-        self.server.note_shown(news)
+        self._watch.note_shown(news)
 
     def _events(self) -> None:
         seen = self.headers.get("Last-Event-ID", "")
         version = int(seen) if seen.isascii() and seen.isdigit() and len(seen) < 12 else 0
         self._begin(http.HTTPStatus.OK, "text/event-stream")
         while True:
-            news = self.server.feed.since(version, _PING)
-            text = f"id: {news.version}\ndata: {json.dumps(news.parts)}\n\n" if news.parts else ": still here\n\n"
-            if news.over:
-                text += "event: over\ndata: over\n\n"
+            news = self._watch.feed.since(version, _PING)
+            text = f"id: {news.version}\ndata: {json.dumps(news.parts)}\n\n" if news.parts else ""
+            text += "event: over\ndata: over\n\n" if news.over else ""
+            text = text or ": still here\n\n"
             self.wfile.write(text.encode())
             version = news.version
-            self.server.note_shown(news)
+            self._watch.note_shown(news)
             if news.over:
                 return
 

@@ -143,13 +143,13 @@ def _slow(status: RunStatus) -> Alert | None:
     slow = [name for name in status.ever_quantized if status.gains.get(name, math.inf) <= 1]
     if not slow:
         return None
-    listed = ", ".join(f"{name} ({status.gains[name]:.2f} times)" for name in slow[:5])
+    listed = ", ".join(f"{name} ({status.gains[name]:.2g} times as fast)" for name in slow[:5])
     more = f" and {len(slow) - 5} more" if len(slow) > 5 else ""
     return Alert(
         kind="slow",
         text=(
-            f"No speed-up where it runs quantized: layers {listed}{more} take no less time than in full precision. On "
-            "this machine --policy none is as fast and more accurate; dpquant assess measures it."
+            f"No speed-up where these layers run quantized on this machine: {listed}{more}. They cost accuracy and "
+            "gain nothing. dpquant assess measures what quantizing gains here."
         ),
     )
 

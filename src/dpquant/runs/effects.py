@@ -105,7 +105,10 @@ def has_effect(name: str, values: Mapping[str, Any]) -> bool:
 
 
 def decider(name: str) -> tuple[str, str] | None:
-    """Return on which setting it depends whether this one has an effect, and why it may have none; None: it always has."""
+    """Return the setting on which it depends whether this one has an effect, and why it may have none.
+
+    None: it always has one.
+    """
     return (_RULES[name][0], _RULES[name][2]) if name in _RULES else None
 
 

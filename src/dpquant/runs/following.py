@@ -26,7 +26,7 @@ from dpquant.runs.names import CHOICES, CONFIG, DESCRIPTION, DIVERGED, LEDGER, M
 from dpquant.runs.provenance import PlanRecord
 from dpquant.runs.record import EpochRecord, RunRecord
 from dpquant.runs.settings import TrainSettings, from_toml, plan_of
-from dpquant.runs.status import Pace, Phase, RunStatus
+from dpquant.runs.status import DEFAULT_EMA, Pace, Phase, RunStatus
 
 if TYPE_CHECKING:
     from dpquant.privacy.plan import PrivacyPlan
@@ -79,7 +79,7 @@ class Following:
         settings, plan, curve = self._read(CONFIG, _settings_and_plan) or (None, None, ())
         description = self._read(DESCRIPTION, ModelDescription.read)
         classes = None if description is None else description.num_classes
-        ema = 0.5 if settings is None else settings.ema
+        ema = DEFAULT_EMA if settings is None else settings.ema
         record = self._read(RECORD, RunRecord.read)
         if record is not None:
             ended = RunStatus.of(record, name=name, classes=classes, ema=ema)

@@ -17,6 +17,9 @@ Phase = Literal["waiting", "starting", "running", "silent", "stopped", "diverged
 OVER: frozenset[Phase] = frozenset({"diverged", "finished"})
 """Phases that no run leaves. A stopped one may be continued."""
 
+DEFAULT_EMA = 0.5
+"""Weight of the newest analysis in a run whose settings are not known: that of the settings by default."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pace:
@@ -74,7 +77,7 @@ class RunStatus:
     per_epoch: Sequence[EpochRecord] = ()
     layers: Sequence[str] = ()
     gains: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    ema: float = 1.0
+    ema: float = DEFAULT_EMA
     classes: int | None = None
     records: int | None = None
     unsafe_metrics: bool = False
@@ -82,7 +85,7 @@ class RunStatus:
     pace: Pace | None = None
 
     @classmethod
-    def of(cls, record: RunRecord, *, name: str, classes: int | None, ema: float = 0.5) -> Self:
+    def of(cls, record: RunRecord, *, name: str, classes: int | None, ema: float = DEFAULT_EMA) -> Self:
         """Return the state of a run that has ended, from its record.
 
         Args:

@@ -10,9 +10,9 @@ def doctor(as_json: Json = False) -> None:
     Versions, native module and instruction sets, the backend that auto takes and why, threads, memory, disk, cache,
     GPUs, and which optional parts are there. The block names no host and no user.
 
-    With --json: network, versions (an object), system, processor, instructions, cores, threads, native, native_obstacle,
-    devices, backend, backend_reason, memory_gib and memory_free_gib (null: not known), disk_free_gib, cache, cache_mib,
-    extras (an object of true and false) and advice (a list of texts).
+    With --json: network, versions (an object), system, processor, instructions, cores, threads, native,
+    native_obstacle, devices, backend, backend_reason, memory_gib and memory_free_gib (null: not known), disk_free_gib,
+    cache, cache_mib, extras (an object of true and false) and advice (a list of texts).
 
     Example: dpquant doctor
     """

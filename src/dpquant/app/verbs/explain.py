@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 from rich.columns import Columns
 from rich.console import Console
-from rich.markdown import Markdown
 
 _WIDEST = 100  # columns that are read with ease
 
@@ -21,6 +20,8 @@ def explain(
 
     Example: dpquant explain noise_multiplier
     """
+    from rich.markdown import Markdown  # slow to import
+
     from dpquant.app.explain import explained, words
 
     root = context.find_root().command

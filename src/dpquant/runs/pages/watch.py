@@ -39,6 +39,7 @@ def parts(status: RunStatus, alerts: Sequence[Alert]) -> dict[str, Markup]:
     drawn = {
         "head": made.head(status, PHASES[status.phase], grave),
         "alerts": made.alerts(alerts),
+        "advice": made.advice(alerts),
         "figures": made.figures(status, *_meters(status), None if left is None else duration(left)),
         "accuracy": made.chart(_accuracy(status), "Test accuracy over epochs"),
         "epsilon": made.chart(_epsilon(status), "Epsilon over epochs; dashed: the plan"),
