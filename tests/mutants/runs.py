@@ -24,6 +24,46 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
+        f"{_RUNS}/heartbeat.py",
+        "tests/runs/test_heartbeat.py",
+        ("a process that ended seems to go on", CLAIM, "running=False", "running=True"),
+        ("a heartbeat that fails ends the run", LEDGER, "contextlib.suppress(OSError)", "contextlib.nullcontext()"),
+        ("a heartbeat is not said to be the operator's", LEAK, "note: str = NOT_FOR_RELEASE", 'note: str = ""'),
+    ),
+    *mutants_of(
+        f"{_RUNS}/following.py",
+        "tests/runs/test_following.py",
+        (
+            "a run that was killed seems to go on",
+            CLAIM,
+            'return "stopped" if silent > _ENDED * limit else "silent"',
+            'return "running"',
+        ),
+        (
+            "what a killed run has charged is not told",
+            CLAIM,
+            "epsilon=_charged_epsilon(contents) if ended else",
+            "epsilon=0.0 if ended else",
+        ),
+        ("a ledger that was changed is watched in silence", CLAIM, "(mark, None, str(error))", '(mark, None, "")'),
+    ),
+    *mutants_of(
+        f"{_RUNS}/alerts.py",
+        "tests/runs/test_alerts.py",
+        (
+            "training accuracy is not told",
+            CLAIM,
+            "if status.unsafe_metrics else None",
+            "if status.unsafe_metrics is None else None",
+        ),
+        (
+            "a delta that promises nothing is not told",
+            CLAIM,
+            "grave=True) if text else None",
+            "grave=True) if not text else None",
+        ),
+    ),
+    *mutants_of(
         f"{_RUNS}/pages/facts.py",
         "tests/runs/test_pages.py",
         ("a run of a known seed is said to be private", CLAIM, 'return "NOT PRIVATE" in', 'return "NOT SO" in'),

@@ -2,7 +2,7 @@
 """`dpquant VERB`: each verb parses, calls the library and prints. Importing this file loads no torch.
 
 Options are the fields of `TrainSettings`, with their help: one place for both. Bad input is one line on standard error
-and exit code 2, and nothing else is written. A run that diverges ends with exit code 4.
+and exit code 2, and nothing else is written. A run that diverges ends with exit code 4, an alert of `watch` with 3.
 """
 
 import datetime
