@@ -45,7 +45,7 @@ MUTANTS = [
             "epsilon=_charged_epsilon(contents) if ended else",
             "epsilon=0.0 if ended else",
         ),
-        ("a ledger that was changed is watched in silence", CLAIM, "(mark, None, str(error))", '(mark, None, "")'),
+        ("a ledger that was changed is watched in silence", CLAIM, "trouble = str(error)", "trouble = str()"),
     ),
     *mutants_of(
         f"{_RUNS}/alerts.py",

@@ -194,6 +194,29 @@ def test_nothing_is_changed_and_a_file_is_read_again_only_when_it_has_changed(go
     assert following.status().step == 12
 
 
+class Slow:
+    """A reader that takes a while."""
+
+    def __init__(self):
+        self.reads = 0
+
+    def __call__(self, path):
+        self.reads += 1
+        end = time.thread_time() + 0.06
+        while time.thread_time() < end:
+            pass
+        return self.reads
+
+
+def test_a_file_that_takes_long_to_read_is_left_alone_for_a_while(going):
+    following, slow = Following(going), Slow()
+    found = []
+    for number in range(3):
+        (going / LEDGER).write_text("x" * number)
+        found.append(following._read(LEDGER, slow))
+    assert found == [1, 1, 1] and slow.reads == 1
+
+
 def test_layers_are_in_the_order_in_which_people_count(going):
     lines = [
         {"epoch": 0, "layers_quantized": ["layer10", "layer9", "fc"]},

@@ -39,7 +39,7 @@ def run(tmp_path_factory):
 def test_a_run_directory_holds_all_that_is_promised(run):
     out, record, _ = run
     assert {p.name for p in out.iterdir()} == {
-        *("config.toml", "ledger.jsonl", "metrics.jsonl", "model.safetensors"),
+        *("config.toml", "ledger.jsonl", "metrics.jsonl", "model.safetensors", "model.json"),
         *("record.json", "choices.json", "timings.json", "progress.json", "records.json", "checkpoints"),
     }
     assert RunRecord.read(out / "record.json") == record

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -41,16 +40,20 @@ def view(status: RunStatus, found: Sequence[Alert], *, ascii_only: bool = False)
     rows: list[RenderableType] = [head]
     if status.plan is not None:
         rows.append(_bars(status, ascii_only))
-    if told := pace(status):
-        rows.append(Text(told, style="dim"))
-    for one in found:
-        text = Text(f"{'ALERT' if one.grave else 'note' if one.is_advice else 'alert'}  ", style=_style(one))
-        rows.append(Padding(text.append(one.text, style="default"), (0, 0)))
+    if moves := pace(status):
+        rows.append(Text(moves, style="dim"))
+    if found:
+        told = Table.grid(padding=(0, 2))
+        for one in found:
+            told.add_row(_label(one), Text(one.text))
+        rows += [Text(), told]
     return Group(*rows)
 
 
-def _style(alert: Alert) -> str:
-    return "bold red" if alert.grave else "cyan" if alert.is_advice else "yellow"
+def _label(alert: Alert) -> Text:
+    if alert.grave:
+        return Text("ALERT", style="bold red")
+    return Text("advice", style="cyan") if alert.is_advice else Text("alert", style="yellow")
 
 
 def _bars(status: RunStatus, ascii_only: bool) -> Table:
@@ -60,7 +63,7 @@ def _bars(status: RunStatus, ascii_only: bool) -> Table:
         ("epsilon", status.epsilon_share, _spent(status)),
     )
     for name, share, text in rows:
-        table.add_row(name, ProgressBar(total=1.0, completed=share, width=_WIDEST), text)
+        table.add_row(name, ProgressBar(total=1.0, completed=share, width=_WIDEST, complete_style="cyan"), text)
     if status.accuracies:
         best = f"{status.accuracies[-1]:.1%}, best {max(status.accuracies):.1%}"
         table.add_row("accuracy", Text(sparkline(status.accuracies, ascii_only=ascii_only), style="green"), best)

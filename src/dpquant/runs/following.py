@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpquant.errors import DataError, DPQuantError, SettingError
 from dpquant.privacy import accounting
@@ -37,7 +37,17 @@ _LEAST_SILENCE = 30.0  # seconds
 _ENDED = 10  # times that silence, after which a run has stopped
 _STARTING = 600.0  # seconds that a run may measure and check before its first step
 _CURVE = 12  # points of the plan's curve, each of which takes the accountant a tenth of a second
+_CHEAP, _REST = 0.05, 20  # seconds of a processor, and how many times as long a file that takes more is left alone
 _GAINS = "('gains of layers'"  # how the key of that decision begins in choices.json
+
+
+class _Known(NamedTuple):
+    """What was read from a file: its mark then, its value, what could not be read, and when it may be read again."""
+
+    mark: tuple[int, int, int]
+    value: Any
+    trouble: str
+    again: float
 
 
 class Following:
@@ -50,7 +60,7 @@ class Following:
           SettingError: it is something else.
         """
         self._run, self._now = run, now
-        self._known: dict[str, tuple[tuple[int, int, int], Any, str]] = {}
+        self._known: dict[str, _Known] = {}
         self._is_there()
 
     def _is_there(self) -> bool:
@@ -117,7 +127,10 @@ class Following:
         )
 
     def _read(self, name: str, read: Callable[[Path], Any]) -> Any:
-        """Return what a file says, read anew if it has changed; None if it is not there or cannot be read."""
+        """Return what a file says, read anew if it has changed; None if it is not there or cannot be read.
+
+        A ledger of many lines takes a while to verify, so that a file which does is read again after a rest.
+        """
         path = self._run / name
         try:
             found = path.stat()
@@ -125,15 +138,20 @@ class Following:
             self._known.pop(name, None)
             return None
         mark = (found.st_mtime_ns, found.st_size, found.st_ino)
-        if self._known.get(name, (None,))[0] != mark:
+        known, began = self._known.get(name), time.thread_time()
+        if known is None or (known.mark != mark and time.monotonic() >= known.again):
+            value, trouble = None, ""
             try:
-                self._known[name] = (mark, read(path), "")
+                value = read(path)
             except (DPQuantError, OSError) as error:
-                self._known[name] = (mark, None, str(error))
-        return self._known[name][1]
+                trouble = str(error)
+            taken = time.thread_time() - began
+            again = time.monotonic() + (_REST * taken if taken > _CHEAP else 0.0)
+            self._known[name] = known = _Known(mark=mark, value=value, trouble=trouble, again=again)
+        return known.value
 
     def _troubles(self) -> str:
-        return " ".join(trouble for _, _, trouble in self._known.values() if trouble)
+        return " ".join(one.trouble for one in self._known.values() if one.trouble)
 
     def _phase(self, beat: Beat | None, charged: bool) -> Phase:
         silent = self._silent(beat)
@@ -152,7 +170,7 @@ class Following:
         """Return the seconds since the last sign of life."""
         if beat is not None and (written := _seconds(beat.written)) is not None:
             return max(0.0, self._now() - written)
-        marks = [self._known[name][0][0] for name in (CONFIG, LEDGER, METRICS) if name in self._known]
+        marks = [self._known[name].mark[0] for name in (CONFIG, LEDGER, METRICS) if name in self._known]
         return max(0.0, self._now() - max(marks, default=0) / 1e9)
 
     def _pace(self, beat: Beat | None, plan: "PrivacyPlan | None", step: int) -> Pace:
