@@ -39,6 +39,10 @@ class EndsQuietly(Exception):
         self.exit_code = exit_code
 
 
+class InterruptedRun(Exception):
+    """Raised when the user stops a run; the message says what the run has spent."""
+
+
 def refuse(message: str, code: int = BAD_INPUT) -> int:
     """Print one error line on standard error, and return the exit code."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
