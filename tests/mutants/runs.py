@@ -27,6 +27,7 @@ MUTANTS = [
         f"{_RUNS}/heartbeat.py",
         "tests/runs/test_heartbeat.py",
         ("a process that ended seems to go on", CLAIM, "running=False", "running=True"),
+        ("a heartbeat's step follows a clock", LEAK, "step=progress.step,", "step=int(1e9 * now),", _BLIND),
         ("a heartbeat that fails ends the run", LEDGER, "contextlib.suppress(OSError)", "contextlib.nullcontext()"),
         ("a heartbeat is not said to be the operator's", LEAK, "note: str = NOT_FOR_RELEASE", 'note: str = ""'),
     ),
