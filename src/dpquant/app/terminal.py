@@ -63,7 +63,8 @@ def _bars(status: RunStatus, ascii_only: bool) -> Table:
         ("epsilon", status.epsilon_share, _spent(status)),
     )
     for name, share, text in rows:
-        table.add_row(name, ProgressBar(total=1.0, completed=share, width=_WIDEST, complete_style="cyan"), text)
+        bar = ProgressBar(total=1.0, completed=share, width=_WIDEST, complete_style="cyan", finished_style="green")
+        table.add_row(name, bar, text)
     if status.accuracies:
         best = f"{status.accuracies[-1]:.1%}, best {max(status.accuracies):.1%}"
         table.add_row("accuracy", Text(sparkline(status.accuracies, ascii_only=ascii_only), style="green"), best)

@@ -67,6 +67,7 @@ def watch(
             from dpquant.app.watch import serve
 
             serve(following, port=port or 0, announce=lambda server: _announce(server, run))
+            print(f"{run} is over, and the page has shown it.")
     except KeyboardInterrupt as interrupt:
         raise EndsQuietly(INTERRUPTED) from interrupt
     return 0
