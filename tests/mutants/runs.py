@@ -43,8 +43,8 @@ MUTANTS = [
         (
             "what a killed run has charged is not told",
             CLAIM,
-            "epsilon=_charged_epsilon(contents) if ended else",
-            "epsilon=0.0 if ended else",
+            "epsilon=_charged_epsilon(contents) if phase in",
+            "epsilon=0.0 if phase in",
         ),
         ("a ledger that was changed is watched in silence", CLAIM, "trouble = str(error)", "trouble = str()"),
     ),
@@ -165,8 +165,8 @@ MUTANTS = [
         (
             "a file is replaced before it is on disk",
             CHECKPOINT,
-            '        with draft.open("rb+") as file:\n            os.fsync(file.fileno())\n',
-            "",
+            "        if flush:\n",
+            "        if False:\n",
             "tests/invariants/test_crashes.py",
         ),
         (
@@ -323,8 +323,8 @@ MUTANTS = [
         (
             "the fingerprint of records stays when a run is refused",
             LEAK,
-            "for name in (CONFIG, LEDGER, CHOICES, METRICS, RECORDS, DESCRIPTION):",
-            "for name in (CONFIG, LEDGER, CHOICES, METRICS, DESCRIPTION):",
+            "for name in (CONFIG, LEDGER, CHOICES, METRICS, RECORDS, DESCRIPTION, PROGRESS):",
+            "for name in (CONFIG, LEDGER, CHOICES, METRICS, DESCRIPTION, PROGRESS):",
         ),
         (
             "a directory gets its name before the settings are in it",

@@ -85,43 +85,47 @@ class Following:
         """
         name = self._run.absolute().name
         if not self._is_there():
+            self._known.clear()
             return RunStatus(name=name, phase="waiting")
         settings, plan, curve = self._read(CONFIG, _settings_and_plan) or (None, None, ())
         description = self._read(DESCRIPTION, ModelDescription.read)
         classes = None if description is None else description.num_classes
-        ema = DEFAULT_EMA if settings is None else settings.ema
         record = self._read(RECORD, RunRecord.read)
         if record is not None:
+            ema = DEFAULT_EMA if settings is None else settings.ema
             ended = RunStatus.of(record, name=name, classes=classes, ema=ema)
             return dataclasses.replace(ended, curve=curve, trouble=self._troubles())
+        status = RunStatus(
+            name=name,
+            phase="starting",
+            plan=None if plan is None else PlanRecord.of(plan),
+            curve=curve,
+            classes=classes,
+            **_of_settings(settings),
+        )
+        return self._going(status, plan)
+
+    def _going(self, status: RunStatus, plan: "PrivacyPlan | None") -> RunStatus:
+        """Return the state of a run without a record: how far it is by its metrics, its ledger and its heartbeat."""
         contents = self._read(LEDGER, Ledger.verify)
         epochs = self._read(METRICS, _epochs) or []
         beat = self._read(PROGRESS, Beat.read)
         gains = self._read(CHOICES, _gains) or {}
         diverged = self._read(DIVERGED, _text)
         charged = None if contents is None else contents.charged("train")
-        phase = "diverged" if diverged else self._phase(beat, bool(charged))
-        ended = phase in ("stopped", "silent", "diverged")
+        phase = "diverged" if diverged else self._phase(beat, plan, bool(charged))
         step = max(0 if beat is None else beat.step, len(epochs) * (0 if plan is None else plan.epoch_steps))
-        return RunStatus(
-            name=name,
+        epsilon = (epochs[-1].epsilon or 0.0) if epochs else 0.0
+        return dataclasses.replace(
+            status,
             phase=phase,
-            model="" if settings is None else settings.model,
-            dataset="" if settings is None else settings.data,
-            policy="" if settings is None else settings.policy,
-            format="" if settings is None else settings.format,
-            plan=None if plan is None else PlanRecord.of(plan),
             step=step,
             charged=charged,
-            epsilon=_charged_epsilon(contents) if ended else (epochs[-1].epsilon or 0.0) if epochs else 0.0,
-            curve=curve,
+            epsilon=_charged_epsilon(contents) if phase in ("stopped", "silent", "diverged") else epsilon,
             per_epoch=epochs,
             layers=_layers(epochs),
             gains=gains,
-            ema=ema,
-            classes=None if any(not _is_plain(one) for one in epochs) else classes,
-            records=None if settings is None else settings.public_records,
-            unsafe_metrics=settings is not None and settings.unsafe_metrics,
+            classes=status.classes if all(map(_is_plain, epochs)) else None,
             trouble=diverged or self._troubles(),
             pace=None if phase == "diverged" else self._pace(beat, plan, step),
         )
@@ -153,14 +157,13 @@ class Following:
     def _troubles(self) -> str:
         return " ".join(one.trouble for one in self._known.values() if one.trouble)
 
-    def _phase(self, beat: Beat | None, charged: bool) -> Phase:
+    def _phase(self, beat: Beat | None, plan: "PrivacyPlan | None", charged: bool) -> Phase:
         silent = self._silent(beat)
         if beat is None:
             return "stopped" if silent > _STARTING else "running" if charged else "starting"
         if not beat.running:
             return "stopped"
-        speed, plan = beat.examples_per_second, self._read(CONFIG, _settings_and_plan)
-        step = plan[1].expected_batch_size / speed if speed and plan and plan[1] else 0.0
+        step = self._seconds_a_step(beat, plan) or 0.0
         limit = max(_LEAST_SILENCE, _STEPS_OF_SILENCE * step, _PAUSES_OF_SILENCE * beat.longest_pause)
         if silent > limit:
             return "stopped" if silent > _ENDED * limit else "silent"
@@ -174,16 +177,36 @@ class Following:
         return max(0.0, self._now() - max(marks, default=0) / 1e9)
 
     def _pace(self, beat: Beat | None, plan: "PrivacyPlan | None", step: int) -> Pace:
-        silent, speed = self._silent(beat), None if beat is None else beat.examples_per_second
-        if not speed or plan is None:
+        silent, a_step = self._silent(beat), self._seconds_a_step(beat, plan)
+        if beat is None or plan is None or a_step is None:
             return Pace(silent=silent)
-        a_step = plan.expected_batch_size / speed
         return Pace(
             silent=silent,
-            examples_per_second=speed,
+            examples_per_second=beat.examples_per_second,
             seconds_a_step=a_step,
-            seconds_left=max(0, plan.steps - step) * a_step if beat is not None and beat.running else None,
+            seconds_left=max(0, plan.steps - step) * a_step if beat.running else None,
         )
+
+    def _seconds_a_step(self, beat: Beat | None, plan: "PrivacyPlan | None") -> float | None:
+        """Return the usual time of a step, analyses included; None where it is not known."""
+        if beat is None or plan is None or not beat.examples_per_second:
+            return None
+        return plan.expected_batch_size / beat.examples_per_second
+
+
+def _of_settings(settings: TrainSettings | None) -> dict[str, Any]:
+    """Return what a state takes from the settings; nothing if they cannot be read."""
+    if settings is None:
+        return {}
+    return {
+        "model": settings.model,
+        "dataset": settings.data,
+        "policy": settings.policy,
+        "format": settings.format,
+        "ema": settings.ema,
+        "records": settings.public_records,
+        "unsafe_metrics": settings.unsafe_metrics,
+    }
 
 
 def _settings_and_plan(path: Path) -> tuple[TrainSettings, "PrivacyPlan | None", Sequence[float]]:
