@@ -24,7 +24,7 @@ from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.noise import NoiseSource
 from dpquant.runs.directory import RunDirectory
 from dpquant.runs.evaluation import per_example_loss
-from dpquant.runs.names import CONFIG, DESCRIPTION, LEDGER, MODEL, RECORD, REPORT, SPENT, TIMINGS
+from dpquant.runs.names import CONFIG, DESCRIPTION, LEDGER, MODEL, PROGRESS, RECORD, REPORT, SPENT, TIMINGS
 from dpquant.runs.record import RunRecord
 from dpquant.runs.settings import TrainSettings, from_toml
 from dpquant.runs.timings import NOT_FOR_RELEASE
@@ -102,7 +102,8 @@ def test_an_export_holds_what_is_released_with_its_sums(run, finished, tmp_path,
     assert files[MODEL] == (finished / MODEL).read_bytes() and load_file(tmp_path / "out" / MODEL)
     assert not any(str(finished.parent).encode() in content for content in files.values())
     everything = {path.name for path in run.iterdir()}
-    assert set(done["left"]) == everything - FILES >= {LEDGER, TIMINGS, "records.json", "checkpoints", "notes.txt"}
+    operators = {LEDGER, TIMINGS, PROGRESS, "records.json", "checkpoints", "notes.txt"}
+    assert set(done["left"]) == everything - FILES >= operators
 
 
 def test_record_settings_and_ledger_of_an_export_say_what_the_run_said(run, tmp_path, capsys):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """T12: with the mechanisms' results held fixed, nothing that a run leaves behind may depend on its records.
 
-All private computation runs, but its results are replaced by constants. Times are in timings.json and on the screen,
-which are the operator's, and nowhere else.
+All private computation runs, but its results are replaced by constants. Times are in timings.json, in progress.json and
+on the screen, which are the operator's, and nowhere else.
 """
 
 import dataclasses
@@ -46,6 +46,11 @@ def what_a_record_says(record):
     ledger, provenance = dict(record["ledger"]), dict(record["provenance"])
     del ledger["head"], provenance["run_id"], provenance["started"]
     return {**record, "ledger": ledger, "provenance": provenance}
+
+
+def what_a_beat_says(beat):
+    """What a heartbeat says less its times, for which it is the operator's."""
+    return {name: value for name, value in beat.items() if name in ("running", "step", "steps", "epoch", "epochs")}
 
 
 def what_was_told(what):
@@ -95,6 +100,7 @@ def left_behind(out, settings, *, make_run=Silent, directory=RunDirectory):
         "choices": json.loads(files["choices.json"].read_text()),
         "metrics": [json.loads(line) for line in files["metrics.jsonl"].read_text().splitlines()],
         "record": what_a_record_says(json.loads(files["record.json"].read_text())),
+        "heartbeat": what_a_beat_says(json.loads(files["progress.json"].read_text())),
         "description": json.loads(files["model.json"].read_text()),
         "checkpoints": {one.name: what_a_checkpoint_says(one) for one in files["checkpoints"].iterdir()},
         "weights": {name: t.tolist() for name, t in load_file(files["model.safetensors"]).items()},
@@ -218,7 +224,7 @@ def test_a_buffer_that_takes_in_the_data_ends_the_run_and_is_not_kept(every, wor
     with pytest.raises(dpquant.ModelError, match="buffer seen has begun to change"):
         assert_no_interference(worlds, tmp_path, make_run=KeepingSome, given={"checkpoint_every": every})
     assert {path.name for path in (tmp_path / "a").iterdir()} == {
-        *("choices.json", "config.toml", "ledger.jsonl", "model.json", "records.json", "checkpoints")
+        *("choices.json", "config.toml", "ledger.jsonl", "model.json", "records.json", "progress.json", "checkpoints")
     }
     assert [path.name for path in (tmp_path / "a" / "checkpoints").iterdir()] == ["step-00000000"]
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bugs planted in `app`: what an export copies and what it leaves."""
+"""Bugs planted in `app`: what an export copies and what it leaves, and to whom a run is shown."""
 
 from mutants.mutant import CLAIM, LEAK, mutants_of
 
 _EXPORT = "tests/app/test_export.py"
 _REPORT = "tests/app/test_report.py"
+_WATCH = "tests/app/test_watch.py"
 
 MUTANTS = [
     *mutants_of(
@@ -72,6 +73,13 @@ MUTANTS = [
         ),
         ("the lines of the ledger are exported", LEAK, "SPENT: _summary(spent),", "SPENT: _read(run / LEDGER),"),
         (
+            "when steps were taken is exported",
+            LEAK,
+            "SPENT: _summary(spent),",
+            "SPENT: _summary(spent), PROGRESS: _read(run / PROGRESS),",
+            f"{_EXPORT}::test_an_export_holds_what_is_released_with_its_sums",
+        ),
+        (
             "how often processes began is exported",
             LEAK,
             ('    return json.dumps(facts, indent=2) + "\\n"\n\n\ndef _write('),
@@ -133,5 +141,65 @@ MUTANTS = [
             "    except OSError as error:\n",
             f"{_EXPORT}::test_an_export_that_fails_half_way_leaves_nothing",
         ),
+    ),
+    *mutants_of(
+        "src/dpquant/app/watch.py",
+        f"{_WATCH}::test_another_name_for_this_machine_is_refused",
+        (
+            "a page is served to every machine",
+            LEAK,
+            'ADDRESS = "127.0.0.1"',
+            'ADDRESS = "0.0.0.0"',
+            f"{_WATCH}::test_it_listens_on_this_machine_alone_and_each_server_has_its_own_token",
+        ),
+        ("a page is served under every name", LEAK, "return name in _OWN_NAMES and", "return bool(name) and"),
+        ("the first of several names is believed", LEAK, "if len(hosts) == 1 else", "if hosts else"),
+        (
+            "a page is served without its token",
+            LEAK,
+            'return hmac.compare_digest(self.path.encode("utf-8", "surrogateescape"), path.encode())',
+            'return path.rpartition("/")[2] == self.path.rpartition("/")[2]',
+            f"{_WATCH}::test_another_path_is_not_found",
+        ),
+        (
+            "a token can be guessed",
+            LEAK,
+            "secrets.token_urlsafe(24)",
+            "secrets.token_urlsafe(3)",
+            f"{_WATCH}::test_it_listens_on_this_machine_alone_and_each_server_has_its_own_token",
+        ),
+        (
+            "all servers have one token",
+            LEAK,
+            "secrets.token_urlsafe(24)",
+            '"x" * 32',
+            f"{_WATCH}::test_it_listens_on_this_machine_alone_and_each_server_has_its_own_token",
+        ),
+        (
+            "other methods are answered",
+            LEAK,
+            "self._refuse(http.HTTPStatus.METHOD_NOT_ALLOWED)",
+            "self.do_GET()",
+            f"{_WATCH}::test_other_methods_are_refused",
+        ),
+        (
+            "the page may ask every address",
+            LEAK,
+            "connect-src 'self'; ",
+            "connect-src *; ",
+            f"{_WATCH}::test_the_page_may_ask_nobody_but_its_server_and_runs_no_script_but_its_own",
+        ),
+        (
+            "all pages have one nonce",
+            LEAK,
+            "nonce, news = secrets.token_urlsafe(16),",
+            'nonce, news = "n" * 22,',
+            f"{_WATCH}::test_the_page_may_ask_nobody_but_its_server_and_runs_no_script_but_its_own",
+        ),
+    ),
+    *mutants_of(
+        "src/dpquant/app/doctor.py",
+        "tests/app/test_doctor.py",
+        ("a bug report names the user", LEAK, 'return f"~/{path.relative_to(home)}" if', "return str(path) if"),
     ),
 ]

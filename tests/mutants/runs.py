@@ -24,6 +24,47 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
+        f"{_RUNS}/heartbeat.py",
+        "tests/runs/test_heartbeat.py",
+        ("a process that ended seems to go on", CLAIM, "running=False", "running=True"),
+        ("a heartbeat's step follows a clock", LEAK, "step=progress.step,", "step=int(1e9 * now),", _BLIND),
+        ("a heartbeat that fails ends the run", LEDGER, "contextlib.suppress(OSError)", "contextlib.nullcontext()"),
+        ("a heartbeat is not said to be the operator's", LEAK, "note: str = NOT_FOR_RELEASE", 'note: str = ""'),
+    ),
+    *mutants_of(
+        f"{_RUNS}/following.py",
+        "tests/runs/test_following.py",
+        (
+            "a run that was killed seems to go on",
+            CLAIM,
+            'return "stopped" if silent > _ENDED * limit else "silent"',
+            'return "running"',
+        ),
+        (
+            "what a killed run has charged is not told",
+            CLAIM,
+            "epsilon=_charged_epsilon(contents) if phase in",
+            "epsilon=0.0 if phase in",
+        ),
+        ("a ledger that was changed is watched in silence", CLAIM, "trouble = str(error)", "trouble = str()"),
+    ),
+    *mutants_of(
+        f"{_RUNS}/alerts.py",
+        "tests/runs/test_alerts.py",
+        (
+            "training accuracy is not told",
+            CLAIM,
+            "if status.unsafe_metrics else None",
+            "if status.unsafe_metrics is None else None",
+        ),
+        (
+            "a delta that promises nothing is not told",
+            CLAIM,
+            "grave=True) if text else None",
+            "grave=True) if not text else None",
+        ),
+    ),
+    *mutants_of(
         f"{_RUNS}/pages/facts.py",
         "tests/runs/test_pages.py",
         ("a run of a known seed is said to be private", CLAIM, 'return "NOT PRIVATE" in', 'return "NOT SO" in'),
@@ -124,8 +165,8 @@ MUTANTS = [
         (
             "a file is replaced before it is on disk",
             CHECKPOINT,
-            '        with draft.open("rb+") as file:\n            os.fsync(file.fileno())\n',
-            "",
+            "        if flush:\n",
+            "        if False:\n",
             "tests/invariants/test_crashes.py",
         ),
         (
@@ -282,8 +323,8 @@ MUTANTS = [
         (
             "the fingerprint of records stays when a run is refused",
             LEAK,
-            "for name in (CONFIG, LEDGER, CHOICES, METRICS, RECORDS, DESCRIPTION):",
-            "for name in (CONFIG, LEDGER, CHOICES, METRICS, DESCRIPTION):",
+            "for name in (CONFIG, LEDGER, CHOICES, METRICS, RECORDS, DESCRIPTION, PROGRESS):",
+            "for name in (CONFIG, LEDGER, CHOICES, METRICS, DESCRIPTION, PROGRESS):",
         ),
         (
             "a directory gets its name before the settings are in it",

@@ -96,6 +96,16 @@ def test_a_report_of_other_numbers_would_be_seen(change):
         assert_says_what_the_record_says(report(facts(dataclasses.replace(RECORD, **change))), RECORD)
 
 
+def test_a_report_says_what_was_noticed_and_an_alarm_once():
+    last, best = RECORD.per_epoch[-1], dataclasses.replace(RECORD.per_epoch[0], accuracy_test=0.99)
+    fallen = dataclasses.replace(RECORD, per_epoch=[best, dataclasses.replace(last, accuracy_test=0.8)])
+    assert "Noticed" in text_of(report(facts(fallen))) and "Accuracy fell by 19.0 points" in text_of(
+        report(facts(fallen))
+    )
+    unsafe = text_of(report(facts(dataclasses.replace(RECORD, unsafe_metrics=True))))
+    assert unsafe.count("Training accuracy was measured on private records and written down.") == 1
+
+
 def assert_answers_all(page):
     """Every question stands on the page with a link to a section that is there."""
     rows = re.findall(r'<tr id="q(\d+)"><td[^>]*><a href="#([\w-]+)"', page)

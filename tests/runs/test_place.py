@@ -8,7 +8,7 @@ import pytest
 
 from dpquant.errors import SettingError
 from dpquant.privacy.ledger import Ledger
-from dpquant.runs.names import CHECKPOINTS, CHOICES, CONFIG, LEDGER, METRICS, RECORDS
+from dpquant.runs.names import CHECKPOINTS, CHOICES, CONFIG, LEDGER, METRICS, PROGRESS, RECORDS
 from dpquant.runs.place import Place
 from dpquant.runs.settings import TrainSettings
 
@@ -26,7 +26,7 @@ def begins(path):
     """All that a run writes before its first charge."""
     Ledger(path / LEDGER).close()
     (path / CHECKPOINTS / "step-00000000").mkdir(parents=True)
-    for name in (CHOICES, METRICS, RECORDS):
+    for name in (CHOICES, METRICS, PROGRESS, RECORDS):
         (path / name).write_text("{}")
 
 

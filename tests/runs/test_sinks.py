@@ -85,7 +85,7 @@ def test_a_training_accuracy_that_was_measured_is_in_the_metrics(tmp_path):
     sink.epoch_ended(dataclasses.replace(EPOCH, nonprivate_accuracy_train=0.75))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line.get("nonprivate_accuracy_train") for line in lines] == [None, 0.75]
-    expected = {"epoch": 1, "epsilon": 2.0, "accuracy_test": 0.5, "layers_quantized": ["0"]}
+    expected = {"epoch": 1, "epsilon": 2.0, "accuracy_test": 0.5, "layers_quantized": ["0"], "scores": {"0": 0.25}}
     assert lines[0] == {**expected, "metrics_test": {"accuracy": 0.5}}
 
 

@@ -2,7 +2,7 @@
 """`dpquant VERB`: each verb parses, calls the library and prints. Importing this file loads no torch.
 
 Options are the fields of `TrainSettings`, with their help: one place for both. Bad input is one line on standard error
-and exit code 2, and nothing else is written. A run that diverges ends with exit code 4.
+and exit code 2, and nothing else is written. A run that diverges ends with exit code 4, an alert of `watch` with 3.
 """
 
 import functools
@@ -16,12 +16,14 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from dpquant.app.options import DIVERGED, INTERRUPTED, InterruptedRun, refuse
+from dpquant.app.options import DIVERGED, INTERRUPTED, EndsQuietly, InterruptedRun, refuse
 from dpquant.app.verbs.assess import assess
 from dpquant.app.verbs.audit import audit
 from dpquant.app.verbs.bench import bench
 from dpquant.app.verbs.check_model import check_model
 from dpquant.app.verbs.compare import compare
+from dpquant.app.verbs.doctor import doctor
+from dpquant.app.verbs.explain import explain
 from dpquant.app.verbs.export import export
 from dpquant.app.verbs.init import init
 from dpquant.app.verbs.ledger import ledger
@@ -31,6 +33,7 @@ from dpquant.app.verbs.report import report
 from dpquant.app.verbs.total import total
 from dpquant.app.verbs.train import resume, train
 from dpquant.app.verbs.verify import verify
+from dpquant.app.verbs.watch import watch
 from dpquant.errors import DivergedError, DPQuantError, StoppedError
 
 SPINS = "1000"  # some tens of microseconds, longer than from one operator to the next; `scripts/bench waiting`
@@ -46,6 +49,7 @@ app = typer.Typer(
 app.command("plan")(plan)
 app.command("train")(train)
 app.command("resume")(resume)
+app.command("watch")(watch)
 app.command("assess")(assess)
 app.command("check-model")(check_model)
 app.command("compare")(compare)
@@ -58,6 +62,8 @@ app.command("verify")(verify)
 app.command("total")(total)
 app.command("export")(export)
 app.command("audit")(audit)
+app.command("doctor")(doctor)
+app.command("explain")(explain)
 
 
 def main() -> NoReturn:
@@ -108,6 +114,8 @@ def _run(arguments: list[str]) -> int:
         return refuse(str(error), DIVERGED)
     except StoppedError as stop:
         return refuse(str(stop), stop.exit_code)
+    except EndsQuietly as end:
+        return end.exit_code
     except DPQuantError as error:
         return refuse(str(error))
     except InterruptedRun as stop:

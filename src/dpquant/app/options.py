@@ -18,12 +18,25 @@ from dpquant.runs.settings import BY_DATA, GENERAL, TrainSettings, from_toml
 
 WRONG_RESULT = 1
 BAD_INPUT = 2
+ALERT = 3
 DIVERGED = 4
 INTERRUPTED = 130
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")]
 
 NoReport = Annotated[bool, typer.Option("--no-report", help="Do not write report.html at the end.")]
+
+
+class EndsQuietly(Exception):
+    """Raised by a verb that the user has stopped and that has nothing more to say.
+
+    Attributes:
+      exit_code: of the command.
+    """
+
+    def __init__(self, exit_code: int):
+        super().__init__()
+        self.exit_code = exit_code
 
 
 class InterruptedRun(Exception):

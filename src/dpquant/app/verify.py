@@ -272,7 +272,7 @@ def _epochs(run: Path, record: RunRecord) -> Iterator[Finding]:
         yield Finding(what="epochs: epsilon grows to the total", holds=growing, detail=_shown(spent[-1]))
     if (run / METRICS).is_file() and record.provenance is not None:
         lines = (run / METRICS).read_text(errors="replace").splitlines()
-        same = lines == [metrics_line(one) for one in record.per_epoch]
+        same = any(lines == [metrics_line(one, scores=has) for one in record.per_epoch] for has in (True, False))
         detail = f"{len(lines)} lines, as in {RECORD}" if same else f"other lines than {RECORD} has epochs"
         yield Finding(what="epochs: metrics", holds=same, detail=detail)
 

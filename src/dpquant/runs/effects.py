@@ -104,6 +104,14 @@ def has_effect(name: str, values: Mapping[str, Any]) -> bool:
     return holds(values[decider])
 
 
+def decider(name: str) -> tuple[str, str] | None:
+    """Return the setting on which it depends whether this one has an effect, and why it may have none.
+
+    None: it always has one.
+    """
+    return (_RULES[name][0], _RULES[name][2]) if name in _RULES else None
+
+
 def check_effects(given: Mapping[str, Any], file: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     """Refuse what was given without effect.
 

@@ -4,5 +4,5 @@
 CONFIG, LEDGER, METRICS = "config.toml", "ledger.jsonl", "metrics.jsonl"
 MODEL, RECORD, TIMINGS, CHOICES = "model.safetensors", "record.json", "timings.json", "choices.json"
 CHECKPOINTS, RECORDS, DIVERGED, REPORT = "checkpoints", "records.json", "diverged.txt", "report.html"
-DESCRIPTION = "model.json"
+DESCRIPTION, PROGRESS = "model.json", "progress.json"
 SPENT = "ledger.json"  # of an export: what a ledger says, without its lines

@@ -311,8 +311,13 @@ class RunRecord:
             raise DataError(f"Expected a readable record; got {path}: {error.strerror}. Check the path.") from error
 
 
-def metrics_line(epoch: EpochRecord) -> str:
-    """Return an epoch's line of metrics.jsonl, without its end."""
+def metrics_line(epoch: EpochRecord, *, scores: bool = True) -> str:
+    """Return an epoch's line of metrics.jsonl, without its end.
+
+    Args:
+      epoch: what the line says.
+      scores: whether it has the scores of an analysis, which the first runs of schema 4 left out.
+    """
     line = {
         "epoch": epoch.index,
         "epsilon": epoch.epsilon,
@@ -322,6 +327,8 @@ def metrics_line(epoch: EpochRecord) -> str:
     }
     if epoch.nonprivate_accuracy_train is not None:
         line["nonprivate_accuracy_train"] = epoch.nonprivate_accuracy_train
+    if scores and epoch.scores is not None:
+        line["scores"] = epoch.scores
     return json.dumps(line)
 
 
@@ -354,24 +361,25 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file completely or not at all."""
-    with replacing(path) as draft:
+def write_whole(path: Path, text: str, *, flush: bool = True) -> None:
+    """Write a text file completely or not at all; `flush` as for `replacing`."""
+    with replacing(path, flush=flush) as draft:
         draft.write_text(text)
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, flush: bool = True) -> Iterator[Path]:
     """Context: yields the path of a draft, which replaces the file on exit. After an exception the draft is removed.
 
     The draft is flushed to disk first. A reader therefore finds the old file or the new one, complete, even after a
-    crash.
+    crash. Without `flush` this costs no time, and holds unless the machine itself crashes.
     """
     draft = path.with_name(path.name + ".tmp")
     try:
         yield draft
-        with draft.open("rb+") as file:
-            os.fsync(file.fileno())
+        if flush:
+            with draft.open("rb+") as file:
+                os.fsync(file.fileno())
         draft.replace(path)
     except BaseException:
         draft.unlink(missing_ok=True)

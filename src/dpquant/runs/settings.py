@@ -184,7 +184,7 @@ class TrainSettings(SourceSettings):
             _check_choice(name, getattr(self, name), allowed)
         if self.checkpoint_every is not None:
             _interval(self.checkpoint_every)
-        for name, (rule, holds) in _RANGES.items():
+        for name, (rule, holds) in RANGES.items():
             value = getattr(self, name)
             if value is not None and not holds(value):
                 raise SettingError(f"Expected {name} {rule}; got {name}={value}. See dpquant train --help.")
@@ -348,7 +348,7 @@ def _interval(text: str) -> tuple[float, str]:
 _AT_LEAST_ONE: tuple[str, Callable[[Any], bool]] = (">= 1", lambda x: x >= 1)
 _POSITIVE: tuple[str, Callable[[Any], bool]] = ("> 0 and finite", lambda x: 0 < x < math.inf)
 _NOT_NEGATIVE: tuple[str, Callable[[Any], bool]] = (">= 0 and finite", lambda x: 0 <= x < math.inf)
-_RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "image_size": ("in 1 .. 16384", lambda x: 1 <= x <= 16384),
     "test_share": ("in (0, 1)", lambda x: 0 < x < 1),
     "max_length": ("in 1 .. 65536", lambda x: 1 <= x <= 65536),

@@ -5,8 +5,8 @@ A run directory holds config.toml (all settings, to repeat the run), ledger.json
 before its data is used), metrics.jsonl (one line per epoch), model.safetensors (the model's parameters and buffers,
 written after every epoch, for `safetensors.torch.load_model`), model.json (what is needed to use it), record.json,
 choices.json (decisions by timing on this machine, which `--choices` hands to another run), and checkpoints, from the
-newest of which a run continues. For the operator only: timings.json and records.json (a fingerprint of the training
-records).
+newest of which a run continues. For the operator only: timings.json, progress.json (how far the run is) and
+records.json (a fingerprint of the training records).
 
 The directory is made first (`place.py`), with the settings in it, so that a run can be continued however early it was
 killed; if a check fails, it is removed again. Saving, testing and a checkpoint of the model are tried once before
@@ -43,8 +43,9 @@ from dpquant.runs.evaluation import (
     metrics,
     warn_of_guessing,
 )
+from dpquant.runs.heartbeat import Heartbeat
 from dpquant.runs.history import History
-from dpquant.runs.names import LEDGER, METRICS, MODEL
+from dpquant.runs.names import LEDGER, METRICS, MODEL, PROGRESS
 from dpquant.runs.objects import model_of, move_schedule, optimizer_of, schedule_of
 from dpquant.runs.place import Place
 from dpquant.runs.provenance import LedgerRecord, Provenance, utc_now
@@ -95,8 +96,10 @@ def train(
       no more than what is left of the plan.
     """
     place = out if isinstance(out, Place) else Place(out)
-    with place.taken(settings, resume=resume) as continues:
-        run = _Run.begun(settings, directory(place.path), plan, sinks, functools.partial(start, resume=continues))
+    heartbeat = Heartbeat(place.path / PROGRESS)
+    with place.taken(settings, resume=resume) as continues, contextlib.closing(heartbeat):
+        begin = functools.partial(start, resume=continues)
+        run = _Run.begun(settings, directory(place.path), plan, [heartbeat, *sinks], begin)
         with contextlib.closing(run.private), Stopping() as stopping:
             for epoch in run.private.epochs():
                 epsilon = run.history.begin(run.private, epoch)

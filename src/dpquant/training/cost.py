@@ -140,6 +140,27 @@ def savings(seconds_full: float, seconds_quantized: float, *, runs_per_month: fl
     return Savings(hours=hours, money=hours * cost_per_hour)
 
 
+def noisy_ranking(scores: Collection[float], score_noise: float) -> str:
+    """Return a warning if the ranking of layers by their scores is noise; "" if it is not, or there is none.
+
+    Args:
+      scores: the layers' impacts.
+      score_noise: standard deviation of the noise on each of them.
+    """
+    if len(scores) < 2 or score_noise <= 0:
+        return ""
+    mean = sum(scores) / len(scores)
+    spread = (sum((score - mean) ** 2 for score in scores) / (len(scores) - 1)) ** 0.5
+    # the observed spread contains the noise
+    signal = max(spread**2 - score_noise**2, 0.0) ** 0.5 / score_noise
+    if signal >= _SMALLEST_SIGNAL:
+        return ""
+    return (
+        f"The ranking is noise: impacts differ by {spread:.2g}, of which noise alone makes {score_noise:.2g}. Raise "
+        "--analysis-batch-size, or rotate without a ranking."
+    )
+
+
 def warnings(
     *, speedup: float, analysis_share: float, scores: Collection[float], score_noise: float | None
 ) -> list[str]:
@@ -157,16 +178,8 @@ def warnings(
             f"The analyses take {analysis_share:.1%} of epsilon, more than {_LARGEST_ANALYSIS_SHARE:.0%}: training "
             "gets more noise for it. Raise --analysis-noise-multiplier or --analysis-every."
         )
-    if len(scores) > 1 and score_noise is not None:
-        mean = sum(scores) / len(scores)
-        spread = (sum((score - mean) ** 2 for score in scores) / (len(scores) - 1)) ** 0.5
-        # the observed spread contains the noise
-        signal = max(spread**2 - score_noise**2, 0.0) ** 0.5 / score_noise
-        if signal < _SMALLEST_SIGNAL:
-            found.append(
-                f"The ranking is noise: impacts differ by {spread:.2g}, of which noise alone makes {score_noise:.2g}. "
-                "Raise --analysis-batch-size, or rotate without a ranking."
-            )
+    if score_noise is not None and (noise := noisy_ranking(scores, score_noise)):
+        found.append(noise)
     if speedup < _SMALLEST_SPEEDUP:
         found.append(
             f"There is no speed-up to be had: {speedup:.2f} times. Train in full precision (--policy none), or on a "

@@ -15,25 +15,35 @@ NOT_QUANTIZED, QUANTIZED = "0", "q"
 
 
 def lines(
-    values: Sequence[float], *, label: str, axis: tuple[float, float], percent: bool, limit: float | None
+    values: Sequence[float],
+    *,
+    label: str,
+    axis: tuple[float, float],
+    percent: bool,
+    limit: float | None,
+    of: int | None = None,
+    planned: Sequence[float] = (),
 ) -> Markup:
     """Return a line chart of one value per epoch.
 
     Args:
-      values: finite, one for each epoch.
+      values: finite, one for each epoch so far; at least one, unless `of` is given.
       label: what the chart shows, in words.
       axis: its lower and its higher end.
       percent: show the axis in percent.
       limit: value at which a dashed line is drawn; None: none.
+      of: number of epochs that the chart has room for; None: those that have a value.
+      planned: values by plan after each of so many equal parts of the epochs, no more than epochs; a dashed curve.
     """
     width, height = _WIDTH - _LEFT - 8, _HEIGHT - _TOP - _BOTTOM
     low, high = axis
+    last = max(len(values) if of is None else of, len(values), 1) - 1
 
     def y(value: float) -> float:
         return round(_TOP + height * (1 - (value - low) / (high - low)), 1)
 
-    def x(index: int) -> float:
-        return round(_LEFT + width * (index / (len(values) - 1) if len(values) > 1 else 0.5), 1)
+    def x(index: float) -> float:
+        return round(_LEFT + width * (index / last if last else 0.5), 1)
 
     parts = []
     for tick in _ticks(low, high):
@@ -42,12 +52,26 @@ def lines(
         parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{y(tick) + 3.5}" text-anchor="end">{text}</text>')
     if limit is not None and low <= limit <= high:
         parts.append(f'<line class="limit" x1="{_LEFT}" x2="{_WIDTH - 8}" y1="{y(limit)}" y2="{y(limit)}"/>')
-    points = " ".join(f"{x(i)},{y(value)}" for i, value in enumerate(values))
-    parts.append(f'<polyline class="line" points="{points}"/>')
-    parts.append(f'<circle class="dot" cx="{x(len(values) - 1)}" cy="{y(values[-1])}" r="3.2"/>')
-    for index, anchor in {0: "start", len(values) - 1: "end"}.items():
+    if planned:
+        ends = [(last + 1) * part / len(planned) - 1 for part in range(1, len(planned) + 1)]
+        points = " ".join(f"{x(end)},{y(value)}" for end, value in zip(ends, planned, strict=True))
+        parts.append(f'<polyline class="planned" points="{points}"/>')
+    if values:
+        points = " ".join(f"{x(i)},{y(value)}" for i, value in enumerate(values))
+        parts.append(f'<polyline class="line" points="{points}"/>')
+        parts.append(f'<circle class="dot" cx="{x(len(values) - 1)}" cy="{y(values[-1])}" r="3.2"/>')
+    for index, anchor in {0: "start", last: "end"}.items():
         parts.append(f'<text class="tick" x="{x(index)}" y="{_HEIGHT - 6}" text-anchor="{anchor}">{index + 1}</text>')
     return _svg(_WIDTH, _HEIGHT, label, parts)
+
+
+def meter(share: float, *, label: str) -> Markup:
+    """Return a horizontal bar that is filled to a share in 0..1."""
+    width, height = 200, 6
+    parts = [f'<rect class="track" width="{width}" height="{height}" rx="3"/>']
+    if share > 0:
+        parts.append(f'<rect class="bar" width="{max(height, width * min(share, 1)):.1f}" height="{height}" rx="3"/>')
+    return _svg(width, height, label, parts)
 
 
 def bars(rows: Sequence[tuple[str, float, float, str]], *, label: str) -> Markup:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dpquant.privacy.events import Event
 from dpquant.privacy.meaning import Details, Meaning, too_large
 from dpquant.privacy.plan import rounded_up
+from dpquant.runs.alerts import UNSAFE
 from dpquant.runs.description import ModelDescription
 from dpquant.runs.record import RunRecord
 
@@ -94,9 +95,7 @@ class Facts:
                 "one another. Do not sign this page."
             )
         if record.unsafe_metrics:
-            found.append(
-                "Training accuracy was measured on private records and written down. Epsilon does not cover it."
-            )
+            found.append(UNSAFE)
         if not math.isfinite(record.epsilon):
             found.append("Epsilon is infinite: nothing is promised.")
         if warning := too_large(record.delta, record.records):

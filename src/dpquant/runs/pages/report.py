@@ -5,6 +5,8 @@ import functools
 import importlib.metadata
 import json
 import math
+import re
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,13 @@ from markupsafe import Markup
 
 from dpquant.privacy.meaning import percent_up
 from dpquant.privacy.plan import rounded_up
+from dpquant.runs.alerts import Alert, alerts
 from dpquant.runs.declared import QUESTIONS
 from dpquant.runs.pages import charts
 from dpquant.runs.pages.answers import ASSUMPTIONS, NOT_DECLARED, NOT_RECORDED, RELEASED, answers
 from dpquant.runs.pages.facts import Facts
 from dpquant.runs.record import RunRecord
+from dpquant.runs.status import DEFAULT_EMA, RunStatus
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -51,23 +55,55 @@ def report(facts: Facts) -> str:
         missing=NOT_RECORDED,
         assumptions=ASSUMPTIONS,
         released=RELEASED,
+        noticed=_noticed(facts),
         **_charts(facts),
     )
 
 
-def rendered(template: str, *, embedded: Mapping[str, Any], **values: Any) -> str:
-    """Return a page from its template; `embedded` is put into it for programs."""
+def _noticed(facts: Facts) -> list[Alert]:
+    """Return what `dpquant watch` would say of the run that has ended, less what stands on top as an alarm."""
+    classes = None if facts.description is None else facts.description.num_classes
+    status = RunStatus.of(facts.record, name=facts.name, classes=classes, ema=_ema(facts.settings))
+    return [one for one in alerts(status) if not one.grave]
+
+
+def _ema(settings: str | None) -> float:
+    """Return the weight of the newest analysis, which the record does not hold; the default where it is not known."""
+    try:
+        found = tomllib.loads(settings or "").get("ema", DEFAULT_EMA)
+    except tomllib.TOMLDecodeError:
+        return DEFAULT_EMA
+    return found if isinstance(found, float) and 0 < found <= 1 else DEFAULT_EMA
+
+
+def rendered(
+    template: str, *, embedded: Mapping[str, Any], sources: tuple[str, str] = ("style.css", "page.js"), **values: Any
+) -> str:
+    """Return a page from its template.
+
+    Args:
+      template: its name.
+      embedded: put into the page for programs.
+      sources: names of its style and its script.
+      values: for the template.
+    """
+    style, script = map(read_source, sources)
     return (
-        _environment()
+        environment()
         .get_template(template)
         .render(
             version=importlib.metadata.version("dpquant"),
-            style=Markup((_TEMPLATES / "style.css").read_text()),
-            script=Markup((_TEMPLATES / "page.js").read_text()),
+            style=style,
+            script=script,
             embedded=_json(embedded),
             **values,
         )
     )
+
+
+def read_source(name: str) -> Markup:
+    """Return a style sheet or a script of ours, to be put into a page as it is."""
+    return Markup((_TEMPLATES / name).read_text())
 
 
 def accuracy_chart(record: RunRecord) -> Markup:
@@ -129,16 +165,23 @@ def _number(value: float) -> float | None:
 
 
 @functools.cache
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
+def environment() -> jinja2.Environment:
+    """Return what templates are read with: every text in them is escaped, and a missing value is an error."""
+    found = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"eps": rounded_up, "pct": _percent, "up": percent_up, "delta": lambda x: f"{x:g}"}
-    return environment
+    found.filters |= {"eps": rounded_up, "pct": _percent, "up": percent_up, "delta": lambda x: f"{x:g}"}
+    found.filters["options"] = _unbroken_options
+    return found
+
+
+def _unbroken_options(text: str) -> Markup:
+    """Return a text in which an option, as --lr-schedule, is not broken over two lines."""
+    return Markup(re.sub(r"(--[a-z][a-z-]*)", r'<span class="nowrap">\1</span>', str(Markup.escape(text))))
 
 
 def _percent(share: float, digits: int = 1) -> str:
