@@ -40,7 +40,11 @@ from dpquant.training.start import Request, begin, make_private
 
 FORMATS = (None, "luq-fp4", "int8")
 EPSILONS = (1.0, 2.0, 8.0)
-TRAINING: dict[str, Any] = {"model": "mlp", "epochs": 60, "lr": 0.5, "threads": 1, "fraction": 0.75}
+TRAINING: dict[str, Any] = {"model": "mlp", "epochs": 60, "lr": 0.5, "threads": 1}
+SCHEDULES = {
+    True: {"policy": "dpquant", "fraction": 0.75, "format": "luq-fp4"},
+    False: {"policy": "none"},
+}  # quantized or not
 CANARIES = 300
 SURELY = 0.999  # power with which a fault has to be found
 
@@ -182,7 +186,7 @@ def trainings(trials: Trials, canaries: int, work: Path) -> None:
 
 
 def settings(epsilon: float, quantized: bool) -> TrainSettings:
-    return TrainSettings.chosen({**TRAINING, "epsilon": epsilon, "policy": "dpquant" if quantized else "none"})
+    return TrainSettings.chosen({**TRAINING, **SCHEDULES[quantized], "epsilon": epsilon})
 
 
 def claimed(epsilon: float, quantized: bool) -> list[Event]:
