@@ -16,7 +16,7 @@ from dpquant.runs.settings import TrainSettings, plan_of
 WHOLE_RUN = "--data digits --model cnn --epsilon 8 --delta 1e-5"
 
 
-@pytest.mark.parametrize(("epsilon", "quantized"), itertools.product(audit.EPSILONS, (True, False)))
+@pytest.mark.parametrize(("epsilon", "quantized"), list(itertools.product(audit.EPSILONS, (True, False))))
 def test_trainings_of_the_audit_have_a_plan(epsilon, quantized):
     chosen = audit.settings(epsilon, quantized)
     assert (chosen.policy != "none") == quantized
