@@ -45,10 +45,12 @@ from dpquant.app.options import (
 )
 from dpquant.app.verbs.audit import audit
 from dpquant.app.verbs.check_model import check_model
+from dpquant.app.verbs.evaluate import evaluate
 from dpquant.app.verbs.export import export
 from dpquant.app.verbs.init import init
 from dpquant.app.verbs.ledger import ledger
 from dpquant.app.verbs.pack import pack
+from dpquant.app.verbs.predict import predict
 from dpquant.app.verbs.report import report
 from dpquant.app.verbs.total import total
 from dpquant.app.verbs.verify import verify
@@ -70,6 +72,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("check-model")(check_model)
+app.command("evaluate")(evaluate)
+app.command("predict")(predict)
 app.command("export")(export)
 app.command("audit")(audit)
 app.command("init")(init)

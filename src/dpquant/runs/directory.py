@@ -21,7 +21,7 @@ from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.plan import PrivacyPlan, rounded_up
 from dpquant.runs import fingerprint
 from dpquant.runs.description import ModelDescription
-from dpquant.runs.names import CHECKPOINTS, CHOICES, DESCRIPTION, DIVERGED, METRICS, MODEL, RECORD, RECORDS, TIMINGS
+from dpquant.runs.names import CHECKPOINTS, CHOICES, DESCRIPTION, DIVERGED, METRICS, MODEL, RECORD, RECORDS, TIMINGS, TOKENIZER
 from dpquant.runs.record import EpochRecord, RunRecord, metrics_line, replacing, sha256, write_whole
 from dpquant.runs.timings import Timings
 from dpquant.training.checkpoint import newest, purge
@@ -103,13 +103,16 @@ class RunDirectory:
                 "room, or name another place."
             ) from error
 
-    def describe(self, description: ModelDescription) -> None:
-        """Write what is needed to use the model. To be called before any charge.
+    def describe(self, description: ModelDescription, tokenizer: bytes | None = None) -> None:
+        """Write what is needed to use the model, and a copy of the tokenizer. To be called before any charge.
 
         Raises:
-          OSError: the file cannot be written.
+          OSError: a file cannot be written.
         """
         description.write(self.path / DESCRIPTION)
+        if tokenizer is not None:
+            with replacing(self.path / TOKENIZER) as draft:
+                draft.write_bytes(tokenizer)
 
     def model_sha256(self) -> str:
         """Return the SHA-256 of the model's file. Privacy: post-processing.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dpquant.errors import LedgerError, SettingError
 from dpquant.privacy.ledger import Ledger
-from dpquant.runs.names import CHECKPOINTS, CHOICES, CONFIG, DESCRIPTION, DIVERGED, LEDGER, METRICS, RECORD, RECORDS
+from dpquant.runs.names import CHECKPOINTS, CHOICES, CONFIG, DESCRIPTION, DIVERGED, LEDGER, METRICS, RECORD, RECORDS, TOKENIZER
 from dpquant.runs.record import write_whole
 from dpquant.runs.settings import TrainSettings, from_toml
 
@@ -156,7 +156,7 @@ class Place:
         """
         if self._is_charged():
             return
-        for name in (CONFIG, LEDGER, CHOICES, METRICS, RECORDS, DESCRIPTION):
+        for name in (CONFIG, LEDGER, CHOICES, METRICS, RECORDS, DESCRIPTION, TOKENIZER):
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
         if self._is_new:

@@ -225,9 +225,9 @@ class _Run:
 
     def _try_writing(self) -> None:
         """Write everything once: whether it can be written, and how long a checkpoint takes."""
-        parameters = sum(one.numel() for one in self.private.model.parameters() if one.requires_grad)
+        description = ModelDescription.of(self.settings, self.dataset, self.private.model)
         with self._writing():
-            self.files.describe(ModelDescription.of(self.settings, self.dataset, parameters))
+            self.files.describe(description, self.dataset.tokenizer)
             self.files.begin(self.tested.model, self.private.choices, self.history.epochs)
             written = time.perf_counter()
             self.files.checkpoint(self.private, self._parts)
