@@ -27,8 +27,8 @@ from dpquant.runs.record import sha256
 
 _COVERED = 0.95  # of the noise, by the interval that is stated
 _OPEN = (
-    f"{UNPROTECTED}: no epsilon holds for the people whose records are test records. Publish these numbers only if they "
-    "may be published. Records that cannot be used count as wrong."
+    f"{UNPROTECTED}: no epsilon holds for the people whose records are test records. Publish these numbers only if "
+    "they may be published. Records that cannot be used count as wrong."
 )
 
 
@@ -64,7 +64,8 @@ def release_accuracy(
     """Release a model's accuracy on test records that are private, too, and write evaluation.json.
 
     Args:
-      run, data: as for `evaluate`.
+      run: as for `evaluate`.
+      data: as for `evaluate`.
       epsilon: of this release, for the test records.
       records: public number of test records, which need not be the true one.
       key: of the noise; None makes one. Research only: whoever knows it can undo the noise.

@@ -44,7 +44,9 @@ def _facts(found: "Evaluation") -> list[tuple[str, str]]:
             "recall at 1 % false positives": ranking.recall_at_1_percent_fpr,
             "calibration error": ranking.calibration_error,
         }
-        rows += [(name, "- (records of one class)" if value is None else f"{value:.4f}") for name, value in named.items()]
+        rows += [
+            (name, "- (records of one class)" if value is None else f"{value:.4f}") for name, value in named.items()
+        ]
     rows += [(name.replace("_", " "), f"{value:.4g}") for name, value in (found.errors or {}).items()]
     return rows
 

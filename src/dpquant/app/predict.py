@@ -65,7 +65,10 @@ def _answers(
         with torch.no_grad():
             outputs = model(part.inputs)
     except Exception as error:  # a user's model may raise anything
-        yield f"Expected a model that takes the input of {_told(part.places[0])}; got {quoted(error)}. Mend the model.", False
+        yield (
+            f"Expected a model that takes the input of {_told(part.places[0])}; got {quoted(error)}. Mend the model.",
+            False,
+        )
         return
     found = predictions(outputs, description.task, description.class_names, top or 1)
     for place, one in zip(part.places, found, strict=True):

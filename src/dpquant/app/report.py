@@ -18,7 +18,8 @@ from dpquant.privacy.events import Event
 from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.meaning import details_of, meaning_of
 from dpquant.runs.description import ModelDescription
-from dpquant.runs.names import CONFIG, DESCRIPTION, LEDGER, RECORD, REPORT
+from dpquant.runs.evaluated import Evaluation
+from dpquant.runs.names import CONFIG, DESCRIPTION, EVALUATION, LEDGER, RECORD, REPORT
 from dpquant.runs.pages.answers import answers
 from dpquant.runs.pages.facts import Check, Facts
 from dpquant.runs.pages.report import report
@@ -64,6 +65,7 @@ def facts_of(run: Path, *, redact: bool = False) -> Facts:
         description=description,
         settings=None if redact or not (run / CONFIG).is_file() else (run / CONFIG).read_text(errors="replace"),
         redacted=redact,
+        evaluation=Evaluation.read(run / EVALUATION) if (run / EVALUATION).is_file() else None,
     )
 
 

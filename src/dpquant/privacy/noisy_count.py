@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A count of records, released with integer noise that is drawn exactly.
 
-    P(x) is proportional to exp(-epsilon |x|) for every integer x      (the discrete Laplace law, or two-sided geometric)
+    P(x) is proportional to exp(-epsilon |x|) for every integer x      (discrete Laplace, or two-sided geometric)
 
 Adding or removing one record changes the count by at most one, so that the noisy count is epsilon-differentially
 private, with delta = 0. A float epsilon is n / 2^s for two integers, and |x| is the number of boundaries

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 from dpquant.errors import LedgerError
@@ -74,7 +75,9 @@ def read(path: Path) -> list[Release]:
 
 def together(releases: Sequence[Release]) -> float:
     """Return the epsilon of several releases of the same records, at delta = 0."""
-    return math.nextafter(math.fsum(one.epsilon for one in releases), math.inf) if releases else 0.0
+    exact = sum((Fraction(one.epsilon) for one in releases), Fraction())
+    nearest = float(exact)
+    return nearest if nearest >= exact else math.nextafter(nearest, math.inf)
 
 
 def _verified(path: Path, data: bytes) -> tuple[list[Release], str, int]:

@@ -21,7 +21,18 @@ from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.plan import PrivacyPlan, rounded_up
 from dpquant.runs import fingerprint
 from dpquant.runs.description import ModelDescription
-from dpquant.runs.names import CHECKPOINTS, CHOICES, DESCRIPTION, DIVERGED, METRICS, MODEL, RECORD, RECORDS, TIMINGS, TOKENIZER
+from dpquant.runs.names import (
+    CHECKPOINTS,
+    CHOICES,
+    DESCRIPTION,
+    DIVERGED,
+    METRICS,
+    MODEL,
+    RECORD,
+    RECORDS,
+    TIMINGS,
+    TOKENIZER,
+)
 from dpquant.runs.record import EpochRecord, RunRecord, metrics_line, replacing, sha256, write_whole
 from dpquant.runs.timings import Timings
 from dpquant.training.checkpoint import newest, purge

@@ -14,7 +14,7 @@ from dpquant.errors import DataError
 from dpquant.runs.record import write_whole
 
 EVALUATION_SCHEMA = 1
-"""Version of the format of evaluation.json. Raise it with every change of a field, and keep reading the earlier ones."""
+"""Version of the format. Raise it with every change of a field, and keep reading the earlier ones."""
 UNPROTECTED = "Computed from the test set, which is not protected"
 
 
@@ -145,7 +145,9 @@ class Evaluation:
             if fields["classes"] is not None:
                 fields["classes"] = [ClassResult(**one) for one in fields["classes"]]
             if (ranking := fields["ranking"]) is not None:
-                fields["ranking"] = Ranking(**{**ranking, "calibration": [Bin(**one) for one in ranking["calibration"]]})
+                fields["ranking"] = Ranking(
+                    **{**ranking, "calibration": [Bin(**one) for one in ranking["calibration"]]}
+                )
             if fields["protected"] is not None:
                 fields["protected"] = Protected(**fields["protected"])
             return cls(**fields)

@@ -5,10 +5,7 @@ Where test records are not protected, the first one that cannot be used is named
 no error depends on a single record.
 """
 
-import functools
 from pathlib import Path
-
-import torch
 
 from dpquant.data import dataset as data
 from dpquant.data.folders import folder_of as image_folder_of

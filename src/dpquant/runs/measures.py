@@ -63,7 +63,9 @@ def _is_right(model: nn.Module, split: Held, task: Task, index: int) -> bool:
         outputs = model(inputs).double()
         if task.prior is not None:
             outputs = outputs + torch.tensor(task.log_prior)
-        return bool(split.readable[index]) and bool(outputs.isfinite().all()) and bool((outputs.argmax(1) == targets)[0])
+        return (
+            bool(split.readable[index]) and bool(outputs.isfinite().all()) and bool((outputs.argmax(1) == targets)[0])
+        )
     except Exception:  # a record may not be recognised by an error, whatever the model raises
         return False
 

@@ -14,7 +14,18 @@ from pathlib import Path
 
 from dpquant.errors import LedgerError, SettingError
 from dpquant.privacy.ledger import Ledger
-from dpquant.runs.names import CHECKPOINTS, CHOICES, CONFIG, DESCRIPTION, DIVERGED, LEDGER, METRICS, RECORD, RECORDS, TOKENIZER
+from dpquant.runs.names import (
+    CHECKPOINTS,
+    CHOICES,
+    CONFIG,
+    DESCRIPTION,
+    DIVERGED,
+    LEDGER,
+    METRICS,
+    RECORD,
+    RECORDS,
+    TOKENIZER,
+)
 from dpquant.runs.record import write_whole
 from dpquant.runs.settings import TrainSettings, from_toml
 

@@ -41,9 +41,13 @@ def predictions(outputs: Tensor, task: Task, class_names: Sequence[str], top: in
     if task.kind == "regression":
         values = [task.low + (value + 1) * task.unit for value in outputs[:, 0].double().clamp(-1, 1).tolist()]
         return [Prediction(value=value) if finite else None for value, finite in zip(values, known, strict=True)]
-    shares = (outputs.double() + torch.tensor(task.log_prior) if task.prior is not None else outputs.double()).softmax(1)
+    shares = (outputs.double() + torch.tensor(task.log_prior) if task.prior is not None else outputs.double()).softmax(
+        1
+    )
     best = shares.nan_to_num().topk(min(top, shares.shape[1]), 1)
     return [
-        Prediction(labels=tuple(class_names[place] for place in places), probabilities=tuple(values)) if finite else None
+        Prediction(labels=tuple(class_names[place] for place in places), probabilities=tuple(values))
+        if finite
+        else None
         for values, places, finite in zip(best.values.tolist(), best.indices.tolist(), known, strict=True)
     ]

@@ -34,7 +34,9 @@ def predict(
     """
     from dpquant.app.predict import predict as predicted
 
-    standard_input = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", errors="replace") if "-" in files else sys.stdin
+    standard_input = (
+        io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", errors="replace") if "-" in files else sys.stdin
+    )
     code = 0
     for line, is_result in predicted(run, files, top=top, as_csv=as_csv, standard_input=standard_input):
         if is_result:
