@@ -11,6 +11,7 @@ rounding. A sign is drawn beside it, and -0 is refused, so that zero is not draw
 Source: Ghosh, Roughgarden and Sundararajan 2009, arXiv 0811.2841 (the law).
 """
 
+import functools
 import math
 
 from dpquant.errors import SettingError
@@ -47,14 +48,19 @@ def noisy_count(count: int, epsilon: float, key: SecretKey) -> int:
 
 def discrete_laplace(stream: RandomStream, epsilon: float) -> int:
     """Return an integer x with probability proportional to exp(-epsilon |x|). Privacy: reads no data."""
-    numerator, denominator = epsilon.as_integer_ratio()
-    shift = denominator.bit_length() - 1  # the denominator of a float is a power of two
-    boundaries = Boundaries(lambda k, bits: exp_floor((k + 1) * numerator, shift, bits))
     while True:
         words = stream.words(2)
-        size, negative = int(boundaries.above(words[:1], stream)[0]), bool(int(words[1]) & 1)
+        size, negative = int(_boundaries(epsilon).above(words[:1], stream)[0]), bool(int(words[1]) & 1)
         if size or not negative:
             return -size if negative else size
+
+
+@functools.lru_cache(maxsize=8)
+def _boundaries(epsilon: float) -> Boundaries:
+    """Return the boundaries exp(-epsilon j), j = 1, 2, ..."""
+    numerator, denominator = epsilon.as_integer_ratio()
+    shift = denominator.bit_length() - 1  # the denominator of a float is a power of two
+    return Boundaries(lambda k, bits: exp_floor((k + 1) * numerator, shift, bits))
 
 
 def noise_bound(epsilon: float, share: float) -> int:
