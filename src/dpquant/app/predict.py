@@ -116,5 +116,7 @@ def _csv_line(columns: Sequence[str]) -> Told:
 
 def _joined(values: Sequence[Any]) -> str:
     line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow(values)
-    return line.getvalue().encode("utf-8", "backslashreplace").decode()  # a file's name may be no text
+    csv.writer(line, lineterminator="\n").writerow(values)
+    return (
+        line.getvalue().removesuffix("\n").encode("utf-8", "backslashreplace").decode()
+    )  # a file's name may be no text
