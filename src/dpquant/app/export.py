@@ -142,7 +142,7 @@ def export(run: Path, folder: Path, *, disk: Disk = DISK) -> Export:
       DataError: a file of the run cannot be read.
     Privacy: post-processing.
     """
-    record, settings = ended(run)
+    record, settings = _ended(run)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SettingError(
             f"Expected a folder that is missing or empty; got {folder}. What lies there would be taken for released. "
@@ -183,13 +183,8 @@ def export(run: Path, folder: Path, *, disk: Disk = DISK) -> Export:
     )
 
 
-def ended(run: Path) -> tuple[RunRecord, TrainSettings]:
-    """Return record and settings of a run, and check that its model can be read.
-
-    Raises:
-      SettingError: there is no run, or it has not ended.
-      DataError: record or model cannot be read.
-    """
+def _ended(run: Path) -> tuple[RunRecord, TrainSettings]:
+    """Return record and settings of a run, and check that its model can be read."""
     settings = Place(run).settings()
     if not (run / RECORD).is_file():
         raise SettingError(

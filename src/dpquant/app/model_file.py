@@ -27,11 +27,12 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from dpquant.app.export import ended, spent_of, unplaced_model
+from dpquant.app.export import spent_of, unplaced_model
 from dpquant.errors import ModelError, SettingError, did_you_mean, quoted
 from dpquant.privacy.plan import rounded_up
 from dpquant.runs.description import ModelDescription
 from dpquant.runs.loading import built, described, load
+from dpquant.runs.names import RECORD
 from dpquant.runs.record import RunRecord, sha256, write_whole
 
 STATEMENT_END = ".privacy.txt"
@@ -129,10 +130,8 @@ def write_model(run: Path, to: str, out: Path, *, formats: Mapping[str, Format] 
             f"Expected out to be a new file in a folder that exists; got out={out}, {found}. Nothing is overwritten. "
             "Name another one."
         )
-    record, _ = ended(run)
-    spent = spent_of(run, record)
-    (contents,) = spent.ledgers.values()
-    model, description = load(run), described(run)
+    model, description, record = load(run), described(run), RunRecord.read(run / RECORD)
+    (contents,) = spent_of(run, record).ledgers.values()
     metadata = _metadata(record, description, contents.head)
     try:
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.absolute().parent) as folder:
