@@ -280,7 +280,7 @@ def assert_tells_nothing_but_the_count(run, home, capsys):
     model = dpquant.load(run)
     photos(home / "a" / "new", dark=10, bright=10)
     right = _right(model, run, home / "a" / "new")
-    photos(home / "b" / "new", dark=20, bright=0)
+    photos(home / "b" / "new", dark=27, bright=0)
     for number, path in enumerate(sorted((home / "b" / "new" / "dark").iterdir())):
         if number >= right:
             path.write_bytes(b"torn")

@@ -170,8 +170,8 @@ def evaluation(classes=3, **changes):
     ]
     given = {
         "data": "digits", "task": "classification", "model_sha256": "ab" * 32, "statement": UNPROTECTED,
-        "records": 1234, "unreadable": 2, "accuracy": 0.8765, "accuracy_low": 0.8543, "accuracy_high": 0.8999, "classes": named,
-        "confusion": counts, **changes,
+        "records": 1234, "unreadable": 2, "accuracy": 0.8765, "accuracy_low": 0.8543, "accuracy_high": 0.8999,
+        "classes": named, "confusion": counts, **changes,
     }  # fmt: skip
     return Evaluation(**given)
 
