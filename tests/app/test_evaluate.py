@@ -194,6 +194,16 @@ def test_an_evaluation_stands_in_the_report_and_is_verified(run, capsys):
     assert command(["report", str(run)]) == 2 and "to hold an evaluation" in capsys.readouterr().err
 
 
+def test_a_report_that_is_made_again_leaves_out_what_was_left_out(run, capsys):
+    assert command(["report", str(run), "--redact"]) == 0
+    evaluated(run, capsys=capsys)
+    page = (run / REPORT).read_text()
+    assert UNPROTECTED in page and "left out" in page and str(run.parent) not in page and "microbatch_size" not in page
+    (run / REPORT).unlink()
+    evaluated(run, capsys=capsys)
+    assert not (run / REPORT).exists()
+
+
 def test_an_evaluation_is_not_exported_nor_a_report_that_shows_it(run, tmp_path, capsys):
     assert command(["report", str(run)]) == 0
     evaluated(run, capsys=capsys)
@@ -224,9 +234,10 @@ def test_a_release_is_the_noisy_count_over_a_public_number(run, tmp_path):
     assert right == round(measured(model, split, Task(), ["bright", "dark"])["accuracy"] * 50)
     for seed in range(5):
         key = SecretKey.from_seed(seed)
-        found = release_accuracy(run, data, epsilon=0.5, records=40, key=key).protected
-        assert found.accuracy == min(max(noisy_count(right, 0.5, key), 0), 40) / 40
-        assert found.releases == seed + 1 and found.epsilon_together == 0.5 * (seed + 1)
+        found = release_accuracy(run, data, epsilon=0.05, records=1000, key=key).protected
+        assert found.accuracy == noisy_count(right, 0.05, key) / 1000 != right / 1000
+        assert found.releases == seed + 1 and found.epsilon_together == pytest.approx(0.05 * (seed + 1))
+    assert release_accuracy(run, data, epsilon=0.05, records=1).protected.accuracy in (0.0, 1.0)
 
 
 def test_the_noise_is_fresh(run, tmp_path):

@@ -122,6 +122,13 @@ MUTANTS = [
     *mutants_of(
         "src/dpquant/app/report.py",
         f"{_REPORT}::test_a_report_is_of_its_record_and_leaves_out_what_is_redacted",
+        (
+            "a redacted report that is made again is redacted no more",
+            LEAK,
+            "write(path, report(facts_of(run, redact=redacted)))",
+            "write(path, report(facts_of(run)))",
+            f"{_EVALUATE}::test_a_report_that_is_made_again_leaves_out_what_was_left_out",
+        ),
         ("a redacted report holds the settings", LEAK, "None if redact or not (run", "None if not (run"),
     ),
     *mutants_of(

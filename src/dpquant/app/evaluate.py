@@ -10,7 +10,7 @@ caller's public one.
 from pathlib import Path
 
 from dpquant.app.export import unplaced
-from dpquant.app.report import write_report
+from dpquant.app.report import renew_report
 from dpquant.errors import SettingError
 from dpquant.privacy import releases
 from dpquant.privacy.noisy_count import check_count_epsilon, noise_bound, noisy_count
@@ -21,7 +21,7 @@ from dpquant.runs.evaluated import UNPROTECTED, Evaluation, Protected
 from dpquant.runs.held_out import held_out
 from dpquant.runs.loading import check_ended, described, load
 from dpquant.runs.measures import count_right, measured
-from dpquant.runs.names import EVALUATION, MODEL, RELEASES, REPORT
+from dpquant.runs.names import EVALUATION, MODEL, RELEASES
 from dpquant.runs.place import Place
 from dpquant.runs.record import sha256
 
@@ -154,5 +154,4 @@ def _write(run: Path, found: Evaluation) -> None:
             f"Expected {run} to be a place that can be written to; got {error.strerror or error}. The evaluation was "
             "not written. Make room, or copy the run."
         ) from error
-    if (run / REPORT).is_file():
-        write_report(run)
+    renew_report(run)

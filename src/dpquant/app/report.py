@@ -22,7 +22,7 @@ from dpquant.runs.evaluated import Evaluation
 from dpquant.runs.names import CONFIG, DESCRIPTION, EVALUATION, LEDGER, RECORD, REPORT
 from dpquant.runs.pages.answers import answers
 from dpquant.runs.pages.facts import Check, Facts
-from dpquant.runs.pages.report import report
+from dpquant.runs.pages.report import REDACTED, report
 from dpquant.runs.record import RunRecord, write_whole
 
 
@@ -109,6 +109,18 @@ def write_report(run: Path) -> None:
       SettingError: it cannot be written. The run itself is complete by then.
     """
     write(run / REPORT, report(facts_of(run)))
+
+
+def renew_report(run: Path) -> None:
+    """Write the report of a run again, if there is one; what was left out of it is left out again.
+
+    Raises:
+      SettingError: it cannot be written.
+    """
+    path = run / REPORT
+    if path.is_file():
+        redacted = f'"{REDACTED}":true' in path.read_text(errors="replace")
+        write(path, report(facts_of(run, redact=redacted)))
 
 
 def to_json(facts: Sequence[Facts]) -> str:

@@ -23,6 +23,7 @@ from dpquant.runs.pages.score import Score, score_of
 from dpquant.runs.record import RunRecord
 
 _TEMPLATES = Path(__file__).parent / "templates"
+REDACTED = "redacted"  # in what a page holds for programs: command, folders and declared words were left out
 
 
 def report(facts: Facts) -> str:
@@ -43,7 +44,12 @@ def report(facts: Facts) -> str:
     return rendered(
         "report.html.jinja",
         title=f"Privacy report: {record.model} on {record.dataset}",
-        embedded={"record_sha256": facts.record_sha256, "epsilon": _number(record.epsilon), "delta": record.delta},
+        embedded={
+            "record_sha256": facts.record_sha256,
+            "epsilon": _number(record.epsilon),
+            "delta": record.delta,
+            **({REDACTED: True} if facts.redacted else {}),
+        },
         f=facts,
         r=record,
         score=score_of(record),
