@@ -37,15 +37,15 @@ MUTANTS = [
         (
             "the accuracy of private test records is released without noise",
             LEAK,
-            "count = noisy_count(count_right(model, split, description.task), epsilon, key or SecretKey())",
-            "count = count_right(model, split, description.task)",
+            "count = noisy_count(count_right(model, split, task_of(description)), epsilon, key or SecretKey())",
+            "count = count_right(model, split, task_of(description))",
             f"{_EVALUATE}::test_a_release_is_the_noisy_count_over_a_public_number",
         ),
         (
             "the noise of a release is that of twice its epsilon",
             LEAK,
-            "description.task), epsilon, key or SecretKey())",
-            "description.task), 2 * epsilon, key or SecretKey())",
+            "task_of(description)), epsilon, key or SecretKey())",
+            "task_of(description)), 2 * epsilon, key or SecretKey())",
             f"{_EVALUATE}::test_a_release_is_the_noisy_count_over_a_public_number",
         ),
         (
@@ -78,7 +78,7 @@ MUTANTS = [
             "private test records are used before their release is written down",
             LEDGER,
             "    past = releases.charge(run / RELEASES",
-            "    count_right(model, split, description.task)\n    past = releases.charge(run / RELEASES",
+            "    count_right(model, split, task_of(description))\n    past = releases.charge(run / RELEASES",
             f"{_EVALUATE}::test_a_release_is_written_down_before_a_record_passes_the_model",
         ),
         (

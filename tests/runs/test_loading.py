@@ -17,6 +17,7 @@ import dpquant
 from dpquant.app.export import export
 from dpquant.data.pack import pack
 from dpquant.errors import DataError, ModelError, SettingError
+from dpquant.runs.describing import description_of
 from dpquant.runs.description import DESCRIPTION_SCHEMA, ModelDescription
 from dpquant.runs.evaluation import accuracy
 from dpquant.runs.names import CONFIG, DESCRIPTION, DIVERGED, MODEL, RECORD, TOKENIZER
@@ -169,7 +170,7 @@ def test_packed_records_are_described_as_their_source(tmp_path):
         others = {name: settings[name] for name in (*TINY, "model") if name in settings}
         packed = TrainSettings.chosen({**others, "data": f"packed:{folder / 'packed'}"})
         model = nn.Linear(1, 1)
-        found, expected = (ModelDescription.of(one, dataset_of(one), model) for one in (packed, source))
+        found, expected = (description_of(one, dataset_of(one), model) for one in (packed, source))
         assert found == expected
         assert dataset_of(packed).tokenizer == dataset_of(source).tokenizer
 

@@ -17,6 +17,7 @@ from dpquant.privacy.noisy_count import check_count_epsilon, noise_bound, noisy_
 from dpquant.privacy.plan import rounded_up
 from dpquant.privacy.releases import Release
 from dpquant.privacy.secret import SecretKey
+from dpquant.runs.describing import task_of
 from dpquant.runs.evaluated import UNPROTECTED, Evaluation, Protected
 from dpquant.runs.held_out import held_out
 from dpquant.runs.loading import check_ended, described, load
@@ -52,7 +53,7 @@ def evaluate(run: Path, data: str | None = None) -> Evaluation:
         task=description.task.kind,
         model_sha256=sha256(run / MODEL),
         statement=_OPEN,
-        **measured(model, split, description.task, description.class_names),
+        **measured(model, split, task_of(description), description.class_names),
     )
     _write(run, found)
     return found
@@ -94,7 +95,7 @@ def release_accuracy(
         )
     split = held_out(run, settings, description, data, strict=False)
     past = releases.charge(run / RELEASES, Release(what="accuracy", epsilon=epsilon, records=records))
-    count = noisy_count(count_right(model, split, description.task), epsilon, key or SecretKey())
+    count = noisy_count(count_right(model, split, task_of(description)), epsilon, key or SecretKey())
     protected = Protected(
         accuracy=min(max(count, 0), records) / records,
         epsilon=epsilon,

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dpquant.errors import SettingError, quoted
+from dpquant.runs.describing import task_of
 from dpquant.runs.description import ModelDescription
 from dpquant.runs.inputs import Part, Reader
 from dpquant.runs.loading import described, load
@@ -70,7 +71,7 @@ def _answers(
             False,
         )
         return
-    found = predictions(outputs, description.task, description.class_names, top or 1)
+    found = predictions(outputs, task_of(description), description.class_names, top or 1)
     for place, one in zip(part.places, found, strict=True):
         if one is None:
             yield f"Expected a finite output of the model for {_told(place)}; got another. There is no answer.", False

@@ -8,19 +8,11 @@ pretrained network, which is not needed again: its architecture is here, and its
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from dpquant.data.task import CLASSIFICATION, Task
 from dpquant.errors import DataError
 from dpquant.runs.record import write_whole
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from dpquant.data.dataset import Dataset
-    from dpquant.runs.settings import TrainSettings
 
 DESCRIPTION_SCHEMA = 2
 """Version of the format of model.json. Raise it with every change of a field, and keep reading the earlier ones."""
@@ -34,6 +26,16 @@ class Normalisation:
 
     mean: float
     std: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskForm:
+    """What is told from a record: kind, prior, low and high as of `dpquant.data.task.Task`."""
+
+    kind: Literal["classification", "rare positives", "regression"] = "classification"
+    prior: float | None = None
+    low: float = -1.0
+    high: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,38 +110,12 @@ class ModelDescription:
     image_size: int | None
     normalisation: Normalisation | None
     kind: Kind = "images"
-    task: Task = CLASSIFICATION
+    task: TaskForm = dataclasses.field(default_factory=TaskForm)
     categories: list[int] = dataclasses.field(default_factory=list)
     lora: int | None = None
     network: dict[str, Any] | None = None
     table: TableForm | None = None
     texts: TextForm | None = None
-
-    @classmethod
-    def of(cls, settings: "TrainSettings", dataset: "Dataset", model: "nn.Module") -> Self:
-        """Return the description of a run's model. Privacy: public facts."""
-        from dpquant.data.text_models import config_of
-
-        kind = _kind(dataset)
-        mean, std = (getattr(dataset.train, name, None) for name in ("mean", "std"))  # images alone have them
-        return cls(
-            model=settings.model,
-            width=settings.width,
-            fix=settings.fix,
-            parameters=sum(one.numel() for one in model.parameters() if one.requires_grad),
-            num_classes=dataset.num_classes,
-            class_names=list(dataset.class_names),
-            input_shape=list(dataset.input_shape),
-            image_size=_side(settings, dataset),
-            normalisation=None if mean is None or std is None else Normalisation(mean=mean, std=std),
-            kind=kind,
-            task=dataset.task,
-            categories=list(dataset.categories),
-            lora=settings.lora,
-            network=config_of(model),
-            table=_table_form(dataset) if kind == "rows" else None,
-            texts=_text_form(dataset) if kind == "texts" else None,
-        )
 
     def to_json(self) -> str:
         """Return the description as JSON."""
@@ -166,7 +142,7 @@ class ModelDescription:
                 raise ValueError(f"schema {schema}")
             if schema == 1 and fields["normalisation"] is None:
                 fields["kind"] = "rows"
-            parts = {"normalisation": Normalisation, "task": Task, "table": TableForm, "texts": TextForm}
+            parts = {"normalisation": Normalisation, "task": TaskForm, "table": TableForm, "texts": TextForm}
             for name, part in parts.items():
                 if fields.get(name) is not None:
                     fields[name] = part(**fields[name])
@@ -176,46 +152,3 @@ class ModelDescription:
                 f"Expected {path} to describe a run's model; got {type(error).__name__}: {error}. It was changed, or "
                 "written by another version. Restore it from a copy, or read it with the version that wrote it."
             ) from error
-
-
-def _kind(dataset: "Dataset") -> Kind:
-    if dataset.vocabulary is not None:
-        return "texts"
-    return "images" if len(dataset.input_shape) == 3 else "rows"
-
-
-def _side(settings: "TrainSettings", dataset: "Dataset") -> int | None:
-    """Return the side that images were resized to, which those of files always are; None: they were not."""
-    from dpquant.data.split import FULL_SCALE_16
-
-    resized = settings.image_size is not None or getattr(dataset.train, "full_scale", None) == FULL_SCALE_16
-    return dataset.input_shape[-1] if resized else None
-
-
-def _table_form(dataset: "Dataset") -> TableForm | None:
-    """Return how rows are encoded; None where it is not known, as of packed rows that are no table's."""
-    from dpquant.data.spec import Spec
-
-    facts: Mapping[str, Any] = dataset.facts
-    try:
-        spec = Spec.of_text(facts.get("spec", ""), Path("spec"))
-    except DataError:
-        return None
-    return TableForm(spec=spec.text, label_column=facts.get("label_column"), columns=spec.inputs)
-
-
-def _text_form(dataset: "Dataset") -> TextForm:
-    facts: Mapping[str, Any] = dataset.facts
-    inputs = {} if not dataset.synthetic else dataset.synthetic[0][0]
-    assert dataset.vocabulary is not None
-    return TextForm(
-        tokenizer_sha256=facts.get("tokenizer_sha256", ""),
-        max_length=dataset.input_shape[0],
-        buckets=list(facts.get("buckets", dataset.input_shape)),
-        padding=dataset.padding or 0,
-        vocabulary=dataset.vocabulary,
-        pairs="token_type_ids" in inputs,
-        text_columns=facts.get("text_columns"),
-        label_column=facts.get("label_column"),
-        left_out=facts.get("left_out_by_label"),
-    )

@@ -17,6 +17,7 @@ from dpquant.data.spec import Spec
 from dpquant.data.tables import rows_of
 from dpquant.data.texts import TextSource, texts_of
 from dpquant.errors import DataError
+from dpquant.runs.describing import task_of
 from dpquant.runs.description import ModelDescription
 from dpquant.runs.inputs import tokens_of
 from dpquant.runs.names import DESCRIPTION, TOKENIZER
@@ -124,7 +125,7 @@ def _published(name: str, settings: TrainSettings, description: ModelDescription
         data_dir = Path(settings.data_dir) if own and settings.data_dir is not None else None
         found = data.load(name, data_dir, image_size=settings.image_size)
     form = (list(found.input_shape), list(found.class_names), found.task)
-    if form != (description.input_shape, description.class_names, description.task):
+    if form != (description.input_shape, description.class_names, task_of(description)):
         raise DataError(
             f"Expected records of the model's form; got data={name}, with inputs of {found.input_shape} and "
             f"{len(found.class_names)} classes, not {tuple(description.input_shape)} and "

@@ -83,9 +83,9 @@ def _by_class(outputs: Tensor, targets: Tensor, class_names: Sequence[str]) -> d
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
     known, guesses, labels = targets.numpy(), outputs.argmax(1).numpy(), np.arange(len(class_names))
-    precisions, recalls, _, supports = precision_recall_fscore_support(
-        known, guesses, labels=labels, zero_division=np.nan
-    )
+    unknown: Any = np.nan
+    scores: Any = precision_recall_fscore_support(known, guesses, labels=labels, zero_division=unknown)
+    precisions, recalls, _, supports = scores
     found: dict[str, Any] = {
         "classes": [
             ClassResult(name=name, support=int(support), precision=_known(precision), recall=_known(recall))

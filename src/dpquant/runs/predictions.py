@@ -46,7 +46,7 @@ def predictions(outputs: Tensor, task: Task, class_names: Sequence[str], top: in
     )
     best = shares.nan_to_num().topk(min(top, shares.shape[1]), 1)
     return [
-        Prediction(labels=tuple(class_names[place] for place in places), probabilities=tuple(values))
+        Prediction(labels=tuple(class_names[int(place)] for place in places), probabilities=tuple(values))
         if finite
         else None
         for values, places, finite in zip(best.values.tolist(), best.indices.tolist(), known, strict=True)

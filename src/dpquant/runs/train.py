@@ -32,7 +32,7 @@ from dpquant.errors import BudgetError, DivergedError, SettingError, StoppedErro
 from dpquant.machine import check_threads
 from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.plan import PrivacyPlan, rounded_up
-from dpquant.runs.description import ModelDescription
+from dpquant.runs.describing import description_of
 from dpquant.runs.devices import described, device_of
 from dpquant.runs.directory import Charged, RunDirectory
 from dpquant.runs.evaluation import (
@@ -225,7 +225,7 @@ class _Run:
 
     def _try_writing(self) -> None:
         """Write everything once: whether it can be written, and how long a checkpoint takes."""
-        description = ModelDescription.of(self.settings, self.dataset, self.private.model)
+        description = description_of(self.settings, self.dataset, self.private.model)
         with self._writing():
             self.files.describe(description, self.dataset.tokenizer)
             self.files.begin(self.tested.model, self.private.choices, self.history.epochs)
