@@ -114,16 +114,22 @@ class RunDirectory:
                 "room, or name another place."
             ) from error
 
-    def describe(self, description: ModelDescription, tokenizer: bytes | None = None) -> None:
-        """Write what is needed to use the model, and a copy of the tokenizer. To be called before any charge.
+    def describe(self, description: ModelDescription) -> None:
+        """Write what is needed to use the model. To be called before any charge.
 
         Raises:
-          OSError: a file cannot be written.
+          OSError: the file cannot be written.
         """
         description.write(self.path / DESCRIPTION)
-        if tokenizer is not None:
-            with replacing(self.path / TOKENIZER) as draft:
-                draft.write_bytes(tokenizer)
+
+    def keep_tokenizer(self, content: bytes) -> None:
+        """Write a copy of the tokenizer, by which texts become inputs. To be called before any charge.
+
+        Raises:
+          OSError: the file cannot be written.
+        """
+        with replacing(self.path / TOKENIZER) as draft:
+            draft.write_bytes(content)
 
     def model_sha256(self) -> str:
         """Return the SHA-256 of the model's file. Privacy: post-processing.

@@ -227,7 +227,9 @@ class _Run:
         """Write everything once: whether it can be written, and how long a checkpoint takes."""
         description = description_of(self.settings, self.dataset, self.private.model)
         with self._writing():
-            self.files.describe(description, self.dataset.tokenizer)
+            self.files.describe(description)
+            if self.dataset.tokenizer is not None:
+                self.files.keep_tokenizer(self.dataset.tokenizer)
             self.files.begin(self.tested.model, self.private.choices, self.history.epochs)
             written = time.perf_counter()
             self.files.checkpoint(self.private, self._parts)
