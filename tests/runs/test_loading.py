@@ -222,6 +222,11 @@ def test_what_is_no_finished_run_or_no_longer_its_model_is_refused(change, error
         dpquant.load(run)
 
 
+def test_what_is_no_path_is_refused():
+    with pytest.raises(SettingError, match="Expected run to be the path"):
+        dpquant.load(None)
+
+
 def test_a_description_of_every_schema_is_read_for_ever():
     for schema in range(1, DESCRIPTION_SCHEMA + 1):
         found = ModelDescription.read(FIXTURES / f"model-{schema}.json")

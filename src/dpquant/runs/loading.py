@@ -14,7 +14,7 @@ from torch import nn
 from dpquant.data import models
 from dpquant.data.text_models import rebuilt
 from dpquant.engine.convert import fix
-from dpquant.errors import DataError, SettingError
+from dpquant.errors import DataError, SettingError, expect
 from dpquant.runs.description import ModelDescription
 from dpquant.runs.names import CONFIG, DESCRIPTION, DIVERGED, MODEL, RECORD
 from dpquant.runs.record import RunRecord, sha256
@@ -34,6 +34,7 @@ def load(run: Path | str) -> nn.Module:
       ModelError: the model cannot be built.
     Privacy: post-processing of what the run has released.
     """
+    expect("run", run, (Path, str), "the path of a run's directory", "Give 'runs/one'")
     run = Path(run)
     check_ended(run)
     description = described(run)

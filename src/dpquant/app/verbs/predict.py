@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The verb `dpquant predict`."""
 
+import contextlib
 import io
 import sys
 from pathlib import Path
@@ -38,9 +39,10 @@ def predict(
         io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", errors="replace") if "-" in files else sys.stdin
     )
     code = 0
-    for line, is_result in predicted(run, files, top=top, as_csv=as_csv, standard_input=standard_input):
-        if is_result:
-            print(line)
-        else:
-            code = refuse(line, BAD_INPUT)
+    with contextlib.suppress(BrokenPipeError):  # whoever reads the lines has read enough
+        for line, is_result in predicted(run, files, top=top, as_csv=as_csv, standard_input=standard_input):
+            if is_result:
+                print(line)
+            else:
+                code = refuse(line, BAD_INPUT)
     return code
