@@ -246,6 +246,13 @@ def test_the_noise_is_fresh(run, tmp_path):
     assert len(found) > 1
 
 
+def test_noise_of_a_known_seed_is_said_not_to_be_private(run, tmp_path):
+    data = photos(tmp_path / "new")
+    for key, said in ((SecretKey.from_seed(0), True), (SecretKey(), False), (None, False)):
+        found = release_accuracy(run, data, epsilon=1.0, records=6, key=key)
+        assert found.statement.startswith("NOT PRIVATE") == said
+
+
 def test_asking_twice_adds_up_and_is_said(run, tmp_path, capsys):
     data = photos(tmp_path / "new")
     options = ("--data", data, "--test-epsilon", "0.5", "--test-records", "6")

@@ -82,6 +82,13 @@ MUTANTS = [
             f"{_EVALUATE}::test_a_release_is_written_down_before_a_record_passes_the_model",
         ),
         (
+            "a release whose noise came from a known seed is said to be private",
+            CLAIM,
+            "secure=key is None or key.secure",
+            "secure=True",
+            f"{_EVALUATE}::test_noise_of_a_known_seed_is_said_not_to_be_private",
+        ),
+        (
             "releases of the run's own test records are said to protect them",
             CLAIM,
             "own=data is None or data == settings.data",

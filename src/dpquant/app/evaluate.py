@@ -108,14 +108,14 @@ def release_accuracy(
         data=unplaced(data or settings.data) or "",
         task=description.task.kind,
         model_sha256=sha256(run / MODEL),
-        statement=_statement(protected, own=data is None or data == settings.data),
+        statement=_statement(protected, own=data is None or data == settings.data, secure=key is None or key.secure),
         protected=protected,
     )
     _write(run, found)
     return found
 
 
-def _statement(found: Protected, *, own: bool) -> str:
+def _statement(found: Protected, *, own: bool, secure: bool) -> str:
     """Return what is promised to the people whose records are test records."""
     several = ""
     if found.releases > 1:
@@ -123,9 +123,9 @@ def _statement(found: Protected, *, own: bool) -> str:
             f"It is release {found.releases} that {RELEASES} holds; all of them together have epsilon = "
             f"{rounded_up(found.epsilon_together)} for whoever is in all of their test records.\n"
         )
-    before = ""
+    before = "" if secure else "NOT PRIVATE: the noise came from a given seed. Whoever knows it can undo it.\n"
     if own:
-        before = (
+        before += (
             "NOT PROTECTED BEFORE: these are the run's own test records, whose accuracy its record states after every "
             "epoch, without noise. This release adds no protection to that.\n"
         )
