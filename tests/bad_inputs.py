@@ -874,8 +874,72 @@ SOURCES = {
 }
 
 
+FIXTURES = Path(__file__).parent / "runs" / "fixtures"
+
+
+def ended(**changed: str | None) -> Prepare:
+    """A run that has ended, by its record, without a model; some files replaced, or left out where None is given."""
+    files = {
+        "config.toml": "",
+        "record.json": (FIXTURES / "record-4.json").read_text(),
+        "model.json": (FIXTURES / "model-2.json").read_text(),
+    } | {name.replace("_", "."): content for name, content in changed.items()}
+    return together(*(file(f"r/{name}", content) for name, content in files.items() if content is not None))
+
+
+_OTHER_KIND = ended(model_json='{"schema": 3}')
+AFTER_TRAINING = {
+    f"{verb}: {name}": Bad(line.format("r"), says, prepare)
+    for verb, line in {
+        "evaluate": "evaluate {}",
+        "predict": "predict {} x.png",
+        "export --to": "export {} --to safetensors --out f",
+    }.items()
+    for name, says, prepare in (
+        ("not there", "directory of a run", folder()),
+        ("an empty folder", "directory of a run", folder("r")),
+        ("a file", "directory of a run", file("r", "")),
+        ("a run that was killed", "dpquant resume r", config_of_a_run),
+        ("half a record", "a run's record", ended(record_json="{")),
+        ("a record of a newer schema", "schema=99", ended(record_json='{"schema": 99}')),
+        ("no model", "model.safetensors", ended()),
+    )
+}
+AFTER_TRAINING |= {
+    "evaluate: no run named": Bad("evaluate", "Missing argument"),
+    "predict: no run named": Bad("predict", "Missing argument"),
+    "predict: no file named": Bad("predict r", "Missing argument"),
+    "export: no run named": Bad("export", "Missing argument"),
+    "evaluate: a run that diverged": Bad("evaluate r", "It diverged", run_with("", file("r/diverged.txt", "why"))),
+    "evaluate: another model": Bad("evaluate r", "to have the SHA-256", ended(model_safetensors="other")),
+    "evaluate: no description": Bad("evaluate r", "it holds none", ended(model_json=None)),
+    "predict: no description": Bad("predict r x.png", "it holds none", ended(model_json=None)),
+    "predict: half a description": Bad("predict r x", "to describe a run's model", ended(model_json="{")),
+    "predict: a newer description": Bad("predict r x", "schema 3", _OTHER_KIND),
+    "predict: another model": Bad("predict r x.png", "to have the SHA-256", ended(model_safetensors="other")),
+    "predict: top as a word": Bad("predict r x.png --top all", "Invalid value"),
+    "evaluate: epsilon as a word": Bad("evaluate r --test-epsilon low", "Invalid value"),
+    "evaluate: a number without epsilon": Bad("evaluate r --test-records 9", "Expected no test_records", ended()),
+    "evaluate: epsilon without a number": Bad("evaluate r --test-epsilon 1", "Expected test_records", ended()),
+    "evaluate: epsilon of zero": Bad("evaluate r --test-epsilon 0 --test-records 9", "test_epsilon=0.0", ended()),
+    "evaluate: infinite epsilon": Bad("evaluate r --test-epsilon inf --test-records 9", "test_epsilon=inf", ended()),
+    "evaluate: nan": Bad("evaluate r --test-epsilon nan --test-records 9", "test_epsilon=nan", ended()),
+    "evaluate: no records": Bad("evaluate r --test-epsilon 1 --test-records 0", "test_records=0", ended()),
+    "export: nowhere": Bad("export r", "Expected a folder, or to and out", ended()),
+    "export: a folder and a file": Bad("export r d --to pt2 --out f", "Expected a folder, or to and out", ended()),
+    "export: no format": Bad("export r --out f", "Expected a folder, or to and out", ended()),
+    "export: no file": Bad("export r --to pt2", "Expected a folder, or to and out", ended()),
+    "export: an unknown format": Bad("export r --to onyx --out f", "Did you mean onnx?", ended()),
+    "export: a file that is there": Bad(
+        "export r --to pt2 --out f", "which is there", together(ended(), file("f", ""))
+    ),
+    "export: a folder that is not there": Bad("export r --to pt2 --out no/f", "is not there", ended()),
+    "export: out of no name": Bad("export r --to pt2 --out ''", "got an empty one", ended()),
+}
+
+
 def _table() -> dict[str, Bad]:
-    table = {**ONE_BY_ONE, **SOURCES}
+    table = {**ONE_BY_ONE, **SOURCES, **AFTER_TRAINING}
     for option, values in OUT_OF_RANGE.items():
         name = option.replace("-", "_").removeprefix("analysis_") if "analysis" in option else option.replace("-", "_")
         for value in values:

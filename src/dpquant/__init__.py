@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from dpquant.privacy.events import Event
     from dpquant.privacy.ledger import Ledger
     from dpquant.privacy.plan import AnalysisPlan, PrivacyPlan
+    from dpquant.runs.loading import load
     from dpquant.runs.record import RunRecord
     from dpquant.runs.sinks import Sink
     from dpquant.training.policies import (
@@ -76,6 +77,7 @@ _HOMES = {
     "check_model": "app.check_model",
     "clipped_sum": "engine.clip",
     "fix": "engine.convert",
+    "load": "runs.loading",
     "make_private": "training.start",
     "prepare": "engine.layers",
     "quantizable_layers": "engine.layers",
@@ -115,6 +117,7 @@ __all__ = [
     "check_model",
     "clipped_sum",
     "fix",
+    "load",
     "make_private",
     "prepare",
     "quantizable_layers",

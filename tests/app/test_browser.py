@@ -14,7 +14,7 @@ sync_api = pytest.importorskip("playwright.sync_api")
 axe_api = pytest.importorskip("axe_playwright_python.sync_playwright")
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "runs"))
-from test_pages import facts, hostile, large  # noqa: E402
+from test_pages import RANKING, evaluation, facts, hostile, large  # noqa: E402
 
 from dpquant.runs.pages.comparison import comparison  # noqa: E402
 from dpquant.runs.pages.report import report  # noqa: E402
@@ -23,6 +23,8 @@ PAGES = {
     "a run": lambda: report(facts()),
     "a large network": lambda: report(facts(large())),
     "hostile texts": lambda: report(hostile()),
+    "an evaluation": lambda: report(facts(evaluation=evaluation(2, ranking=RANKING))),
+    "an evaluation of many classes": lambda: report(facts(evaluation=evaluation(47))),
     "a comparison": lambda: comparison([facts(), hostile()], together="epsilon = 12.5 at delta = 1e-05"),
 }
 

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bugs planted in `app`: what an export copies and what it leaves, and to whom a run is shown."""
+"""Bugs planted in `app`: what leaves a run by an export, a report or an evaluation, and to whom a run is shown."""
 
-from mutants.mutant import CLAIM, LEAK, mutants_of
+from mutants.mutant import CLAIM, LEAK, LEDGER, SECRET, mutants_of
 
 _EXPORT = "tests/app/test_export.py"
 _REPORT = "tests/app/test_report.py"
 _WATCH = "tests/app/test_watch.py"
+_EVALUATE = "tests/app/test_evaluate.py"
+_MODEL_FILE = "tests/app/test_model_file.py"
 
 MUTANTS = [
     *mutants_of(
@@ -31,8 +33,110 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
+        "src/dpquant/app/evaluate.py",
+        f"{_EVALUATE}::test_a_release_depends_on_test_records_through_the_noisy_count_only",
+        (
+            "the accuracy of private test records is released without noise",
+            LEAK,
+            "count = noisy_count(count_right(model, split, task_of(description)), epsilon, key or SecretKey())",
+            "count = count_right(model, split, task_of(description))",
+            f"{_EVALUATE}::test_a_release_is_the_noisy_count_over_a_public_number",
+        ),
+        (
+            "the noise of a release is that of twice its epsilon",
+            LEAK,
+            "task_of(description)), epsilon, key or SecretKey())",
+            "task_of(description)), 2 * epsilon, key or SecretKey())",
+            f"{_EVALUATE}::test_a_release_is_the_noisy_count_over_a_public_number",
+        ),
+        (
+            "every release has the same noise",
+            SECRET,
+            "key or SecretKey())",
+            'key or SecretKey(b"one key for all."))',
+            f"{_EVALUATE}::test_the_noise_is_fresh",
+        ),
+        (
+            "a noisy count is divided by the true number of test records",
+            LEAK,
+            "accuracy=min(max(count, 0), records) / records,",
+            "accuracy=min(max(count, 0), records) / len(split),",
+        ),
+        (
+            "the number of unreadable private test records is told",
+            LEAK,
+            "        protected=protected,\n    )",
+            "        protected=protected,\n        unreadable=int((~split.readable).sum()),\n    )",
+        ),
+        (
+            "a private test record that cannot be used is named",
+            LEAK,
+            "held_out(run, settings, description, data, strict=False)",
+            "held_out(run, settings, description, data, strict=True)",
+            f"{_EVALUATE}::test_a_strict_reading_names_a_row_and_a_private_one_does_not",
+        ),
+        (
+            "private test records are used before their release is written down",
+            LEDGER,
+            "    past = releases.charge(run / RELEASES",
+            "    count_right(model, split, task_of(description))\n    past = releases.charge(run / RELEASES",
+            f"{_EVALUATE}::test_a_release_is_written_down_before_a_record_passes_the_model",
+        ),
+        (
+            "a release whose noise came from a known seed is said to be private",
+            CLAIM,
+            "secure=key is None or key.secure",
+            "secure=True",
+            f"{_EVALUATE}::test_noise_of_a_known_seed_is_said_not_to_be_private",
+        ),
+        (
+            "releases of the run's own test records are said to protect them",
+            CLAIM,
+            "own=data is None or data == settings.data",
+            "own=False",
+            f"{_EVALUATE}::test_a_release_of_the_run_s_own_test_records_says_that_they_were_not_protected_before",
+        ),
+    ),
+    *mutants_of(
+        "src/dpquant/app/model_file.py",
+        f"{_MODEL_FILE}::test_the_statement_travels_in_the_file_and_beside_it_and_no_folder_does",
+        (
+            "a graph names the folders of the machine",
+            LEAK,
+            '_GRAPH_TRACES = ("stack_trace", "nn_module_stack", "source_fn_stack")',
+            "_GRAPH_TRACES = ()",
+        ),
+        (
+            "a file holds the folder of a pretrained network",
+            LEAK,
+            "dataclasses.replace(description, model=unplaced_model(description.model))",
+            "dataclasses.replace(description)",
+        ),
+        (
+            "a file that computes something else is written",
+            CLAIM,
+            "if not all(one <= _TOLERANCE * max(1.0, largest) for one in differences):",
+            "if False:",
+            f"{_MODEL_FILE}::test_a_file_that_computes_something_else_is_not_written",
+        ),
+        (
+            "a file that computes no number is written",
+            CLAIM,
+            "if not all(one <= _TOLERANCE * max(1.0, largest) for one in differences):",
+            "if any(one > _TOLERANCE * max(1.0, largest) for one in differences):",
+            f"{_MODEL_FILE}::test_a_file_that_computes_something_else_is_not_written",
+        ),
+    ),
+    *mutants_of(
         "src/dpquant/app/report.py",
         f"{_REPORT}::test_a_report_is_of_its_record_and_leaves_out_what_is_redacted",
+        (
+            "a redacted report that is made again is redacted no more",
+            LEAK,
+            "write(path, report(facts_of(run, redact=redacted)))",
+            "write(path, report(facts_of(run)))",
+            f"{_EVALUATE}::test_a_report_that_is_made_again_leaves_out_what_was_left_out",
+        ),
         ("a redacted report holds the settings", LEAK, "None if redact or not (run", "None if not (run"),
     ),
     *mutants_of(
@@ -105,6 +209,13 @@ MUTANTS = [
             "if any(part in text for one in withheld for part in (one, html.escape(one))):",
             "if False:",
             f"{_EXPORT}::test_a_report_is_copied_unless_it_shows_what_is_the_operators",
+        ),
+        (
+            "a report that shows an evaluation is exported",
+            LEAK,
+            "if UNPROTECTED in text:",
+            "if False:",
+            f"{_EVALUATE}::test_an_evaluation_is_not_exported_nor_a_report_that_shows_it",
         ),
         (
             "a report that may show training accuracy is exported",

@@ -693,4 +693,50 @@ MUTANTS = [
             "tests/invariants/test_crashes.py",
         ),
     ),
+    *mutants_of(
+        f"{_PRIVACY}/noisy_count.py",
+        "tests/privacy/test_noisy_count.py",
+        ("zero is drawn twice as often", NOISE, "if size or not negative:", "if True:"),
+        (
+            "noise of a count has twice its epsilon",
+            NOISE,
+            "exp_floor((k + 1) * numerator,",
+            "exp_floor((2 * k + 2) * numerator,",
+        ),
+        ("noise of a count is never negative", NOISE, "return -size if negative else size", "return size"),
+        (
+            "a count is released without noise",
+            NOISE,
+            'return count + discrete_laplace(key.stream("count"), epsilon)',
+            "return count",
+        ),
+    ),
+    *mutants_of(
+        f"{_PRIVACY}/releases.py",
+        "tests/privacy/test_releases.py",
+        (
+            "a release from test records is not on disk when it happens",
+            LEDGER,
+            '        file.append(line + b"\\n")\n        file.keep_name()\n',
+            "        file.keep_name()\n",
+        ),
+        (
+            "only the last release of test records counts",
+            ACCOUNTING,
+            "sum((Fraction(one.epsilon) for one in releases), Fraction())",
+            "Fraction(releases[-1].epsilon if releases else 0)",
+        ),
+        (
+            "a line of releases that was edited is believed",
+            LEDGER,
+            'if line != written or entry["seq"] != seq or entry["previous"] != head:',
+            'if entry["seq"] != seq:',
+        ),
+        (
+            "a whole last release without its end of line is taken for torn",
+            LEDGER,
+            """if b"}" in tail.rpartition(b'"hash": ')[2]:""",
+            "if False:",
+        ),
+    ),
 ]

@@ -65,6 +65,38 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
+        f"{_RUNS}/loading.py",
+        "tests/runs/test_loading.py::test_what_is_no_finished_run_or_no_longer_its_model_is_refused",
+        (
+            "a model that is not the record's is loaded",
+            CLAIM,
+            "(found := sha256(path)) != record.model_sha256:",
+            '(found := sha256(path)) == "":',
+        ),
+        (
+            "the model of a run that has not ended is loaded",
+            CLAIM,
+            "    if (run / RECORD).is_file():\n        return\n",
+            "    if run.is_dir():\n        return\n",
+        ),
+    ),
+    *mutants_of(
+        f"{_RUNS}/measures.py",
+        "tests/app/test_evaluate.py::test_one_record_more_changes_the_count_by_at_most_one_whatever_the_model_does",
+        (
+            "an error of the model on one private test record is reported",
+            LEAK,
+            "        return False\n",
+            "        raise\n",
+        ),
+        (
+            "private test records pass the model together",
+            LEAK,
+            "return sum(_is_right(model, split, task, index) for index in range(len(split)))",
+            "return int((model(split.batch(torch.arange(len(split)))[0]).argmax(1) == split.targets).sum())",
+        ),
+    ),
+    *mutants_of(
         f"{_RUNS}/pages/facts.py",
         "tests/runs/test_pages.py",
         ("a run of a known seed is said to be private", CLAIM, 'return "NOT PRIVATE" in', 'return "NOT SO" in'),
@@ -323,8 +355,8 @@ MUTANTS = [
         (
             "the fingerprint of records stays when a run is refused",
             LEAK,
-            "for name in (CONFIG, LEDGER, CHOICES, METRICS, RECORDS, DESCRIPTION, PROGRESS):",
-            "for name in (CONFIG, LEDGER, CHOICES, METRICS, DESCRIPTION, PROGRESS):",
+            "for name in (CONFIG, LEDGER, CHOICES, METRICS, RECORDS, DESCRIPTION, TOKENIZER, PROGRESS):",
+            "for name in (CONFIG, LEDGER, CHOICES, METRICS, DESCRIPTION, TOKENIZER, PROGRESS):",
         ),
         (
             "a directory gets its name before the settings are in it",

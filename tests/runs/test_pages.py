@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from dpquant.privacy.meaning import Attack, Details, Meaning, Person
 from dpquant.privacy.plan import rounded_up
 from dpquant.runs.description import ModelDescription, Normalisation
+from dpquant.runs.evaluated import UNPROTECTED, Bin, ClassResult, Evaluation, Protected, Ranking
 from dpquant.runs.pages import charts
 from dpquant.runs.pages.answers import ASSUMPTIONS, answers
 from dpquant.runs.pages.comparison import comparison
@@ -166,6 +167,81 @@ def assert_is_inert(page):
     assert page.count("</script>") == page.count("<script")
     for block in re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', page, flags=re.S):
         json.loads(block)
+
+
+def evaluation(classes=3, **changes):
+    """An evaluation of a classification with as many classes."""
+    counts = [
+        [(7 * row + 3 * column) % 5 + 20 * (row == column) for column in range(classes)] for row in range(classes)
+    ]
+    named = [
+        ClassResult(name=f"class {number}", support=sum(row), precision=0.8125, recall=row[number] / sum(row))
+        for number, row in enumerate(counts)
+    ]
+    given = {
+        "data": "digits", "task": "classification", "model_sha256": "ab" * 32, "statement": UNPROTECTED,
+        "records": 1234, "unreadable": 2, "accuracy": 0.8765, "accuracy_low": 0.8543, "accuracy_high": 0.8999,
+        "classes": named, "confusion": counts, **changes,
+    }  # fmt: skip
+    return Evaluation(**given)
+
+
+RANKING = Ranking(
+    average_precision=0.6123, roc_auc=0.9345, recall_at_1_percent_fpr=0.4321, calibration_error=0.0456,
+    calibration=[Bin(count=77, predicted=0.125, observed=0.25)],
+)  # fmt: skip
+PROTECTED = Protected(
+    accuracy=0.8125, epsilon=0.5, records=1600, half_width=0.0042, releases=3, epsilon_together=1.5
+)  # fmt: skip
+EVALUATIONS = {
+    "three classes": (evaluation(), ("87.65 %", "85.43 % to 89.99 %", "1,234", "2 cannot be read", "class 2 81.2 %")),
+    "two classes": (evaluation(2, ranking=RANKING), ("0.6123", "0.9345", "0.4321", "0.0456", "12.5 % 25.0 % 77")),
+    "numbers": (
+        Evaluation(
+            data="t", task="regression", model_sha256="", statement=UNPROTECTED, records=9, unreadable=0,
+            errors={"mean_absolute_error": 12.345},
+        ),
+        ("mean absolute error 12.35", "9 records"),
+    ),
+    "a release": (
+        Evaluation(data="t", task="classification", model_sha256="", statement="a promise", protected=PROTECTED),
+        ("81.2 %", "1,600", "Epsilon = 0.5000", "3 releases together: epsilon = 1.5000", "0.42 %", "a promise"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("found", "said"), EVALUATIONS.values(), ids=EVALUATIONS)
+def test_an_evaluation_stands_under_its_heading(found, said):
+    page = report(facts(evaluation=found))
+    text = text_of(page.split('id="evaluation"')[1])
+    assert all(words in text for words in said), [words for words in said if words not in text]
+    assert (UNPROTECTED in text_of(page)) == (found.protected is None)
+    assert 'id="evaluation"' not in report(facts())
+    assert_loads_nothing(page)
+    assert_answers_all(page)
+
+
+def test_an_evaluation_of_many_classes_is_small_and_hostile_names_do_nothing():
+    assert len(report(facts(large(), evaluation=evaluation(100))).encode()) <= 300_000
+    found = evaluation()
+    named = [dataclasses.replace(one, name=HOSTILE) for one in found.classes]
+    page = report(facts(evaluation=dataclasses.replace(found, classes=named, data=HOSTILE, statement=HOSTILE)))
+    assert_is_inert(page)
+    assert_loads_nothing(page.replace(html.escape(HOSTILE), "").replace(str(charts.escape(HOSTILE)), ""))
+
+
+def test_the_report_of_a_regression_shows_its_error_for_an_accuracy():
+    epochs = [
+        dataclasses.replace(one, accuracy_test=None, metrics_test={"mean_absolute_error": 3.25 - one.index})
+        for one in RECORD.per_epoch[:2]
+    ]
+    record = dataclasses.replace(
+        RECORD, per_epoch=epochs, accuracy_test=None, metrics_test={"mean_absolute_error": 2.25}
+    )
+    text = text_of(report(facts(record)))
+    assert "2.25 test mean absolute error, which epsilon does not cover" in text and "1 3.25" in text
+    assert "2.25" in model_card(facts(record)) and "2.25" in registry_draft(facts(record))
+    assert "2.25 (test mean absolute error)" in text_of(comparison([facts(record), facts()], together=""))
 
 
 def test_hostile_texts_are_shown_and_do_nothing():

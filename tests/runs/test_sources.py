@@ -3,7 +3,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,64 +19,7 @@ from dpquant.runs.settings import TrainSettings
 from dpquant.runs.sinks import Sink
 from dpquant.runs.sources import dataset_of
 from dpquant.runs.train import train
-from words import bert_in, tokenizer_in
-
-SPEC = """
-task = "rare positives"
-classes = ["no", "yes"]
-prior = 0.25
-
-[columns.amount]
-kind = "number"
-range = [0, 100]
-
-[columns.country]
-kind = "category"
-values = ["AT", "DE"]
-"""
-TINY = {"records": 60, "batch_size": 30.0, "noise_multiplier": 1.0, "epochs": 1, "backend": "simulate"}
-TINY |= {"policy": "all", "microbatch_size": 8, "width": 0.1}
-
-
-def as_options(settings) -> list[str]:
-    return [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-
-
-def table(folder: Path) -> dict[str, object]:
-    """Write a table of 80 records and its spec, and return the settings that name them."""
-    random = np.random.default_rng(0)
-    lines = []
-    for number in range(80):
-        label, country = "yes" if number % 4 == 0 else "no", ("AT", "DE", "IT")[random.integers(3)]
-        lines.append(f"{random.integers(50) + (0 if label == 'no' else 50)},{country},{label}")
-    (folder / "t.csv").write_text("amount,country,label\n" + "\n".join(lines) + "\n")
-    (folder / "spec.toml").write_text(SPEC)
-    return {
-        "data": f"table:{folder / 't.csv'}",
-        "label_column": "label",
-        "spec": str(folder / "spec.toml"),
-        "test_share": 0.25,
-        **TINY,
-    }
-
-
-def texts(folder: Path) -> dict[str, object]:
-    """Write 60 texts and a tokenizer, and return the settings that name them."""
-    kinds = (("bad night ", "spam"), ("good day ", "ham"))
-    records = [(kinds[n % 2][0] * (1 + 5 * (n % 5)), kinds[n % 2][1]) for n in range(60)]
-    lines = [json.dumps({"text": text, "label": label}) for text, label in records]
-    for name in ("t.jsonl", "test.jsonl"):
-        (folder / name).write_text("\n".join(lines) + "\n")
-    return {
-        "data": f"text:{folder / 't.jsonl'}",
-        "text_column": "text",
-        "label_column": "label",
-        "classes": "ham,spam",
-        "tokenizer": str(tokenizer_in(folder)),
-        "max_length": 40,
-        "test": str(folder / "test.jsonl"),
-        **TINY,
-    }
+from sources import SPEC, as_options, pretrained, regression, table, texts
 
 
 def test_a_table_is_trained_on_by_the_command_line(tmp_path, capsys):
@@ -97,11 +39,7 @@ def test_a_table_is_trained_on_by_the_command_line(tmp_path, capsys):
 
 
 def test_a_regression_has_no_accuracy_but_an_error_in_its_own_unit(tmp_path):
-    settings = table(tmp_path)
-    text = (tmp_path / "t.csv").read_text().replace("yes", "1000").replace("no", "900")
-    (tmp_path / "t.csv").write_text(text)
-    task = 'task = "regression"\nrange = [0, 2000]\n'
-    (tmp_path / "spec.toml").write_text(task + SPEC.split("prior = 0.25\n")[1])
+    settings = regression(tmp_path)
     record = train(TrainSettings.chosen(settings), tmp_path / "r")
     assert record.accuracy_test is None and 0 < record.metrics_test["mean_absolute_error"] < 1000
     assert record.source["task"] == "regression" and record.accuracy_per_epoch == []
@@ -201,12 +139,6 @@ def test_a_test_set_of_one_class_is_refused_where_positives_are_rare():
 
 
 # Pretrained networks
-
-
-def pretrained(folder: Path) -> dict[str, object]:
-    settings = texts(folder)
-    del settings["width"]
-    return {**settings, "model": f"hf:{bert_in(folder)}"}
 
 
 def test_a_pretrained_network_is_trained_by_adapters(tmp_path):

@@ -23,12 +23,14 @@ from dpquant.app.verbs.bench import bench
 from dpquant.app.verbs.check_model import check_model
 from dpquant.app.verbs.compare import compare
 from dpquant.app.verbs.doctor import doctor
+from dpquant.app.verbs.evaluate import evaluate
 from dpquant.app.verbs.explain import explain
 from dpquant.app.verbs.export import export
 from dpquant.app.verbs.init import init
 from dpquant.app.verbs.ledger import ledger
 from dpquant.app.verbs.pack import pack
 from dpquant.app.verbs.plan import plan
+from dpquant.app.verbs.predict import predict
 from dpquant.app.verbs.report import report
 from dpquant.app.verbs.total import total
 from dpquant.app.verbs.train import resume, train
@@ -54,6 +56,8 @@ app.command("assess")(assess)
 app.command("check-model")(check_model)
 app.command("compare")(compare)
 app.command("bench")(bench)
+app.command("evaluate")(evaluate)
+app.command("predict")(predict)
 app.command("pack")(pack)
 app.command("init")(init)
 app.command("ledger")(ledger)

@@ -28,20 +28,24 @@ from dpquant.privacy.disk import DISK, Disk
 from dpquant.privacy.events import NEIGHBOURS, PUBLIC
 from dpquant.privacy.plan import rounded_up
 from dpquant.runs.description import ModelDescription
+from dpquant.runs.evaluated import UNPROTECTED
 from dpquant.runs.names import (
     CHECKPOINTS,
     CHOICES,
     CONFIG,
     DESCRIPTION,
+    EVALUATION,
     LEDGER,
     METRICS,
     MODEL,
     PROGRESS,
     RECORD,
     RECORDS,
+    RELEASES,
     REPORT,
     SPENT,
     TIMINGS,
+    TOKENIZER,
 )
 from dpquant.runs.place import Place
 from dpquant.runs.record import RunRecord, sha256
@@ -56,6 +60,7 @@ _COPIED = {
     RECORD: "all numbers of the run, without folders of this machine and training accuracy",
     CONFIG: "all settings, without folders of this machine",
     DESCRIPTION: "what is needed to use the model: classes, shape of an input, normalisation",
+    TOKENIZER: "the tokenizer of the texts",
     STATEMENT: "the privacy statement",
     SPENT: "what the ledger has charged, epsilon, and the hash of its last line",
     REPORT: "the report, as it was made",
@@ -66,6 +71,8 @@ _LEFT = {
     TIMINGS: "the operator's own: times follow the sizes of batches, which are private",
     PROGRESS: "the operator's own: it shows when steps were taken",
     CHOICES: "the operator's own: decisions by timing on this machine",
+    EVALUATION: "measured on test records, whose people the statement does not cover",
+    RELEASES: "what was released from test records",
     CHECKPOINTS: "the operator's own: states from which the run could continue",
     RECORDS: "the operator's own: with it guesses of the training records can be tested",
 }
@@ -143,7 +150,7 @@ def export(run: Path, folder: Path, *, disk: Disk = DISK) -> Export:
             f"Expected a folder that is missing or empty; got {folder}. What lies there would be taken for released. "
             "Name another one."
         )
-    spent = _spent(run, record)
+    spent = spent_of(run, record)
     public, withheld = _without_folders(record, settings)
     texts = {
         RECORD: public.to_json(),
@@ -154,6 +161,8 @@ def export(run: Path, folder: Path, *, disk: Disk = DISK) -> Export:
     if (run / DESCRIPTION).exists():  # runs of schema 3 and earlier have none
         description = ModelDescription.read(run / DESCRIPTION)
         texts[DESCRIPTION] = dataclasses.replace(description, model=unplaced_model(description.model)).to_json()
+    if (run / TOKENIZER).exists():
+        texts[TOKENIZER] = _read(run / TOKENIZER)
     left = {path.name: _LEFT.get(path.name, _UNKNOWN) for path in sorted(run.iterdir())}
     for name in (MODEL, *texts):
         left.pop(name, None)
@@ -195,8 +204,12 @@ def _ended(run: Path) -> tuple[RunRecord, TrainSettings]:
     return RunRecord.read(run / RECORD), settings
 
 
-def _spent(run: Path, record: RunRecord) -> Account:
-    """Verify the ledger and return what it has charged; refuse one that has charged more than the record says."""
+def spent_of(run: Path, record: RunRecord) -> Account:
+    """Verify the ledger and return what it has charged.
+
+    Raises:
+      LedgerError: it is missing, not as it was written, or has charged more than the record says.
+    """
     if not (run / LEDGER).is_file():
         raise LedgerError(
             f"Expected the ledger of the run; got {run}, which holds no {LEDGER}. Without it no epsilon can be stated. "
@@ -260,6 +273,8 @@ def _why_not_reported(report: Path, record: RunRecord, withheld: Sequence[str]) 
         return f"may show training accuracy, {again}"
     if any(part in text for part in (NOT_FOR_RELEASE, html.escape(NOT_FOR_RELEASE))):
         return f"shows times, {again}"
+    if UNPROTECTED in text:
+        return f"shows what was measured on test records, whose people the statement does not cover, {again}"
     if any(part in text for one in withheld for part in (one, html.escape(one))):
         return f"names folders of this machine, {again}"
     return ""

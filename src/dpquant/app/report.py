@@ -18,10 +18,11 @@ from dpquant.privacy.events import Event
 from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.meaning import details_of, meaning_of
 from dpquant.runs.description import ModelDescription
-from dpquant.runs.names import CONFIG, DESCRIPTION, LEDGER, RECORD, REPORT
+from dpquant.runs.evaluated import Evaluation
+from dpquant.runs.names import CONFIG, DESCRIPTION, EVALUATION, LEDGER, RECORD, REPORT
 from dpquant.runs.pages.answers import answers
 from dpquant.runs.pages.facts import Check, Facts
-from dpquant.runs.pages.report import report
+from dpquant.runs.pages.report import REDACTED, report
 from dpquant.runs.record import RunRecord, write_whole
 
 
@@ -64,6 +65,7 @@ def facts_of(run: Path, *, redact: bool = False) -> Facts:
         description=description,
         settings=None if redact or not (run / CONFIG).is_file() else (run / CONFIG).read_text(errors="replace"),
         redacted=redact,
+        evaluation=Evaluation.read(run / EVALUATION) if (run / EVALUATION).is_file() else None,
     )
 
 
@@ -107,6 +109,18 @@ def write_report(run: Path) -> None:
       SettingError: it cannot be written. The run itself is complete by then.
     """
     write(run / REPORT, report(facts_of(run)))
+
+
+def renew_report(run: Path) -> None:
+    """Write the report of a run again, if there is one; what was left out of it is left out again.
+
+    Raises:
+      SettingError: it cannot be written.
+    """
+    path = run / REPORT
+    if path.is_file():
+        redacted = f'"{REDACTED}":true' in path.read_text(errors="replace")
+        write(path, report(facts_of(run, redact=redacted)))
 
 
 def to_json(facts: Sequence[Facts]) -> str:

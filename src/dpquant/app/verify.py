@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from dpquant.errors import DPQuantError, LedgerError, SettingError
-from dpquant.privacy import accounting
+from dpquant.privacy import accounting, releases
 from dpquant.privacy.entries import Contents
 from dpquant.privacy.events import Event
 from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.plan import rounded_up
 from dpquant.runs.description import ModelDescription
-from dpquant.runs.names import CONFIG, DESCRIPTION, LEDGER, METRICS, MODEL, RECORD, REPORT, SPENT
+from dpquant.runs.evaluated import Evaluation
+from dpquant.runs.names import CONFIG, DESCRIPTION, EVALUATION, LEDGER, METRICS, MODEL, RECORD, RELEASES, REPORT, SPENT
 from dpquant.runs.place import Place
 from dpquant.runs.provenance import PlanRecord
 from dpquant.runs.record import RunRecord, metrics_line, sha256
@@ -95,7 +96,7 @@ def verify(run: Path, *, report: bool = True) -> Verification:
     record = RunRecord.read(run / RECORD)
     skipped = [name for name in ("plan", "ledger", "model_sha256") if getattr(record, name) is None]
     findings = [*_ledger_and_epsilon(run, record), *_settings(settings, record), *_model(run, record)]
-    findings += [*_epochs(run, record), *(_report(run) if report else [])]
+    findings += [*_epochs(run, record), *_evaluation(run, record), *(_report(run) if report else [])]
     return Verification(run=str(run), findings=findings, skipped=skipped)
 
 
@@ -275,6 +276,22 @@ def _epochs(run: Path, record: RunRecord) -> Iterator[Finding]:
         same = any(lines == [metrics_line(one, scores=has) for one in record.per_epoch] for has in (True, False))
         detail = f"{len(lines)} lines, as in {RECORD}" if same else f"other lines than {RECORD} has epochs"
         yield Finding(what="epochs: metrics", holds=same, detail=detail)
+
+
+def _evaluation(run: Path, record: RunRecord) -> Iterator[Finding]:
+    """What was measured on test records, if anything was, is of this model."""
+    if not (run / EVALUATION).is_file():
+        return
+    try:
+        found = Evaluation.read(run / EVALUATION).model_sha256
+        yield _equal("evaluation: of this model", record.model_sha256 or found, found, EVALUATION)
+        spent = releases.read(run / RELEASES)
+    except DPQuantError as error:
+        yield Finding(what="evaluation", holds=False, detail=str(error))
+        return
+    if spent:
+        detail = f"{len(spent)} releases, epsilon {rounded_up(releases.together(spent))} for the test records"
+        yield Finding(what="evaluation: releases of test records", holds=True, detail=detail)
 
 
 def _report(run: Path) -> Iterator[Finding]:

@@ -72,6 +72,7 @@ class Dataset:
       vocabulary, padding: Of texts: number of tokens, and the token that pads; None: inputs are no texts.
       synthetic: Records in the data's domain, of which none is one of its records; None: any values are.
       facts: Public facts on how the records were read, for a run's record.
+      tokenizer: Of texts: content of the tokenizer's file; None: not known.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Dataset:
     padding: int | None = None
     synthetic: Sequence[Any] | None = None
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tokenizer: bytes | None = None
 
 
 def load(

@@ -112,7 +112,7 @@ def _problem(folder: Path, train_names: Sequence[str], test_names: Sequence[str]
     if not folder.is_dir():
         return "it is a file. Name the folder that holds train/ and test/"
     if missing := [name for name in ("train", "test") if not (folder / name).is_dir()]:
-        flat = " Its images lie in it directly." if any(map(_is_image, folder.iterdir())) else ""
+        flat = " Its images lie in it directly." if any(map(is_image, folder.iterdir())) else ""
         return f"{' and '.join(f'{name}/' for name in missing)} is missing.{flat} Make train/CLASS and test/CLASS"
     for names, others, here, there in (
         (train_names, test_names, "train", "test"),
@@ -139,7 +139,7 @@ def _folder_split(folder: Path, class_names: Sequence[str], size: int, to_pixels
     files: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(class_names):
-        images = sorted(path for path in (folder / name).rglob("*") if _is_image(path))
+        images = sorted(path for path in (folder / name).rglob("*") if is_image(path))
         files += images
         labels += [label] * len(images)
     pixels, readable = decode(files, size, to_pixels, functools.partial(store, folder.name))
@@ -151,7 +151,7 @@ def _folder_split(folder: Path, class_names: Sequence[str], size: int, to_pixels
     return Split(pixels, torch.tensor(labels, dtype=torch.int64), readable=readable, full_scale=FULL_SCALE_16)
 
 
-def _is_image(path: Path) -> bool:
+def is_image(path: Path) -> bool:
     """Whether a file has the suffix of an image and is not hidden (macOS leaves hidden files beside images)."""
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
 

@@ -20,6 +20,7 @@ from dpquant.data.task import Task
 from dpquant.errors import DataError
 
 MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"  # of texts; folders that earlier versions have packed lack it
 FORMAT = 1
 NOTE = "The operator's own, as the records are: sizes and hashes of files tell of the records. Not for release."
 

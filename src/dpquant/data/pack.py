@@ -21,7 +21,7 @@ from torch.utils.data import default_collate
 from dpquant.data.dataset import Dataset
 from dpquant.data.folders import Store
 from dpquant.data.held import Held
-from dpquant.data.manifest import MANIFEST, Kind, Manifest, sha256_of
+from dpquant.data.manifest import MANIFEST, TOKENIZER, Kind, Manifest, sha256_of
 from dpquant.data.rows import Rows
 from dpquant.data.split import Split
 from dpquant.data.tokens import Texts
@@ -56,6 +56,8 @@ def pack(load: Callable[[Store], Dataset], out: Path) -> None:
             named = inputs if isinstance(inputs, dict) else {"inputs": inputs}
             reading["synthetic"] = list(named)  # their order counts
             _write(draft / "synthetic", {**named, "targets": targets})
+        if dataset.tokenizer is not None:
+            (draft / TOKENIZER).write_bytes(dataset.tokenizer)
         seal(draft, dataset, kind, reading)
 
 
@@ -69,7 +71,7 @@ def seal(folder: Path, dataset: Dataset, kind: Kind, reading: dict[str, Any]) ->
       reading: as of `Manifest`.
     """
     files = {}
-    for path in sorted(folder.rglob("*.npy")):
+    for path in sorted([*folder.rglob("*.npy"), *folder.glob(TOKENIZER)]):
         with path.open("rb+") as file:
             os.fsync(file.fileno())
         files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dpquant.data.dataset import Dataset
 from dpquant.data.held import Held
-from dpquant.data.manifest import Manifest
+from dpquant.data.manifest import TOKENIZER, Manifest
 from dpquant.data.row_file import RowFile
 from dpquant.data.rows import Rows
 from dpquant.data.split import Split
@@ -69,12 +69,12 @@ class PackedImages(Packed):
 
     def __init__(self, reading: Mapping[str, Any], *of: Any) -> None:
         super().__init__(*of)
-        self._full_scale, self._normalisation = reading["full_scale"], (reading["mean"], reading["std"])
+        self.full_scale, self.mean, self.std = (reading[name] for name in ("full_scale", "mean", "std"))
 
     def _some(self, ids: Tensor) -> Split:
         pixels = self.files["pixels"].rows(ids)
-        some = Split(pixels, self.targets[ids], readable=self.readable[ids], full_scale=self._full_scale)
-        some.mean, some.std = self._normalisation
+        some = Split(pixels, self.targets[ids], readable=self.readable[ids], full_scale=self.full_scale)
+        some.mean, some.std = self.mean, self.std
         return some
 
 
@@ -146,6 +146,7 @@ def load_packed(name: str, folder: Path) -> Dataset:
         padding=manifest.padding,
         synthetic=examples,
         facts=manifest.facts,
+        tokenizer=(folder / TOKENIZER).read_bytes() if TOKENIZER in manifest.files else None,
     )
 
 

@@ -120,6 +120,12 @@ class Spec:
         """Return the number of inputs: numbers, their indicators of missing values, and a code for each category."""
         return len(self.numbers) + sum(bool(c.missing) for c in self.numbers.values()) + len(self.categories)
 
+    @property
+    def inputs(self) -> list[str]:
+        """Return what the numbers of an input are, in their order."""
+        indicators = [f"{name} is missing" for name, column in self.numbers.items() if column.missing]
+        return [*self.numbers, *indicators, *self.categories]
+
     @classmethod
     def read(cls, path: Path) -> Self:
         """Read the file of a spec.
@@ -129,8 +135,16 @@ class Spec:
         """
         try:
             text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"Expected a readable TOML file in spec; got {path}: {error}. Check the path.") from error
+        return cls.of_text(text, path)
+
+    @classmethod
+    def of_text(cls, text: str, path: Path) -> Self:
+        """Return the spec that a text holds; `path` names it in errors, which are those of `read`."""
+        try:
             found = tomllib.loads(text)
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        except tomllib.TOMLDecodeError as error:
             raise DataError(f"Expected a readable TOML file in spec; got {path}: {error}. Check the path.") from error
         return cls.parsed(found, text, path)
 

@@ -25,6 +25,8 @@ from dpquant.data.task import UNREADABLE
 from dpquant.errors import DataError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dpquant.data.rows import Rows
 
 SUFFIXES = (".csv", ".parquet")
@@ -67,6 +69,33 @@ def load_table(source: TableSource) -> "tuple[Rows, Rows]":
     return tuple(_usable(_rows(source, part), source.path) for part in (train, test))  # pyright: ignore[reportReturnType]
 
 
+def rows_of(path: Path, spec: Spec, label: str, *, strict: bool) -> "Rows":
+    """Read a file of test records.
+
+    Args:
+      path: of the file.
+      spec: of its columns.
+      label: name of the label's column.
+      strict: name the first record that cannot be used, as is right where test records are not protected. Without it
+        such a record has the target UNREADABLE, and no error depends on a single record.
+    Raises:
+      DataError: the file cannot be read, its columns are not those of the spec, or a record cannot be used.
+    """
+    source = TableSource(path=path, label=label, spec=spec, test=None, test_share=None)
+    return _rows(source, _columns(source, path), strict=strict)
+
+
+def inputs_of(path: Path, spec: Spec) -> "tuple[Tensor, dict[int, str]]":
+    """Encode the rows of a file for a prediction. They need no label, and other columns are left aside.
+
+    Returns: float32 (N, columns), and {row that cannot be used: the column in which it is not as the spec says}.
+    Raises:
+      DataError: the file cannot be read, or lacks a column of the spec.
+    """
+    used = [name for name, column in spec.columns.items() if column is not None]
+    return _encoded(spec, read_columns(path, used, SUFFIXES))
+
+
 def _columns(source: TableSource, path: Path) -> Columns:
     """Read the columns that are used, after a check of their names."""
     names = read_columns(path, None, SUFFIXES)
@@ -99,15 +128,39 @@ def _rows(source: TableSource, columns: Columns, *, strict: bool = False) -> "Ro
 
     from dpquant.data.rows import Rows
 
-    spec, count = source.spec, len(columns)
-    inputs = torch.zeros(count, spec.width, dtype=torch.float32)
-    readable = torch.ones(count, dtype=torch.bool)
+    spec = source.spec
+    inputs, unusable = _encoded(spec, columns)
+    labels = [_target(value, spec) for value in columns.values[source.label]]
+    for row, value in enumerate(labels):
+        if value is None:
+            unusable.setdefault(row, source.label)
+    if unusable and strict:
+        row = min(unusable)
+        raise _unusable(columns, row, unusable[row])
+    readable = torch.ones(len(columns), dtype=torch.bool)
+    readable[list(unusable)] = False
+    regression = spec.task.kind == "regression"
+    nothing = math.nan if regression else UNREADABLE
+    targets = torch.tensor(
+        [nothing if value is None else value for value in labels],
+        dtype=torch.float32 if regression else torch.int64,
+    )
+    inputs[~readable] = 0.0
+    targets[~readable] = nothing
+    return Rows(inputs, targets, readable)
+
+
+def _encoded(spec: Spec, columns: Columns) -> "tuple[Tensor, dict[int, str]]":
+    """Return inputs, and {row that cannot be used: its first column that is not as the spec says}."""
+    import torch
+
+    inputs = torch.zeros(len(columns), spec.width, dtype=torch.float32)
+    unusable: dict[int, str] = {}
 
     def fill(place: int, name: str, encoded: list[float | None]) -> None:
-        bad = [row for row, value in enumerate(encoded) if value is None]
-        if bad and strict:
-            raise _unusable(columns, bad[0], name)
-        readable[bad] = False
+        for row, value in enumerate(encoded):
+            if value is None:
+                unusable.setdefault(row, name)
         inputs[:, place] = torch.tensor([0.0 if value is None else value for value in encoded])
 
     indicators = [name for name, column in spec.numbers.items() if column.missing]
@@ -118,20 +171,7 @@ def _rows(source: TableSource, columns: Columns, *, strict: bool = False) -> "Ro
         inputs[:, place] = torch.tensor([float(text_of(value) in missing) for value in columns.values[name]])
     for place, (name, column) in enumerate(spec.categories.items(), len(spec.numbers) + len(indicators)):
         fill(place, name, _codes(columns.values[name], column))
-    labels = [_target(value, spec) for value in columns.values[source.label]]
-    bad = [row for row, value in enumerate(labels) if value is None]
-    if bad and strict:
-        raise _unusable(columns, bad[0], source.label)
-    readable[bad] = False
-    regression = spec.task.kind == "regression"
-    nothing = math.nan if regression else UNREADABLE
-    targets = torch.tensor(
-        [nothing if value is None else value for value in labels],
-        dtype=torch.float32 if regression else torch.int64,
-    )
-    inputs[~readable] = 0.0
-    targets[~readable] = nothing
-    return Rows(inputs, targets, readable)
+    return inputs, unusable
 
 
 def _unusable(columns: Columns, row: int, name: str) -> DataError:

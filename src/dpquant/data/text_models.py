@@ -8,8 +8,9 @@ A network takes the inputs of a batch, {"input_ids", "attention_mask" and, of pa
 import contextlib
 import fnmatch
 import inspect
+import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +70,7 @@ def pretrained(name: str, *, num_classes: int, vocabulary: int, padding: int, lo
             f"Expected model=hf:PATH to name a folder with config.json and weights; got model={name}. Networks are "
             "read from this machine alone. Save one there by save_pretrained(FOLDER) of transformers."
         )
-    try:
-        import transformers
-    except ImportError as error:
-        raise ModelError(
-            f"Expected the package transformers for model={name}; it is not installed. Install it by pip install "
-            "'dpquant[text]'."
-        ) from error
+    transformers = _transformers(name)
     try:
         with _quiet():
             network = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -95,8 +90,59 @@ def pretrained(name: str, *, num_classes: int, vocabulary: int, padding: int, lo
             f"model={name}. They do not belong together. Give --tokenizer the folder of the same network."
         )
     config.pad_token_id = padding
+    return _called(network, lora, name)
+
+
+def config_of(model: nn.Module) -> dict[str, Any] | None:
+    """Return the configuration from which `rebuilt` builds a pretrained network; None for any other model.
+
+    It has the network's architecture, and no folder. Privacy: reads no data.
+    """
+    if not isinstance(model, Pretrained):
+        return None
+    network: Any = model.network
+    fields = json.loads(network.base_model.config.to_json_string(use_diff=False))
+    return {name: value for name, value in fields.items() if not name.startswith("_")}  # _name_or_path is a folder
+
+
+def rebuilt(config: Mapping[str, Any], *, lora: int | None, name: str) -> nn.Module:
+    """Build a network as `pretrained` does, with weights that mean nothing yet.
+
+    Args:
+      config: of `config_of`.
+      lora: rank of the adapters; None: there are none.
+      name: of the model, for errors.
+    Raises: ModelError: a package is missing, or transformers does not know the network.
+    Privacy: sees no data.
+    """
+    transformers = _transformers(name)
+    try:
+        with _quiet():
+            known = transformers.AutoConfig.for_model(**config)
+            network = transformers.AutoModelForSequenceClassification.from_config(known)
+    except Exception as error:
+        raise ModelError(
+            f"Expected a network that this version of transformers knows in model={name}; got {quoted(error)}. It "
+            "cannot be built. Install the version that the run's record names, or a newer one."
+        ) from error
+    return _called(network.float(), lora, name)
+
+
+def _transformers(name: str) -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ModelError(
+            f"Expected the package transformers for model={name}; it is not installed. Install it by pip install "
+            "'dpquant[text]'."
+        ) from error
+    return transformers
+
+
+def _called(network: Any, lora: int | None, name: str) -> Pretrained:
+    """Return a network of transformers as it is trained: with adapters, and called with the inputs that it takes."""
     takes = set(inspect.signature(network.forward).parameters)
-    if getattr(config, "type_vocab_size", 0) < 2:  # no embedding for the second text of a pair
+    if getattr(network.config, "type_vocab_size", 0) < 2:  # no embedding for the second text of a pair
         takes.discard("token_type_ids")
     if lora is not None:
         network = _adapted(network, lora, name)

@@ -136,6 +136,24 @@ def load_texts(source: TextSource) -> "tuple[Texts, Texts, Tokens]":
     return train, test, tokens
 
 
+def texts_of(path: Path, source: TextSource, tokens: "Tokens", *, strict: bool) -> "Texts":
+    """Read a file of test records.
+
+    Args:
+      path: of the file.
+      source: names its columns and the classes.
+      tokens: the tokenizer.
+      strict: name the first record that cannot be used, as is right where test records are not protected. Without it
+        such a record has the target UNREADABLE, and no error depends on a single record.
+    Raises:
+      DataError: the file cannot be read, its columns are missing, or a record cannot be used.
+    """
+    columns = read_columns(path, (*source.texts, source.label), SUFFIXES)
+    if strict:
+        _check_strictly(source, columns)
+    return _encoded(source, _records(source, columns), tokens)
+
+
 def _records(source: TextSource, columns: Columns) -> list[tuple[str, ...]]:
     """Return the texts and the label of each record, without those that the public rule leaves out.
 
@@ -171,11 +189,7 @@ def _check_strictly(source: TextSource, columns: Columns) -> None:
 def _usable(
     source: TextSource, records: Sequence[tuple[str, ...]], tokens: "Tokens", path: Path | None = None
 ) -> "Texts":
-    from dpquant.data.tokens import Texts
-
-    codes = {name: code for code, name in enumerate(source.classes)}
-    targets = [codes.get(label, UNREADABLE) if all(texts) else UNREADABLE for *texts, label in records]
-    texts = Texts.of(tokens, [record[:-1] for record in records], targets)
+    texts = _encoded(source, records, tokens)
     if not bool(texts.readable.any()):
         raise DataError(
             f"Expected {path or source.path} to hold at least one record, for training and for test each, with a text "
@@ -183,6 +197,14 @@ def _usable(
             "--text-column, --label-column and --classes as in the file."
         )
     return texts
+
+
+def _encoded(source: TextSource, records: Sequence[tuple[str, ...]], tokens: "Tokens") -> "Texts":
+    from dpquant.data.tokens import Texts
+
+    codes = {name: code for code, name in enumerate(source.classes)}
+    targets = [codes.get(label, UNREADABLE) if all(texts) else UNREADABLE for *texts, label in records]
+    return Texts.of(tokens, [record[:-1] for record in records], targets)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -194,14 +216,19 @@ class Tokens:
       buckets: lengths, ascending; the last is `max_length`.
       vocabulary: number of different tokens.
       padding: token that fills a text up to its bucket.
-      sha256: of the tokenizer's file.
+      content: of the tokenizer's file.
     """
 
     tokenizer: "Tokenizer"
     buckets: tuple[int, ...]
     vocabulary: int
     padding: int
-    sha256: str
+    content: bytes
+
+    @property
+    def sha256(self) -> str:
+        """Return the SHA-256 of the tokenizer's file."""
+        return hashlib.sha256(self.content).hexdigest()
 
     @classmethod
     def read(cls, path: Path, max_length: int) -> "Tokens":
@@ -253,7 +280,7 @@ class Tokens:
             buckets=buckets,
             vocabulary=max(tokenizer.get_vocab(True).values(), default=0) + 1,
             padding=padding,
-            sha256=hashlib.sha256(content).hexdigest(),
+            content=content,
         )
 
     def encoded(self, records: Sequence[tuple[str, ...]]) -> "list[Encoding]":

@@ -21,7 +21,18 @@ from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.plan import PrivacyPlan, rounded_up
 from dpquant.runs import fingerprint
 from dpquant.runs.description import ModelDescription
-from dpquant.runs.names import CHECKPOINTS, CHOICES, DESCRIPTION, DIVERGED, METRICS, MODEL, RECORD, RECORDS, TIMINGS
+from dpquant.runs.names import (
+    CHECKPOINTS,
+    CHOICES,
+    DESCRIPTION,
+    DIVERGED,
+    METRICS,
+    MODEL,
+    RECORD,
+    RECORDS,
+    TIMINGS,
+    TOKENIZER,
+)
 from dpquant.runs.record import EpochRecord, RunRecord, metrics_line, replacing, sha256, write_whole
 from dpquant.runs.timings import Timings
 from dpquant.training.checkpoint import newest, purge
@@ -110,6 +121,15 @@ class RunDirectory:
           OSError: the file cannot be written.
         """
         description.write(self.path / DESCRIPTION)
+
+    def keep_tokenizer(self, content: bytes) -> None:
+        """Write a copy of the tokenizer, by which texts become inputs. To be called before any charge.
+
+        Raises:
+          OSError: the file cannot be written.
+        """
+        with replacing(self.path / TOKENIZER) as draft:
+            draft.write_bytes(content)
 
     def model_sha256(self) -> str:
         """Return the SHA-256 of the model's file. Privacy: post-processing.

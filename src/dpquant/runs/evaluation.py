@@ -79,7 +79,7 @@ def accuracy(model: nn.Module, split: Held, *, batch_size: int = EVALUATION_BATC
       ModelError: the model fails on a record. The message leaves out the text of the error, which may quote it.
     Privacy: no mechanism; on private records the result is not private.
     """
-    outputs = _outputs(model, split, batch_size, records)
+    outputs = outputs_of(model, split, batch_size, records)
     right = (outputs.argmax(1) == split.targets[: len(outputs)]) & split.readable[: len(outputs)]
     return int(right.sum()) / len(outputs)
 
@@ -94,7 +94,7 @@ def metrics(model: nn.Module, split: Held, task: Task, *, batch_size: int = EVAL
 
     Args, errors and privacy: as for `accuracy`.
     """
-    outputs = _outputs(model, split, batch_size, None).double().nan_to_num()
+    outputs = outputs_of(model, split, batch_size, None).double().nan_to_num()
     targets, readable = split.targets, split.readable
     if task.kind == "regression":
         gaps = (outputs[:, 0].clamp(-1, 1) - targets)[readable].abs()
@@ -128,7 +128,7 @@ def rare_metrics(scores: np.ndarray, positive: np.ndarray) -> dict[str, float]:
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, split: Held, batch_size: int, records: int | None) -> Tensor:
+def outputs_of(model: nn.Module, split: Held, batch_size: int, records: int | None) -> Tensor:
     """Return the model's outputs for records, on the CPU; errors as for `accuracy`."""
     failed, found = "", []
     all_ids = torch.arange(len(split))[:records]
@@ -189,7 +189,7 @@ def check_evaluation(model: nn.Module, test: Held, task: Task = CLASSIFICATION) 
       ModelError: evaluation fails.
       DataError: the test records are all of one class, where positives are rare.
     """
-    _outputs(model, test, EVALUATION_BATCH, _TRIED)
+    outputs_of(model, test, EVALUATION_BATCH, _TRIED)
     if task.kind == "rare positives" and len(test.targets[test.readable].unique()) < 2:
         raise DataError(
             "Expected test records of both classes; got those of one. Whether positives are found cannot be measured. "

@@ -4,5 +4,6 @@
 CONFIG, LEDGER, METRICS = "config.toml", "ledger.jsonl", "metrics.jsonl"
 MODEL, RECORD, TIMINGS, CHOICES = "model.safetensors", "record.json", "timings.json", "choices.json"
 CHECKPOINTS, RECORDS, DIVERGED, REPORT = "checkpoints", "records.json", "diverged.txt", "report.html"
-DESCRIPTION, PROGRESS = "model.json", "progress.json"
+DESCRIPTION, TOKENIZER, PROGRESS = "model.json", "tokenizer.json", "progress.json"
+EVALUATION, RELEASES = "evaluation.json", "test-releases.jsonl"
 SPENT = "ledger.json"  # of an export: what a ledger says, without its lines

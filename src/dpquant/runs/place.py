@@ -25,6 +25,7 @@ from dpquant.runs.names import (
     PROGRESS,
     RECORD,
     RECORDS,
+    TOKENIZER,
 )
 from dpquant.runs.record import write_whole
 from dpquant.runs.settings import TrainSettings, from_toml
@@ -167,7 +168,7 @@ class Place:
         """
         if self._is_charged():
             return
-        for name in (CONFIG, LEDGER, CHOICES, METRICS, RECORDS, DESCRIPTION, PROGRESS):
+        for name in (CONFIG, LEDGER, CHOICES, METRICS, RECORDS, DESCRIPTION, TOKENIZER, PROGRESS):
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
         if self._is_new:

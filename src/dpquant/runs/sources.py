@@ -82,7 +82,7 @@ def _table(settings: TrainSettings) -> data.Dataset:
         task=spec.task,
         categories=tuple(category.size for category in spec.categories.values()),
         synthetic=synthetic_rows(spec),
-        facts={"task": spec.task.kind, "spec": spec.text},
+        facts={"task": spec.task.kind, "spec": spec.text, "label_column": label},
     )
 
 
@@ -118,7 +118,10 @@ def _texts(settings: TrainSettings) -> data.Dataset:
             "left_out_by_label": source.dropped,
             "tokenizer_sha256": tokens.sha256,
             "buckets": list(tokens.buckets),
+            "text_columns": list(source.texts),
+            "label_column": source.label,
         },
+        tokenizer=tokens.content,
     )
 
 

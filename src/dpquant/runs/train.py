@@ -32,7 +32,7 @@ from dpquant.errors import BudgetError, DivergedError, SettingError, StoppedErro
 from dpquant.machine import check_threads
 from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.plan import PrivacyPlan, rounded_up
-from dpquant.runs.description import ModelDescription
+from dpquant.runs.describing import description_of
 from dpquant.runs.devices import described, device_of
 from dpquant.runs.directory import Charged, RunDirectory
 from dpquant.runs.evaluation import (
@@ -228,9 +228,11 @@ class _Run:
 
     def _try_writing(self) -> None:
         """Write everything once: whether it can be written, and how long a checkpoint takes."""
-        parameters = sum(one.numel() for one in self.private.model.parameters() if one.requires_grad)
+        description = description_of(self.settings, self.dataset, self.private.model)
         with self._writing():
-            self.files.describe(ModelDescription.of(self.settings, self.dataset, parameters))
+            self.files.describe(description)
+            if self.dataset.tokenizer is not None:
+                self.files.keep_tokenizer(self.dataset.tokenizer)
             self.files.begin(self.tested.model, self.private.choices, self.history.epochs)
             written = time.perf_counter()
             self.files.checkpoint(self.private, self._parts)

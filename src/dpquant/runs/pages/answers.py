@@ -9,6 +9,7 @@ import dataclasses
 from dpquant.privacy.meaning import percent_up
 from dpquant.privacy.plan import rounded_up
 from dpquant.runs.pages.facts import Facts
+from dpquant.runs.pages.score import score_of
 
 NOT_DECLARED = "not declared"
 NOT_RECORDED = "not recorded by this version of dpquant"
@@ -68,6 +69,7 @@ def answers(facts: Facts) -> list[Answer]:
     def declared(name: str) -> str:
         return "left out" if facts.redacted else said.get(name, NOT_DECLARED)
 
+    score = score_of(record)
     releases = f"{record.steps:,} steps" if facts.events is None else f"{sum(e.count for e in facts.events):,} releases"
     risk = "no finite epsilon"
     if meaning is not None:
@@ -148,7 +150,7 @@ def answers(facts: Facts) -> list[Answer]:
         ("Pre-trained weights: trained on what, with which overlap?", declared("pretraining"), "declared"),
         (
             "What did privacy cost in accuracy, and for whom?",
-            f"Test accuracy {record.accuracy_test:.2%}; beside a baseline: dpquant report RUN BASELINE",
+            f"{score.title} {score.text(score.last, 2)}; beside a baseline: dpquant report RUN BASELINE",
             "results",
         ),
         (

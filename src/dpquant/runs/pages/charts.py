@@ -151,6 +151,33 @@ def layer_map(names: Sequence[str], rows: Sequence[str], *, label: str) -> Marku
     return _svg(width, max(height, 1), label, parts, data)
 
 
+def matrix(names: Sequence[str], counts: Sequence[Sequence[int]], *, label: str) -> Markup:
+    """Return a confusion matrix: a square for each pair of classes, darker for a larger share of its row.
+
+    Args:
+      names: of the classes.
+      counts: [true class][predicted class].
+      label: what the matrix shows, in words.
+    """
+    size, few = max(5, min(26, 520 // max(1, len(names)))), len(names) <= 24
+    left = min(110, 12 + 6 * max(map(len, names), default=0)) if few else 4
+    paths: dict[int, list[str]] = {}
+    for row, line in enumerate(counts):
+        for column, count in enumerate(line):
+            if count:
+                paths.setdefault(1 + min(LEVELS - 1, LEVELS * count // sum(line)), []).append(f"M{column} {row}h1")
+    side = size * len(names)
+    parts = [f'<rect class="ground" x="{left}" y="0" width="{side}" height="{side}"/>']
+    move = f'transform="translate({left} {size / 2:g}) scale({size})"'
+    for shade in sorted(paths):
+        parts.append(f'<path class="shade-{shade}" {move} d="{"".join(paths[shade])}"/>')
+    for row, name in enumerate(names if few else ()):
+        short = name if len(name) <= 16 else f"{name[:15]}…"
+        middle = row * size + size / 2 + 3.5
+        parts.append(f'<text class="tick" x="{left - 6}" y="{middle}" text-anchor="end">{escape(short)}</text>')
+    return _svg(left + side, max(side, 1), label, parts)
+
+
 def levels_of(scores: Sequence[dict[str, float] | None]) -> list[dict[str, int]]:
     """Return, for each epoch, the level 1 to 5 of each layer's impact among all impacts of the run.
 

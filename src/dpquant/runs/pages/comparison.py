@@ -4,7 +4,8 @@
 from collections.abc import Sequence
 
 from dpquant.runs.pages.facts import Facts
-from dpquant.runs.pages.report import accuracy_chart, rendered
+from dpquant.runs.pages.report import rendered, score_chart
+from dpquant.runs.pages.score import score_of
 
 
 def comparison(facts: Sequence[Facts], *, together: str) -> str:
@@ -20,7 +21,10 @@ def comparison(facts: Sequence[Facts], *, together: str) -> str:
         "comparison.html.jinja",
         title=f"Privacy report: {len(facts)} runs",
         embedded={"record_sha256": [one.record_sha256 for one in facts]},
-        rows=list(zip(names, facts, [accuracy_chart(one.record) for one in facts], strict=True)),
+        rows=[
+            (name, one, score_of(one.record), score_chart(score_of(one.record)))
+            for name, one in zip(names, facts, strict=True)
+        ],
         together=together,
         same_data=len({one.record.dataset for one in facts}) == 1,
     )

@@ -10,6 +10,7 @@ from dpquant.privacy.meaning import Details, Meaning, too_large
 from dpquant.privacy.plan import rounded_up
 from dpquant.runs.alerts import UNSAFE
 from dpquant.runs.description import ModelDescription
+from dpquant.runs.evaluated import Evaluation
 from dpquant.runs.record import RunRecord
 
 
@@ -37,6 +38,7 @@ class Facts:
       description: of the model; None: not recorded.
       settings: text of config.toml; None: left out, or not there.
       redacted: command, folders and declared words were left out.
+      evaluation: what was measured on test records; None: it was not.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Facts:
     description: ModelDescription | None
     settings: str | None
     redacted: bool
+    evaluation: Evaluation | None = None
 
     @property
     def wrong(self) -> list[Check]:
@@ -101,6 +104,16 @@ class Facts:
         if warning := too_large(record.delta, record.records):
             found.append(warning)
         return found
+
+    def mistaken(self, place: int) -> str:
+        """Return for what a class was taken most often when it was not told correctly, and how often."""
+        assert self.evaluation is not None and self.evaluation.classes is not None and self.evaluation.confusion
+        row = self.evaluation.confusion[place]
+        wrong = [(count, other) for other, count in enumerate(row) if count and other != place]
+        if not wrong:
+            return "none"
+        count, other = max(wrong)
+        return f"{self.evaluation.classes[other].name} ({count:,})"
 
     def persons(self) -> list[tuple[int, str]]:
         """Return (number of records, epsilon) of persons with several records."""

@@ -18,13 +18,16 @@ from dpquant.privacy.meaning import percent_up
 from dpquant.privacy.plan import rounded_up
 from dpquant.runs.alerts import Alert, alerts
 from dpquant.runs.declared import QUESTIONS
+from dpquant.runs.evaluated import UNPROTECTED
 from dpquant.runs.pages import charts
 from dpquant.runs.pages.answers import ASSUMPTIONS, NOT_DECLARED, NOT_RECORDED, RELEASED, answers
 from dpquant.runs.pages.facts import Facts
+from dpquant.runs.pages.score import Score, score_of
 from dpquant.runs.record import RunRecord
 from dpquant.runs.status import DEFAULT_EMA, RunStatus
 
 _TEMPLATES = Path(__file__).parent / "templates"
+REDACTED = "redacted"  # in what a page holds for programs: command, folders and declared words were left out
 
 
 def report(facts: Facts) -> str:
@@ -45,9 +48,16 @@ def report(facts: Facts) -> str:
     return rendered(
         "report.html.jinja",
         title=f"Privacy report: {record.model} on {record.dataset}",
-        embedded={"record_sha256": facts.record_sha256, "epsilon": _number(record.epsilon), "delta": record.delta},
+        embedded={
+            "record_sha256": facts.record_sha256,
+            "epsilon": _number(record.epsilon),
+            "delta": record.delta,
+            **({REDACTED: True} if facts.redacted else {}),
+        },
         f=facts,
         r=record,
+        score=score_of(record),
+        unprotected=UNPROTECTED,
         answers=asked,
         numbers=numbers,
         declared=declared,
@@ -106,17 +116,19 @@ def read_source(name: str) -> Markup:
     return Markup((_TEMPLATES / name).read_text())
 
 
-def accuracy_chart(record: RunRecord) -> Markup:
-    """Return the chart of a run's test accuracy."""
-    values = record.accuracy_per_epoch
+def score_chart(score: Score) -> Markup:
+    """Return the chart of a run's accuracy or error over its epochs."""
+    values = score.values
     low = math.floor(10 * max(0.0, min(values) - 0.02)) / 10
-    label = f"Test accuracy over {len(values)} epochs, from {values[0]:.1%} to {values[-1]:.1%}"
-    return charts.lines(values, label=label, axis=(low, 1.0), percent=True, limit=None)
+    axis = (low, 1.0) if score.is_share else (0.0, 1.1 * max([*values, 1e-9]))
+    first, last = (score.text(value) for value in (values[0], values[-1]))
+    label = f"{score.title} over {len(values)} epochs, from {first} to {last}"
+    return charts.lines(values, label=label, axis=axis, percent=score.is_share, limit=None)
 
 
 def _charts(facts: Facts) -> dict[str, Any]:
     record = facts.record
-    drawn: dict[str, Any] = {"accuracy_chart": accuracy_chart(record), "epsilon_chart": None, "attack_chart": None}
+    drawn: dict[str, Any] = {"score_chart": score_chart(score_of(record)), "epsilon_chart": None, "attack_chart": None}
     spent = [one.epsilon for one in record.per_epoch if one.epsilon is not None and math.isfinite(one.epsilon)]
     if spent and len(spent) == len(record.per_epoch):
         limit = None if record.plan is None else record.plan.epsilon
@@ -132,7 +144,17 @@ def _charts(facts: Facts) -> dict[str, Any]:
         told = "; ".join(f"at {100 * rate:g} % false accusations at most {percent_up(hit)}" for rate, hit in found)
         rows = [(f"{100 * rate:g} % falsely", hit, rate, percent_up(hit)) for rate, hit in found]
         drawn["attack_chart"] = charts.bars(rows, label=f"Members found out: {told}")
-    return {**drawn, **_map(record)}
+    return {**drawn, **_map(record), "confusion_chart": _confusion(facts)}
+
+
+def _confusion(facts: Facts) -> Markup | None:
+    """Return the picture of a confusion matrix, if there is one."""
+    found = facts.evaluation
+    if found is None or found.classes is None or found.confusion is None:
+        return None
+    right = sum(row[place] for place, row in enumerate(found.confusion))
+    label = f"Confusion matrix of {len(found.classes)} classes, {right:,} on the diagonal. The table has the numbers."
+    return charts.matrix([one.name for one in found.classes], found.confusion, label=label)
 
 
 def _map(record: RunRecord) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from dpquant.privacy.plan import rounded_up
 from dpquant.runs.pages.facts import Facts
+from dpquant.runs.pages.score import score_of
 
 TODO = "TODO: only you know this"
 
@@ -17,6 +18,7 @@ def model_card(facts: Facts) -> str:
     record = facts.record
     said = {} if facts.redacted else record.declared or {}
     risk = "" if facts.meaning is None else f"\n\n{facts.meaning.told}"
+    score = score_of(record)
     alarms = "".join(f"\n> **{_plain(alarm)}**\n" for alarm in facts.alarms())
     return f"""---
 library_name: dpquant
@@ -41,12 +43,12 @@ Epsilon = {rounded_up(record.epsilon)} at delta = {record.delta:g}; the unit is 
 
 ## Results
 
-Test accuracy {record.accuracy_test:.2%} after {record.epochs} epochs. Test records are not covered by epsilon.
+{score.title} {score.text(score.last, 2)} after {record.epochs} epochs. Test records are not covered by epsilon.
 
 ## How to use it
 
-`model.json` says how to build the network and to prepare its inputs; `safetensors.torch.load_model` reads
-`model.safetensors`. SHA-256 of the model: `{record.model_sha256 or "not recorded"}`.
+`dpquant.load("FOLDER")` gives a plain torch module, and `dpquant predict FOLDER FILE...` what it says of files;
+`model.json` says how inputs are prepared. SHA-256 of the model: `{record.model_sha256 or "not recorded"}`.
 
 Trained by dpquant {record.dpquant}: policy {record.policy}, format {record.format};
 {record.quantized_fraction_macs:.0%} of the arithmetic ran in low precision.
@@ -57,6 +59,7 @@ def registry_draft(facts: Facts) -> str:
     """Return a draft of an entry of the Deployments Registry as YAML; what only a person knows says TODO."""
     record, plan = facts.record, facts.record.plan
     said = {} if facts.redacted else record.declared or {}
+    score = score_of(record)
     count = 0 if facts.events is None else sum(one.count for one in facts.events)
     meaning = "" if facts.meaning is None else f" {facts.meaning.told}"
     analyses = "" if plan is None or plan.analysis is None else " Layer scores by the same mechanism."
@@ -108,7 +111,7 @@ def registry_draft(facts: Facts) -> str:
                 "composition": "All releases together, by privacy loss distributions.",
                 "post_processing": "The choice of quantized layers follows from noised scores.",
                 "justification": said.get("justification", TODO),
-                "utility": f"Test accuracy {record.accuracy_test:.2%}.",
+                "utility": f"{score.title} {score.text(score.last, 2)}.",
                 "additional_information": record.statement,
             },
             "administrative": {"status": "Draft", "registry_authors": [TODO], "tier": 3},
