@@ -13,7 +13,7 @@ from experiments.runner import settings_of
 from dpquant.errors import SettingError
 from dpquant.runs.settings import TrainSettings, plan_of
 
-WHOLE_RUN = "--data digits --model cnn --epsilon 8 --delta 1e-5"
+WHOLE_RUN = "--data image-folder:GTSRB --records 39209 --model cnn --epsilon 8 --delta 1e-5"
 
 
 @pytest.mark.parametrize(("epsilon", "quantized"), list(itertools.product(audit.EPSILONS, (True, False))))
@@ -28,6 +28,6 @@ def test_a_share_without_a_policy_would_be_seen():
         TrainSettings.chosen({**audit.TRAINING, "policy": "none", "fraction": 0.75})
 
 
-@pytest.mark.parametrize("options", [*end_to_end.POLICIES.values(), kills.SMALL, kills.IMAGES], ids=str)
+@pytest.mark.parametrize("options", [*end_to_end.POLICIES.values(), [*kills.IMAGES, *kills.SMALL]], ids=str)
 def test_runs_that_are_timed_or_killed_are_understood(options):
     assert settings_of(f"{WHOLE_RUN} {' '.join(options)}").epsilon == 8
