@@ -17,7 +17,7 @@ from dpquant.privacy.ledger import Ledger
 
 
 def test_plan_prints_the_budget_and_reads_no_data(capsys, tmp_path):
-    options = ["--data", "image-folder:/nowhere", "--records", "9000", "--epsilon", "3"]
+    options = ["--data", "image-folder:/nowhere", "--records", "9000", "--epsilon", "3", "--policy", "dpquant"]
     assert run(["train", *options, "--out", str(tmp_path / "run")]) == 2, "data that is not there would be read"
     assert "/nowhere" in capsys.readouterr().err
     assert run(["plan", *options]) == 0
@@ -26,7 +26,7 @@ def test_plan_prints_the_budget_and_reads_no_data(capsys, tmp_path):
 
 
 def test_plan_as_json_can_be_read_by_a_program(capsys):
-    assert run(["plan", "--json"]) == 0
+    assert run(["plan", "--json", "--policy", "dpquant"]) == 0
     read = json.loads(capsys.readouterr().out)
     assert (read["delta"], read["steps"], read["epochs"], read["analysis"]["score"]) == (1e-4, 240, 40, "gradient")
     assert 7.9 < read["epsilon"] <= 8 and 0 < read["analysis_share"] < 1

@@ -14,7 +14,8 @@ from typing import Annotated, Any
 import typer
 
 from dpquant.errors import SettingError
-from dpquant.runs.settings import BY_DATA, GENERAL, TrainSettings, from_toml
+from dpquant.runs.defaults import BY_DATA, GENERAL
+from dpquant.runs.settings import TrainSettings, from_toml
 
 WRONG_RESULT = 1
 BAD_INPUT = 2

@@ -42,7 +42,7 @@ def compare(
                 f"Expected no {name} for compare; got {name}={given[name]}. Runs differ in it. Give --policies and "
                 "--seeds."
             )
-    settings = settings_of(given, config)
+    settings = settings_of({"policy": "dpquant", **given}, config)
     folder = out or Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-compare"
     names = [name.strip() for name in policies.split(",") if name.strip()]
     watch = functools.partial(print, file=sys.stderr, flush=True)
