@@ -43,8 +43,10 @@ def test_the_help_of_plan_documents_its_json(capsys):
 @pytest.mark.always
 def test_train_writes_a_run_and_prints_its_statement(capsys, tmp_path):
     assert run(["train", "--epochs", "1", "--policy", "rotate", "--out", str(tmp_path / "run")]) == 0
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "privacy budget" in printed and "test accuracy" in printed and "one record" in printed
+    captured = capsys.readouterr()
+    printed = " ".join(captured.out.split())
+    assert "test accuracy" in printed and "one record" in printed and "epoch" not in printed
+    assert "privacy   epsilon 8.0000" in captured.err and "epoch 1/1: epsilon 8.00/8.00" in captured.err
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert record["policy"] == "rotate" and record["command"].startswith("dpquant")
 
@@ -73,7 +75,8 @@ def interrupted_run(out, steps, model="doubles:interrupting"):
 def test_an_interrupt_leaves_one_line_and_exit_code_130(capsys, tmp_path):
     assert interrupted_run(tmp_path / "run", steps=0) == 130
     captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1 and "after 0 of 240 steps" in captured.err and captured.out == ""
+    assert captured.err.count("error: ") == 1 and captured.out == ""
+    assert captured.err.splitlines()[-1].startswith("error: interrupted after 0 of 240 steps")
 
 
 def assert_says_what_was_spent(line, ledger):
@@ -100,15 +103,15 @@ def stopped(tmp_path_factory):
 
 def test_an_interrupted_run_says_what_it_has_spent(stopped):
     code, errors, ledger = stopped
-    assert code == 130 and errors.count("\n") == 1
-    assert_says_what_was_spent(errors.strip(), ledger)
+    assert code == 130 and errors.count("error: ") == 1
+    assert_says_what_was_spent(errors.strip().splitlines()[-1], ledger)
 
 
 @pytest.mark.parametrize(("right", "wrong"), [("after 3", "after 2"), (r"epsilon = \d", "epsilon = 9")])
 def test_a_wrong_account_of_an_interrupted_run_would_be_seen(stopped, right, wrong):
     _, errors, ledger = stopped
     with pytest.raises(AssertionError):
-        assert_says_what_was_spent(re.sub(right, wrong, errors.strip()), ledger)
+        assert_says_what_was_spent(re.sub(right, wrong, errors.strip().splitlines()[-1]), ledger)
 
 
 def test_an_interrupted_run_whose_charges_came_from_a_seed_says_so(capsys, tmp_path):

@@ -17,6 +17,7 @@ import typer
 from typer.exceptions import TyperException
 
 from dpquant.app.options import DIVERGED, INTERRUPTED, InterruptedRun, refuse
+from dpquant.app.output import Output, using
 from dpquant.app.verbs.assess import assess
 from dpquant.app.verbs.audit import audit
 from dpquant.app.verbs.bench import bench
@@ -97,6 +98,15 @@ def _command() -> Callable[..., Any]:
 
 
 def _run(arguments: list[str]) -> int:
+    try:
+        output, arguments = Output.split(arguments)
+        with using(output):
+            return _called(arguments)
+    except DPQuantError as error:
+        return refuse(str(error))
+
+
+def _called(arguments: list[str]) -> int:
     try:
         result = _command()(arguments or ["--help"], prog_name="dpquant", standalone_mode=False)
         if result == INTERRUPTED:  # what typer makes of a KeyboardInterrupt outside a run

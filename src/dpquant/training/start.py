@@ -66,6 +66,7 @@ def make_private(
     example: Any = None,
     choices: Choices | None = None,
     resume: bool = False,
+    watch: Callable[[str], None] = lambda what: None,
 ) -> PrivateTraining:
     """Check everything, prepare the model, and return a run that `plan` accounts for.
 
@@ -99,6 +100,7 @@ def make_private(
         machine.
       resume: continue the run of the ledger, if the file exists: what is charged there stays charged, and only what is
         left of the plan can be spent. Load its last checkpoint next, with `private.load`.
+      watch: called with a few words about each phase of the start, when it begins.
     Returns: a run that has charged nothing yet.
     Raises:
       ModelError: the model cannot be trained privately.
@@ -129,6 +131,7 @@ def make_private(
         collate_fn=collate_fn,
         example=example,
         choices=choices,
+        watch=watch,
     )
 
     def mechanism(step_seconds: float) -> Mechanism:
@@ -156,6 +159,7 @@ class Request:
     collate_fn: Callable[[list], Any] = default_collate
     example: Any = None
     choices: Choices | None = None
+    watch: Callable[[str], None] = lambda what: None
 
 
 MakeRun = Callable[[Setup, Records, RunState, Choices, Mechanism, Group], PrivateTraining]
@@ -196,6 +200,7 @@ def begin(
 def _checked(request: Request) -> tuple[Setup, Records, Choices, Execution]:
     """Check the request, prepare the model, choose its execution, and try and time a step on synthetic records."""
     model, train_set, plan, policy = request.model, request.train_set, request.plan, request.policy
+    request.watch("checking the model")
     check_trainable(model)
     _check_optimizer(model, request.optimizer)
     _check_data_set(train_set)
@@ -230,6 +235,7 @@ def _checked(request: Request) -> tuple[Setup, Records, Choices, Execution]:
         found=found,
     )
     choices = request.choices or Choices()
+    request.watch("measuring this machine")
     with choices.active():
         synthetic = found.specimens.batch((0, 1, 2))
         execution = choose_execution(

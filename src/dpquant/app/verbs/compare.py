@@ -2,8 +2,6 @@
 """The verb `dpquant compare`. Importing this file loads no torch."""
 
 import datetime
-import functools
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpquant.app.options import Config, Json, Out, settings_of, with_settings
+from dpquant.app.output import results, say
 from dpquant.errors import SettingError
 
 if TYPE_CHECKING:
@@ -45,12 +44,11 @@ def compare(
     settings = settings_of({"policy": "dpquant", **given}, config)
     folder = out or Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-compare"
     names = [name.strip() for name in policies.split(",") if name.strip()]
-    watch = functools.partial(print, file=sys.stderr, flush=True)
-    comparison = comparison_of(settings, names, seeds, folder, watch=watch)
+    comparison = comparison_of(settings, names, seeds, folder, watch=say)
     if as_json:
         print(comparison.to_json(), end="")
     else:
-        print_comparison(Console(), comparison, folder)
+        print_comparison(results(), comparison, folder)
 
 
 def print_comparison(console: Console, comparison: "Comparison", folder: Path) -> None:

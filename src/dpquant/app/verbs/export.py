@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpquant.app.options import WRONG_RESULT, Json, refuse
+from dpquant.app.output import results
 from dpquant.errors import LedgerError
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def export(
     if as_json:
         print(done.to_json(), end="")
     else:
-        print_export(Console(), done)
+        print_export(results(), done)
     return 0
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpquant.app.options import WRONG_RESULT, Json, refuse
+from dpquant.app.output import results
 from dpquant.errors import LedgerError
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def ledger(
     if as_json:
         print(found.to_json(), end="")
     else:
-        print_account(Console(), found)
+        print_account(results(), found)
     return 0
 
 

@@ -3,10 +3,9 @@
 
 from typing import Any
 
-from rich.console import Console
-
 from dpquant.app.console import print_budget, print_meaning
 from dpquant.app.options import Config, Json, settings_of, with_settings
+from dpquant.app.output import results
 from dpquant.runs.settings import plan_of
 
 
@@ -27,5 +26,5 @@ def plan(given: dict[str, Any], config: Config = None, as_json: Json = False) ->
     if as_json:
         print(budget.to_json(), end="")
     else:
-        print_budget(Console(), budget)
-        print_meaning(Console(), budget, settings.public_records)
+        print_budget(results(), budget)
+        print_meaning(results(), budget, settings.public_records)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpquant.app.options import WRONG_RESULT, Json, refuse
+from dpquant.app.output import results
 from dpquant.errors import LedgerError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def total(
     if as_json:
         print(found.to_json(), end="")
     else:
-        print_total(Console(), found)
+        print_total(results(), found)
     return 0
 
 

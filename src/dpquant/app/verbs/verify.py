@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from dpquant.app.options import WRONG_RESULT, Json
+from dpquant.app.output import results
 
 if TYPE_CHECKING:
     from dpquant.app.verify import Verification
@@ -34,7 +35,7 @@ def verify(
     if as_json:
         print(found.to_json(), end="")
     else:
-        print_verification(Console(), found)
+        print_verification(results(), found)
     return 0 if found.holds else WRONG_RESULT
 
 
