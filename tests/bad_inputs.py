@@ -285,7 +285,9 @@ ONE_BY_ONE = {
     ),
     "plan: no records": Bad("plan --data image-folder:x --records 0", "records=0"),
     "plan: the size of a private folder": Bad("plan --data image-folder:x", "Expected records or sample_rate"),
-    "plan: the analysis alone costs more": Bad("plan --epsilon 0.01 --policy dpquant", "which the analysis alone costs"),
+    "plan: the analysis alone costs more": Bad(
+        "plan --epsilon 0.01 --policy dpquant", "which the analysis alone costs"
+    ),
     "plan: one analysis eats the budget": Bad(
         "plan --epsilon 0.5 --epochs 2 --analysis-noise-multiplier 0.2", "which the analysis alone costs"
     ),

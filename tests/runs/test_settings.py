@@ -196,7 +196,7 @@ def test_who_names_nothing_of_a_policy_gets_what_the_machine_gains_by(given, for
     ],
 )
 def test_auto_leaves_no_choice_to_a_policy(given):
-    with pytest.raises(SettingError, match="format=auto|policy=all"):
+    with pytest.raises(SettingError, match=r"format=auto|policy=all"):
         TrainSettings.chosen(given)
 
 

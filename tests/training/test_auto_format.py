@@ -73,7 +73,7 @@ def never(layers):
 @pytest.mark.parametrize(
     ("units", "gains", "step", "layers", "words"),
     [
-        (INT8, {"a": 2.0, "b": 1.2}, lambda layers: 1.5, ("a", "b"), "int8 in 2 of 2 layers, those that gain: a step is 1.50"),
+        (INT8, {"a": 2.0, "b": 1.2}, lambda layers: 1.5, ("a", "b"), "int8 in 2 of 2 layers, those that gain: a step"),
         (INT8, {"a": 0.5, "b": 1.2}, lambda layers: 1.1, ("b",), "int8 in 1 of 2 layers"),
         (INT8, {"a": 0.5, "b": 1.01}, never, (), "no layer gains by int8 on this machine (at best 1.01 times as fast)"),
         (INT8, {"a": 1.2}, lambda layers: 1.01, (), "only 1.01 times as fast"),

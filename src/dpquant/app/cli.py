@@ -10,12 +10,14 @@ import importlib.metadata
 import os
 import sys
 import warnings
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
+from types import MappingProxyType
 from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.exceptions import TyperException
 
+from dpquant.app.corrections import corrected
 from dpquant.app.options import DIVERGED, INTERRUPTED, InterruptedRun, refuse
 from dpquant.app.output import Output, using
 from dpquant.app.verbs.assess import assess
@@ -113,17 +115,23 @@ def _called(arguments: list[str]) -> int:
             return refuse("interrupted; what was charged so far stays in the run's ledger", INTERRUPTED)
         return result if isinstance(result, int) else 0
     except TyperException as error:
-        return refuse(error.format_message())
+        return refuse(_with_correction(error.format_message(), arguments))
     except DivergedError as error:
         return refuse(str(error), DIVERGED)
     except StoppedError as stop:
         return refuse(str(stop), stop.exit_code)
     except DPQuantError as error:
-        return refuse(str(error))
+        return refuse(_with_correction(str(error), arguments, getattr(error, "instead", {})))
     except InterruptedRun as stop:
         return refuse(str(stop), INTERRUPTED)
     except OSError as error:
         return refuse(_cannot_be_written(error))
+
+
+def _with_correction(message: str, arguments: list[str], instead: Mapping[str, Any] = MappingProxyType({})) -> str:
+    """Return an error with the command that was meant, where it is known."""
+    command = corrected(message, arguments, instead)
+    return message if command is None else f"{message} Try: {command}"
 
 
 def _cannot_be_written(error: OSError) -> str:

@@ -4,7 +4,7 @@
 Importing this file loads neither torch nor the accountant, so that `dpquant --help` answers at once.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -12,6 +12,22 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from dpquant.privacy.plan import PrivacyPlan
+    from dpquant.runs.defaults import Default
+    from dpquant.runs.settings import TrainSettings
+
+
+def print_defaults(console: Console, settings: "TrainSettings", usual: Mapping[str, "Default"]) -> None:
+    """Print the defaults that depend on other settings, and where each comes from."""
+    from dpquant.runs.effects import has_effect
+
+    table = Table(title="defaults", show_header=False)
+    for name, default in usual.items():
+        value = getattr(settings, name)
+        if value == default.value and has_effect(name, vars(settings)):
+            text = f"{value:,g}" if isinstance(value, int | float) else str(value)
+            table.add_row(name.replace("_", " "), text, default.origin)
+    if table.row_count:
+        console.print(table)
 
 
 def print_budget(console: Console, budget: "PrivacyPlan") -> None:

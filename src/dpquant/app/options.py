@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from dpquant.errors import SettingError
-from dpquant.runs.defaults import BY_DATA, GENERAL
+from dpquant.runs.defaults import BY_DATA, GENERAL, Default, defaults
 from dpquant.runs.settings import TrainSettings, from_toml
 
 WRONG_RESULT = 1
@@ -98,3 +98,21 @@ Config = Annotated[Path | None, typer.Option(help="TOML file of settings; option
 def settings_of(given: dict[str, Any], config: Path | None) -> TrainSettings:
     """Return the settings of a verb: given ones, then those of the file, then defaults."""
     return TrainSettings.chosen(given, from_toml(config) if config else {})
+
+
+def defaults_of(given: dict[str, Any], config: Path | None) -> dict[str, Default]:
+    """Return the defaults of the settings that neither the user nor the file gives, with where they come from."""
+    both = {**(from_toml(config) if config else {}), **given}
+    return {name: default for name, default in defaults(both).items() if both.get(name) is None}
+
+
+def command_of(verb: str, given: dict[str, Any], config: Path | None) -> str:
+    """Return the command line of a verb with these settings, to be pasted."""
+    words = ["dpquant", verb, *(["--config", str(config)] if config else [])]
+    for name, value in given.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            words += [f"--{option}", f"{value:g}" if isinstance(value, float) else str(value)]
+    return shlex.join(words)

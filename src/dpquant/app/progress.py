@@ -27,7 +27,7 @@ def tell_settings(settings: "TrainSettings", usual: Mapping[str, Default]) -> No
 
     def told(name: str, words: str) -> str:
         default, value = usual.get(name), getattr(settings, name)
-        origin = f" ({default.origin})" if default is not None and default.value == value and default.origin else ""
+        origin = f" ({default.origin})" if default is not None and default.value == value else ""
         return f"{words} {value:,g}{origin}" if isinstance(value, float | int) else f"{words}{value}{origin}"
 
     records = settings.public_records

@@ -54,7 +54,7 @@ _OF_PACKED: Mapping[str | None, Mapping[str, Any]] = {
     "rows": BY_DATA[TABLE_PREFIX],
     "texts": {"model": BY_DATA[TEXT_PREFIX]["model"]},
 }
-_EPOCH_STEPS = 10  # of a data set too small for the general batch size
+EPOCH_STEPS = 10  # of a data set too small for the general batch size
 _FEWEST_ANALYSED = 16.0  # records of an analysis, where a small batch has as many; a sixteenth of it says nothing
 
 
@@ -107,8 +107,8 @@ def _by_records(records: int | None) -> dict[str, Default]:
     if records is None:
         return found
     origin = _from_records(records)
-    if records < _EPOCH_STEPS * GENERAL["batch_size"]:
-        size = max(1.0, float(round(records / _EPOCH_STEPS)))
+    if records < EPOCH_STEPS * GENERAL["batch_size"]:
+        size = max(1.0, float(round(records / EPOCH_STEPS)))
         found["batch_size"] = Default(size, origin)
     if records * GENERAL["delta"] >= 1:
         found["delta"] = Default(float(f"1e-{math.floor(math.log10(records)) + 1}"), origin)

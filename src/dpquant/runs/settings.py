@@ -14,11 +14,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self, cast
 
+from dpquant.data.model_names import check_name
 from dpquant.data.sizes import public_size
 from dpquant.errors import FormatError, SettingError
 from dpquant.formats import AUTO, precision
 from dpquant.runs.declared import checked
-from dpquant.runs.defaults import defaults
+from dpquant.runs.defaults import EPOCH_STEPS, defaults
 from dpquant.runs.effects import check_contradictions, check_effects, has_effect
 from dpquant.runs.ranges import CHOICES, RANGES, check_choice, check_range, check_type, unknown
 from dpquant.runs.source_settings import SourceSettings, setting
@@ -126,6 +127,7 @@ class TrainSettings(SourceSettings):
             if getattr(self, name) is not None:
                 check_range(name, getattr(self, name))
         check_contradictions(vars(self))
+        check_name(self.model)
         if self.declared is not None:
             object.__setattr__(self, "declared", checked(self.declared) or None)
         if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", self.device):
@@ -215,7 +217,8 @@ def plan_of(settings: TrainSettings) -> "PrivacyPlan":
         raise SettingError(
             f"Expected batch_size and analysis_batch_size of at most {settings.batch_size / rate:g}, the records; got "
             f"batch_size={settings.batch_size:g}, analysis_batch_size={analysis_batch:g}. A record is drawn with "
-            "probability batch size over records. Give smaller batches."
+            "probability batch size over records. Give smaller batches.",
+            instead=_batches_for(settings, settings.batch_size / rate),
         )
     epoch_steps = max(1, round(1 / rate))
     if settings.epochs * epoch_steps > MOST_STEPS:
@@ -246,6 +249,16 @@ def plan_of(settings: TrainSettings) -> "PrivacyPlan":
         noise=cast("NoiseLaw", settings.noise),
         records_per_person=settings.records_per_person,
     )
+
+
+def _batches_for(settings: TrainSettings, records: float) -> dict[str, float]:
+    """Return batch sizes that fit the records, for those settings that do not."""
+    fits = settings.batch_size <= records
+    size = settings.batch_size if fits else max(1.0, round(records / EPOCH_STEPS))
+    found = {} if fits else {"batch_size": size}
+    if settings.analysis_batch_size is not None and settings.analysis_batch_size > size:
+        found["analysis_batch_size"] = size
+    return found
 
 
 _INTERVAL = re.compile(r"(\d+(?:\.\d+)?) ?(epoch|step|minute)s?")

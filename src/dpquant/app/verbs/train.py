@@ -12,13 +12,23 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dpquant.app.options import Config, InterruptedRun, Json, NoReport, Out, command_line, settings_of, with_settings
+from dpquant.app.options import (
+    Config,
+    InterruptedRun,
+    Json,
+    NoReport,
+    Out,
+    command_line,
+    defaults_of,
+    settings_of,
+    with_settings,
+)
 from dpquant.app.output import current, results, say
 from dpquant.app.progress import RunProgress, tell_budget, tell_settings
 from dpquant.errors import SettingError
-from dpquant.runs.defaults import Default, defaults
+from dpquant.runs.defaults import Default
 from dpquant.runs.place import Place
-from dpquant.runs.settings import TrainSettings, from_toml, plan_of
+from dpquant.runs.settings import TrainSettings, plan_of
 
 if TYPE_CHECKING:
     from dpquant.runs.record import RunRecord
@@ -44,7 +54,7 @@ def train(
         raise SettingError("Expected out with resume; got none. It names the run. Give --out RUN.")
     name = settings.data.rsplit("/", 1)[-1].replace(":", "-")
     folder = out or Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{name}"
-    usual = defaults({**(from_toml(config) if config else {}), **given})
+    usual = defaults_of(given, config)
     _train(settings, folder, resume=resume, no_report=no_report, as_json=as_json, usual=usual)
 
 
