@@ -18,8 +18,10 @@ from dpquant.app.corrections import corrected
         ("plan --epslon=3 --lr 1", "plan --epsilon=3 --lr 1"),
         ("trian --epochs 2", "train --epochs 2"),
         ("train --data digit", "train --data digits"),
-        ("plan --data image-folder:x --records 480 --batch-size 1024", "plan --data image-folder:x --records 480 --batch-size 48"),
-        ("plan --data image-folder:x --batch-size=900 --records 5", "plan --data image-folder:x --records 5 --batch-size 1"),
+        ("plan --data image-folder:x --records 480 --batch-size 1024",
+         "plan --data image-folder:x --records 480 --batch-size 48"),
+        ("plan --data image-folder:x --batch-size=900 --records 5",
+         "plan --data image-folder:x --records 5 --batch-size 1"),
     ],
 )  # fmt: skip
 def test_an_error_ends_with_the_command_that_was_meant(typed, right, capsys):

@@ -25,7 +25,8 @@ from dpquant.engine.passes import Objective
 from dpquant.errors import SettingError, did_you_mean
 from dpquant.formats import AUTO, format_tried
 from dpquant.machine import Hardware, check_threads, now
-from dpquant.privacy.plan import AnalysisPlan, NoiseLaw, PrivacyPlan
+from dpquant.privacy.analysis_plan import AnalysisPlan
+from dpquant.privacy.plan import NoiseLaw, PrivacyPlan
 from dpquant.runs.devices import device_of
 from dpquant.runs.evaluation import per_example_loss
 from dpquant.runs.names import RECORD

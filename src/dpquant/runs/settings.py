@@ -26,7 +26,8 @@ from dpquant.runs.source_settings import SourceSettings, setting
 from dpquant.runs.toml import toml_of
 
 if TYPE_CHECKING:
-    from dpquant.privacy.plan import NoiseLaw, PrivacyPlan, Score
+    from dpquant.privacy.analysis_plan import Score
+    from dpquant.privacy.plan import NoiseLaw, PrivacyPlan
     from dpquant.training.policies import Policy
 
 _ANALYSIS_PARTS = {"loss": 1 / 2, "gradient": 1 / 16}  # of a step's batch: a gradient costs more and says more
@@ -200,7 +201,8 @@ def plan_of(settings: TrainSettings) -> "PrivacyPlan":
       SettingError: the number of records is neither public nor given, or a privacy setting is out of range.
       DataError: the data set is unknown.
     """
-    from dpquant.privacy.plan import AnalysisPlan, PrivacyPlan  # loads the accountant, which --help does without
+    from dpquant.privacy.analysis_plan import AnalysisPlan
+    from dpquant.privacy.plan import PrivacyPlan  # loads the accountant, which --help does without
     from dpquant.privacy.ranges import MOST_STEPS
 
     records = settings.public_records

@@ -25,7 +25,7 @@ from dpquant.engine.randomness import seeded
 from dpquant.errors import SettingError
 from dpquant.formats import Precision
 from dpquant.machine import device_memory_mib, memory_mib, reset_device_peak, reset_peak
-from dpquant.privacy.plan import Score
+from dpquant.privacy.analysis_plan import Score
 from dpquant.training.cost import LayerTimes
 from dpquant.training.impact import analysis_keys, impact_sum
 
