@@ -742,7 +742,16 @@ SOURCES = {
     ),
     "init: a file in the way": Bad("init --table t.csv --label-column y --out s.toml", "which exists", table()),
     "init: a folder that is not there": Bad("init --table t.csv --label-column y --out n/s.toml", "not there", table()),
-    "init: no table": Bad("init --label-column y", "Missing option"),
+    "init: no label of a table": Bad("init --table t.csv", "Expected label_column", table()),
+    "init: settings of a table": Bad("init --table t.csv --label-column y --lr 1", "got lr=1", table()),
+    "init: settings in the way": Bad("init", "which exists", file("config.toml", "")),
+    "init: settings of no run": Bad("init --epochs 0", "epochs=0"),
+    "config: a wrong value in line 3": Bad(
+        "plan --config c.toml", "line 3 of c.toml", file("c.toml", "# mine\nlr = 1.0\nepochs = 0\n")
+    ),
+    "config: an unknown name in line 2": Bad(
+        "train --config c.toml", "line 2 of c.toml", file("c.toml", "lr = 1.0\nepohcs = 3\n")
+    ),
     # texts
     "texts: not named": Bad(f"{OWN} --data text: --tokenizer k --test e.jsonl", "without one"),
     "texts: not there": Bad(f"{ON_TEXTS} --data text:u.jsonl", "u.jsonl to be a file", texts()),

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dpquant.app.completion import run_directories
 from dpquant.app.options import WRONG_RESULT, Json, command_line, written_path
 from dpquant.app.output import current, results, say
 from dpquant.app.progress import RunProgress
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def audit(
-    run: Annotated[Path, typer.Argument(help="directory of the run")],
+    run: Annotated[Path, typer.Argument(autocompletion=run_directories, help="directory of the run")],
     mode: Annotated[str, typer.Option(help="all, tap, game or one-run")] = "all",
     canaries: Annotated[
         int | None, typer.Option(help="in the training copy of one-run [1000, at most as many as records]")

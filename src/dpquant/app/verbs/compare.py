@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dpquant.app.completion import policies as completed
 from dpquant.app.options import Config, Json, Out, settings_of, with_settings
 from dpquant.app.output import results, say
 from dpquant.errors import SettingError
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 @with_settings
 def compare(
     given: dict[str, Any],
-    policies: Annotated[str, typer.Option(help="with commas between them")] = "none,static,rotate,dpquant",
+    policies: Annotated[
+        str, typer.Option(help="with commas between them", autocompletion=completed)
+    ] = "none,static,rotate,dpquant",
     seeds: Annotated[int, typer.Option(help="runs of each policy")] = 3,
     config: Config = None,
     out: Out = None,

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dpquant.app.completion import run_directories
 from dpquant.app.options import WRONG_RESULT, Json, refuse
 from dpquant.app.output import results
 from dpquant.errors import LedgerError
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="directory of a run that has ended")],
+    run: Annotated[Path, typer.Argument(autocompletion=run_directories, help="directory of a run that has ended")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder to make; it must be missing or empty")],
     as_json: Json = False,
 ) -> int:

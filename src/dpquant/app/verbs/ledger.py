@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dpquant.app.completion import run_directories
 from dpquant.app.options import WRONG_RESULT, Json, refuse
 from dpquant.app.output import results
 from dpquant.errors import LedgerError
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
 
 
 def ledger(
-    runs: Annotated[list[Path], typer.Argument(help="run directories or ledger files, on the same data")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(autocompletion=run_directories, help="run directories or ledger files, on the same data"),
+    ],
     delta: Annotated[float | None, typer.Option(help="at which epsilon is stated [that of the plans]")] = None,
     as_json: Json = False,
 ) -> int:

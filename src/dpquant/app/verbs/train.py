@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dpquant.app.completion import run_directories
 from dpquant.app.options import (
     Config,
     InterruptedRun,
@@ -59,7 +60,7 @@ def train(
 
 
 def resume(
-    run: Annotated[Path, typer.Argument(help="directory of the run")],
+    run: Annotated[Path, typer.Argument(autocompletion=run_directories, help="directory of the run")],
     no_report: NoReport = False,
     as_json: Json = False,
 ) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from dpquant.app.completion import run_directories
 from dpquant.app.options import WRONG_RESULT, Json
 from dpquant.app.output import results
 
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 
 
 def verify(
-    run: Annotated[Path, typer.Argument(help="directory of a run that has ended")], as_json: Json = False
+    run: Annotated[Path, typer.Argument(autocompletion=run_directories, help="directory of a run that has ended")],
+    as_json: Json = False,
 ) -> int:
     """Recompute everything that a run directory says and that can be recomputed without its data.
 
