@@ -12,7 +12,7 @@ from dpquant.app.cli import run
 HEAVY = ("torch", "numpy", "scipy", "dp_accounting", "matplotlib")
 
 
-def completed(words, folder, report=""):
+def completed(words, folder, report="pass"):
     """What bash is offered for the last word of a command line, and what the program reports when it ends."""
     program = f"import atexit, sys; from dpquant.cli import main; {report}; sys.argv = ['dpquant']; main()"
     asked = {"_DPQUANT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
