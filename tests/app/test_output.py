@@ -51,6 +51,12 @@ def test_the_usual_variables_are_heeded(variable, colored, capsys, monkeypatch):
     assert ("\x1b[31m" in capsys.readouterr().out) == colored
 
 
+@pytest.mark.parametrize("asked", [{"color": "always"}, {}])
+def test_colors_make_no_terminal_of_a_pipe(asked, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert not Output(**asked).console(results=False).is_terminal
+
+
 def test_results_go_to_standard_output_and_progress_elsewhere(capsys, tmp_path):
     assert run([*SHORT, "--out", str(tmp_path / "run"), "-v"]) == 0
     captured = capsys.readouterr()

@@ -7,6 +7,7 @@ them. These options stand before the verb or after it. Loads no torch.
 
 import contextlib
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -74,8 +75,10 @@ class Output:
             "always": {"force_terminal": True},
             "never": {"no_color": True, "highlight": False},
         }[self.color]
+        if not results:  # a bar is for a terminal alone, whatever colors are asked for
+            colors["force_terminal"] = sys.stderr.isatty()
         console = Console(stderr=not results, quiet=quiet or self.quiet > int(results), **colors)
-        if not console.is_terminal and "COLUMNS" not in console._environ:
+        if not console.is_terminal and "COLUMNS" not in os.environ:
             console.width = _PIPED
         return console
 
