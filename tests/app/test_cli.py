@@ -25,6 +25,16 @@ def test_plan_prints_the_budget_and_reads_no_data(capsys, tmp_path):
     assert "noise multiplier" in printed and "analysis share" in printed and "3.0000" in printed
 
 
+def test_plan_ends_with_the_command_that_trains(capsys):
+    options = ["--data", "image-folder:my photos", "--records", "480", "--fix"]
+    assert run(["plan", *options]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        printed.splitlines()[-1] == "Train with it: dpquant train --data 'image-folder:my photos' --records 480 --fix"
+    )
+    assert "from 480 records" in printed and "general" in printed
+
+
 def test_plan_as_json_can_be_read_by_a_program(capsys):
     assert run(["plan", "--json", "--policy", "dpquant"]) == 0
     read = json.loads(capsys.readouterr().out)

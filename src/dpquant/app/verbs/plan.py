@@ -5,7 +5,7 @@ from typing import Any
 
 from dpquant.app.console import print_budget, print_defaults, print_meaning
 from dpquant.app.options import Config, Json, command_of, defaults_of, settings_of, with_settings
-from dpquant.app.output import results, say
+from dpquant.app.output import results
 from dpquant.runs.settings import plan_of
 
 
@@ -29,4 +29,5 @@ def plan(given: dict[str, Any], config: Config = None, as_json: Json = False) ->
         print_defaults(results(), settings, defaults_of(given, config))
         print_budget(results(), budget)
         print_meaning(results(), budget, settings.public_records)
-        say(f"\nTrain with it: {command_of('train', given, config)}")
+        command = f"\nTrain with it: {command_of('train', given, config)}"
+        results().print(command, markup=False, highlight=False, soft_wrap=True)
