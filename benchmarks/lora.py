@@ -32,6 +32,7 @@ from dpquant.app.contenders import StepSettings
 from dpquant.engine.batches import take_rows
 from dpquant.engine.clip import clipped_sum
 from dpquant.engine.layers import prepare, quantizable_layers, set_policy
+from dpquant.engine.passes import Objective
 from dpquant.machine import Hardware, memory_mib, reset_peak
 from dpquant.training.tuning import fastest_microbatch_size
 
@@ -135,7 +136,7 @@ def ours(model: nn.Module, batch: Batch, settings: StepSettings, *, quantized: b
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     count, number = len(batch["labels"]), 0
     size = fastest_microbatch_size(
-        model, losses, batch, {name: layer.precision for name, layer in layers.items()},
+        Objective(model, losses), batch, {name: layer.precision for name, layer in layers.items()},
         expected_batch_size=count, memory=None,
     )  # fmt: skip
 

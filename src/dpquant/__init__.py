@@ -27,9 +27,10 @@ if TYPE_CHECKING:
         SettingError,
     )
     from dpquant.formats import Precision, Recipe
+    from dpquant.privacy.analysis_plan import AnalysisPlan
     from dpquant.privacy.events import Event
     from dpquant.privacy.ledger import Ledger
-    from dpquant.privacy.plan import AnalysisPlan, PrivacyPlan
+    from dpquant.privacy.plan import PrivacyPlan
     from dpquant.runs.loading import load
     from dpquant.runs.record import RunRecord
     from dpquant.runs.sinks import Sink
@@ -48,7 +49,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AllPolicy": "training.policies",
-    "AnalysisPlan": "privacy.plan",
+    "AnalysisPlan": "privacy.analysis_plan",
     "AuditRequest": "audits.report",
     "BudgetError": "errors",
     "DPQuantError": "errors",

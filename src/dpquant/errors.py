@@ -42,7 +42,15 @@ def quoted(error: BaseException) -> str:
 
 
 class SettingError(DPQuantError, ValueError):
-    """A setting is out of range, or two settings contradict each other."""
+    """A setting is out of range, or two settings contradict each other.
+
+    Attributes:
+      instead: {setting: value} that would be accepted, where it is known.
+    """
+
+    def __init__(self, message: str, instead: Mapping[str, object] = MappingProxyType({})):
+        super().__init__(message)
+        self.instead = instead
 
 
 class FormatError(DPQuantError, ValueError):

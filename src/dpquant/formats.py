@@ -263,6 +263,8 @@ class Precision:
 
 
 FULL_PRECISION = Precision()
+AUTO = "auto"
+"""Format of a run that decides by measurement on its machine which layers to quantize, and in what."""
 
 
 def _recipe(name: str, forward: NumberFormat, rounding: Rounding, gradient: NumberFormat) -> Recipe:
@@ -355,6 +357,11 @@ def precision(text: str | Recipe | Precision) -> Precision:
         recipes = [recipes[0], recipes[0], wgrad]
     forward, dgrad, wgrad = recipes
     return Precision(forward=forward, dgrad=dgrad, wgrad=wgrad)
+
+
+def format_tried(text: str) -> str:
+    """Return the format that trials on this machine use: the text itself; for `auto` int8, which it takes on most."""
+    return "int8" if text == AUTO else text
 
 
 def _role(text: str) -> RoleFormat | None:

@@ -13,7 +13,7 @@ from dpquant.runs.settings import TrainSettings
 from dpquant.runs.train import train
 from dpquant.training.policies import RotatePolicy
 
-SMALL = {"batch_size": 64.0, "backend": "simulate", "microbatch_size": 32}
+SMALL = {"policy": "dpquant", "batch_size": 64.0, "backend": "simulate", "microbatch_size": 32}
 
 
 def settings(**given):

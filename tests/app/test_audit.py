@@ -19,7 +19,7 @@ from dpquant.runs.settings import TrainSettings
 from dpquant.runs.train import train
 from mechanisms import repeating
 
-SMALL = {"model": "mlp", "epochs": 1, "microbatch_size": 64, "backend": "simulate", "threads": 1}
+SMALL = {"model": "mlp", "policy": "dpquant", "epochs": 1, "microbatch_size": 64, "backend": "simulate", "threads": 1}
 
 
 @pytest.fixture(scope="module")

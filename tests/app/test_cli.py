@@ -17,7 +17,7 @@ from dpquant.privacy.ledger import Ledger
 
 
 def test_plan_prints_the_budget_and_reads_no_data(capsys, tmp_path):
-    options = ["--data", "image-folder:/nowhere", "--records", "9000", "--epsilon", "3"]
+    options = ["--data", "image-folder:/nowhere", "--records", "9000", "--epsilon", "3", "--policy", "dpquant"]
     assert run(["train", *options, "--out", str(tmp_path / "run")]) == 2, "data that is not there would be read"
     assert "/nowhere" in capsys.readouterr().err
     assert run(["plan", *options]) == 0
@@ -25,8 +25,17 @@ def test_plan_prints_the_budget_and_reads_no_data(capsys, tmp_path):
     assert "noise multiplier" in printed and "analysis share" in printed and "3.0000" in printed
 
 
+def test_plan_ends_with_the_command_that_trains(capsys):
+    options = ["--data", "image-folder:my photos", "--records", "480", "--fix"]
+    assert run(["plan", *options]) == 0
+    printed = capsys.readouterr().out
+    right = "dpquant train --data 'image-folder:my photos' --fix --records 480"
+    assert printed.splitlines()[-1] == f"Train with it: {right}"
+    assert "from 480 records" in printed and "general" in printed
+
+
 def test_plan_as_json_can_be_read_by_a_program(capsys):
-    assert run(["plan", "--json"]) == 0
+    assert run(["plan", "--json", "--policy", "dpquant"]) == 0
     read = json.loads(capsys.readouterr().out)
     assert (read["delta"], read["steps"], read["epochs"], read["analysis"]["score"]) == (1e-4, 240, 40, "gradient")
     assert 7.9 < read["epsilon"] <= 8 and 0 < read["analysis_share"] < 1
@@ -43,8 +52,10 @@ def test_the_help_of_plan_documents_its_json(capsys):
 @pytest.mark.always
 def test_train_writes_a_run_and_prints_its_statement(capsys, tmp_path):
     assert run(["train", "--epochs", "1", "--policy", "rotate", "--out", str(tmp_path / "run")]) == 0
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "privacy budget" in printed and "test accuracy" in printed and "one record" in printed
+    captured = capsys.readouterr()
+    printed = " ".join(captured.out.split())
+    assert "test accuracy" in printed and "one record" in printed and "epoch" not in printed
+    assert "privacy   epsilon 8.0000" in captured.err and "epoch 1/1: epsilon 8.00/8.00" in captured.err
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert record["policy"] == "rotate" and record["command"].startswith("dpquant")
 
@@ -73,7 +84,8 @@ def interrupted_run(out, steps, model="doubles:interrupting"):
 def test_an_interrupt_leaves_one_line_and_exit_code_130(capsys, tmp_path):
     assert interrupted_run(tmp_path / "run", steps=0) == 130
     captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1 and "after 0 of 240 steps" in captured.err and captured.out == ""
+    assert captured.err.count("error: ") == 1 and captured.out == ""
+    assert captured.err.splitlines()[-1].startswith("error: interrupted after 0 of 240 steps")
 
 
 def assert_says_what_was_spent(line, ledger):
@@ -100,15 +112,15 @@ def stopped(tmp_path_factory):
 
 def test_an_interrupted_run_says_what_it_has_spent(stopped):
     code, errors, ledger = stopped
-    assert code == 130 and errors.count("\n") == 1
-    assert_says_what_was_spent(errors.strip(), ledger)
+    assert code == 130 and errors.count("error: ") == 1
+    assert_says_what_was_spent(errors.strip().splitlines()[-1], ledger)
 
 
 @pytest.mark.parametrize(("right", "wrong"), [("after 3", "after 2"), (r"epsilon = \d", "epsilon = 9")])
 def test_a_wrong_account_of_an_interrupted_run_would_be_seen(stopped, right, wrong):
     _, errors, ledger = stopped
     with pytest.raises(AssertionError):
-        assert_says_what_was_spent(re.sub(right, wrong, errors.strip()), ledger)
+        assert_says_what_was_spent(re.sub(right, wrong, errors.strip().splitlines()[-1]), ledger)
 
 
 def test_an_interrupted_run_whose_charges_came_from_a_seed_says_so(capsys, tmp_path):

@@ -13,7 +13,7 @@ from dpquant.privacy.ledger import Ledger
 from dpquant.runs.settings import TrainSettings, plan_of
 from dpquant.runs.train import train
 
-SMALL = {"epochs": 1, "microbatch_size": 32, "backend": "simulate"}
+SMALL = {"policy": "dpquant", "epochs": 1, "microbatch_size": 32, "backend": "simulate"}
 
 
 def settings(**given):

@@ -55,7 +55,7 @@ def put_images(folder, count, seed, broken=()):
 def settings_of(images, **others):
     given = {
         "data": f"image-folder:{images}", "image_size": 8, "model": "mlp", "width": 0.1, "epochs": 2, "batch_size": 8.0,
-        "sample_rate": 0.5, "lr": 0.01, "microbatch_size": 16, "backend": "simulate", **others,
+        "sample_rate": 0.5, "lr": 0.01, "microbatch_size": 16, "backend": "simulate", "policy": "dpquant", **others,
     }  # fmt: skip
     return TrainSettings.chosen(given)
 

@@ -24,7 +24,8 @@ from dpquant.runs.train import train
 
 SETTINGS = {
     "model": "mlp", "width": 0.1, "epochs": 2, "batch_size": 64.0, "backend": "simulate", "microbatch_size": 64,
-    "noise_multiplier": 1.0, "lr": 0.1, "declared": {"justification": "as an example"}, "records_per_person": 2,
+    "policy": "dpquant", "noise_multiplier": 1.0, "lr": 0.1,
+    "declared": {"justification": "as an example"}, "records_per_person": 2,
 }  # fmt: skip
 
 

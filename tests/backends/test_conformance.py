@@ -38,7 +38,7 @@ from dpquant.backends.qtensor import QTensor, code_values, scaled
 from dpquant.backends.reference import Reference
 from dpquant.backends.registry import BACKENDS
 from dpquant.formats import RECIPES, precision
-from dpquant.runs import settings
+from dpquant.runs import ranges
 from networks import loss, zoo
 from processor import CPU, LARGEST_CODES, of_integers
 from units import EXACT, backend_of, taking_turns
@@ -144,7 +144,7 @@ def test_refusals_are_told(backend):
 
 def test_backends_are_known_by_their_names_here_and_on_the_command_line():
     assert all(backend.name == name for name, backend in BACKENDS.items())
-    assert ("auto", *BACKENDS) == settings.BACKENDS
+    assert ("auto", *BACKENDS) == ranges.BACKENDS
 
 
 # ---------------------------------------------------------------------------------------- who breaks it is found out

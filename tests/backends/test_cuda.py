@@ -321,6 +321,6 @@ def test_decisions_of_convolutions_are_remembered():
 
 
 def test_help_loads_no_torch():
-    program = "import sys; from dpquant.runs.settings import BACKENDS as b; print('cuda' in b, 'torch' in sys.modules)"
+    program = "import sys; from dpquant.runs.ranges import BACKENDS as b; print('cuda' in b, 'torch' in sys.modules)"
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert told.stdout.split() == ["True", "False"]

@@ -112,7 +112,8 @@ def left_behind(out, settings, *, make_run=Silent, directory=RunDirectory):
 
 RECORDS, OTHERS = 90, 80
 SETTINGS = {
-    "model": "cnn", "epochs": 2, "batch_size": 20.0, "sample_rate": 0.25, "lr": 0.01, "microbatch_size": 32,
+    "model": "cnn", "policy": "dpquant",
+    "epochs": 2, "batch_size": 20.0, "sample_rate": 0.25, "lr": 0.01, "microbatch_size": 32,
     "backend": resolve("auto", [precision("luq-fp4")], torch.device("cpu")).name, "checkpoint_every": "1epoch",
 }  # fmt: skip
 

@@ -20,6 +20,7 @@ from mutants.mutant import (
 
 _TRAINING = "src/dpquant/training"
 _CALLS = "tests/invariants/test_calls.py"
+_AUTO = "tests/training/test_auto_format.py"
 _PRIVATE = "tests/training/test_private.py"
 _RECORDS = "tests/training/test_records.py"
 _CHECKPOINT = "tests/training/test_checkpoint.py"
@@ -1007,6 +1008,32 @@ MUTANTS = [
             "        check_at_size(found, size)\n",
             "",
             f"{_CALLS}::test_a_coupling_at_the_runs_own_size_is_refused_before_a_charge",
+        ),
+    ),
+    *mutants_of(
+        f"{_TRAINING}/auto_format.py",
+        _AUTO,
+        (
+            "auto quantizes layers that get slower",
+            WIRING,
+            "if gains.get(name, 0.0) >= LEAST_GAIN)",
+            "if name in gains)",
+        ),
+        (
+            "auto counts on units that the backend refuses",
+            WIRING,
+            "            if reason is None:\n",
+            "            if reason is not None:\n",
+        ),
+    ),
+    *mutants_of(
+        f"{_TRAINING}/execution.py",
+        _AUTO,
+        (
+            "auto names a format in which no layer ran",
+            CLAIM,
+            "chosen=FULL_PRECISION if auto and excluded == tuple(macs) else chosen,",
+            "chosen=chosen,",
         ),
     ),
 ]

@@ -14,8 +14,9 @@ import torch
 
 from dpquant.errors import SettingError
 from dpquant.privacy.accounting import epsilon
+from dpquant.privacy.analysis_plan import AnalysisPlan
 from dpquant.privacy.events import Event
-from dpquant.privacy.plan import AnalysisPlan, PrivacyPlan, rounded_up
+from dpquant.privacy.plan import PrivacyPlan, rounded_up
 
 ANALYSIS = {"count": 3, "sample_rate": 0.05, "expected_batch_size": 100, "noise_multiplier": 2.0, "max_norm": 1.0}
 SETTINGS = {
@@ -379,3 +380,39 @@ def test_a_number_that_is_not_finite_is_null_in_json():
 def test_seeded_randomness_is_called_not_private():
     assert plan().statement(secure=False).startswith("NOT PRIVATE")
     assert "NOT PRIVATE" not in plan().statement()
+
+
+# A plan by epochs, as one has it in mind.
+
+
+def test_a_plan_by_epochs_is_the_one_that_its_numbers_make():
+    found = PrivacyPlan.for_epochs(records=60_000, batch_size=1024, epochs=20, epsilon=8.0, delta=1e-5)
+    written = PrivacyPlan(
+        epsilon=8.0, delta=1e-5, max_grad_norm=1.0, sample_rate=1024 / 60_000, expected_batch_size=1024, steps=1180,
+        analysis=AnalysisPlan(
+            count=20, sample_rate=64 / 60_000, expected_batch_size=64, noise_multiplier=1.0, max_norm=1.0
+        ),
+    )  # fmt: skip
+    assert found == written and found.epochs == 20
+    without = PrivacyPlan.for_epochs(
+        records=60_000, batch_size=1024, epochs=20, epsilon=8.0, delta=1e-5, analysis=False
+    )
+    assert without.analysis is None and without.noise_multiplier < found.noise_multiplier
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"records": 0}, "records"),
+        ({"records": 1e3}, "records"),
+        ({"records": 100}, "batch_size of at most 100"),
+        ({"batch_size": 0}, "expected_batch_size"),
+        ({"epochs": 0}, "epochs"),
+        ({"epochs": 2.5}, "epochs"),
+        ({"epsilon": -1.0}, "epsilon"),
+    ],
+)
+def test_a_plan_by_epochs_refuses_what_makes_none(given, words):
+    usual = {"records": 60_000, "batch_size": 1024, "epochs": 2, "epsilon": 8.0, "delta": 1e-5}
+    with pytest.raises(SettingError, match=words):
+        PrivacyPlan.for_epochs(**{**usual, **given})

@@ -7,7 +7,8 @@ import pytest
 
 from dpquant.errors import SettingError
 from dpquant.runs.effects import _RULES
-from dpquant.runs.settings import POLICIES, TrainSettings, from_toml
+from dpquant.runs.ranges import POLICIES
+from dpquant.runs.settings import TrainSettings, from_toml
 
 
 @pytest.mark.parametrize(

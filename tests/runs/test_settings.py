@@ -9,8 +9,9 @@ import pytest
 from dpquant.backends.registry import BACKENDS
 from dpquant.errors import SettingError
 from dpquant.formats import RECIPES
-from dpquant.runs.settings import BACKENDS as SETTING_BACKENDS
-from dpquant.runs.settings import BY_DATA, GENERAL, TrainSettings, from_toml, plan_of, policy_of
+from dpquant.runs.defaults import BY_DATA, GENERAL, Default, defaults
+from dpquant.runs.ranges import BACKENDS as SETTING_BACKENDS
+from dpquant.runs.settings import TrainSettings, from_toml, plan_of, policy_of
 
 
 def test_defaults_are_valid_for_every_data_set():
@@ -61,7 +62,7 @@ def test_settings_come_back_from_their_toml(tmp_path):
 
 
 def test_all_that_is_set_is_in_the_toml():
-    settings = TrainSettings.chosen({})
+    settings = TrainSettings.chosen({"policy": "dpquant"})
     written = tomllib.loads(settings.to_toml())
     assert written == {name: value for name, value in dataclasses.asdict(settings).items() if value is not None}
 
@@ -112,7 +113,7 @@ def test_delta_is_explained_as_what_it_is():
 
 
 def settings(**given):
-    return TrainSettings.chosen({"epochs": 2, **given})
+    return TrainSettings.chosen({"epochs": 2, "policy": "dpquant", **given})
 
 
 @pytest.mark.parametrize("name", ["format", "rest"])
@@ -161,3 +162,69 @@ def test_every_policy_can_be_named(name):
 def test_a_static_policys_layers_can_be_named():
     policy = policy_of(settings(policy="static", layers="b, d"))
     assert policy.choose({"a": 1.0, "b": 1.0, "c": 1.0, "d": 1.0}, None, epoch=0, key=0) == ("b", "d")
+
+
+# Defaults that depend on other settings.
+
+
+@pytest.mark.parametrize(
+    ("given", "format", "policy"),
+    [
+        ({}, "auto", "all"),
+        ({"format": "auto"}, "auto", "all"),
+        ({"format": "luq-fp4"}, "luq-fp4", "dpquant"),
+        ({"policy": "rotate"}, "luq-fp4", "rotate"),
+        ({"policy": "all"}, "luq-fp4", "all"),
+        ({"macs": 0.9}, "luq-fp4", "dpquant"),
+        ({"rest": "full/int8/int8"}, "luq-fp4", "dpquant"),
+        ({"analysis_every": 2}, "luq-fp4", "dpquant"),
+        ({"fraction": None}, "auto", "all"),
+    ],
+)
+def test_who_names_nothing_of_a_policy_gets_what_the_machine_gains_by(given, format, policy):
+    found = TrainSettings.chosen(given)
+    assert (found.format, found.policy) == (format, policy)
+    assert policy_of(found).needs_scores == (plan_of(found).analysis is not None) == (policy == "dpquant")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"format": "auto", "policy": "dpquant"},
+        {"format": "auto", "fraction": 0.5},
+        {"format": "auto", "rest": "full/int8/int8"},
+    ],
+)
+def test_auto_leaves_no_choice_to_a_policy(given):
+    with pytest.raises(SettingError, match=r"format=auto|policy=all"):
+        TrainSettings.chosen(given)
+
+
+@pytest.mark.parametrize(
+    ("records", "batch", "analysis", "delta"),
+    [
+        (1, 1.0, 1.0, 1e-5),
+        (100, 10.0, 10.0, 1e-5),
+        (480, 48.0, 16.0, 1e-5),
+        (9_000, 900.0, 56.25, 1e-5),
+        (40_000, 1024.0, None, 1e-5),
+        (100_000, 1024.0, None, 1e-6),
+        (999_999, 1024.0, None, 1e-6),
+        (1_000_000, 1024.0, None, 1e-7),
+    ],
+)
+def test_batches_and_delta_follow_from_the_number_of_records(records, batch, analysis, delta, tmp_path):
+    found = TrainSettings.chosen({"data": "image-folder:x", "records": records, "policy": "dpquant"})
+    assert (found.batch_size, found.analysis_batch_size, found.delta) == (batch, analysis, delta)
+    assert delta < 1 / records or records == 1
+    (tmp_path / "config.toml").write_text(found.to_toml())
+    assert TrainSettings.chosen({}, from_toml(tmp_path / "config.toml")) == found
+    assert TrainSettings.chosen({"data": "image-folder:x", "records": records}).analysis_batch_size is None
+
+
+def test_a_default_says_where_it_comes_from():
+    found = defaults({"data": "image-folder:x", "records": 480})
+    assert found["batch_size"] == Default(48.0, "from 480 records") and found["lr"].origin == "general"
+    assert defaults({})["lr"] == Default(0.2, "from digits")
+    assert defaults({"format": "luq-fp4"})["policy"] == Default("dpquant", "general")
+    assert defaults({"beta": 2.0})["format"] == Default("luq-fp4", "as beta is given")

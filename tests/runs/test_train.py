@@ -25,7 +25,7 @@ from dpquant.runs.train import train
 
 
 def settings(**given):
-    return TrainSettings.chosen({"epochs": 2, **given})
+    return TrainSettings.chosen({"epochs": 2, "policy": "dpquant", **given})
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +106,7 @@ def test_the_record_counts_what_ran_quantized(run):
     assert sum(layer.times_quantized for layer in record.layers) == 8
     scored = [layer for layer in record.layers if layer.last_score is not None]
     assert len(scored) >= 4 and all(math.isfinite(layer.last_score) for layer in scored)
-    if record.backend == "int8":
-        assert all(layer.gain is not None and layer.gain > 0 for layer in record.layers)
+    assert all(layer.gain is None for layer in record.layers), "a run of 3,000 examples would not win measuring back"
 
 
 def assert_keeps_every_epoch(record, out):

@@ -25,9 +25,9 @@ FOUR = dict.fromkeys("abcd", 1.0)
 ANALYSIS = dpquant.AnalysisPlan(count=1, sample_rate=0.1, expected_batch_size=8, noise_multiplier=1.0, max_norm=1.0)
 
 
-def plan_of(analysis=None):
+def plan_of(analysis=None, steps=10):
     return dpquant.PrivacyPlan(
-        noise_multiplier=1.0, delta=1e-5, max_grad_norm=1.0, sample_rate=0.1, expected_batch_size=8, steps=10,
+        noise_multiplier=1.0, delta=1e-5, max_grad_norm=1.0, sample_rate=0.1, expected_batch_size=8, steps=steps,
         analysis=analysis,
     )  # fmt: skip
 
@@ -42,6 +42,7 @@ def decided(
     analysis=None,
     memory=None,
     by=HERE,
+    steps=10,
 ):
     torch.manual_seed(0)
     model = dpquant.prepare(
@@ -52,7 +53,7 @@ def decided(
         (torch.randn(2, 1, 4, 4), torch.arange(2)),
         policy=policy,
         macs={"1": 128.0, "2": 40.0},
-        plan=plan_of(analysis),
+        plan=plan_of(analysis, steps),
         request=ExecutionRequest(
             chosen=precision(format),
             rest=precision(rest),
@@ -130,7 +131,7 @@ def test_a_reason_that_looks_at_the_chosen_layers_alone_would_be_seen():
 
 def test_only_auto_measures_gains():
     assert decided(dpquant.RotatePolicy(fraction=0.5), backend="simulate").gains == {}
-    auto = decided(dpquant.RotatePolicy(fraction=0.5), backend="auto")
+    auto = decided(dpquant.RotatePolicy(fraction=0.5), backend="auto", steps=10_000)
     assert auto.gains.keys() == ({"1", "2"} if auto.backend == "int8" else set())
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import dpquant
+from dpquant.engine.passes import Objective
 from dpquant.errors import SettingError
 from dpquant.training import tuning
 from dpquant.training.execution import ExecutionRequest
@@ -138,6 +139,6 @@ def test_sizes_are_doubled_while_the_device_holds_them():
     batch = run._records._data_set.dpquant_batch(torch.arange(3))
     instruments = tuning.Instruments(timed=timed, clipped_sum=sum_of)
     size = tuning.fastest_microbatch_size(
-        run.model, loss, batch, {}, expected_batch_size=4096, memory=None, by=instruments
+        Objective(run.model, loss), batch, {}, expected_batch_size=4096, memory=None, by=instruments
     )
     assert size == 128

@@ -7,6 +7,7 @@ from torch import nn
 
 import dpquant
 from dpquant.engine.layers import current_precisions
+from dpquant.engine.passes import Objective
 from dpquant.errors import SettingError
 from dpquant.formats import precision
 from dpquant.training import tuning
@@ -84,7 +85,7 @@ def timed(seconds):
 def size_by(instruments, expected_batch_size=1e6, memory=None):
     model, batch = model_and_batch()
     size = tuning.fastest_microbatch_size(
-        model, loss, batch, {}, expected_batch_size=expected_batch_size, memory=memory, by=instruments
+        Objective(model, loss), batch, {}, expected_batch_size=expected_batch_size, memory=memory, by=instruments
     )
     assert tuple(current_precisions(model)) == ()
     return size
@@ -131,7 +132,9 @@ def test_sizes_are_timed_on_the_same_examples_in_the_precisions_of_an_epoch():
     by = Instruments(clipped_sum=watched, timed=each_once)
     precisions = {"2": precision("luq-fp4")}
     assert (
-        tuning.fastest_microbatch_size(model, loss, batch, precisions, expected_batch_size=100, memory=None, by=by)
+        tuning.fastest_microbatch_size(
+            Objective(model, loss), batch, precisions, expected_batch_size=100, memory=None, by=by
+        )
         == 128
     )
     assert steps == [(64, 32, ("2",)), (64, 64, ("2",)), (128, 64, ("2",)), (128, 128, ("2",))]

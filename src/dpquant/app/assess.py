@@ -23,8 +23,10 @@ from dpquant.data import dataset as data
 from dpquant.engine.batches import Microbatch, to_device
 from dpquant.engine.passes import Objective
 from dpquant.errors import SettingError, did_you_mean
+from dpquant.formats import AUTO, format_tried
 from dpquant.machine import Hardware, check_threads, now
-from dpquant.privacy.plan import AnalysisPlan, NoiseLaw, PrivacyPlan
+from dpquant.privacy.analysis_plan import AnalysisPlan
+from dpquant.privacy.plan import NoiseLaw, PrivacyPlan
 from dpquant.runs.devices import device_of
 from dpquant.runs.evaluation import per_example_loss
 from dpquant.runs.names import RECORD
@@ -32,6 +34,7 @@ from dpquant.runs.objects import model_of, optimizer_of
 from dpquant.runs.record import RunRecord
 from dpquant.runs.settings import TrainSettings, plan_of, policy_of
 from dpquant.runs.size import check_data_fits
+from dpquant.training.auto_format import LEAST_GAIN
 from dpquant.training.cost import (
     FP4_OVER_FP16,
     PAPER_SHARE,
@@ -217,7 +220,7 @@ def assess(
     impacts = {} if record is None else {r.name: r.last_score for r in record.layers if r.last_score is not None}
     return Assessment(
         model=settings.model,
-        format=settings.format,
+        format=format_tried(settings.format),
         batch_size=settings.batch_size,
         hardware=Hardware.here(),
         profile=hardware,
@@ -282,7 +285,7 @@ def _private(
         loss_fn=per_example_loss,
         plan=plan,
         policy=_InTurn(),
-        format=settings.format,
+        format=format_tried(settings.format),
         backend=settings.backend,
         microbatch_size=settings.microbatch_size,
         memory=settings.memory,
@@ -344,7 +347,10 @@ def _analysis_seconds(private: PrivateTraining, synthetic: SyntheticRecords, ana
 def _mean_step(settings: TrainSettings, plan: PrivacyPlan, private: PrivateTraining, model: CostModel) -> float:
     """Return the predicted seconds of a step, averaged over the epochs with the layers that the policy chooses."""
     policy, macs = policy_of(settings), private.macs
-    excluded = layers_to_exclude(policy, macs, private.execution.gains)
+    gains = {name: layer.gain for name, layer in model.layers.items()}
+    excluded = layers_to_exclude(policy, macs, gains)
+    if settings.format == AUTO:
+        excluded = tuple(name for name in macs if gains.get(name, 0.0) < LEAST_GAIN)
     epochs = range(plan.epochs)
     return statistics.mean(
         model.step(policy.choose(macs, None, epoch=epoch, key=settings.seed, excluded=excluded)) for epoch in epochs

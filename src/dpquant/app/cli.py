@@ -10,13 +10,16 @@ import importlib.metadata
 import os
 import sys
 import warnings
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
+from types import MappingProxyType
 from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.exceptions import TyperException
 
+from dpquant.app.corrections import corrected
 from dpquant.app.options import DIVERGED, INTERRUPTED, EndsQuietly, InterruptedRun, refuse
+from dpquant.app.output import Output, using
 from dpquant.app.verbs.assess import assess
 from dpquant.app.verbs.audit import audit
 from dpquant.app.verbs.bench import bench
@@ -40,10 +43,15 @@ from dpquant.errors import DivergedError, DPQuantError, StoppedError
 
 SPINS = "1000"  # some tens of microseconds, longer than from one operator to the next; `scripts/bench waiting`
 
+_EPILOG = """-q leaves results only, -qq nothing, -v adds times; --color auto, always or never. They stand anywhere.
+
+Exit codes: 0 done, 1 a result is wrong, 2 bad input or a refusal, 3 alert, 4 a run that diverged, 130 and 143 stopped
+by Ctrl-C and SIGTERM."""
+
 app = typer.Typer(
     name="dpquant",
+    epilog=_EPILOG,
     help="Differentially private training with dynamic quantization.",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -108,12 +116,21 @@ def _command() -> Callable[..., Any]:
 
 def _run(arguments: list[str]) -> int:
     try:
+        output, arguments = Output.split(arguments)
+        with using(output):
+            return _called(arguments)
+    except DPQuantError as error:
+        return refuse(str(error))
+
+
+def _called(arguments: list[str]) -> int:
+    try:
         result = _command()(arguments or ["--help"], prog_name="dpquant", standalone_mode=False)
         if result == INTERRUPTED:  # what typer makes of a KeyboardInterrupt outside a run
             return refuse("interrupted; what was charged so far stays in the run's ledger", INTERRUPTED)
         return result if isinstance(result, int) else 0
     except TyperException as error:
-        return refuse(error.format_message())
+        return refuse(_with_correction(error.format_message(), arguments))
     except DivergedError as error:
         return refuse(str(error), DIVERGED)
     except StoppedError as stop:
@@ -121,11 +138,17 @@ def _run(arguments: list[str]) -> int:
     except EndsQuietly as end:
         return end.exit_code
     except DPQuantError as error:
-        return refuse(str(error))
+        return refuse(_with_correction(str(error), arguments, getattr(error, "instead", {})))
     except InterruptedRun as stop:
         return refuse(str(stop), INTERRUPTED)
     except OSError as error:
         return refuse(_cannot_be_written(error))
+
+
+def _with_correction(message: str, arguments: list[str], instead: Mapping[str, Any] = MappingProxyType({})) -> str:
+    """Return an error with the command that was meant, where it is known."""
+    command = corrected(message, arguments, instead)
+    return message if command is None else f"{message} Try: {command}"
 
 
 def _cannot_be_written(error: OSError) -> str:

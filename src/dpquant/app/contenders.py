@@ -33,6 +33,7 @@ from dpquant.backends.precision import tf32_float32
 from dpquant.engine.batches import take_rows
 from dpquant.engine.clip import clipped_sum
 from dpquant.engine.layers import count_macs, current_precisions, prepare, set_policy
+from dpquant.engine.passes import Objective
 from dpquant.errors import SettingError
 from dpquant.formats import recipe
 from dpquant.training.policies import largest_layers
@@ -208,7 +209,11 @@ def ours(model: nn.Module, batch: Batch, settings: StepSettings, *, share: float
     parameters = dict(model.named_parameters())
     numbers = itertools.count()
     size = fastest_microbatch_size(
-        model, example_losses, batch, current_precisions(model), expected_batch_size=len(batch[1]), memory=None
+        Objective(model, example_losses),
+        batch,
+        current_precisions(model),
+        expected_batch_size=len(batch[1]),
+        memory=None,
     )
     size = min(size, len(batch[1]))
 

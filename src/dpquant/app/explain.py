@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from dpquant.errors import SettingError, did_you_mean
+from dpquant.runs.defaults import BY_DATA, GENERAL
 from dpquant.runs.effects import decider
-from dpquant.runs.settings import BY_DATA, GENERAL, RANGES, TrainSettings
+from dpquant.runs.ranges import RANGES
+from dpquant.runs.settings import TrainSettings
 
 _TEXTS = Path(__file__).parent / "explanations"
 _FOR_PROGRAMS = ("With --json", "With --once --json")  # paragraphs of a verb's help that describe fields

@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 import inspect
+import re
 import shlex
 import sys
 import typing
@@ -13,8 +14,10 @@ from typing import Annotated, Any
 
 import typer
 
-from dpquant.errors import SettingError
-from dpquant.runs.settings import BY_DATA, GENERAL, TrainSettings, from_toml
+from dpquant.app.completion import completer
+from dpquant.errors import DPQuantError, SettingError
+from dpquant.runs.defaults import BY_DATA, GENERAL, Default, defaults
+from dpquant.runs.settings import TrainSettings, from_toml
 
 WRONG_RESULT = 1
 BAD_INPUT = 2
@@ -68,7 +71,9 @@ def with_settings(verb: Callable[..., None], names: Collection[str] | None = Non
             continue
         plain = hints[field.name]
         shown = _default_shown(field)
-        option = typer.Option(help=f"{field.metadata['help']}{shown}", show_default=False)
+        option = typer.Option(
+            help=f"{field.metadata['help']}{shown}", show_default=False, autocompletion=completer(field.name)
+        )
         annotation = Annotated[plain | None, option]
         parameters.append(
             inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
@@ -109,4 +114,44 @@ Config = Annotated[Path | None, typer.Option(help="TOML file of settings; option
 
 def settings_of(given: dict[str, Any], config: Path | None) -> TrainSettings:
     """Return the settings of a verb: given ones, then those of the file, then defaults."""
-    return TrainSettings.chosen(given, from_toml(config) if config else {})
+    file = from_toml(config) if config else {}
+    try:
+        return TrainSettings.chosen(given, file)
+    except DPQuantError as error:
+        line = line_of(str(error), file.keys() - given.keys(), config)
+        if line is None:
+            raise
+        raise type(error)(f"{error} It is line {line} of {config}.") from error
+
+
+def line_of(message: str, names: Collection[str], config: Path | None) -> int | None:
+    """Return the number of the line in a file of settings that an error is about; None if it is about none.
+
+    Args:
+      message: of the error.
+      names: of the settings that the file gives and the command line does not.
+      config: the file.
+    """
+    told = [name for name in names if re.search(rf"(got |Expected |got a table \[){name}\b", message)]
+    if config is None or not told:
+        return None
+    lines = enumerate(config.read_text().splitlines(), 1)
+    return next((number for number, line in lines if re.match(rf"\s*\[?{told[0]}\s*[=\]]", line)), None)
+
+
+def defaults_of(given: dict[str, Any], config: Path | None) -> dict[str, Default]:
+    """Return the defaults of the settings that neither the user nor the file gives, with where they come from."""
+    both = {**(from_toml(config) if config else {}), **given}
+    return {name: default for name, default in defaults(both).items() if both.get(name) is None}
+
+
+def command_of(verb: str, given: dict[str, Any], config: Path | None) -> str:
+    """Return the command line of a verb with these settings, to be pasted."""
+    words = ["dpquant", verb, *(["--config", str(config)] if config else [])]
+    for name, value in given.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            words += [f"--{option}", f"{value:g}" if isinstance(value, float) else str(value)]
+    return shlex.join(words)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dpquant.errors import DPQuantError, LedgerError, SettingError
+from dpquant.formats import AUTO
 from dpquant.privacy import accounting, releases
 from dpquant.privacy.entries import Contents
 from dpquant.privacy.events import Event
@@ -220,7 +221,8 @@ def _statement(record: RunRecord) -> Finding:
 
 def _settings(settings: TrainSettings, record: RunRecord) -> Iterator[Finding]:
     """Compare settings and record, and compute the plan again."""
-    differ = [name for name in _SAME_NAME if getattr(settings, name) != getattr(record, name)]
+    taken = {"format": record.format} if settings.format == AUTO else {}  # the record says what auto took
+    differ = [name for name in _SAME_NAME if taken.get(name, getattr(settings, name)) != getattr(record, name)]
     differ += ["data"] if settings.data != record.dataset else []
     detail = ", ".join(f"{name} differs" for name in differ) or f"{CONFIG} and {RECORD} agree"
     yield Finding(what="settings", holds=not differ, detail=detail)

@@ -35,7 +35,8 @@ from dpquant.engine.batches import microbatches
 from dpquant.engine.clip import clipped_sum
 from dpquant.engine.layers import quantizable_layers, set_policy
 from dpquant.engine.passes import Objective
-from dpquant.privacy.plan import AnalysisPlan, PrivacyPlan, Score
+from dpquant.privacy.analysis_plan import AnalysisPlan, Score
+from dpquant.privacy.plan import PrivacyPlan
 from dpquant.training.impact import analysis_keys, impact_sum
 from dpquant.training.policies import DPQuantPolicy
 from dpquant.training.start import make_private

@@ -11,6 +11,7 @@ from dpquant.audits.games import GameFound, Worlds, tap_game, world_game
 from dpquant.audits.one_run import Attacker, OneRunFound, check_count, check_images, one_run
 from dpquant.audits.taps import Start, TapFound, Tapping, moments, tapped
 from dpquant.errors import SettingError
+from dpquant.formats import format_tried
 from dpquant.privacy.plan import PrivacyPlan
 from dpquant.runs.names import CHOICES
 from dpquant.runs.place import Place
@@ -157,7 +158,7 @@ def _taps(
     settings: TrainSettings, plan: PrivacyPlan, request: AuditRequest, start: Start, watch: Callable[[str], None]
 ) -> list[TapFound]:
     found = []
-    for format in (None, settings.format):
+    for format in (None, format_tried(settings.format)):
         watch(f"{request.taps} tap canaries, {format or 'full precision'}")
         tapping = Tapping(_of_steps(plan, min(plan.steps, _TAP_STEPS)), request.taps, format, request.seed)
         found.append(moments(tapped(tapping, start=start), format=format, alpha=LEVEL))
@@ -168,11 +169,12 @@ def _games(
     settings: TrainSettings, plan: PrivacyPlan, request: AuditRequest, start: Start, watch: Callable[[str], None]
 ) -> list[GameFound]:
     watch("the game of telling whether a record was there, for steps and analyses")
-    tapping = Tapping(_of_steps(plan, _GAME_STEPS, sample_rate=1.0), request.taps, settings.format, request.seed)
+    format = format_tried(settings.format)
+    tapping = Tapping(_of_steps(plan, _GAME_STEPS, sample_rate=1.0), request.taps, format, request.seed)
     worlds = Worlds(
         request.plays,
         score="gradient" if plan.analysis is None else plan.analysis.score,
-        format=settings.format,
+        format=format,
         seed=request.seed,
     )
     return [tap_game(tapped(tapping, start=start), alpha=LEVEL), *world_game(worlds, alpha=LEVEL, start=start)]

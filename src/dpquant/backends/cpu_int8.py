@@ -109,6 +109,7 @@ class CpuInt8(Reference):
     """The backend that multiplies codes on int8 instructions of a CPU; see `interface.Backend`."""
 
     name = "int8"
+    units = ("int8",)
     device_type = "cpu"
 
     def __init__(self, packed: Packing | None = None):

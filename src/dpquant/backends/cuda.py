@@ -62,6 +62,7 @@ class Cuda(Reference):
     """The backend that multiplies codes on tensor cores; see `interface.Backend`."""
 
     name = "cuda"
+    units = ("int8",)
 
     def __init__(self, carriers: Sequence[Carrier] = CARRIERS, device_type: str = "cuda", *, kernels: bool = True):
         """Make a backend of these carriers for devices of this type; tests bring stand-ins for the CPU.

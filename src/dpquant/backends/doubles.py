@@ -31,13 +31,13 @@ class Wrapped:
     Attributes:
       inner: the other backend.
       name: the name of the subclass and of the other backend.
-      device_type: of the other backend.
+      device_type, units: of the other backend.
     """
 
     def __init__(self, inner: Backend):
         self.inner = inner
         self.name = f"{type(self).__name__} of {inner.name}"
-        self.device_type = inner.device_type
+        self.device_type, self.units = inner.device_type, inner.units
 
     def refusal(self, precision: Precision, device: torch.device) -> str | None:
         return self.inner.refusal(precision, device)

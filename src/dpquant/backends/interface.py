@@ -202,10 +202,13 @@ class Backend(Protocol):
     Attributes:
       name: the name by which users choose it and records show it.
       device_type: of the devices that it is made for, `cpu` or `cuda`; None: any.
+      units: names of the recipes that it multiplies on units made for them, if it does not refuse them, the narrowest
+        first. `format=auto` takes the first one that is not refused.
     """
 
     name: str
     device_type: str | None
+    units: tuple[str, ...]
 
     def refusal(self, precision: Precision, device: torch.device) -> str | None:
         """Return the reason why the backend cannot run a precision exactly on a device; None if it can."""

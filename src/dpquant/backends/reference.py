@@ -85,6 +85,7 @@ class Reference:
     """The backend in plain torch, for any device; see `interface.Backend`."""
 
     name = "simulate"
+    units: tuple[str, ...] = ()
     device_type: str | None = None
 
     def refusal(self, precision: Precision, device: torch.device) -> str | None:

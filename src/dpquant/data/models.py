@@ -25,14 +25,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from dpquant.data.model_names import NAMES, unknown
 from dpquant.data.table_models import mlp, tabular_resnet
 from dpquant.data.text_models import EmbeddingMean
 from dpquant.errors import ModelError, SettingError, did_you_mean, kind_of, quoted
 
-NAMES = (
-    *("cnn", "lenet", "resnet18", "resnet18-cifar", "resnet50", "densenet121"),
-    *("mlp", "tabular-resnet", "embedding-mean"),
-)
 _FOR_ROWS = ("mlp", "tabular-resnet")
 
 _PUBLISHED_SIDE = 28
@@ -104,10 +101,7 @@ def build(
             offered |= {"categories": tuple(categories)} if categories else {}
             offered |= {"vocabulary": vocabulary} if vocabulary is not None else {}
             return _users_own(name, offered, folder or Path.cwd())
-    raise ModelError(
-        f"Expected model to be one of {', '.join(NAMES)}, or module:function; got model={name}. "
-        f"{did_you_mean(name, NAMES)}For a model of your own, name the function that builds it, as in my_models:build."
-    )
+    raise unknown(name)
 
 
 def _check_inputs(name: str, input_shape: tuple[int, ...], vocabulary: int | None) -> None:

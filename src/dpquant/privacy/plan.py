@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The privacy plan: sampling, sensitivity, noise and accounting of a run, joined before any data is read.
 
-    plan = PrivacyPlan(epsilon=8.0, delta=1e-5, max_grad_norm=1.0, sample_rate=1024 / 60_000, expected_batch_size=1024,
-                       steps=1172, analysis=AnalysisPlan(count=10, sample_rate=256 / 60_000, expected_batch_size=256,
-                                                         noise_multiplier=2.0, max_norm=1.0))
+    plan = PrivacyPlan.for_epochs(records=60_000, batch_size=1024, epochs=20, epsilon=8.0, delta=1e-5)
     plan.noise_multiplier    # calibrated: training and analyses together cost epsilon = 8.0
 
 Every setting is public. Sample rates and batch sizes are literals, never computed from the private data set, because
@@ -21,19 +19,18 @@ import json
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Self
 
 from dpquant.errors import SettingError
 from dpquant.privacy import accounting
+from dpquant.privacy.analysis_plan import AnalysisPlan
 from dpquant.privacy.events import NEIGHBOURS, PUBLIC, Budget, Event
 from dpquant.privacy.grid_noise import covered, grid_of
 from dpquant.privacy.meaning import Meaning, epsilon_of_person, meaning_of
-from dpquant.privacy.ranges import RULES, checked, checked_choice
+from dpquant.privacy.ranges import checked, checked_choice, checked_rate
 
-Score = Literal["loss", "gradient"]  # the quantity whose change defines a layer's impact
 NoiseLaw = Literal["gaussian", "discrete"]
 
-_SCORE_ADVICE = "It says what a layer's impact is measured by. Use loss, as the paper does, or gradient."
 _NOISE_ADVICE = "It is the noise's law. Use gaussian, or discrete, which costs time and may be released bit by bit."
 _CHANNELS = {"gaussian": "floating-point side channels (the proof is about real numbers); ", "discrete": ""}
 PROTECTED = (
@@ -41,38 +38,6 @@ PROTECTED = (
     "the run released, and knows all other records."
 )
 LARGE_DELTA = 1e-2  # a larger delta is a weak guarantee for a data set of any size
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AnalysisPlan:
-    """Settings of the analyses: private measurements of each layer's impact, from which policies choose layers.
-
-    Attributes:
-      count: number of analyses, spread evenly over the epochs; the first comes before any step.
-      sample_rate: probability with which each record takes part in an analysis, in (0, 1].
-      expected_batch_size: public number by which the noised sum of impacts is divided.
-      noise_multiplier: standard deviation of the noise over the sensitivity, >= 0.1.
-      max_norm: L2 norm to which each example's impact vector is clipped, in units of the score.
-      repeats: number of roundings that are averaged before clipping; costs time, not privacy.
-      score: `gradient`: an impact is 1 - cosine between an example's gradients with the layer quantized and in full
-        precision. `loss`: an impact is the increase of an example's loss, as in the paper.
-    Raises:
-      SettingError: a value out of range.
-    """
-
-    count: int
-    sample_rate: float
-    expected_batch_size: float
-    noise_multiplier: float
-    max_norm: float
-    repeats: int = 1
-    score: Score = "gradient"
-
-    def __post_init__(self) -> None:
-        checked_choice("analysis.score", self.score, Score, _SCORE_ADVICE)
-        for field in dataclasses.fields(self):
-            if field.name in RULES:
-                object.__setattr__(self, field.name, checked(field.name, getattr(self, field.name), "analysis."))
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -166,6 +131,42 @@ class PrivacyPlan:
                 "1 / records.",
                 stacklevel=2,
             )
+
+    @classmethod
+    def for_epochs(
+        cls,
+        *,
+        records: int,
+        batch_size: float,
+        epochs: int,
+        epsilon: float,
+        delta: float,
+        max_grad_norm: float = 1.0,
+        analysis: bool = True,
+    ) -> Self:
+        """Return the plan of a run over a data set of about this size.
+
+        Args:
+          records: public, if need be approximate, number of training records. Do not count a private data set.
+          batch_size: expected size of a Poisson batch, at most `records`.
+          epochs: of round(records / batch_size) steps each.
+          epsilon: target for training and analyses together.
+          delta: far below 1 / records.
+          max_grad_norm: as for `PrivacyPlan`.
+          analysis: one an epoch, which `DPQuantPolicy` and `PrioritisePolicy` need, and which others would waste.
+        Raises:
+          SettingError: a value out of range.
+        """
+        rate = checked_rate(records, batch_size)
+        return cls(
+            epsilon=epsilon,
+            delta=delta,
+            max_grad_norm=max_grad_norm,
+            sample_rate=rate,
+            expected_batch_size=batch_size,
+            steps=int(checked("epochs", epochs)) * max(1, round(1 / rate)),
+            analysis=AnalysisPlan.for_epochs(epochs, rate, batch_size) if analysis else None,
+        )
 
     @property
     def epoch_steps(self) -> int:

@@ -49,6 +49,8 @@ RULES: Mapping[str, _Rule] = {
     "records_per_person": _Rule(
         1, 64, "It is the number of records that one person has at most, as a public fact. Leave it out otherwise.", int
     ),
+    "records": _Rule(1, 1e12, "It is a public, if need be approximate, number of training records.", int),
+    "epochs": _Rule(1, MOST_STEPS, "An epoch is records over batch size steps. Plan at least one.", int),
     "repeats": _Rule(1, 1e4, "It is the number of roundings that are averaged. Use 1, or a few.", int),
 }
 
@@ -80,3 +82,18 @@ def checked(name: str, value: Any, prefix: str = "") -> float:
             f"Expected {prefix}{name} {kind} [{rule.low:g}, {rule.high:g}]; got {name}={value!r}. {rule.advice}"
         )
     return rule.number(scalar)
+
+
+def checked_rate(records: Any, batch_size: Any) -> float:
+    """Return the sample rate of batches of an expected size.
+
+    Raises:
+      SettingError: a number is out of range, or a batch is larger than the data set.
+    """
+    number, size = checked("records", records), checked("expected_batch_size", batch_size)
+    if size > number:
+        raise SettingError(
+            f"Expected batch_size of at most {number}, the records; got batch_size={size:g}. A record is drawn with "
+            f"probability batch size over records. Give a smaller one, as {max(1, round(number / 10))}."
+        )
+    return size / number

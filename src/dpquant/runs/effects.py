@@ -12,13 +12,16 @@ from typing import Any
 
 from dpquant.data.sizes import OWN_PREFIXES, PACKED_PREFIX, PUBLIC_SIZES, TABLE_PREFIX, TEXT_PREFIX
 from dpquant.errors import SettingError
+from dpquant.formats import AUTO
 
+SCORED = ("prioritise", "dpquant")
+"""Policies that choose by measured impacts, and so need analyses."""
 _IN_MEMORY = "digits"  # comes with scikit-learn
 
 # {setting: (the setting that decides, whether its value gives an effect, why it gives none)}
 _Rule = tuple[str, Callable[[Any], bool], str]
 _WITH_SHARE: _Rule = ("policy", lambda x: x not in ("none", "all"), "The policy quantizes no share but none or all")
-_WITH_ANALYSIS: _Rule = ("policy", lambda x: x in ("prioritise", "dpquant"), "The policy makes no analysis")
+_WITH_ANALYSIS: _Rule = ("policy", lambda x: x in SCORED, "The policy makes no analysis")
 _OF_FILES: _Rule = ("data", lambda x: x.startswith((TABLE_PREFIX, TEXT_PREFIX)), "Only tables and texts have it")
 _OF_TABLES: _Rule = ("data", lambda x: x.startswith(TABLE_PREFIX), "Only tables have it")
 _OF_TEXTS: _Rule = ("data", lambda x: x.startswith(TEXT_PREFIX), "Only texts have it")
@@ -69,6 +72,12 @@ _INSTEAD = (
 )
 
 
+def settings_of_policies() -> frozenset[str]:
+    """Return the names of the settings that choose or shape a policy, and so rule `format=auto` out as the default."""
+    shaped = {name for name, (decider, _, _) in _RULES.items() if decider == "policy"} - {"format"}
+    return frozenset({"policy", "layers", "rest"} | shaped)
+
+
 def check_contradictions(values: Mapping[str, Any]) -> None:
     """Refuse values of settings that contradict each other.
 
@@ -89,10 +98,27 @@ def check_contradictions(values: Mapping[str, Any]) -> None:
             f"microbatch_size={size}. It would be filled up with copies of a record, which cost time. Leave it out, or "
             "give a smaller one."
         )
+    if values["format"] == AUTO:
+        _check_auto(values)
     if values["layers"] is not None and values["policy"] != "static":
         raise SettingError(
             f"Expected policy=static with layers; got policy={values['policy']}. Other policies choose for "
             "themselves. Leave layers out."
+        )
+
+
+def _check_auto(values: Mapping[str, Any]) -> None:
+    """Refuse what `auto` decides itself: which layers run quantized, and in which precision the others do."""
+    if values["policy"] not in ("all", "none"):
+        raise SettingError(
+            f"Expected policy=all with format=auto; got policy={values['policy']}. auto quantizes the layers that get "
+            "faster, by measurement, in a format that costs no accuracy; no choice is left. Leave policy out, or give "
+            "a format, as luq-fp4."
+        )
+    if values["rest"] != "full":
+        raise SettingError(
+            f"Expected rest=full with format=auto; got rest={values['rest']}. Layers that do not get faster stay in "
+            "full precision. Leave rest out, or give a format, as luq-fp4."
         )
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from dpquant.errors import DataError, expect
+from dpquant.formats import AUTO
 from dpquant.runs.provenance import LedgerRecord, PlanRecord, Provenance
 
 if TYPE_CHECKING:
@@ -91,7 +92,8 @@ class RunRecord:
       average: decay of the average of parameters that was tested and saved; 0: the last parameters were.
       epsilon: spent by the run, at `delta`.
       epsilon_analysis_share: share of epsilon that the analyses cost, in 0..1.
-      format, rest: precision of the layers that the policy chose, and of the other layers.
+      format, rest: precision of the layers that the policy chose, and of the other layers. With `format=auto`, what it
+        took; `execution` says why.
       quantized_fraction_layers: share of the layers that the policy chose, mean over epochs.
       quantized_fraction_macs: share of the multiply-accumulates that ran quantized, mean over epochs.
       four_bit_fraction_macs: share of the multiply-accumulates whose operands have at most four bits, mean over epochs.
@@ -199,7 +201,7 @@ class RunRecord:
             model=settings.model,
             dataset=settings.data,
             policy=settings.policy,
-            format=settings.format,
+            format=private.execution.chosen.name if settings.format == AUTO else settings.format,
             rest=settings.rest,
             backend=private.backend,
             execution=str(private.execution),

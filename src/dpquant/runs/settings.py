@@ -1,90 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings of `dpquant plan` and `dpquant train`: the only place for their names, defaults, help and ranges.
 
-Settings that are not given get the defaults of the data set: `BY_DATA` has values that were found to work for some data
-sets, `GENERAL` those for the others. `policy_of` and `plan_of` build the run's policy and privacy plan. Importing this
-file loads neither torch nor the accountant.
+Settings that are not given get defaults that depend on others: `defaults.py`. `policy_of` and `plan_of` build the run's
+policy and privacy plan. Importing this file loads neither torch nor the accountant.
 """
 
 import dataclasses
 import math
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self, cast
 
-from dpquant.data.manifest import kind_of
-from dpquant.data.sizes import OWN_PREFIXES, PACKED_PREFIX, TABLE_PREFIX, TEXT_PREFIX, public_size
-from dpquant.errors import FormatError, SettingError, did_you_mean
-from dpquant.formats import precision
+from dpquant.data.model_names import check_name
+from dpquant.data.sizes import public_size
+from dpquant.errors import FormatError, SettingError
+from dpquant.formats import AUTO, precision
 from dpquant.runs.declared import checked
+from dpquant.runs.defaults import EPOCH_STEPS, defaults
 from dpquant.runs.effects import check_contradictions, check_effects, has_effect
+from dpquant.runs.ranges import CHOICES, RANGES, check_choice, check_range, check_type, unknown
 from dpquant.runs.source_settings import SourceSettings, setting
 from dpquant.runs.toml import toml_of
 
 if TYPE_CHECKING:
-    from dpquant.privacy.plan import NoiseLaw, PrivacyPlan, Score
+    from dpquant.privacy.analysis_plan import Score
+    from dpquant.privacy.plan import NoiseLaw, PrivacyPlan
     from dpquant.training.policies import Policy
-
-OPTIMIZERS = ("sgd", "adam", "adamw")
-LR_SCHEDULES = ("constant", "linear", "cosine")
-POLICIES = ("none", "all", "static", "rotate", "prioritise", "dpquant")
-BACKENDS = ("auto", "simulate", "int8", "cuda")
-ANALYSIS_SCORES = ("loss", "gradient")
-NOISES = ("gaussian", "discrete")
 
 _ANALYSIS_PARTS = {"loss": 1 / 2, "gradient": 1 / 16}  # of a step's batch: a gradient costs more and says more
 _ANALYSIS_NORMS = {"loss": 0.25, "gradient": 1.0}
-
-GENERAL: Mapping[str, Any] = {
-    "model": "resnet18-cifar",
-    "epochs": 20,
-    "batch_size": 1024.0,
-    "delta": 1e-5,
-    "max_grad_norm": 1.0,
-    "optimizer": "adam",
-    "lr": 1e-3,
-    "momentum": 0.0,
-}
-_FASHION: Mapping[str, Any] = {
-    "model": "cnn",
-    "epochs": 25,
-    "batch_size": 2048.0,
-    "max_grad_norm": 0.1,
-    "optimizer": "sgd",
-    "lr": 4.0,
-    "momentum": 0.9,
-}
-BY_DATA: Mapping[str, Mapping[str, Any]] = {
-    "digits": {
-        "model": "cnn",
-        "epochs": 40,
-        "batch_size": 256.0,
-        "delta": 1e-4,
-        "optimizer": "sgd",
-        "lr": 0.2,
-        "momentum": 0.9,
-    },
-    "mnist": _FASHION,
-    "fashion-mnist": _FASHION,
-    TABLE_PREFIX: {"model": "mlp"},
-    TEXT_PREFIX: {"model": "embedding-mean", "max_length": 128},
-}
-
-
-_OF_PACKED: Mapping[str | None, Mapping[str, Any]] = {
-    "rows": BY_DATA[TABLE_PREFIX],
-    "texts": {"model": BY_DATA[TEXT_PREFIX]["model"]},
-}
-
-
-def _by_data(data: str) -> Mapping[str, Any]:
-    """Return the defaults of a data set, by its name, its kind of file or, of packed records, its manifest."""
-    if data.startswith(PACKED_PREFIX):
-        return _OF_PACKED.get(kind_of(data), {})
-    return BY_DATA.get(next((prefix for prefix in OWN_PREFIXES if data.startswith(prefix)), data), {})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,14 +58,15 @@ class TrainSettings(SourceSettings):
     weight_decay: float = setting("of the optimizer", 0.0)
     lr_schedule: str = setting("constant, linear (to zero) or cosine (to zero)", "constant")
     average: float = setting("weight of the past in an average of the parameters, which is tested and saved", 0.0)
-    policy: str = setting("none, all, static, rotate, prioritise or dpquant", "dpquant")
+    policy: str = setting("none, all, static, rotate, prioritise or dpquant [dpquant; all if format is auto]")
     fraction: float | None = setting("share of the layers that run quantized [0.75, unless macs is given]")
     macs: float | None = setting("share of the multiply-accumulates that run quantized, instead of fraction")
     layers: str | None = setting("names, with commas between them, of policy static's layers, instead of fraction")
     beta: float = setting("how much impact counts against chance, 0 = rotation", 3.0)
     ema: float = setting("weight of the newest analysis", 0.5)
     format: str = setting(
-        "of a quantized layer: luq-fp4, luq, int4-clip, int8, fp8, mxfp4, nvfp4, or three for its products", "luq-fp4"
+        "of a quantized layer: auto (what this machine gains by), luq-fp4, luq, int4-clip, int8, fp8, mxfp4, nvfp4, or "
+        "three for its products [auto; luq-fp4 if a policy is given]"
     )
     rest: str = setting("format of the other layers: full/luq-fp4/luq-fp4 quantizes their backward pass", "full")
     backend: str = setting("auto, simulate, int8 or cuda", "auto")
@@ -161,34 +109,26 @@ class TrainSettings(SourceSettings):
         fields = {field.name: field for field in dataclasses.fields(cls)}
         for name, value in both.items():
             if name not in fields:
-                raise SettingError(_unknown(name, value, fields))
+                raise SettingError(unknown(name, value, fields))
             if name != "declared":
-                _check_type(name, value, str(fields[name].type))
-        budget = {} if both.get("noise_multiplier") is not None else {"epsilon": 8.0}
-        named = both.get("macs") is not None or both.get("layers") is not None
-        share = {} if named else {"fraction": 0.75}
-        defaults = {**GENERAL, **_by_data(both.get("data", cls.data)), **budget, **share}
-        settings = cls(**{**defaults, **both})
-        check_effects(given, file, {name: defaults.get(name, field.default) for name, field in fields.items()})
+                check_type(name, value, str(fields[name].type))
+            if name in RANGES and value is not None:
+                check_range(name, value)
+        usual = {name: default.value for name, default in defaults(both).items()}
+        settings = cls(**{**usual, **both})
+        check_effects(given, file, {name: usual.get(name, field.default) for name, field in fields.items()})
         return settings
 
     def __post_init__(self) -> None:
-        for name, allowed in {
-            "optimizer": OPTIMIZERS,
-            "lr_schedule": LR_SCHEDULES,
-            "policy": POLICIES,
-            "backend": BACKENDS,
-            "analysis_score": ANALYSIS_SCORES,
-            "noise": NOISES,
-        }.items():
-            _check_choice(name, getattr(self, name), allowed)
+        for name, allowed in CHOICES.items():
+            check_choice(name, getattr(self, name), allowed)
         if self.checkpoint_every is not None:
             _interval(self.checkpoint_every)
-        for name, (rule, holds) in RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not holds(value):
-                raise SettingError(f"Expected {name} {rule}; got {name}={value}. See dpquant train --help.")
+        for name in RANGES:
+            if getattr(self, name) is not None:
+                check_range(name, getattr(self, name))
         check_contradictions(vars(self))
+        check_name(self.model)
         if self.declared is not None:
             object.__setattr__(self, "declared", checked(self.declared) or None)
         if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", self.device):
@@ -196,6 +136,8 @@ class TrainSettings(SourceSettings):
                 f"Expected device to be auto, cpu, cuda or cuda:N; got device={self.device}. See dpquant train --help."
             )
         for name in ("format", "rest"):
+            if name == "format" and self.format == AUTO:
+                continue
             try:
                 precision(getattr(self, name))
             except FormatError as error:
@@ -259,7 +201,8 @@ def plan_of(settings: TrainSettings) -> "PrivacyPlan":
       SettingError: the number of records is neither public nor given, or a privacy setting is out of range.
       DataError: the data set is unknown.
     """
-    from dpquant.privacy.plan import AnalysisPlan, PrivacyPlan  # loads the accountant, which --help does without
+    from dpquant.privacy.analysis_plan import AnalysisPlan
+    from dpquant.privacy.plan import PrivacyPlan  # loads the accountant, which --help does without
     from dpquant.privacy.ranges import MOST_STEPS
 
     records = settings.public_records
@@ -276,7 +219,8 @@ def plan_of(settings: TrainSettings) -> "PrivacyPlan":
         raise SettingError(
             f"Expected batch_size and analysis_batch_size of at most {settings.batch_size / rate:g}, the records; got "
             f"batch_size={settings.batch_size:g}, analysis_batch_size={analysis_batch:g}. A record is drawn with "
-            "probability batch size over records. Give smaller batches."
+            "probability batch size over records. Give smaller batches.",
+            instead=_batches_for(settings, settings.batch_size / rate),
         )
     epoch_steps = max(1, round(1 / rate))
     if settings.epochs * epoch_steps > MOST_STEPS:
@@ -307,6 +251,16 @@ def plan_of(settings: TrainSettings) -> "PrivacyPlan":
         noise=cast("NoiseLaw", settings.noise),
         records_per_person=settings.records_per_person,
     )
+
+
+def _batches_for(settings: TrainSettings, records: float) -> dict[str, float]:
+    """Return batch sizes that fit the records, for those settings that do not."""
+    fits = settings.batch_size <= records
+    size = settings.batch_size if fits else max(1.0, round(records / EPOCH_STEPS))
+    found = {} if fits else {"batch_size": size}
+    if settings.analysis_batch_size is not None and settings.analysis_batch_size > size:
+        found["analysis_batch_size"] = size
+    return found
 
 
 _INTERVAL = re.compile(r"(\d+(?:\.\d+)?) ?(epoch|step|minute)s?")
@@ -343,58 +297,3 @@ def _interval(text: str) -> tuple[float, str]:
             f"checkpoint_every={text!r}. See dpquant train --help."
         )
     return float(match[1]), match[2]
-
-
-_AT_LEAST_ONE: tuple[str, Callable[[Any], bool]] = (">= 1", lambda x: x >= 1)
-_POSITIVE: tuple[str, Callable[[Any], bool]] = ("> 0 and finite", lambda x: 0 < x < math.inf)
-_NOT_NEGATIVE: tuple[str, Callable[[Any], bool]] = (">= 0 and finite", lambda x: 0 <= x < math.inf)
-RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "image_size": ("in 1 .. 16384", lambda x: 1 <= x <= 16384),
-    "test_share": ("in (0, 1)", lambda x: 0 < x < 1),
-    "max_length": ("in 1 .. 65536", lambda x: 1 <= x <= 65536),
-    "lora": ("in 1 .. 4096", lambda x: 1 <= x <= 4096),
-    "width": ("in (0, 10000]", lambda x: 0 < x <= 10_000),
-    "epochs": _AT_LEAST_ONE,
-    "batch_size": _POSITIVE,
-    "sample_rate": ("in (0, 1]", lambda x: 0 < x <= 1),
-    "records_per_person": ("in 1 .. 64", lambda x: 1 <= x <= 64),
-    "records": ("in 1 .. 10^12", lambda x: 1 <= x <= 10**12),
-    "lr": _POSITIVE,
-    "momentum": ("in [0, 1)", lambda x: 0 <= x < 1),
-    "average": ("in [0, 1)", lambda x: 0 <= x < 1),
-    "weight_decay": _NOT_NEGATIVE,
-    "beta": _NOT_NEGATIVE,
-    "analysis_every": _AT_LEAST_ONE,
-    "analysis_batch_size": _POSITIVE,
-    "seed": ("in 0 .. 2^63 - 1", lambda x: 0 <= x < 2**63),
-    "threads": ("in 1 .. 4096", lambda x: 1 <= x <= 4096),
-    "microbatch_size": _AT_LEAST_ONE,
-    "memory": _POSITIVE,
-}
-
-
-def _check_type(name: str, value: Any, annotation: str) -> None:
-    """Check that a value has the type of the field's annotation; an int is accepted for a float."""
-    names = annotation.replace("<class '", "").replace("'>", "").split(" | ")
-    allowed = tuple({"str": str, "int": int, "float": (int, float), "bool": bool, "None": type(None)}[n] for n in names)
-    if not isinstance(value, allowed) or (isinstance(value, bool) and "bool" not in names):
-        raise SettingError(f"Expected {name} of type {annotation}; got {name}={value!r}. See dpquant train --help.")
-
-
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise SettingError(
-            f"Expected {name} to be one of {', '.join(allowed)}; got {name}={value}. {did_you_mean(value, allowed)}See "
-            "dpquant train --help."
-        )
-
-
-def _unknown(name: str, value: Any, known: Iterable[str]) -> str:
-    """Return the error for a setting that does not exist."""
-    if isinstance(value, dict):
-        return (
-            f"Expected settings outside of tables; got a table [{name}]. Settings have no groups. Write them as lines "
-            "NAME = VALUE, above any table."
-        )
-    hint = did_you_mean(name, known)
-    return f"Expected known settings; got {name}. It would be ignored. {hint}See dpquant train --help."

@@ -74,10 +74,13 @@ class Sink(Protocol):
     the others do nothing.
 
     A sink that raises ends the run with one SettingError, as a full disk does. What was charged stays charged, and the
-    run directory has the model of the last finished epoch. A sink that raises in `started` refuses the run before
-    anything is charged. KeyboardInterrupt stops the run as the user's Ctrl-C does. A run that ends early calls no
-    further method.
+    run directory has the model of the last finished epoch. A sink that raises in `preparing` or `started` refuses the
+    run before anything is charged. KeyboardInterrupt stops the run as the user's Ctrl-C does. A run that ends early
+    calls no further method.
     """
+
+    def preparing(self, what: str) -> None:
+        """Called with a few words about each phase before the run starts, when the phase begins."""
 
     def started(self, plan: PrivacyPlan, settings: TrainSettings) -> None:
         """Called when all checks have passed and nothing is charged yet."""
@@ -92,12 +95,20 @@ class Sink(Protocol):
         """Called at the end of the run, when the record is written."""
 
 
+@dataclasses.dataclass(frozen=True)
 class Sinks(Sink):
-    """Sink that forwards each call to several sinks, in order."""
+    """Sink that forwards each call to several sinks, in order.
 
-    def __init__(self, sinks: Sequence[Sink], epsilon_spent: Callable[[], float]):
-        """Forward to `sinks`; `epsilon_spent` is quoted in the error if one of them raises."""
-        self._sinks, self._epsilon_spent = sinks, epsilon_spent
+    Attributes:
+      sinks: to which is forwarded.
+      epsilon_spent: quoted in the error if one of them raises.
+    """
+
+    sinks: Sequence[Sink]
+    epsilon_spent: Callable[[], float]
+
+    def preparing(self, what: str) -> None:
+        self._tell(lambda sink: sink.preparing(what))
 
     def started(self, plan: PrivacyPlan, settings: TrainSettings) -> None:
         self._tell(lambda sink: sink.started(plan, settings))
@@ -112,14 +123,14 @@ class Sinks(Sink):
         self._tell(lambda sink: sink.finished(record))
 
     def _tell(self, tell: Callable[[Sink], None]) -> None:
-        for sink in self._sinks:
+        for sink in self.sinks:
             try:
                 tell(sink)
             except Exception as error:  # a user's sink may raise anything; it got nothing private to quote
                 raise SettingError(
                     f"Expected sink {type(sink).__name__} to take a run's numbers; got {type(error).__name__}: "
                     f"{error}. The run ends here. What was charged stays charged: epsilon = "
-                    f"{rounded_up(self._epsilon_spent())}. Repair what the sink writes to, or leave it out."
+                    f"{rounded_up(self.epsilon_spent())}. Repair what the sink writes to, or leave it out."
                 ) from error
 
 

@@ -157,6 +157,7 @@ class _Run:
     ) -> Self:
         """Return the run before its next step: everything that can fail is tried, and nothing is charged."""
         began, started = time.perf_counter(), utc_now()
+        tell = Sinks([MetricsFile(files.path / METRICS), *sinks], lambda: 0.0)
         if settings.threads is not None:
             check_threads(settings.threads)
             torch.set_num_threads(settings.threads)
@@ -165,6 +166,7 @@ class _Run:
         choices = files.choices()
         if choices is None and settings.choices is not None:
             choices = Choices.read(Path(settings.choices))
+        tell.preparing("loading the data")
         check_data_fits(settings)
         dataset = dataset_of(settings)
         model = model_of(settings, dataset).to(device)
@@ -187,6 +189,7 @@ class _Run:
             microbatch_size=settings.microbatch_size,
             memory=settings.memory,
             choices=choices,
+            watch=tell.preparing,
         )
         run = cls(
             settings=settings,
@@ -197,9 +200,10 @@ class _Run:
             schedule=schedule,
             tested=Tested(private.model, settings.average),
             history=History(started),
-            tell=Sinks([MetricsFile(files.path / METRICS), *sinks], private.epsilon_spent),
+            tell=dataclasses.replace(tell, epsilon_spent=private.epsilon_spent),
             began=began,
         )
+        tell.preparing("trying everything once")
         run._continue()
         check_evaluation(run.tested.model, dataset.test, dataset.task)
         run._try_writing()

@@ -12,9 +12,10 @@ from torch.utils.data import DataLoader
 
 from dpquant.backends.choose import Choices
 from dpquant.errors import DataError, ModelError, SettingError, did_you_mean, expect, kind_of
+from dpquant.formats import AUTO
 from dpquant.privacy.plan import PrivacyPlan
 from dpquant.training import policies
-from dpquant.training.policies import Policy
+from dpquant.training.policies import AllPolicy, NonePolicy, Policy
 
 _SEEDS = 2**64
 _LOSS = "It is called with the model and a batch, and returns one loss per example, as in lambda model, batch: "
@@ -36,6 +37,7 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     todo = "Make one by dpquant.PrivacyPlan(epsilon=..., ...)"
     expect("plan", given["plan"], PrivacyPlan, "a dpquant.PrivacyPlan", todo)
     _check_policy(given["policy"])
+    _check_auto(given)
     _check_number("seed", given["seed"])
     _check_number("mechanism_seed", given["mechanism_seed"], or_none=True)
     _check_number("microbatch_size", given["microbatch_size"], or_none=True)
@@ -105,6 +107,23 @@ def _check_policy(policy: object) -> None:
         f"Expected policy to be a policy; got {got}. {hint}Make one of {', '.join(sorted(known))}, as in "
         "dpquant.DPQuantPolicy(fraction=0.75)."
     )
+
+
+def _check_auto(given: Mapping[str, Any]) -> None:
+    """Refuse what `format=auto` decides itself."""
+    if given["format"] != AUTO:
+        return
+    if not isinstance(given["policy"], AllPolicy | NonePolicy):
+        raise SettingError(
+            f"Expected policy to be dpquant.AllPolicy() with format='auto'; got {kind_of(given['policy'])}. auto "
+            "quantizes the layers that get faster, in a format that costs no accuracy; no choice is left. Give a "
+            "format, as luq-fp4, for another policy."
+        )
+    if given["rest"] != "full":
+        raise SettingError(
+            f"Expected rest='full' with format='auto'; got rest={given['rest']!r}. Layers that do not get faster stay "
+            "in full precision. Leave rest out."
+        )
 
 
 def _check_number(name: str, value: object, *, or_none: bool = False) -> None:

@@ -136,7 +136,8 @@ def continued(saved: RunState, ledger: Charges, execution: Execution, *, repeata
     Args:
       saved: state in the checkpoint; `RunState(execution=execution)` if there is none.
       ledger: of the run.
-      execution: of this process. Excluded layers are the saved ones, because scores exist for the others alone.
+      execution: of this process. Excluded layers are the saved ones, because scores exist for the others alone;
+        `format=auto` needs none.
       repeatable: all draws come from a given seed, so that lost steps are taken again.
     Raises:
       LedgerError: the ledger holds fewer charges than the checkpoint. It is an older copy.
@@ -150,7 +151,9 @@ def continued(saved: RunState, ledger: Charges, execution: Execution, *, repeata
             "Restore the ledger."
         )
     if saved.execution.backend != execution.backend:
-        here = dataclasses.replace(execution, excluded_layers=saved.execution.excluded_layers)
+        here = execution  # of format=auto, which may take another format here
+        if not execution.auto:
+            here = dataclasses.replace(execution, excluded_layers=saved.execution.excluded_layers)
         saved = dataclasses.replace(saved, execution=here)
     if repeatable:
         return saved

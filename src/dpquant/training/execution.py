@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from dpquant.engine.quantizable import QuantizableLayer
 from dpquant.errors import SettingError
 from dpquant.formats import FULL_PRECISION, Precision
 from dpquant.privacy.plan import PrivacyPlan
+from dpquant.training.auto_format import Units, taken, units_of
 from dpquant.training.policies import Policy
 from dpquant.training.tuning import (
     ANALYSIS_MICROBATCH,
@@ -32,7 +33,10 @@ from dpquant.training.tuning import (
     Instruments,
     fastest_microbatch_size,
     largest_analysis_size,
+    largest_tried,
     layer_times,
+    step_gain,
+    worth_timing,
 )
 
 ReasonFor = Callable[[Backend, Sequence[Precision], torch.device], str]
@@ -45,7 +49,9 @@ class ExecutionRequest:
     Attributes:
       chosen: precision of the layers that the policy chooses.
       rest: precision of all other layers.
-      backend: `auto`, the name of a backend, or a backend. Only `auto` excludes layers.
+      auto: the user has given no format, but `auto`.
+      units: with auto, of the device (`on`); in their precision the chosen layers run.
+      backend: `auto`, the name of a backend, or a backend. Only `auto` excludes layers, and `format=auto`.
       microbatch_size: examples a backward pass; None measures which size is the fastest. It is 1 with discrete noise.
       memory: largest peak memory of the process, GiB; None sets no limit.
     Raises:
@@ -54,6 +60,8 @@ class ExecutionRequest:
 
     chosen: Precision
     rest: Precision = FULL_PRECISION
+    auto: bool = False
+    units: Units | None = None
     backend: str | Backend = "auto"
     microbatch_size: int | None = None
     memory: float | None = None
@@ -66,6 +74,13 @@ class ExecutionRequest:
                 f"Expected one of microbatch_size and memory; got microbatch_size={self.microbatch_size} and "
                 f"memory={self.memory:g}. The size decides how much memory is needed. Leave one out."
             )
+
+    def on(self, device: torch.device) -> Self:
+        """Return the request for a model on a device: with `auto`, in the precision of its units."""
+        if not self.auto:
+            return self
+        units = units_of(device, self.backend)
+        return dataclasses.replace(self, chosen=units.precision, units=units)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,6 +97,7 @@ class Execution:
       excluded_layers: layers that the policy may not choose, because quantizing them saves no time.
       backend: `simulate` or `int8`.
       reason: why this backend is used; empty where no layer runs quantized.
+      auto: what `format=auto` has taken, why, and what it gains, in words; empty where the user has given a format.
     """
 
     chosen: Precision
@@ -92,6 +108,7 @@ class Execution:
     excluded_layers: tuple[str, ...]
     backend: str
     reason: str
+    auto: str = ""
 
     def precisions(self, names: Collection[str], layers: Collection[str]) -> dict[str, Precision]:
         """Return each layer's precision.
@@ -103,16 +120,24 @@ class Execution:
         return {name: self.chosen if name in layers else self.rest for name in names}
 
     def __str__(self) -> str:
-        words = [f"{self.microbatch_size} examples a backward pass"]
+        return "; ".join(self.facts.values())
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Return {what: how it runs, in words}."""
+        facts = {"format": self.auto} if self.auto else {}
         if self.reason:
-            words.insert(0, f"backend {self.backend}: {self.reason}")
+            facts["backend"] = f"backend {self.backend}: {self.reason}"
+        facts["microbatch"] = f"{self.microbatch_size} examples a backward pass"
+        if self.auto:
+            return facts
         if slower := [name for name, gain in self.gains.items() if gain < 1]:
             listed = ", ".join(f"{name} ({1 / self.gains[name]:.1f} times)" for name in slower)
             never = "never quantized, as that takes longer"
-            words.append(
+            facts["slower"] = (
                 f"{never if self.excluded_layers else 'quantized when chosen, though that takes longer'}: {listed}"
             )
-        return "; ".join(words)
+        return facts
 
 
 def choose_execution(
@@ -143,6 +168,7 @@ def choose_execution(
     Privacy: reads no data.
     """
     model, loss_fn = objective.model, objective.loss_fn
+    examples = plan.steps * plan.expected_batch_size
     chosen, rest, memory = request.chosen, request.rest, request.memory
     facts = _facts(model, synthetic, request, plan)
     first = policy.choose(macs, None, epoch=0, key=0)
@@ -153,14 +179,14 @@ def choose_execution(
     size = 1 if alone else request.microbatch_size
     if size is None:
         size = decided(
-            ("examples a backward pass", facts, _digest(*first), memory),
+            ("examples a backward pass", facts, _digest(*first), memory, largest_tried(examples)),
             lambda: fastest_microbatch_size(
-                model,
-                loss_fn,
+                objective,
                 synthetic,
                 precisions,
                 expected_batch_size=plan.expected_batch_size,
                 memory=memory,
+                largest=largest_tried(examples),
                 by=by,
             ),
             valid=_is_size,
@@ -177,22 +203,37 @@ def choose_execution(
         )
     layer = next(iter(quantizable_layers(model).values()), None)
     runs_on = Reference.name if layer is None else layer.backend.name
-    gains: dict[str, float] = {}
-    if policy.quantizes and request.backend == "auto" and runs_on != Reference.name:
+    gains: dict[str, float] | None = None
+    by_gain = request.units is not None or (request.backend == "auto" and runs_on != Reference.name)
+    if policy.quantizes and chosen.quantized and by_gain and worth_timing(examples, size):
         gains = decided(
             ("gains of layers", facts, size),
             partial(_gains, objective, synthetic, size, plan.expected_batch_size, by),
             valid=lambda gains: isinstance(gains, dict) and gains.keys() <= macs.keys(),
         )
+    excluded, auto = () if rest.quantized else layers_to_exclude(policy, macs, gains or {}), ""
+    if request.units is not None and policy.quantizes:
+
+        def gain_of_step(layers: Sequence[str]) -> float:
+            precisions = dict.fromkeys(layers, chosen)
+            return decided(
+                ("gain of a step", facts, size, _digest(*layers)),
+                lambda: step_gain(objective, synthetic, precisions, size, by=by),
+                valid=lambda gain: isinstance(gain, float) and gain > 0,
+            )
+
+        found = taken(request.units, macs, gains, gain_of_step)
+        excluded, auto = tuple(name for name in macs if name not in found.layers), found.why
     return Execution(
-        chosen=chosen,
+        chosen=FULL_PRECISION if auto and excluded == tuple(macs) else chosen,
         rest=rest,
         microbatch_size=size,
         analysis_microbatch_size=analysis_microbatch_size,
-        gains=gains,
-        excluded_layers=() if rest.quantized else layers_to_exclude(policy, macs, gains),
+        gains=gains or {},
+        excluded_layers=excluded,
         backend=runs_on,
-        reason=backend_reason(layer, policy, request),
+        reason=backend_reason(layer, policy, request) if excluded != tuple(macs) else "",
+        auto=auto,
     )
 
 
@@ -207,11 +248,11 @@ def backend_reason(
       request: the user's settings.
       reason_for: says why `auto` comes to a backend, as `backends.registry.reason_for`.
     """
-    if layer is None or not (policy.quantizes or request.rest.quantized):
+    used = [one for one in (request.chosen, request.rest) if one.quantized]
+    if layer is None or not used or not (policy.quantizes or request.rest.quantized):
         return ""
     if request.backend != "auto":
         return "asked for"
-    used = [one for one in (request.chosen, request.rest) if one.quantized]
     return reason_for(layer.backend, used, layer.weight.device)
 
 

@@ -41,7 +41,7 @@ from dpquant.engine.layers import (
 from dpquant.engine.passes import Objective, caused_by_records, copies, gradients_of_rows
 from dpquant.engine.randomness import seeded
 from dpquant.errors import SettingError
-from dpquant.privacy.plan import Score
+from dpquant.privacy.analysis_plan import Score
 from dpquant.rounding import derive_key
 
 

@@ -31,9 +31,10 @@ from dpquant.engine.clip import ClippedSum, step_key
 from dpquant.engine.layers import set_policy, set_precisions
 from dpquant.errors import BudgetError, ModelError, SettingError
 from dpquant.privacy import accounting
+from dpquant.privacy.analysis_plan import AnalysisPlan
 from dpquant.privacy.events import Event, Kind
 from dpquant.privacy.mechanism import Mechanism
-from dpquant.privacy.plan import AnalysisPlan, PrivacyPlan
+from dpquant.privacy.plan import PrivacyPlan
 from dpquant.rounding import derive_key
 from dpquant.training.ahead import drawing
 from dpquant.training.checkpoint import Checkpoint

@@ -25,7 +25,7 @@ from dpquant.checks.synthetic import candidates, from_examples
 from dpquant.engine.layers import prepare, set_policy, set_precisions
 from dpquant.engine.passes import Objective, PerExampleLoss, out_of_memory
 from dpquant.errors import DataError, SettingError, expect
-from dpquant.formats import Precision, Recipe, precision
+from dpquant.formats import AUTO, FULL_PRECISION, Precision, Recipe, precision
 from dpquant.machine import current
 from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.mechanism import Mechanism
@@ -66,6 +66,7 @@ def make_private(
     example: Any = None,
     choices: Choices | None = None,
     resume: bool = False,
+    watch: Callable[[str], None] = lambda what: None,
 ) -> PrivateTraining:
     """Check everything, prepare the model, and return a run that `plan` accounts for.
 
@@ -78,7 +79,9 @@ def make_private(
       loss_fn: `(model, batch) -> Tensor (B,)`, one loss per example.
       plan: sampling, clipping, noise and number of steps.
       policy: chooses the layers that run quantized in each epoch.
-      format: precision of the chosen layers, as for `dpquant.prepare`.
+      format: precision of the chosen layers, as for `dpquant.prepare`. `auto`, with `AllPolicy`, takes int8 (or four
+        bits, where a device multiplies them) for the layers that gain by it on this machine, and full precision for the
+        others; `execution.auto` says which and why.
       rest: precision of all other layers; `full/luq-fp4/luq-fp4` quantizes their backward products only.
       backend: `auto`, `simulate` or `int8`, as for `dpquant.prepare`. If `auto` takes int8, layers that run slower in
         it on this machine stay in full precision, provided that the policy can still choose among the others.
@@ -97,6 +100,7 @@ def make_private(
         machine.
       resume: continue the run of the ledger, if the file exists: what is charged there stays charged, and only what is
         left of the plan can be spent. Load its last checkpoint next, with `private.load`.
+      watch: called with a few words about each phase of the start, when it begins.
     Returns: a run that has charged nothing yet.
     Raises:
       ModelError: the model cannot be trained privately.
@@ -116,7 +120,8 @@ def make_private(
         plan=plan,
         policy=policy,
         execution=ExecutionRequest(
-            chosen=precision(format),
+            chosen=FULL_PRECISION if format == AUTO else precision(format),
+            auto=format == AUTO,
             rest=precision(rest),
             backend=backend,
             microbatch_size=microbatch_size,
@@ -126,6 +131,7 @@ def make_private(
         collate_fn=collate_fn,
         example=example,
         choices=choices,
+        watch=watch,
     )
 
     def mechanism(step_seconds: float) -> Mechanism:
@@ -153,6 +159,7 @@ class Request:
     collate_fn: Callable[[list], Any] = default_collate
     example: Any = None
     choices: Choices | None = None
+    watch: Callable[[str], None] = lambda what: None
 
 
 MakeRun = Callable[[Setup, Records, RunState, Choices, Mechanism, Group], PrivateTraining]
@@ -193,6 +200,7 @@ def begin(
 def _checked(request: Request) -> tuple[Setup, Records, Choices, Execution]:
     """Check the request, prepare the model, choose its execution, and try and time a step on synthetic records."""
     model, train_set, plan, policy = request.model, request.train_set, request.plan, request.policy
+    request.watch("checking the model")
     check_trainable(model)
     _check_optimizer(model, request.optimizer)
     _check_data_set(train_set)
@@ -201,7 +209,8 @@ def _checked(request: Request) -> tuple[Setup, Records, Choices, Execution]:
             f"Expected plan.analysis for {type(policy).__name__}; got analysis=None. The policy favours layers whose "
             "quantization costs little, which has to be measured. Give the plan an AnalysisPlan, or use RotatePolicy."
         )
-    device, wanted = next(model.parameters()).device, request.execution
+    device = next(model.parameters()).device
+    wanted = request.execution.on(device)
     if plan.noise == "discrete" and wanted.microbatch_size not in (None, 1):
         raise SettingError(
             f"Expected microbatch_size=1 with noise=discrete; got microbatch_size={wanted.microbatch_size}. The last "
@@ -213,7 +222,8 @@ def _checked(request: Request) -> tuple[Setup, Records, Choices, Execution]:
         specimens = candidates(_first_records(train_set), request.collate_fn, device)
     else:
         specimens = iter([from_examples(request.example, request.collate_fn, device)])
-    quantized = [one for one, used in ((wanted.chosen, policy.quantizes), (wanted.rest, wanted.rest.quantized)) if used]
+    runs = (policy.quantizes and wanted.chosen.quantized, wanted.chosen), (wanted.rest.quantized, wanted.rest)
+    quantized = [one for used, one in runs if used]
     found = check_isolation(Objective(model, request.loss_fn), specimens, quantized=quantized)
     records = Records(train_set, request.collate_fn, device, found.specimens)
     records.check()
@@ -225,6 +235,7 @@ def _checked(request: Request) -> tuple[Setup, Records, Choices, Execution]:
         found=found,
     )
     choices = request.choices or Choices()
+    request.watch("measuring this machine")
     with choices.active():
         synthetic = found.specimens.batch((0, 1, 2))
         execution = choose_execution(

@@ -5,6 +5,7 @@ All measurements use synthetic data. Their results depend on shapes and on the m
 """
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -24,12 +25,14 @@ from dpquant.engine.randomness import seeded
 from dpquant.errors import SettingError
 from dpquant.formats import Precision
 from dpquant.machine import device_memory_mib, memory_mib, reset_device_peak, reset_peak
-from dpquant.privacy.plan import Score
+from dpquant.privacy.analysis_plan import Score
 from dpquant.training.cost import LayerTimes
 from dpquant.training.impact import analysis_keys, impact_sum
 
 # microbatch sizes: the smallest, the first that is tried, and the size above which memory counts
 _SMALLEST, _FIRST, _USUAL = 4, 32, 256
+_TRIALS = 0.05  # share of a run's examples that the search, or the timing of layers, may pass through the model
+_PASSES = 4  # of each candidate of a comparison: one that warms up, and three that count
 _WORTHWHILE = 1.03  # speed-up of a step for which the microbatch is doubled
 _WORTH_MEMORY = 1.1  # the same from _USUAL on, where a doubled microbatch costs much memory
 ANALYSIS_MICROBATCH = 64  # examples a pass of an analysis; fewer only where memory is limited
@@ -106,6 +109,22 @@ def memory_gone() -> SettingError:
         "Expected memory enough for the step; got too little, after it was charged. What was charged stays charged. "
         "Start again with a smaller microbatch_size, or with memory= (GiB), by which it is chosen."
     )
+
+
+def largest_tried(examples: float) -> int:
+    """Return the largest microbatch size that is tried for a run of so many examples: trials cost time, too.
+
+    Comparing n with 2 n takes `2 * _PASSES` passes of 2 n examples.
+    """
+    size = _FIRST
+    while 4 * _PASSES * (2 * size - _FIRST) <= _TRIALS * examples:
+        size *= 2
+    return size
+
+
+def worth_timing(examples: float, microbatch_size: int, rounds: int = 2) -> bool:
+    """Return whether a run of so many examples is long enough to time its layers first, as `layer_times` does."""
+    return (1 + rounds) * 2 * _TIMED_MICROBATCHES * microbatch_size <= _TRIALS * examples
 
 
 def layer_times(
@@ -205,13 +224,13 @@ def median_times(rounds: Sequence[Mapping[str, LayerTimes]]) -> dict[str, LayerT
 
 
 def fastest_microbatch_size(
-    model: nn.Module,
-    loss_fn: PerExampleLoss,
+    objective: Objective,
     batch: Any,
     precisions: Mapping[str, Precision],
     *,
     expected_batch_size: float,
     memory: float | None,
+    largest: float = math.inf,
     by: Instruments = HERE,
 ) -> int:
     """Return the microbatch size with which a step takes the least time within the memory limit.
@@ -221,17 +240,18 @@ def fastest_microbatch_size(
     enough to make up for these.
 
     Args:
-      model: a prepared model.
-      loss_fn: `(model, batch) -> Tensor (B,)`.
+      objective: a prepared model and its loss.
       batch: a synthetic batch; its rows are repeated to fill the microbatches.
       precisions: {layer: its precision}, as in an epoch.
       expected_batch_size: examples a step.
       memory: largest peak memory of the process, GiB; None sets no limit.
+      largest: size that is tried, as by `largest_tried`.
       by: measures time and memory.
     Returns: examples a backward pass.
     Raises:
       SettingError: not even the smallest microbatch fits.
     """
+    model, loss_fn = objective.model, objective.loss_fn
     before = current_precisions(model)
     start = 0.0 if memory is None else by.start()
 
@@ -250,7 +270,7 @@ def fastest_microbatch_size(
         used = 0.0 if memory is None else peak(size)
         if memory is not None and used > memory:
             raise by.too_little(memory, used - start, f"{size} examples a backward pass")
-        while size < expected_batch_size:
+        while size < expected_batch_size and 2 * size <= largest:
             # the memory above `start` at most doubles with the size
             if memory is not None and used + (used - start) > memory:
                 break
@@ -272,6 +292,32 @@ def fastest_microbatch_size(
         set_precisions(model, before)
         give_back()  # return the memory of the largest size that was tried, which the run may not need
     return size
+
+
+def step_gain(
+    objective: Objective, batch: Any, precisions: Mapping[str, Precision], size: int, *, by: Instruments = HERE
+) -> float:
+    """Return the time of a microbatch in full precision over its time with these precisions; above 1 it gets faster.
+
+    Args:
+      objective: a prepared model and its loss.
+      batch: a synthetic batch; its rows are repeated to fill the microbatch.
+      precisions: {layer: its precision}; all others are in full precision.
+      size: examples of the microbatch.
+      by: measures time.
+    """
+    model, before = objective.model, current_precisions(objective.model)
+    examples = take_rows(batch, torch.arange(size) % num_rows(batch))
+
+    def run(precisions: Mapping[str, Precision]) -> None:
+        set_precisions(model, precisions)
+        _run(by.clipped_sum, model, objective.loss_fn, examples, size)
+
+    try:
+        seconds = by.timed({"full": partial(run, {}), "quantized": partial(run, precisions)})
+    finally:
+        set_precisions(model, before)
+    return seconds["full"] / seconds["quantized"]
 
 
 def largest_analysis_size(

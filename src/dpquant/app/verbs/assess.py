@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The verb `dpquant assess`. Importing this file loads no torch."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpquant.app.options import Config, Json, settings_of, with_settings
+from dpquant.app.output import results, say
 
 if TYPE_CHECKING:
     from dpquant.app.assess import Assessment
@@ -43,12 +43,12 @@ def assess(
         run=run,
         usage=Usage(runs_per_month=runs_per_month, cost_per_hour=cost_per_hour),
         rounds=rounds,
-        watch=lambda what: print(what, file=sys.stderr, flush=True),
+        watch=say,
     )
     if as_json:
         print(assessment.to_json(), end="")
     else:
-        print_assessment(Console(), assessment)
+        print_assessment(results(), assessment)
 
 
 def print_assessment(console: Console, found: "Assessment") -> None:

@@ -2,7 +2,6 @@
 """The verb `dpquant audit`. Loads no torch before it runs."""
 
 import datetime
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,8 +9,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dpquant.app.console import ProgressBar
+from dpquant.app.completion import run_directories
 from dpquant.app.options import WRONG_RESULT, Json, command_line, written_path
+from dpquant.app.output import current, results, say
+from dpquant.app.progress import RunProgress
 
 if TYPE_CHECKING:
     from dpquant.audits.report import Audit
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def audit(
-    run: Annotated[Path, typer.Argument(help="directory of the run")],
+    run: Annotated[Path, typer.Argument(autocompletion=run_directories, help="directory of the run")],
     mode: Annotated[str, typer.Option(help="all, tap, game or one-run")] = "all",
     canaries: Annotated[
         int | None, typer.Option(help="in the training copy of one-run [1000, at most as many as records]")
@@ -52,17 +53,16 @@ def audit(
 
     request = AuditRequest(mode=mode, canaries=canaries, seed=seed)
     place = out or run.with_name(f"{run.absolute().name}-audit-{datetime.datetime.now():%Y%m%d-%H%M%S}")
-    console = Console(quiet=as_json)
-    with ProgressBar(console) as bar:
+    with RunProgress(current().console(results=False, quiet=as_json)) as progress:
         found = audited(
             run,
             request,
             out=place,
             command=command_line(),
-            sinks=[bar],
-            watch=lambda what: print(what, file=sys.stderr, flush=True),
+            sinks=[progress],
+            watch=say,
         )
-    return report(console, found, as_json=as_json)
+    return report(results(), found, as_json=as_json)
 
 
 def report(console: Console, found: "Audit", *, as_json: bool) -> int:

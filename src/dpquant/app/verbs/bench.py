@@ -2,7 +2,6 @@
 """The verb `dpquant bench`. Importing this file loads no torch."""
 
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpquant.app.options import WRONG_RESULT, Json, written_path
+from dpquant.app.output import results, say
 from dpquant.errors import SettingError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def bench(
             f"Expected out to be a file in a folder that exists and can be written to; got out={out}. The record is "
             "written there after the measurement. Make the folder first."
         )
-    record = measure(settings, watch=lambda what: print(what, file=sys.stderr, flush=True))
+    record = measure(settings, watch=say)
     return report_bench(record, out, as_json=as_json)
 
 
@@ -74,7 +74,7 @@ def report_bench(record: "BenchRecord", out: Path | None, *, as_json: bool) -> i
     if as_json:
         print(record.to_json(), end="")
     else:
-        print_bench(Console(), record)
+        print_bench(results(), record)
     return WRONG_RESULT if record.wrong else 0
 
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpquant.app.options import WRONG_RESULT, Json
+from dpquant.app.output import results
 
 if TYPE_CHECKING:
     from dpquant.app.check_model import ModelCheck
@@ -54,7 +55,7 @@ def check_model(
     if as_json:
         print(found.to_json(), end="")
     else:
-        print_model_check(Console(), found)
+        print_model_check(results(), found)
     return 0 if found.passed else WRONG_RESULT
 
 

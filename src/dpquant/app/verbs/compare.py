@@ -2,8 +2,6 @@
 """The verb `dpquant compare`. Importing this file loads no torch."""
 
 import datetime
-import functools
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dpquant.app.completion import policies as completed
 from dpquant.app.options import Config, Json, Out, settings_of, with_settings
+from dpquant.app.output import results, say
 from dpquant.errors import SettingError
 
 if TYPE_CHECKING:
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 @with_settings
 def compare(
     given: dict[str, Any],
-    policies: Annotated[str, typer.Option(help="with commas between them")] = "none,static,rotate,dpquant",
+    policies: Annotated[
+        str, typer.Option(help="with commas between them", autocompletion=completed)
+    ] = "none,static,rotate,dpquant",
     seeds: Annotated[int, typer.Option(help="runs of each policy")] = 3,
     config: Config = None,
     out: Out = None,
@@ -42,15 +44,14 @@ def compare(
                 f"Expected no {name} for compare; got {name}={given[name]}. Runs differ in it. Give --policies and "
                 "--seeds."
             )
-    settings = settings_of(given, config)
+    settings = settings_of({"policy": "dpquant", **given}, config)
     folder = out or Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-compare"
     names = [name.strip() for name in policies.split(",") if name.strip()]
-    watch = functools.partial(print, file=sys.stderr, flush=True)
-    comparison = comparison_of(settings, names, seeds, folder, watch=watch)
+    comparison = comparison_of(settings, names, seeds, folder, watch=say)
     if as_json:
         print(comparison.to_json(), end="")
     else:
-        print_comparison(Console(), comparison, folder)
+        print_comparison(results(), comparison, folder)
 
 
 def print_comparison(console: Console, comparison: "Comparison", folder: Path) -> None:

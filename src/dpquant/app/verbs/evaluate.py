@@ -8,7 +8,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dpquant.app.completion import run_directories
 from dpquant.app.options import WRONG_RESULT, Json, refuse
+from dpquant.app.output import results
 from dpquant.errors import LedgerError, SettingError
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ _MOST_COLUMNS = 10  # of a confusion matrix that is printed; the report and --js
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="directory of a run that has ended")],
+    run: Annotated[Path, typer.Argument(autocompletion=run_directories, help="directory of a run that has ended")],
     data: Annotated[
         str | None,
         typer.Option(
@@ -68,7 +70,7 @@ def evaluate(
     if as_json:
         print(found.to_json(), end="")
     else:
-        print_evaluation(Console(), found)
+        print_evaluation(results(), found)
     return 0
 
 

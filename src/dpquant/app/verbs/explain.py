@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 from rich.columns import Columns
-from rich.console import Console
+
+from dpquant.app.output import results
 
 _WIDEST = 100  # columns that are read with ease
 
@@ -26,7 +27,7 @@ def explain(
 
     root = context.find_root().command
     verbs = {name: verb.help or "" for name, verb in getattr(root, "commands", {}).items()}
-    console = Console()
+    console = results()
     console.width = min(console.width, _WIDEST)
     if not word:
         console.print(Columns(words(verbs), padding=(0, 3), equal=True, column_first=True))

@@ -8,7 +8,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dpquant.app.completion import run_directories
 from dpquant.app.options import WRONG_RESULT, Json, refuse, written_path
+from dpquant.app.output import results
 from dpquant.errors import LedgerError, SettingError
 
 if TYPE_CHECKING:
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="directory of a run that has ended")],
+    run: Annotated[Path, typer.Argument(autocompletion=run_directories, help="directory of a run that has ended")],
     folder: Annotated[
         Path | None, typer.Argument(metavar="[DIR]", help="folder to make; it must be missing or empty")
     ] = None,
@@ -69,7 +71,7 @@ def _export_folder(run: Path, folder: Path, *, as_json: bool) -> int:
     if as_json:
         print(done.to_json(), end="")
     else:
-        print_export(Console(), done)
+        print_export(results(), done)
     return 0
 
 

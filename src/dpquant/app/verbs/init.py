@@ -2,35 +2,75 @@
 """The verb `dpquant init`. Loads no torch."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from dpquant.app.options import with_settings
+from dpquant.app.output import say
 from dpquant.errors import SettingError
 
+CONFIG = Path("config.toml")
 
+
+@with_settings
 def init(
-    table: Annotated[Path, typer.Option(help="CSV or Parquet file")],
-    label_column: Annotated[str, typer.Option(help="column of the label")],
-    out: Annotated[Path | None, typer.Option(help="file to write, which must not exist [standard output]")] = None,
+    given: dict[str, Any],
+    table: Annotated[Path | None, typer.Option(help="CSV or Parquet file, of which a spec is drafted instead")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="file to write, which must not exist [config.toml; of a table standard output]")
+    ] = None,
 ) -> None:
-    """Draft the spec of a table: what its columns hold, for you to replace by what is publicly known.
+    """Draft a file of settings: every setting with its default, where that comes from, and what it means.
 
-    NOT PRIVATE: the draft names values of the records, marked with (read), and no run accepts it until you have deleted
-    its line draft = true. Keep it to yourself until then.
+    The settings that you give are set, and all others are comments. dpquant train --config config.toml runs it.
+
+    With --table, draft the spec of a table instead: what its columns hold, for you to replace by what is publicly
+    known. NOT PRIVATE: the draft names values of the records, marked with (read), and no run accepts it until you have
+    deleted its line draft = true. Keep it to yourself until then.
+
+    Example: dpquant init --data image-folder:photos --records 40000 --epsilon 8
 
     Example: dpquant init --table loans.csv --label-column defaulted --out spec.toml
     """
+    if table is not None:
+        _draft(_spec(table, given), out)
+        return
+    from dpquant.runs.draft import drafted
+
+    path = out or CONFIG
+    _check_new(path)
+    _draft(drafted(given), path)
+    say(f"{path} has all settings. Next: dpquant plan --config {path}, then dpquant train --config {path}")
+
+
+def _spec(table: Path, given: dict[str, Any]) -> str:
+    """Return the draft of a table's spec."""
     from dpquant.data.draft import drafted
 
-    if out is not None and (out.exists() or not out.absolute().parent.is_dir()):
-        found = "which exists" if out.exists() else "in a folder that is not there"
+    others = sorted(given.keys() - {"label_column"})
+    if others or "label_column" not in given:
+        found = f"{others[0]}={given[others[0]]}" if others else "no label_column"
         raise SettingError(
-            f"Expected out to be a new file in a folder that exists; got out={out}, {found}. Nothing is overwritten. "
+            f"Expected label_column, and no other setting, with table; got {found}. A spec says what the columns of a "
+            "table hold. Give --label-column NAME alone."
+        )
+    return drafted(table, given["label_column"])
+
+
+def _check_new(path: Path) -> None:
+    if path.exists() or not path.absolute().parent.is_dir():
+        found = "which exists" if path.exists() else "in a folder that is not there"
+        raise SettingError(
+            f"Expected out to be a new file in a folder that exists; got out={path}, {found}. Nothing is overwritten. "
             "Name another one."
         )
-    draft = drafted(table, label_column)
+
+
+def _draft(text: str, out: Path | None) -> None:
+    """Write a draft to a new file, or print it."""
     if out is None:
-        print(draft, end="")
-    else:
-        out.write_text(draft, encoding="utf-8")
+        print(text, end="")
+        return
+    _check_new(out)
+    out.write_text(text, encoding="utf-8")

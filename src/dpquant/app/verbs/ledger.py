@@ -8,7 +8,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dpquant.app.completion import run_directories
 from dpquant.app.options import WRONG_RESULT, Json, refuse
+from dpquant.app.output import results
 from dpquant.errors import LedgerError
 
 if TYPE_CHECKING:
@@ -16,7 +18,10 @@ if TYPE_CHECKING:
 
 
 def ledger(
-    runs: Annotated[list[Path], typer.Argument(help="run directories or ledger files, on the same data")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(autocompletion=run_directories, help="run directories or ledger files, on the same data"),
+    ],
     delta: Annotated[float | None, typer.Option(help="at which epsilon is stated [that of the plans]")] = None,
     as_json: Json = False,
 ) -> int:
@@ -39,7 +44,7 @@ def ledger(
     if as_json:
         print(found.to_json(), end="")
     else:
-        print_account(Console(), found)
+        print_account(results(), found)
     return 0
 
 

@@ -3,16 +3,15 @@
 
 from typing import Any
 
-from rich.console import Console
-
-from dpquant.app.console import print_budget, print_meaning
-from dpquant.app.options import Config, Json, settings_of, with_settings
+from dpquant.app.console import print_budget, print_defaults, print_meaning
+from dpquant.app.options import Config, Json, command_of, defaults_of, settings_of, with_settings
+from dpquant.app.output import results
 from dpquant.runs.settings import plan_of
 
 
 @with_settings
 def plan(given: dict[str, Any], config: Config = None, as_json: Json = False) -> None:
-    """Print the privacy budget of a run. Reads no data.
+    """Print the privacy budget of a run, the defaults that it uses, and the command that trains with it. Reads no data.
 
     With --json: epsilon (of all that is planned), delta, noise_multiplier, sample_rate, expected_batch_size, steps,
     epochs, max_grad_norm and analysis_share (the part of epsilon that the analyses cost), all numbers; noise, a word;
@@ -27,5 +26,8 @@ def plan(given: dict[str, Any], config: Config = None, as_json: Json = False) ->
     if as_json:
         print(budget.to_json(), end="")
     else:
-        print_budget(Console(), budget)
-        print_meaning(Console(), budget, settings.public_records)
+        print_defaults(results(), settings, defaults_of(given, config))
+        print_budget(results(), budget)
+        print_meaning(results(), budget, settings.public_records)
+        command = f"\nTrain with it: {command_of('train', given, config)}"
+        results().print(command, markup=False, highlight=False, soft_wrap=True)

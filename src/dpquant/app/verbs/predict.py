@@ -9,11 +9,12 @@ from typing import Annotated
 
 import typer
 
+from dpquant.app.completion import run_directories
 from dpquant.app.options import BAD_INPUT, refuse
 
 
 def predict(
-    run: Annotated[Path, typer.Argument(help="directory of a run that has ended")],
+    run: Annotated[Path, typer.Argument(autocompletion=run_directories, help="directory of a run that has ended")],
     files: Annotated[
         list[str],
         typer.Argument(metavar="FILE...", help="images; tables of rows; files of one text a line, or - for such lines"),

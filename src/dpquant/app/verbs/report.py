@@ -6,12 +6,18 @@ from typing import Annotated
 
 import typer
 
+from dpquant.app.completion import run_directories
 from dpquant.app.options import Json, written_path
 from dpquant.runs.names import REPORT
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="directories of runs that have ended; several are compared")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            autocompletion=run_directories, help="directories of runs that have ended; several are compared"
+        ),
+    ],
     out: Annotated[
         Path | None,
         typer.Option(parser=written_path, help="File to write [report.html in RUN; comparison.html]", metavar="FILE"),

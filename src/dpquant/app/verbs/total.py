@@ -8,7 +8,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dpquant.app.completion import run_directories
 from dpquant.app.options import WRONG_RESULT, Json, refuse
+from dpquant.app.output import results
 from dpquant.errors import LedgerError
 
 if TYPE_CHECKING:
@@ -16,7 +18,10 @@ if TYPE_CHECKING:
 
 
 def total(
-    runs: Annotated[list[Path], typer.Argument(help="run directories or ledger files, on the same people")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(autocompletion=run_directories, help="run directories or ledger files, on the same people"),
+    ],
     delta: Annotated[float | None, typer.Option(help="at which epsilon is stated [that of the plans]")] = None,
     as_json: Json = False,
 ) -> int:
@@ -41,7 +46,7 @@ def total(
     if as_json:
         print(found.to_json(), end="")
     else:
-        print_total(Console(), found)
+        print_total(results(), found)
     return 0
 
 

@@ -2,16 +2,32 @@
 """The verbs `dpquant train` and `dpquant resume`. Importing this file loads no torch."""
 
 import datetime
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from dpquant.app.console import ProgressBar
-from dpquant.app.options import Config, InterruptedRun, Json, NoReport, Out, command_line, settings_of, with_settings
+from dpquant.app.completion import run_directories
+from dpquant.app.options import (
+    Config,
+    InterruptedRun,
+    Json,
+    NoReport,
+    Out,
+    command_line,
+    defaults_of,
+    settings_of,
+    with_settings,
+)
+from dpquant.app.output import current, results, say
+from dpquant.app.progress import RunProgress, tell_budget, tell_settings
 from dpquant.errors import SettingError
+from dpquant.runs.defaults import Default
 from dpquant.runs.place import Place
 from dpquant.runs.settings import TrainSettings, plan_of
 
@@ -28,7 +44,10 @@ def train(
     no_report: NoReport = False,
     as_json: Json = False,
 ) -> None:
-    """Train a model privately, layers rotating through low precision. Without options: handwritten digits, offline.
+    """Train a model privately, in low precision where it pays. Without options: handwritten digits, offline.
+
+    Layers that get faster in int8 on this machine run in it (--format auto). --format luq-fp4 is the method of the
+    paper: four bits, in layers that are chosen again for each epoch.
 
     SIGTERM and Ctrl-C end the run between two steps, with a checkpoint; exit code 143 or 130.
 
@@ -39,11 +58,12 @@ def train(
         raise SettingError("Expected out with resume; got none. It names the run. Give --out RUN.")
     name = settings.data.rsplit("/", 1)[-1].replace(":", "-")
     folder = out or Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{name}"
-    _train(settings, folder, resume=resume, no_report=no_report, as_json=as_json)
+    usual = defaults_of(given, config)
+    _train(settings, folder, resume=resume, no_report=no_report, as_json=as_json, usual=usual)
 
 
 def resume(
-    run: Annotated[Path, typer.Argument(help="directory of the run")],
+    run: Annotated[Path, typer.Argument(autocompletion=run_directories, help="directory of the run")],
     no_report: NoReport = False,
     as_json: Json = False,
 ) -> None:
@@ -56,21 +76,36 @@ def resume(
     _train(Place(run).settings(), run, resume=True, no_report=no_report, as_json=as_json)
 
 
-def _train(settings: TrainSettings, folder: Path, *, resume: bool, no_report: bool, as_json: bool) -> None:
-    """Train into a run directory and print the result."""
-    place = Place(folder)
+def _train(
+    settings: TrainSettings,
+    folder: Path,
+    *,
+    resume: bool,
+    no_report: bool,
+    as_json: bool,
+    usual: Mapping[str, Default] = MappingProxyType({}),
+) -> None:
+    """Train into a run directory and print the result; `usual` are defaults, whose origin is told."""
+    place, console = Place(folder), current().console(results=False, quiet=as_json)
     with place.taken(settings, resume=resume):  # before torch is imported: a run killed meanwhile can be continued
-        from dpquant.runs.directory import charged
-        from dpquant.runs.names import LEDGER
-        from dpquant.runs.train import train as run_training
-
-        console = Console(quiet=as_json)
+        if not as_json:
+            tell_settings(settings, usual)
+        plan = plan_of(settings)
+        if not as_json:
+            tell_budget(plan)
         try:
-            with ProgressBar(console) as bar:
-                record = run_training(settings, place, command=command_line(), sinks=[bar])
+            with RunProgress(console, quiet=as_json) as progress:
+                progress.preparing("loading torch")
+                from dpquant.runs.directory import charged
+                from dpquant.runs.names import LEDGER
+                from dpquant.runs.train import train as run_training
+
+                record = run_training(settings, place, plan=plan, command=command_line(), sinks=[progress])
         except KeyboardInterrupt as interrupt:
-            budget = plan_of(settings)
-            raise InterruptedRun(charged(folder / LEDGER, budget).told(budget)) from interrupt
+            from dpquant.runs.directory import charged
+            from dpquant.runs.names import LEDGER
+
+            raise InterruptedRun(charged(folder / LEDGER, plan).told(plan)) from interrupt
     if not no_report:
         from dpquant.app.report import write_report
 
@@ -78,7 +113,33 @@ def _train(settings: TrainSettings, folder: Path, *, resume: bool, no_report: bo
     if as_json:
         print(record.to_json(), end="")
         return
-    print_run(console, record, folder)
+    print_run(results(), record, folder)
+    if current().verbose:
+        _tell_times(folder)
+    tell_next(folder, reported=not no_report)
+
+
+def tell_next(folder: Path, *, reported: bool) -> None:
+    """Print what can be done with a run that has ended."""
+    quoted = shlex.quote(str(folder))
+    say(f"\nThe report: {folder / 'report.html'}" if reported else f"\nA report: dpquant report {quoted}")
+    say(f"Accuracy by class: dpquant evaluate {quoted}")
+    say(f"What may be released, in a folder: dpquant export {quoted} release")
+
+
+def _tell_times(folder: Path) -> None:
+    """Print the times of a run, which are the operator's own."""
+    from dpquant.runs.names import TIMINGS
+    from dpquant.runs.timings import Timings
+
+    found = Timings.read(folder / TIMINGS)
+    if found is None:
+        return
+    others = found.seconds_total - found.seconds_train - found.seconds_analysis
+    say(
+        f"\nSeconds, not for release: {found.seconds_total:.1f}, of them {found.seconds_train:.1f} steps, "
+        f"{found.seconds_analysis:.1f} analyses and {others:.1f} start, tests and files"
+    )
 
 
 def print_run(console: Console, record: "RunRecord", folder: Path) -> None:
@@ -96,7 +157,9 @@ def print_run(console: Console, record: "RunRecord", folder: Path) -> None:
         "ran quantized",
         f"{record.quantized_fraction_layers:.0%} of layers, {record.quantized_fraction_macs:.0%} of MACs",
     )
-    result.add_row("execution", record.execution)
+    for number, fact in enumerate(record.execution.split("; ")):
+        result.add_row("" if number else "how it ran", fact)
     result.add_row("run directory", str(folder))
     console.print(result)
-    console.print(f"\n{record.statement}", markup=False, highlight=False)
+    if not current().quiet:
+        console.print(f"\n{record.statement}", markup=False, highlight=False)

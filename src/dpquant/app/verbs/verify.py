@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from dpquant.app.completion import run_directories
 from dpquant.app.options import WRONG_RESULT, Json
+from dpquant.app.output import results
 
 if TYPE_CHECKING:
     from dpquant.app.verify import Verification
 
 
 def verify(
-    run: Annotated[Path, typer.Argument(help="directory of a run that has ended")], as_json: Json = False
+    run: Annotated[Path, typer.Argument(autocompletion=run_directories, help="directory of a run that has ended")],
+    as_json: Json = False,
 ) -> int:
     """Recompute everything that a run directory says and that can be recomputed without its data.
 
@@ -34,7 +37,7 @@ def verify(
     if as_json:
         print(found.to_json(), end="")
     else:
-        print_verification(Console(), found)
+        print_verification(results(), found)
     return 0 if found.holds else WRONG_RESULT
 
 

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
+from dpquant.app.completion import run_directories
 from dpquant.app.options import ALERT, INTERRUPTED, EndsQuietly
+from dpquant.app.output import results
 from dpquant.errors import SettingError
 
 if TYPE_CHECKING:
@@ -18,7 +19,9 @@ _LARGEST_PORT = 65535
 
 
 def watch(
-    run: Annotated[Path, typer.Argument(help="directory of a run, which need not have begun")],
+    run: Annotated[
+        Path, typer.Argument(autocompletion=run_directories, help="directory of a run, which need not have begun")
+    ],
     port: Annotated[int | None, typer.Option(help="to listen on; 0 for any that is free [0]")] = None,
     terminal: Annotated[bool, typer.Option("--terminal", help="Show it here, without a page.")] = False,
     once: Annotated[bool, typer.Option("--once", help="Print the state once, and stop.")] = False,
@@ -62,7 +65,7 @@ def watch(
         if terminal:
             from dpquant.app.terminal import follow
 
-            follow(following, Console())
+            follow(following, results())
         else:
             from dpquant.app.watch import serve
 
@@ -87,7 +90,7 @@ def _print_once(following: "Following", run: Path, *, as_json: bool) -> int:
     if as_json:
         print(to_json(status, found), end="")
     else:
-        console = Console()
+        console = results()
         console.print(view(status, found, ascii_only=console.options.ascii_only))
     return ALERT if any(not one.is_advice for one in found) else 0
 

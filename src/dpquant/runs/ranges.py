@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which values a setting may have: its type, its range, or a list of words. Loads no torch."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from dpquant.errors import SettingError, did_you_mean
+
+OPTIMIZERS = ("sgd", "adam", "adamw")
+LR_SCHEDULES = ("constant", "linear", "cosine")
+POLICIES = ("none", "all", "static", "rotate", "prioritise", "dpquant")
+BACKENDS = ("auto", "simulate", "int8", "cuda")
+ANALYSIS_SCORES = ("loss", "gradient")
+NOISES = ("gaussian", "discrete")
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "optimizer": OPTIMIZERS,
+    "lr_schedule": LR_SCHEDULES,
+    "policy": POLICIES,
+    "backend": BACKENDS,
+    "analysis_score": ANALYSIS_SCORES,
+    "noise": NOISES,
+}
+
+_AT_LEAST_ONE: tuple[str, Callable[[Any], bool]] = (">= 1", lambda x: x >= 1)
+_POSITIVE: tuple[str, Callable[[Any], bool]] = ("> 0 and finite", lambda x: 0 < x < math.inf)
+_NOT_NEGATIVE: tuple[str, Callable[[Any], bool]] = (">= 0 and finite", lambda x: 0 <= x < math.inf)
+RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "image_size": ("in 1 .. 16384", lambda x: 1 <= x <= 16384),
+    "test_share": ("in (0, 1)", lambda x: 0 < x < 1),
+    "max_length": ("in 1 .. 65536", lambda x: 1 <= x <= 65536),
+    "lora": ("in 1 .. 4096", lambda x: 1 <= x <= 4096),
+    "width": ("in (0, 10000]", lambda x: 0 < x <= 10_000),
+    "epochs": _AT_LEAST_ONE,
+    "batch_size": _POSITIVE,
+    "sample_rate": ("in (0, 1]", lambda x: 0 < x <= 1),
+    "records_per_person": ("in 1 .. 64", lambda x: 1 <= x <= 64),
+    "records": ("in 1 .. 10^12", lambda x: 1 <= x <= 10**12),
+    "lr": _POSITIVE,
+    "momentum": ("in [0, 1)", lambda x: 0 <= x < 1),
+    "average": ("in [0, 1)", lambda x: 0 <= x < 1),
+    "weight_decay": _NOT_NEGATIVE,
+    "beta": _NOT_NEGATIVE,
+    "analysis_every": _AT_LEAST_ONE,
+    "analysis_batch_size": _POSITIVE,
+    "seed": ("in 0 .. 2^63 - 1", lambda x: 0 <= x < 2**63),
+    "threads": ("in 1 .. 4096", lambda x: 1 <= x <= 4096),
+    "microbatch_size": _AT_LEAST_ONE,
+    "memory": _POSITIVE,
+}
+
+
+def check_type(name: str, value: Any, annotation: str) -> None:
+    """Check that a value has the type of the field's annotation; an int is accepted for a float."""
+    names = annotation.replace("<class '", "").replace("'>", "").split(" | ")
+    allowed = tuple({"str": str, "int": int, "float": (int, float), "bool": bool, "None": type(None)}[n] for n in names)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and "bool" not in names):
+        raise SettingError(f"Expected {name} of type {annotation}; got {name}={value!r}. See dpquant train --help.")
+
+
+def check_range(name: str, value: Any) -> None:
+    """Check that a number is in the setting's range.
+
+    Raises:
+      SettingError: names the range.
+    """
+    rule, holds = RANGES[name]
+    if not holds(value):
+        raise SettingError(f"Expected {name} {rule}; got {name}={value}. See dpquant train --help.")
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Check that a setting is one of the allowed words."""
+    if value not in allowed:
+        raise SettingError(
+            f"Expected {name} to be one of {', '.join(allowed)}; got {name}={value}. {did_you_mean(value, allowed)}See "
+            "dpquant train --help."
+        )
+
+
+def unknown(name: str, value: Any, known: Iterable[str]) -> str:
+    """Return the error for a setting that does not exist."""
+    if isinstance(value, dict):
+        return (
+            f"Expected settings outside of tables; got a table [{name}]. Settings have no groups. Write them as lines "
+            "NAME = VALUE, above any table."
+        )
+    hint = did_you_mean(name, known)
+    return f"Expected known settings; got {name}. It would be ignored. {hint}See dpquant train --help."
