@@ -11,7 +11,8 @@ from dpquant.app.cli import run as command
 from dpquant.app.explain import _ALSO, explained, facts, settings, texts, words
 from dpquant.errors import SettingError
 from dpquant.formats import RECIPES
-from dpquant.runs.settings import BACKENDS, POLICIES, RANGES, TrainSettings
+from dpquant.runs.ranges import BACKENDS, POLICIES, RANGES
+from dpquant.runs.settings import TrainSettings
 
 VERBS = {name: verb.help or "" for name, verb in _command().commands.items()}
 WORDS = (

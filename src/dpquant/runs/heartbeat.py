@@ -74,6 +74,9 @@ class Heartbeat:
         self._beat: Beat | None = None
         self._written = self._stepped = clock()
 
+    def preparing(self, what: str) -> None:
+        """Do nothing: no step has been taken."""
+
     def started(self, plan: "PrivacyPlan", settings: "TrainSettings") -> None:
         """Write the first beat, before anything is charged."""
         self._stepped = self._clock()
