@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the kernels of code_products.cpp and code_products_avx2.cpp share: the shape of a product, and the packing of an example's
-// codes in groups of four positions.
+// What the kernels of code_products.cpp, code_products_vnni.cpp and code_products_avx2.cpp share: the shape of a product, and the
+// packing of an example's codes in groups of four positions.
 
 #pragma once
 
@@ -20,6 +20,7 @@ struct ProductShape {
 
     Axis rows, columns;
     int64_t channels, outputs;
+    int64_t past;  // fours that a kernel may read past the last row of a plane
 
     int64_t row_fours() const { return (columns.out + 3) / 4; }
     int64_t used_fours() const { return rows.out * row_fours(); }
@@ -32,7 +33,7 @@ struct ProductShape {
     // The rows of a phase, with one padding row above and one below.
     int64_t first_row() const { return rows.lowest() - 1; }
     int64_t plane_rows() const { return rows.out + rows.shift(rows.kernel - 1) + 2; }
-    int64_t plane_fours() const { return plane_rows() * row_fours() + FOURS; }  // tiles may read past the last row
+    int64_t plane_fours() const { return plane_rows() * row_fours() + past; }
 
     // The fours that tap (i, j) reads, in planes packed by `pack_x`.
     const uint8_t *tap(const uint8_t *x, int64_t i, int64_t j) const {
@@ -43,9 +44,11 @@ struct ProductShape {
 
 #ifdef HAS_TILES
 
-// The AVX2 kernel. Computes an example's product, stores it if `out` is given, and returns the sum of its squares.
+// The VNNI and the AVX2 kernel. Computes an example's product, stores it if `out` is given, and returns the sum of its squares.
+double store_example_vnni(const uint8_t *x, const uint8_t *g, const ProductShape &s, float *out);
 double store_example_avx2(const uint8_t *x, const uint8_t *g, const ProductShape &s, float *out);
 // Adds the products of `count` examples, times their weights, to `out`.
+void add_examples_vnni(const uint8_t *x, const uint8_t *g, const ProductShape &s, const float *weights, int64_t count, float *out);
 void add_examples_avx2(const uint8_t *x, const uint8_t *g, const ProductShape &s, const float *weights, int64_t count, float *out);
 
 // Interleaves four positions of `channels` channels: out[c * 4 + k] = from[k][c].
@@ -107,7 +110,7 @@ inline void pack_x(const uint8_t *x, const ProductShape &s, std::vector<uint8_t>
                         std::memset(out + (four * wide + s.channels) * 4, CODE_OF_ZERO, static_cast<size_t>((wide - s.channels) * 4));
                 }
             }
-            std::memset(out, CODE_OF_ZERO, static_cast<size_t>(s.FOURS * wide * 4));
+            std::memset(out, CODE_OF_ZERO, static_cast<size_t>(s.past * wide * 4));
         }
 }
 
