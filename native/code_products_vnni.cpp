@@ -3,11 +3,9 @@
 // The AVX-512 VNNI kernel of code_products.cpp: tiles of up to 12 outputs x 32 channels, whose int32 sums stay in registers.
 
 #include "code_products.hpp"
-#include "quads.hpp"
+#include "fours.hpp"
 
 #ifdef HAS_TILES
-
-#define VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
 
 namespace dpquant {
 namespace {
@@ -33,19 +31,12 @@ VNNI void pack(const uint8_t *x, const uint8_t *g, const ProductShape &s, Packed
     for (int64_t o = 0; o < tall; o += LANES) {
         __m512i excess = _mm512_setzero_si512();
         for (int64_t four = 0; four < fours; ++four)
-            excess = _mm512_dpbusd_epi32(excess, _mm512_set1_epi8(static_cast<char>(CODE_OF_ZERO)), _mm512_loadu_si512(p.g.data() + four * tall + o));
+            excess = add_excess(excess, _mm512_loadu_si512(p.g.data() + four * tall + o));
         _mm512_storeu_si512(p.excess.data() + o, _mm512_sub_epi32(_mm512_setzero_si512(), excess));
     }
 }
 
-// Adds the four products of each lane to `sum`.
-VNNI inline __m512i add_fours(__m512i sum, __m512i unsigned_bytes, __m512i signed_bytes) {
-    sum = _mm512_dpbusd_epi32(sum, unsigned_bytes, signed_bytes);
-    asm("" : "+v"(sum));  // in this order: gcc would keep the sums in memory
-    return sum;
-}
-
-// Sums for `n_out` outputs and `n_vec` vectors of channels; int32 wraps around, so the excess can come first.
+// Sums for `n_out` outputs and `n_vec` vectors of channels.
 template <int n_out, int n_vec>
 VNNI inline void multiply(const Packed &p, const uint8_t *x, const ProductShape &s, int64_t o, __m512i (&sums)[n_out][n_vec]) {
     UNROLLED for (int k = 0; k < n_out; ++k)
@@ -61,8 +52,6 @@ VNNI inline void multiply(const Packed &p, const uint8_t *x, const ProductShape 
         }
     }
 }
-
-inline __mmask16 lanes(int64_t count) { return static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, LANES)) - 1); }
 
 // Stores the sums, if `out` is given, and adds their squares in float64. Lanes that pad are zero.
 struct Store {
