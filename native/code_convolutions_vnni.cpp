@@ -23,7 +23,7 @@ struct Work {
     const int32_t *panel;
     const float *scales;  // of the examples
     float *out;           // the panel's outputs of the first example
-    int64_t outputs;      // of the panel
+    Lanes16 lanes[VECTORS];
     alignas(64) float output_scales[PANEL], bias[PANEL];
     bool has_bias;
 };
@@ -55,7 +55,7 @@ VNNI inline void tile(const Work &w, int64_t first) {
             const __m512 scale = _mm512_mul_ps(scale_of_example, _mm512_load_ps(w.output_scales + v * LANES));
             __m512 values = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][v]), scale);
             if (w.has_bias) values = _mm512_add_ps(values, _mm512_load_ps(w.bias + v * LANES));
-            _mm512_mask_storeu_ps(to + v * LANES, lanes(w.outputs - v * LANES), values);
+            w.lanes[v].store(to + v * LANES, values);
         }
     }
 }
@@ -101,7 +101,7 @@ VNNI void convolve_vnni(const Prepared &part, const Operands &o, int64_t first, 
         for (int64_t k = 0; k < s.panels(); ++k) {
             const int64_t output = g * s.outputs + k * PANEL, outputs = std::min(PANEL, s.outputs - k * PANEL);
             Work w{part.positions, part.offsets, planes, part.panels + (g * s.panels() + k) * s.panel(), o.scales + first,
-                   o.out + first * out_size + output, outputs, {}, {}, o.bias != nullptr};
+                   o.out + first * out_size + output, {Lanes16(outputs), Lanes16(outputs - LANES), Lanes16(outputs - 2 * LANES), Lanes16(outputs - 3 * LANES)}, {}, {}, o.bias != nullptr};
             for (int64_t i = 0; i < outputs; ++i) {
                 w.output_scales[i] = o.output_scales[o.one_scale ? 0 : output + i];
                 w.bias[i] = o.bias ? o.bias[output + i] : 0;

@@ -53,18 +53,19 @@ VNNI inline void multiply(const Packed &p, const uint8_t *x, const ProductShape 
     }
 }
 
-// Stores the sums, if `out` is given, and adds their squares in float64. Lanes that pad are zero.
+// Stores the sums, if `out` is given, and adds their squares in float64. Lanes16 that pad are zero.
 struct Store {
     float *out;
     int64_t depth;
-    __mmask16 masks[2];
-    __m512d squares;
+    Lanes16 lanes[2];
+    __m512d squares[4];  // several, so that additions need not wait for each other
 
     VNNI void take(__m512i sums, int64_t o, int v) {
         const __m512 values = _mm512_cvtepi32_ps(sums);
-        if (out) _mm512_mask_storeu_ps(out + o * depth + v * LANES, masks[v], values);
+        if (out) lanes[v].store(out + o * depth + v * LANES, values);
         const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(values)), high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(values, 1));
-        squares = _mm512_fmadd_pd(low, low, _mm512_fmadd_pd(high, high, squares));
+        squares[2 * v] = _mm512_fmadd_pd(low, low, squares[2 * v]);
+        squares[2 * v + 1] = _mm512_fmadd_pd(high, high, squares[2 * v + 1]);
     }
 };
 
@@ -72,12 +73,12 @@ struct Store {
 struct Add {
     float *out;
     int64_t depth;
-    __mmask16 masks[2];
+    Lanes16 lanes[2];
     __m512 weight;
 
     VNNI void take(__m512i sums, int64_t o, int v) {
         float *to = out + o * depth + v * LANES;
-        _mm512_mask_storeu_ps(to, masks[v], _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), weight, _mm512_maskz_loadu_ps(masks[v], to)));
+        lanes[v].store(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), weight, lanes[v].loaded(to)));
     }
 };
 
@@ -119,13 +120,13 @@ VNNI void for_channels(const ProductShape &s, const Body &body) {
 VNNI double store_example_vnni(const uint8_t *x, const uint8_t *g, const ProductShape &s, float *out) {
     thread_local Packed packed;
     pack(x, g, s, packed);
-    __m512d squares = _mm512_setzero_pd();
+    Store sink{nullptr, s.depth(), {Lanes16(0), Lanes16(0)}, {}};
     for_channels(s, [&](int64_t i, int64_t j, int64_t c, int64_t place) VNNI {
-        Store sink{out ? out + place : nullptr, s.depth(), {lanes(s.channels - c), lanes(s.channels - c - LANES)}, squares};
+        sink.out = out ? out + place : nullptr;
+        sink.lanes[0] = Lanes16(s.channels - c), sink.lanes[1] = Lanes16(s.channels - c - LANES);
         outputs(packed, s.tap(packed.x.data(), i, j), s, c, 0, s.outputs, sink);
-        squares = sink.squares;
     });
-    return _mm512_reduce_add_pd(squares);
+    return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_add_pd(sink.squares[0], sink.squares[1]), _mm512_add_pd(sink.squares[2], sink.squares[3])));
 }
 
 VNNI void add_examples_vnni(const uint8_t *x, const uint8_t *g, const ProductShape &s, const float *weights, int64_t count, float *out) {
@@ -141,7 +142,7 @@ VNNI void add_examples_vnni(const uint8_t *x, const uint8_t *g, const ProductSha
             for (int64_t o = 0; o < s.outputs; o += SHARED)
                 for (int64_t b = 0; b < some; ++b) {
                     const Packed &p = packed[static_cast<size_t>(b)];
-                    Add sink{out + place, s.depth(), {lanes(s.channels - c), lanes(s.channels - c - LANES)}, _mm512_set1_ps(weights[first + b])};
+                    Add sink{out + place, s.depth(), {Lanes16(s.channels - c), Lanes16(s.channels - c - LANES)}, _mm512_set1_ps(weights[first + b])};
                     outputs(p, s.tap(p.x.data(), i, j), s, c, o, std::min(o + SHARED, s.outputs), sink);
                 }
         });
