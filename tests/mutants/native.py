@@ -135,13 +135,13 @@ MUTANTS = [
             SENSITIVITY,
             "        squares[2 * v + 1] = _mm512_fmadd_pd(high, high, squares[2 * v + 1]);\n",
             "",
-            f"{_PRODUCTS}::test_products_of_codes_are_exact_integers_on_every_kernel",
         ),
         (
             "on VNNI, the last outputs of a weight are left out of norms and sums",
             SENSITIVITY,
             "    for (; o < last; ++o) block<1, n_vec>(p, x, s, o, sink);\n",
             "",
+            f"{_PRODUCTS}::test_the_kernels_of_this_processor_are_exact",
         ),
         (
             "on VNNI, squares of an example go on where those of the last one ended",
