@@ -34,8 +34,9 @@ SCRIPTS = (
     "fidelity",
     "damage",
     "pareto",
+    "pictures",
     "paper",
-)  # paper last: it writes the others' results into docs/paper.md
+)  # the last two draw and write what the others found; neither runs anything
 
 
 def main() -> None:

@@ -11,28 +11,11 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from experiments.published import PAPER
 from experiments.runner import RESULTS, Site
 
 PAGE = Path(__file__).parents[1] / "docs" / "paper.md"
 PLACES = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-# Validation accuracy at epsilon = 8 (DPQuant, arXiv 2509.03472), by data set, network and row
-PAPER = {
-    "baselines-gtsrb": {
-        "static 0.5": "69.06 ± 5.63",
-        "dpquant 0.5": "76.75",
-        "static 0.9": "57.49 ± 4.46",
-        "dpquant 0.9": "67.67",
-    },
-    "networks": {
-        "resnet50, static 0.75": "58.13 ± 8.50",
-        "resnet50, dpquant 0.75": "69.03",
-        "resnet50, static 0.9": "47.40 ± 7.23",
-        "resnet50, dpquant 0.9": "59.87",
-        "densenet121, static 0.5": "65.47 ± 5.42",
-        "densenet121, dpquant 0.5": "71.05",
-    },
-}
 
 
 def run(site: Site) -> None:

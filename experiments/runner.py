@@ -21,11 +21,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 
-from dpquant.app.compare import draw_accuracies, half_width
+from dpquant.app.compare import half_width
 from dpquant.errors import DataError
 from dpquant.runs.record import RunRecord
 from dpquant.runs.settings import TrainSettings
 from dpquant.runs.timings import Timings
+from experiments.drawing import draw_rows
+from experiments.published import published
 
 RESULTS = Path(__file__).parent / "results"
 FOLDERS = ("GTSRB", "CIFAR10")  # placeholders in options for the folders of data sets
@@ -43,7 +45,7 @@ class Table:
       rows: {row: its options}.
       seeds: seeds at which every row is run.
       once: more rows, run at the first seed only.
-      draw: draws the plot from {row: records}; None: accuracies over epochs.
+      draw: draws the plot from {row: records}; None: each row's accuracy.
       programs: {row: module that is run instead of `dpquant`}.
     """
 
@@ -213,7 +215,7 @@ def do_table(table: Table, site: Site) -> dict[str, dict]:
     site.results.mkdir(exist_ok=True)
     text = json.dumps({"title": table.title, "missing": missing, "summary": rows, "records": records}, indent=1)
     (site.results / f"{table.name}.json").write_text(text + "\n")
-    (table.draw or draw_curves)(table, records, site.results / f"{table.name}.png")
+    (table.draw or draw_table)(table, records, site.results / f"{table.name}.png")
     print(f"\n{table.title}")
     for row, facts in rows.items():
         print(
@@ -245,22 +247,7 @@ def summary(records: Mapping[str, list[dict]]) -> dict[str, dict]:
     return rows
 
 
-def draw_curves(table: Table, records: Mapping[str, list[dict]], path: Path) -> None:
-    """Plot test accuracy over epochs."""
-    accuracies = {
-        row: [RunRecord.from_json(json.dumps(run)).accuracy_per_epoch for run in runs] for row, runs in records.items()
-    }
-    draw_accuracies(accuracies, path, table.title)
-
-
-def new_figure(columns: int = 1):
-    """Return a figure that needs no display, and its axes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7 * columns, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, columns)
-    for axis in [axes] if columns == 1 else axes:
-        axis.grid(alpha=0.3)
-    return figure, axes
+def draw_table(table: Table, records: Mapping[str, list[dict]], path: Path) -> None:
+    """Draw the test accuracy of every row, with the paper's."""
+    accuracies = {row: [100 * run["accuracy_test"] for run in runs] for row, runs in records.items()}
+    draw_rows(accuracies, path, table.title, paper=published(table.name))
