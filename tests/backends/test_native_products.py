@@ -86,7 +86,7 @@ def test_products_of_codes_are_exact_integers_on_every_kernel(convolution, large
 @pytest.mark.skipif(not products._code_products_run(), reason="no native kernel on this machine")
 @pytest.mark.parametrize("parts", [1, 2, 3])
 def test_many_examples_are_added_each_with_its_own_weight(parts):
-    """More than are packed at once, shared among parts of the total as among threads, and tiles with every remainder."""
+    """More than are packed at once, shared among parts of the total as among threads; tiles with every remainder."""
     geometry = Geometry(kernel=(3, 3), padding=(1, 1))
     x, grad = codes((MANY, 53, 4, 4), 64), codes((MANY, 17, 4, 4), 64, 1)
     exact = patch_products(positions(grad.double(), geometry), im2col(x.double(), geometry))
