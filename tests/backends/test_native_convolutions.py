@@ -68,13 +68,16 @@ def test_products_are_the_references_bits(convolution, largest, batch, extreme):
 
 
 WIDE = (Geometry(kernel=(1, 3), padding=(0, 1), groups=2), (2 * 70, 4, 1, 3), (1, 8))  # more than a panel of outputs
+POINTWISE = (Geometry(), (19, 36, 1, 1), (5, 2))  # its planes are its images
 ONE_POSITION = (Geometry(), (19, 33, 1, 1), (1, 1))
 STRIDED = (Geometry(kernel=(3, 3), stride=(2, 2), padding=(1, 1)), (17, 13, 3, 3), (5, 6))
 WITHOUT_TAPS = (Geometry(kernel=(1, 1), stride=(2, 3)), (5, 4, 1, 1), (7, 7))  # most inputs are read by none
 
 
 @pytest.mark.parametrize(
-    "convolution", [ONE_POSITION, STRIDED, WITHOUT_TAPS, WIDE], ids=["one position", "strided", "few taps", "wide"]
+    "convolution",
+    [ONE_POSITION, POINTWISE, STRIDED, WITHOUT_TAPS, WIDE],
+    ids=["one position", "pointwise", "strided", "few taps", "wide"],
 )
 @pytest.mark.parametrize("largest", LARGEST)
 def test_many_examples_are_the_references_bits(convolution, largest):

@@ -103,6 +103,22 @@ def test_many_examples_are_added_each_with_its_own_weight(parts):
 
 
 @pytest.mark.skipif(not products._code_products_run(), reason="no native kernel on this machine")
+@pytest.mark.parametrize("size", [(18, 1), (1, 18), (3, 7)])
+def test_positions_of_a_pointwise_product_meet_those_of_their_own(size):
+    """They are given to the kernels as one row, whatever the shape of the map."""
+    x, grad = codes((3, 21, *size), 127), codes((3, 6, *size), 127, 1)
+    exact = torch.einsum("bot,bct->boc", grad.flatten(2).double(), x.flatten(2).double())
+    operands = shifted(grad).codes, shifted(x).codes, Geometry()
+    for kernel in products._native.code_kernels():
+        assert torch.equal(products.code_products(*operands, kernel=kernel), exact.float())
+        assert torch.equal(products.gram_norms(*operands, kernel=kernel), exact.square().sum((1, 2)))
+    for kernel in products._native.code_sum_kernels():
+        total = torch.zeros(exact.shape[1:])
+        products.add_code_sums(*operands, torch.ones(3), total, bf16_terms=2, kernel=kernel)
+        assert torch.equal(total.double(), exact.sum(0))
+
+
+@pytest.mark.skipif(not products._code_products_run(), reason="no native kernel on this machine")
 @pytest.mark.parametrize("largest", LARGEST)
 def test_long_sums_of_the_largest_codes_are_exact_on_every_kernel(largest):
     """All products are equal and largest: no sum of some of them would fit where it must not."""
