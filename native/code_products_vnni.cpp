@@ -53,7 +53,7 @@ VNNI inline void multiply(const Packed &p, const uint8_t *x, const ProductShape 
     }
 }
 
-// Stores the sums, if `out` is given, and adds their squares in float64. Lanes16 that pad are zero.
+// Stores the sums, if `out` is given, and adds their squares in float64. Lanes that pad are zero.
 struct Store {
     float *out;
     int64_t depth;
