@@ -25,6 +25,7 @@
 #include <string>
 #include <vector>
 
+#include "fours.hpp"
 #include "geometry.hpp"
 #include "parallel.hpp"
 #include "quads.hpp"
@@ -118,28 +119,39 @@ AMX void multiply_amx(Gram &gram) {
         }
 }
 
-// The instruction multiplies unsigned by signed bytes, so 128 is added to the left vector. Every sum is then too large by 128
-// times the sum of the right vector, which is subtracted.
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))) void multiply_vnni(Gram &gram) {
-    const __m512i flip = _mm512_set1_epi32(static_cast<int32_t>(0x80808080));
-    for (int64_t j = 0; j < gram.count; j += 16) {
-        __m512i excess = _mm512_setzero_si512();
-        for (int64_t d = 0; d < gram.depth / 4; ++d)
-            excess = _mm512_dpbusd_epi32(excess, flip, _mm512_loadu_si512(gram.quads.data() + d * gram.count + j));
-        for (int64_t i = 0; i < gram.count; i += 8) {
-            __m512i sums[8];
-            for (auto &sum : sums) sum = _mm512_setzero_si512();
-            const auto *left = reinterpret_cast<const int32_t *>(gram.vectors.data()) + i * (gram.depth / 4);
-            for (int64_t d = 0; d < gram.depth / 4; ++d) {
-                const __m512i right = _mm512_loadu_si512(gram.quads.data() + d * gram.count + j);
-                for (int k = 0; k < 8; ++k) {
-                    const __m512i one = _mm512_xor_si512(_mm512_set1_epi32(left[k * (gram.depth / 4) + d]), flip);
-                    sums[k] = _mm512_dpbusd_epi32(sums[k], one, right);
-                }
-            }
-            for (int k = 0; k < 8; ++k)
-                _mm512_storeu_si512(gram.products.data() + (i + k) * gram.count + j, _mm512_sub_epi32(sums[k], excess));
+// Sums for 8 rows, signed, and `n_vec` vectors of columns, unsigned.
+template <int n_vec>
+VNNI inline void multiply_vnni(Gram &gram, int64_t i, int64_t j, const int32_t (&excess)[8]) {
+    __m512i sums[8][n_vec];
+    UNROLLED for (int r = 0; r < 8; ++r)
+        UNROLLED for (int v = 0; v < n_vec; ++v) sums[r][v] = _mm512_set1_epi32(-excess[r]);
+    const int64_t depth = gram.depth / 4;
+    const auto *rows = reinterpret_cast<const int32_t *>(gram.vectors.data()) + i * depth;
+    const int32_t *columns = gram.quads.data() + j;
+    for (int64_t d = 0; d < depth; ++d, columns += gram.count) {
+        __m512i seen[n_vec];
+        UNROLLED for (int v = 0; v < n_vec; ++v)
+            seen[v] = _mm512_xor_si512(_mm512_loadu_si512(columns + v * 16), _mm512_set1_epi32(static_cast<int32_t>(0x80808080)));
+        UNROLLED for (int r = 0; r < 8; ++r) {
+            const __m512i row = _mm512_set1_epi32(rows[r * depth + d]);
+            UNROLLED for (int v = 0; v < n_vec; ++v) sums[r][v] = add_fours(sums[r][v], seen[v], row);
         }
+    }
+    UNROLLED for (int r = 0; r < 8; ++r)
+        UNROLLED for (int v = 0; v < n_vec; ++v) _mm512_storeu_si512(gram.products.data() + (i + r) * gram.count + j + v * 16, sums[r][v]);
+}
+
+VNNI void multiply_vnni(Gram &gram) {
+    for (int64_t i = 0; i < gram.count; i += 8) {
+        int32_t excess[8];
+        for (int r = 0; r < 8; ++r) {
+            __m512i sum = _mm512_setzero_si512();
+            for (int64_t d = 0; d < gram.depth; d += DEPTH) sum = add_excess(sum, _mm512_loadu_si512(gram.vectors.data() + (i + r) * gram.depth + d));
+            excess[r] = _mm512_reduce_add_epi32(sum);
+        }
+        int64_t j = 0;
+        for (; j + 32 <= gram.count; j += 32) multiply_vnni<2>(gram, i, j, excess);
+        if (j < gram.count) multiply_vnni<1>(gram, i, j, excess);
     }
 }
 
@@ -187,7 +199,7 @@ AVX2 void multiply_avx2(Gram &gram, bool in_triples) {
 void multiply(Gram &gram, const std::string &kernel, int64_t most) {
     if (kernel == "avx2") return multiply_avx2(gram, fit_in_triples(most, most));
     fill_quads(gram);
-    (kernel == "amx" ? multiply_amx : multiply_vnni)(gram);
+    kernel == "amx" ? multiply_amx(gram) : multiply_vnni(gram);
 }
 
 FOR_EVERY_X86 void add_shifted(const Gram &pixels, int64_t offset, const Walk &walk, std::vector<int32_t> &patches) {

@@ -12,8 +12,8 @@
 // Positions outside of the image are packed as 128, the code of zero. A sum of signed g times unsigned x is too large by 128
 // times the sum of g, which is subtracted at the end.
 //
-// Three kernels give the same integers: AMX tiles, AVX-512 VNNI, and AVX2 in code_products_avx2.cpp. Symbols: O outputs, C
-// channels, T positions in fours.
+// Three kernels give the same integers: AMX tiles, AVX-512 VNNI in code_products_vnni.cpp, and AVX2 in code_products_avx2.cpp.
+// Symbols: O outputs, C channels, T positions in fours.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -149,51 +149,16 @@ AMX void amx_tap(const Packed &p, const uint8_t *x, const Shape &s, Sink &sink) 
         }
 }
 
-#define VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
-
-template <int n_out, int n_vec>
-VNNI inline void vnni_block(const int8_t *g, const uint8_t *x, int64_t fours, int64_t wide, int64_t o, int64_t c, Sink &sink) {
-    __m512i sums[n_out][n_vec];
-    for (auto &row : sums)
-        for (auto &sum : row) sum = _mm512_setzero_si512();
-    const auto *factors = reinterpret_cast<const int32_t *>(g) + o * fours;
-    x += c * 4;
-    for (int64_t four = 0; four < fours; ++four, x += wide * 4) {
-        __m512i seen[n_vec];
-        for (int v = 0; v < n_vec; ++v) seen[v] = _mm512_loadu_si512(x + v * 64);
-        for (int k = 0; k < n_out; ++k) {
-            const __m512i factor = _mm512_set1_epi32(factors[k * fours + four]);
-            for (int v = 0; v < n_vec; ++v) sums[k][v] = _mm512_dpbusd_epi32(sums[k][v], seen[v], factor);
-        }
-    }
-    for (int k = 0; k < n_out; ++k)
-        for (int v = 0; v < n_vec; ++v) sink.take(sums[k][v], o + k, c + v * LANES);
-}
-
-template <int n_vec>
-VNNI void vnni_outputs(const Packed &p, const uint8_t *x, const Shape &s, int64_t c, Sink &sink) {
-    int64_t o = 0;
-    for (; o + 6 <= s.outputs; o += 6) vnni_block<6, n_vec>(p.g.data(), x, s.fours(), s.wide(), o, c, sink);
-    for (; o < s.outputs; ++o) vnni_block<1, n_vec>(p.g.data(), x, s.fours(), s.wide(), o, c, sink);
-}
-
-void vnni_tap(const Packed &p, const uint8_t *x, const Shape &s, Sink &sink) {
-    int64_t c = 0;
-    for (; c + 4 * LANES <= s.wide(); c += 4 * LANES) vnni_outputs<4>(p, x, s, c, sink);
-    for (; c < s.wide(); c += LANES) vnni_outputs<1>(p, x, s, c, sink);
-}
-
 __attribute__((target("avx512f")))
-double example_avx512(const uint8_t *x, const uint8_t *g, const Shape &s, bool amx, float *out, std::optional<float> weight) {
+double example_amx(const uint8_t *x, const uint8_t *g, const Shape &s, float *out, std::optional<float> weight) {
     thread_local Packed packed;
     pack(x, g, s, packed);
     Sink sink{nullptr, weight, s.outputs, s.channels, s.depth(), packed.g_sums.data(), _mm512_setzero_pd()};
-    std::optional<Tiles> tiles;
-    if (amx) tiles.emplace();
+    const Tiles tiles;
     for (int64_t i = 0; i < s.rows.kernel; ++i)
         for (int64_t j = 0; j < s.columns.kernel; ++j) {
             sink.out = out ? out + (i * s.columns.kernel + j) * s.channels : nullptr;
-            (amx ? amx_tap : vnni_tap)(packed, s.tap(packed.x.data(), i, j), s, sink);
+            amx_tap(packed, s.tap(packed.x.data(), i, j), s, sink);
         }
     return _mm512_reduce_add_pd(sink.squares);
 }
@@ -201,14 +166,16 @@ double example_avx512(const uint8_t *x, const uint8_t *g, const Shape &s, bool a
 // Computes an example's product, stores it if `out` is given, and returns the sum of its squares.
 double store_example(const uint8_t *x, const uint8_t *g, const Shape &s, const std::string &kernel, float *out) {
     if (kernel == "avx2") return store_example_avx2(x, g, s, out);
-    return example_avx512(x, g, s, kernel == "amx", out, std::nullopt);
+    if (kernel == "vnni") return store_example_vnni(x, g, s, out);
+    return example_amx(x, g, s, out, std::nullopt);
 }
 
 // Adds the products of `count` examples, times their weights, to `out`.
 void add_examples(const uint8_t *x, const uint8_t *g, const Shape &s, const std::string &kernel, const float *weights, int64_t count, float *out) {
     if (kernel == "avx2") return add_examples_avx2(x, g, s, weights, count, out);
+    if (kernel == "vnni") return add_examples_vnni(x, g, s, weights, count, out);
     for (int64_t b = 0; b < count; ++b)
-        example_avx512(x + b * s.x_size(), g + b * s.g_size(), s, kernel == "amx", out, weights[b]);
+        example_amx(x + b * s.x_size(), g + b * s.g_size(), s, out, weights[b]);
 }
 #else
 double store_example(const uint8_t *, const uint8_t *, const Shape &, const std::string &, float *) { return 0; }
@@ -224,8 +191,8 @@ using Squares = nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 namespace {
 
-Shape shape(nb::tuple rows, nb::tuple columns, int64_t channels, int64_t outputs) {
-    return {Axis(rows), Axis(columns), channels, outputs};
+Shape shape(nb::tuple rows, nb::tuple columns, int64_t channels, int64_t outputs, const std::string &kernel) {
+    return {Axis(rows), Axis(columns), channels, outputs, kernel == "amx" ? Shape::FOURS : 0};
 }
 
 void check(const Shape &s, const Codes &x, const Codes &g, size_t batch, const std::string &kernel) {
@@ -243,7 +210,7 @@ void bind_codes(nb::module_ &m) {
         "code_products",
         [](Codes x, Codes g, std::optional<Sums> out, Squares squares, nb::tuple rows, nb::tuple columns, int64_t channels,
            int64_t outputs, const std::string &kernel, int threads) {
-            const Shape s = shape(rows, columns, channels, outputs);
+            const Shape s = shape(rows, columns, channels, outputs, kernel);
             const auto batch = static_cast<int64_t>(squares.size());
             check(s, x, g, squares.size(), kernel);
             if (out && static_cast<int64_t>(out->size()) != batch * outputs * s.depth())
@@ -263,7 +230,7 @@ void bind_codes(nb::module_ &m) {
         "add_code_products",
         [](Codes x, Codes g, Weights weights, Sums totals, nb::tuple rows, nb::tuple columns, int64_t channels,
            int64_t outputs, const std::string &kernel, int threads) {
-            const Shape s = shape(rows, columns, channels, outputs);
+            const Shape s = shape(rows, columns, channels, outputs, kernel);
             check(s, x, g, weights.size(), kernel);
             const int64_t size = outputs * s.depth(), parts = static_cast<int64_t>(totals.size()) / size;
             if (parts < 1 || parts * size != static_cast<int64_t>(totals.size()))

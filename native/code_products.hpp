@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the kernels of code_products.cpp and code_products_avx2.cpp share: the shape of a product, and the packing of an example's
-// codes in groups of four positions.
+// What the kernels of code_products.cpp, code_products_vnni.cpp and code_products_avx2.cpp share: the shape of a product, and the
+// packing of an example's codes in groups of four positions.
 
 #pragma once
 
@@ -20,6 +20,7 @@ struct ProductShape {
 
     Axis rows, columns;
     int64_t channels, outputs;
+    int64_t past;  // fours that a kernel may read past the last row of a plane
 
     int64_t row_fours() const { return (columns.out + 3) / 4; }
     int64_t used_fours() const { return rows.out * row_fours(); }
@@ -32,7 +33,7 @@ struct ProductShape {
     // The rows of a phase, with one padding row above and one below.
     int64_t first_row() const { return rows.lowest() - 1; }
     int64_t plane_rows() const { return rows.out + rows.shift(rows.kernel - 1) + 2; }
-    int64_t plane_fours() const { return plane_rows() * row_fours() + FOURS; }  // tiles may read past the last row
+    int64_t plane_fours() const { return plane_rows() * row_fours() + past; }
 
     // The fours that tap (i, j) reads, in planes packed by `pack_x`.
     const uint8_t *tap(const uint8_t *x, int64_t i, int64_t j) const {
@@ -43,17 +44,20 @@ struct ProductShape {
 
 #ifdef HAS_TILES
 
-// The AVX2 kernel. Computes an example's product, stores it if `out` is given, and returns the sum of its squares.
+// The VNNI and the AVX2 kernel. Computes an example's product, stores it if `out` is given, and returns the sum of its squares.
+double store_example_vnni(const uint8_t *x, const uint8_t *g, const ProductShape &s, float *out);
 double store_example_avx2(const uint8_t *x, const uint8_t *g, const ProductShape &s, float *out);
 // Adds the products of `count` examples, times their weights, to `out`.
+void add_examples_vnni(const uint8_t *x, const uint8_t *g, const ProductShape &s, const float *weights, int64_t count, float *out);
 void add_examples_avx2(const uint8_t *x, const uint8_t *g, const ProductShape &s, const float *weights, int64_t count, float *out);
 
 // Interleaves four positions of `channels` channels: out[c * 4 + k] = from[k][c].
 __attribute__((target("sse2"))) inline void interleave(const uint8_t *const from[4], int64_t channels, uint8_t *out) {
+    const uint8_t *const rows[4] = {from[0], from[1], from[2], from[3]};  // bytes that are written cannot change these
     int64_t c = 0;
     for (; c + 16 <= channels; c += 16) {
         __m128i in[4];
-        for (int k = 0; k < 4; ++k) in[k] = _mm_loadu_si128(reinterpret_cast<const __m128i *>(from[k] + c));
+        for (int k = 0; k < 4; ++k) in[k] = _mm_loadu_si128(reinterpret_cast<const __m128i *>(rows[k] + c));
         const __m128i low01 = _mm_unpacklo_epi8(in[0], in[1]), high01 = _mm_unpackhi_epi8(in[0], in[1]);
         const __m128i low23 = _mm_unpacklo_epi8(in[2], in[3]), high23 = _mm_unpackhi_epi8(in[2], in[3]);
         auto *to = reinterpret_cast<__m128i *>(out + c * 4);
@@ -63,22 +67,22 @@ __attribute__((target("sse2"))) inline void interleave(const uint8_t *const from
         _mm_storeu_si128(to + 3, _mm_unpackhi_epi16(high01, high23));
     }
     for (; c < channels; ++c)
-        for (int k = 0; k < 4; ++k) out[c * 4 + k] = from[k][c];
+        for (int k = 0; k < 4; ++k) out[c * 4 + k] = rows[k][c];
 }
 
 // Packs g as signed bytes, (fours, tall) dwords of four positions each. What pads is zero.
 inline void pack_g(const uint8_t *g, const ProductShape &s, int64_t fours, std::vector<int32_t> &out) {
     const std::vector<uint8_t> zeros(static_cast<size_t>(s.outputs), CODE_OF_ZERO);
-    const int64_t tall = s.tall();
+    const int64_t tall = s.tall(), outputs = s.outputs;
     out.assign(static_cast<size_t>(fours * tall), 0);
     for (int64_t h = 0, four = 0; h < s.rows.out; ++h)
         for (int64_t w = 0; w < s.columns.out; w += 4, ++four) {
             const uint8_t *from[4];
             for (int64_t k = 0; k < 4; ++k)
                 from[k] = w + k < s.columns.out ? g + (h * s.columns.out + w + k) * s.outputs : zeros.data();
-            auto *to = reinterpret_cast<uint8_t *>(out.data() + four * tall);
-            interleave(from, s.outputs, to);
-            for (int64_t b = 0; b < s.outputs * 4; ++b) to[b] ^= 0x80;
+            int32_t *to = out.data() + four * tall;
+            interleave(from, outputs, reinterpret_cast<uint8_t *>(to));
+            for (int64_t o = 0; o < outputs; ++o) to[o] ^= static_cast<int32_t>(0x80808080);
         }
 }
 
@@ -107,7 +111,7 @@ inline void pack_x(const uint8_t *x, const ProductShape &s, std::vector<uint8_t>
                         std::memset(out + (four * wide + s.channels) * 4, CODE_OF_ZERO, static_cast<size_t>((wide - s.channels) * 4));
                 }
             }
-            std::memset(out, CODE_OF_ZERO, static_cast<size_t>(s.FOURS * wide * 4));
+            std::memset(out, CODE_OF_ZERO, static_cast<size_t>(s.past * wide * 4));
         }
 }
 

@@ -37,7 +37,6 @@ inline bool fit_in_triples(int64_t most_unsigned, int64_t most_signed) {
 #ifdef HAS_TILES
 
 #define AVX2 __attribute__((target("avx2,fma")))
-#define UNROLLED _Pragma("GCC unroll 16")
 
 namespace dpquant {
 

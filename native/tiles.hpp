@@ -18,6 +18,7 @@
 
 #include <cstdint>
 
+#define UNROLLED _Pragma("GCC unroll 16")
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
 #define AMX __attribute__((target("amx-tile,amx-int8,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl")))
 

@@ -161,8 +161,8 @@ def group_norm_backward(
 ) -> None:
     """Fill grad_x (B, T, C), grad_gamma (B, C) and grad_beta (B, C) from channels-last g and x (B, T, C)."""
 
-def tap_weights_available() -> bool:
-    """Return whether this processor has a kernel for `TapWeights`."""
+def tap_kernels() -> list[str]:
+    """Return the kernels of `TapWeights` that this processor has, fastest first: `vnni`, `avx2`."""
 
 class TapWeights:
     """Weights of kernel taps, packed for convolutions of codes."""
@@ -176,6 +176,7 @@ class TapWeights:
         groups: int,
         transposed: bool,
         most: int,
+        kernel: str,
     ) -> None:
         """Pack weight (O, C / groups, kernel size): tap k is at (row, column) taps[k], place places[k] of the kernel.
 

@@ -31,6 +31,7 @@ from conformance import (
 )
 from convolutions import convolutions
 from dpquant.backends.algebra import ROUND_OFF, convolved, input_gradient
+from dpquant.backends.cpu_int8 import CpuInt8, Int8Weight
 from dpquant.backends.doubles import OffByOne, SharedScale, Wrapped
 from dpquant.backends.geometry import Geometry
 from dpquant.backends.interface import Backend, Norms
@@ -45,7 +46,7 @@ from units import EXACT, backend_of, taking_turns
 
 Where = tuple[Backend, torch.device]
 
-TRIED = [*BACKENDS.values(), backend_of(*EXACT)]
+TRIED = [*BACKENDS.values(), CpuInt8(Int8Weight), backend_of(*EXACT)]  # oneDNN, where native kernels are taken
 
 
 @pytest.fixture(autouse=True, scope="module")

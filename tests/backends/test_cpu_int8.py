@@ -16,7 +16,7 @@ import torch
 from conformance import PLAIN, assert_products_are_exact, assert_refusals_are_told
 from dpquant.backends.cpu_int8 import CpuInt8, Int8Weight, flaw_of_int8
 from dpquant.backends.geometry import Geometry
-from dpquant.backends.native_convolutions import has_native_weights
+from dpquant.backends.native_convolutions import native_kernels
 from dpquant.backends.qtensor import QTensor
 from dpquant.backends.reference import ReferenceWeight
 from dpquant.backends.registry import BACKENDS, reason_for, resolve
@@ -45,7 +45,7 @@ def test_int8_runs_where_the_processor_has_the_instructions():
         assert backends_of("luq-fp4") == ("simulate", "int8")
     if {"avx512_vnni", "amx_int8"} & set(instructions):
         assert flaw_of_int8(127) is None
-    if {"avx512_vnni", "amx_int8"} & set(instructions) or has_native_weights():
+    if {"avx512_vnni", "amx_int8"} & set(instructions) or native_kernels():
         assert backends_of("int8") == ("simulate", "int8")
 
 

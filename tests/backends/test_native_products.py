@@ -12,6 +12,7 @@ from dpquant.backends.algebra import im2col, patch_products, positions
 from dpquant.backends.geometry import Geometry
 from dpquant.backends.workarounds import columns_as_channels
 
+MANY = 70  # examples; more than any kernel packs at once
 LARGEST = [64, 73, 74, 127]  # LUQ-FP4's; the largest that avx2 sums in 16 bits, and one more; all
 
 
@@ -85,11 +86,11 @@ def test_products_of_codes_are_exact_integers_on_every_kernel(convolution, large
 @pytest.mark.skipif(not products._code_products_run(), reason="no native kernel on this machine")
 @pytest.mark.parametrize("parts", [1, 2, 3])
 def test_many_examples_are_added_each_with_its_own_weight(parts):
-    """More than are packed at once, shared among parts of the total as among threads."""
+    """More than are packed at once, shared among parts of the total as among threads; tiles with every remainder."""
     geometry = Geometry(kernel=(3, 3), padding=(1, 1))
-    x, grad = codes((40, 5, 4, 4), 64), codes((40, 3, 4, 4), 64, 1)
+    x, grad = codes((MANY, 53, 4, 4), 64), codes((MANY, 17, 4, 4), 64, 1)
     exact = patch_products(positions(grad.double(), geometry), im2col(x.double(), geometry))
-    weights = torch.arange(40) / 8
+    weights = torch.arange(MANY) / MANY
     for kernel in products._native.code_kernels():
         total = torch.zeros(parts, *exact.shape[1:])
         products.add_code_products(shifted(grad).codes, shifted(x).codes, geometry, weights, total, kernel=kernel)
@@ -99,6 +100,22 @@ def test_many_examples_are_added_each_with_its_own_weight(parts):
         torch.testing.assert_close(norms, exact.square().sum((1, 2)), rtol=1e-12, atol=0)
         others = torch.einsum("b,bod->od", weights.double().roll(1), exact)  # each with another's would be seen
         assert not torch.allclose(total.sum(0).double(), others, rtol=1e-5, atol=1e-2)
+
+
+@pytest.mark.skipif(not products._code_products_run(), reason="no native kernel on this machine")
+@pytest.mark.parametrize("size", [(18, 1), (1, 18), (3, 7)])
+def test_positions_of_a_pointwise_product_meet_those_of_their_own(size):
+    """They are given to the kernels as one row, whatever the shape of the map."""
+    x, grad = codes((3, 21, *size), 127), codes((3, 6, *size), 127, 1)
+    exact = torch.einsum("bot,bct->boc", grad.flatten(2).double(), x.flatten(2).double())
+    operands = shifted(grad).codes, shifted(x).codes, Geometry()
+    for kernel in products._native.code_kernels():
+        assert torch.equal(products.code_products(*operands, kernel=kernel), exact.float())
+        assert torch.equal(products.gram_norms(*operands, kernel=kernel), exact.square().sum((1, 2)))
+    for kernel in products._native.code_sum_kernels():
+        total = torch.zeros(exact.shape[1:])
+        products.add_code_sums(*operands, torch.ones(3), total, bf16_terms=2, kernel=kernel)
+        assert torch.equal(total.double(), exact.sum(0))
 
 
 @pytest.mark.skipif(not products._code_products_run(), reason="no native kernel on this machine")

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bugs planted in the C++ kernels, of those that every x86 processor of the last ten years runs."""
+"""Bugs planted in the C++ kernels of every x86 processor of the last ten years, and in those for AVX-512 VNNI.
+
+The latter survive where no such processor runs the tests.
+"""
 
 from mutants.mutant import COUPLING, NOISE, SENSITIVITY, mutants_of
 
 _PRODUCTS = "tests/backends/test_native_products.py"
+_CONVOLUTIONS = "tests/backends/test_native_convolutions.py"
 
 MUTANTS = [
     *mutants_of(
@@ -109,6 +113,67 @@ MUTANTS = [
             "packed[static_cast<size_t>(b)], s, i, j, c), o,",
             "packed[0], s, i, j, c), o,",
             f"{_PRODUCTS}::test_many_examples_are_added_each_with_its_own_weight",
+        ),
+    ),
+    *mutants_of(
+        "native/code_products_vnni.cpp",
+        f"{_PRODUCTS}::test_many_examples_are_added_each_with_its_own_weight",
+        (
+            "on VNNI, examples are added with each other's clip factors",
+            SENSITIVITY,
+            "_mm512_set1_ps(weights[first + b])};",
+            "_mm512_set1_ps(weights[b])};",
+        ),
+        (
+            "on VNNI, a packed example is used again for the next",
+            COUPLING,
+            "const Packed &p = packed[static_cast<size_t>(b)];",
+            "const Packed &p = packed[0];",
+        ),
+        (
+            "on VNNI, an example's squares leave out half of the values",
+            SENSITIVITY,
+            "        squares[2 * v + 1] = _mm512_fmadd_pd(high, high, squares[2 * v + 1]);\n",
+            "",
+        ),
+        (
+            "on VNNI, the last outputs of a weight are left out of norms and sums",
+            SENSITIVITY,
+            "    for (; o < last; ++o) block<1, n_vec>(p, x, s, o, sink);\n",
+            "",
+            f"{_PRODUCTS}::test_the_kernels_of_this_processor_are_exact",
+        ),
+        (
+            "on VNNI, squares of an example go on where those of the last one ended",
+            COUPLING,
+            "    Store sink{",
+            "    thread_local Store sink{",
+        ),
+    ),
+    *mutants_of(
+        "native/fours.hpp",
+        f"{_CONVOLUTIONS}::test_long_sums_of_the_largest_codes_are_exact",
+        (
+            "on VNNI, sums saturate before the excess is taken off",
+            SENSITIVITY,
+            "_mm512_dpbusd_epi32(sum, unsigned_bytes",
+            "_mm512_dpbusds_epi32(sum, unsigned_bytes",
+        ),
+    ),
+    *mutants_of(
+        "native/code_convolutions_vnni.cpp",
+        f"{_CONVOLUTIONS}::test_many_examples_are_the_references_bits",
+        (
+            "on VNNI, every example is multiplied by the first one's scale",
+            COUPLING,
+            "w.scales[w.positions.example[static_cast<size_t>(first + r)]]",
+            "w.scales[0]",
+        ),
+        (
+            "on VNNI, all examples that are convolved at once are the first of them",
+            COUPLING,
+            "fill_plane(s, x + g * s.channels, x + x_size, own.data() + b * s.plane());",
+            "fill_plane(s, x + g * s.channels, x + x_size, own.data());",
         ),
     ),
     *mutants_of(

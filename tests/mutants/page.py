@@ -14,7 +14,7 @@ first test that fails because of it. The bugs are in `tests/mutants`, with the e
 the suite checks that every one still applies. `scripts/mutants` writes this page; do not edit it.
 
 {killed} of {total} planted bugs are killed: {python} are in Python and {native} in C++, in kernels that every x86
-processor with AVX2 runs.{left}
+processor with AVX2 or AVX-512 VNNI runs.{left}
 
 | kind | planted | killed |
 |---|---|---|

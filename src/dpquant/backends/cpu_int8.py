@@ -30,7 +30,7 @@ from dpquant.backends.code_weight import CodeWeight
 from dpquant.backends.gemm_sum import GemmSum
 from dpquant.backends.geometry import Geometry
 from dpquant.backends.interface import Method, Norms, Operands, PackedWeight
-from dpquant.backends.native_convolutions import NativeWeight, has_native_weights
+from dpquant.backends.native_convolutions import NativeWeight, faster_than_onednn, native_kernels
 from dpquant.backends.native_products import INT8_ZERO_POINT
 from dpquant.backends.qtensor import QTensor
 from dpquant.backends.quantize import quantize_rows
@@ -115,14 +115,19 @@ class CpuInt8(Reference):
     def __init__(self, packed: Packing | None = None):
         """Make a backend whose weights are `packed`; `refusal` checks whether its products are exact here.
 
-        None: by oneDNN, or by the native kernel if the processor has no instructions that sum int8 products in 32 bits.
+        None: by the native kernels on processors with AVX-512 VNNI, or without instructions that sum int8 products in
+        32 bits; else by oneDNN.
         """
         self._packing = packed
 
     @functools.cached_property
     def _packed(self) -> Packing:
-        saturates = self._packing is None and flaw_of_int8(_LARGEST_CODE) is not None
-        return NativeWeight if saturates and has_native_weights() else self._packing or Int8Weight
+        if self._packing is not None:
+            return self._packing
+        if faster_than_onednn() and flaw_of_int8(_LARGEST_CODE, NativeWeight) is None:
+            return NativeWeight
+        saturates = flaw_of_int8(_LARGEST_CODE) is not None
+        return NativeWeight if saturates and native_kernels() else Int8Weight
 
     def refusal(self, precision: Precision, device: torch.device) -> str | None:
         if precision.in_blocks:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forward products and input gradients of codes on the native AVX2 kernel of `native/code_convolutions.cpp`.
+"""Forward products and input gradients of codes on the native kernels of `native/code_convolutions.cpp`.
 
 Processors with AVX2 but no VNNI instructions sum products of bytes in 16 bits. oneDNN's int8 convolution may saturate
-there for codes above 64, and is slower. Both products are sums over kernel taps:
+there for codes above 64, and is slower. With AVX-512 VNNI it is exact and its products take as long as ours, but it
+takes ten times as long to pack weights, and scales and bias need further passes over the result. With AMX it is faster.
+Both products are sums over kernel taps:
 
     forward           y[p]            = sum over taps k of  weight[k]   * x[p * stride + k * dilation - padding]
     input gradient    x[r + m stride] = sum over taps k of  weight[k]^T * y[m + (r + padding - k * dilation) / stride]
@@ -24,15 +26,22 @@ from dpquant.backends.qtensor import QTensor
 from dpquant.native import kernels as _native
 
 
-def has_native_weights() -> bool:
-    """Return whether `NativeWeight` can run on this processor."""
-    return _native is not None and _native.tap_weights_available()
+def native_kernels() -> Sequence[str]:
+    """Return the kernels of `NativeWeight` that this processor has, `vnni` and `avx2`, the fastest first."""
+    return () if _native is None else _native.tap_kernels()
+
+
+def faster_than_onednn() -> bool:
+    """Return whether `NativeWeight` is to be preferred where oneDNN's int8 convolution is exact too."""
+    return _native is not None and _native.code_kernels()[:1] == ["vnni"]
 
 
 class NativeWeight:
-    """A weight whose codes are multiplied by the native kernel, exact for any codes; see `interface.PackedWeight`."""
+    """A weight whose codes are multiplied by a native kernel, exact for any codes; see `interface.PackedWeight`."""
 
-    def __init__(self, weight: QTensor, geometry: Geometry, max_code: int):
+    def __init__(self, weight: QTensor, geometry: Geometry, max_code: int, *, kernel: str | None = None):
+        """Pack nothing yet; `kernel` is one of `native_kernels`, None: the fastest."""
+        self._kernel = kernel or native_kernels()[0]
         self._codes, self._scale = weight.codes.contiguous(), weight.scale
         self._geometry, self._max_code = geometry, max_code
         self._by_phases: dict[tuple[_Phase, _Phase], Any] = {}
@@ -107,6 +116,7 @@ class NativeWeight:
             groups=self._geometry.groups,
             transposed=transposed,
             most=self._max_code,
+            kernel=self._kernel,
         )
 
 

@@ -220,6 +220,9 @@ def _geometry_facts(grad: Tensor, x: Tensor, geometry: Geometry) -> Any:
     """Return the kernels' arguments for a convolution; an axis is (in, out, kernel, stride, padding, dilation)."""
     g = geometry
     rows, columns = zip(x.shape[2:], grad.shape[2:], g.kernel, g.stride, g.padding, g.dilation, strict=True)
+    if g.pointwise:  # one row: kernels take several positions of a row at once, and sequences are maps of one column
+        count = math.prod(x.shape[2:])
+        rows, columns = (1, 1, 1, 1, 0, 1), (count, count, 1, 1, 0, 1)
     return {
         "rows": rows,
         "columns": columns,
