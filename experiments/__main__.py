@@ -6,15 +6,19 @@
 
 DIR holds train/CLASS/* and test/CLASS/* (GTSRB: 39,209 and 12,630 images of 43 classes, 32 x 32; CIFAR-10: 50,000 and
 10,000 of 10). Fashion-MNIST's IDX files are found where Debian's dataset-fashion-mnist puts them, else downloaded.
+`tables`, `text` and `transfer` use packages that are downloaded
+before (experiments/README.md): --data-dir and --weights are the folders that hold them.
 Finished runs are not repeated; results go to experiments/results. A table runs all rows at the first seed before other
 seeds. With --hours, a table that is not finished lists its missing runs.
 """
 
 import argparse
 import importlib
+import itertools
 import time
 from pathlib import Path
 
+from experiments.places import Places
 from experiments.runner import FOLDERS, Site, committed, do_table
 
 TABLES = (
@@ -27,6 +31,9 @@ TABLES = (
     "ablation",
     "privacy",
     "optimizers",
+    "tables",
+    "text",
+    "transfer",
 )
 SCRIPTS = (
     "variance",
@@ -34,6 +41,7 @@ SCRIPTS = (
     "fidelity",
     "damage",
     "pareto",
+    "logistic",
     "paper",
 )  # paper last: it writes the others' results into docs/paper.md
 
@@ -43,6 +51,10 @@ def main() -> None:
     parser.add_argument("names", nargs="+", choices=("all", *TABLES, *SCRIPTS), metavar="NAME", help="or all")
     parser.add_argument("--hours", type=float, default=float("inf"), help="no run begins later than this")
     parser.add_argument("--jobs", type=int, default=2, help="parallel runs")
+    parser.add_argument("--threads", type=int, help="of each run [its share of the cores]")
+    parser.add_argument("--seeds", type=int, help="of each table, from its first [all]")
+    parser.add_argument("--data-dir", type=Path, help="folder of downloaded packages with data")
+    parser.add_argument("--weights", type=Path, help="folder of downloaded packages with weights")
     parser.add_argument("--continue", dest="keep", action="store_true", help="count runs in the results as done")
     parser.add_argument("--work", type=Path, default=Path("runs/experiments"))
     for name in FOLDERS:
@@ -51,9 +63,23 @@ def main() -> None:
     folders = {name: path for name in FOLDERS if (path := getattr(arguments, name.lower())) is not None}
     deadline = time.monotonic() + 3600 * arguments.hours
     kept = committed() if arguments.keep else {}
-    site = Site(work=arguments.work, folders=folders, jobs=arguments.jobs, deadline=deadline, kept=kept)
-    for name in (*TABLES, *SCRIPTS) if "all" in arguments.names else arguments.names:
-        module = importlib.import_module(f"experiments.{name}")
+    modules = {
+        name: importlib.import_module(f"experiments.{name}")
+        for name in ((*TABLES, *SCRIPTS) if "all" in arguments.names else arguments.names)
+    }
+    places = Places(arguments.work / "prepared", {False: arguments.data_dir, True: arguments.weights}, folders)
+    for name in dict.fromkeys(itertools.chain(*(getattr(module, "NEEDS", ()) for module in modules.values()))):
+        places.make(name)
+    site = Site(
+        work=arguments.work,
+        folders=places.folders,
+        jobs=arguments.jobs,
+        threads=arguments.threads,
+        seeds=arguments.seeds,
+        deadline=deadline,
+        kept=kept,
+    )
+    for name, module in modules.items():
         if name in SCRIPTS:
             module.run(site)
         for table in getattr(module, "TABLES", ()):
