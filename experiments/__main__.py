@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="parallel runs")
     parser.add_argument("--threads", type=int, help="of each run [its share of the cores]")
     parser.add_argument("--seeds", type=int, help="of each table, from its first [all]")
+    parser.add_argument("--rows", default="*", help="pattern of the rows that are run, as 'last layer*' [all]")
     parser.add_argument("--data-dir", type=Path, help="folder of downloaded packages with data")
     parser.add_argument("--weights", type=Path, help="folder of downloaded packages with weights")
     parser.add_argument("--continue", dest="keep", action="store_true", help="count runs in the results as done")
@@ -76,6 +77,7 @@ def main() -> None:
         jobs=arguments.jobs,
         threads=arguments.threads,
         seeds=arguments.seeds,
+        rows=arguments.rows,
         deadline=deadline,
         kept=kept,
     )

@@ -8,6 +8,7 @@ sets are public.
 
 import concurrent.futures
 import dataclasses
+import fnmatch
 import hashlib
 import json
 import os
@@ -99,6 +100,7 @@ class Site:
       jobs: number of parallel runs, which share the cores.
       threads: of each run; None: its share of the cores.
       seeds: of a table that are run, from its first; None: all.
+      rows: pattern of the names of the rows that are run.
       deadline: `time.monotonic` after which no run begins.
       kept: {command: record} of runs on other machines that count as done.
       results: directory of the tables' results.
@@ -110,6 +112,7 @@ class Site:
     jobs: int = 1
     threads: int | None = None
     seeds: int | None = None
+    rows: str = "*"
     deadline: float = float("inf")
     kept: Mapping[str, dict] = dataclasses.field(default_factory=dict)
     results: Path = RESULTS
@@ -213,7 +216,8 @@ def settings_of(options: str) -> TrainSettings:
 def do_table(table: Table, site: Site) -> dict[str, dict]:
     """Perform the runs of a table before the deadline, write its results and return {row: summary}."""
     runs = table.runs()
-    site.do([run for run in runs if run.seed in table.seeds[: site.seeds]])
+    chosen = table.seeds[: site.seeds]
+    site.do([run for run in runs if run.seed in chosen and fnmatch.fnmatchcase(run.row, site.rows)])
     records = site.records(runs)
     if not records:
         return {}

@@ -127,6 +127,16 @@ MUTANTS = [
             f"{_CLIP}::test_an_unused_parameter_is_an_error",
         ),
         (
+            "the views of an example are normed one by one",
+            SENSITIVITY,
+            "return Materialised(torch.stack([one.per_example() for one in found]).sum(0))",
+            (
+                "return Materialised(torch.stack([one.per_example() for one in found]).sum(0), "
+                "torch.stack([one.squared_norms() for one in found]).sum(0))"
+            ),
+            "tests/runs/test_augmentation.py::test_an_example_of_several_views_is_clipped_once",
+        ),
+        (
             "rows that are no examples are clipped",
             COUPLING,
             "        check_examples_first(squared_norms, size)\n        return torch.stack",

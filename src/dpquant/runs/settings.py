@@ -10,7 +10,7 @@ import dataclasses
 import math
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -21,7 +21,7 @@ from dpquant.errors import FormatError, SettingError, did_you_mean
 from dpquant.formats import precision
 from dpquant.runs.declared import checked
 from dpquant.runs.effects import check_contradictions, check_effects, has_effect
-from dpquant.runs.source_settings import SourceSettings, setting
+from dpquant.runs.source_settings import AUGMENTS, SOURCE_RANGES, Range, SourceSettings, setting
 from dpquant.runs.toml import toml_of
 
 if TYPE_CHECKING:
@@ -180,6 +180,7 @@ class TrainSettings(SourceSettings):
             "backend": BACKENDS,
             "analysis_score": ANALYSIS_SCORES,
             "noise": NOISES,
+            "augment": AUGMENTS,
         }.items():
             _check_choice(name, getattr(self, name), allowed)
         if self.checkpoint_every is not None:
@@ -345,15 +346,11 @@ def _interval(text: str) -> tuple[float, str]:
     return float(match[1]), match[2]
 
 
-_AT_LEAST_ONE: tuple[str, Callable[[Any], bool]] = (">= 1", lambda x: x >= 1)
-_POSITIVE: tuple[str, Callable[[Any], bool]] = ("> 0 and finite", lambda x: 0 < x < math.inf)
-_NOT_NEGATIVE: tuple[str, Callable[[Any], bool]] = (">= 0 and finite", lambda x: 0 <= x < math.inf)
-_RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "image_size": ("in 1 .. 16384", lambda x: 1 <= x <= 16384),
-    "test_share": ("in (0, 1)", lambda x: 0 < x < 1),
-    "max_length": ("in 1 .. 65536", lambda x: 1 <= x <= 65536),
-    "lora": ("in 1 .. 4096", lambda x: 1 <= x <= 4096),
-    "width": ("in (0, 10000]", lambda x: 0 < x <= 10_000),
+_AT_LEAST_ONE: Range = (">= 1", lambda x: x >= 1)
+_POSITIVE: Range = ("> 0 and finite", lambda x: 0 < x < math.inf)
+_NOT_NEGATIVE: Range = (">= 0 and finite", lambda x: 0 <= x < math.inf)
+_RANGES: Mapping[str, Range] = {
+    **SOURCE_RANGES,
     "epochs": _AT_LEAST_ONE,
     "batch_size": _POSITIVE,
     "sample_rate": ("in (0, 1]", lambda x: 0 < x <= 1),

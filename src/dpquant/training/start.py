@@ -64,6 +64,7 @@ def make_private(
     memory: float | None = None,
     mechanism_seed: int | None = None,
     example: Any = None,
+    workers: int = 1,
     choices: Choices | None = None,
     resume: bool = False,
 ) -> PrivateTraining:
@@ -92,6 +93,8 @@ def make_private(
         its statement says so.
       example: a list or data set of at least two public or synthetic records that differ in every value. The model is
         checked on them instead of on generated records, whose values may be outside of the data's domain.
+      workers: threads that read microbatches ahead by `dpquant_batch`, which several of them call at the same time. The
+        run is the same, bit for bit, whatever their number.
       choices: decisions of an earlier run, from its choices.json, which are then not measured again. With the same
         settings and the same mechanism_seed the run computes the same bits. None uses the decisions stored on this
         machine.
@@ -125,6 +128,7 @@ def make_private(
         seed=seed,
         collate_fn=collate_fn,
         example=example,
+        workers=workers,
         choices=choices,
     )
 
@@ -152,6 +156,7 @@ class Request:
     seed: int = 0
     collate_fn: Callable[[list], Any] = default_collate
     example: Any = None
+    workers: int = 1
     choices: Choices | None = None
 
 
@@ -215,7 +220,7 @@ def _checked(request: Request) -> tuple[Setup, Records, Choices, Execution]:
         specimens = iter([from_examples(request.example, request.collate_fn, device)])
     quantized = [one for one, used in ((wanted.chosen, policy.quantizes), (wanted.rest, wanted.rest.quantized)) if used]
     found = check_isolation(Objective(model, request.loss_fn), specimens, quantized=quantized)
-    records = Records(train_set, request.collate_fn, device, found.specimens)
+    records = Records(train_set, request.collate_fn, device, found.specimens, request.workers)
     records.check()
     setup = Setup(
         optimizer=request.optimizer,
