@@ -14,12 +14,13 @@ seeds. With --hours, a table that is not finished lists its missing runs.
 
 import argparse
 import importlib
-import itertools
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 from experiments.places import Places
-from experiments.runner import FOLDERS, Site, committed, do_table
+from experiments.runner import FOLDERS, Site, chosen, committed, do_table, placeholders
 
 TABLES = (
     "fashion_mnist",
@@ -53,7 +54,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="parallel runs")
     parser.add_argument("--threads", type=int, help="of each run [its share of the cores]")
     parser.add_argument("--seeds", type=int, help="of each table, from its first [all]")
-    parser.add_argument("--rows", default="*", help="pattern of the rows that are run, as 'last layer*' [all]")
+    parser.add_argument("--rows", default="*", help="pattern of TABLE/ROW, of the rows that are run [all]")
     parser.add_argument("--data-dir", type=Path, help="folder of downloaded packages with data")
     parser.add_argument("--weights", type=Path, help="folder of downloaded packages with weights")
     parser.add_argument("--continue", dest="keep", action="store_true", help="count runs in the results as done")
@@ -69,8 +70,9 @@ def main() -> None:
         for name in ((*TABLES, *SCRIPTS) if "all" in arguments.names else arguments.names)
     }
     places = Places(arguments.work / "prepared", {False: arguments.data_dir, True: arguments.weights}, folders)
-    for name in dict.fromkeys(itertools.chain(*(getattr(module, "NEEDS", ()) for module in modules.values()))):
-        places.make(name)
+    for module in modules.values():
+        for name in dict.fromkeys(_needed(module, arguments.rows, arguments.seeds)):
+            places.make(name)
     site = Site(
         work=arguments.work,
         folders=places.folders,
@@ -86,6 +88,14 @@ def main() -> None:
             module.run(site)
         for table in getattr(module, "TABLES", ()):
             do_table(table, site)
+
+
+def _needed(module: ModuleType, rows: str, seeds: int | None) -> Iterator[str]:
+    """Yield the names in capitals that stand for folders of what a module is going to run."""
+    yield from getattr(module, "NEEDS", ())
+    for table in getattr(module, "TABLES", ()):
+        for run in chosen(table, rows, seeds):
+            yield from placeholders(run.options)
 
 
 if __name__ == "__main__":

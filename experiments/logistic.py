@@ -18,10 +18,10 @@ from dpquant.data.held import Held
 from dpquant.runs.evaluation import rare_metrics
 from dpquant.runs.settings import TrainSettings
 from dpquant.runs.sources import dataset_of
-from experiments import text, transfer
+from experiments.features import FEATURES
 from experiments.runner import Site
 
-NEEDS = ("CENSUS", *text.NEEDS[:3], *transfer.NEEDS[:2])
+NEEDS = ("CENSUS", *FEATURES)
 STRENGTHS = {"CENSUS": 1.0}  # inverse of the penalty; features of norm 1 get another one
 _FEATURES_STRENGTH = 100.0
 

@@ -8,7 +8,7 @@ hand.
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from experiments.runner import RESULTS, Site
@@ -34,6 +34,12 @@ PAPER = {
     },
 }
 
+METRICS = {  # beside accuracy, of tables whose positives are rare
+    "average_precision": "average precision, %",
+    "roc_auc": "area under the ROC curve, %",
+    "recall_at_1_percent_fpr": "recall at 1 % false positives, %",
+}
+
 
 def run(site: Site) -> None:
     """Rewrite the tables of docs/paper.md."""
@@ -53,10 +59,14 @@ def _table(name: str, folder: Path) -> str:
     results = json.loads(path.read_text())
     theirs = PAPER.get(name, {})
     common, options = _commands({row: facts["command"] for row, facts in results["summary"].items()})
-    head = ["", "test accuracy, %", "seeds", "MACs quantized", "in four bits", "analyses' share of epsilon"]
+    metrics = [name for name in METRICS if all(name in f.get("metrics", {}) for f in results["summary"].values())]
+    head = ["", *([METRICS[name] for name in metrics] or ["test accuracy, %"])]
+    head += ["seeds", "MACs quantized", "in four bits", "analyses' share of epsilon"]
     lines = [head + ["the paper"] * bool(theirs) + ["options"]]
     lines += [
-        _line(row, facts) + [theirs.get(row, "")] * bool(theirs) + [f"`{options[row]}`" if options[row] else ""]
+        _line(row, facts, metrics)
+        + [theirs.get(row, "")] * bool(theirs)
+        + [f"`{options[row]}`" if options[row] else ""]
         for row, facts in results["summary"].items()
     ]
     table = "".join(
@@ -91,13 +101,17 @@ def _text(options: Iterable[tuple[str, str]]) -> str:
     return " ".join(itertools.chain.from_iterable(options))
 
 
-def _line(row: str, facts: dict) -> list[str]:
-    spread = "" if facts["accuracy_spread"] is None else f" ± {facts['accuracy_spread']:.2f}"
+def _line(row: str, facts: dict, metrics: Sequence[str]) -> list[str]:
+    pairs = [(facts["metrics"][name]["mean"], facts["metrics"][name]["spread"]) for name in metrics]
     return [
         row,
-        f"{facts['accuracy_mean']:.2f}{spread}",
+        *(_with_spread(*pair) for pair in pairs or [(facts["accuracy_mean"], facts["accuracy_spread"])]),
         str(len(facts["accuracies"])),
         f"{facts['quantized_fraction_macs']:.0%}",
         f"{facts['four_bit_fraction_macs']:.0%}",
         "NOT PRIVATE" if facts["epsilon"] is None else f"{facts['epsilon_analysis_share']:.2%}",
     ]
+
+
+def _with_spread(mean: float, spread: float | None) -> str:
+    return f"{mean:.2f}" if spread is None else f"{mean:.2f} ± {spread:.2f}"

@@ -100,7 +100,7 @@ class Site:
       jobs: number of parallel runs, which share the cores.
       threads: of each run; None: its share of the cores.
       seeds: of a table that are run, from its first; None: all.
-      rows: pattern of the names of the rows that are run.
+      rows: pattern of TABLE/ROW, the names of the rows that are run.
       deadline: `time.monotonic` after which no run begins.
       kept: {command: record} of runs on other machines that count as done.
       results: directory of the tables' results.
@@ -145,7 +145,7 @@ class Site:
 
     def here(self, options: str, title: str) -> str | None:
         """Return options with the folders inserted. If one is not known, print so and return None."""
-        missing = [name for name in _PLACEHOLDER.findall(options) if name not in self.folders]
+        missing = [name for name in placeholders(options) if name not in self.folders]
         if missing:
             option = f"as --{missing[0].lower()} is not given" if missing[0] in FOLDERS else f"without {missing[0]}"
             print(f"left out, {option}: {title}", flush=True)
@@ -213,11 +213,24 @@ def settings_of(options: str) -> TrainSettings:
     return TrainSettings.chosen(given)
 
 
+def chosen(table: Table, rows: str, seeds: int | None) -> list[Run]:
+    """Return the runs of a table that are wanted: rows whose TABLE/ROW matches the pattern, at its first seeds."""
+    return [
+        run
+        for run in table.runs()
+        if run.seed in table.seeds[:seeds] and fnmatch.fnmatchcase(f"{table.name}/{run.row}", rows)
+    ]
+
+
+def placeholders(options: str) -> list[str]:
+    """Return the names in capitals that stand for folders in the options of a run."""
+    return _PLACEHOLDER.findall(options)
+
+
 def do_table(table: Table, site: Site) -> dict[str, dict]:
     """Perform the runs of a table before the deadline, write its results and return {row: summary}."""
     runs = table.runs()
-    chosen = table.seeds[: site.seeds]
-    site.do([run for run in runs if run.seed in chosen and fnmatch.fnmatchcase(run.row, site.rows)])
+    site.do(chosen(table, site.rows, site.seeds))
     records = site.records(runs)
     if not records:
         return {}

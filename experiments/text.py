@@ -6,11 +6,10 @@ adapters; the whole network. The encoder was trained on public text, which is no
 training set includes natural language inference. Tables and rows are in the order of what they tell for their time.
 """
 
-from experiments.features import CLASSES, text_options
+from experiments.features import text_options
 from experiments.runner import Table
 from experiments.settings import ONE_SEED, SEEDS
 
-NEEDS = (*(f"FROZEN-{name}" for name in CLASSES), *CLASSES, "MINILM")
 DATA = {  # of each set of texts
     "REVIEWS": "--records 8056 --delta 1e-5 --epochs 20 --batch-size 512",
     "NEWSGROUPS": "--records 11293 --delta 1e-5 --epochs 20 --batch-size 512",

@@ -8,7 +8,6 @@ BatchNorm. ImageNet is public here and is not covered by any epsilon.
 from experiments.runner import Table
 from experiments.settings import SEEDS
 
-NEEDS = ("FROZEN-GTSRB", "FROZEN-CIFAR10", "LITE0")
 DATA = {"GTSRB": "--records 39209 --delta 1e-5", "CIFAR10": "--records 50000 --delta 1e-5"}
 OPTIMIZER = "--optimizer adam --lr-schedule cosine --epochs 10 --batch-size 2048 --backend int8"
 LOGISTIC = "--model experiments.heads:logistic --lr 0.1"

@@ -281,3 +281,26 @@ def test_the_cheapest_schedule_loses_little():
         "cheap": {"accuracy": 79.4, "step": 0.5},
     }
     assert pareto._cheapest(rows, "step") == "close"
+
+
+def test_tables_whose_positives_are_rare_have_their_metrics_on_the_page(tmp_path):
+    metrics = {"average_precision": {"mean": 58.345, "spread": 0.5}, "roc_auc": {"mean": 94.0, "spread": None}}
+    metrics["recall_at_1_percent_fpr"] = {"mean": 36.0, "spread": None}
+    summary = {"static 0.9": {**RESULTS["summary"]["static 0.9"], "metrics": metrics}}
+    (tmp_path / "tables-3.json").write_text(json.dumps({"summary": summary, "missing": []}))
+    found = paper.refreshed("<!-- results: tables-3 -->\n<!-- end -->", tmp_path)
+    assert "| average precision, % | area under the ROC curve, % |" in found
+    assert "| static 0.9 | 58.34 ± 0.50 | 94.00 | 36.00 | 2 |" in found
+
+
+def test_a_summary_has_the_metrics_beside_accuracy(commands, tmp_path):
+    commands.record = {**RECORD, "metrics_test": {"accuracy": 0.5, "roc_auc": 0.75}}
+    rows = do_table(TABLE, site(tmp_path, commands))
+    assert rows["a"]["metrics"] == {"roc_auc": {"mean": 75.0, "spread": 0.0}}
+
+
+def test_rows_and_seeds_can_be_chosen(commands, tmp_path):
+    do_table(TABLE, site(tmp_path, commands, rows="mine/b*", seeds=1))
+    assert len(commands) == 1 and "--lr 2" in " ".join(commands[0])
+    results = json.loads((tmp_path / "results" / "mine.json").read_text())
+    assert results["missing"] == ["a, seed 0", "a, seed 1", "b, seed 1"]
