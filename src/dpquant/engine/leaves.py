@@ -13,9 +13,9 @@ A parameter that its module's forward method takes out of another module (`F.lin
 leaf as a rule. Then the smallest module around it is evaluated one example at a time: its route is *alone*. Its layers
 become plain torch layers, which are not quantized.
 
-A table of positions may be looked up once for all examples, by `self.positions(torch.arange(T))`, whose ids `(T,)` have no
-axis of examples. Then the ids are repeated for each example: `(B, T)`. Whether ids `(T,)` are of that kind is found out too,
-and not told from their number, which may happen to be that of the examples.
+A table of positions may be looked up once for all examples, by `self.positions(torch.arange(T))`, whose ids `(T,)`
+have no axis of examples. Then the ids are repeated for each example: `(B, T)`. Whether ids `(T,)` are of that kind is
+found out too, and not told from their number, which may happen to be that of the examples.
 
 `routing.py` finds out which, on a few rows. This module keeps the answer on the model and puts leaves in place.
 
