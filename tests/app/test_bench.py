@@ -11,9 +11,10 @@ import torch
 
 from dpquant.app import bench
 from dpquant.app.bench import BenchRecord, BenchSettings, Oracle, SideResult, Spread, gradient_of, measure, summed
-from dpquant.app.cli import report_bench, run
+from dpquant.app.cli import run
 from dpquant.app.contenders import SIDES
 from dpquant.app.networks import NETWORKS, build_network, out_of_place, synthetic_batch
+from dpquant.app.verbs.bench import report_bench
 from dpquant.errors import FormatError, ModelError, SettingError
 from dpquant.machine import Hardware, instructions_in
 

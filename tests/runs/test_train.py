@@ -40,7 +40,7 @@ def test_a_run_directory_holds_all_that_is_promised(run):
     out, record, _ = run
     assert {p.name for p in out.iterdir()} == {
         *("config.toml", "ledger.jsonl", "metrics.jsonl", "model.safetensors"),
-        *("record.json", "choices.json", "timings.json", "records.json", "checkpoints"),
+        *("record.json", "model.json", "choices.json", "timings.json", "records.json", "checkpoints"),
     }
     assert RunRecord.read(out / "record.json") == record
     assert TrainSettings.chosen(from_toml(out / "config.toml")) == settings(analysis_every=1)

@@ -26,6 +26,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard outpu
 NoReport = Annotated[bool, typer.Option("--no-report", help="Do not write report.html at the end.")]
 
 
+class InterruptedRun(Exception):
+    """Raised when the user stops a run; the message says what the run has spent."""
+
+
 def refuse(message: str, code: int = BAD_INPUT) -> int:
     """Print one error line on standard error, and return the exit code."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)

@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
-from dpquant.app.console import ProgressBar, print_audit
+from dpquant.app.console import ProgressBar
 from dpquant.app.options import WRONG_RESULT, Json, command_line, written_path
+
+if TYPE_CHECKING:
+    from dpquant.audits.report import Audit
 
 if TYPE_CHECKING:
     from dpquant.audits.report import Audit
@@ -68,3 +72,54 @@ def report(console: Console, found: "Audit", *, as_json: bool) -> int:
     else:
         print_audit(console, found)
     return WRONG_RESULT if found.refuted else 0
+
+
+def print_audit(console: Console, found: "Audit") -> None:
+    """Print an audit: what was claimed and found, how likely faults would have been found, and the verdict."""
+    from dpquant.privacy.plan import rounded_up
+
+    console.print(f"{found.run}: epsilon {rounded_up(found.epsilon)}, delta {found.delta:g}\n", highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for number, title in enumerate(("trial", "claimed", "found", "p-value", "chance to find a fault")):
+        table.add_column(title, justify="right" if 0 < number < 4 else "left")
+    for tap in found.taps:
+        name = f"taps, {tap.format or 'full precision'}"
+        table.add_row(
+            f"{name}: noise", f"{tap.noise_claimed:.4f}", f"{tap.noise_measured:.4f}", f"{tap.noise_p:.2g}",
+            f"halved: {tap.power['noise halved']:.0%}",
+        )  # fmt: skip
+        table.add_row(
+            f"{name}: mean", f"{tap.contribution_claimed:.4f}", f"{tap.contribution_measured:.4f}",
+            f"{tap.contribution_p:.2g}", f"doubled: {tap.power['contribution doubled']:.0%}",
+        )  # fmt: skip
+    for game in found.games:
+        table.add_row(
+            f"game, {game.release}: mu", f"{game.mu_claimed:.4f}", f">= {game.mu_bound:.4f}",
+            f"{game.p_value:.2g}", f"noise halved: {game.power['noise halved']:.0%}",
+        )  # fmt: skip
+    one = found.one_run
+    if one is not None:
+        table.add_row(
+            "training with canaries: epsilon",
+            "infinite" if one.epsilon_claimed is None else f"{one.epsilon_claimed:.4f}",
+            f">= {one.epsilon_bound:.4f}", f"{one.p_value:.2g}",
+            f"noise halved: {one.power['noise halved']:.0%}, epsilon doubled: {one.power['epsilon doubled']:.0%}",
+        )  # fmt: skip
+    console.print(table)
+    lines = ["\nLower bounds hold with 95 % confidence. A bound below the claim does not prove the claim."]
+    if one is not None:
+        true = "no true epsilon" if one.detectable is None else f"only a true epsilon above {one.detectable:.2f}"
+        lines += [
+            f"Bound for a Gaussian curve: {one.epsilon_bound_gaussian:.4f}. With {one.canaries} canaries no claim "
+            f"above {one.ceiling:.2f} can be refuted; against this claim the best attack finds {true} nine times in "
+            "ten. The attack by losses that was made finds less. Wrong noise or sensitivity is for tap and game to "
+            "find; a training with canaries is an alarm for what they do not run.",
+            f"The copy in {found.copy} was trained on the private records. DO NOT RELEASE IT. Whoever publishes these "
+            f"numbers adds the copy's epsilon to the run's: dpquant ledger {found.run} {found.copy}",
+        ]
+    lines.append(
+        f"\nREFUTED: with a claim that holds, this happens once in {1 / found.false_alarm:,.0f} audits or less."
+        if found.refuted
+        else "\nNot refuted."
+    )
+    console.print("\n".join(lines), markup=False, highlight=False)

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The verb `dpquant check-model`. Loads no torch before it runs."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
-from dpquant.app.console import print_model_check
 from dpquant.app.options import WRONG_RESULT, Json
+
+if TYPE_CHECKING:
+    from dpquant.app.check_model import ModelCheck
 
 
 def check_model(
@@ -53,3 +56,31 @@ def check_model(
     else:
         print_model_check(Console(), found)
     return 0 if found.passed else WRONG_RESULT
+
+
+def print_model_check(console: Console, found: "ModelCheck") -> None:
+    """Print a model's layers, how the live check went, and everything that has to change."""
+    table = Table(box=None, pad_edge=False)
+    for number, title in enumerate(("layer", "kind", "parameters", "million MACs", "quantized in", "notes")):
+        table.add_column(title, justify="right" if number in (2, 3) else "left")
+    for layer in found.layers:
+        macs = "-" if layer.macs is None else f"{layer.macs / 1e6:.3f}"
+        table.add_row(
+            layer.name or "(the model)",
+            layer.kind,
+            f"{layer.parameters:,}",
+            macs,
+            layer.format or "-",
+            ", ".join(filter(None, (layer.reason, layer.notes))),
+        )
+    if found.fixed_model is not None:
+        console.print(f"The fixed model:\n{found.fixed_model}\n", markup=False, highlight=False)
+    console.print(table, highlight=False)
+    went = ", ".join(f"{what}: {how}" for what, how in found.probe.items())
+    lines = [f"\nLive check on synthetic records, {went} ({found.probed})."]
+    for number, one in enumerate(found.findings, 1):
+        where = f"{one.module or 'the model'} ({one.kind}): " if one.kind else ""
+        lines.append(f"\n{number}. {where}{one.problem}" + (f".\n   {one.fix}." if one.fix else ""))
+    count = len(found.findings)
+    lines.append(f"\n{count} to change: a run would refuse this model." if count else "\nNothing has to change.")
+    console.print("\n".join(lines), markup=False, highlight=False)

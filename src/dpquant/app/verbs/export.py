@@ -2,14 +2,17 @@
 """The verb `dpquant export`. Loads no torch."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
-from dpquant.app.console import print_export
 from dpquant.app.options import WRONG_RESULT, Json, refuse
 from dpquant.errors import LedgerError
+
+if TYPE_CHECKING:
+    from dpquant.app.export import Export
 
 
 def export(
@@ -43,3 +46,16 @@ def export(
     else:
         print_export(Console(), done)
     return 0
+
+
+def print_export(console: Console, done: "Export") -> None:
+    """Print what was copied and what was left, with reasons."""
+    table = Table(box=None, pad_edge=False)
+    for title in ("file", "", "what it is, or why it was left"):
+        table.add_column(title)
+    for one in done.copied:
+        table.add_row(one.name, "copied", one.what)
+    for name, why in done.left.items():
+        table.add_row(name, "left", why)
+    console.print(table, highlight=False)
+    console.print(f"\n{done.told}\n\n{done.statement}", markup=False, highlight=False)

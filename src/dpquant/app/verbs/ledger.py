@@ -2,14 +2,17 @@
 """The verb `dpquant ledger`. Loads no torch."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
-from dpquant.app.console import print_account
 from dpquant.app.options import WRONG_RESULT, Json, refuse
 from dpquant.errors import LedgerError
+
+if TYPE_CHECKING:
+    from dpquant.app.spent import Account
 
 
 def ledger(
@@ -38,3 +41,36 @@ def ledger(
     else:
         print_account(Console(), found)
     return 0
+
+
+def print_account(console: Console, account: "Account") -> None:
+    """Print what each ledger says and, of several, what all runs have spent together."""
+    from dpquant.privacy.plan import rounded_up
+
+    for path, contents in account.ledgers.items():
+        spent, table = account.runs[path], Table(show_header=False, box=None, pad_edge=False)
+        planned = "" if contents.budget is None else f", of {rounded_up(contents.budget.epsilon)} planned"
+        table.add_row("ledger", f"{path}: sound")
+        if contents.run:
+            table.add_row("run", f"{contents.run}, dpquant {contents.version}")
+        table.add_row("attempts", f"{contents.attempts}")
+        for event in contents.events:
+            what = f"{event.count} {'steps' if event.kind == 'train' else 'analyses'}"
+            table.add_row("charged", f"{what}, sample rate {event.sample_rate:.6g}, noise {event.noise_multiplier:.4f}")
+        table.add_row("epsilon", f"{rounded_up(spent.epsilon)} (delta {spent.delta:g}){planned}")
+        table.add_row("head", contents.head)
+        if contents.torn:
+            table.add_row("torn", f"a last line of {contents.torn} bytes, which charges nothing")
+        if contents.research:
+            table.add_row("NOT PRIVATE", "sampling or noise came from a given seed")
+        console.print(table, highlight=False)
+        console.print()
+    if len(account.ledgers) > 1:
+        together = account.together
+        console.print(
+            f"All runs together, if on the same data: epsilon = {rounded_up(together.epsilon)} at delta = "
+            f"{together.delta:g}, {together.count('train')} steps and {together.count('analysis')} analyses. Runs "
+            "that only tuned settings count.",
+            markup=False,
+            highlight=False,
+        )

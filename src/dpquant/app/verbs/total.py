@@ -2,14 +2,17 @@
 """The verb `dpquant total`. Loads no torch."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
-from dpquant.app.console import print_total
 from dpquant.app.options import WRONG_RESULT, Json, refuse
 from dpquant.errors import LedgerError
+
+if TYPE_CHECKING:
+    from dpquant.app.spent import Total
 
 
 def total(
@@ -40,3 +43,16 @@ def total(
     else:
         print_total(Console(), found)
     return 0
+
+
+def print_total(console: Console, found: "Total") -> None:
+    """Print what runs on the same people cost together."""
+    from dpquant.privacy.plan import rounded_up
+
+    table = Table(box=None, pad_edge=False)
+    for number, title in enumerate(("run", "epsilon", "steps", "analyses")):
+        table.add_column(title, justify="right" if number else "left")
+    for path, spent in found.account.runs.items():
+        table.add_row(str(path), rounded_up(spent.epsilon), f"{spent.count('train')}", f"{spent.count('analysis')}")
+    console.print(table, highlight=False)
+    console.print(f"\n{found.told} Runs that only tuned settings count.", markup=False, highlight=False)

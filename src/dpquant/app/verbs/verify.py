@@ -2,13 +2,15 @@
 """The verb `dpquant verify`. Loads no torch."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from dpquant.app.console import print_verification
 from dpquant.app.options import WRONG_RESULT, Json
+
+if TYPE_CHECKING:
+    from dpquant.app.verify import Verification
 
 
 def verify(
@@ -34,3 +36,16 @@ def verify(
     else:
         print_verification(Console(), found)
     return 0 if found.holds else WRONG_RESULT
+
+
+def print_verification(console: Console, found: "Verification") -> None:
+    """Print one line for each thing that was checked, then the verdict."""
+    for one in found.findings:
+        line = f"{'ok    ' if one.holds else 'WRONG '} {one.what}: {' '.join(one.detail.split())}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for name in found.skipped:
+        line = f"-      {name}: not recorded by this version of dpquant"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    wrong = sum(not one.holds for one in found.findings)
+    verdict = f"{found.run}: {len(found.findings)} checks, all hold." if found.holds else f"{found.run}: {wrong} WRONG."
+    console.print(verdict, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verb `dpquant plan`. Loads no torch."""
+
+from typing import Any
+
+from rich.console import Console
+
+from dpquant.app.console import print_budget, print_meaning
+from dpquant.app.options import Config, Json, settings_of, with_settings
+from dpquant.runs.settings import plan_of
+
+
+@with_settings
+def plan(given: dict[str, Any], config: Config = None, as_json: Json = False) -> None:
+    """Print the privacy budget of a run. Reads no data.
+
+    With --json: epsilon (of all that is planned), delta, noise_multiplier, sample_rate, expected_batch_size, steps,
+    epochs, max_grad_norm and analysis_share (the part of epsilon that the analyses cost), all numbers; noise, a word;
+    analysis: null, or count, sample_rate, expected_batch_size, noise_multiplier, max_norm, repeats and score (a
+    word); records_per_person and epsilon_per_person, null if not given; and meaning: null, or attacks (a list of
+    false_positive_rate, true_positive_rate and from_epsilon_alone), even_odds and mu.
+
+    Example: dpquant plan --data fashion-mnist --epsilon 3 --epochs 25
+    """
+    settings = settings_of(given, config)
+    budget = plan_of(settings)
+    if as_json:
+        print(budget.to_json(), end="")
+    else:
+        print_budget(Console(), budget)
+        print_meaning(Console(), budget, settings.public_records)
