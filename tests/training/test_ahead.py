@@ -12,7 +12,8 @@ from dpquant.training.ahead import drawing, made_ahead
 from dpquant.training.private import PrivateTraining
 from dpquant.training.records import Records
 from elsewhere import DEVICE, Device, Elsewhere
-from items import Collating, Items, dropping, trained
+from items import Collating, Items, dropping, plan_of, trained
+from networks import loss
 
 CPU = torch.device("cpu")
 
@@ -219,3 +220,12 @@ def test_a_run_on_another_device_is_the_same_run():
         ).model.parameters()])  # fmt: skip
         assert isinstance(found, Elsewhere)
     torch.testing.assert_close(found.held, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("workers", [0, 65, -1, 1.5])
+def test_workers_are_a_small_number(workers):
+    with pytest.raises(dpquant.SettingError, match="Expected workers"):
+        dpquant.make_private(
+            model := dropping(), torch.optim.SGD(model.parameters(), lr=0.1), Collating(), loss_fn=loss,
+            plan=plan_of(), policy=dpquant.AllPolicy(), workers=workers,
+        )  # fmt: skip
