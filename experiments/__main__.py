@@ -43,8 +43,9 @@ SCRIPTS = (
     "damage",
     "pareto",
     "logistic",
+    "pictures",
     "paper",
-)  # paper last: it writes the others' results into docs/paper.md
+)  # the last two draw and write what the others found; neither runs anything
 
 
 def main() -> None:

@@ -17,18 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from dpquant.app.bench import gradient_of
+from dpquant.app.compare import COLOURS, label_ends
 from dpquant.data import dataset as data
 from dpquant.engine.layers import prepare, quantizable_layers, set_policy
 from dpquant.runs.evaluation import accuracy, per_example_loss
 from dpquant.runs.objects import model_of, optimizer_of
 from dpquant.runs.settings import TrainSettings, plan_of, policy_of
 from dpquant.training.start import make_private
+from experiments.drawing import new_figure
 from experiments.ranking import clipped_gradient
-from experiments.runner import RESULTS, Site, new_figure, settings_of
+from experiments.runner import RESULTS, Site, settings_of
 from experiments.settings import EPSILON, GTSRB, SGD, SHORT
 from experiments.variance import exact_variance, operands
 
 PROBED, MICROBATCH = 64, 256
+_COLOURS = {"ordinary": COLOURS["black"], "private": COLOURS["vermilion"]}
 ORDINARY_LR = 0.1  # for unclipped gradients, which have larger norms
 
 
@@ -48,10 +51,9 @@ def run(site: Site) -> None:
                 _probe(model, dataset, chosen, noise_std) for model, noise_std in train(chosen, dataset)
             ]
             print(name, [round(row["accuracy_test"], 3) for row in rows], flush=True)
-    (RESULTS / "damage.json").write_text(
-        json.dumps({"options": f"{SHORT} {EPSILON} {SGD}", "probed": PROBED, "rows": results}, indent=1) + "\n"
-    )
-    _draw(results, RESULTS / "damage.png")
+    found = {"options": f"{SHORT} {EPSILON} {SGD}", "probed": PROBED, "rows": results}
+    (RESULTS / "damage.json").write_text(json.dumps(found, indent=1) + "\n")
+    draw(found, RESULTS / "damage.png")
 
 
 def _ordinary(settings: TrainSettings, dataset: data.Dataset) -> Iterator[tuple[nn.Module, float]]:
@@ -119,13 +121,25 @@ def _variance(x: Tensor) -> float:
     return float(exact_variance(x.flatten(1)).sum())
 
 
-def _draw(results: dict, path: Path) -> None:
-    figure, axes = new_figure(columns=3)
-    for axis, field in zip(axes, ("accuracy_test", "gradient_norm", "gradient_variance"), strict=True):
-        for name, rows in results.items():
-            axis.plot(range(1, len(rows) + 1), [row[field] for row in rows], "o-", label=name)
-        axis.set(xlabel="epoch", title=field.replace("_", " "))
+def draw(results: dict, path: Path) -> None:
+    """Draw what `run` found: accuracy, gradient norm and the quantizer's variance, epoch by epoch."""
+    titles = {
+        "accuracy_test": "test accuracy",
+        "gradient_norm": "norm of a gradient (median)",
+        "gradient_variance": "variance of the quantizer on gradients",
+    }
+    figure, axes = new_figure(columns=3, width=4.2)
+    for axis, (field, title) in zip(axes, titles.items(), strict=True):
         if field != "accuracy_test":
             axis.set_yscale("log")
-    axes[0].legend(fontsize=8)
+        ends = {}
+        for name, rows in results["rows"].items():
+            values, colour = [row[field] for row in rows], _COLOURS[name.split(",")[0]]
+            style = "-" if "full precision" in name else "--"
+            axis.plot(range(1, len(rows) + 1), values, style, color=colour)
+            ends[name] = (len(rows), values[-1], colour)
+        if field == "accuracy_test":
+            label_ends(axis, ends)
+        axis.set(xlabel="epoch")
+        axis.set_title(title, loc="left", fontsize=10)
     figure.savefig(path, dpi=130)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from dpquant.data import dataset as data
 from dpquant.engine.context import StepContext
 from dpquant.engine.layers import quantizable_layers, running, set_policy
+from experiments.drawing import draw_rows
 from experiments.ranking import NETWORKS, clipped_gradient, network, settings_and_data, trained
-from experiments.runner import RESULTS, Run, Site, new_figure
+from experiments.runner import RESULTS, Run, Site
 
 NETWORK = "ResNet18, GTSRB"
 RECORDS, EVERY, BATCH = 512, 4, 256  # training records; every 4th test record; examples per pass
@@ -70,7 +71,7 @@ def run(site: Site) -> None:
         print(f"{name:40s} cosine {cosine:.3f}  accuracy {accuracy:.3f}", flush=True)
     result = {"command": training.command, "num_records": RECORDS, "test_every": EVERY, "rows": rows}
     (RESULTS / "fidelity.json").write_text(json.dumps(result, indent=1) + "\n")
-    _draw(rows, RESULTS / "fidelity.png")
+    draw(result, RESULTS / "fidelity.png")
 
 
 @torch.no_grad()
@@ -84,10 +85,10 @@ def _accuracy(model: nn.Module, split: data.Split) -> float:
     return right / len(all_ids)
 
 
-def _draw(rows: dict[str, dict], path: Path) -> None:
-    figure, axes = new_figure()
-    names = list(rows)[::-1]
-    axes.barh(names, [rows[name]["cosine"] for name in names])
-    axes.set(xlabel="cosine of the clipped gradients' sum with full precision's", title=NETWORK)
-    axes.tick_params(axis="y", labelsize=7)
-    figure.savefig(path, dpi=130)
+def draw(results: dict, path: Path) -> None:
+    """Draw what `run` found: the cosine of each format, best first."""
+    cosines = {name: [row["cosine"]] for name, row in results["rows"].items()}
+    draw_rows(
+        cosines, path, NETWORK, paper={}, measure="cosine of the clipped gradients' sum with full precision's",
+        digits=2, note="one trained network",
+    )  # fmt: skip

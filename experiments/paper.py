@@ -8,31 +8,15 @@ hand.
 import itertools
 import json
 import re
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from experiments.runner import RESULTS, Site
+from experiments.published import PAPER
+from experiments.runner import RESULTS, Site, spread_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "paper.md"
 PLACES = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-# Validation accuracy at epsilon = 8 (DPQuant, arXiv 2509.03472), by data set, network and row
-PAPER = {
-    "baselines-gtsrb": {
-        "static 0.5": "69.06 ± 5.63",
-        "dpquant 0.5": "76.75",
-        "static 0.9": "57.49 ± 4.46",
-        "dpquant 0.9": "67.67",
-    },
-    "networks": {
-        "resnet50, static 0.75": "58.13 ± 8.50",
-        "resnet50, dpquant 0.75": "69.03",
-        "resnet50, static 0.9": "47.40 ± 7.23",
-        "resnet50, dpquant 0.9": "59.87",
-        "densenet121, static 0.5": "65.47 ± 5.42",
-        "densenet121, dpquant 0.5": "71.05",
-    },
-}
 
 METRICS = {  # beside accuracy, of tables whose positives are rare
     "average_precision": "average precision, %",
@@ -102,7 +86,7 @@ def _text(options: Iterable[tuple[str, str]]) -> str:
 
 
 def _line(row: str, facts: dict, metrics: Sequence[str]) -> list[str]:
-    pairs = [(facts["metrics"][name]["mean"], facts["metrics"][name]["spread"]) for name in metrics]
+    pairs = [(statistics.mean(values), spread_of(values)) for values in (facts["metrics"][name] for name in metrics)]
     return [
         row,
         *(_with_spread(*pair) for pair in pairs or [(facts["accuracy_mean"], facts["accuracy_spread"])]),

@@ -21,6 +21,7 @@ from safetensors.torch import load_model
 from scipy import stats
 from torch import Tensor, nn
 
+from dpquant.app.compare import COLOURS
 from dpquant.data import dataset as data
 from dpquant.engine.clip import clipped_sum
 from dpquant.engine.layers import prepare, quantizable_layers, set_policy
@@ -30,7 +31,8 @@ from dpquant.runs.objects import model_of
 from dpquant.runs.settings import TrainSettings, from_toml, plan_of
 from dpquant.training.impact import gradient_impact_vectors, impact_vectors
 from experiments import fashion_mnist
-from experiments.runner import RESULTS, Run, Site, new_figure
+from experiments.drawing import new_figure
+from experiments.runner import RESULTS, Run, Site
 from experiments.settings import EPSILON, FASHION, GTSRB, SHORT
 
 NETWORKS = {
@@ -55,7 +57,7 @@ def run(site: Site) -> None:
             results[title] = {"command": training.command, **_network(folder)}
     if results:
         (RESULTS / "ranking.json").write_text(json.dumps(results, indent=1) + "\n")
-        _draw(results, RESULTS / "ranking.png")
+        draw(results, RESULTS / "ranking.png")
 
 
 def trained(training: Run, site: Site) -> Path | None:
@@ -182,14 +184,22 @@ def _share(settings: TrainSettings, batch: int, noise: float, norm: float) -> fl
         return 1.0
 
 
-def _draw(results: dict, path: Path) -> None:
-    figure, axes = new_figure(columns=len(results))
+def draw(results: dict, path: Path) -> None:
+    """Draw what `run` found: how well an analysis ranks the layers, by its share of epsilon."""
+    colours = {"loss": COLOURS["vermilion"], "gradient": COLOURS["blue"]}
+    figure, axes = new_figure(columns=len(results), width=4.6)
     for axis, (title, result) in zip(np.atleast_1d(axes), results.items(), strict=True):
-        for score, marker in zip(SCORES, ("o", "x"), strict=True):
+        for score, marker in zip(SCORES, ("o", "^"), strict=True):
             rows = result["scores"][score]["analyses"]
-            label = f"{score} ({result['scores'][score]['with_gradient_lost']:.2f} with what is lost)"
-            axis.plot([100 * a["share"] for a in rows], [a["rank"][1] for a in rows], marker, label=label)
+            shares, ranks = [100 * a["share"] for a in rows], [a["rank"][1] for a in rows]
+            axis.plot(shares, ranks, marker, color=colours[score], alpha=0.8)
+            best = max(range(len(ranks)), key=ranks.__getitem__)
+            axis.annotate(
+                f"by the {score}", (shares[best], ranks[best]), (0, 7), textcoords="offset points", ha="center",
+                fontsize=8, color=colours[score],
+            )  # fmt: skip
         axis.axvline(3, color="grey", linestyle=":")
-        axis.set(xscale="log", xlabel="analyses' share of epsilon, %", ylabel="rank correlation (median)", title=title)
-        axis.legend(fontsize=8)
+        axis.set(xscale="log", xlabel="analyses' share of epsilon, %", ylabel="rank correlation (median)")
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.margins(y=0.12)
     figure.savefig(path, dpi=130)

@@ -23,12 +23,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 
-from dpquant.app.compare import draw_accuracies, half_width
+from dpquant.app.compare import half_width
 from dpquant.errors import DataError
 from dpquant.runs.record import RunRecord
 from dpquant.runs.settings import TrainSettings
 from dpquant.runs.timings import Timings
+from experiments.drawing import draw_rows
 from experiments.lite0 import WEIGHTS
+from experiments.published import published
 
 RESULTS = Path(__file__).parent / "results"
 FOLDERS = ("GTSRB", "CIFAR10")  # placeholders in options for the folders of data sets that the user names
@@ -47,7 +49,7 @@ class Table:
       rows: {row: its options}.
       seeds: seeds at which every row is run.
       once: more rows, run at the first seed only.
-      draw: draws the plot from {row: records}; None: accuracies over epochs.
+      draw: draws the plot from {row: records}; None: each row's accuracy.
       programs: {row: module that is run instead of `dpquant`}.
     """
 
@@ -239,7 +241,7 @@ def do_table(table: Table, site: Site) -> dict[str, dict]:
     site.results.mkdir(exist_ok=True)
     text = json.dumps({"title": table.title, "missing": missing, "summary": rows, "records": records}, indent=1)
     (site.results / f"{table.name}.json").write_text(text + "\n")
-    (table.draw or draw_curves)(table, records, site.results / f"{table.name}.png")
+    (table.draw or draw_table)(table, records, site.results / f"{table.name}.png")
     print(f"\n{table.title}")
     for row, facts in rows.items():
         print(
@@ -257,13 +259,10 @@ def summary(records: Mapping[str, list[dict]]) -> dict[str, dict]:
         interval = half_width(accuracies)
         rows[row] = {
             "accuracy_mean": round(statistics.mean(accuracies), 2),
-            "accuracy_spread": _spread(accuracies),
+            "accuracy_spread": spread_of(accuracies),
             "accuracy_half_width": None if interval is None else round(interval, 2),
             "accuracies": [round(a, 2) for a in accuracies],
-            "metrics": {
-                name: {"mean": round(statistics.mean(values), 2), "spread": _spread(values)}
-                for name, values in _metrics(runs).items()
-            },
+            "metrics": _metrics(runs),
             "epsilon": runs[0]["epsilon"],
             "epsilon_analysis_share": runs[0]["epsilon_analysis_share"],
             "quantized_fraction_layers": round(statistics.mean(run["quantized_fraction_layers"] for run in runs), 3),
@@ -275,7 +274,7 @@ def summary(records: Mapping[str, list[dict]]) -> dict[str, dict]:
     return rows
 
 
-def _spread(values: Sequence[float]) -> float | None:
+def spread_of(values: Sequence[float]) -> float | None:
     """Return the standard deviation; None of a single value."""
     return round(statistics.stdev(values), 2) if len(values) > 1 else None
 
@@ -284,25 +283,19 @@ def _metrics(runs: Sequence[Mapping]) -> dict[str, list[float]]:
     """Return {metric beside accuracy: its percentages, run by run}; {} if there are none."""
     found = [run.get("metrics_test") or {} for run in runs]
     names = [name for name in found[0] if name != "accuracy" and all(name in one for one in found)]
-    return {name: [100 * one[name] for one in found] for name in names}
+    return {name: [round(100 * one[name], 2) for one in found] for name in names}
 
 
-def draw_curves(table: Table, records: Mapping[str, list[dict]], path: Path) -> None:
-    """Plot test accuracy over epochs."""
-    accuracies = {
-        row: [RunRecord.from_json(json.dumps(run)).accuracy_per_epoch for run in runs] for row, runs in records.items()
+def draw_table(table: Table, records: Mapping[str, list[dict]], path: Path) -> None:
+    """Draw the figure of every row, with the paper's."""
+    draw_summary(summary(records), path, table.title, published(table.name))
+
+
+def draw_summary(rows: Mapping[str, dict], path: Path, title: str, paper: Mapping[str, float]) -> None:
+    """Draw the test accuracies in a table's summary or, where positives are rare, its average precisions."""
+    rare = all("average_precision" in facts.get("metrics", {}) for facts in rows.values())
+    values = {
+        row: facts["metrics"]["average_precision"] if rare else facts["accuracies"] for row, facts in rows.items()
     }
-    draw_accuracies(accuracies, path, table.title)
-
-
-def new_figure(columns: int = 1):
-    """Return a figure that needs no display, and its axes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7 * columns, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, columns)
-    for axis in [axes] if columns == 1 else axes:
-        axis.grid(alpha=0.3)
-    return figure, axes
+    measure = {"measure": "average precision, %"} if rare else {}
+    draw_rows(values, path, title, paper=paper, **measure)

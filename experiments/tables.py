@@ -5,11 +5,7 @@ The spec is what the published code book says. The network has three layers whos
 half of them are two, and 90 % all three.
 """
 
-import statistics
-from collections.abc import Mapping
-from pathlib import Path
-
-from experiments.runner import Table, new_figure
+from experiments.runner import Table
 from experiments.settings import SEEDS
 
 CENSUS = (
@@ -26,20 +22,6 @@ ROWS = {
     "luq-fp4, all layers": "--policy all",
     "logistic regression, full precision": LOGISTIC,
 }
-
-
-def draw(table: Table, records: Mapping[str, list[dict]], path: Path) -> None:
-    """Plot average precision over epochs, means over seeds: accuracy says nothing where positives are rare."""
-    figure, axis = new_figure()
-    for row, runs in records.items():
-        curves = [[epoch["metrics_test"]["average_precision"] for epoch in run["per_epoch"]] for run in runs]
-        means = [100 * statistics.mean(values) for values in zip(*curves, strict=True)]
-        axis.plot(range(1, len(means) + 1), means, marker="o", label=row)
-    axis.set(xlabel="epoch", ylabel="average precision, %", title=table.title)
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
-
-
 TABLES = [
     Table(
         name=f"tables-{epsilon}",
@@ -47,7 +29,6 @@ TABLES = [
         common=f"{CENSUS} --epsilon {epsilon}",
         rows=ROWS,
         seeds=SEEDS,
-        draw=draw,
     )
     for epsilon in (3, 1, 8)
 ]

@@ -7,16 +7,19 @@ all others.
 """
 
 import json
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from dpquant.app.compare import COLOURS, label_ends
 from dpquant.backends.quantize import quantize_rows
 from dpquant.data import dataset as data
 from dpquant.data.models import build
 from dpquant.formats import E3M0, RoleFormat, Rounding
 from dpquant.rounding import row_keys
-from experiments.runner import RESULTS, Site, new_figure
+from experiments.drawing import new_figure
+from experiments.runner import RESULTS, Site
 
 EXAMPLES, DRAWS = 256, 200
 
@@ -41,17 +44,31 @@ def run(site: Site) -> None:
             rows.append(row)
             print("{layer:24s} {role:10s} {formula:8.4f} {measured:8.4f} {per_tensor:10.4f}".format(**row), flush=True)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "variance.json").write_text(
-        json.dumps({"examples": EXAMPLES, "draws": DRAWS, "rows": rows}, indent=1) + "\n"
-    )
-    figure, axes = new_figure(columns=2)
+    found = {"examples": EXAMPLES, "draws": DRAWS, "rows": rows}
+    (RESULTS / "variance.json").write_text(json.dumps(found, indent=1) + "\n")
+    draw(found, RESULTS / "variance.png")
+
+
+def draw(results: dict, path: Path) -> None:
+    """Draw what `run` found: the quantizer's variance, layer by layer, by formula and as measured."""
+    fields = {
+        "formula": ("by formula", "-", COLOURS["blue"]),
+        "measured": ("x: measured", "x", COLOURS["black"]),
+        "per_tensor": ("one scale a batch", "--", COLOURS["vermilion"]),
+    }
+    figure, axes = new_figure(columns=2, width=5.6)
     for axis, role in zip(axes, ("activation", "gradient"), strict=True):
-        chosen = [row for row in rows if row["role"] == role]
-        for field, style in (("formula", "-"), ("measured", "x"), ("per_tensor", "--")):
-            axis.semilogy([row[field] for row in chosen], style, label=field.replace("_", " "))
-        axis.set(xlabel="layer", ylabel="variance / mean square", title=f"{role}s, E3M0")
-        axis.legend(fontsize=8)
-    figure.savefig(RESULTS / "variance.png", dpi=130)
+        chosen = [row for row in results["rows"] if row["role"] == role]
+        axis.set_yscale("log")
+        ends = {}
+        for field, (words, style, colour) in fields.items():
+            values = [row[field] for row in chosen]
+            axis.plot(range(1, len(chosen) + 1), values, style, color=colour)
+            ends[words] = (len(chosen), values[-1], colour)
+        label_ends(axis, ends)
+        axis.set(xlabel="layer", ylabel="variance / mean square")
+        axis.set_title(f"{role}s, E3M0", loc="left", fontsize=10)
+    figure.savefig(path, dpi=130)
 
 
 def exact_variance(x_BN: torch.Tensor) -> torch.Tensor:

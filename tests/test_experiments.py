@@ -284,19 +284,18 @@ def test_the_cheapest_schedule_loses_little():
 
 
 def test_tables_whose_positives_are_rare_have_their_metrics_on_the_page(tmp_path):
-    metrics = {"average_precision": {"mean": 58.345, "spread": 0.5}, "roc_auc": {"mean": 94.0, "spread": None}}
-    metrics["recall_at_1_percent_fpr"] = {"mean": 36.0, "spread": None}
+    metrics = {"average_precision": [58.0, 59.0], "roc_auc": [94.0], "recall_at_1_percent_fpr": [36.0]}
     summary = {"static 0.9": {**RESULTS["summary"]["static 0.9"], "metrics": metrics}}
     (tmp_path / "tables-3.json").write_text(json.dumps({"summary": summary, "missing": []}))
     found = paper.refreshed("<!-- results: tables-3 -->\n<!-- end -->", tmp_path)
     assert "| average precision, % | area under the ROC curve, % |" in found
-    assert "| static 0.9 | 58.34 ± 0.50 | 94.00 | 36.00 | 2 |" in found
+    assert "| static 0.9 | 58.50 ± 0.71 | 94.00 | 36.00 | 2 |" in found
 
 
 def test_a_summary_has_the_metrics_beside_accuracy(commands, tmp_path):
     commands.record = {**RECORD, "metrics_test": {"accuracy": 0.5, "roc_auc": 0.75}}
     rows = do_table(TABLE, site(tmp_path, commands))
-    assert rows["a"]["metrics"] == {"roc_auc": {"mean": 75.0, "spread": 0.0}}
+    assert rows["a"]["metrics"] == {"roc_auc": [75.0, 75.0]}
 
 
 def test_rows_and_seeds_can_be_chosen(commands, tmp_path):

@@ -14,6 +14,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from scipy import stats
 
@@ -29,6 +30,9 @@ from dpquant.runs.sinks import Sink
 from dpquant.runs.sources import check_accuracy
 from dpquant.runs.timings import Timings
 from dpquant.runs.train import train
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 CONFIDENCE = 0.95
 _MOST_SEEDS = 1000
@@ -213,6 +217,18 @@ def half_width(values: Sequence[float]) -> float | None:
     return quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
+COLOURS = {
+    "blue": "#0072B2",
+    "vermilion": "#D55E00",
+    "green": "#009E73",
+    "purple": "#CC79A7",
+    "orange": "#E69F00",
+    "sky": "#56B4E9",
+    "black": "#222222",
+}
+"""Okabe and Ito's colours, which the colour-blind tell apart; yellow is left out, as it is faint on white."""
+
+
 def draw_accuracies(accuracies: Mapping[str, Sequence[Sequence[float]]], path: Path, title: str = "") -> None:
     """Plot test accuracy over epochs: one line for each row's mean, with a band from its lowest to its highest seed.
 
@@ -228,15 +244,48 @@ def draw_accuracies(accuracies: Mapping[str, Sequence[Sequence[float]]], path: P
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for row, by_seed in accuracies.items():
+    ends = {}
+    for (row, by_seed), colour in zip(accuracies.items(), itertools.cycle(COLOURS.values()), strict=False):
         by_epoch = list(zip(*by_seed, strict=True))
         epochs = range(1, len(by_epoch) + 1)
         means = [100 * statistics.mean(values) for values in by_epoch]
-        (line,) = axes.plot(epochs, means, label=f"{row}: {means[-1]:.1f} %")
+        axes.plot(epochs, means, color=colour, marker="o" if len(by_epoch) == 1 else None)
         low, high = ([100 * pick(values) for values in by_epoch] for pick in (min, max))
-        axes.fill_between(epochs, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        axes.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
+        ends[f"{row} {means[-1]:.1f} %"] = (len(by_epoch), means[-1], colour)
     axes.set(xlabel="epoch", ylabel="test accuracy, %", title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    label_ends(axes, ends)
     figure.savefig(path, dpi=130)
+
+
+def label_ends(axes: "Axes", ends: Mapping[str, tuple[float, float, str]], *, lines: bool = False) -> None:
+    """Write the name of each line or point to the right of the axes, in its colour, without names on top of each other.
+
+    Args:
+      axes: with what is named, whose limits and scale are as they will be drawn.
+      ends: {name: (x, y, colour)} of the line's end or the point.
+      lines: draw a thin line from each to its name.
+    """
+    axes.get_ylim()  # a limit that is still to be chosen is chosen now
+    top, bottom = (axes.transAxes.transform((0, y))[1] for y in (1, 0))
+    heights = {name: axes.transData.transform((x, y))[1] for name, (x, y, _) in ends.items()}
+    step = 9 * axes.figure.dpi / 72  # of 8-point text
+    place = -math.inf
+    for name in sorted(heights, key=lambda name: heights[name]):
+        place = max(heights[name], place + step)
+        heights[name] = place
+    excess = max(0.0, place - top)
+    for name, (x, y, colour) in ends.items():
+        axes.annotate(
+            name,
+            (x, y),
+            (1.01, (heights[name] - excess - bottom) / (top - bottom)),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=8,
+            color=colour,
+            arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": colour, "alpha": 0.5} if lines else None,
+        )
