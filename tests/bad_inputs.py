@@ -6,6 +6,7 @@ tries one. `scripts/inputs` tries all, also as processes of their own.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
 import importlib
@@ -17,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -983,31 +985,46 @@ def processor_seconds() -> float:
     return times.user + times.system + times.children_user + times.children_system
 
 
+class Tried(NamedTuple):
+    """What was found of a bad input: what is wrong with its refusal, and the processor time that it took."""
+
+    problems: list[str]
+    seconds: float
+
+
+def try_one(name: str, run: Run | None = None) -> Tried:
+    """Try a bad input: by a function like `dpquant.app.cli.run`, or without one as a process of its own."""
+    began = processor_seconds()
+    with tempfile.TemporaryDirectory() as place:
+        problems = problems_of(TABLE[name], Path(place), in_process(run) if run else as_process)
+    return Tried(problems, processor_seconds() - began)
+
+
 def main() -> int:
     """Try every bad input, or those whose name has a word in it, and print a summary."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("words", nargs="*", help="only inputs with one of these words in their name")
-    parser.add_argument("--processes", action="store_true", help="each as a process of its own; takes minutes")
+    parser.add_argument(
+        "--processes", action="store_true", help="each as a process of its own, one a core; takes minutes"
+    )
     given = parser.parse_args()
     from dpquant.app.cli import run
 
-    tried = as_process if given.processes else in_process(run)
-    chosen = {name: bad for name, bad in TABLE.items() if not given.words or any(word in name for word in given.words)}
-    wrong, seconds = 0, {}
-    for name, bad in chosen.items():
-        began = processor_seconds()
-        with tempfile.TemporaryDirectory() as place:
-            problems = problems_of(bad, Path(place), tried)
-        seconds[name] = processor_seconds() - began
-        wrong += bool(problems)
-        for problem in problems:
+    chosen = [name for name in TABLE if not given.words or any(word in name for word in given.words)]
+    if given.processes:
+        with concurrent.futures.ProcessPoolExecutor() as pool:
+            found = dict(zip(chosen, pool.map(try_one, chosen), strict=True))
+    else:
+        found = {name: try_one(name, run) for name in chosen}
+    wrong = [name for name in chosen if found[name].problems]
+    for name in wrong:
+        for problem in found[name].problems:
             print(f"{name}: {problem}", flush=True)
-    slowest = max(seconds, key=lambda name: seconds[name], default="none")
-    print(f"{len(chosen)} bad inputs tried, {len(chosen) - wrong} refused in one line, {wrong} not.")
-    print(
-        f"{sum(seconds.values()):.1f} s of processor time in all, imports included; the slowest took "
-        f"{seconds.get(slowest, 0):.1f} s: {slowest}"
-    )
+    slowest = max(chosen, key=lambda name: found[name].seconds, default=None)
+    print(f"{len(chosen)} bad inputs tried, {len(chosen) - len(wrong)} refused in one line, {len(wrong)} not.")
+    if slowest is not None:
+        total, longest = sum(one.seconds for one in found.values()), found[slowest].seconds
+        print(f"{total:.1f} s of processor time, imports included; the slowest took {longest:.1f} s: {slowest}")
     return 1 if wrong else 0
 
 
