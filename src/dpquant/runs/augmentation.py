@@ -47,7 +47,7 @@ def augmented(loss_fn: PerExampleLoss, settings: TrainSettings, dataset: Dataset
 
     def over_views(model: nn.Module, batch: tuple[Tensor, Any]) -> Tensor:
         images, targets = batch
-        draws_BK3 = torch.rand(len(images), settings.views, _DRAWS, device=images.device)
+        draws_BK3 = torch.rand(len(images), settings.views or 1, _DRAWS, device=images.device)
         losses = [loss_fn(model, (view_of(images, draws_B3, mirrors), targets)) for draws_B3 in draws_BK3.unbind(1)]
         return torch.stack(losses).mean(0)
 

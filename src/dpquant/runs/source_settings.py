@@ -36,8 +36,8 @@ class SourceSettings:
     augment: str = setting(
         "of images: none, crop (random shifts), or crop-flip (also mirrored; not for digits or signs)", "none"
     )
-    views: int = setting("random views of an image whose gradients are averaged before the clip", 1)
-    workers: int = setting("threads that read packed records ahead of the model", 1)
+    views: int | None = setting("random views of an image whose gradients are averaged before the clip [1]")
+    workers: int | None = setting("threads that read packed records ahead of the model [1]")
     test: str | None = setting("of a table or texts: file of the test records")
     test_share: float | None = setting("of a table or texts, instead of test: share of the records, by their content")
     label_column: str | None = setting("of a table or texts: column of the label")

@@ -184,7 +184,7 @@ class _Run:
             ledger=files.path / LEDGER,
             microbatch_size=settings.microbatch_size,
             memory=settings.memory,
-            workers=settings.workers,
+            workers=settings.workers or 1,
             choices=choices,
         )
         run = cls(
