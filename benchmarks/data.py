@@ -5,6 +5,9 @@ Rows a second: batches of chosen rows, ascending, are read by each of three ways
 memory map, and an Arrow IPC file (`take` on a memory map; left out without pyarrow). Every row's bytes are compared
 first. Warm: the file was read before. Cold: the kernel was asked to drop it (`posix_fadvise`) before each batch.
 
+Workers: a step's microbatches of 128 rows, read ahead by that many threads (`--workers` of `dpquant train`) while
+nothing is computed, so that reading alone is timed.
+
 Memory: a short private run over many packed records, in a process of its own. Files are sparse, so that the disk need
 not have the space. Counted is the peak of the resident set after everything is imported, minus what it was then: data,
 network, checks, steps and evaluation together. `--run FOLDER` is that process.
@@ -20,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +41,12 @@ from dpquant.data.rows import Rows
 from dpquant.machine import Hardware
 from dpquant.runs import fingerprint
 from dpquant.runs.evaluation import metrics, per_example_loss
+from dpquant.training.ahead import made_ahead
 
 ROW_BYTES = (3072, 150_528)  # images of 32x32 and of 224x224, three bytes a pixel
 BATCH = 1024
+MICROBATCH = 128
+WORKERS = (1, 2, 4)
 STEPS = 3
 _KIB = 1024
 
@@ -115,6 +122,32 @@ def speeds(folder: Path, mib: int, rounds: int) -> list[dict]:
     return results
 
 
+def with_workers(folder: Path, mib: int, rounds: int) -> list[dict]:
+    """Measure rows a second of `RowFile` by number of threads that read microbatches ahead, warm and cold."""
+    results = []
+    for row_bytes in ROW_BYTES:
+        rows = max(2 * BATCH, mib * 2**20 // row_bytes)
+        path, reader = readers_of(folder, rows, row_bytes)["RowFile"]
+        random = np.random.default_rng(2)
+        for cold in (False, True):
+            seconds: dict[int, list[float]] = {workers: [] for workers in WORKERS}
+            for _ in range(rounds):
+                pieces = np.split(np.sort(random.choice(rows, BATCH, replace=False)), BATCH // MICROBATCH)
+                for workers, times in seconds.items():
+                    if cold:
+                        dropped(path)
+                    began = time.perf_counter()
+                    read = list(made_ahead([partial(reader, ids) for ids in pieces], workers))
+                    times.append(time.perf_counter() - began)
+                    assert sum(map(len, read)) == BATCH
+            for workers, times in seconds.items():
+                spread = Spread.of([BATCH / one for one in times])
+                print(f"{row_bytes:>8} bytes  {'cold' if cold else 'warm'}  {workers} workers   {spread!s} rows/s")
+                facts = {"row_bytes": row_bytes, "rows": rows, "cold": cold, "workers": workers}
+                results.append({**facts, "rows_per_second": dataclasses.asdict(spread), "rounds": rounds})
+    return results
+
+
 def sparse(folder: Path, records: int) -> Path:
     """Write packed records of 3 KiB, all zeros, that take no space on the disk, and return their folder."""
     columns = ROW_BYTES[0] // 4
@@ -170,7 +203,7 @@ def run(folder: Path) -> dict[str, float]:
 
 def memory(folder: Path, records: int) -> dict[str, float]:
     """Measure the memory of a run on that many packed records, in a process of its own."""
-    packed = sparse(folder / "packed", records)
+    packed = sparse(folder / f"packed-{records}", records)
     command = [sys.executable, "-m", "benchmarks.data", "--run", str(packed)]
     found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parents[1])
     return json.loads(found.stdout.splitlines()[-1])
@@ -179,7 +212,7 @@ def memory(folder: Path, records: int) -> dict[str, float]:
 def main() -> None:
     """Measure speeds and memory; print and keep the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=int, default=10_000_000)
+    parser.add_argument("--records", type=int, nargs="+", default=[10_000_000, 1_000_000, 100_000])
     parser.add_argument("--mib", type=int, default=2048, help="size of the files whose rows are timed")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--folder", type=Path, default=None, help="on the disk that is measured")
@@ -193,12 +226,15 @@ def main() -> None:
     print(f"{hardware}{' (busy)' if hardware.busy else ''}")
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         rows = speeds(Path(name), args.mib, args.rounds)
-        used = memory(Path(name), args.records)
-    print(
-        f"{used['records']:,} records of {ROW_BYTES[0]} bytes: {used['peak_mib'] - used['imported_mib']:.0f} MiB above "
-        f"the {used['imported_mib']:.0f} after imports"
-    )
-    record = {"hardware": dataclasses.asdict(hardware), "busy": hardware.busy, "rows": rows, "memory": used}
+        ahead = with_workers(Path(name), args.mib, args.rounds)
+        used = [memory(Path(name), records) for records in args.records]
+    for one in used:
+        print(
+            f"{one['records']:,} records of {ROW_BYTES[0]} bytes: {one['peak_mib'] - one['imported_mib']:.0f} MiB "
+            f"above the {one['imported_mib']:.0f} after imports"
+        )
+    record = {"rows": rows, "workers": ahead, "memory": used}
+    record = {"hardware": dataclasses.asdict(hardware), "busy": hardware.busy, **record}
     (args.out or folder_here() / "data.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

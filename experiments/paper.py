@@ -8,14 +8,21 @@ hand.
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from experiments.published import PAPER
-from experiments.runner import RESULTS, Site
+from experiments.runner import RESULTS, Site, spread_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "paper.md"
 PLACES = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+METRICS = {  # beside accuracy, of tables whose positives are rare
+    "average_precision": "average precision, %",
+    "roc_auc": "area under the ROC curve, %",
+    "recall_at_1_percent_fpr": "recall at 1 % false positives, %",
+}
 
 
 def run(site: Site) -> None:
@@ -36,10 +43,14 @@ def _table(name: str, folder: Path) -> str:
     results = json.loads(path.read_text())
     theirs = PAPER.get(name, {})
     common, options = _commands({row: facts["command"] for row, facts in results["summary"].items()})
-    head = ["", "test accuracy, %", "seeds", "MACs quantized", "in four bits", "analyses' share of epsilon"]
+    metrics = [name for name in METRICS if all(name in f.get("metrics", {}) for f in results["summary"].values())]
+    head = ["", *([METRICS[name] for name in metrics] or ["test accuracy, %"])]
+    head += ["seeds", "MACs quantized", "in four bits", "analyses' share of epsilon"]
     lines = [head + ["the paper"] * bool(theirs) + ["options"]]
     lines += [
-        _line(row, facts) + [theirs.get(row, "")] * bool(theirs) + [f"`{options[row]}`" if options[row] else ""]
+        _line(row, facts, metrics)
+        + [theirs.get(row, "")] * bool(theirs)
+        + [f"`{options[row]}`" if options[row] else ""]
         for row, facts in results["summary"].items()
     ]
     table = "".join(
@@ -74,13 +85,17 @@ def _text(options: Iterable[tuple[str, str]]) -> str:
     return " ".join(itertools.chain.from_iterable(options))
 
 
-def _line(row: str, facts: dict) -> list[str]:
-    spread = "" if facts["accuracy_spread"] is None else f" ± {facts['accuracy_spread']:.2f}"
+def _line(row: str, facts: dict, metrics: Sequence[str]) -> list[str]:
+    pairs = [(statistics.mean(values), spread_of(values)) for values in (facts["metrics"][name] for name in metrics)]
     return [
         row,
-        f"{facts['accuracy_mean']:.2f}{spread}",
+        *(_with_spread(*pair) for pair in pairs or [(facts["accuracy_mean"], facts["accuracy_spread"])]),
         str(len(facts["accuracies"])),
         f"{facts['quantized_fraction_macs']:.0%}",
         f"{facts['four_bit_fraction_macs']:.0%}",
         "NOT PRIVATE" if facts["epsilon"] is None else f"{facts['epsilon_analysis_share']:.2%}",
     ]
+
+
+def _with_spread(mean: float, spread: float | None) -> str:
+    return f"{mean:.2f}" if spread is None else f"{mean:.2f} ± {spread:.2f}"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from experiments.drawing import draw_rows
 from experiments.published import published
-from experiments.runner import Site
+from experiments.runner import Site, draw_summary
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 DRAWN = ("damage", "fidelity", "pareto", "ranking", "variance")  # scripts with a picture of their own
@@ -31,8 +31,7 @@ def run(site: Site, readme: Path = PICTURES / "result.png") -> None:
         if path.stem in DRAWN:
             importlib.import_module(f"experiments.{path.stem}").draw(results, path.with_suffix(".png"))
         elif "summary" in results:
-            accuracies = {row: facts["accuracies"] for row, facts in results["summary"].items()}
-            draw_rows(accuracies, path.with_suffix(".png"), results["title"], paper=published(path.stem))
+            draw_summary(results["summary"], path.with_suffix(".png"), results["title"], published(path.stem))
     draw_result(site.results, readme)
     print(f"drew the pictures of {site.results}")
 

@@ -8,9 +8,11 @@ sets are public.
 
 import concurrent.futures
 import dataclasses
+import fnmatch
 import hashlib
 import json
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -27,10 +29,12 @@ from dpquant.runs.record import RunRecord
 from dpquant.runs.settings import TrainSettings
 from dpquant.runs.timings import Timings
 from experiments.drawing import draw_rows
+from experiments.lite0 import WEIGHTS
 from experiments.published import published
 
 RESULTS = Path(__file__).parent / "results"
-FOLDERS = ("GTSRB", "CIFAR10")  # placeholders in options for the folders of data sets
+FOLDERS = ("GTSRB", "CIFAR10")  # placeholders in options for the folders of data sets that the user names
+_PLACEHOLDER = re.compile(r"(?<=[:\s])[A-Z][A-Z0-9-]+(?=[/\s]|$)")  # these, and those of `packages` and `features`
 SECONDS = ("seconds_train", "seconds_analysis")  # the timings that the results keep
 
 
@@ -94,8 +98,11 @@ class Site:
 
     Attributes:
       work: directory of all runs.
-      folders: {placeholder: folder of the data set}.
+      folders: {placeholder: folder of the data set or the weights}.
       jobs: number of parallel runs, which share the cores.
+      threads: of each run; None: its share of the cores.
+      seeds: of a table that are run, from its first; None: all.
+      rows: pattern of TABLE/ROW, the names of the rows that are run.
       deadline: `time.monotonic` after which no run begins.
       kept: {command: record} of runs on other machines that count as done.
       results: directory of the tables' results.
@@ -105,6 +112,9 @@ class Site:
     work: Path
     folders: Mapping[str, Path]
     jobs: int = 1
+    threads: int | None = None
+    seeds: int | None = None
+    rows: str = "*"
     deadline: float = float("inf")
     kept: Mapping[str, dict] = dataclasses.field(default_factory=dict)
     results: Path = RESULTS
@@ -136,13 +146,13 @@ class Site:
         return self.kept.get(run.command)
 
     def here(self, options: str, title: str) -> str | None:
-        """Return options with the folders of data sets inserted. If one is not given, print so and return None."""
-        for placeholder, folder in self.folders.items():
-            options = options.replace(f"image-folder:{placeholder}", f"image-folder:{folder}")
-        missing = [name for name in FOLDERS if f"image-folder:{name}" in options]
+        """Return options with the folders inserted. If one is not known, print so and return None."""
+        missing = [name for name in placeholders(options) if name not in self.folders]
         if missing:
-            print(f"left out, as --{missing[0].lower()} is not given: {title}", flush=True)
-        return None if missing else options
+            option = f"as --{missing[0].lower()} is not given" if missing[0] in FOLDERS else f"without {missing[0]}"
+            print(f"left out, {option}: {title}", flush=True)
+            return None
+        return _PLACEHOLDER.sub(lambda found: str(self.folders[found[0]]), options)
 
     def _do(self, run: Run) -> None:
         out = run.folder(self.work)
@@ -151,7 +161,7 @@ class Site:
         options = self.here(run.options, run.row)
         if options is None:
             return
-        threads = str(max((os.cpu_count() or 1) // self.jobs, 1))
+        threads = str(self.threads or max((os.cpu_count() or 1) // self.jobs, 1))
         command = [
             sys.executable,
             "-m",
@@ -166,6 +176,8 @@ class Site:
         if out.exists():  # an interrupted run left it
             out.rename(out.with_name(f"{out.name}-interrupted-{time.time_ns()}"))
         environment = {**os.environ, "OMP_NUM_THREADS": threads}
+        if "LITE0" in self.folders:
+            environment[WEIGHTS] = str(self.folders["LITE0"])
         began = time.monotonic()
         result = self.launch(
             [*command, "--threads", threads], env=environment, capture_output=True, text=True, check=False
@@ -203,10 +215,24 @@ def settings_of(options: str) -> TrainSettings:
     return TrainSettings.chosen(given)
 
 
+def chosen(table: Table, rows: str, seeds: int | None) -> list[Run]:
+    """Return the runs of a table that are wanted: rows whose TABLE/ROW matches the pattern, at its first seeds."""
+    return [
+        run
+        for run in table.runs()
+        if run.seed in table.seeds[:seeds] and fnmatch.fnmatchcase(f"{table.name}/{run.row}", rows)
+    ]
+
+
+def placeholders(options: str) -> list[str]:
+    """Return the names in capitals that stand for folders in the options of a run."""
+    return _PLACEHOLDER.findall(options)
+
+
 def do_table(table: Table, site: Site) -> dict[str, dict]:
     """Perform the runs of a table before the deadline, write its results and return {row: summary}."""
     runs = table.runs()
-    site.do(runs)
+    site.do(chosen(table, site.rows, site.seeds))
     records = site.records(runs)
     if not records:
         return {}
@@ -233,9 +259,10 @@ def summary(records: Mapping[str, list[dict]]) -> dict[str, dict]:
         interval = half_width(accuracies)
         rows[row] = {
             "accuracy_mean": round(statistics.mean(accuracies), 2),
-            "accuracy_spread": round(statistics.stdev(accuracies), 2) if len(accuracies) > 1 else None,
+            "accuracy_spread": spread_of(accuracies),
             "accuracy_half_width": None if interval is None else round(interval, 2),
             "accuracies": [round(a, 2) for a in accuracies],
+            "metrics": _metrics(runs),
             "epsilon": runs[0]["epsilon"],
             "epsilon_analysis_share": runs[0]["epsilon_analysis_share"],
             "quantized_fraction_layers": round(statistics.mean(run["quantized_fraction_layers"] for run in runs), 3),
@@ -247,7 +274,28 @@ def summary(records: Mapping[str, list[dict]]) -> dict[str, dict]:
     return rows
 
 
+def spread_of(values: Sequence[float]) -> float | None:
+    """Return the standard deviation; None of a single value."""
+    return round(statistics.stdev(values), 2) if len(values) > 1 else None
+
+
+def _metrics(runs: Sequence[Mapping]) -> dict[str, list[float]]:
+    """Return {metric beside accuracy: its percentages, run by run}; {} if there are none."""
+    found = [run.get("metrics_test") or {} for run in runs]
+    names = [name for name in found[0] if name != "accuracy" and all(name in one for one in found)]
+    return {name: [round(100 * one[name], 2) for one in found] for name in names}
+
+
 def draw_table(table: Table, records: Mapping[str, list[dict]], path: Path) -> None:
-    """Draw the test accuracy of every row, with the paper's."""
-    accuracies = {row: [100 * run["accuracy_test"] for run in runs] for row, runs in records.items()}
-    draw_rows(accuracies, path, table.title, paper=published(table.name))
+    """Draw the figure of every row, with the paper's."""
+    draw_summary(summary(records), path, table.title, published(table.name))
+
+
+def draw_summary(rows: Mapping[str, dict], path: Path, title: str, paper: Mapping[str, float]) -> None:
+    """Draw the test accuracies in a table's summary or, where positives are rare, its average precisions."""
+    rare = all("average_precision" in facts.get("metrics", {}) for facts in rows.values())
+    values = {
+        row: facts["metrics"]["average_precision"] if rare else facts["accuracies"] for row, facts in rows.items()
+    }
+    measure = {"measure": "average precision, %"} if rare else {}
+    draw_rows(values, path, title, paper=paper, **measure)

@@ -333,6 +333,11 @@ ONE_BY_ONE = {
     "train: images too large for the memory": Bad(
         f"train --data mnist {CHEAP} --image-size 16384", "got image_size=16384"
     ),
+    "train: an unknown augmentation": Bad("train --augment flip", "got augment=flip"),
+    "train: no view": Bad("train --augment crop --views 0", "views=0"),
+    "train: views that are all the same": Bad("train --views 4", "no views with augment=none"),
+    "train: no worker": Bad("train --data packed:p --workers 0", "workers=0"),
+    "train: workers for records in memory": Bad("train --workers 4", "no workers with data=digits"),
     "train: a network that is not there": Bad("train --model vgg", "got model=vgg"),
     "train: a width of an own network": Bad(
         f"train {ON_PHOTOS} --model mm:build --width 2", "Expected width = 1", network("nn.Flatten()")
@@ -804,6 +809,7 @@ SOURCES = {
     "texts: a folder without a tokenizer": Bad(
         f"{ON_TEXTS} --tokenizer d", "got tokenizer=d", texts(JSONL, JSONL, TOKENIZER, folder("d"))
     ),
+    "texts: views": Bad(f"{ON_TEXTS} --augment crop", "no augment with data=text:", texts()),
     "texts: no length": Bad(f"{ON_TEXTS} --max-length 0", "max_length=0", texts()),
     "texts: a key that no line has": Bad(f"{ON_TEXTS} --text-column u", "the key u; none has", texts()),
     "texts: no lines": Bad(ON_TEXTS, "at least one record", texts("")),

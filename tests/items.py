@@ -54,10 +54,11 @@ def plan_of(steps=4):
     )
 
 
-def trained(records, make_run, network=dropping, **doubles):
+def trained(records, make_run, network=dropping, workers=1, **doubles):
     run = begun(
         network(), records, loss_fn=loss, plan=plan_of(), policy=dpquant.AllPolicy(), make_run=make_run,
         mechanism=with_doubles(Mechanism.repeatable(3, None), **doubles), microbatch_size=4, backend="simulate",
+        workers=workers,
     )  # fmt: skip
     if hasattr(records, "readers"):
         records.readers.clear()

@@ -10,7 +10,9 @@ import pytest
 import torch
 from experiments import paper, pareto, per_tensor, runner
 from experiments.__main__ import SCRIPTS, TABLES
-from experiments.runner import Run, Site, Table, do_table, settings_of
+from experiments.features import FEATURES
+from experiments.packages import PACKAGES
+from experiments.runner import FOLDERS, Run, Site, Table, do_table, settings_of
 
 from dpquant.app import cli
 from dpquant.backends.registry import BACKENDS
@@ -237,7 +239,8 @@ def test_a_run_that_fails_is_told(commands, tmp_path):
 def test_every_row_is_a_command_that_train_understands(name):
     for table in importlib.import_module(f"experiments.{name}").TABLES:
         for run in table.runs():
-            assert settings_of(run.options).data in ("fashion-mnist", "image-folder:GTSRB", "image-folder:CIFAR10")
+            kind, _, place = settings_of(run.options).data.partition(":")
+            assert kind == "fashion-mnist" or place.split("/")[0] in {*FOLDERS, *PACKAGES, *FEATURES}
 
 
 def test_an_option_that_train_does_not_know_is_an_error():
@@ -278,3 +281,25 @@ def test_the_cheapest_schedule_loses_little():
         "cheap": {"accuracy": 79.4, "step": 0.5},
     }
     assert pareto._cheapest(rows, "step") == "close"
+
+
+def test_tables_whose_positives_are_rare_have_their_metrics_on_the_page(tmp_path):
+    metrics = {"average_precision": [58.0, 59.0], "roc_auc": [94.0], "recall_at_1_percent_fpr": [36.0]}
+    summary = {"static 0.9": {**RESULTS["summary"]["static 0.9"], "metrics": metrics}}
+    (tmp_path / "tables-3.json").write_text(json.dumps({"summary": summary, "missing": []}))
+    found = paper.refreshed("<!-- results: tables-3 -->\n<!-- end -->", tmp_path)
+    assert "| average precision, % | area under the ROC curve, % |" in found
+    assert "| static 0.9 | 58.50 ± 0.71 | 94.00 | 36.00 | 2 |" in found
+
+
+def test_a_summary_has_the_metrics_beside_accuracy(commands, tmp_path):
+    commands.record = {**RECORD, "metrics_test": {"accuracy": 0.5, "roc_auc": 0.75}}
+    rows = do_table(TABLE, site(tmp_path, commands))
+    assert rows["a"]["metrics"] == {"roc_auc": [75.0, 75.0]}
+
+
+def test_rows_and_seeds_can_be_chosen(commands, tmp_path):
+    do_table(TABLE, site(tmp_path, commands, rows="mine/b*", seeds=1))
+    assert len(commands) == 1 and "--lr 2" in " ".join(commands[0])
+    results = json.loads((tmp_path / "results" / "mine.json").read_text())
+    assert results["missing"] == ["a, seed 0", "a, seed 1", "b, seed 1"]

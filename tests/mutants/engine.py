@@ -13,6 +13,7 @@ _DRAWS = f"{_CLIP}::test_a_record_that_leaves_moves_no_other_s_draws"
 _COUPLINGS = "tests/checks/test_couplings.py"
 _ISOLATION = "tests/checks/test_isolation.py"
 _FROZEN = "tests/engine/test_frozen.py"
+_POSITIONS = "tests/engine/test_positions.py"
 
 MUTANTS = [
     *mutants_of(
@@ -125,6 +126,23 @@ MUTANTS = [
             "if complete and totals.keys() < trainable.keys():",
             "if False:",
             f"{_CLIP}::test_an_unused_parameter_is_an_error",
+        ),
+        (
+            "ids of one axis are told by their number",
+            COUPLING,
+            "if once and tape.listening and all(one.ndim == 1 for one in tensors):",
+            "if once and tape.listening and all(one.ndim == 1 and len(one) != tape.size for one in tensors):",
+            f"{_POSITIONS}::test_the_sum_is_that_of_a_loop_also_for_as_many_examples_as_positions",
+        ),
+        (
+            "the views of an example are normed one by one",
+            SENSITIVITY,
+            "return Materialised(torch.stack([one.per_example() for one in found]).sum(0))",
+            (
+                "return Materialised(torch.stack([one.per_example() for one in found]).sum(0), "
+                "torch.stack([one.squared_norms() for one in found]).sum(0))"
+            ),
+            "tests/runs/test_augmentation.py::test_an_example_of_several_views_is_clipped_once",
         ),
         (
             "rows that are no examples are clipped",

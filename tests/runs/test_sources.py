@@ -32,6 +32,7 @@ def test_a_table_is_trained_on_by_the_command_line(tmp_path, capsys):
         "balanced_accuracy",
         "average_precision",
         "recall_at_1_percent_fpr",
+        "roc_auc",
     }
     assert record["accuracy_test"] == record["metrics_test"]["accuracy"]
     weights = (tmp_path / "r" / "model.safetensors").read_bytes()

@@ -8,47 +8,57 @@ import torch
 
 import dpquant
 from dpquant.errors import DataError, ModelError
-from dpquant.training.ahead import drawing, one_ahead
+from dpquant.training.ahead import drawing, made_ahead
 from dpquant.training.private import PrivateTraining
 from dpquant.training.records import Records
 from elsewhere import DEVICE, Device, Elsewhere
-from items import Collating, Items, dropping, trained
+from items import Collating, Items, dropping, plan_of, trained
+from networks import loss
 
 CPU = torch.device("cpu")
 
 
-def test_items_come_in_order_and_one_is_made_ahead():
+def in_main():
+    return threading.current_thread() is threading.main_thread()
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_items_come_in_order_and_as_many_as_there_are_workers_are_made_ahead(workers):
     made, used = [], []
 
-    def items():
-        for number in range(5):
-            made.append((number, threading.current_thread() is threading.main_thread()))
-            yield number
+    def maker(number):
+        return lambda: made.append((number, in_main())) or number
 
-    for item in one_ahead(items()):
-        assert len(made) <= len(used) + 2, "more than one was made ahead"
+    for item in made_ahead(map(maker, range(9)), workers):
+        assert len(made) <= len(used) + 1 + workers, "more were made ahead"
         used.append(item)
-    assert used == [0, 1, 2, 3, 4] and made == [(number, False) for number in used]
+    assert used == list(range(9)) and sorted(made) == [(number, False) for number in used]
+
+
+def test_several_workers_make_items_at_the_same_time():
+    meet = threading.Barrier(2, timeout=30)  # one alone would wait until it breaks
+    assert list(made_ahead([lambda: meet.wait() >= 0] * 4, 2)) == [True] * 4
 
 
 def test_what_raises_ahead_is_raised_in_its_place():
-    def items():
-        yield 1
+    def fails():
         raise KeyError("of the user")
 
-    ahead = one_ahead(items())
-    assert next(ahead) == 1
-    with pytest.raises(KeyError, match="of the user"):
-        next(ahead)
+    for workers in (1, 2):
+        ahead = made_ahead([lambda: 1, fails, lambda: 3], workers)
+        assert next(ahead) == 1
+        with pytest.raises(KeyError, match="of the user"):
+            next(ahead)
 
 
-def test_who_stops_leaves_nothing_running():
-    made = []
-    ahead = one_ahead(made.append(number) or number for number in range(9))
+@pytest.mark.parametrize("workers", [1, 3])
+def test_who_stops_leaves_nothing_running(workers):
+    made, before = [], threading.active_count()
+    ahead = made_ahead((lambda number=number: made.append(number) or number for number in range(20)), workers)
     assert next(ahead) == 0
-    threads = threading.active_count()
+    assert threading.active_count() > before
     ahead.close()
-    assert len(made) <= 2 and threading.active_count() == threads - 1
+    assert len(made) <= 1 + workers and threading.active_count() == before
 
 
 def test_draws_of_a_gpu_are_made_in_a_thread_and_those_of_a_cpu_when_asked_for():
@@ -120,8 +130,8 @@ def test_a_run_is_the_same_bit_for_bit_whatever_is_done_ahead(data_set, readers)
     records = data_set()
     plain = trained(records, Patient)
     assert records.readers == {True}
-    for kind in (PrivateTraining, Hurried):  # on a CPU only records are read ahead
-        ahead = trained(records, kind)
+    for kind, workers in ((PrivateTraining, 1), (Hurried, 1), (PrivateTraining, 3)):  # a CPU's noise is drawn later
+        ahead = trained(records, kind, workers=workers)
         assert records.readers == readers  # the probe's two batches are always read by the main thread
         assert torch.equal(parameters(plain), parameters(ahead))
 
@@ -210,3 +220,12 @@ def test_a_run_on_another_device_is_the_same_run():
         ).model.parameters()])  # fmt: skip
         assert isinstance(found, Elsewhere)
     torch.testing.assert_close(found.held, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("workers", [0, 65, -1, 1.5])
+def test_workers_are_a_small_number(workers):
+    with pytest.raises(dpquant.SettingError, match="Expected workers"):
+        dpquant.make_private(
+            model := dropping(), torch.optim.SGD(model.parameters(), lr=0.1), Collating(), loss_fn=loss,
+            plan=plan_of(), policy=dpquant.AllPolicy(), workers=workers,
+        )  # fmt: skip

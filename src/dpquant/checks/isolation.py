@@ -50,7 +50,7 @@ from dpquant.engine.layers import (
 from dpquant.engine.passes import Objective, gradients_of_rows, losses_of, out_of_memory
 from dpquant.engine.perturbation import shaken
 from dpquant.engine.randomness import Drawing, seeded
-from dpquant.engine.tape import Unreached, check_examples_first
+from dpquant.engine.tape import LookedUpOnce, Unreached, check_examples_first
 from dpquant.errors import DataError, DPQuantError, ModelError
 from dpquant.formats import Precision
 
@@ -150,9 +150,14 @@ def _run(objective: Objective, specimens: Specimens) -> None:
     piece = piece_of(specimens, (0, 1, 2), torch.float32)
     unwatched = dataclasses.replace(objective, drawing=objective.drawing.unknown())
     unwatched.learn(piece)
-    found = gradients_of_rows(unwatched, piece, StepContext(key=KEY))
-    unreached = objective.trainable().keys() - found.parts.keys()
-    if unreached and unwatched.learn(piece, unreached):
+    try:
+        found = gradients_of_rows(unwatched, piece, StepContext(key=KEY))
+        unrouted = objective.trainable().keys() - found.parts.keys()
+    except LookedUpOnce as error:
+        unwatched.learn(piece, error.names)
+        found = gradients_of_rows(unwatched, piece, StepContext(key=KEY))
+        unrouted = objective.trainable().keys() - found.parts.keys()
+    if unrouted and unwatched.learn(piece, unrouted):
         found = gradients_of_rows(unwatched, piece, StepContext(key=KEY))
     squared_norms = {name: part.squared_norms() for name, part in found.parts.items()}
     check_examples_first(squared_norms, 3)

@@ -29,7 +29,7 @@ from dpquant.engine.context import StepContext
 from dpquant.engine.layers import quantizable_layers, quantizable_twin, running
 from dpquant.engine.leaves import Routes
 from dpquant.engine.passes import Objective, Passes, PerExampleLoss
-from dpquant.engine.tape import GradientTape, Unreached, taping
+from dpquant.engine.tape import GradientTape, Unrouted, taping
 from dpquant.errors import ModelError, SettingError, expect
 from dpquant.rounding import derive_key
 
@@ -128,7 +128,7 @@ def clipped_sum(
         objective.learn(first := next(microbatches(batch, record_ids, size)))
         try:
             return sum_of(microbatches(batch, record_ids, size))
-        except Unreached as error:
+        except Unrouted as error:
             if not objective.learn(first, error.names):
                 raise
         return sum_of(microbatches(batch, record_ids, size))

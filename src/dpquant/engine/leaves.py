@@ -13,6 +13,10 @@ A parameter that its module's forward method takes out of another module (`F.lin
 leaf as a rule. Then the smallest module around it is evaluated one example at a time: its route is *alone*. Its layers
 become plain torch layers, which are not quantized.
 
+A table of positions may be looked up once for all examples, by `self.positions(torch.arange(T))`, whose ids `(T,)`
+have no axis of examples. Then the ids are repeated for each example: `(B, T)`. Whether ids `(T,)` are of that kind is
+found out too, and not told from their number, which may happen to be that of the examples.
+
 `routing.py` finds out which, on a few rows. This module keeps the answer on the model and puts leaves in place.
 
 Symbols: B examples, T positions, C channels, D features.
@@ -38,11 +42,13 @@ class Routes:
       leaves: {parameter's name: number of axes of length 1 between the examples and the parameter's own; -1 if the
         parameter's first axis, of length 1, becomes the axis of examples}.
       alone: paths of the modules that are evaluated one example at a time, inner modules included.
+      once: paths of embeddings that look ids `(T,)` up for all examples at once.
       unused: names of parameters beside other layers that did not take part in the loss.
     """
 
     leaves: dict[str, int] = dataclasses.field(default_factory=dict)
     alone: list[str] = dataclasses.field(default_factory=list)
+    once: set[str] = dataclasses.field(default_factory=set)
     unused: set[str] = dataclasses.field(default_factory=set)
 
     @classmethod

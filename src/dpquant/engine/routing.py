@@ -5,7 +5,8 @@ The model runs once as it is, perturbed a little, in full precision and in evalu
 gradient of its own loss. Then each parameter in question gets a leaf (`leaves.py`), form after form, and only the
 module around it runs again. A form is taken if outputs are equal and each row's gradient is autograd's. If none is, the
 modules around the parameter are evaluated one example at a time, the smallest first, and compared in the same manner.
-What fits neither is refused.
+An embedding that is called with ids of one axis is called with ids for each example, and the whole model is compared.
+What fits none is refused.
 
 A run does this on synthetic records, and its isolation check then compares everything again among other batchmates.
 """
@@ -26,6 +27,7 @@ from dpquant.engine.leaves import Leaves, Routes, beside_layers, forms_of, place
 from dpquant.engine.per_example import TOLERANCE, differs, one_at_a_time, unlike
 from dpquant.engine.perturbation import shaken
 from dpquant.engine.randomness import seeded
+from dpquant.engine.tape import LookedUpOnce, repeated_ids
 from dpquant.errors import ModelError
 
 _SHARE, _MOST_SHAKES = 0.1, 3  # as the isolation check perturbs
@@ -136,7 +138,7 @@ def learn(
     Privacy: looks at the rows that it is given. A run gives synthetic ones.
     """
     routes = Routes.of(model)
-    search = _Search(model, trainable, routes)
+    search = _Search(model, trainable, routes, losses)
     with _plainly(model), torch.enable_grad():
         for shake in range(_MOST_SHAKES):
             with shaken(model, shake, _SHARE), seeded(0):
@@ -185,8 +187,14 @@ class _Search:
       new: whether a route was found.
     """
 
-    def __init__(self, model: nn.Module, trainable: dict[str, nn.Parameter], routes: Routes):
-        self._model, self._trainable, self._routes = model, trainable, routes
+    def __init__(
+        self,
+        model: nn.Module,
+        trainable: dict[str, nn.Parameter],
+        routes: Routes,
+        losses: Callable[[], Tensor],
+    ):
+        self._model, self._trainable, self._routes, self._losses = model, trainable, routes, losses
         self._paths = {module: path for path, module in model.named_modules()}
         self._alike: dict[Any, tuple[str, int]] = {}  # routes, by type of the owner, name in it and number of axes
         self.hosts: list[str] = []
@@ -199,7 +207,8 @@ class _Search:
         }
         left = []
         for name, rows in sorted(seen.rows.items(), key=lambda item: place_of(self._model, item[0])[0] in seen.calls):
-            if rows is None or name in self._routes.leaves or self._routes.within(name):
+            known = name in self._routes.leaves or name.rpartition(".")[0] in self._routes.once
+            if rows is None or known or self._routes.within(name):
                 continue
             if not bool(rows.isfinite().all()) or not bool(rows.any()):
                 left.append(name)
@@ -212,6 +221,11 @@ class _Search:
         """Find the route of one parameter, or raise a ModelError."""
         parameter, (owner, key) = self._trainable[name], place_of(self._model, name)
         around = [module for module in self._around(name) if module in seen.calls]
+        if isinstance(owner, nn.Embedding) and owner in seen.calls:
+            if not self._fits_once(seen, owner, name):
+                raise LookedUpOnce(name)
+            self._routes.once.add(self._paths[owner])
+            return
         kind = type(owner), key, parameter.ndim
         known = self._alike.get(kind)
         forms = [*forms_of(parameter.shape)]
@@ -270,6 +284,34 @@ class _Search:
         except Exception:  # the model's code may raise anything on a parameter of another shape
             return False
         return _equal(found, wanted)
+
+    def _fits_once(self, seen: "Observed", table: nn.Embedding, name: str) -> bool:
+        """Whether the model gives each row's gradient if the embedding's ids of one axis are repeated for each row."""
+        wanted, found = seen.rows[name], []
+        assert wanted is not None
+        if any(ids.ndim != 1 for call in seen.calls[table] for ids in call.args if isinstance(ids, Tensor)):
+            return False
+
+        def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
+            return repeated_ids(args, kwargs, len(wanted))
+
+        def after(_: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+            found.append((args[0] if args else kwargs["input"], leaf := output.detach().requires_grad_()))
+            return leaf
+
+        with contextlib.ExitStack() as stack:
+            stack.callback(table.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(table.register_forward_hook(after, with_kwargs=True).remove)
+            try:
+                grads = torch.autograd.grad(self._losses().sum(), [leaf for _, leaf in found], allow_unused=True)
+            except Exception:  # the model's code may raise anything on positions for each example
+                return False
+        gradient = torch.zeros_like(wanted)
+        for (ids, _), grad in zip(found, grads, strict=True):
+            if grad is not None:
+                for row in range(len(wanted)):
+                    gradient[row].index_add_(0, ids[row], grad[row])
+        return _equal(gradient, wanted)
 
     def _fits_alone(self, seen: "Observed", host: nn.Module) -> bool:
         """Whether the host, evaluated one example at a time, gives its outputs and each row's gradient."""

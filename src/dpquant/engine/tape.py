@@ -91,6 +91,10 @@ class GradientTape:
     def takes(self, parameter: Tensor | None) -> bool:
         return parameter is not None and parameter in self._names
 
+    def name_of(self, parameter: Tensor) -> str:
+        """Return the name of a trainable parameter."""
+        return self._names[parameter]
+
     @ieee_float32()
     def record(self, layer: WeightProduct, x: Tensor | QTensor | None, g: Tensor | QTensor, grad: Tensor) -> None:
         if self._keeping:
@@ -174,11 +178,15 @@ def check_examples_first(squared_norms: Mapping[str, Tensor], size: int) -> None
     """
     for name, norms in squared_norms.items():
         if len(norms) != size:
-            raise ModelError(
-                "Expected the first axis of every module's input to be the example; got one of another length for "
-                f"{name}. Its gradients would be clipped by rows that are no examples: positions, nodes, or "
-                "several views of a record. Put the examples first, and views of one record on a second axis."
-            )
+            raise ModelError(_not_examples(name))
+
+
+def _not_examples(name: str) -> str:
+    return (
+        f"Expected the first axis of every module's input to be the example; got one of another length for {name}. "
+        "Its gradients would be clipped by rows that are no examples: positions, nodes, or several views of a record. "
+        "Put the examples first, and views of one record on a second axis."
+    )
 
 
 def _one_contribution(found: list[Contribution]) -> Contribution:
@@ -193,20 +201,35 @@ def _one_contribution(found: list[Contribution]) -> Contribution:
     return Materialised(torch.stack([one.per_example() for one in found]).sum(0))
 
 
-class Unreached(ModelError):
-    """Trainable parameters got no per-example gradient.
+class Unrouted(ModelError):
+    """No per-example gradient was found for trainable parameters, as they are called.
 
     Attributes:
       names: of these parameters.
     """
 
-    def __init__(self, names: Sequence[str]):
+    def __init__(self, names: Sequence[str], message: str):
         self.names = names
+        super().__init__(message)
+
+
+class LookedUpOnce(Unrouted):
+    """An embedding was called with ids of one axis, which is not that of the examples."""
+
+    def __init__(self, name: str):
+        super().__init__([name], _not_examples(name))
+
+
+class Unreached(Unrouted):
+    """Trainable parameters got no per-example gradient."""
+
+    def __init__(self, names: Sequence[str]):
         freeze = "\n".join(f'    model.get_parameter("{name}").requires_grad_(False)' for name in names)
         super().__init__(
+            names,
             f"Expected every trainable parameter to get a per-example gradient; {names[0]} got none. Its module was "
             "not called, or its output does not reach the loss, or the parameter is used outside its module. "
-            f"Use it through the module that owns it, or freeze what is not used:\n{freeze}"
+            f"Use it through the module that owns it, or freeze what is not used:\n{freeze}",
         )
 
 
@@ -231,7 +254,7 @@ def taping(
     for path, module in model.named_modules():
         own = {} if isinstance(module, QuantizableLayer) else routes.owned(module, path, names)
         if own:
-            expand, listen = _expander(tape), _listener(tape, own, whole=path in routes.alone)
+            expand, listen = _expander(tape, path in routes.once), _listener(tape, own, whole=path in routes.alone)
             handles.append(module.register_forward_pre_hook(expand, with_kwargs=True))
             # prepended, so that it sees the module's output before other hooks change it
             handles.append(module.register_forward_hook(listen, prepend=True, with_kwargs=True))
@@ -246,20 +269,27 @@ def taping(
             handle.remove()
 
 
-def _expander(tape: GradientTape) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]:
+def _expander(tape: GradientTape, once: bool) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]:
     """Return a pre-hook that repeats for each example what a module is called with once for all of them.
 
     Position ids of shape (1, T), for instance, whose embedding is then added to every example. Only tensors outside of
-    autograd are repeated, so no activation is.
+    autograd are repeated, so no activation is. If `once`, ids of shape (T,) are repeated, too.
     """
 
     def expand(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors = [one for one in pytree.tree_leaves((args, kwargs)) if isinstance(one, Tensor) and one.ndim]
+        if once and tape.listening and all(one.ndim == 1 for one in tensors):
+            return repeated_ids(args, kwargs, tape.size)
         if not tape.listening or not tensors or any(len(one) != 1 or one.requires_grad for one in tensors):
             return None
         return pytree.tree_map_only(Tensor, lambda one: repeated(one, tape.size), (args, kwargs))
 
     return expand
+
+
+def repeated_ids(args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return a call's arguments with ids `(T,)` repeated for each of `size` examples, `(size, T)`."""
+    return pytree.tree_map_only(Tensor, lambda ids: ids.expand(size, *ids.shape), (args, kwargs))
 
 
 def _listener(
@@ -278,6 +308,8 @@ def _listener(
         records_itself = isinstance(module, TapedGroupNorm) and isinstance(x, Tensor) and module.records(x)
         if not tape.listening or records_itself:
             return output
+        if isinstance(module, nn.Embedding) and isinstance(x, Tensor) and x.ndim == 1 and len(x) != tape.size:
+            raise LookedUpOnce(tape.name_of(module.weight))
         if not isinstance(output, Tensor) or output.ndim == 0:
             raise ModelError(
                 f"Expected a module with parameters of its own to return one tensor, the examples first; a "

@@ -88,7 +88,7 @@ def metrics(model: nn.Module, split: Held, task: Task, *, batch_size: int = EVAL
     """Return the metrics of a task, by name.
 
     Classification: `accuracy` (an unreadable record counts as wrong) and `balanced_accuracy`, the mean over classes of
-    each one's share that is classified correctly. Rare positives: also `average_precision` and
+    each one's share that is classified correctly. Rare positives: also `average_precision`, `roc_auc` and
     `recall_at_1_percent_fpr`, the share of positives that score above all but a hundredth of the negatives. Regression:
     `mean_absolute_error`, in the targets' unit, of clamped targets and outputs.
 
@@ -111,18 +111,19 @@ def metrics(model: nn.Module, split: Held, task: Task, *, batch_size: int = EVAL
 
 
 def rare_metrics(scores: np.ndarray, positive: np.ndarray) -> dict[str, float]:
-    """Return average precision and recall at a false-positive rate of one percent.
+    """Return average precision, area under the ROC curve and recall at a false-positive rate of one percent.
 
     Args:
       scores: float64 (N,), larger for likelier positives.
       positive: bool (N,), with both values in it.
     """
-    from sklearn.metrics import average_precision_score  # slow to import
+    from sklearn.metrics import average_precision_score, roc_auc_score  # slow to import
 
     negatives = np.sort(scores[~positive])[::-1]
     allowed = int(_FALSE_POSITIVES * len(negatives))
     return {
         "average_precision": float(average_precision_score(positive, scores)),
+        "roc_auc": float(roc_auc_score(positive, scores)),
         "recall_at_1_percent_fpr": float((scores[positive] > negatives[allowed]).mean()),
     }
 

@@ -2,10 +2,11 @@
 """Which values a setting may have: its type, its range, or a list of words. Loads no torch."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dpquant.errors import SettingError, did_you_mean
+from dpquant.runs.source_settings import AUGMENTS, SOURCE_RANGES, Range
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 LR_SCHEDULES = ("constant", "linear", "cosine")
@@ -20,17 +21,14 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "backend": BACKENDS,
     "analysis_score": ANALYSIS_SCORES,
     "noise": NOISES,
+    "augment": AUGMENTS,
 }
 
-_AT_LEAST_ONE: tuple[str, Callable[[Any], bool]] = (">= 1", lambda x: x >= 1)
-_POSITIVE: tuple[str, Callable[[Any], bool]] = ("> 0 and finite", lambda x: 0 < x < math.inf)
-_NOT_NEGATIVE: tuple[str, Callable[[Any], bool]] = (">= 0 and finite", lambda x: 0 <= x < math.inf)
-RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "image_size": ("in 1 .. 16384", lambda x: 1 <= x <= 16384),
-    "test_share": ("in (0, 1)", lambda x: 0 < x < 1),
-    "max_length": ("in 1 .. 65536", lambda x: 1 <= x <= 65536),
-    "lora": ("in 1 .. 4096", lambda x: 1 <= x <= 4096),
-    "width": ("in (0, 10000]", lambda x: 0 < x <= 10_000),
+_AT_LEAST_ONE: Range = (">= 1", lambda x: x >= 1)
+_POSITIVE: Range = ("> 0 and finite", lambda x: 0 < x < math.inf)
+_NOT_NEGATIVE: Range = (">= 0 and finite", lambda x: 0 <= x < math.inf)
+RANGES: Mapping[str, Range] = {
+    **SOURCE_RANGES,
     "epochs": _AT_LEAST_ONE,
     "batch_size": _POSITIVE,
     "sample_rate": ("in (0, 1]", lambda x: 0 < x <= 1),

@@ -2,7 +2,20 @@
 """Settings of a run's data and network: where records lie, how they are read, and what is trained on them."""
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
+
+AUGMENTS = ("none", "crop", "crop-flip")
+Range = tuple[str, Callable[[Any], bool]]  # in words, and whether a value lies in it
+SOURCE_RANGES: Mapping[str, Range] = {
+    "image_size": ("in 1 .. 16384", lambda x: 1 <= x <= 16384),
+    "views": ("in 1 .. 64", lambda x: 1 <= x <= 64),
+    "workers": ("in 1 .. 64", lambda x: 1 <= x <= 64),
+    "test_share": ("in (0, 1)", lambda x: 0 < x < 1),
+    "max_length": ("in 1 .. 65536", lambda x: 1 <= x <= 65536),
+    "lora": ("in 1 .. 4096", lambda x: 1 <= x <= 4096),
+    "width": ("in (0, 10000]", lambda x: 0 < x <= 10_000),
+}
 
 
 def setting(help: str, default: Any = None, *, option: bool = True) -> Any:
@@ -20,6 +33,11 @@ class SourceSettings:
     )
     data_dir: str | None = setting("folder that holds the data set's files")
     image_size: int | None = setting("side in pixels that images are resized to")
+    augment: str = setting(
+        "of images: none, crop (random shifts), or crop-flip (also mirrored; not for digits or signs)", "none"
+    )
+    views: int | None = setting("random views of an image whose gradients are averaged before the clip [1]")
+    workers: int | None = setting("threads that read packed records ahead of the model [1]")
     test: str | None = setting("of a table or texts: file of the test records")
     test_share: float | None = setting("of a table or texts, instead of test: share of the records, by their content")
     label_column: str | None = setting("of a table or texts: column of the label")

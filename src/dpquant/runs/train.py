@@ -32,6 +32,7 @@ from dpquant.errors import BudgetError, DivergedError, SettingError, StoppedErro
 from dpquant.machine import check_threads
 from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.plan import PrivacyPlan, rounded_up
+from dpquant.runs.augmentation import augmented
 from dpquant.runs.describing import description_of
 from dpquant.runs.devices import described, device_of
 from dpquant.runs.directory import Charged, RunDirectory
@@ -177,7 +178,7 @@ class _Run:
             model,
             optimizer,
             dataset.train,
-            loss_fn=loss_of(dataset.task),
+            loss_fn=augmented(loss_of(dataset.task), settings, dataset),
             example=dataset.synthetic,
             plan=plan,
             policy=policy_of(settings),
@@ -188,6 +189,7 @@ class _Run:
             ledger=files.path / LEDGER,
             microbatch_size=settings.microbatch_size,
             memory=settings.memory,
+            workers=settings.workers or 1,
             choices=choices,
             watch=tell.preparing,
         )

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Work of a step that is done while the model computes: the next microbatch is read, and for a GPU the noise is drawn.
 
-One worker thread does it. Both belong to a step that is charged already, and neither changes a bit: microbatches are
+Threads do it. Both belong to a step that is charged already, and neither changes a bit: microbatches are
 made in the same order, and noise follows from key, step and name alone. A thread that reads mostly waits for a disk,
 so it reads ahead on a CPU, too. Drawing noise would take the cores from the step there.
 """
 
+import collections
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,21 +20,28 @@ from dpquant.engine.batches import pinned
 
 Item = TypeVar("Item")
 
-_END: Any = object()
 
+def made_ahead(makers: Iterable[Callable[[], Item]], workers: int = 1) -> Iterator[Item]:
+    """Yield what each function returns, in their order; while the caller works with one, threads make the next ones.
 
-def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
-    """Yield the items of an iterable; each is made in a thread while the caller works with the one before.
+    What a function raises is raised where its item would be yielded. Once the caller stops, the items that are being
+    made are waited for, and no other is begun.
 
-    What raises while an item is made is raised where the item would be yielded. Once the caller stops, the item that is
-    being made is waited for, and no other is begun.
+    Args:
+      makers: functions; with several workers they are called at the same time.
+      workers: number of threads, and of items that are made ahead.
     """
-    iterator = iter(items)
-    with ThreadPoolExecutor(1) as worker:
-        coming = worker.submit(next, iterator, _END)
-        while (item := coming.result()) is not _END:
-            coming = worker.submit(next, iterator, _END)
-            yield item
+    todo = iter(makers)
+    with ThreadPoolExecutor(workers) as pool:
+        coming = collections.deque(pool.submit(make) for make in itertools.islice(todo, workers))
+        try:
+            while coming:
+                item = coming.popleft().result()
+                coming.extend(pool.submit(make) for make in itertools.islice(todo, 1))
+                yield item
+        finally:
+            for one in coming:
+                one.cancel()
 
 
 @contextlib.contextmanager

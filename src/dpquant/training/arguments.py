@@ -18,6 +18,7 @@ from dpquant.training import policies
 from dpquant.training.policies import AllPolicy, NonePolicy, Policy
 
 _SEEDS = 2**64
+_MOST_WORKERS = 64
 _LOSS = "It is called with the model and a batch, and returns one loss per example, as in lambda model, batch: "
 _LOSS += "cross_entropy(model(batch[0]), batch[1], reduction='none')"
 
@@ -41,6 +42,12 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     _check_number("seed", given["seed"])
     _check_number("mechanism_seed", given["mechanism_seed"], or_none=True)
     _check_number("microbatch_size", given["microbatch_size"], or_none=True)
+    _check_number("workers", given["workers"])
+    if not 1 <= given["workers"] <= _MOST_WORKERS:
+        raise SettingError(
+            f"Expected workers in 1 .. {_MOST_WORKERS}; got workers={given['workers']}. Each is a thread that reads a "
+            "microbatch ahead. Leave it out for one."
+        )
     todo = "Give GiB, as in memory=8"
     expect("memory", given["memory"], (int, float, type(None)), "a number or None", todo)
     if given["memory"] is not None and not given["memory"] > 0:

@@ -10,6 +10,7 @@ derived from a secret key and the record's id, not from the global generators (`
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,7 +24,7 @@ from dpquant.engine.passes import out_of_memory
 from dpquant.engine.randomness import Drawing, Position, RecordDraws, Watch, reseed, seeded
 from dpquant.errors import DataError, DPQuantError
 from dpquant.rounding import derive_key
-from dpquant.training.ahead import one_ahead
+from dpquant.training.ahead import made_ahead
 
 
 class MapDataset(Protocol):
@@ -42,8 +43,8 @@ class Collated(Protocol):
     """A data set that reads and collates several records at once; all of its records have equal types and shapes, or
     those of a group have (`InGroups`).
 
-    It draws no random numbers. While the model computes, it is called from another thread than the main one, one call
-    at a time.
+    It draws no random numbers. While the model computes, it is called from other threads than the main one: one call at
+    a time, unless the run has several `workers`.
     """
 
     def dpquant_batch(self, record_ids: Tensor, /) -> Any:
@@ -72,7 +73,12 @@ class Records:
     """A private data set, read in microbatches."""
 
     def __init__(
-        self, data_set: MapDataset, collate: Callable[[list], Any], device: torch.device, specimens: Specimens
+        self,
+        data_set: MapDataset,
+        collate: Callable[[list], Any],
+        device: torch.device,
+        specimens: Specimens,
+        workers: int = 1,
     ):
         """Wrap a data set.
 
@@ -81,8 +87,10 @@ class Records:
           collate: list of records -> batch.
           device: device of the batches.
           specimens: synthetic records, which define the structure, types and shapes of a record.
+          workers: threads that read ahead, each a microbatch, from a data set that collates by itself.
         """
         self._data_set, self._collate, self._device, self._specimens = data_set, collate, device, specimens
+        self._workers = workers
         self._reads_at_random, self._watched = False, False
         self._collates_at_random = Drawing(by_operator=True)
 
@@ -147,8 +155,12 @@ class Records:
           DataError: the collate function does not give one row for each record.
         Privacy: per example.
         """
-        pieces = (self.microbatch(ids, size, key) for group in self._groups(record_ids) for ids in group.split(size))
-        for piece in one_ahead(pieces) if self.reads_ahead else pieces:
+        makers = (
+            functools.partial(self.microbatch, ids, size, key)
+            for group in self._groups(record_ids)
+            for ids in group.split(size)
+        )
+        for piece in made_ahead(makers, self._workers) if self.reads_ahead else (make() for make in makers):
             if piece is not None:
                 yield piece
 

@@ -64,6 +64,7 @@ def make_private(
     memory: float | None = None,
     mechanism_seed: int | None = None,
     example: Any = None,
+    workers: int = 1,
     choices: Choices | None = None,
     resume: bool = False,
     watch: Callable[[str], None] = lambda what: None,
@@ -95,6 +96,8 @@ def make_private(
         its statement says so.
       example: a list or data set of at least two public or synthetic records that differ in every value. The model is
         checked on them instead of on generated records, whose values may be outside of the data's domain.
+      workers: threads that read microbatches ahead by `dpquant_batch`, which several of them call at the same time. The
+        run is the same, bit for bit, whatever their number.
       choices: decisions of an earlier run, from its choices.json, which are then not measured again. With the same
         settings and the same mechanism_seed the run computes the same bits. None uses the decisions stored on this
         machine.
@@ -130,6 +133,7 @@ def make_private(
         seed=seed,
         collate_fn=collate_fn,
         example=example,
+        workers=workers,
         choices=choices,
         watch=watch,
     )
@@ -158,6 +162,7 @@ class Request:
     seed: int = 0
     collate_fn: Callable[[list], Any] = default_collate
     example: Any = None
+    workers: int = 1
     choices: Choices | None = None
     watch: Callable[[str], None] = lambda what: None
 
@@ -225,7 +230,7 @@ def _checked(request: Request) -> tuple[Setup, Records, Choices, Execution]:
     runs = (policy.quantizes and wanted.chosen.quantized, wanted.chosen), (wanted.rest.quantized, wanted.rest)
     quantized = [one for used, one in runs if used]
     found = check_isolation(Objective(model, request.loss_fn), specimens, quantized=quantized)
-    records = Records(train_set, request.collate_fn, device, found.specimens)
+    records = Records(train_set, request.collate_fn, device, found.specimens, request.workers)
     records.check()
     setup = Setup(
         optimizer=request.optimizer,

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EfficientNet-lite0 with public weights of ImageNet, on CIFAR-10 and traffic signs at epsilon 8, 3 and 1.
+
+What is trained: a last layer on features that are computed once for each record, or the whole network with frozen
+BatchNorm. ImageNet is public here and is not covered by any epsilon.
+"""
+
+from experiments.runner import Table
+from experiments.settings import SEEDS
+
+DATA = {"GTSRB": "--records 39209 --delta 1e-5", "CIFAR10": "--records 50000 --delta 1e-5"}
+OPTIMIZER = "--optimizer adam --lr-schedule cosine --epochs 10 --batch-size 2048 --backend int8"
+LOGISTIC = "--model experiments.heads:logistic --lr 0.1"
+WHOLE = "--model experiments.lite0:finetuned --lr 1e-3"
+
+
+def _rows(name: str) -> dict[str, str]:
+    frozen = f"--data packed:FROZEN-{name} {LOGISTIC}"
+    return {
+        "last layer, full precision": f"{frozen} --policy none",
+        "last layer, int8": f"{frozen} --policy all --format int8",
+        "last layer, int4-clip": f"{frozen} --policy all --format int4-clip",
+        "last layer, luq-fp4": f"{frozen} --policy all",
+    }
+
+
+def _once(name: str) -> dict[str, str]:
+    whole = f"--data image-folder:{name} {WHOLE}"
+    return {
+        "whole network, full precision": f"{whole} --policy none",
+        "whole network, int8, all layers": f"{whole} --policy all --format int8",
+        "whole network, int4-clip, dpquant 0.75": f"{whole} --policy dpquant --fraction 0.75 --format int4-clip",
+        "whole network, luq-fp4, dpquant 0.5": f"{whole} --policy dpquant --fraction 0.5",
+        "whole network, luq-fp4, static 0.5": f"{whole} --policy static --fraction 0.5",
+    }
+
+
+TABLES = [
+    Table(
+        name=f"transfer-{name.lower()}-{epsilon}",
+        title=f"{name}, EfficientNet-lite0 (public weights of ImageNet), epsilon = {epsilon}",
+        common=f"{DATA[name]} {OPTIMIZER} --epsilon {epsilon}",
+        rows=_rows(name),
+        once=_once(name),
+        seeds=SEEDS,
+    )
+    for epsilon in (8, 3, 1)
+    for name in DATA
+]
