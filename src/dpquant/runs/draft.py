@@ -20,7 +20,7 @@ _HEAD = """# Settings of dpquant train. Take the # off a line to change it.
 """
 _WIDTH = 110
 GROUPS: Mapping[str, tuple[str, ...]] = {
-    "Data: what is trained on": ("data", "data_dir", "records", "image_size"),
+    "Data: what is trained on": ("data", "data_dir", "records", "image_size", "augment", "views"),
     "Network": ("model", "width", "fix"),
     "Privacy: what is promised": (
         *("epsilon", "delta", "noise_multiplier", "noise", "max_grad_norm", "records_per_person"),
@@ -33,7 +33,8 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         *("analysis_max_norm", "analysis_repeats"),
     ),
     "This machine: no effect on what is promised": (
-        *("backend", "device", "threads", "microbatch_size", "memory", "choices", "checkpoint_every", "seed"),
+        *("backend", "device", "threads", "workers", "microbatch_size", "memory", "choices", "checkpoint_every"),
+        "seed",
     ),
     "For research alone": ("unsafe_metrics",),
 }
