@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dpquant
+from dpquant import native
 from dpquant.backends import choose
 from dpquant.backends.choose import Choices, Machine, decided, fastest, timed
 from dpquant.backends.doubles import Wrapped
@@ -298,6 +299,12 @@ def test_a_file_that_is_no_cache_is_read_past(path, text):
 def test_a_place_that_cannot_be_written_to_does_not_matter(tmp_path):
     (tmp_path / "file").write_text("")
     assert in_a_process(tmp_path / "file" / "below" / "choices.json", ("kept", 7), 1) == 1
+
+
+def test_other_kernels_have_decisions_of_their_own(tmp_path):
+    here = choose.file_in(str(tmp_path))
+    assert here == choose.file_in(str(tmp_path), build=native.build)
+    assert here != choose.file_in(str(tmp_path), build=lambda: "of another version")
 
 
 def test_the_environment_says_where_decisions_are_kept(tmp_path):

@@ -23,6 +23,7 @@ from typing import Any, Self
 import platformdirs
 import torch
 
+from dpquant import native
 from dpquant.errors import DataError
 from dpquant.machine import now, processor
 
@@ -235,14 +236,16 @@ def _machine() -> Machine:
     return _machines[place]
 
 
-def file_in(place: str) -> Path | None:
-    """Return the path of the decisions for this processor and these versions of dpquant and torch; None: no file.
+def file_in(place: str, *, build: Callable[[], str] = native.build) -> Path | None:
+    """Return the path of the decisions for this processor, these kernels and these versions; None: no file.
 
     Args:
       place: a directory; empty for the user's cache directory; `off` for no file.
+      build: tells a build of the kernels from every other. Other kernels take other times.
     """
     if place == "off":
         return None
-    facts = repr((processor(), importlib.metadata.version("dpquant"), importlib.metadata.version("torch")))
+    versions = (importlib.metadata.version(name) for name in ("dpquant", "torch"))
+    facts = repr((processor(), *versions, build()))
     folder = Path(place) if place else platformdirs.user_cache_path("dpquant")
     return folder / f"choices-{_FORMAT}-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.json"
