@@ -142,7 +142,7 @@ def test_a_report_of_an_edited_run_says_so_on_top(run, capsys):
     WRONG["epsilon halved"][0](run)
     assert command(["report", str(run)]) == 0
     page = (run / REPORT).read_text()
-    assert "checks do not hold" in page.split('id="promise"')[0] and "is said to be protected" in page
+    assert "checks do not hold" in page.split('id="promise"')[0] and "is said to limit" in page
 
 
 def test_a_report_is_of_its_record_and_leaves_out_what_is_redacted(run, tmp_path, capsys):

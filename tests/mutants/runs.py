@@ -103,6 +103,16 @@ MUTANTS = [
         ("checks that fail are not told", CLAIM, "if not one.holds]", "if one.holds is None]"),
     ),
     *mutants_of(
+        f"{_RUNS}/pages/facts.py",
+        "tests/runs/test_pages.py::test_what_an_attacker_reaches_is_never_rounded_down",
+        (
+            "what an attacker reaches is rounded down on the page that is signed",
+            CLAIM,
+            "rightly=min(1000, math.ceil(1000 * found))",
+            "rightly=min(1000, math.floor(1000 * found))",
+        ),
+    ),
+    *mutants_of(
         f"{_RUNS}/pages/report.py",
         "tests/runs/test_pages.py",
         ("texts of a run are markup on its page", LEAK, "autoescape=True", "autoescape=False"),

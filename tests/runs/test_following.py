@@ -22,7 +22,7 @@ from dpquant.runs.train import train
 
 SETTINGS = {
     "model": "mlp", "width": 0.1, "epochs": 3, "batch_size": 256.0, "backend": "simulate", "microbatch_size": 64,
-    "noise_multiplier": 1.0, "lr": 0.1,
+    "noise_multiplier": 1.0, "lr": 0.1, "policy": "dpquant",
 }  # fmt: skip
 NOW = datetime.datetime(2026, 11, 29, 12, 0, tzinfo=datetime.UTC).timestamp()
 

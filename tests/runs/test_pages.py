@@ -18,7 +18,7 @@ from dpquant.runs.evaluated import UNPROTECTED, Bin, ClassResult, Evaluation, Pr
 from dpquant.runs.pages import charts
 from dpquant.runs.pages.answers import ASSUMPTIONS, answers
 from dpquant.runs.pages.comparison import comparison
-from dpquant.runs.pages.facts import Check, Facts
+from dpquant.runs.pages.facts import Check, Facts, Named
 from dpquant.runs.pages.report import report
 from dpquant.runs.pages.texts import TODO, model_card, registry_draft
 from dpquant.runs.record import SCHEMA, EpochRecord, LayerRecord, RunRecord
@@ -59,8 +59,8 @@ def text_of(page):
 def assert_says_what_the_record_says(page, record):
     text = text_of(page)
     for number in (
-        f"protected by differential privacy with epsilon = {rounded_up(record.epsilon)} and delta = {record.delta:g}",
-        f"{100 * record.accuracy_test:.1f} % test accuracy, which epsilon does not cover",
+        f"differential privacy with epsilon = {rounded_up(record.epsilon)} and delta = {record.delta:g}",
+        f"test accuracy {100 * record.accuracy_test:.1f} %",
         f"sampling rate q {record.sample_rate:.6g}",
         f"noise over sensitivity {record.noise_multiplier:.6g}",
         f"clipping norm, the sensitivity {record.max_grad_norm:g}",
@@ -239,7 +239,7 @@ def test_the_report_of_a_regression_shows_its_error_for_an_accuracy():
         RECORD, per_epoch=epochs, accuracy_test=None, metrics_test={"mean_absolute_error": 2.25}
     )
     text = text_of(report(facts(record)))
-    assert "2.25 test mean absolute error, which epsilon does not cover" in text and "1 3.25" in text
+    assert "test mean absolute error 2.25" in text and "1 3.25" in text
     assert "2.25" in model_card(facts(record)) and "2.25" in registry_draft(facts(record))
     assert "2.25 (test mean absolute error)" in text_of(comparison([facts(record), facts()], together=""))
 
@@ -343,7 +343,7 @@ def test_what_makes_the_guarantee_void_or_weak_stands_on_top(change, said):
 
 def test_checks_that_do_not_hold_stand_on_top():
     page = report(facts(checks=[Check(what="epsilon", holds=False, detail="halved")]))
-    assert "1 of 1 checks do not hold" in text_of(page.split('id="promise"')[0]) and "is said to be protected" in page
+    assert "1 of 1 checks do not hold" in text_of(page.split('id="promise"')[0]) and "is said to limit" in page
 
 
 def test_what_is_not_declared_does_not_vanish_and_what_is_redacted_says_so():
@@ -387,3 +387,14 @@ def test_levels_are_shares_of_all_impacts_and_last_until_the_next_analysis():
 def test_answers_do_not_ask_for_numbers_that_a_record_does_not_have():
     for schema in range(1, SCHEMA + 1):
         assert len(answers(facts(RunRecord.read(FIXTURES / f"record-{schema}.json"), events=None))) == 24
+
+
+@given(st.floats(1e-6, 1.0), st.floats(1e-6, 1.0))
+def test_what_an_attacker_reaches_is_never_rounded_down(false_positive_rate, true_positive_rate):
+    attack = Attack(
+        false_positive_rate=false_positive_rate, true_positive_rate=true_positive_rate, from_epsilon_alone=1.0
+    )
+    named = Named.of(attack)
+    assert true_positive_rate <= named.rightly / 1000 <= true_positive_rate + 0.001 + 1e-12
+    share = true_positive_rate / (true_positive_rate + false_positive_rate)
+    assert share - 1e-12 <= named.right / 100 <= share + 0.01 + 1e-12

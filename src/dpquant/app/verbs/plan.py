@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The verb `dpquant plan`. Loads no torch."""
 
+import contextlib
+import gc
+from collections.abc import Iterator
 from typing import Any
 
 from dpquant.app.console import print_budget, print_defaults, print_meaning
@@ -22,7 +25,8 @@ def plan(given: dict[str, Any], config: Config = None, as_json: Json = False) ->
     Example: dpquant plan --data fashion-mnist --epsilon 3 --epochs 25
     """
     settings = settings_of(given, config)
-    budget = plan_of(settings)
+    with _without_collection():
+        budget = plan_of(settings)
     if as_json:
         print(budget.to_json(), end="")
     else:
@@ -31,3 +35,15 @@ def plan(given: dict[str, Any], config: Config = None, as_json: Json = False) ->
         print_meaning(results(), budget, settings.public_records)
         command = f"\nTrain with it: {command_of('train', given, config)}"
         results().print(command, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """Context: no garbage is looked for, of which a thousand modules that are imported leave none. A tenth of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

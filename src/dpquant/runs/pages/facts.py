@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from dpquant.privacy.events import Event
-from dpquant.privacy.meaning import Details, Meaning, too_large
+from dpquant.privacy.meaning import Attack, Details, Meaning, too_large
 from dpquant.privacy.plan import rounded_up
 from dpquant.runs.alerts import UNSAFE
 from dpquant.runs.description import ModelDescription
@@ -21,6 +21,31 @@ class Check:
     what: str
     holds: bool
     detail: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Named:
+    """How many people the best attacker names as members of the data.
+
+    Attributes:
+      wrongly: of 1,000 who are none.
+      rightly: of 1,000 who are, at most.
+      right: of 100 people whom he names, if as many are members as not, at most.
+    """
+
+    wrongly: int
+    rightly: int
+    right: int
+
+    @classmethod
+    def of(cls, attack: Attack) -> "Named":
+        """Return the numbers of an attack, the last two rounded up."""
+        wrong, found = attack.false_positive_rate, min(1.0, attack.true_positive_rate)
+        return cls(
+            wrongly=round(1000 * wrong),
+            rightly=min(1000, math.ceil(1000 * found)),
+            right=math.ceil(100 * found / (found + wrong)),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,11 +104,16 @@ class Facts:
         if self.void:
             return "Nothing is promised about the records of this run: see above."
         epsilon, delta = rounded_up(self.record.epsilon), f"{self.record.delta:g}"
-        claimed = "is said to be" if self.wrong else "is"
+        claimed = "is said to limit" if self.wrong else "limits"
         return (
-            f"Each record {claimed} protected by differential privacy with epsilon = {epsilon} and delta = {delta}, "
-            "against anyone who has the model and everything on this page and knows every other record."
+            f"The training {claimed} what anybody can learn about whether one record was in the data, and so about "
+            "its contents; even one who has the model and this report and knows every other record. It does not rule it "
+            f"out: the table has the limit. In technical terms: differential privacy with epsilon = {epsilon} and delta = {delta}."
         )
+
+    def attacks(self) -> list[Named]:
+        """Return how many people an attacker names, each number rounded up."""
+        return [Named.of(one) for one in self.meaning.attacks] if self.meaning else []
 
     def alarms(self) -> list[str]:
         """Return what makes the guarantee void or weaker than it looks, the gravest first."""
