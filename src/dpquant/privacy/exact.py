@@ -13,10 +13,12 @@ and subtracted before digits are taken.
 
 from collections.abc import Callable
 from decimal import MAX_EMAX, MIN_EMIN, ROUND_FLOOR, Decimal, localcontext
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dpquant.privacy.secret import RandomStream
+if TYPE_CHECKING:
+    from dpquant.privacy.secret import RandomStream
 
 WORD = 64  # bits
 _LOST = 40  # decimal digits that a boundary's formula may lose
@@ -41,7 +43,7 @@ class Boundaries:
         self._first = np.array(stored, np.uint64)
         self._rising = self._first[::-1].copy()
 
-    def below(self, words: np.ndarray, numbers: np.ndarray, more: RandomStream) -> np.ndarray:
+    def below(self, words: np.ndarray, numbers: np.ndarray, more: "RandomStream") -> np.ndarray:
         """Return whether each V is below the boundary of a number.
 
         Args:
@@ -58,7 +60,7 @@ class Boundaries:
             result[place] = below(int(words[place]), lambda bits, number=number: self._floor(number, bits), more)
         return result
 
-    def above(self, words: np.ndarray, more: RandomStream) -> np.ndarray:
+    def above(self, words: np.ndarray, more: "RandomStream") -> np.ndarray:
         """Return how many boundaries lie above each V, int64 `(n,)`; arguments as for `below`."""
         counts = len(self._rising) - np.searchsorted(self._rising, words, side="right")
         undecided = self._first[np.minimum(counts, len(self._first) - 1)] == words
@@ -66,7 +68,7 @@ class Boundaries:
             counts[place] = self._settled(int(words[place]), int(counts[place]), more)
         return counts
 
-    def _settled(self, word: int, count: int, more: RandomStream) -> int:
+    def _settled(self, word: int, count: int, more: "RandomStream") -> int:
         """Return how many boundaries lie above V, which are at least `count`."""
         bits = WORD
         while True:
@@ -77,7 +79,7 @@ class Boundaries:
                 return count
 
 
-def below(word: int, floor: Callable[[int], int], more: RandomStream) -> bool:
+def below(word: int, floor: Callable[[int], int], more: "RandomStream") -> bool:
     """Return whether the random real whose first word is given is below c, where `floor(bits)` is floor(2^bits c)."""
     bits = WORD
     while word == (boundary := floor(bits)) or boundary == 1 << bits:

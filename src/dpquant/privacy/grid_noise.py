@@ -36,11 +36,14 @@ comparisons).
 
 import functools
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dpquant.privacy.exact import Boundaries, below, exp_floor
-from dpquant.privacy.secret import RandomStream
+
+if TYPE_CHECKING:
+    from dpquant.privacy.secret import RandomStream
 
 BITS = 28  # the standard deviation is 2^28 grid steps
 
@@ -82,7 +85,7 @@ def covered(num_values: int | None, releases: int) -> str:
     )
 
 
-def discrete_gaussian(stream: RandomStream, count: int, bits: int = BITS) -> np.ndarray:
+def discrete_gaussian(stream: "RandomStream", count: int, bits: int = BITS) -> np.ndarray:
     """Return independent integers from the discrete Gaussian.
 
     Args:
@@ -101,7 +104,7 @@ def discrete_gaussian(stream: RandomStream, count: int, bits: int = BITS) -> np.
     return np.concatenate(found)
 
 
-def _accepted(stream: RandomStream, candidates: int, bits: int) -> np.ndarray:
+def _accepted(stream: "RandomStream", candidates: int, bits: int) -> np.ndarray:
     """Return those of some candidates that are accepted, in order; each takes five words."""
     words = stream.words(5 * candidates).reshape(candidates, 5)
     strips = min(bits, _STRIPS)
@@ -121,7 +124,7 @@ def _accepted(stream: RandomStream, candidates: int, bits: int) -> np.ndarray:
     return np.where(negative, -size, size)[accepted]
 
 
-def _accepts(exponent: np.ndarray, words: np.ndarray, more: RandomStream) -> np.ndarray:
+def _accepts(exponent: np.ndarray, words: np.ndarray, more: "RandomStream") -> np.ndarray:
     """Return True with probability exp(-exponent / 2^57), from three words `(n, 3)`."""
     high, middle = _factors()
     result = high.below(words[:, 0], exponent >> np.uint64(_MIDDLE), more)
@@ -132,7 +135,7 @@ def _accepts(exponent: np.ndarray, words: np.ndarray, more: RandomStream) -> np.
     return result
 
 
-def _accepts_far(begin: int, place: int, word: int, bits: int, more: RandomStream) -> bool:
+def _accepts_far(begin: int, place: int, word: int, bits: int, more: "RandomStream") -> bool:
     """Return what `_accepts` returns for one candidate whose exponent has more than 64 digits."""
     exponent = (begin - (1 << bits)) ** 2 + place * (2 * begin + place)
     return below(word, functools.partial(exp_floor, exponent, 2 * bits + 1), more)

@@ -39,7 +39,7 @@ def plan(given: dict[str, Any], config: Config = None, as_json: Json = False) ->
 
 @contextlib.contextmanager
 def _without_collection() -> Iterator[None]:
-    """Context: no garbage is looked for, of which a thousand modules that are imported leave none. A tenth of the time."""
+    """Context: no garbage is looked for. A thousand modules are imported, which leave none."""
     was_on = gc.isenabled()
     gc.disable()
     try:

@@ -107,8 +107,9 @@ class Facts:
         claimed = "is said to limit" if self.wrong else "limits"
         return (
             f"The training {claimed} what anybody can learn about whether one record was in the data, and so about "
-            "its contents; even one who has the model and this report and knows every other record. It does not rule it "
-            f"out: the table has the limit. In technical terms: differential privacy with epsilon = {epsilon} and delta = {delta}."
+            "its contents; even one who has the model and this report and knows every other record. It does not rule "
+            "it out: the table has the limit. In technical terms: differential privacy with "
+            f"epsilon = {epsilon} and delta = {delta}."
         )
 
     def attacks(self) -> list[Named]:
