@@ -147,7 +147,7 @@ def repeating(mechanism_seed=0, *, make_run=PrivateTraining, **changed):
 
     def start(
         model, optimizer, records, *, loss_fn, plan, policy, format="luq-fp4", rest="full", backend="auto", seed=0,
-        microbatch_size=None, memory=None, example=None, ledger=None, choices=None, resume=False,
+        microbatch_size=None, memory=None, example=None, ledger=None, choices=None, resume=False, workers=1, watch=None,
     ):  # fmt: skip
         request = Request(
             model=model, optimizer=optimizer, train_set=records, loss_fn=loss_fn, plan=plan, policy=policy, seed=seed,

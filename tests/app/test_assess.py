@@ -118,6 +118,7 @@ def test_bad_usage_is_refused(change):
 
 def test_the_verb_prints_layers_steps_and_the_papers_model(capsys):
     options = ["--batch-size", "64", "--backend", "simulate", "--microbatch-size", "32", "--rounds", "1"]
+    options += ["--format", "luq-fp4"]
     assert run(["assess", "lenet", *options, "--runs-per-month", "9", "--cost-per-hour", "1"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     for words in ("lenet, luq-fp4, batch 64", "share of time", "predicted s", "1.75 times if 37%", "In a month"):

@@ -91,7 +91,9 @@ def test_a_table_is_packed_and_trained_on_by_the_command_line(tmp_path, monkeypa
     assert "as it was packed" in capsys.readouterr().out
     assert run(f"train --data packed:p {TINY} --out r --json".split()) == 0
     record = json.loads(capsys.readouterr().out)
-    assert record["model"] == "mlp" and record["source"] == {"task": "classification", "spec": TABLE_SPEC}
+    assert record["model"] == "mlp" and record["source"] == {
+        "task": "classification", "spec": TABLE_SPEC, "label_column": "y"
+    }  # fmt: skip
     assert "balanced_accuracy" in record["metrics_test"]
 
 

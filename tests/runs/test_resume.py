@@ -240,6 +240,11 @@ def test_an_interval_in_no_known_form_is_refused(text):
 # The real program
 
 
+def lines_of(path):
+    """Return how many lines a file has; 0 where there is none."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
 def test_sigkill_at_any_moment_loses_no_charge(tmp_path):
     """Also before the first step, and while files are written."""
     out = tmp_path / "run"
@@ -247,15 +252,21 @@ def test_sigkill_at_any_moment_loses_no_charge(tmp_path):
     program = "import sys; from dpquant.app.cli import main; main()"
     command = [sys.executable, "-c", program]
     charged = 0
-    for seconds in (2.5, 5.0):
-        process = subprocess.Popen([*command, "train", "--resume", "--out", str(out), *options], stderr=subprocess.PIPE)
+    for lines, seconds in ((0, 1.0), (2, 0.0), (9, 0.1), (15, 0.05)):  # of the ledger, and how long after them
+        process = subprocess.Popen(
+            [*command, "train", "--resume", "--out", str(out), *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        while lines_of(out / "ledger.jsonl") < lines and process.poll() is None:
+            time.sleep(0.01)
         time.sleep(seconds)
         process.kill()
-        process.communicate()
-        if (out / "ledger.jsonl").exists() and (out / "ledger.jsonl").stat().st_size:
+        _, said = process.communicate()
+        assert process.returncode == -signal.SIGKILL, said
+        if lines_of(out / "ledger.jsonl"):
             now = Ledger.verify(out / "ledger.jsonl").charged("train")
             assert now >= charged
             charged = now
+    assert 0 < charged < 36
     subprocess.run([*command, "train", "--resume", "--out", str(out), *options], check=True, capture_output=True)
     record = RunRecord.read(out / "record.json")
     assert Ledger.verify(out / "ledger.jsonl").charged("train") == 36

@@ -125,7 +125,7 @@ def test_a_format_that_cannot_be_read_is_named(name):
 def test_the_size_of_a_private_folder_has_to_be_given():
     with pytest.raises(SettingError, match="records"):
         plan_of(settings(data="image-folder:photos"))
-    assert plan_of(settings(data="image-folder:photos", records=10_000)).sample_rate == pytest.approx(0.1024)
+    assert plan_of(settings(data="image-folder:photos", records=20_000)).sample_rate == pytest.approx(0.0512)
 
 
 def test_a_batch_larger_than_the_data_is_refused():
