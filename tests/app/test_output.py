@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is printed where: results on standard output, progress on standard error, and less or more as asked for."""
 
+import contextlib
 import io
 import types
 
@@ -76,6 +77,28 @@ def test_quiet_leaves_the_result_and_twice_quiet_nothing(quiet, results, capsys,
     assert run([*SHORT, quiet, "--out", str(tmp_path / "run")]) == 0
     captured = capsys.readouterr()
     assert captured.err == "" and ("test accuracy" in captured.out) == results and "Neighbouring" not in captured.out
+
+
+class _Closed(io.StringIO):
+    """A pipe whose reader has gone, or a full disk, once something was written."""
+
+    def write(self, text):
+        raise BrokenPipeError
+
+    def flush(self):
+        raise BrokenPipeError
+
+
+def test_progress_that_cannot_be_printed_ends_no_run(tmp_path, capsys):
+    with contextlib.redirect_stderr(_Closed()):
+        assert run([*SHORT, "--out", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "record.json").exists()
+    assert "test accuracy" in capsys.readouterr().out
+
+
+def test_progress_that_ends_a_run_would_be_seen():
+    with contextlib.redirect_stderr(_Closed()), pytest.raises((BrokenPipeError, SystemExit)):
+        Console(stderr=True).print("epoch 1")
 
 
 def test_an_error_is_printed_however_quiet(capsys):

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Self
+from typing import IO, Any, Self, cast
 
 from rich.console import Console
 
@@ -20,6 +20,29 @@ from dpquant.errors import SettingError, did_you_mean
 COLORS = ("auto", "always", "never")
 _PIPED = 100  # columns where nothing says how many there are
 _FLAGS = ("-q", "-qq", "--quiet", "-v", "--verbose")
+
+
+class _Log:
+    """Standard error for progress: where it cannot be written, by a closed pipe or a full disk, nothing ends."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+
+    def isatty(self) -> bool:
+        return sys.stderr.isatty()
+
+    @property
+    def encoding(self) -> str:
+        return sys.stderr.encoding
+
+
+_log = cast("IO[str]", _Log())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +100,7 @@ class Output:
         }[self.color]
         if not results:  # a bar is for a terminal alone, whatever colors are asked for
             colors["force_terminal"] = sys.stderr.isatty()
-        console = Console(stderr=not results, quiet=quiet or self.quiet > int(results), **colors)
+        console = Console(file=None if results else _log, quiet=quiet or self.quiet > int(results), **colors)
         if not console.is_terminal and "COLUMNS" not in os.environ:
             console.width = _PIPED
         return console
@@ -110,7 +133,7 @@ def results() -> Console:
 def say(text: str) -> None:
     """Print a line of progress on standard error, unless results alone are asked for."""
     if not _current.quiet:
-        print(text, file=sys.stderr, flush=True)
+        print(text, file=_log, flush=True)
 
 
 class Phases:
@@ -127,11 +150,11 @@ class Phases:
         """Announce a phase, which ends the one before."""
         self.over()
         if not self._quiet:
-            print(f"{what} ... ", end="", file=sys.stderr, flush=True)
+            print(f"{what} ... ", end="", file=_log, flush=True)
             self._began = time.perf_counter()
 
     def over(self) -> None:
         """End the line of the phase, if there is one, with its seconds."""
         if self._began is not None:
-            print(f"{time.perf_counter() - self._began:.1f} s", file=sys.stderr, flush=True)
+            print(f"{time.perf_counter() - self._began:.1f} s", file=_log, flush=True)
             self._began = None
