@@ -541,8 +541,8 @@ ONE_BY_ONE = {
     "resume: settings that are no TOML": Bad("resume r", "r/config.toml", run_with("= 3")),
     "resume: settings that are unknown": Bad("resume r", "got warp", run_with("warp = 3")),
     "resume: settings out of range": Bad("resume r", "lr=-1.0", run_with("lr = -1.0")),
-    "resume: a run that has ended": Bad(
-        "resume r", "which holds its record", run_with("", file("r/record.json", "{}"))
+    "resume: a run that has ended, with a broken record": Bad(
+        "resume r", "Expected a run's record", run_with("", file("r/record.json", "{}"))
     ),
     "resume: a run that diverged": Bad(
         "resume r", "got r, which did: after 3 steps", run_with("", file("r/diverged.txt", "after 3 steps"))

@@ -100,13 +100,6 @@ def test_a_killed_run_ends_within_its_plan(at, tmp_path):
     assert record.per_epoch[-1].index == (1 if at == 18 else 2)  # of an epoch that was lost whole nothing is left
 
 
-def test_the_same_command_begins_a_run_and_continues_it(tmp_path):
-    command = ["train", "--resume", "--out", str(tmp_path / "run"), "--epochs", "1", "--policy", "none"]
-    assert dpquant(command) == 0
-    assert (tmp_path / "run" / "record.json").exists()
-    assert dpquant(command) == 2  # it has ended
-
-
 def test_the_averaged_model_continues(tmp_path):
     out = tmp_path / "run"
     with pytest.raises(Exception, match="interrupted after 4"):
@@ -124,11 +117,25 @@ def test_other_settings_are_refused(stopped, tmp_path):
         train(settings(lr=0.3), copied(stopped, tmp_path), resume=True)
 
 
-def test_a_run_that_has_ended_is_refused(stopped, tmp_path, capsys):
+def test_a_run_that_has_ended_is_printed_again_and_nothing_is_charged(tmp_path, capsys):
+    out = tmp_path / "run"
+    command = ["train", "--resume", "--out", str(out), "--epochs", "1", "--policy", "none", "--microbatch-size", "64"]
+    assert dpquant(command) == 0
+    first, before = capsys.readouterr().out, {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for again in (command, ["resume", str(out)]):
+        assert dpquant(again) == 0
+        told = capsys.readouterr()
+        assert told.out == first and "has ended already" in told.err
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert dpquant([*command[:-1], "32"]) == 2
+    assert "Expected microbatch_size=64, as in" in capsys.readouterr().err
+
+
+def test_a_run_that_has_ended_is_trained_by_nobody(stopped, tmp_path):
     out = copied(stopped, tmp_path)
     (out / "record.json").write_text("{}")
-    assert dpquant(["resume", str(out)]) == 2
-    assert capsys.readouterr().err.startswith("error: Expected a run that has not ended")
+    with pytest.raises(SettingError, match="Expected a run that has not ended"):
+        train(settings(), out, resume=True)
 
 
 @pytest.mark.parametrize("place", ["nowhere", "."])

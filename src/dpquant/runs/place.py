@@ -135,6 +135,21 @@ class Place:
             )
         if (self.path / LEDGER).exists():
             Ledger.verify(self.path / LEDGER)
+        self._check_same(own, settings)
+
+    def has_ended(self, settings: TrainSettings) -> bool:
+        """Return whether the directory holds a run that has ended; then nothing is left to continue.
+
+        Raises:
+          SettingError: it holds one that has ended, with other settings.
+        """
+        if not (self.path / RECORD).exists():
+            return False
+        self._check_same(self.settings(), settings)
+        return True
+
+    def _check_same(self, own: TrainSettings, settings: TrainSettings) -> None:
+        """Check that settings are those of the run in the directory, its own."""
         differ = [f.name for f in dataclasses.fields(own) if getattr(own, f.name) != getattr(settings, f.name)]
         if differ:
             name = differ[0]

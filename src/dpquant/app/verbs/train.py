@@ -28,7 +28,9 @@ from dpquant.app.output import current, results, say
 from dpquant.app.progress import RunProgress, tell_budget, tell_settings
 from dpquant.errors import SettingError
 from dpquant.runs.defaults import Default
+from dpquant.runs.names import RECORD, REPORT
 from dpquant.runs.place import Place
+from dpquant.runs.record import RunRecord
 from dpquant.runs.settings import TrainSettings, plan_of
 
 if TYPE_CHECKING:
@@ -71,6 +73,8 @@ def resume(
 
     What was charged stays charged: steps after the checkpoint are lost, and epsilon does not exceed the plan's.
 
+    Of a run that has ended the result is printed again, with exit code 0: a job may be started until it succeeds.
+
     Example: dpquant resume runs/fashion
     """
     _train(Place(run).settings(), run, resume=True, no_report=no_report, as_json=as_json)
@@ -87,6 +91,11 @@ def _train(
 ) -> None:
     """Train into a run directory and print the result; `usual` are defaults, whose origin is told."""
     place, console = Place(folder), current().console(results=False, quiet=as_json)
+    if resume and place.has_ended(settings):  # whatever starts a job again until it succeeds has to see that it has
+        record = RunRecord.read(folder / RECORD)
+        say(f"{folder} has ended already; nothing is trained or charged.")
+        _print(record, folder, reported=(folder / REPORT).exists(), as_json=as_json)
+        return
     with place.taken(settings, resume=resume):  # before torch is imported: a run killed meanwhile can be continued
         if not as_json:
             tell_settings(settings, usual)
@@ -110,13 +119,18 @@ def _train(
         from dpquant.app.report import write_report
 
         write_report(folder)
+    _print(record, folder, reported=not no_report, as_json=as_json)
+
+
+def _print(record: RunRecord, folder: Path, *, reported: bool, as_json: bool) -> None:
+    """Print the result of a run, and what can be done with it."""
     if as_json:
         print(record.to_json(), end="")
         return
     print_run(results(), record, folder)
     if current().verbose:
         _tell_times(folder)
-    tell_next(folder, reported=not no_report)
+    tell_next(folder, reported=reported)
 
 
 def tell_next(folder: Path, *, reported: bool) -> None:
