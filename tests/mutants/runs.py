@@ -315,7 +315,7 @@ MUTANTS = [
             RESUME,
             "        if (self.path / RECORD).exists():\n",
             "        if False:\n",
-            f"{_RESUME}::test_a_run_that_has_ended_is_refused",
+            f"{_RESUME}::test_a_run_that_has_ended_is_trained_by_nobody",
         ),
         (
             "a run that has diverged is continued",
