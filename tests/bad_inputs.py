@@ -541,6 +541,9 @@ ONE_BY_ONE = {
     "resume: settings that are no TOML": Bad("resume r", "r/config.toml", run_with("= 3")),
     "resume: settings that are unknown": Bad("resume r", "got warp", run_with("warp = 3")),
     "resume: settings out of range": Bad("resume r", "lr=-1.0", run_with("lr = -1.0")),
+    "train: adapters and a pattern": Bad(
+        "train --data text:t.csv --model hf:m --lora 4 --train-only head.*", "Expected one of lora and train_only"
+    ),
     "resume: a run that has ended, with a broken record": Bad(
         "resume r", "Expected a run's record", run_with("", file("r/record.json", "{}"))
     ),

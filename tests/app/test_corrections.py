@@ -43,5 +43,18 @@ def test_a_word_that_stands_twice_is_not_replaced():
     assert corrected("got nothing of it. Did you mean cnn?", ["plan", "--model", "cnnn"], {}) is None
 
 
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        ("Expected kind in good.toml to be one; got categori. Did you mean category?", ["--spec", "good.toml"]),
+        ("Expected my:frz to be there; got model=my:frz. Did you mean frozen?", ["--model", "my:frz"]),
+    ],
+)
+def test_a_word_that_is_not_on_the_command_line_replaces_nothing(message, arguments):
+    assert corrected(message, ["train", *arguments], {}) is None
+
+
 def test_words_of_a_shell_are_quoted():
-    assert corrected("got a=x. Did you mean y?", ["plan", "--a", "x", "--data", "my data"], {}).endswith("'my data'")
+    assert corrected("got a=xyz. Did you mean xyy?", ["plan", "--a", "xyz", "--data", "my data"], {}).endswith(
+        "'my data'"
+    )

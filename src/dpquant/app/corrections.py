@@ -16,7 +16,7 @@ def corrected(message: str, arguments: Sequence[str], instead: Mapping[str, Any]
 
     Args:
       message: the error. Where it asks "Did you mean X?", X replaces the only argument, or value of an option as
-        --name=value, that it quotes.
+        --name=value, that it quotes and that X resembles: words inside of a file are not on the command line.
       arguments: the command line, without the program.
       instead: {setting: value} with which the command is accepted.
     """
@@ -34,6 +34,7 @@ def corrected(message: str, arguments: Sequence[str], instead: Mapping[str, Any]
         value
         for value in wrong
         if value.startswith("-") == meant[1].startswith("-")
+        and difflib.get_close_matches(meant[1], [value])
         and re.search(rf"(?<![\w-]){re.escape(value)}(?![\w-])", before)
     ]
     return _replaced(arguments, quoted[0], meant[1]) if len(quoted) == 1 else None

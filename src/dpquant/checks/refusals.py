@@ -141,7 +141,8 @@ def _problem(module: nn.Module) -> tuple[str, str] | None:
         case nn.modules.batchnorm._BatchNorm():
             return (
                 "It mixes the examples of a batch, so clipping bounds no single example's influence",
-                "Replace it by GroupNorm: dpquant.fix(model), or --fix on the command line",
+                "Replace it by GroupNorm: dpquant.fix(model), or --fix on the command line. Of a pretrained network "
+                'keep its statistics: dpquant.fix(model, batch_norm="freeze")',
             )
         case _ if _computed_weight(module) and any(p.requires_grad for p in module.parameters()):
             return (

@@ -72,6 +72,7 @@ _INSTEAD = (
     ("sample_rate", "records"),
     ("microbatch_size", "memory"),
     ("test", "test_share"),
+    ("lora", "train_only"),
 )
 
 
