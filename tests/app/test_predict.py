@@ -104,6 +104,13 @@ def test_texts_come_from_files_and_from_standard_input(finished, tmp_path, capsy
     assert [one["file"] for one in again] == ["-", "-"] and dataset.class_names == ("ham", "spam")
 
 
+def test_records_are_not_taken_for_texts(finished, tmp_path, capsys):
+    (tmp_path / "new.csv").write_text("body,kind\nbad night,ham\n")
+    assert command(["predict", str(finished["texts"][0]), str(tmp_path / "new.csv")]) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and "whose lines are records" in told.err and told.err.count("\n") == 1
+
+
 def test_several_classes_and_csv(finished, capsys):
     run, _, folder = finished["images"]
     file = folder / "photos" / "test" / "dark" / "0.png"

@@ -32,7 +32,10 @@ def tell_settings(settings: "TrainSettings", usual: Mapping[str, Default]) -> No
 
     records = settings.public_records
     public = "" if records is None else f", {records:,} records"
-    say(f"data      {settings.data}{public}; model {settings.model}; {settings.optimizer}, {told('lr', 'lr')}")
+    parts = "" if settings.train_only is None else f", of which {settings.train_only} is trained"
+    parts = f", by adapters of rank {settings.lora}" if settings.lora is not None else parts
+    model = f"model {settings.model}{parts}"
+    say(f"data      {settings.data}{public}; {model}; {settings.optimizer}, {told('lr', 'lr')}")
     say(
         f"training  {told('epochs', 'epochs')}, {told('batch_size', 'batch size')}; "
         f"{told('policy', 'policy ')}, {told('format', 'format ')}"

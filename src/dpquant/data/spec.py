@@ -145,7 +145,7 @@ class Spec:
         try:
             found = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
-            raise DataError(f"Expected a readable TOML file in spec; got {path}: {error}. Check the path.") from error
+            raise DataError(f"Expected a readable TOML file in spec; got {path}: {error}. Mend it there.") from error
         return cls.parsed(found, text, path)
 
     @classmethod

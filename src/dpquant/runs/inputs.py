@@ -24,6 +24,7 @@ from dpquant.runs.names import DESCRIPTION, TOKENIZER
 
 STANDARD_INPUT = "-"
 _TOGETHER = 64  # inputs that pass the model at once
+_OF_RECORDS = (".csv", ".jsonl", ".parquet")  # files whose lines are no texts; .tsv may hold pairs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,6 +109,11 @@ class Reader:
         if file == STANDARD_INPUT:
             yield from self._lines(file, standard_input)
             return
+        if Path(file).suffix.lower() in _OF_RECORDS:
+            raise DataError(
+                f"Expected a file of one text a line; got {file}, whose lines are records. Write the texts alone, or "
+                "measure the model on the records: dpquant evaluate RUN --data text:FILE"
+            )
         try:
             with Path(file).open(encoding="utf-8", errors="replace") as lines:
                 yield from self._lines(file, lines)
