@@ -21,3 +21,13 @@ FASHION = f"--data fashion-mnist --epochs 20 {RESNET18} --momentum 0"
 EPSILON = "--epsilon 8"
 SHORT = "--width 0.25 --epochs 8"  # overrides width and epochs above
 SGD = "--optimizer sgd --lr 2 --momentum 0.9"  # lr 0.5 gives 46 % where lr 2 and Adam give 71 %
+
+
+def in_each_format(what: str, options: str) -> dict[str, str]:
+    """Return {row: options} of something that is trained in full precision and, in all layers, in each format."""
+    return {
+        f"{what}, full precision": f"{options} --policy none",
+        f"{what}, int8": f"{options} --policy all --format int8",
+        f"{what}, int4-clip": f"{options} --policy all --format int4-clip",
+        f"{what}, luq-fp4": f"{options} --policy all",
+    }

@@ -8,7 +8,7 @@ training set includes natural language inference. Tables and rows are in the ord
 
 from experiments.features import text_options
 from experiments.runner import Table
-from experiments.settings import ONE_SEED, SEEDS
+from experiments.settings import ONE_SEED, SEEDS, in_each_format
 
 DATA = {  # of each set of texts
     "REVIEWS": "--records 8056 --delta 1e-5 --epochs 20 --batch-size 512",
@@ -33,13 +33,7 @@ FORMATS = {
 
 def _rows(name: str) -> dict[str, str]:
     """Return the cheap rows, which are run at every seed."""
-    frozen = f"--data packed:FROZEN-{name} {LOGISTIC}"
-    return {
-        "frozen embeddings, full precision": f"{frozen} --policy none",
-        "frozen embeddings, int8": f"{frozen} --policy all --format int8",
-        "frozen embeddings, int4-clip": f"{frozen} --policy all --format int4-clip",
-        "frozen embeddings, luq-fp4": f"{frozen} --policy all",
-    }
+    return in_each_format("frozen embeddings", f"--data packed:FROZEN-{name} {LOGISTIC}")
 
 
 def _once(name: str) -> dict[str, str]:

@@ -6,7 +6,7 @@ BatchNorm. ImageNet is public here and is not covered by any epsilon.
 """
 
 from experiments.runner import Table
-from experiments.settings import SEEDS
+from experiments.settings import SEEDS, in_each_format
 
 DATA = {"GTSRB": "--records 39209 --delta 1e-5", "CIFAR10": "--records 50000 --delta 1e-5"}
 OPTIMIZER = "--optimizer adam --lr-schedule cosine --epochs 10 --batch-size 2048 --backend int8"
@@ -15,13 +15,7 @@ WHOLE = "--model experiments.lite0:finetuned --lr 1e-3"
 
 
 def _rows(name: str) -> dict[str, str]:
-    frozen = f"--data packed:FROZEN-{name} {LOGISTIC}"
-    return {
-        "last layer, full precision": f"{frozen} --policy none",
-        "last layer, int8": f"{frozen} --policy all --format int8",
-        "last layer, int4-clip": f"{frozen} --policy all --format int4-clip",
-        "last layer, luq-fp4": f"{frozen} --policy all",
-    }
+    return in_each_format("last layer", f"--data packed:FROZEN-{name} {LOGISTIC}")
 
 
 def _once(name: str) -> dict[str, str]:

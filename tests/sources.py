@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dpquant.runs.settings import TrainSettings
+from dpquant.runs.train import train
 from words import bert_in, tokenizer_in
 
 SPEC = """
@@ -24,6 +26,16 @@ values = ["AT", "DE"]
 """
 TINY = {"records": 60, "batch_size": 30.0, "noise_multiplier": 1.0, "epochs": 1, "backend": "simulate"}
 TINY |= {"policy": "all", "microbatch_size": 8, "width": 0.1}
+
+
+def runs_on(makers, folder_of) -> dict[str, Path]:
+    """Train a run on the records of each maker, in a folder of its name; return {name: directory of the run}."""
+    found = {}
+    for name, make in makers.items():
+        folder = folder_of(name)
+        train(TrainSettings.chosen(make(folder)), folder / "run")
+        found[name] = folder / "run"
+    return found
 
 
 def as_options(settings) -> list[str]:

@@ -36,7 +36,7 @@ from dpquant.runs.place import Place
 from dpquant.runs.record import RunRecord
 from dpquant.runs.settings import TrainSettings
 from dpquant.runs.train import train
-from sources import images, regression, table, texts
+from sources import images, regression, runs_on, table, texts
 
 MAKE = {"images": images, "table": table, "regression": regression, "texts": texts}
 NAMES = tuple(MAKE)
@@ -45,12 +45,7 @@ NAMES = tuple(MAKE)
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """{kind: a run on such records that has ended}."""
-    found = {}
-    for name, make in MAKE.items():
-        folder = tmp_path_factory.mktemp(name)
-        train(TrainSettings.chosen(make(folder)), folder / "run")
-        found[name] = folder / "run"
-    return found
+    return runs_on(MAKE, tmp_path_factory.mktemp)
 
 
 @pytest.fixture

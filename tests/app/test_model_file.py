@@ -20,9 +20,7 @@ from dpquant.privacy.ledger import Ledger
 from dpquant.runs.loading import described
 from dpquant.runs.names import DESCRIPTION, LEDGER, MODEL, RECORD
 from dpquant.runs.record import RunRecord
-from dpquant.runs.settings import TrainSettings
-from dpquant.runs.train import train
-from sources import images, pretrained, table, texts
+from sources import images, pretrained, runs_on, table, texts
 
 MAKE = {"images": images, "table": table, "texts": texts, "pretrained": pretrained}
 TO = [pytest.param(name, marks=pytest.mark.filterwarnings("ignore")) for name in FORMATS]
@@ -31,12 +29,7 @@ TO = [pytest.param(name, marks=pytest.mark.filterwarnings("ignore")) for name in
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """{kind: a run on such records that has ended}."""
-    found = {}
-    for name, make in MAKE.items():
-        folder = tmp_path_factory.mktemp(name)
-        train(TrainSettings.chosen(make(folder)), folder / "run")
-        found[name] = folder / "run"
-    return found
+    return runs_on(MAKE, tmp_path_factory.mktemp)
 
 
 @pytest.fixture

@@ -254,4 +254,5 @@ def outcome_of(tree: Tree, mutant: Mutant) -> Outcome:
     elif found["refused"] or not found["passed"]:
         outcome, why = "invalid", found["refused"] or "no test ran"
     first_line = why.strip().splitlines()[0] if outcome == "killed" and why.strip() else why
+    first_line = first_line.replace(str(Path.home()), "$HOME")  # results are read elsewhere
     return Outcome(mutant.key, mutant.digest, outcome, by, first_line, round(time.monotonic() - began, 1))

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from dpquant.app.export import unplaced
 from dpquant.app.report import renew_report
-from dpquant.data.sizes import TABLE_PREFIX, TEXT_PREFIX
 from dpquant.errors import SettingError
 from dpquant.privacy import releases
 from dpquant.privacy.noisy_count import check_count_epsilon, noise_bound, noisy_count
@@ -20,13 +19,12 @@ from dpquant.privacy.releases import Release
 from dpquant.privacy.secret import SecretKey
 from dpquant.runs.describing import task_of
 from dpquant.runs.evaluated import UNPROTECTED, Evaluation, Protected
-from dpquant.runs.held_out import held_out
+from dpquant.runs.held_out import held_out, source_of
 from dpquant.runs.loading import check_ended, described, load
 from dpquant.runs.measures import count_right, measured
 from dpquant.runs.names import EVALUATION, MODEL, RELEASES
 from dpquant.runs.place import Place
 from dpquant.runs.record import sha256
-from dpquant.runs.settings import TrainSettings
 
 _COVERED = 0.95  # of the noise, by the interval that is stated
 _OPEN = (
@@ -51,7 +49,7 @@ def evaluate(run: Path, data: str | None = None) -> Evaluation:
     model, description = load(run), described(run)
     split = held_out(run, settings, description, data, strict=True)
     found = Evaluation(
-        data=_named(settings, data),
+        data=unplaced(source_of(settings, data)) or "",
         task=description.task.kind,
         model_sha256=sha256(run / MODEL),
         statement=_OPEN,
@@ -107,7 +105,7 @@ def release_accuracy(
         epsilon_together=releases.together(past),
     )
     found = Evaluation(
-        data=_named(settings, data),
+        data=unplaced(source_of(settings, data)) or "",
         task=description.task.kind,
         model_sha256=sha256(run / MODEL),
         statement=_statement(protected, own=data is None or data == settings.data, secure=key is None or key.secure),
@@ -115,13 +113,6 @@ def release_accuracy(
     )
     _write(run, found)
     return found
-
-
-def _named(settings: TrainSettings, data: str | None) -> str:
-    """Return the name of test records, without their folder: those that are given, or the run's own."""
-    prefix = next((one for one in (TABLE_PREFIX, TEXT_PREFIX) if settings.data.startswith(one)), "")
-    own = settings.data if settings.test is None else f"{prefix}{settings.test}"
-    return unplaced(data or own) or ""
 
 
 def _statement(found: Protected, *, own: bool, secure: bool) -> str:

@@ -25,6 +25,12 @@ from dpquant.runs.settings import TrainSettings
 from dpquant.runs.sources import dataset_of
 
 
+def source_of(settings: TrainSettings, name: str | None) -> str:
+    """Return what holds the test records: what is named, or of the run's own the file of test records, or the data."""
+    kind = next((prefix for prefix in (TABLE_PREFIX, TEXT_PREFIX) if settings.data.startswith(prefix)), "")
+    return name or (settings.data if settings.test is None else f"{kind}{settings.test}")
+
+
 def held_out(
     run: Path, settings: TrainSettings, description: ModelDescription, name: str | None, *, strict: bool
 ) -> Held:
@@ -41,11 +47,9 @@ def held_out(
       DataError: they cannot be read, or are not of the model's form.
     Privacy: per example.
     """
-    data_name = name or settings.data
+    data_name = source_of(settings, name)
     kind = next((prefix for prefix in OWN_PREFIXES if data_name.startswith(prefix)), None)
-    if name is None and kind in (TABLE_PREFIX, TEXT_PREFIX) and settings.test is not None:
-        data_name = f"{kind}{settings.test}"
-    elif name is None and kind in (TABLE_PREFIX, TEXT_PREFIX):
+    if name is None and kind in (TABLE_PREFIX, TEXT_PREFIX) and settings.test is None:
         return dataset_of(settings).test
     expected = {FOLDER_PREFIX: "images", TABLE_PREFIX: "rows", TEXT_PREFIX: "texts"}.get(kind or "", description.kind)
     if expected != description.kind:
