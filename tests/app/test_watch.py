@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import http.client
 import io
+import itertools
 import json
 import os
 import re
@@ -174,8 +175,8 @@ class Events:
 
     def next(self):
         """The next event: its fields, or {} at the end."""
-        lines = [one.rstrip("\n") for one in iter(self._file.readline, "\n") if one]
-        return dict(one.split(": ", 1) for one in lines)
+        lines = itertools.takewhile(lambda line: line.strip(), iter(self._file.readline, ""))
+        return dict(line.rstrip("\n").split(": ", 1) for line in lines)
 
     def close(self):
         self._file.close()
@@ -200,6 +201,7 @@ def test_events_tell_what_has_changed_and_a_browser_that_comes_back_what_it_has_
         feed.publish({"head": Markup("d"), "map": Markup("c\n")}, over=True)
         assert first.next()["id"] == "3"
         assert first.next()["event"] == "over"
+        assert first.next() == {}  # the server notes that the end was shown once it is sent, and then hangs up
         assert server.shown is not None
         for one in (first, second, late):
             one.close()
