@@ -10,6 +10,7 @@ from dpquant.app.cli import run
 from dpquant.data import dataset as data
 from dpquant.errors import SettingError
 from dpquant.runs.settings import TrainSettings
+from dpquant.runs.step_times import step_times
 from dpquant.runs.train import train
 from dpquant.training.policies import RotatePolicy
 
@@ -28,6 +29,16 @@ def test_it_predicts_and_measures_the_same_policies():
     assert len(found.layers) == len(found.policies[-1].layers) == 5 and found.impacts == {}
     assert found.analysis > 0 and json.loads(found.to_json())["model"] == "cnn"
     assert found.saved is None
+
+
+def test_the_times_of_a_step_are_kept_for_plans_of_many_workers(monkeypatch, tmp_path):
+    monkeypatch.setenv("DPQUANT_CACHE", str(tmp_path))
+    given = settings(policy="rotate", fraction=0.6)
+    assess(given, hardware="fp4", rounds=1)
+    assert step_times(given).source.startswith("assumed"), "times of imagined hardware are no measurement"
+    found, times = assess(given, rounds=1), step_times(given)
+    assert times.source.startswith("measured on this machine") and times.values == 30_794
+    assert found.full_step / (times.fixed + 64 * times.per_example) == pytest.approx(found.speedup)
 
 
 def test_the_prediction_is_made_of_what_was_measured():

@@ -49,6 +49,29 @@ def test_the_help_of_plan_documents_its_json(capsys):
     assert all(name in help for name in names)
 
 
+def test_plan_predicts_a_step_of_many_workers_and_says_from_what(capsys, monkeypatch):
+    monkeypatch.setenv("DPQUANT_CACHE", "off")
+    assert run(["plan", "--world-size", "6", "--bandwidth", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "A model, not a measurement" in printed and "assumed" in printed and "1,024" in printed
+    assert printed.splitlines()[-1] == "Train with it: torchrun --standalone --nproc-per-node 6 -m dpquant train"
+    assert run(["plan", "--world-size", "6", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["scaling"]
+    assert (found["world_size"], found["network"]["bandwidth"]) == (6, 10.0)
+    assert [one["workers"] for one in found["workers"]] == [1, 2, 4, 6, 8, 16, 64, 256, 1024]
+    assert run(["plan", "--help"]) == 0
+    help = capsys.readouterr().out
+    assert all(name in help for part in (found, found["times"], found["network"], found["workers"][0]) for name in part)
+
+
+def test_plan_of_many_workers_loads_no_torch():
+    told = (
+        "import sys; from dpquant.app.cli import run; run(['plan', '--world-size', '8']); print('torch' in sys.modules)"
+    )
+    printed = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True).stdout
+    assert printed.splitlines()[-1] == "False"
+
+
 @pytest.mark.always
 def test_train_writes_a_run_and_prints_its_statement(capsys, tmp_path):
     assert run(["train", "--epochs", "1", "--policy", "rotate", "--out", str(tmp_path / "run")]) == 0

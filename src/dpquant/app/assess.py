@@ -9,6 +9,7 @@ of classes are used.
 """
 
 import dataclasses
+import datetime
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from torch import nn
 from dpquant.app.synthetic import SyntheticRecords
 from dpquant.data import dataset as data
 from dpquant.engine.batches import Microbatch, to_device
+from dpquant.engine.layers import set_policy, set_precisions
 from dpquant.engine.passes import Objective
 from dpquant.errors import SettingError, did_you_mean
 from dpquant.formats import AUTO, format_tried
@@ -34,6 +36,7 @@ from dpquant.runs.objects import model_of, optimizer_of
 from dpquant.runs.record import RunRecord
 from dpquant.runs.settings import TrainSettings, plan_of, policy_of
 from dpquant.runs.size import check_data_fits
+from dpquant.runs.step_times import keep
 from dpquant.training.auto_format import LEAST_GAIN
 from dpquant.training.cost import (
     FP4_OVER_FP16,
@@ -52,7 +55,9 @@ from dpquant.training.execution import layers_to_exclude
 from dpquant.training.impact import analysis_keys, impact_sum
 from dpquant.training.policies import Policy, Turn, largest_layers, noise_left
 from dpquant.training.private import PrivateTraining
+from dpquant.training.scaling import StepTimes
 from dpquant.training.start import make_private
+from dpquant.training.sums import step_sum
 from dpquant.training.tuning import layer_times_once, median_times
 
 HARDWARE = ("here", "fp4")
@@ -60,6 +65,7 @@ HARDWARE = ("here", "fp4")
 SHARES = (0.5, 0.9, 1.0)
 _MOST_ROUNDS = 4096
 _ANALYSED = 64  # examples on which an analysis is timed
+_ROUNDS_OF_SUMS = 3  # of which the best counts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -216,6 +222,9 @@ def assess(
     analysis = 0.0 if plan.analysis is None else _analysis_seconds(private, synthetic, plan.analysis)
     analyses = len(plan.analysis_epochs())
     step = _mean_step(settings, plan, private, cost)
+    if hardware == "here":
+        watch("timing a step of fewer examples")
+        keep(settings, _step_times(settings, private, synthetic, step))
     full_run, quantized_run = plan.steps * full_step, plan.steps * step + analyses * analysis
     impacts = {} if record is None else {r.name: r.last_score for r in record.layers if r.last_score is not None}
     return Assessment(
@@ -342,6 +351,41 @@ def _analysis_seconds(private: PrivateTraining, synthetic: SyntheticRecords, ana
         score=analysis.score,
     )
     return (now() - began) / _ANALYSED * analysis.expected_batch_size
+
+
+def _step_times(
+    settings: TrainSettings, private: PrivateTraining, synthetic: SyntheticRecords, step: float
+) -> StepTimes:
+    """Return the line that a step's time follows, from sums of the batch and of a quarter of it, timed in turn.
+
+    Args:
+      settings: of the assessment.
+      private: the run on synthetic records, whose epochs are over.
+      synthetic: the records.
+      step: seconds of a whole step of the batch.
+    """
+    execution, found = private.execution, Objective(private.model, per_example_loss)
+    layers = policy_of(settings).choose(private.macs, None, epoch=0, key=0, excluded=execution.excluded_layers)
+    set_precisions(private.model, execution.precisions(private.macs, layers))
+    many = len(synthetic)
+    few, size = max(many // 4, 1), min(execution.microbatch_size, max(many // 4, 1))
+    device = next(private.model.parameters()).device
+    piece = Microbatch(to_device(synthetic.first(size), device), torch.arange(size), size)
+    seconds: dict[int, list[float]] = {few: [], many: []}
+    for _ in range(_ROUNDS_OF_SUMS):
+        for examples, times in seconds.items():
+            pieces = [piece] * max(round(examples / size), 1)
+            began = now()
+            step_sum(found, pieces, private.plan, 0, leaves_out=False)
+            times.append((now() - began) * examples / (len(pieces) * size))
+    set_policy(private.model, ())
+    return StepTimes.through(
+        (few, min(seconds[few])),
+        (many, min(seconds[many])),
+        values=sum(p.numel() for p in private.model.parameters() if p.requires_grad),
+        source=f"measured on this machine on {datetime.date.today():%Y-%m-%d}, {torch.get_num_threads()} threads",
+        whole=step,
+    )
 
 
 def _mean_step(settings: TrainSettings, plan: PrivacyPlan, private: PrivateTraining, model: CostModel) -> float:
