@@ -36,18 +36,28 @@ from dpquant.privacy.events import Event, Kind
 from dpquant.privacy.mechanism import Mechanism
 from dpquant.privacy.plan import PrivacyPlan
 from dpquant.rounding import derive_key
+from dpquant.training.agreement import first_reason, together
 from dpquant.training.ahead import drawing
 from dpquant.training.checkpoint import Checkpoint
 from dpquant.training.continuing import Parts, Stateful, continued
 from dpquant.training.distributed import Group
 from dpquant.training.epoch import Batch, Epoch
+from dpquant.training.exchange import Slices, noisy_means, share
 from dpquant.training.execution import Execution
-from dpquant.training.impact import ImpactSum, analysis_keys, impact_sum
+from dpquant.training.impact import ImpactSum, analysis_keys
 from dpquant.training.policies import ema
 from dpquant.training.records import Records
+from dpquant.training.same import EVERY, check_parameters
 from dpquant.training.setup import Setup
 from dpquant.training.state import RunState
-from dpquant.training.sums import analysis_noise, draws_of_noise, noisy_mean, step_sum
+from dpquant.training.sums import (
+    analysis_noise,
+    analysis_sum,
+    check_sensitivity,
+    draws_of_noise,
+    noisy_mean,
+    step_sum,
+)
 from dpquant.training.watch import Watch, broken, without_details
 
 
@@ -107,6 +117,11 @@ class PrivateTraining:
     @property
     def execution(self) -> Execution:
         return self._state.execution
+
+    @property
+    def group(self) -> Group:
+        """The processes of the run."""
+        return self._group
 
     @property
     def backend(self) -> str:
@@ -205,21 +220,26 @@ class PrivateTraining:
         """Step the optimizer with the noisy mean of the clipped gradients."""
         key = self._key_of(batch.step)
         self._probe(batch, key)
-        mine, trainable = self._group.share(batch.record_ids), self._objective.trainable()
-        with drawing(draws_of_noise(self._mechanism.noise, self.plan, batch, trainable), self._device) as noise_of:
-            clipped = self._clipped_sum(self._records.microbatches(mine, self.execution.microbatch_size, key), key)
-            if clipped.sensitivity != self.plan.max_grad_norm:
-                raise ModelError(
-                    f"Expected sums of sensitivity C, for which noise is drawn; got {clipped.sensitivity}."
-                )
-            self._group.add(clipped.grads)
-            for name, parameter in trainable.items():
-                noise = noise_of(name).to(parameter.device, non_blocking=self._device.type != "cpu")
-                noisy = noisy_mean(
-                    noise, clipped.grads[name], grid=clipped.grid, expected=self.plan.expected_batch_size
-                )
-                parameter.grad = noisy.float()
+        trainable, size = self._objective.trainable(), self.execution.microbatch_size
+        parts = None if self._group.size == 1 else Slices.of(trainable, self._group).parts()
+        draws = draws_of_noise(self._mechanism.noise, self.plan, batch, trainable, parts)
+        with drawing(draws, self._device) as noise_of:
+            clipped = together(self._group, lambda: self._clipped_sum(self._pieces(batch, size, key), key))
+            check_sensitivity(clipped, self.plan)
+
+            def noised(name: str, part: slice, total: Tensor) -> Tensor:
+                noise = noise_of(name).to(total.device, non_blocking=self._device.type != "cpu")
+                return noisy_mean(noise, total, grid=clipped.grid, expected=self.plan.expected_batch_size).float()
+
+            for name, mean in noisy_means(self._group, clipped.grads, noised):
+                trainable[name].grad = mean
         self._watch.take_step(self.optimizer)
+        if self.steps_taken % EVERY == 0:
+            check_parameters(self._group, self.model)
+
+    def _pieces(self, batch: Batch, size: int, key: int) -> Iterable[Microbatch]:
+        """Read this process' share of a batch, `size` records at a time."""
+        return self._records.microbatches(share(batch.record_ids, self._group), size, key)
 
     def _key_of(self, step: int) -> int:
         """Return the secret key of all random numbers that are drawn for records in a step."""
@@ -231,7 +251,8 @@ class PrivateTraining:
 
     def _probe(self, batch: Batch, key: int) -> None:
         """Check once an epoch that a record's gradient does not depend on the other records of its batch."""
-        self._stop_if(self._watch.coupling(batch.record_ids, key))
+        mine = share(batch.record_ids, self._group)
+        self._stop_if(first_reason(self._group, lambda: self._watch.coupling(mine, key)))
         self._refuse_if_broken()
 
     def _stop_if(self, reason: str) -> None:
@@ -313,7 +334,10 @@ class PrivateTraining:
                 yield self._drawn
         finally:
             set_policy(self.model, ())
-            self._stop_if(self._watch.changed_buffer())
+            changed = self._watch.changed_buffer()
+            self._stop_if(changed)
+        self._stop_if(first_reason(self._group, lambda: changed))
+        check_parameters(self._group, self.model)
         self._refuse_if_broken()
 
     def _refuse_what_was_skipped(self) -> None:
@@ -327,7 +351,7 @@ class PrivateTraining:
             )
 
     def _charge(self, kind: Kind, planned: PrivacyPlan | AnalysisPlan, number: int) -> None:
-        """Charge release `number` of a kind, from 0. Once this returns it is charged on every process.
+        """Charge release `number` of a kind, from 0. Once this returns it is charged, for every process.
 
         A repeatable run that continues makes releases again that are charged already; see `continuing.py`.
         """
@@ -335,7 +359,6 @@ class PrivateTraining:
             self._mechanism.ledger.charge(
                 kind=kind, sample_rate=planned.sample_rate, noise_multiplier=planned.noise_multiplier
             )
-        self._group.barrier()
 
     def _advance(self, **changes: Any) -> None:
         self._state = dataclasses.replace(self._state, **changes)
@@ -375,24 +398,18 @@ class PrivateTraining:
         """Update the scores with the noisy mean of the batch's clipped impacts."""
         names = [name for name in self.macs if name not in self.execution.excluded_layers]
         key = derive_key(self._mechanism.record_key, "analysis", batch.step)
-        mine, size = self._group.share(batch.record_ids), self.execution.analysis_microbatch_size
         keys = analysis_keys(self._mechanism.record_key, batch.step, self._analysis.repeats)
-        measured = self._impact_sum(self._records.microbatches(mine, size, key), names, keys)
-        self._group.add({"impacts": measured.impacts})
+        size, expected = self.execution.analysis_microbatch_size, self._analysis.expected_batch_size
+        measured = together(self._group, lambda: self._impact_sum(self._pieces(batch, size, key), names, keys))
         noise = analysis_noise(self._mechanism.noise, self.plan, batch, measured)
-        expected = self._analysis.expected_batch_size
-        noisy_means = noisy_mean(noise, measured.impacts, grid=measured.grid, expected=expected)
-        new = dict(zip(names, noisy_means.tolist(), strict=True))
+
+        def noised(_: str, part: slice, total: Tensor) -> Tensor:
+            return noisy_mean(noise[part], total, grid=measured.grid, expected=expected)
+
+        means = dict(noisy_means(self._group, {"impacts": measured.impacts}, noised))["impacts"]
+        new = dict(zip(names, means.tolist(), strict=True))
         self._advance(scores=ema(self._state.scores, new, self.policy.ema))
 
     def _impact_sum(self, pieces: Iterable[Microbatch], names: Sequence[str], keys: Sequence[int]) -> ImpactSum:
         """Return the sum of the records' clipped impacts; `keys` are the secret keys of their roundings."""
-        return impact_sum(
-            self._objective,
-            pieces,
-            names=names,
-            max_norm=self._analysis.max_norm,
-            keys=keys,
-            score=self._analysis.score,
-            grid=self.plan.grid(self.plan.analysis_noise_std(self._analysis.max_norm)),
-        )
+        return analysis_sum(self._objective, pieces, self.plan, names, keys)

@@ -20,8 +20,8 @@ from dpquant.machine import now
 from dpquant.privacy.noise import NoiseSource
 from dpquant.privacy.plan import PrivacyPlan
 from dpquant.training.epoch import Batch
-from dpquant.training.impact import analysis_keys, impact_sum
-from dpquant.training.sums import draws_of_noise, noisy_mean, step_sum
+from dpquant.training.impact import analysis_keys
+from dpquant.training.sums import analysis_sum, draws_of_noise, noisy_mean, step_sum
 
 _TIMED = 4, 16  # examples of the two passes from which a step's time is estimated
 
@@ -54,15 +54,8 @@ def rehearse(
             pieces = [_piece(found, size)]  # raises where model or loss do; a step would leave the record out
             clipped = step_sum(found.objective, pieces, plan, 0, leaves_out=False)
             if plan.analysis is not None and analysed is not None:
-                impact_sum(
-                    found.objective,
-                    [_piece(found, analysis_size)],
-                    names=[analysed],
-                    max_norm=plan.analysis.max_norm,
-                    keys=analysis_keys(0, 0),
-                    score=plan.analysis.score,
-                    grid=plan.grid(plan.analysis_noise_std(plan.analysis.max_norm)),
-                )
+                pieces = [_piece(found, analysis_size)]
+                analysis_sum(found.objective, pieces, plan, [analysed], analysis_keys(0, 0))
     except DPQuantError:
         raise
     except Exception as error:
