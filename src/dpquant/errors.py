@@ -87,7 +87,15 @@ class StoppedError(DPQuantError, RuntimeError):
 
 
 class GroupError(DPQuantError, RuntimeError):
-    """The processes of a run have lost each other, or were not started on the same run."""
+    """The processes of a run have lost each other, or were not started on the same run.
+
+    Attributes:
+      told_by: whether it is for this process to tell it; all that are left have the same error.
+    """
+
+    def __init__(self, message: str, told_by: bool = True):
+        super().__init__(message)
+        self.told_by = told_by
 
 
 class LedgerError(DPQuantError, RuntimeError):

@@ -5,6 +5,7 @@ Options are the fields of `TrainSettings`, with their help: one place for both. 
 and exit code 2, and nothing else is written. A run that diverges ends with exit code 4, an alert of `watch` with 3.
 """
 
+import dataclasses
 import functools
 import gc
 import importlib.metadata
@@ -40,7 +41,8 @@ from dpquant.app.verbs.total import total
 from dpquant.app.verbs.train import resume, train
 from dpquant.app.verbs.verify import verify
 from dpquant.app.verbs.watch import watch
-from dpquant.errors import DivergedError, DPQuantError, StoppedError
+from dpquant.errors import DivergedError, DPQuantError, GroupError, StoppedError
+from dpquant.runs.launched import Launch
 
 SPINS = "1000"  # some tens of microseconds, longer than from one operator to the next; `scripts/bench waiting`
 
@@ -119,6 +121,8 @@ def _command() -> Callable[..., Any]:
 def _run(arguments: list[str]) -> int:
     try:
         output, arguments = Output.split(arguments)
+        if Launch.here().rank > 0:  # of several processes the first one prints
+            output = dataclasses.replace(output, quiet=2)
         with using(output):
             return _called(arguments)
     except DPQuantError as error:
@@ -137,6 +141,8 @@ def _called(arguments: list[str]) -> int:
         return refuse(str(error), DIVERGED)
     except StoppedError as stop:
         return refuse(str(stop), stop.exit_code)
+    except GroupError as error:
+        return refuse(str(error), told=error.told_by)
     except EndsQuietly as end:
         return end.exit_code
     except DPQuantError as error:
@@ -164,6 +170,8 @@ def _cannot_be_written(error: OSError) -> str:
 
 def _warn(message: Warning | str, *_: object, **__: object) -> None:
     """Print a warning as one line, without the place in the source that Python would name."""
+    if Launch.here().rank > 0:
+        return
     print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 

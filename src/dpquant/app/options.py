@@ -7,6 +7,7 @@ import inspect
 import re
 import shlex
 import sys
+import time
 import typing
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -17,6 +18,7 @@ import typer
 from dpquant.app.completion import completer
 from dpquant.errors import DPQuantError, SettingError
 from dpquant.runs.defaults import BY_DATA, GENERAL, Default, defaults
+from dpquant.runs.launched import Launch
 from dpquant.runs.settings import TrainSettings, from_toml
 
 WRONG_RESULT = 1
@@ -26,6 +28,8 @@ DIVERGED = 4
 INTERRUPTED = 130
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")]
+
+_WHILE_IT_IS_TOLD = 2.0  # seconds; as soon as one process has ended, torchrun ends those that have not
 
 NoReport = Annotated[bool, typer.Option("--no-report", help="Do not write report.html at the end.")]
 
@@ -46,8 +50,17 @@ class InterruptedRun(Exception):
     """Raised when the user stops a run; the message says what the run has spent."""
 
 
-def refuse(message: str, code: int = BAD_INPUT) -> int:
-    """Print one error line on standard error, and return the exit code."""
+def refuse(message: str, code: int = BAD_INPUT, *, told: bool | None = None) -> int:
+    """Print one error line on standard error, and return the exit code.
+
+    Args:
+      message: what is wrong.
+      code: the exit code.
+      told: whether this process prints it; None: the first one on each machine does, of several that all have it.
+    """
+    if told is False or (told is None and not Launch.here().speaks):
+        time.sleep(_WHILE_IT_IS_TOLD)
+        return code
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return code
 

@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from dpquant.app.output import Phases, say
+from dpquant.machine import processor
 from dpquant.runs.defaults import Default
+from dpquant.runs.launched import Launch
 
 if TYPE_CHECKING:
     from dpquant.privacy.plan import PrivacyPlan
@@ -20,6 +22,14 @@ if TYPE_CHECKING:
     from dpquant.runs.sinks import Progress as TrainProgress
 
 _WIDE = 100  # columns from which there is room for a bar
+
+
+def tell_processes(launch: Launch, threads: int | None) -> None:
+    """Print how many processes train, if there are several; `threads` is the setting."""
+    if launch.size > 1:
+        own = launch.threads(processor()[2]) if threads is None else None
+        undone = "" if own is None else f"; {own} threads each, not OMP_NUM_THREADS=1, which torchrun sets"
+        say(f"processes {launch.size}, {launch.local_size} of them on this machine{undone}")
 
 
 def tell_settings(settings: "TrainSettings", usual: Mapping[str, Default]) -> None:

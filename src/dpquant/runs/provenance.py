@@ -4,8 +4,9 @@
 import dataclasses
 import datetime
 import importlib.metadata
+import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from dpquant import native
@@ -67,6 +68,60 @@ class Provenance:
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Self:
         return cls(**fields)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProcessRecord:
+    """On what one process of a run has computed at its end. It names no host.
+
+    Attributes:
+      cpu: the processor's name.
+      instructions: its instruction sets that decide which products are fast.
+      cores: that the process might use.
+      threads: with which it computed.
+      device: that it computed on, in words.
+    """
+
+    cpu: str
+    instructions: list[str]
+    cores: int
+    threads: int
+    device: str
+
+    @classmethod
+    def here(cls, threads: int, device: str) -> Self:
+        """Return the record of this process. Privacy: public facts."""
+        cpu, instructions, cores = processor()
+        return cls(cpu=cpu, instructions=list(instructions), cores=cores, threads=threads, device=device)
+
+    def to_json(self) -> bytes:
+        """Return the record as JSON, for the other processes."""
+        return json.dumps(dataclasses.asdict(self)).encode()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupRecord:
+    """The processes of a run, at its end.
+
+    Attributes:
+      world_size: their number.
+      backend: of torch.distributed, by which they exchange sums, as `cpu:gloo`; empty for one process.
+      processes: each of them, in their order.
+    """
+
+    world_size: int
+    backend: str
+    processes: list[ProcessRecord]
+
+    @classmethod
+    def of(cls, backend: str, processes: Sequence[bytes]) -> Self:
+        """Return the record of processes that have told their own as JSON."""
+        found = [ProcessRecord(**json.loads(text)) for text in processes]
+        return cls(world_size=len(found), backend=backend, processes=found)
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Self:
+        return cls(**{**fields, "processes": [ProcessRecord(**one) for one in fields["processes"]]})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

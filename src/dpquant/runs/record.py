@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 from dpquant.errors import DataError, expect
 from dpquant.formats import AUTO
-from dpquant.runs.provenance import LedgerRecord, PlanRecord, Provenance
+from dpquant.runs.provenance import GroupRecord, LedgerRecord, PlanRecord, Provenance
 
 if TYPE_CHECKING:
     from dpquant.runs.settings import TrainSettings
     from dpquant.training.private import PrivateTraining
 
-SCHEMA = 4
+SCHEMA = 5
 """Version of the record's format. Raise it with every change of a field, and keep reading the earlier formats."""
 NOT_COVERED = "NOT COVERED: training accuracy was measured on private data and written down.\n"
 _SINCE_4 = (
@@ -108,6 +108,7 @@ class RunRecord:
       records: public number of training records, given or published; None: there is none.
       model_sha256: of model.safetensors.
       declared: the user's own words, {name of a question: answer}.
+      group: the processes of the run. None: not recorded.
     """
 
     schema: int = dataclasses.field(default=SCHEMA, init=False)
@@ -153,6 +154,7 @@ class RunRecord:
     records: int | None
     model_sha256: str | None
     declared: dict[str, str] | None
+    group: GroupRecord | None
 
     @property
     def accuracy_per_epoch(self) -> list[float]:
@@ -174,6 +176,7 @@ class RunRecord:
         provenance: Provenance,
         ledger: LedgerRecord,
         model_sha256: str,
+        group: GroupRecord,
     ) -> Self:
         """Return the record of a run that has ended.
 
@@ -189,6 +192,7 @@ class RunRecord:
           provenance: where the run comes from.
           ledger: what the ledger says.
           model_sha256: of the file of the model.
+          group: the processes of the run.
         Privacy: post-processing.
         """
         from dpquant.privacy import accounting  # takes seconds to load, and reading a record needs none of it
@@ -246,6 +250,7 @@ class RunRecord:
             records=settings.public_records,
             model_sha256=model_sha256,
             declared=dict(settings.declared or {}),
+            group=group,
         )
 
     def to_json(self) -> str:
@@ -258,7 +263,8 @@ class RunRecord:
 
         Schema 1 has no `schema` field and only the test accuracy of each epoch; the other facts of an epoch become
         None. Its first files hold times, which are ignored. Schemas 1 and 2 do not name the device. Before schema 4 a
-        record does not hold metrics, source, provenance, plan, ledger and what comes after them.
+        record does not hold metrics, source, provenance, plan, ledger and what comes after them, and before schema 5
+        not the processes.
 
         Raises:
           DataError: the text is not JSON, the schema is newer, or a field is missing or unknown.
@@ -275,7 +281,7 @@ class RunRecord:
             match schema:
                 case 1:
                     fields["per_epoch"] = _epochs_of_schema_1(fields.pop("accuracy_per_epoch"))
-                case 2 | 3 | 4:
+                case 2 | 3 | 4 | 5:
                     new: dict[str, Any] = {"metrics_test": None} if schema < 4 else {}
                     fields["per_epoch"] = [EpochRecord(**epoch, **new) for epoch in fields["per_epoch"]]
                 case _:
@@ -286,6 +292,8 @@ class RunRecord:
                 fields |= _parts_of(fields)
             if schema < 3:
                 fields["device"] = None
+            if schema < 5:
+                fields["group"] = None
             return cls(**{**fields, "layers": [LayerRecord(**layer) for layer in fields["layers"]]})
         except DataError:
             raise
@@ -336,8 +344,12 @@ def metrics_line(epoch: EpochRecord, *, scores: bool = True) -> str:
 
 def _parts_of(fields: dict[str, Any]) -> dict[str, Any]:
     """Return the nested parts of a record since schema 4, each of which may be null."""
-    parts = {"provenance": Provenance, "plan": PlanRecord, "ledger": LedgerRecord}
-    return {name: None if fields[name] is None else part.from_fields(fields[name]) for name, part in parts.items()}
+    parts = {"provenance": Provenance, "plan": PlanRecord, "ledger": LedgerRecord, "group": GroupRecord}
+    return {
+        name: None if fields.get(name) is None else part.from_fields(fields[name])
+        for name, part in parts.items()
+        if name in fields
+    }
 
 
 def _epochs_of_schema_1(accuracies: Sequence[float]) -> list[EpochRecord]:

@@ -3,6 +3,8 @@
 
 import signal
 import threading
+import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Self
 
@@ -12,14 +14,16 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Stopping:
     """Context in which the first SIGTERM or SIGINT is kept for the run to find, and a second one interrupts at once.
 
-    Signals can be handled in the main thread alone; in another one the context does nothing.
+    Signals can be handled in the main thread alone; in another one the context does nothing. torchrun passes a signal
+    on that its processes may have got already, so that one which follows within `echo` seconds is the same.
 
     Attributes:
       asked: the signal that asked for an end; None so far.
     """
 
-    def __init__(self):
+    def __init__(self, echo: float = 0.0, *, clock: Callable[[], float] = time.monotonic):
         self.asked: signal.Signals | None = None
+        self._echo, self._clock, self._since = echo, clock, 0.0
 
     def __enter__(self) -> Self:
         self._before = {}
@@ -32,6 +36,7 @@ class Stopping:
             signal.signal(one, handler)
 
     def _keep(self, number: int, _frame: FrameType | None) -> None:
-        if self.asked is not None:
+        if self.asked is None:
+            self.asked, self._since = signal.Signals(number), self._clock()
+        elif self._clock() >= self._since + self._echo:
             raise KeyboardInterrupt
-        self.asked = signal.Signals(number)

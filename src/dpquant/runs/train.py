@@ -29,12 +29,11 @@ from dpquant.backends.choose import Choices
 from dpquant.data import dataset as data
 from dpquant.data.held import Held
 from dpquant.errors import BudgetError, DivergedError, SettingError, StoppedError
-from dpquant.machine import check_threads
 from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.plan import PrivacyPlan, rounded_up
 from dpquant.runs.augmentation import augmented
 from dpquant.runs.describing import description_of
-from dpquant.runs.devices import described, device_of
+from dpquant.runs.devices import described, device_of, use_threads
 from dpquant.runs.directory import Charged, RunDirectory
 from dpquant.runs.evaluation import (
     Tested,
@@ -49,19 +48,24 @@ from dpquant.runs.history import History
 from dpquant.runs.names import LEDGER, METRICS, MODEL, PROGRESS
 from dpquant.runs.objects import model_of, move_schedule, optimizer_of, schedule_of
 from dpquant.runs.place import Place
-from dpquant.runs.provenance import LedgerRecord, Provenance, utc_now
+from dpquant.runs.provenance import GroupRecord, LedgerRecord, Provenance, utc_now
 from dpquant.runs.record import RunRecord
 from dpquant.runs.settings import TrainSettings, checkpoint_steps, plan_of, policy_of
+from dpquant.runs.shared import first_says, group_record, shared
 from dpquant.runs.sinks import MetricsFile, Progress, Sink, Sinks
 from dpquant.runs.size import check_data_fits
 from dpquant.runs.sources import dataset_of
 from dpquant.runs.stopping import Stopping
 from dpquant.runs.timings import Timings
+from dpquant.training.agreement import together
 from dpquant.training.continuing import Stateful
+from dpquant.training.distributed import Group, group_here
 from dpquant.training.epoch import Batch, Epoch
 from dpquant.training.private import PrivateTraining
+from dpquant.training.roll_call import departing
 from dpquant.training.start import make_private
 
+_ECHO = 5.0  # seconds in which torchrun passes on a signal that a process may have got already
 _LARGEST_PARAMETER = 1e12  # a few layers of such weights overflow float32
 
 
@@ -96,12 +100,14 @@ def train(
     Privacy: charges the plan's events to out/ledger.jsonl, each before its data is used. A run that continues charges
       no more than what is left of the plan.
     """
-    place = out if isinstance(out, Place) else Place(out)
+    group = group_here()
+    place, files = shared(out, directory, group)
     heartbeat = Heartbeat(place.path / PROGRESS)
-    with place.taken(settings, resume=resume) as continues, contextlib.closing(heartbeat):
+    told = [MetricsFile(place.path / METRICS), heartbeat, *sinks] if group.rank == 0 else []
+    with departing(), place.taken(settings, resume=resume) as continues, contextlib.closing(heartbeat):
         begin = functools.partial(start, resume=continues)
-        run = _Run.begun(settings, directory(place.path), plan, [heartbeat, *sinks], begin)
-        with contextlib.closing(run.private), Stopping() as stopping:
+        run = _Run.begun(settings, files, plan, told, begin, group)
+        with contextlib.closing(run.private), Stopping(_ECHO if group.size > 1 else 0.0) as stopping:
             for epoch in run.private.epochs():
                 epsilon = run.history.begin(run.private, epoch)
                 for number, batch in enumerate(epoch, 1):
@@ -155,22 +161,25 @@ class _Run:
         plan: PrivacyPlan | None,
         sinks: Sequence[Sink],
         start: Callable[..., PrivateTraining],
+        group: Group,
     ) -> Self:
         """Return the run before its next step: everything that can fail is tried, and nothing is charged."""
         began, started = time.perf_counter(), utc_now()
-        tell = Sinks([MetricsFile(files.path / METRICS), *sinks], lambda: 0.0)
-        if settings.threads is not None:
-            check_threads(settings.threads)
-            torch.set_num_threads(settings.threads)
+        tell = Sinks(sinks, lambda: 0.0)
         plan = plan or plan_of(settings)
-        device = device_of(settings.device)
+
+        def made() -> tuple[torch.device, data.Dataset, torch.nn.Module]:
+            use_threads(settings.threads)
+            device = device_of(settings.device)
+            tell.preparing("loading the data")
+            check_data_fits(settings)
+            dataset = dataset_of(settings)
+            return device, dataset, model_of(settings, dataset).to(device)
+
+        device, dataset, model = together(group, made)
         choices = files.choices()
         if choices is None and settings.choices is not None:
             choices = Choices.read(Path(settings.choices))
-        tell.preparing("loading the data")
-        check_data_fits(settings)
-        dataset = dataset_of(settings)
-        model = model_of(settings, dataset).to(device)
         optimizer = optimizer_of(settings, model)
         schedule = schedule_of(settings, optimizer, plan.steps)
         files.know_records(dataset.train)
@@ -207,7 +216,7 @@ class _Run:
         )
         tell.preparing("trying everything once")
         run._continue()
-        check_evaluation(run.tested.model, dataset.test, dataset.task)
+        together(group, lambda: check_evaluation(run.tested.model, dataset.test, dataset.task))
         run._try_writing()
         run.tell.started(plan, settings)
         return run
@@ -216,6 +225,10 @@ class _Run:
     def _parts(self) -> dict[str, Stateful]:
         """Parts of a checkpoint, beside those of the training itself."""
         return {"history": self.history, **self.tested.parts}
+
+    @property
+    def group(self) -> Group:
+        return self.private.group
 
     def _continue(self) -> None:
         """Take up the newest checkpoint and the clocks, if there are any."""
@@ -242,7 +255,7 @@ class _Run:
             self.files.begin(self.tested.model, self.private.choices, self.history.epochs)
             written = time.perf_counter()
             self.files.checkpoint(self.private, self._parts)
-        seconds = time.perf_counter() - written
+        seconds = first_says(self.group, lambda: time.perf_counter() - written)
         self.every = checkpoint_steps(self.settings, self.private.plan, self.private.step_seconds, seconds)
         self.saved = self.private.steps_taken
 
@@ -277,15 +290,17 @@ class _Run:
         Raises:
           StoppedError: a signal has asked for an end.
         """
-        private = self.private
-        if stopping.asked or private.steps_taken >= self.saved + self.every:
+        private, asked = self.private, self._asked(stopping)
+        if asked or private.steps_taken >= self.saved + self.every:
             self.save()
-        if stopping.asked is None or private.steps_taken == private.plan.steps:
+        if not asked or private.steps_taken == private.plan.steps:
             return
         spent = Charged(steps=private.steps_taken, epsilon=private.epsilon_spent(), research=not private.secure)
-        raise StoppedError(
-            f"{spent.told(private.plan)}. Continue by: dpquant resume {self.files.path}", 128 + stopping.asked
-        )
+        raise StoppedError(f"{spent.told(private.plan)}. Continue by: dpquant resume {self.files.path}", 128 + asked)
+
+    def _asked(self, stopping: Stopping) -> int:
+        """Return the number of the signal that has asked any process for an end, so that all end at the same step."""
+        return int(self.group.gathered(torch.tensor([stopping.asked or 0])).max())
 
     def save(self) -> None:
         """Write a checkpoint."""
@@ -312,11 +327,22 @@ class _Run:
         self.end_epoch(private.state.epoch, private.policies()[-1])
 
     def end(self, command: str) -> RunRecord:
-        """Write and return the record."""
-        contents = Ledger.verify(self.files.path / LEDGER)
+        """Write and return the record, which is that of process 0."""
         with self._writing():
             model_sha256 = self.files.model_sha256()
-        record = RunRecord.of(
+        group = group_record(self.group, self.device)
+        text = first_says(self.group, lambda: self._record(command, model_sha256, group).to_json())
+        record = RunRecord.from_json(text)
+        with self._writing():
+            self.files.end(record, self._timings())
+        self.tell.finished(record)
+        if self.dataset.task.kind == "classification":  # where positives are rare, always no is right nearly always
+            warn_of_guessing(record.accuracy_test, self.dataset.test)
+        return record
+
+    def _record(self, command: str, model_sha256: str, group: GroupRecord) -> RunRecord:
+        contents = Ledger.verify(self.files.path / LEDGER)
+        return RunRecord.of(
             self.settings,
             self.private,
             self.history.epochs,
@@ -328,17 +354,14 @@ class _Run:
             provenance=Provenance.here(contents.run, self.history.started),
             ledger=LedgerRecord.of(contents),
             model_sha256=model_sha256,
+            group=group,
         )
-        with self._writing():
-            self.files.end(record, self._timings())
-        self.tell.finished(record)
-        if self.dataset.task.kind == "classification":  # where positives are rare, always no is right nearly always
-            warn_of_guessing(record.accuracy_test, self.dataset.test)
-        return record
 
     def _metrics(self, split: Held) -> dict[str, float]:
+        """Return the metrics on some records, as process 0 measures them."""
         size = evaluation_batch(self.settings.memory, self.private.execution.microbatch_size)
-        return metrics(self.tested.model, split, self.dataset.task, batch_size=size)
+        model, task = self.tested.model, self.dataset.task
+        return first_says(self.group, lambda: metrics(model, split, task, batch_size=size))
 
     def _timings(self) -> Timings:
         return Timings.of(self.private, self.began, self.history.ends)

@@ -27,10 +27,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpquant.errors import GroupError
+from dpquant.training.roll_call import LAUNCHED, RollCall, lost
 
 TIMEOUT = datetime.timedelta(minutes=10)  # after which a process that does not answer counts as lost
-_LAUNCHED = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"  # set by torchrun
 
 
 class Group(Protocol):
@@ -135,7 +134,7 @@ class TorchGroup:
     def _gathered(self, part: Tensor) -> Tensor:
         sent = part.to(self._place_for(part))
         whole = sent.new_empty(self.size * sent.numel())
-        dist.all_gather_into_tensor(whole, sent)
+        dist.all_gather_single(whole, sent)
         return whole.to(part.device)
 
     def _place_for(self, tensor: Tensor) -> torch.device:
@@ -159,25 +158,23 @@ def group_here(timeout: datetime.timedelta = TIMEOUT) -> Group:
     if not dist.is_available():
         return Alone()
     if not dist.is_initialized():
-        if any(name not in os.environ for name in _LAUNCHED) or os.environ["WORLD_SIZE"] == "1":
+        if any(name not in os.environ for name in LAUNCHED) or os.environ["WORLD_SIZE"] == "1":
             return Alone()
+        if (roll := RollCall.here()) is not None:
+            roll.come(timeout)
         with _told_if_lost():
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+            dist.monitored_barrier(timeout=timeout, wait_all_ranks=True)
     return TorchGroup() if dist.get_world_size() > 1 else Alone()
 
 
 @contextlib.contextmanager
 def _told_if_lost() -> Iterator[None]:
-    """Raise a GroupError for an exchange that fails. Its text has addresses and no data."""
+    """Raise a GroupError for an exchange that fails, naming who is lost."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise GroupError(
-            f"Expected all processes of the run to answer; got a {type(error).__name__}: {reason}. One has ended or "
-            "cannot be reached, and the others stop. What was charged stays charged. See that process' output, and "
-            "resume the run."
-        ) from None
+        raise lost(error) from None
 
 
 def _padded(value: bytes, length: int) -> Tensor:

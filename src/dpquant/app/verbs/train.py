@@ -25,9 +25,10 @@ from dpquant.app.options import (
     with_settings,
 )
 from dpquant.app.output import current, results, say
-from dpquant.app.progress import RunProgress, tell_budget, tell_settings
+from dpquant.app.progress import RunProgress, tell_budget, tell_processes, tell_settings
 from dpquant.errors import SettingError
 from dpquant.runs.defaults import Default
+from dpquant.runs.launched import Launch
 from dpquant.runs.names import RECORD, REPORT
 from dpquant.runs.place import Place
 from dpquant.runs.record import RunRecord
@@ -53,15 +54,20 @@ def train(
 
     SIGTERM and Ctrl-C end the run between two steps, with a checkpoint; exit code 143 or 130.
 
+    Under torchrun all processes train one model, and those that it starts again continue the run: torchrun
+    --standalone --nproc-per-node 2 --max-restarts 3 -m dpquant train --out RUN
+
     Example: dpquant train --data fashion-mnist --epsilon 3 --policy dpquant --fraction 0.75 --out runs/fashion
     """
     settings = settings_of(given, config)
     if resume and out is None:
         raise SettingError("Expected out with resume; got none. It names the run. Give --out RUN.")
-    name = settings.data.rsplit("/", 1)[-1].replace(":", "-")
+    launch, name = Launch.here(), settings.data.rsplit("/", 1)[-1].replace(":", "-")
     folder = out or Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{name}"
+    if launch.size > 1:
+        folder, resume = out or launch.folder(name), resume or launch.attempt > 0
     usual = defaults_of(given, config)
-    _train(settings, folder, resume=resume, no_report=no_report, as_json=as_json, usual=usual)
+    _train(settings, _place(folder), resume=resume, no_report=no_report, as_json=as_json, usual=usual)
 
 
 def resume(
@@ -77,12 +83,24 @@ def resume(
 
     Example: dpquant resume runs/fashion
     """
-    _train(Place(run).settings(), run, resume=True, no_report=no_report, as_json=as_json)
+    place = _place(run)
+    _train(place.settings(), place, resume=True, no_report=no_report, as_json=as_json)
+
+
+def _place(folder: Path) -> Place:
+    """Return the place of a run's files; under torchrun that of all processes, which meet here."""
+    launch = Launch.here()
+    if launch.size == 1:
+        return Place(folder)
+    from dpquant.runs.shared import SharedPlace
+    from dpquant.training.distributed import group_here
+
+    return SharedPlace(folder, group_here())
 
 
 def _train(
     settings: TrainSettings,
-    folder: Path,
+    place: Place,
     *,
     resume: bool,
     no_report: bool,
@@ -90,14 +108,16 @@ def _train(
     usual: Mapping[str, Default] = MappingProxyType({}),
 ) -> None:
     """Train into a run directory and print the result; `usual` are defaults, whose origin is told."""
-    place, console = Place(folder), current().console(results=False, quiet=as_json)
+    folder, console = place.path, current().console(results=False, quiet=as_json)
     if resume and place.has_ended(settings):  # whatever starts a job again until it succeeds has to see that it has
-        record = RunRecord.read(folder / RECORD)
         say(f"{folder} has ended already; nothing is trained or charged.")
-        _print(record, folder, reported=(folder / REPORT).exists(), as_json=as_json)
+        if Launch.here().rank == 0:
+            record = RunRecord.read(folder / RECORD)
+            _print(record, folder, reported=(folder / REPORT).exists(), as_json=as_json)
         return
     with place.taken(settings, resume=resume):  # before torch is imported: a run killed meanwhile can be continued
         if not as_json:
+            tell_processes(Launch.here(), settings.threads)
             tell_settings(settings, usual)
         plan = plan_of(settings)
         if not as_json:
@@ -115,6 +135,8 @@ def _train(
             from dpquant.runs.names import LEDGER
 
             raise InterruptedRun(charged(folder / LEDGER, plan).told(plan)) from interrupt
+    if Launch.here().rank > 0:
+        return
     if not no_report:
         from dpquant.app.report import write_report
 

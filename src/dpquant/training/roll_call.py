@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which processes of a run have not come, or have gone: asked in the store in which torchrun lets them meet.
+
+When a process ends, the exchange fails on the others, and its error names a socket. They then answer a roll call. An
+exchange fails only where somebody is lost, so that whoever is the last without an answer is that one. One of those that
+have answered tells it; the others say nothing. A process that ends with an error of its own notes that first, and then
+nothing is told of it.
+"""
+
+import contextlib
+import datetime
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import Self
+
+from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]: documented
+
+from dpquant.errors import GroupError
+
+LAUNCHED = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+"""Set by torchrun, and by every other launcher for torch.distributed."""
+_WAIT = datetime.timedelta(seconds=15)  # for the others, which may be in the middle of a step
+_BETWEEN = 0.05  # seconds
+
+
+class RollCall:
+    """The processes of a run as they answer in a store.
+
+    Attributes:
+      rank: of this process.
+      size: number of processes.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int):
+        self._store, self.rank, self.size = store, rank, size
+
+    @classmethod
+    def here(cls) -> Self | None:
+        """Return the roll call of the processes that a launcher has started; None if there is none, or no store."""
+        if any(name not in os.environ for name in LAUNCHED):
+            return None
+        rank, size, host, port = (os.environ[name] for name in LAUNCHED)
+        attempt = "-".join(os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT"))
+        with contextlib.suppress(RuntimeError, ValueError):
+            store = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=_WAIT)
+            return cls(PrefixStore(f"dpquant-{attempt}", store), int(rank), int(size))
+        return None
+
+    def come(self, timeout: datetime.timedelta) -> None:
+        """Return once all processes have called this.
+
+        Raises:
+          GroupError: some have not, in this time. It names them.
+        """
+        if missing := self._missing("here", timeout, until=0):
+            raise GroupError(
+                f"Expected {self.size} processes to start; got none of {_told(missing)} within {timeout.seconds} s. "
+                "Nothing was charged. See their output, and whether their machines reach that of process 0.",
+                told_by=min(set(range(self.size)) - set(missing)) == self.rank,
+            )
+
+    def leave(self) -> None:
+        """Note that this process ends with an error that it tells itself."""
+        with contextlib.suppress(RuntimeError):
+            self._store.set(f"left/{self.rank}", "")
+
+    def lost(self, timeout: datetime.timedelta = _WAIT) -> tuple[Sequence[int], bool]:
+        """Return which processes are lost, and whether it is for this one to tell.
+
+        Nobody tells of processes that have noted that they leave.
+
+        Args:
+          timeout: after which those that have not answered count as lost, even if they are several.
+        """
+        missing = self._missing("after", timeout, until=1)
+        gone = [rank for rank in range(self.size) if self._store.check([f"left/{rank}"])]
+        first = min((rank for rank in range(self.size) if rank not in missing), default=self.rank)
+        return missing, not gone and first == self.rank
+
+    def _missing(self, question: str, timeout: datetime.timedelta, *, until: int) -> list[int]:
+        """Answer a question, wait until at most `until` answers are missing, and return whose."""
+        self._store.set(f"{question}/{self.rank}", "")
+        ends = time.monotonic() + timeout.total_seconds()
+        while True:
+            missing = [rank for rank in range(self.size) if not self._store.check([f"{question}/{rank}"])]
+            if len(missing) <= until or time.monotonic() > ends:
+                return missing
+            time.sleep(_BETWEEN)
+
+
+@contextlib.contextmanager
+def departing() -> Iterator[None]:
+    """Context: an error that ends this process is its own, and the others need not tell that it is lost."""
+    try:
+        yield
+    except GroupError:
+        raise
+    except BaseException:
+        with contextlib.suppress(RuntimeError):
+            if (roll := RollCall.here()) is not None:
+                roll.leave()
+        raise
+
+
+def lost(error: Exception) -> GroupError:
+    """Return the error for an exchange that has failed, after a roll call. Its text has addresses and no data."""
+    reason = (str(error).splitlines() or [""])[0]
+    missing, told_by = [], True
+    with contextlib.suppress(RuntimeError):
+        if (roll := RollCall.here()) is not None:
+            missing, told_by = roll.lost()
+    who = f"no answer of {_told(missing)}" if missing else f"a {type(error).__name__}: {reason}"
+    return GroupError(
+        f"Expected all processes of the run to answer; got {who}. It has ended or cannot be reached, and the others "
+        "stop. What was charged stays charged. See that process' output, and resume the run.",
+        told_by=told_by,
+    )
+
+
+def _told(ranks: Sequence[int]) -> str:
+    return ("process " if len(ranks) == 1 else "processes ") + ", ".join(map(str, ranks))
