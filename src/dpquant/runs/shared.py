@@ -30,6 +30,7 @@ from dpquant.training.continuing import Stateful
 from dpquant.training.distributed import Group
 from dpquant.training.private import PrivateTraining
 from dpquant.training.records import MapDataset
+from dpquant.training.roll_call import departing
 
 
 def first_says(group: Group, work: Callable[[], Any]) -> Any:
@@ -58,7 +59,7 @@ class SharedPlace(Place):
 
     def __init__(self, path: Path, group: Group):
         super().__init__(path)
-        self._group = group
+        self._own, self._group = Place(path), group
 
     @contextlib.contextmanager
     def taken(self, settings: TrainSettings, *, resume: bool = False) -> Iterator[bool]:
@@ -67,20 +68,21 @@ class SharedPlace(Place):
             yield self._continues
             return
         with contextlib.ExitStack() as stack:
-            take = super().taken(settings, resume=resume)
-            self._continues = first_says(self._group, lambda: stack.enter_context(take))
+            take = self._own.taken(settings, resume=resume)
+            self._continues = continues = first_says(self._group, lambda: stack.enter_context(take))
             try:
-                yield bool(self._continues)
+                yield continues
             finally:
                 self._continues = None
 
     def has_ended(self, settings: TrainSettings) -> bool:
         """Return whether the directory holds a run that has ended. Raises as for `Place`."""
-        return first_says(self._group, lambda: super(SharedPlace, self).has_ended(settings))
+        with departing():
+            return first_says(self._group, lambda: self._own.has_ended(settings))
 
     def settings(self) -> TrainSettings:
         """Return the settings of the run in the directory. Raises as for `Place`."""
-        text = first_says(self._group, lambda: super(SharedPlace, self).settings().to_toml())
+        text = first_says(self._group, lambda: self._own.settings().to_toml())
         return TrainSettings.chosen({}, tomllib.loads(text))
 
 

@@ -9,6 +9,7 @@ nothing is told of it.
 
 import contextlib
 import datetime
+import itertools
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ LAUNCHED = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
 """Set by torchrun, and by every other launcher for torch.distributed."""
 _WAIT = datetime.timedelta(seconds=15)  # for the others, which may be in the middle of a step
 _BETWEEN = 0.05  # seconds
+_number = itertools.count()
 
 
 class RollCall:
@@ -60,6 +62,10 @@ class RollCall:
                 told_by=min(set(range(self.size)) - set(missing)) == self.rank,
             )
 
+    def part(self, number: int) -> None:
+        """Return once all processes have called this with that number, or do not come."""
+        self._missing(f"part-{number}", _WAIT, until=0)
+
     def leave(self) -> None:
         """Note that this process ends with an error that it tells itself."""
         with contextlib.suppress(RuntimeError):
@@ -91,7 +97,12 @@ class RollCall:
 
 @contextlib.contextmanager
 def departing() -> Iterator[None]:
-    """Context: an error that ends this process is its own, and the others need not tell that it is lost."""
+    """Context: at its end no process goes before the others have got what it has sent them.
+
+    An error with which the context ends is this process' own, and the others need not tell that it is lost. Every
+    process has to enter the context.
+    """
+    number = next(_number)
     try:
         yield
     except GroupError:
@@ -101,6 +112,9 @@ def departing() -> Iterator[None]:
             if (roll := RollCall.here()) is not None:
                 roll.leave()
         raise
+    with contextlib.suppress(RuntimeError):
+        if (roll := RollCall.here()) is not None:
+            roll.part(number)
 
 
 def lost(error: Exception) -> GroupError:
