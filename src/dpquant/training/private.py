@@ -53,6 +53,8 @@ from dpquant.training.sums import (
     analysis_sum,
     check_sensitivity,
     draws_of_noise,
+    noising,
+    noising_analysis,
     step_sum,
 )
 from dpquant.training.watch import Watch, broken, without_details
