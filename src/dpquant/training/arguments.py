@@ -58,6 +58,8 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     expect("ledger", given["ledger"], (Path, type(None)), "a pathlib.Path or None", todo)
     todo = "Read a run's choices.json by Choices.read, or leave it out"
     expect("choices", given["choices"], (Choices, type(None)), "Choices or None", todo)
+    if not isinstance(given["exact_sums"], bool):
+        raise SettingError(f"Expected exact_sums to be True or False; got {kind_of(given['exact_sums'])}.")
     if not callable(given["collate_fn"]):
         raise SettingError(
             f"Expected collate_fn to be a function from a list of records to a batch; got "

@@ -70,6 +70,20 @@ def share(record_ids: Tensor, group: Group) -> Tensor:
     return record_ids.tensor_split(group.size)[group.rank]
 
 
+def cut(record_ids: Tensor, group: Group, *, whole: bool) -> tuple[Tensor, slice]:
+    """Return the ids that are cut into microbatches, and which of these microbatches are this process'.
+
+    Args:
+      record_ids: of the batch.
+      group: the processes.
+      whole: True: the whole batch is cut, and dealt out microbatch by microbatch, so that the cuts are those of one
+        process. False: this process' share is cut, and shares are as equal as they can be.
+    """
+    if whole:
+        return record_ids, slice(group.rank, None, group.size)
+    return share(record_ids, group), slice(None)
+
+
 def noisy_means(group: Group, sums: Mapping[str, Tensor], noised: Noised) -> Iterator[tuple[str, Tensor]]:
     """Yield the noisy mean of each tensor's sum over all processes, with the same bits on every process.
 

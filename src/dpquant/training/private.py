@@ -23,10 +23,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from dpquant.backends.choose import Choices
-from dpquant.engine.batches import Microbatch, take_rows
+from dpquant.engine.batches import Microbatch
 from dpquant.engine.clip import ClippedSum, step_key
 from dpquant.engine.layers import set_policy, set_precisions
 from dpquant.errors import BudgetError, ModelError, SettingError
@@ -42,7 +40,7 @@ from dpquant.training.checkpoint import Checkpoint
 from dpquant.training.continuing import Parts, Stateful, continued
 from dpquant.training.distributed import Group
 from dpquant.training.epoch import Batch, Epoch
-from dpquant.training.exchange import Slices, noisy_means, share
+from dpquant.training.exchange import Slices, cut, noisy_means, share
 from dpquant.training.execution import Execution
 from dpquant.training.impact import ImpactSum, analysis_keys
 from dpquant.training.policies import ema
@@ -55,7 +53,8 @@ from dpquant.training.sums import (
     analysis_sum,
     check_sensitivity,
     draws_of_noise,
-    noisy_mean,
+    noising,
+    noising_analysis,
     step_sum,
 )
 from dpquant.training.watch import Watch, broken, without_details
@@ -76,6 +75,7 @@ class PrivateTraining:
       state: state of the run, as one value.
       seconds_train, seconds_analysis: wall time so far; depends on the private batch sizes and is not for release.
       secure: False if sampling or noise came from a given seed. Then the run is not private.
+      group: the processes of the run.
       step_seconds: time of a step on synthetic records, measured at the start; public.
     """
 
@@ -102,7 +102,7 @@ class PrivateTraining:
         self.plan, self.policy = setup.plan, setup.policy
         self.macs, self.choices, self.step_seconds = setup.found.macs, choices, setup.step_seconds
         self.seconds_train = self.seconds_analysis = 0.0
-        self._records, self._mechanism, self._group, self._state = records, mechanism, group, state
+        self._records, self._mechanism, self.group, self._state = records, mechanism, group, state
         self._objective, self._seed = setup.found.objective, setup.seed
         self._drawn: Batch | None = None
         self._watch, self._began = Watch(setup.found.objective, records), False
@@ -117,11 +117,6 @@ class PrivateTraining:
     @property
     def execution(self) -> Execution:
         return self._state.execution
-
-    @property
-    def group(self) -> Group:
-        """The processes of the run."""
-        return self._group
 
     @property
     def backend(self) -> str:
@@ -221,25 +216,21 @@ class PrivateTraining:
         key = self._key_of(batch.step)
         self._probe(batch, key)
         trainable, size = self._objective.trainable(), self.execution.microbatch_size
-        parts = None if self._group.size == 1 else Slices.of(trainable, self._group).parts()
+        parts = None if self.group.size == 1 else Slices.of(trainable, self.group).parts()
         draws = draws_of_noise(self._mechanism.noise, self.plan, batch, trainable, parts)
         with drawing(draws, self._device) as noise_of:
-            clipped = together(self._group, lambda: self._clipped_sum(self._pieces(batch, size, key), key))
+            clipped = together(self.group, lambda: self._clipped_sum(self._pieces(batch, size, key), key))
             check_sensitivity(clipped, self.plan)
-
-            def noised(name: str, part: slice, total: Tensor) -> Tensor:
-                noise = noise_of(name).to(total.device, non_blocking=self._device.type != "cpu")
-                return noisy_mean(noise, total, grid=clipped.grid, expected=self.plan.expected_batch_size).float()
-
-            for name, mean in noisy_means(self._group, clipped.grads, noised):
+            for name, mean in noisy_means(self.group, clipped.grads, noising(clipped, noise_of, self.plan)):
                 trainable[name].grad = mean
         self._watch.take_step(self.optimizer)
         if self.steps_taken % EVERY == 0:
-            check_parameters(self._group, self.model)
+            check_parameters(self.group, self.model)
 
     def _pieces(self, batch: Batch, size: int, key: int) -> Iterable[Microbatch]:
         """Read this process' share of a batch, `size` records at a time."""
-        return self._records.microbatches(share(batch.record_ids, self._group), size, key)
+        ids, taken = cut(batch.record_ids, self.group, whole=self.execution.exact_sums)
+        return self._records.microbatches(ids, size, key, taken)
 
     def _key_of(self, step: int) -> int:
         """Return the secret key of all random numbers that are drawn for records in a step."""
@@ -247,12 +238,12 @@ class PrivateTraining:
 
     def _clipped_sum(self, pieces: Iterable[Microbatch], key: int) -> ClippedSum:
         """Return the sum of the records' clipped gradients, without records on which model or loss raise."""
-        return step_sum(self._objective, pieces, self.plan, key, leaves_out=True)
+        return step_sum(self._objective, pieces, self.plan, key, leaves_out=True, exact=self.execution.exact_sums)
 
     def _probe(self, batch: Batch, key: int) -> None:
         """Check once an epoch that a record's gradient does not depend on the other records of its batch."""
-        mine = share(batch.record_ids, self._group)
-        self._stop_if(first_reason(self._group, lambda: self._watch.coupling(mine, key)))
+        mine = share(batch.record_ids, self.group)
+        self._stop_if(first_reason(self.group, lambda: self._watch.coupling(mine, key)))
         self._refuse_if_broken()
 
     def _stop_if(self, reason: str) -> None:
@@ -336,8 +327,8 @@ class PrivateTraining:
             set_policy(self.model, ())
             changed = self._watch.changed_buffer()
             self._stop_if(changed)
-        self._stop_if(first_reason(self._group, lambda: changed))
-        check_parameters(self._group, self.model)
+        self._stop_if(first_reason(self.group, lambda: changed))
+        check_parameters(self.group, self.model)
         self._refuse_if_broken()
 
     def _refuse_what_was_skipped(self) -> None:
@@ -371,14 +362,7 @@ class PrivateTraining:
         ids = self._mechanism.sampler.draw(
             len(self._records), planned.sample_rate, stream=stream, step=step, attempt=attempt
         )
-        return Batch(ids, step, attempt, lambda ids: self._all_of(ids, step))
-
-    def _all_of(self, record_ids: Tensor, step: int) -> Any:
-        """Return the collated records of a batch, without the broken ones, for `Batch.data`; `()` if none is left."""
-        if len(record_ids) == 0:
-            return ()
-        found = self._records.microbatch(record_ids, len(record_ids), self._key_of(step))
-        return () if found is None else take_rows(found.data, slice(0, found.num_examples))
+        return Batch(ids, step, attempt, lambda ids: self._records.together(ids, self._key_of(step)))
 
     @property
     def _analysis(self) -> AnalysisPlan:
@@ -399,17 +383,14 @@ class PrivateTraining:
         names = [name for name in self.macs if name not in self.execution.excluded_layers]
         key = derive_key(self._mechanism.record_key, "analysis", batch.step)
         keys = analysis_keys(self._mechanism.record_key, batch.step, self._analysis.repeats)
-        size, expected = self.execution.analysis_microbatch_size, self._analysis.expected_batch_size
-        measured = together(self._group, lambda: self._impact_sum(self._pieces(batch, size, key), names, keys))
+        size = self.execution.analysis_microbatch_size
+        measured = together(self.group, lambda: self._impact_sum(self._pieces(batch, size, key), names, keys))
         noise = analysis_noise(self._mechanism.noise, self.plan, batch, measured)
-
-        def noised(_: str, part: slice, total: Tensor) -> Tensor:
-            return noisy_mean(noise[part], total, grid=measured.grid, expected=expected)
-
-        means = dict(noisy_means(self._group, {"impacts": measured.impacts}, noised))["impacts"]
+        noised = noising_analysis(measured, noise, self.plan)
+        means = dict(noisy_means(self.group, {"impacts": measured.impacts}, noised))["impacts"]
         new = dict(zip(names, means.tolist(), strict=True))
         self._advance(scores=ema(self._state.scores, new, self.policy.ema))
 
     def _impact_sum(self, pieces: Iterable[Microbatch], names: Sequence[str], keys: Sequence[int]) -> ImpactSum:
         """Return the sum of the records' clipped impacts; `keys` are the secret keys of their roundings."""
-        return analysis_sum(self._objective, pieces, self.plan, names, keys)
+        return analysis_sum(self._objective, pieces, self.plan, names, keys, exact=self.execution.exact_sums)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.data import default_collate
 
+from dpquant import native
 from dpquant.backends.choose import Choices
 from dpquant.backends.interface import Backend
 from dpquant.backends.registry import resolve
@@ -26,7 +27,7 @@ from dpquant.engine.layers import prepare
 from dpquant.engine.passes import Objective, PerExampleLoss
 from dpquant.errors import DataError, SettingError
 from dpquant.formats import AUTO, FULL_PRECISION, Precision, Recipe, precision
-from dpquant.machine import current
+from dpquant.machine import current, processor
 from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.mechanism import Mechanism
 from dpquant.privacy.plan import PrivacyPlan
@@ -39,6 +40,7 @@ from dpquant.training.execution import Execution, ExecutionRequest
 from dpquant.training.policies import Policy
 from dpquant.training.private import PrivateTraining
 from dpquant.training.records import MapDataset, Records
+from dpquant.training.rehearsal import untimed
 from dpquant.training.same import check_same, parameters_hash
 from dpquant.training.setup import Setup
 from dpquant.training.shared_ledger import shared
@@ -67,6 +69,7 @@ def make_private(
     workers: int = 1,
     choices: Choices | None = None,
     resume: bool = False,
+    exact_sums: bool = False,
     watch: Callable[[str], None] = lambda what: None,
 ) -> PrivateTraining:
     """Check everything, prepare the model, and return a run that `plan` accounts for.
@@ -103,6 +106,8 @@ def make_private(
         machine.
       resume: continue the run of the ledger, if the file exists: what is charged there stays charged, and only what is
         left of the plan can be spent. Load its last checkpoint next, with `private.load`.
+      exact_sums: add the sums of microbatches up as integers, so that a run of the same choices and mechanism_seed has
+        the same bits for any number of processes. Costs twice the bytes, and a pass over the parameters a microbatch.
       watch: called with a few words about each phase of the start, when it begins.
     Returns: a run that has charged nothing yet.
     Raises:
@@ -129,6 +134,7 @@ def make_private(
             backend=backend,
             microbatch_size=microbatch_size,
             memory=memory,
+            exact_sums=exact_sums,
         ),
         seed=seed,
         collate_fn=collate_fn,
@@ -199,6 +205,7 @@ def begin(
     group, device = group or Alone(), next((p.device for p in request.model.parameters()), torch.device("cpu"))
     with current(device):
         setup, records, wanted = together(group, lambda: _checked(request))
+        wanted = dataclasses.replace(wanted, processes=group.size)
         check_same(group, _facts(request) if group.size > 1 else {})
         request.watch("measuring this machine")
         choices = request.choices or Choices()
@@ -211,8 +218,11 @@ def begin(
 
         answer = json.loads(on_first(group, measure))
         place, step_seconds = RunState.from_json(answer["state"]), answer["step_seconds"]
-        if group.rank > 0:  # what process 0 has measured holds for all
+        if wanted.exact_sums:
+            choices = untimed(place.choices)
+        elif group.rank > 0:  # what process 0 has measured holds for all
             choices = Choices(place.choices)
+        choices.made.update(place.choices)
         together(group, lambda: _followed(setup, place.execution, choices, group, device))
     mechanism = make_mechanism(step_seconds)
     if mechanism.ledger.charged("train") or mechanism.ledger.charged("analysis"):
@@ -231,10 +241,12 @@ def _facts(request: Request) -> dict[str, str]:
     """Return what has to be the same on every process of a run."""
     wanted = request.execution
     return {
+        **({"processor": repr((processor()[:2], torch.__version__, native.build()))} if wanted.exact_sums else {}),
         "parameters": parameters_hash(request.model),
         "plan": request.plan.to_json(),
         "policy": repr(request.policy) if dataclasses.is_dataclass(request.policy) else type(request.policy).__name__,
         "format": f"{wanted.chosen.name} {wanted.rest.name} {wanted.auto}",
+        "exact_sums": str(wanted.exact_sums),
         "seed": str(request.seed),
         "optimizer": type(request.optimizer).__name__,
         "number of records": str(len(request.train_set)),

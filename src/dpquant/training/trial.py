@@ -8,12 +8,14 @@ import torch
 
 from dpquant.backends.malloc import give_back
 from dpquant.checks.isolation import check_at_size
+from dpquant.engine.exact_sum import check_exact
 from dpquant.engine.layers import set_policy, set_precisions
 from dpquant.engine.passes import out_of_memory
 from dpquant.errors import SettingError
 from dpquant.training.execution import Execution, ExecutionRequest, choose_execution
-from dpquant.training.rehearsal import rehearse, step_seconds
+from dpquant.training.rehearsal import rehearse, step_seconds, synthetic_piece
 from dpquant.training.setup import Setup
+from dpquant.training.sums import step_sum
 from dpquant.training.tuning import instruments_on
 
 _REHEARSED = 2  # records in the trial step
@@ -37,7 +39,29 @@ def measured(setup: Setup, request: ExecutionRequest, device: torch.device) -> t
         request=request,
         by=instruments_on(device),
     )
-    return that_fits(execution, request, lambda one: tried(setup, one, device))
+    execution, seconds = that_fits(execution, request, lambda one: tried(setup, one, device))
+    if execution.exact_sums:
+        num_values = sum(p.numel() for p in found.objective.trainable().values())
+        check_exact(num_values, setup.plan.expected_batch_size, execution.microbatch_size)
+    if execution.exact_sums or request.processes > 1:
+        _decide_all(setup, execution)
+    return execution, seconds
+
+
+def _decide_all(setup: Setup, execution: Execution) -> None:
+    """Make the decisions by timing that a step needs, before other processes take them over.
+
+    They concern one layer each, by its operands. So two passes are enough, in which all layers that can be chosen are,
+    and none is.
+    """
+    found, exact = setup.found, execution.exact_sums
+    pieces = [synthetic_piece(found, execution.microbatch_size)]
+    try:
+        for layers in (set(found.macs) - set(execution.excluded_layers), ()):
+            set_precisions(found.objective.model, execution.precisions(found.macs, layers))
+            step_sum(found.objective, pieces, setup.plan, 0, leaves_out=False, exact=exact)
+    finally:
+        set_policy(found.objective.model, ())
 
 
 def that_fits(
@@ -84,7 +108,8 @@ def tried(setup: Setup, execution: Execution, device: torch.device) -> float:
         set_precisions(model, execution.precisions(found.macs, layers))
         sizes = size, execution.analysis_microbatch_size
         step, analysis = sizes if device.type == "cuda" else (min(one, _REHEARSED) for one in sizes)
-        rehearse(setup.optimizer, setup.plan, found, size=step, analysis_size=analysis, analysed=analysed)
+        exact = execution.exact_sums
+        rehearse(setup.optimizer, setup.plan, found, size=step, analysis_size=analysis, analysed=analysed, exact=exact)
         return step_seconds(found, setup.plan, size)
     finally:
         set_policy(model, ())
