@@ -37,6 +37,7 @@ from dpquant.runs.settings import plan_of
 
 LONGEST = 600.0  # seconds of a run after its last kill
 EARLY_ONE_IN = 5
+SPARE = 2  # restarts, for processes that do not find each other on a busy machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,7 @@ def ended(out: Path, draw: random.Random, *, size: int, kills: int) -> Ended:
     """
     began, found = time.monotonic(), []
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-    launcher += ["--max-restarts", str(kills)]
+    launcher += ["--max-restarts", str(kills + SPARE)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     with out.with_suffix(".log").open("w") as log:
         command = [*launcher, "-m", "dpquant", "train", "--out", str(out), *SMALL]
@@ -112,7 +113,7 @@ def _killed(agent: subprocess.Popen, ledger: Path, draw: random.Random, size: in
     """Kill a process of a run at a random moment; None if the run ended before it."""
     early, rank = draw.randrange(EARLY_ONE_IN) == 0, draw.randrange(size)
     seconds = draw.uniform(0, 12) if early else draw.uniform(0, 1)
-    while agent.poll() is None and not (early and _process(agent.pid, rank)) and _charged(ledger) <= before:
+    while agent.poll() is None and not (_process(agent.pid, rank) if early else _charged(ledger) > before):
         time.sleep(0.02)
     time.sleep(seconds)
     process = _process(agent.pid, rank)

@@ -78,7 +78,7 @@ def test_without_a_store_the_error_of_the_exchange_is_told(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     error = lost(RuntimeError("Connection closed by peer [127.0.0.1]:4711\nmore"))
-    assert "got a RuntimeError: Connection closed by peer [127.0.0.1]:4711. It has" in str(error) and error.told_by
+    assert "got a RuntimeError: Connection closed by peer [127.0.0.1]:4711. One has" in str(error) and error.told_by
     with departing():
         pass
     with pytest.raises(KeyError), departing():

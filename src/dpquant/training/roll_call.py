@@ -2,9 +2,9 @@
 """Which processes of a run have not come, or have gone: asked in the store in which torchrun lets them meet.
 
 When a process ends, the exchange fails on the others, and its error names a socket. They then answer a roll call. An
-exchange fails only where somebody is lost, so that whoever is the last without an answer is that one. One of those that
-have answered tells it; the others say nothing. A process that ends with an error of its own notes that first, and then
-nothing is told of it.
+exchange hardly fails but where somebody is lost, so that whoever is the last without an answer is that one. One of
+those that have answered tells it; the others say nothing. A process that ends with an error of its own notes that
+first, and then nothing is told of it.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from dpquant.errors import GroupError
 LAUNCHED = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
 """Set by torchrun, and by every other launcher for torch.distributed."""
 _WAIT = datetime.timedelta(seconds=15)  # for the others, which may be in the middle of a step
+_GRACE = datetime.timedelta(seconds=0.5)  # for one that has the same error, and nobody may be lost
 _BETWEEN = 0.05  # seconds
 _number = itertools.count()
 
@@ -87,10 +88,11 @@ class RollCall:
     def _missing(self, question: str, timeout: datetime.timedelta, *, until: int) -> list[int]:
         """Answer a question, wait until at most `until` answers are missing, and return whose."""
         self._store.set(f"{question}/{self.rank}", "")
-        ends = time.monotonic() + timeout.total_seconds()
+        began = time.monotonic()
         while True:
             missing = [rank for rank in range(self.size) if not self._store.check([f"{question}/{rank}"])]
-            if len(missing) <= until or time.monotonic() > ends:
+            waited = datetime.timedelta(seconds=time.monotonic() - began)
+            if not missing or waited > timeout or (len(missing) <= until and waited > _GRACE):
                 return missing
             time.sleep(_BETWEEN)
 
@@ -126,7 +128,7 @@ def lost(error: Exception) -> GroupError:
             missing, told_by = roll.lost()
     who = f"no answer of {_told(missing)}" if missing else f"a {type(error).__name__}: {reason}"
     return GroupError(
-        f"Expected all processes of the run to answer; got {who}. It has ended or cannot be reached, and the others "
+        f"Expected all processes of the run to answer; got {who}. One has ended or cannot be reached, and the others "
         "stop. What was charged stays charged. See that process' output, and resume the run.",
         told_by=told_by,
     )
