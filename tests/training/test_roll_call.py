@@ -5,7 +5,7 @@ import datetime
 import threading
 
 import pytest
-import torch.distributed as dist
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]: documented
 
 from dpquant.errors import GroupError
 from dpquant.training.roll_call import RollCall, departing, lost
@@ -16,7 +16,7 @@ LATE = datetime.timedelta(seconds=30)
 
 def answers(size, alive, question):
     """`question(roll)` of each process that is alive, {rank: answer or error}; all ask at the same time."""
-    store, found = dist.HashStore(), {}
+    store, found = HashStore(), {}
 
     def ask(rank):
         try:
@@ -53,11 +53,34 @@ def test_nobody_tells_of_a_process_that_has_told_its_error_itself():
     assert not found[2][1]
 
 
-def test_all_come_or_those_who_have_not_are_named():
-    assert answers(2, (0, 1), lambda roll: roll.come(LATE)) == {0: None, 1: None}
-    found = answers(3, (1, 2), lambda roll: roll.come(datetime.timedelta(seconds=1)))
-    assert "got none of process 0 within 1 s" in str(found[1])
-    assert (found[1].told_by, found[2].told_by) == (True, False)
+def test_all_come_and_agree_on_a_name():
+    found = answers(3, (0, 1, 2), lambda roll: roll.come(LATE).name)
+    assert found[0] == found[1] == found[2] != ""
+
+
+def test_those_who_have_not_come_are_named_by_process_0():
+    found = answers(3, (0, 2), lambda roll: roll.come(datetime.timedelta(seconds=1)))
+    assert "got none of process 1 within 1 s" in str(found[0]) and found[0].told_by
+    found = answers(2, (1,), lambda roll: roll.come(datetime.timedelta(seconds=1)))
+    assert "got none of process 0 within 1 s" in str(found[1]) and not found[1].told_by
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_what_a_former_start_has_left_is_no_answer(first):
+    """The same store sees two starts; whoever comes first to the second one does not hear those of the first."""
+    store, names = HashStore(), []
+
+    def come(rank):
+        names.append(RollCall(store, rank, 2).come(LATE).name)
+
+    for _ in range(2):
+        threads = [threading.Thread(target=come, args=(rank,)) for rank in (first, 1 - first)]
+        for thread in threads:
+            thread.start()
+            threading.Event().wait(0.2)
+        for thread in threads:
+            thread.join(20)
+    assert names[0] == names[1] != names[2] == names[3]
 
 
 def test_none_parts_before_all_have_what_was_sent():

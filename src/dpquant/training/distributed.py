@@ -21,11 +21,12 @@ import contextlib
 import datetime
 import os
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]: documented
 
 from dpquant.training.roll_call import LAUNCHED, RollCall, lost
 
@@ -161,10 +162,14 @@ def group_here(timeout: datetime.timedelta = TIMEOUT) -> Group:
     if not dist.is_initialized():
         if any(name not in os.environ for name in LAUNCHED) or os.environ["WORLD_SIZE"] == "1":
             return Alone()
-        if (roll := RollCall.here()) is not None:
-            roll.come(timeout)
+        roll = RollCall.of_torchrun(timeout)
+        where: dict[str, Any] = {}
+        if roll is not None:
+            where = {"store": PrefixStore("group", roll.store), "rank": roll.rank, "world_size": roll.size}
         with _told_if_lost():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout, **where
+            )
             dist.monitored_barrier(timeout=timeout, wait_all_ranks=True)
     return TorchGroup() if dist.get_world_size() > 1 else Alone()
 

@@ -12,6 +12,7 @@ import datetime
 import itertools
 import os
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from typing import Self
 
@@ -31,37 +32,62 @@ class RollCall:
     """The processes of a run as they answer in a store.
 
     Attributes:
+      store: in which they do, of this start of the processes alone.
       rank: of this process.
       size: number of processes.
+      name: of this start, the same for all its processes.
     """
 
-    def __init__(self, store: Store, rank: int, size: int):
-        self._store, self.rank, self.size = store, rank, size
+    def __init__(self, store: Store, rank: int, size: int, name: str = ""):
+        self.store, self.rank, self.size, self.name = store, rank, size, name
 
     @classmethod
-    def here(cls) -> Self | None:
-        """Return the roll call of the processes that a launcher has started; None if there is none, or no store."""
-        if any(name not in os.environ for name in LAUNCHED):
-            return None
-        rank, size, host, port = (os.environ[name] for name in LAUNCHED)
-        attempt = "-".join(os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT"))
-        with contextlib.suppress(RuntimeError, ValueError):
-            store = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=_WAIT)
-            return cls(PrefixStore(f"dpquant-{attempt}", store), int(rank), int(size))
-        return None
+    def of_torchrun(cls, timeout: datetime.timedelta) -> Self | None:
+        """Return the roll call of the processes that torchrun has started, once all have come; None without torchrun.
 
-    def come(self, timeout: datetime.timedelta) -> None:
-        """Return once all processes have called this.
+        torchrun keeps one store over all its starts, and torch's own processes may find each other's former addresses
+        in it. So these agree on a name for the present start, and use what is under it alone.
 
         Raises:
-          GroupError: some have not, in this time. It names them.
+          GroupError: some processes have not come in this time. It names them.
         """
-        if missing := self._missing("here", timeout, until=0):
-            raise GroupError(
-                f"Expected {self.size} processes to start; got none of {_told(missing)} within {timeout.seconds} s. "
-                "Nothing was charged. See their output, and whether their machines reach that of process 0.",
-                told_by=min(set(range(self.size)) - set(missing)) == self.rank,
-            )
+        global _present
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            return None
+        rank, size, host, port = (os.environ[name] for name in LAUNCHED)
+        store = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=timeout)
+        _present = cls(PrefixStore("dpquant", store), int(rank), int(size)).come(timeout)
+        return _present
+
+    def come(self, timeout: datetime.timedelta) -> Self:
+        """Return the roll call of this start, once all processes have called this.
+
+        Each process asks under a name that is new. Process 0 answers each with the name of the start, so that nobody
+        takes what a former process has left for an answer.
+
+        Raises:
+          GroupError: some have not come in this time. Process 0 names them.
+        """
+        store, rank, question = self.store, self.rank, uuid.uuid4().hex
+        if rank > 0:
+            store.set(f"asks/{rank}", question)
+            try:
+                store.wait([question], timeout)
+            except RuntimeError:
+                raise GroupError(_not_come(self.size, [0], timeout), told_by=False) from None
+            start = store.get(question).decode()
+            store.set(f"{start}/here/{rank}", "")
+            return type(self)(PrefixStore(start, store), rank, self.size, start)
+        ends, others = time.monotonic() + timeout.total_seconds(), set(range(1, self.size))
+        while others:
+            for other in sorted(others):
+                if store.check([f"asks/{other}"]):
+                    store.set(store.get(f"asks/{other}").decode(), question)
+            others = {other for other in others if not store.check([f"{question}/here/{other}"])}
+            if others and time.monotonic() > ends:
+                raise GroupError(_not_come(self.size, sorted(others), timeout))
+            time.sleep(_BETWEEN)
+        return type(self)(PrefixStore(question, store), rank, self.size, question)
 
     def part(self, number: int) -> None:
         """Return once all processes have called this with that number, or do not come."""
@@ -70,7 +96,7 @@ class RollCall:
     def leave(self) -> None:
         """Note that this process ends with an error that it tells itself."""
         with contextlib.suppress(RuntimeError):
-            self._store.set(f"left/{self.rank}", "")
+            self.store.set(f"left/{self.rank}", "")
 
     def lost(self, timeout: datetime.timedelta = _WAIT) -> tuple[Sequence[int], bool]:
         """Return which processes are lost, and whether it is for this one to tell.
@@ -81,20 +107,23 @@ class RollCall:
           timeout: after which those that have not answered count as lost, even if they are several.
         """
         missing = self._missing("after", timeout, until=1)
-        gone = [rank for rank in range(self.size) if self._store.check([f"left/{rank}"])]
+        gone = [rank for rank in range(self.size) if self.store.check([f"left/{rank}"])]
         first = min((rank for rank in range(self.size) if rank not in missing), default=self.rank)
         return missing, not gone and first == self.rank
 
     def _missing(self, question: str, timeout: datetime.timedelta, *, until: int) -> list[int]:
         """Answer a question, wait until at most `until` answers are missing, and return whose."""
-        self._store.set(f"{question}/{self.rank}", "")
+        self.store.set(f"{question}/{self.rank}", "")
         began = time.monotonic()
         while True:
-            missing = [rank for rank in range(self.size) if not self._store.check([f"{question}/{rank}"])]
+            missing = [rank for rank in range(self.size) if not self.store.check([f"{question}/{rank}"])]
             waited = datetime.timedelta(seconds=time.monotonic() - began)
             if not missing or waited > timeout or (len(missing) <= until and waited > _GRACE):
                 return missing
             time.sleep(_BETWEEN)
+
+
+_present: RollCall | None = None  # of this process, which takes part in one run of several
 
 
 @contextlib.contextmanager
@@ -110,13 +139,12 @@ def departing() -> Iterator[None]:
     except GroupError:
         raise
     except BaseException:
-        with contextlib.suppress(RuntimeError):
-            if (roll := RollCall.here()) is not None:
-                roll.leave()
+        if _present is not None:
+            _present.leave()
         raise
-    with contextlib.suppress(RuntimeError):
-        if (roll := RollCall.here()) is not None:
-            roll.part(number)
+    if _present is not None:
+        with contextlib.suppress(RuntimeError):
+            _present.part(number)
 
 
 def lost(error: Exception) -> GroupError:
@@ -124,13 +152,20 @@ def lost(error: Exception) -> GroupError:
     reason = (str(error).splitlines() or [""])[0]
     missing, told_by = [], True
     with contextlib.suppress(RuntimeError):
-        if (roll := RollCall.here()) is not None:
-            missing, told_by = roll.lost()
+        if _present is not None:
+            missing, told_by = _present.lost()
     who = f"no answer of {_told(missing)}" if missing else f"a {type(error).__name__}: {reason}"
     return GroupError(
         f"Expected all processes of the run to answer; got {who}. One has ended or cannot be reached, and the others "
         "stop. What was charged stays charged. See that process' output, and resume the run.",
         told_by=told_by,
+    )
+
+
+def _not_come(size: int, missing: Sequence[int], timeout: datetime.timedelta) -> str:
+    return (
+        f"Expected {size} processes to start; got none of {_told(missing)} within {timeout.seconds} s. Nothing was "
+        "charged. See their output, and whether their machines reach that of process 0."
     )
 
 
