@@ -3,11 +3,14 @@
 
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from dpquant.app.cli import _command
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "dpquant"
@@ -57,3 +60,53 @@ def test_a_link_to_another_line_is_seen(tmp_path):
     assert links["relinked"](right.replace("L5", "L4"), tmp_path) == right
     with pytest.raises(LookupError):
         links["relinked"]("[`A.c`](one.py#L5)", tmp_path)
+
+
+def manifests():
+    """The YAML and the shell scripts of docs/distributed.md."""
+    text = (ROOT / "docs" / "distributed.md").read_text()
+    return [re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("yaml", "bash")]
+
+
+def problems_of_job(text):
+    """What is wrong with a PyTorchJob: its form, and options that dpquant does not have."""
+    yaml = pytest.importorskip("yaml")
+    job = yaml.safe_load(text)
+    worker = job["spec"]["pytorchReplicaSpecs"]["Worker"]
+    (container,) = worker["template"]["spec"]["containers"]
+    mounted = {mount["name"] for mount in container["volumeMounts"]}
+    told = [] if (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob") else ["another kind"]
+    told += [] if all(isinstance(word, str) for word in container["command"]) else ["a word that is a number"]
+    told += [] if mounted == {one["name"] for one in worker["template"]["spec"]["volumes"]} else ["a volume is missing"]
+    told += [] if container["name"] == "pytorch" else ["the operator looks for a container that is named pytorch"]
+    return told + unknown_options(container["command"])
+
+
+def unknown_options(words):
+    """Options of `dpquant train` in a command line that it does not have."""
+    options = {option for parameter in _command().commands["train"].params for option in parameter.opts}
+    own = [str(word) for word in words[words.index("dpquant") + 1 :]]
+    return [word for word in own if word.startswith("--") and word not in options]
+
+
+def test_what_is_to_be_pasted_for_clusters_is_of_its_form():
+    (job,), scripts = manifests()
+    assert problems_of_job(job) == []
+    for script in scripts:
+        assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+        assert unknown_options(shlex.split(script.replace("\\\n", " "), comments=True)) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"40000000"', "40000000"),
+        ("--records", "--recrods"),
+        ("kind: PyTorchJob", "kind: Job"),
+        ("- {name: runs,", "- {name: run,"),
+        ("name: pytorch\n", "name: dpquant\n"),
+    ],
+)
+def test_a_mistake_in_a_manifest_is_seen(old, new):
+    (job,), _ = manifests()
+    assert old in job and problems_of_job(job.replace(old, new, 1))
