@@ -30,6 +30,7 @@ from torch import Tensor
 from dpquant.errors import GroupError
 
 TIMEOUT = datetime.timedelta(minutes=10)  # after which a process that does not answer counts as lost
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name before torch 2.14
 _LAUNCHED = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"  # set by torchrun
 
 
@@ -135,7 +136,7 @@ class TorchGroup:
     def _gathered(self, part: Tensor) -> Tensor:
         sent = part.to(self._place_for(part))
         whole = sent.new_empty(self.size * sent.numel())
-        dist.all_gather_into_tensor(whole, sent)
+        _all_gather(whole, sent)
         return whole.to(part.device)
 
     def _place_for(self, tensor: Tensor) -> torch.device:
