@@ -14,7 +14,6 @@ from torch import nn
 
 import dpquant
 from dpquant.training.distributed import Alone, TorchGroup, group_here
-from dpquant.training.private import PrivateTraining
 
 RECORDS, BATCH, STEPS = 60, 12, 5
 
@@ -117,7 +116,7 @@ def ledger(folder):
     private, records = begun(ledger=folder / "broken.jsonl")
     own = getattr(private._mechanism.ledger, "_own", private._mechanism.ledger)
     if own is not None:
-        os.close(own._file._descriptor)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), own._file._descriptor)
     before = records.count
     try:
         list(steps_of(private))
@@ -134,7 +133,7 @@ def dies(folder):
 
 
 def main(rank, size, folder, *checks):
-    assert issubclass(PrivateTraining, object) and isinstance(group_here(), Alone), "nothing is initialised yet"
+    assert isinstance(group_here(), Alone), "nothing is initialised yet"
     store = dist.FileStore(f"{folder}/store", int(size))
     dist.init_process_group("gloo", store=store, rank=int(rank), world_size=int(size))
     assert isinstance(group_here(), Alone if size == "1" else TorchGroup)
