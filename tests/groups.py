@@ -37,10 +37,14 @@ class Thread:
         return self._swapped("all", value)
 
     def exchanged(self, flat):
-        return torch.stack([one.view(self.size, -1)[self.rank] for one in self._swapped("exchange", flat.clone())])
+        sent = self._swapped("exchange", flat.clone())
+        assert len({(one.dtype, one.shape) for one in sent}) == 1, "processes would read beyond what was sent"
+        return torch.stack([one.view(self.size, -1)[self.rank] for one in sent])
 
     def gathered(self, part):
-        return torch.cat(self._swapped("gather", part.clone()))
+        parts = self._swapped("gather", part.clone())
+        assert len({(one.dtype, one.shape) for one in parts}) == 1, "processes would read beyond what was sent"
+        return torch.cat(parts)
 
     def _swapped(self, what, value):
         self.world.made[self.rank].append(what)

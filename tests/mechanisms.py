@@ -119,11 +119,12 @@ def starting(change, make_run=PrivateTraining):
     """
 
     def start(
-        model, optimizer, train_set, *, plan, ledger, format, rest, backend, microbatch_size, memory, resume, **keywords
-    ):
+        model, optimizer, train_set, *, plan, ledger, format, rest, backend, microbatch_size, memory, resume,
+        exact_sums=False, **keywords,
+    ):  # fmt: skip
         wanted = ExecutionRequest(
             chosen=precision(format), rest=precision(rest), backend=backend, microbatch_size=microbatch_size,
-            memory=memory,
+            memory=memory, exact_sums=exact_sums,
         )  # fmt: skip
         request = Request(
             model=model, optimizer=optimizer, train_set=train_set, plan=plan, execution=wanted, **keywords
@@ -149,13 +150,14 @@ def repeating(mechanism_seed=0, *, make_run=PrivateTraining, **changed):
 
     def start(
         model, optimizer, records, *, loss_fn, plan, policy, format="luq-fp4", rest="full", backend="auto", seed=0,
-        microbatch_size=None, memory=None, example=None, ledger=None, choices=None, resume=False, workers=1, watch=None,
+        microbatch_size=None, memory=None, example=None, ledger=None, choices=None, resume=False, workers=1,
+        exact_sums=False, watch=None,
     ):  # fmt: skip
         request = Request(
             model=model, optimizer=optimizer, train_set=records, loss_fn=loss_fn, plan=plan, policy=policy, seed=seed,
             execution=ExecutionRequest(
                 chosen=dpquant.formats.precision(format), rest=dpquant.formats.precision(rest), backend=backend,
-                microbatch_size=microbatch_size, memory=memory,
+                microbatch_size=microbatch_size, memory=memory, exact_sums=exact_sums,
             ),
             example=example, choices=choices,
         )  # fmt: skip

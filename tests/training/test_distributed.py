@@ -56,7 +56,7 @@ class Settings:
     exact: bool = False
     records: int = RECORDS
     batch: float = BATCH
-    factor: float = 1.0  # of the loss
+    factor: float = 1.0  # of the network's output
     change: object = staticmethod(lambda mechanism, rank: mechanism)
     opened: object = staticmethod(lambda: Ledger(None, research=False))
     data: object = staticmethod(lambda records, rank: records)
@@ -84,7 +84,7 @@ def start(group, settings):
 
     return begun(
         model, settings.data(records, group.rank), plan=plan, policy=settings.policy, group=group, make_run=Seeing,
-        loss_fn=lambda model, batch: settings.factor * loss(model, batch), make_mechanism=mechanism,
+        loss_fn=lambda model, batch: loss(lambda x: settings.factor * model(x), batch), make_mechanism=mechanism,
         microbatch_size=4 if settings.noise == "gaussian" else 1, backend="simulate", exact_sums=settings.exact,
     )  # fmt: skip
 
@@ -225,13 +225,13 @@ def test_with_discrete_noise_several_have_the_bits_of_one():
 def moved(**settings):
     """How far the parameters move without gradients, in units of one process' noise."""
     first = parameters(start(Alone(), Settings()))
-    runs, _ = several(3, factor=1e-12, **settings)
+    runs, _ = several(3, factor=1e-4, **settings)
     return (parameters(runs[0]) - first).square().mean().sqrt() / (0.1 * 1.2 * 0.7 / BATCH * STEPS**0.5)
 
 
 def test_noise_is_one_unit_whatever_the_number_of_processes():
-    one = parameters(alone(factor=1e-12))
-    runs, _ = several(3, factor=1e-12)
+    one = parameters(alone(factor=1e-4, exact=True))
+    runs, _ = several(3, factor=1e-4, exact=True)
     assert all(torch.equal(parameters(run), one) for run in runs)
     assert moved() == pytest.approx(1, abs=0.1)
 
@@ -396,6 +396,20 @@ def test_parameters_that_differ_end_the_run():
     assert each(3, work)[0] == [True] * 3
 
 
+def test_a_process_whose_parameters_are_changed_stops_all():
+    def work(group):
+        run = start(group, Settings())
+        with pytest.raises(GroupError, match="others on process 1"):
+            for epoch in run.epochs():
+                for batch in epoch:
+                    run.step(batch)
+                    if group.rank == 1:
+                        next(run.model.parameters()).data.mul_(2)
+        return run.steps_taken
+
+    assert each(2, work)[0] == [STEPS] * 2
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1024])
 def test_slices_cover_every_value_once(size):
     tensors = {"a": torch.zeros(3, 5), "b": torch.zeros(()), "empty": torch.zeros(0), "c": torch.zeros(8)}
@@ -416,13 +430,25 @@ def test_every_record_is_in_one_share(whole):
     assert sorted(found) == ids.tolist()
 
 
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_process_whose_slice_is_empty_sends_what_the_others_send(count):
+    """Two values on three processes: a process that has none cannot see of which type they are."""
+
+    def work(group):
+        sums = {"w": torch.ones(count, dtype=torch.float64)}
+        return dict(noisy_means(group, sums, lambda name, part, total: total, torch.float64))["w"]
+
+    for one in each(3, work)[0]:
+        assert torch.equal(one, torch.full((count,), 3.0, dtype=torch.float64))
+
+
 def test_a_sum_does_not_depend_on_which_row_comes_first():
     """It is added up in the order of the processes, in float64: 2^25 + 1 - 2^25 is lost in float32."""
     values = [2.0**25, 1.0, -(2.0**25)]
 
     def work(group):
         sums = {"w": torch.full((4,), values[group.rank])}
-        return dict(noisy_means(group, sums, lambda name, part, total: total))["w"]
+        return dict(noisy_means(group, sums, lambda name, part, total: total, torch.float32))["w"]
 
     for one in each(3, work)[0]:
         assert torch.equal(one, torch.ones(4))

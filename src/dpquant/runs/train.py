@@ -200,6 +200,7 @@ class _Run:
             memory=settings.memory,
             workers=settings.workers or 1,
             choices=choices,
+            exact_sums=settings.exact_sums,
             watch=tell.preparing,
         )
         run = cls(
@@ -226,16 +227,12 @@ class _Run:
         """Parts of a checkpoint, beside those of the training itself."""
         return {"history": self.history, **self.tested.parts}
 
-    @property
-    def group(self) -> Group:
-        return self.private.group
-
     def _continue(self) -> None:
         """Take up the newest checkpoint and the clocks, if there are any."""
         private, history = self.private, self.history
         found = self.files.newest_checkpoint()
         if found is not None:
-            private.load(found, **self._parts)
+            together(private.group, lambda: private.load(found, **self._parts))
         move_schedule(self.schedule, private.steps_taken)
         history.continues(private)
         past = self.files.past_timings(len(history.epochs))
@@ -255,7 +252,7 @@ class _Run:
             self.files.begin(self.tested.model, self.private.choices, self.history.epochs)
             written = time.perf_counter()
             self.files.checkpoint(self.private, self._parts)
-        seconds = first_says(self.group, lambda: time.perf_counter() - written)
+        seconds = first_says(self.private.group, lambda: time.perf_counter() - written)
         self.every = checkpoint_steps(self.settings, self.private.plan, self.private.step_seconds, seconds)
         self.saved = self.private.steps_taken
 
@@ -300,7 +297,7 @@ class _Run:
 
     def _asked(self, stopping: Stopping) -> int:
         """Return the number of the signal that has asked any process for an end, so that all end at the same step."""
-        return int(self.group.gathered(torch.tensor([stopping.asked or 0])).max())
+        return int(self.private.group.gathered(torch.tensor([stopping.asked or 0])).max())
 
     def save(self) -> None:
         """Write a checkpoint."""
@@ -330,8 +327,8 @@ class _Run:
         """Write and return the record, which is that of process 0."""
         with self._writing():
             model_sha256 = self.files.model_sha256()
-        group = group_record(self.group, self.device)
-        text = first_says(self.group, lambda: self._record(command, model_sha256, group).to_json())
+        group = group_record(self.private.group, self.device)
+        text = first_says(self.private.group, lambda: self._record(command, model_sha256, group).to_json())
         record = RunRecord.from_json(text)
         with self._writing():
             self.files.end(record, self._timings())
@@ -361,7 +358,7 @@ class _Run:
         """Return the metrics on some records, as process 0 measures them."""
         size = evaluation_batch(self.settings.memory, self.private.execution.microbatch_size)
         model, task = self.tested.model, self.dataset.task
-        return first_says(self.group, lambda: metrics(model, split, task, batch_size=size))
+        return first_says(self.private.group, lambda: metrics(model, split, task, batch_size=size))
 
     def _timings(self) -> Timings:
         return Timings.of(self.private, self.began, self.history.ends)

@@ -30,8 +30,8 @@ from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImport
 
 from dpquant.training.roll_call import LAUNCHED, RollCall, lost
 
-_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.14
 TIMEOUT = datetime.timedelta(minutes=10)  # after which a process that does not answer counts as lost
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name before torch 2.14
 
 
 class Group(Protocol):
@@ -136,7 +136,7 @@ class TorchGroup:
     def _gathered(self, part: Tensor) -> Tensor:
         sent = part.to(self._place_for(part))
         whole = sent.new_empty(self.size * sent.numel())
-        _ALL_GATHER(whole, sent)
+        _all_gather(whole, sent)
         return whole.to(part.device)
 
     def _place_for(self, tensor: Tensor) -> torch.device:

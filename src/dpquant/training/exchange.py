@@ -84,14 +84,16 @@ def cut(record_ids: Tensor, group: Group, *, whole: bool) -> tuple[Tensor, slice
     return share(record_ids, group), slice(None)
 
 
-def noisy_means(group: Group, sums: Mapping[str, Tensor], noised: Noised) -> Iterator[tuple[str, Tensor]]:
+def noisy_means(
+    group: Group, sums: Mapping[str, Tensor], noised: Noised, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
     """Yield the noisy mean of each tensor's sum over all processes, with the same bits on every process.
 
     Args:
       group: the processes, all of which call this with the same names, shapes and dtypes.
       sums: {name: sum over this process' share of the records}.
-      noised: is called with the sum over all processes, for the parts of this process' slice alone. It returns float
-        tensors of one dtype.
+      noised: is called with the sum over all processes, for the parts of this process' slice alone.
+      dtype: of what `noised` returns; a process whose slice is empty cannot tell.
     Privacy: per example. It is private if `noised` adds the noise of the plan.
     """
     if group.size == 1:
@@ -108,7 +110,6 @@ def noisy_means(group: Group, sums: Mapping[str, Tensor], noised: Noised) -> Ite
         count = part.stop - part.start
         done.append(noised(name, part, mine[place : place + count]))
         place += count
-    dtype = done[0].dtype if done else torch.float32
     whole = group.gathered(torch.cat([*done, mine.new_zeros(slices.length - place, dtype=dtype)]))
     place = 0
     for name, total in sums.items():

@@ -23,6 +23,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dpquant.backends.choose import Choices
 from dpquant.engine.batches import Microbatch
 from dpquant.engine.clip import ClippedSum, step_key
@@ -221,7 +223,8 @@ class PrivateTraining:
         with drawing(draws, self._device) as noise_of:
             clipped = together(self.group, lambda: self._clipped_sum(self._pieces(batch, size, key), key))
             check_sensitivity(clipped, self.plan)
-            for name, mean in noisy_means(self.group, clipped.grads, noising(clipped, noise_of, self.plan)):
+            noised = noising(clipped, noise_of, self.plan)
+            for name, mean in noisy_means(self.group, clipped.grads, noised, torch.float32):
                 trainable[name].grad = mean
         self._watch.take_step(self.optimizer)
         if self.steps_taken % EVERY == 0:
@@ -258,6 +261,8 @@ class PrivateTraining:
 
     def save(self, path: Path, **others: Stateful) -> None:
         """Write a checkpoint, completely or not at all: model, optimizer, the run's state, and whatever else is named.
+
+        Of several processes one calls this: their states are equal. All of them load it.
 
         Args:
           path: folder that is made; it must not exist.
@@ -387,7 +392,7 @@ class PrivateTraining:
         measured = together(self.group, lambda: self._impact_sum(self._pieces(batch, size, key), names, keys))
         noise = analysis_noise(self._mechanism.noise, self.plan, batch, measured)
         noised = noising_analysis(measured, noise, self.plan)
-        means = dict(noisy_means(self.group, {"impacts": measured.impacts}, noised))["impacts"]
+        means = dict(noisy_means(self.group, {"impacts": measured.impacts}, noised, torch.float64))["impacts"]
         new = dict(zip(names, means.tolist(), strict=True))
         self._advance(scores=ema(self._state.scores, new, self.policy.ema))
 

@@ -92,7 +92,7 @@ def _scaling(settings: TrainSettings, world_size: int | None, bandwidth: float |
         raise SettingError(
             f"Expected bandwidth > 0 and finite; got bandwidth={bandwidth}. It is in Gbit a second, as 10."
         )
-    network = Network(bandwidth=_BANDWIDTH if bandwidth is None else bandwidth)
+    network = Network(bandwidth=_BANDWIDTH if bandwidth is None else bandwidth, exact=settings.exact_sums)
     return Scaling.of(step_times(settings), network, settings.batch_size, world_size)
 
 
