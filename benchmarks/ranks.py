@@ -30,10 +30,12 @@ from benchmarks.kills import SMALL
 from benchmarks.results import folder_here
 from dpquant.privacy.ledger import Ledger
 from dpquant.runs.directory import charged
-from dpquant.runs.names import LEDGER, RECORD
+from dpquant.runs.names import CHECKPOINTS, LEDGER, RECORD
 from dpquant.runs.place import Place
 from dpquant.runs.record import RunRecord
 from dpquant.runs.settings import plan_of
+from dpquant.training.checkpoint import Checkpoint, newest
+from dpquant.training.state import RunState
 
 LONGEST = 600.0  # seconds of a run after its last kill
 EARLY_ONE_IN = 5
@@ -64,8 +66,8 @@ class Ended:
     Attributes:
       kills: of its processes.
       seconds: from its start to its end.
-      steps: that were taken, of `planned`; the others were charged and lost.
-      planned: steps of the plan.
+      steps: of the plan, all of which are charged.
+      lost: of them, those of which no checkpoint held what came.
       epsilon: that the run has spent.
       planned_epsilon: of the plan.
     """
@@ -73,7 +75,7 @@ class Ended:
     kills: list[Kill]
     seconds: float
     steps: int
-    planned: int
+    lost: int
     epsilon: float
     planned_epsilon: float
 
@@ -106,7 +108,10 @@ def ended(out: Path, draw: random.Random, *, size: int, kills: int) -> Ended:
     assert record.epsilon <= plan.epsilon + 1e-9, "the run spent more than its plan"
     assert record.group is not None and record.group.world_size == size, "another number of processes"
     seconds = round(time.monotonic() - began, 1)
-    return Ended(found, seconds, record.steps, plan.steps, record.epsilon, plan.epsilon)
+    last = newest(out / CHECKPOINTS)[0]
+    assert last is not None, "there is no checkpoint"
+    lost = RunState.from_json(Checkpoint.read(last).facts["state"]).steps_lost
+    return Ended(found, seconds, plan.steps, lost, record.epsilon, plan.epsilon)
 
 
 def _killed(agent: subprocess.Popen, ledger: Path, draw: random.Random, size: int, *, before: int) -> Kill | None:
@@ -163,7 +168,7 @@ def main() -> None:
                 "kills": sum(len(run.kills) for run in runs),
                 "runs": len(runs),
                 "lost_charges": 0,  # one would have ended the benchmark
-                "most_steps_lost": max(run.planned - run.steps for run in runs),
+                "most_steps_lost": max(run.lost for run in runs),
                 "processes": given.processes,
                 "seed": given.seed,
                 "each_run": [dataclasses.asdict(run) for run in runs],

@@ -262,10 +262,8 @@ class PrivateTraining:
     def save(self, path: Path, **others: Stateful) -> None:
         """Write a checkpoint, completely or not at all: model, optimizer, the run's state, and whatever else is named.
 
-        Of several processes one calls this: their states are equal. All of them load it.
-
         Args:
-          path: folder that is made; it must not exist.
+          path: folder that is made; it must not exist. Of several processes one calls this, and all load it.
           others: objects with `state_dict` and `load_state_dict`, as a learning-rate scheduler.
         Raises:
           SettingError: a state holds what only pickle could save, or the folder cannot be written.
