@@ -167,7 +167,7 @@ MUTANTS = [
         (
             "a run that is asked to stop leaves no checkpoint",
             RESUME,
-            "if stopping.asked or private.steps_taken >= self.saved + self.every:",
+            "if asked or private.steps_taken >= self.saved + self.every:",
             "if private.steps_taken >= self.saved + self.every:",
             f"{_RESUME}::test_a_stopped_run_has_a_checkpoint_of_its_last_step_and_gives_back_its_lease",
         ),
@@ -433,9 +433,34 @@ MUTANTS = [
         (
             "a signal is not kept",
             RESUME,
-            "        self.asked = signal.Signals(number)\n",
-            "        self.asked = None\n",
+            "            self.asked, self._since = signal.Signals(number), self._clock()\n",
+            "            self.asked, self._since = None, self._clock()\n",
             f"{_RESUME}::test_the_first_signal_is_kept_and_the_second_interrupts",
+        ),
+        (
+            "the echo of a signal interrupts a run of several processes",
+            RESUME,
+            "        elif self._clock() >= self._since + self._echo:\n",
+            "        else:\n",
+            f"{_RESUME}::test_the_echo_of_a_signal_is_the_same_signal",
+        ),
+    ),
+    *mutants_of(
+        f"{_RUNS}/shared.py",
+        "tests/runs/test_shared.py",
+        (
+            "every process writes the run directory",
+            CHECKPOINT,
+            "        first_says(self._group, write)\n",
+            "        write()\n",
+            "tests/runs/test_shared.py::test_the_first_writes_and_both_fail_where_it_does",
+        ),
+        (
+            "every process takes the place",
+            RESUME,
+            "continues = first_says(self._group, lambda: stack.enter_context(take))",
+            "continues = stack.enter_context(take)",
+            "tests/runs/test_shared.py::test_both_get_the_place_that_the_first_has_taken",
         ),
     ),
     *mutants_of(

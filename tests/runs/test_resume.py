@@ -222,6 +222,17 @@ def test_the_first_signal_is_kept_and_the_second_interrupts():
 # How often
 
 
+def test_the_echo_of_a_signal_is_the_same_signal():
+    """torchrun passes on what the terminal has sent already; what comes later interrupts."""
+    times = iter([100.0, 104.9, 105.0])
+    with Stopping(5.0, clock=lambda: next(times)) as stopping:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert stopping.asked == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
 @pytest.mark.parametrize(
     ("given", "step_seconds", "write_seconds", "steps"),
     [
