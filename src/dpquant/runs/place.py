@@ -131,7 +131,7 @@ class Place:
         if (self.path / DIVERGED).exists():
             raise SettingError(
                 f"Expected a run that has not diverged; got {self.path}, which did: "
-                f"{(self.path / DIVERGED).read_text()}"
+                f"{(self.path / DIVERGED).read_text(encoding='utf-8')}"
             )
         if (self.path / LEDGER).exists():
             Ledger.verify(self.path / LEDGER)

@@ -10,7 +10,6 @@ which is private. The record therefore has the time when a run began, before any
 import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 from dpquant.errors import DataError, expect
 from dpquant.formats import AUTO
 from dpquant.runs.provenance import LedgerRecord, PlanRecord, Provenance
+from dpquant.version import version
 
 if TYPE_CHECKING:
     from dpquant.runs.settings import TrainSettings
@@ -195,7 +195,7 @@ class RunRecord:
 
         plan, policies, macs = private.plan, private.policies(), private.macs
         return cls(
-            dpquant=importlib.metadata.version("dpquant"),
+            dpquant=version(),
             torch=torch,
             command=command,
             model=settings.model,
@@ -308,7 +308,7 @@ class RunRecord:
         """
         expect("path", path, Path, "a pathlib.Path", "Give pathlib.Path('record.json')", DataError)
         try:
-            return cls.from_json(path.read_text())
+            return cls.from_json(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise DataError(f"Expected a readable record; got {path}: {error.strerror}. Check the path.") from error
 
@@ -366,7 +366,7 @@ def sha256(path: Path) -> str:
 def write_whole(path: Path, text: str, *, flush: bool = True) -> None:
     """Write a text file completely or not at all; `flush` as for `replacing`."""
     with replacing(path, flush=flush) as draft:
-        draft.write_text(text)
+        draft.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager

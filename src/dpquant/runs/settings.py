@@ -166,7 +166,7 @@ def from_toml(path: Path) -> dict[str, Any]:
       SettingError: the file cannot be read.
     """
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SettingError(
             f"Expected a readable TOML file of settings; got {path}: {error}. Check the path."

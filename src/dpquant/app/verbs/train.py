@@ -24,7 +24,7 @@ from dpquant.app.options import (
     settings_of,
     with_settings,
 )
-from dpquant.app.output import current, results, say
+from dpquant.app.output import current, results, say, tell_native
 from dpquant.app.progress import RunProgress, tell_budget, tell_settings
 from dpquant.errors import SettingError
 from dpquant.runs.defaults import Default
@@ -99,6 +99,7 @@ def _train(
     with place.taken(settings, resume=resume):  # before torch is imported: a run killed meanwhile can be continued
         if not as_json:
             tell_settings(settings, usual)
+            tell_native()
         plan = plan_of(settings)
         if not as_json:
             tell_budget(plan)
