@@ -59,7 +59,7 @@ def test_workflows_are_safe_and_pin_actions_by_hash():
     [
         ("@3d3c42e5aac5ba805825da76410c181273ba90b1 # v7.0.1", "@v7"),
         ("          persist-credentials: false\n", ""),
-        ("permissions: {}", "permissions: write-all"),
+        ("    permissions:\n      contents: read\n", "    permissions: write-all\n"),
     ],
 )
 def test_a_workflow_that_is_not_safe_would_be_seen(tmp_path, right, wrong):
