@@ -718,7 +718,7 @@ MUTANTS = [
         (
             "flushing a file does nothing",
             CHECKPOINT,
-            "            os.fsync(descriptor)\n",
+            "            DISK.sync(file.fileno())\n",
             "            pass\n",
             "tests/invariants/test_crashes.py",
         ),

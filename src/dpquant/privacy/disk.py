@@ -12,6 +12,7 @@ import os
 import time
 import weakref
 from pathlib import Path
+from typing import Any
 
 from dpquant.errors import LedgerError
 
@@ -25,6 +26,10 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 class Disk:
     """The calls of the operating system that an `AppendFile` makes. All of them may raise OSError."""
+
+    def __init__(self, control: Any = fcntl):
+        """Use the module fcntl, or what a system has in its place; None: nothing."""
+        self._control = control
 
     def make_folders(self, folder: Path) -> None:
         """Make a folder, and those above it, so that they survive a crash."""
@@ -44,10 +49,10 @@ class Disk:
         Raises:
           BlockingIOError: another process has locked it.
         """
-        if fcntl is None:
+        if self._control is None:
             return
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._control.flock(descriptor, self._control.LOCK_EX | self._control.LOCK_NB)
         except BlockingIOError:
             raise
         except OSError as error:
@@ -75,6 +80,13 @@ class Disk:
 
     def sync(self, descriptor: int) -> None:
         """Return once all that was written is on disk."""
+        full = getattr(self._control, "F_FULLFSYNC", None)  # macOS: fsync ends when the device has the data in memory
+        try:
+            if full is not None:
+                self._control.fcntl(descriptor, full)
+                return
+        except OSError:  # a file system without this command, as on a network
+            pass
         os.fsync(descriptor)
 
     def sync_folder(self, folder: Path) -> None:
