@@ -89,15 +89,21 @@ def fsyncs(monkeypatch):
     return found
 
 
+def disk_of(control):
+    disk = Disk()
+    disk.control = control
+    return disk
+
+
 def test_a_device_that_can_be_flushed_is_flushed(fsyncs):
     control = FullFlush()
-    Disk(control).sync(3)
+    disk_of(control).sync(3)
     assert control.commands == [51] and fsyncs == []
 
 
 @pytest.mark.parametrize("control", [FullFlush(OSError(errno.ENOTSUP, "no")), NOTHING, None])
 def test_elsewhere_the_file_is_flushed(fsyncs, control):
-    Disk(control).sync(3)
+    disk_of(control).sync(3)
     assert fsyncs == [3]
 
 

@@ -652,8 +652,15 @@ MUTANTS = [
             "        try:\n            pass\n",
             "tests/invariants/test_crashes.py",
         ),
+        (
+            "a charge returns when the device has it in its own memory",
+            LEDGER,
+            '"F_FULLFSYNC"',
+            '"F_NOTHING"',
+            "tests/test_platforms.py",
+        ),
         ("no lock is taken", LEDGER, "                disk.lock(self._descriptor)\n", "                pass\n"),
-        ("the lock can be shared", LEDGER, "self._control.LOCK_EX |", "self._control.LOCK_SH |"),
+        ("the lock can be shared", LEDGER, "self.control.LOCK_EX |", "self.control.LOCK_SH |"),
         (
             "what another program wrote is not noticed",
             LEDGER,

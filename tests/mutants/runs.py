@@ -14,6 +14,12 @@ _BLIND = (
 
 MUTANTS = [
     *mutants_of(
+        "src/dpquant/version.py",
+        "tests/test_version.py",
+        ("a checkout is named as it was when it was installed", CLAIM, 'package.parent.name != "src" or', "True or"),
+        ("changes that are in no commit do not show", CLAIM, '"--dirty=.dirty", ', ""),
+    ),
+    *mutants_of(
         f"{_RUNS}/provenance.py",
         _BLIND,
         (

@@ -25,11 +25,13 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class Disk:
-    """The calls of the operating system that an `AppendFile` makes. All of them may raise OSError."""
+    """The calls of the operating system that an `AppendFile` makes. All of them may raise OSError.
 
-    def __init__(self, control: Any = fcntl):
-        """Use the module fcntl, or what a system has in its place; None: nothing."""
-        self._control = control
+    Attributes:
+      control: the module fcntl, which locks files and flushes devices; None where the system has none.
+    """
+
+    control: Any = fcntl
 
     def make_folders(self, folder: Path) -> None:
         """Make a folder, and those above it, so that they survive a crash."""
@@ -49,10 +51,10 @@ class Disk:
         Raises:
           BlockingIOError: another process has locked it.
         """
-        if self._control is None:
+        if self.control is None:
             return
         try:
-            self._control.flock(descriptor, self._control.LOCK_EX | self._control.LOCK_NB)
+            self.control.flock(descriptor, self.control.LOCK_EX | self.control.LOCK_NB)
         except BlockingIOError:
             raise
         except OSError as error:
@@ -80,10 +82,10 @@ class Disk:
 
     def sync(self, descriptor: int) -> None:
         """Return once all that was written is on disk."""
-        full = getattr(self._control, "F_FULLFSYNC", None)  # macOS: fsync ends when the device has the data in memory
+        full = getattr(self.control, "F_FULLFSYNC", None)  # macOS: fsync ends when the device has the data in memory
         try:
             if full is not None:
-                self._control.fcntl(descriptor, full)
+                self.control.fcntl(descriptor, full)
                 return
         except OSError:  # a file system without this command, as on a network
             pass
