@@ -105,7 +105,8 @@ def load(checkout: Path, native: ModuleType = _native) -> dict[str, ModuleType]:
             spec.loader.exec_module(module)
             vars(module)["_native"] = native
             for found in pkgutil.walk_packages(module.__path__, "dpquant."):
-                importlib.import_module(found.name)
+                if found.name != "dpquant.__main__":  # which runs the command line
+                    importlib.import_module(found.name)
     finally:
         sys.meta_path[:] = finders
     return modules
