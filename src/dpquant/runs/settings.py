@@ -88,6 +88,7 @@ class TrainSettings(SourceSettings):
         "GiB that the process, or its tensors on a GPU, may use at most, by which microbatch-size is chosen"
     )
     choices: str | None = setting("file of what an earlier run has measured on its machine: its choices.json")
+    exact_sums: bool = setting("the same bits for any number of processes: microbatches are added as integers", False)
     checkpoint_every: str | None = setting(
         "as 2epochs, 100steps or 10minutes [an epoch or five minutes, if that costs less than 2 % of the time]"
     )

@@ -191,6 +191,7 @@ class _Run:
             memory=settings.memory,
             workers=settings.workers or 1,
             choices=choices,
+            exact_sums=settings.exact_sums,
             watch=tell.preparing,
         )
         run = cls(
