@@ -155,13 +155,21 @@ class Health:
         return json.dumps({**dataclasses.asdict(self), "advice": self.advice}, indent=2) + "\n"
 
 
-_EXTRAS = {"text": "pretrained networks and tokenizers", "arrow": "Parquet files"}
+_EXTRAS = {
+    "text": "pretrained networks and tokenizers",
+    "arrow": "Parquet files",
+    "tensorboard": "TensorBoard files",
+    "mlflow": "runs in MLflow",
+}
 
 
 def network() -> str:
     """Return in words when dpquant uses the network."""
     *most, last = (name for name in PUBLIC_SIZES if name != _WITHOUT_NETWORK)
-    return f"never used, but to fetch {', '.join(most)} or {last} where their files are missing; nothing is sent"
+    return (
+        f"never used, but to fetch {', '.join(most)} or {last} where their files are missing; nothing is sent, but by "
+        "--track to the trackers that it names"
+    )
 
 
 def memory_free_gib(proc: Path = Path("/proc")) -> float | None:
