@@ -335,7 +335,7 @@ def assert_tells_the_epochs_of(record, found):
 
 
 def test_tensorboard_reads_what_the_record_says_also_of_a_run_that_was_continued(tmp_path):
-    settings, out = small(track="tensorboard"), tmp_path / "run"
+    settings, out = small(track="tensorboard", checkpoint_every="1epoch"), tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         train(settings, out, sinks=[Stops(8)])
     assert set(scalars(out / "trackers" / "tensorboard")["accuracy/test"]) == {1}
@@ -407,7 +407,7 @@ print(json.dumps({
 
 def test_a_run_that_is_continued_is_one_run_in_mlflow(tmp_path):
     out = tmp_path / "run"
-    stopped = as_command(out, "train", "--track=mlflow,stopping", "--out=run")
+    stopped = as_command(out, "train", "--track=mlflow,stopping", "--checkpoint-every=1epoch", "--out=run")
     assert stopped.returncode == 130, stopped.stderr
     assert in_mlflow(tmp_path)["status"] == "KILLED"
     done = as_command(out, "resume", "run", "--no-report")

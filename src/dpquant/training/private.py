@@ -42,12 +42,19 @@ from dpquant.training.continuing import Parts, Stateful, continued
 from dpquant.training.distributed import Group
 from dpquant.training.epoch import Batch, Epoch
 from dpquant.training.execution import Execution
-from dpquant.training.impact import ImpactSum, analysis_keys, impact_sum
+from dpquant.training.impact import ImpactSum, analysis_keys
 from dpquant.training.policies import ema
 from dpquant.training.records import Records
 from dpquant.training.setup import Setup
 from dpquant.training.state import RunState
-from dpquant.training.sums import analysis_noise, draws_of_noise, noisy_mean, step_sum
+from dpquant.training.sums import (
+    analysis_noise,
+    analysis_sum,
+    check_sensitivity,
+    draws_of_noise,
+    noisy_mean,
+    step_sum,
+)
 from dpquant.training.watch import Watch, broken, without_details
 
 
@@ -78,16 +85,7 @@ class PrivateTraining:
         mechanism: Mechanism,
         group: Group,
     ):
-        """Join the parts of a run. `start.begin` makes and checks them.
-
-        Args:
-          setup: model, optimizer, plan and policy.
-          records: the private data set.
-          state: state from which the run continues; for a new run, only its execution is set.
-          choices: decisions measured so far.
-          mechanism: sampler, noise, ledger and secret key.
-          group: the processes of the run.
-        """
+        """Join the parts of a run, which `start.begin` makes and checks. Of a new run's state only execution is set."""
         self.model, self.optimizer = setup.found.objective.model, setup.optimizer
         self.plan, self.policy = setup.plan, setup.policy
         self.macs, self.choices, self.step_seconds = setup.found.macs, choices, setup.step_seconds
@@ -208,10 +206,7 @@ class PrivateTraining:
         mine, trainable = self._group.share(batch.record_ids), self._objective.trainable()
         with drawing(draws_of_noise(self._mechanism.noise, self.plan, batch, trainable), self._device) as noise_of:
             clipped = self._clipped_sum(self._records.microbatches(mine, self.execution.microbatch_size, key), key)
-            if clipped.sensitivity != self.plan.max_grad_norm:
-                raise ModelError(
-                    f"Expected sums of sensitivity C, for which noise is drawn; got {clipped.sensitivity}."
-                )
+            check_sensitivity(clipped, self.plan)
             self._group.add(clipped.grads)
             for name, parameter in trainable.items():
                 noise = noise_of(name).to(parameter.device, non_blocking=self._device.type != "cpu")
@@ -276,6 +271,20 @@ class PrivateTraining:
         saved = self._parts(others).restore(Checkpoint.read(path))
         self._state = continued(saved, self._mechanism.ledger, self.execution, repeatable=self._mechanism.repeats)
         self._watch.keep_buffers()
+
+    def replace_weights(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Go on from other values of the model's tensors, as a server's average. The optimizer keeps its state.
+
+        Args:
+          state_dict: of a model like this one, public or released by somebody.
+        Raises:
+          SettingError, ModelError: a drawn batch is left, or the run has been stopped.
+          DataError: a tensor is missing, or of another shape or type.
+        Privacy: charges nothing. What is guaranteed of a step holds for any values, even those of an adversary.
+        """
+        self._refuse_what_was_skipped()
+        self._stop_if(self._watch.replace(state_dict))
+        self._refuse_if_broken()
 
     def _parts(self, others: Mapping[str, Stateful]) -> Parts:
         return Parts(model=self.model, optimizer=self.optimizer, plan=self.plan, others=others)
@@ -387,12 +396,4 @@ class PrivateTraining:
 
     def _impact_sum(self, pieces: Iterable[Microbatch], names: Sequence[str], keys: Sequence[int]) -> ImpactSum:
         """Return the sum of the records' clipped impacts; `keys` are the secret keys of their roundings."""
-        return impact_sum(
-            self._objective,
-            pieces,
-            names=names,
-            max_norm=self._analysis.max_norm,
-            keys=keys,
-            score=self._analysis.score,
-            grid=self.plan.grid(self.plan.analysis_noise_std(self._analysis.max_norm)),
-        )
+        return analysis_sum(self._objective, pieces, self.plan, names, keys)

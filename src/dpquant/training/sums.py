@@ -6,7 +6,7 @@ gaussian       float32    NoiseSource.gaussian, float32           (sum + noise) 
 discrete       int64      NoiseSource.discrete, int64             (sum + noise) grid / expected batch size
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 from torch import Tensor
@@ -15,10 +15,11 @@ from dpquant.engine.batches import Microbatch
 from dpquant.engine.clip import ClippedSum, clipped_sum_of
 from dpquant.engine.grid_sum import grid_sum_of
 from dpquant.engine.passes import Objective
+from dpquant.errors import ModelError
 from dpquant.privacy.mechanism import Noise
 from dpquant.privacy.plan import PrivacyPlan
 from dpquant.training.epoch import Batch
-from dpquant.training.impact import ImpactSum
+from dpquant.training.impact import ImpactSum, impact_sum
 
 
 def step_sum(
@@ -34,6 +35,33 @@ def step_sum(
     if grid is None:
         return clipped_sum_of(objective, pieces, max_grad_norm=norm, key=key, leaves_out=leaves_out, complete=False)
     return grid_sum_of(objective, pieces, max_grad_norm=norm, grid=grid, key=key, leaves_out=leaves_out)
+
+
+def check_sensitivity(clipped: ClippedSum, plan: PrivacyPlan) -> None:
+    """Raise a ModelError unless a sum has the sensitivity for which the plan's noise is drawn."""
+    if clipped.sensitivity != plan.max_grad_norm:
+        raise ModelError(f"Expected sums of sensitivity C, for which noise is drawn; got {clipped.sensitivity}.")
+
+
+def analysis_sum(
+    objective: Objective, pieces: Iterable[Microbatch], plan: PrivacyPlan, names: Sequence[str], keys: Sequence[int]
+) -> ImpactSum:
+    """Return the sum of the records' clipped impacts of these layers.
+
+    Args:
+      objective: model and loss.
+      pieces: microbatches of one size.
+      plan: has an analysis.
+      names: of the layers, one policy for each.
+      keys: secret keys of the roundings.
+    Privacy: per example. No noise is added here, and no event is charged.
+    """
+    analysis = plan.analysis
+    assert analysis is not None, "make_private refuses a policy that needs scores without an analysis"
+    grid = plan.grid(plan.analysis_noise_std(analysis.max_norm))
+    return impact_sum(
+        objective, pieces, names=names, max_norm=analysis.max_norm, keys=keys, score=analysis.score, grid=grid
+    )
 
 
 def draws_of_noise(
