@@ -36,15 +36,11 @@ def main() -> None:
     if any(folder.iterdir()):
         parser.error(f"Expected folder to be new or empty; got {folder}. What a silo has spent there stays spent.")
     os.environ[client.HOME], os.environ[server.RESULT] = str(folder), str(folder / "course.json")
-    here = {client.HOME: str(folder), "PYTHONPATH": str(Path(__file__).parent)}
     run_simulation(
         server_app=server.app,
         client_app=client.app,
         num_supernodes=given.silos,
-        backend_config={
-            "client_resources": {"num_cpus": 1},
-            "init_args": {"runtime_env": {"env_vars": here}, "include_dashboard": False},
-        },
+        backend_config={"client_resources": {"num_cpus": 1}},
     )
     record = {
         "study": vars(STUDY),
