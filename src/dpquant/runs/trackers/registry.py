@@ -9,7 +9,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dpquant.errors import SettingError, did_you_mean
 from dpquant.runs.ranges import tracker_names
@@ -85,7 +85,7 @@ def _own(name: str) -> "Callable[[TrackedRun], Sink]":
 
 def _loaded(point: importlib.metadata.EntryPoint) -> "Callable[[TrackedRun], Sink]":
     try:
-        made = point.load()
+        made: Any = point.load()
     except Exception as error:  # importing another package may raise anything
         raise SettingError(
             f"Expected track={point.name} to be loaded from {point.value}; got {type(error).__name__}: {error}. Mend "
