@@ -56,7 +56,8 @@ def test_it_tells_what_is_there(health, capsys):
     assert rows["dpquant"] == version() and rows["torch"] == health.versions["torch"] and health.cores >= 1
     assert health.backend in rows["backend"] and health.backend_reason in rows["backend"]
     assert health.memory_gib > health.memory_free_gib > 0 and health.disk_free_gib > 0
-    assert health.extras.keys() == {"text", "arrow", "onnx", "bench"} and rows["cache"] == "off"  # tests keep none
+    assert health.extras.keys() == {"text", "arrow", "onnx", "bench", "tensorboard", "mlflow"}
+    assert rows["cache"] == "off"  # tests keep none
     assert command(["doctor"]) == 0
     told = capsys.readouterr().out
     first, *block = told.splitlines()

@@ -30,6 +30,7 @@ from dpquant.runs.settings import TrainSettings, plan_of
 from dpquant.runs.sinks import Sink
 from dpquant.runs.sources import check_accuracy
 from dpquant.runs.timings import Timings
+from dpquant.runs.trackers.registry import check_trackers
 from dpquant.runs.train import train
 
 CONFIDENCE = 0.95
@@ -140,6 +141,7 @@ def compare(
                 "twice. Leave one out, or give more seeds."
             )
     check_accuracy(settings)
+    check_trackers(settings.track)
     runs = {
         (policy, seed): dataclasses.replace(settings, policy=policy, seed=seed)
         for seed in range(num_seeds)

@@ -161,13 +161,18 @@ _EXTRAS = {
     "arrow": "Parquet files",
     "onnx": "exporting to ONNX",
     "bench": "measuring Opacus beside dpquant",
+    "tensorboard": "TensorBoard files",
+    "mlflow": "runs in MLflow",
 }
 
 
 def network() -> str:
     """Return in words when dpquant uses the network."""
     *most, last = (name for name in PUBLIC_SIZES if name != _WITHOUT_NETWORK)
-    return f"never used, but to fetch {', '.join(most)} or {last} where their files are missing; nothing is sent"
+    return (
+        f"never used, but to fetch {', '.join(most)} or {last} where their files are missing; nothing is sent, but by "
+        "--track to the trackers that it names"
+    )
 
 
 def memory_free_gib(proc: Path = Path("/proc")) -> float | None:

@@ -36,6 +36,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         *("backend", "device", "threads", "workers", "microbatch_size", "memory", "choices", "exact_sums"),
         *("checkpoint_every", "seed"),
     ),
+    "Trackers: where else a run's numbers are shown": ("track", "track_model", "track_unsafe"),
     "For research alone": ("unsafe_metrics",),
 }
 _OTHERS = "Tables, texts, and other data and networks"

@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -222,8 +222,8 @@ class RunRecord:
             expected_batch_size=plan.expected_batch_size,
             max_grad_norm=plan.max_grad_norm,
             quantized_fraction_layers=_mean([len(names) / max(len(macs), 1) for names in policies]),
-            quantized_fraction_macs=_share_of_macs(private, most_bits=8),
-            four_bit_fraction_macs=_share_of_macs(private, most_bits=4),
+            quantized_fraction_macs=share_of_macs(private, policies, most_bits=8),
+            four_bit_fraction_macs=share_of_macs(private, policies, most_bits=4),
             layers=[
                 LayerRecord(
                     name=name,
@@ -345,11 +345,17 @@ def _epochs_of_schema_1(accuracies: Sequence[float]) -> list[EpochRecord]:
     return [EpochRecord(index=index, accuracy_test=value, **new) for index, value in enumerate(accuracies)]
 
 
-def _share_of_macs(private: "PrivateTraining", most_bits: int) -> float:
-    """Return the share of the multiply-accumulates whose operands have at most `most_bits` bits, mean over epochs."""
+def share_of_macs(private: "PrivateTraining", policies: Sequence[Collection[str]], most_bits: int) -> float:
+    """Return the share of the multiply-accumulates whose operands have at most `most_bits` bits, mean over epochs.
+
+    Args:
+      private: the run.
+      policies: for each epoch, the names of the layers that the policy chose.
+      most_bits: of an operand.
+    """
     chosen, rest = private.execution.chosen.share(most_bits), private.execution.rest.share(most_bits)
     total = sum(private.macs.values()) or 1.0
-    shares = [sum(private.macs[name] for name in names) / total for names in private.policies()]
+    shares = [sum(private.macs[name] for name in names) / total for names in policies]
     return _mean([share * chosen + (1 - share) * rest for share in shares])
 
 

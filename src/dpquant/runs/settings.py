@@ -93,6 +93,9 @@ class TrainSettings(SourceSettings):
         "as 2epochs, 100steps or 10minutes [an epoch or five minutes, if that costs less than 2 % of the time]"
     )
     unsafe_metrics: bool = setting("also measure training accuracy, which is NOT private", False)
+    track: str | None = setting("trackers that are told of the run, with commas: tensorboard, mlflow, or others")
+    track_model: bool = setting("also hand the model to trackers that keep files", False)
+    track_unsafe: bool = setting("also tell trackers what the privacy statement does not cover", False)
     declared: Mapping[str, str] | None = setting("your words for the report, a table [declared]", option=False)
 
     @classmethod
