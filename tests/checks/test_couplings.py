@@ -545,6 +545,26 @@ def test_a_scale_over_the_batch_goes_through_where_codes_are_not_compared():
     case_of().check(backend=OneScale(LUQ.recipes[0].activation))
 
 
+def tiny(case, size=1e-4):
+    """The case with matrices of this size, as of a network whose beginning is scaled down."""
+    with torch.no_grad():
+        for parameter in case.model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(size / parameter.abs().max())
+    return case
+
+
+def test_couplings_are_seen_through_tiny_matrices():
+    tiny(case_of("texts")).check()
+    assert_refused(tiny(case_of("texts")).coupled(**MEAN))
+
+
+def test_tiny_matrices_as_they_are_would_let_a_coupling_go_unseen():
+    with pytest.raises(ModelError, match="could not see"):
+        tiny(case_of("texts")).check(probe=Unshaken)
+    tiny(case_of("texts")).coupled(**MEAN).check(probe=unplanted(Unshaken))
+
+
 def test_gates_that_begin_at_zero_are_opened():
     case_of(extra="gates").check()
     with pytest.raises(ModelError, match="could not see"):

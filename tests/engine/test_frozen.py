@@ -15,7 +15,7 @@ from dpquant.backends.doubles import Wrapped
 from dpquant.backends.reference import Reference
 from dpquant.engine import products
 from dpquant.engine.clip import clipped_sum
-from dpquant.engine.context import StepContext
+from dpquant.engine.context import SharedCodes, StepContext
 from dpquant.engine.layers import prepare, quantizable_layers, running, set_policy
 from dpquant.engine.weight_cache import WeightCache
 from networks import Residual, images, loss
@@ -175,3 +175,65 @@ def test_copies_and_pickles_carry_no_packed_weight():
     model.first.backend = model.inner.backend = model.head.backend = Reference()
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert isinstance(other.first.frozen, WeightCache) and not other.first.frozen.packed
+
+
+class Projections(nn.Module):
+    """Three products of one input, as of an attention; with `write` the input is written to before the last."""
+
+    def __init__(self, *, write=False):
+        super().__init__()
+        self.write = write
+        self.first, self.second, self.third = (nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x):
+        h = torch.tanh(x)
+        y = self.first(h) + self.second(h)
+        if self.write:
+            h = h.clone()
+            y = y + self.second(h)
+            h.mul_(0.5)
+        return (y + self.third(h)).mean(1)
+
+
+SEQUENCES = (torch.randn(6, 4, 6, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 6)
+
+
+def projections(format, *, write=False, backend=None):
+    torch.manual_seed(0)
+    model = prepare(Projections(write=write), format=format, backend=backend or Counting(Reference()))
+    set_policy(model, list(quantizable_layers(model)))
+    return model
+
+
+def sums_of(model):
+    given = {"max_grad_norm": 0.5, "record_ids": IDS, "step": 0, "seed": 0, "microbatch_size": 6}
+    return clipped_sum(model, loss, SEQUENCES, **given).grads
+
+
+class Remembers(SharedCodes):
+    """Takes every tensor for the one before, if it has its shape."""
+
+    def of(self, source, x, role, backend, ids):
+        known = [codes for _, _, codes in self._last if codes.codes.shape == x.shape]
+        return known[0] if known else super().of(source, x, role, backend, ids)
+
+
+def test_one_input_of_several_layers_is_quantized_once():
+    model = projections("int8")
+    sums_of(model)
+    # three weights, one input, and three output gradients, which are rounded at random
+    assert model.first.backend.quantized == 1 + 3
+    model = projections("luq-fp4")
+    sums_of(model)
+    assert model.first.backend.quantized == 3 + 3
+
+
+@pytest.mark.parametrize("write", [False, True])
+def test_shared_codes_are_those_of_each_layer_alone(write, monkeypatch):
+    shared = sums_of(projections("int8", write=write))
+    monkeypatch.setattr(SharedCodes, "of", lambda self, source, x, role, backend, ids: backend.quantize(x, role, ids))
+    alone = sums_of(projections("int8", write=write))
+    assert all(torch.equal(shared[name], alone[name]) for name in alone)
+    monkeypatch.setattr(SharedCodes, "of", Remembers.of)
+    confused = sums_of(projections("int8", write=write))
+    assert write == any(not torch.equal(confused[name], alone[name]) for name in alone)
