@@ -236,12 +236,12 @@ class StepContext:
         """
         kept = side if recipe.weight.per_channel else ""
         geometry, taps = layer.geometry.cropped(size)
-        packed = self.cache(layer).packed
-        if (recipe, kept, geometry) not in packed:
+        packed, key = self.cache(layer).packed, (recipe, kept, geometry)  # hashed once: it takes a while
+        if (found := packed.get(key)) is None:
             weight = self._quantized_weight(layer, recipe.weight, kept)
             cropped = weight.rearranged(lambda part: part[:, :, *taps].contiguous())
-            packed[recipe, kept, geometry] = layer.backend.pack(cropped, geometry, max_code=recipe.max_code)
-        return packed[recipe, kept, geometry]
+            found = packed[key] = layer.backend.pack(cropped, geometry, max_code=recipe.max_code)
+        return found
 
     def _quantized_weight(self, layer: "WeightProduct", role: RoleFormat, kept: str) -> QTensor:
         quantized = self.cache(layer).quantized
