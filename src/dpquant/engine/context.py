@@ -100,7 +100,7 @@ class SharedCodes:
     """Codes of the last inputs, for layers that read the same tensor: projections of an attention, and their adapters.
 
     They are those of a role that rounds to nearest, which draws nothing: all layers give a tensor the same codes. The
-    tensors themselves are not kept alive.
+    tensors themselves are not kept alive. A write through `.data` between two layers is not seen.
     """
 
     _KEPT = 2  # inputs: between two projections an adapter reads another one
