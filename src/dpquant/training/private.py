@@ -283,7 +283,7 @@ class PrivateTraining:
         self._state = continued(saved, self._mechanism.ledger, self.execution, repeatable=self._mechanism.repeats)
         self._watch.keep_buffers()
 
-    def replace_weights(self, state_dict: Mapping[str, Tensor]) -> None:
+    def replace_weights(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Go on from other values of the model's tensors, as a server's average. The optimizer keeps its state.
 
         Args:
