@@ -55,7 +55,7 @@ class Tracker(Sink):
         self._plan = plan
         known = self._run.folder / _ID
         if known.exists():
-            self._id = json.loads(known.read_text())["run_id"]
+            self._id = json.loads(known.read_text(encoding="utf-8"))["run_id"]
             self._client.update_run(self._id, status="RUNNING")
             return
         made = self._client.create_run(self._experiment, start_time=self._milliseconds(), run_name=self._run.name)
