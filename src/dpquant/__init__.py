@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dpquant.app.check_model import check_model
-    from dpquant.app.form import Form
+    from dpquant.data.form import Form
     from dpquant.audits.report import AuditRequest, audit
     from dpquant.backends.qtensor import QTensor
     from dpquant.backends.quantize import quantize
@@ -57,7 +57,7 @@ _HOMES = {
     "DataError": "errors",
     "DivergedError": "errors",
     "Event": "privacy.events",
-    "Form": "app.form",
+    "Form": "data.form",
     "FormatError": "errors",
     "Ledger": "privacy.ledger",
     "LedgerError": "errors",

@@ -9,9 +9,10 @@ from torch import nn
 
 from dpquant.checks.synthetic import from_examples
 from dpquant.data.task import UNREADABLE
-from dpquant.data.text_models import EmbeddingMean, freeze_others
+from dpquant.data.pretrained import freeze_others
+from dpquant.data.text_models import EmbeddingMean
 from dpquant.data.texts import TextSource, load_texts
-from dpquant.data.tokens import Texts, synthetic_texts
+from dpquant.data.tokens import Texts, text_form
 from dpquant.engine.clip import clipped_sum_of
 from dpquant.engine.layers import prepare, set_policy
 from dpquant.engine.passes import Objective
@@ -124,8 +125,14 @@ def clipped(records, ids, size=2):
     return torch.cat([grad.flatten() for grad in found.grads.values()])
 
 
+def form_of(tokens, *, pairs):
+    longest = tokens.buckets[-1]
+    return text_form(vocabulary=tokens.vocabulary, longest=longest, padding=0, class_names=("ham", "spam"), pairs=pairs)
+
+
 def records_of(data_set, tokens):
-    specimens = from_examples(synthetic_texts(tokens, 2, pairs=False), torch.utils.data.default_collate, CPU)
+    made = form_of(tokens, pairs=False).synthetic
+    specimens = from_examples(made, torch.utils.data.default_collate, CPU)
     return Records(data_set, torch.utils.data.default_collate, CPU, specimens)
 
 
@@ -186,7 +193,8 @@ def test_batchmates_of_a_short_record_are_cut_to_its_bucket(tmp_path):
 
 def test_synthetic_texts_use_the_vocabulary_and_differ(tmp_path):
     _, _, tokens = load_texts(source(tmp_path, [record(1)]))
-    made = synthetic_texts(tokens, 2, pairs=True)
+    made = form_of(tokens, pairs=True).synthetic
+    assert made is not None
     assert all(inputs["input_ids"].max() < len(VOCABULARY) and len(inputs["input_ids"]) == 80 for inputs, _ in made)
     for name in made[1][0]:
         assert not torch.equal(made[1][0][name], made[2][0][name]), name

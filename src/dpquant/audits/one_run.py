@@ -102,7 +102,7 @@ class Canaries:
 
 def _like(records: Split, pixels: Tensor, targets: Tensor, readable: Tensor) -> Split:
     split = Split(pixels, targets, readable=readable, full_scale=records.full_scale)
-    split.mean, split.std = records.mean, records.std
+    split.normalisation = records.normalisation
     return split
 
 

@@ -30,12 +30,14 @@ from dpquant.errors import DataError
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
+    from dpquant.data.form import Form
     from dpquant.data.tokens import Texts
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 BUCKET = 32
 _AT_ONCE = 4096  # texts that the tokenizer gets in one call
-_PADDING = ("[PAD]", "<pad>", "<|pad|>")
+_PADDING = ("[PAD]", "<pad>", "<|pad|>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+"""Tokens that pad, and, of tokenizers without one, those that end a text, with which causal networks are padded."""
 _SNLI = re.compile(r"snli_1\.0_\w+\.jsonl")
 _SNLI_COLUMNS = ("sentence1", "sentence2")
 _SNLI_LABEL = "gold_label"
@@ -136,6 +138,20 @@ def load_texts(source: TextSource) -> "tuple[Texts, Texts, Tokens]":
     return train, test, tokens
 
 
+def form_of_texts(source: TextSource, tokens: "Tokens") -> "Form":
+    """Return the form of a source's records, without reading one."""
+    from dpquant.data.tokens import text_form
+
+    form = text_form(
+        vocabulary=tokens.vocabulary,
+        longest=tokens.buckets[-1],
+        padding=tokens.padding if tokens.pads else None,
+        class_names=source.classes,
+        pairs=len(source.texts) == 2,
+    )
+    return dataclasses.replace(form, tokenizer=tokens.content)
+
+
 def texts_of(path: Path, source: TextSource, tokens: "Tokens", *, strict: bool) -> "Texts":
     """Read a file of test records.
 
@@ -216,6 +232,7 @@ class Tokens:
       buckets: lengths, ascending; the last is `max_length`.
       vocabulary: number of different tokens.
       padding: token that fills a text up to its bucket.
+      pads: whether the tokenizer has a token for that; otherwise `padding` is its first one.
       content: of the tokenizer's file.
     """
 
@@ -223,6 +240,7 @@ class Tokens:
     buckets: tuple[int, ...]
     vocabulary: int
     padding: int
+    pads: bool
     content: bytes
 
     @property
@@ -265,7 +283,7 @@ class Tokens:
         padding = (settings.get("padding") or {}).get("pad_id")
         if padding is None:
             named = (tokenizer.token_to_id(name) for name in _PADDING)
-            padding = next((number for number in named if number is not None), 0)
+            padding = next((number for number in named if number is not None), None)
         tokenizer.no_padding()
         added = tokenizer.num_special_tokens_to_add(True)
         if max_length <= added:
@@ -279,7 +297,8 @@ class Tokens:
             tokenizer=tokenizer,
             buckets=buckets,
             vocabulary=max(tokenizer.get_vocab(True).values(), default=0) + 1,
-            padding=padding,
+            padding=padding or 0,
+            pads=padding is not None,
             content=content,
         )
 

@@ -12,16 +12,15 @@ from dpquant.data.dataset import Dataset
 from dpquant.data.spec import Spec
 from dpquant.data.split import FULL_SCALE_16
 from dpquant.data.task import Task
-from dpquant.data.text_models import config_of
+from dpquant.data.pretrained import config_of
 from dpquant.errors import DataError
-from dpquant.runs.description import Kind, ModelDescription, Normalisation, TableForm, TaskForm, TextForm
+from dpquant.runs.description import Kind, ModelDescription, TableForm, TaskForm, TextForm
 from dpquant.runs.settings import TrainSettings
 
 
 def description_of(settings: TrainSettings, dataset: Dataset, model: nn.Module) -> ModelDescription:
     """Return the description of a run's model. Privacy: public facts."""
     kind = _kind(dataset)
-    mean, std = (getattr(dataset.train, name, None) for name in ("mean", "std"))  # images alone have them
     return ModelDescription(
         model=settings.model,
         width=settings.width,
@@ -31,7 +30,7 @@ def description_of(settings: TrainSettings, dataset: Dataset, model: nn.Module) 
         class_names=list(dataset.class_names),
         input_shape=list(dataset.input_shape),
         image_size=_side(settings, dataset),
-        normalisation=None if mean is None or std is None else Normalisation(mean=mean, std=std),
+        normalisation=getattr(dataset.train, "normalisation", None),  # images alone have it
         kind=kind,
         task=TaskForm(**dataclasses.asdict(dataset.task)),
         categories=list(dataset.categories),

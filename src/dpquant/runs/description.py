@@ -11,21 +11,14 @@ import json
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from dpquant.data.normalisation import Normalisation
 from dpquant.errors import DataError
 from dpquant.runs.record import write_whole
 
-DESCRIPTION_SCHEMA = 2
+DESCRIPTION_SCHEMA = 3
 """Version of the format of model.json. Raise it with every change of a field, and keep reading the earlier ones."""
 
 Kind = Literal["images", "rows", "texts"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Normalisation:
-    """How pixels become inputs: (pixel / full scale - mean) / std, with constants that depend on no record."""
-
-    mean: float
-    std: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +83,8 @@ class ModelDescription:
       class_names: in the order of the outputs; [] for a regression.
       input_shape: of one input, without the axis of examples.
       image_size: side in pixels that images are resized to; None: they are taken as they are.
-      normalisation: of pixels in 0..1; None where inputs are no images.
+      normalisation: of pixels in 0..1, one constant for all channels or, from schema 3 on, one for each; None where
+        inputs are no images.
       kind: of the inputs. It and all fields after it are not in a file of schema 1.
       task: what is told from a record.
       categories: of a table: numbers of codes of its last columns.
@@ -142,7 +136,7 @@ class ModelDescription:
                 raise ValueError(f"schema {schema}")
             if schema == 1 and fields["normalisation"] is None:
                 fields["kind"] = "rows"
-            parts = {"normalisation": Normalisation, "task": TaskForm, "table": TableForm, "texts": TextForm}
+            parts = {"normalisation": Normalisation.of, "task": TaskForm, "table": TableForm, "texts": TextForm}
             for name, part in parts.items():
                 if fields.get(name) is not None:
                     fields[name] = part(**fields[name])

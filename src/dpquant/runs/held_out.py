@@ -83,7 +83,7 @@ def _images(folder: Path, description: ModelDescription) -> Held:
         below, description.class_names, (channels, height, width), resized=description.image_size is not None
     )
     if description.normalisation is not None:
-        found.mean, found.std = description.normalisation.mean, description.normalisation.std
+        found.normalisation = description.normalisation
     return found
 
 
