@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from dpquant.checks.synthetic import from_examples
-from dpquant.data.task import UNREADABLE
 from dpquant.data.pretrained import freeze_others
+from dpquant.data.task import UNREADABLE
 from dpquant.data.text_models import EmbeddingMean
 from dpquant.data.texts import TextSource, load_texts
 from dpquant.data.tokens import Texts, text_form

@@ -11,10 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpquant.data.normalisation import Normalisation
 from dpquant.privacy.meaning import Attack, Details, Meaning, Person
 from dpquant.privacy.plan import rounded_up
-from dpquant.runs.description import ModelDescription
+from dpquant.runs.description import ModelDescription, Normalisation
 from dpquant.runs.evaluated import UNPROTECTED, Bin, ClassResult, Evaluation, Protected, Ranking
 from dpquant.runs.pages import charts
 from dpquant.runs.pages.answers import ASSUMPTIONS, answers

@@ -37,16 +37,23 @@ import torch.utils.data
 from PIL import Image
 from torch import Tensor
 
-from dpquant.data.folders import Store, classes_of, folder_of, image_folder, in_memory, square
+from dpquant.data.class_folders import classes_of, folder_of
+from dpquant.data.folders import Store, image_folder, in_memory, square
 from dpquant.data.form import Form
 from dpquant.data.held import Held
 from dpquant.data.idx import read_idx
 from dpquant.data.normalisation import PLAIN, PUBLISHED, Normalisation, check_channels
-from dpquant.data.sizes import FOLDER_PREFIX, PACKED_PREFIX, TABLE_PREFIX, TEXT_PREFIX, public_size
+from dpquant.data.sizes import (
+    FOLDER_IMAGE_SIZE,
+    FOLDER_PREFIX,
+    PACKED_PREFIX,
+    TABLE_PREFIX,
+    TEXT_PREFIX,
+    public_size,
+)
 from dpquant.data.split import FULL_SCALE, FULL_SCALE_16, Loaded, Split
 from dpquant.errors import DataError, SettingError
 
-FOLDER_IMAGE_SIZE = 32
 DEBIAN_DATASETS = Path("/usr/share/datasets")
 
 _DOWNLOAD_TIMEOUT_S = 10.0
@@ -170,7 +177,9 @@ def form_of(name: str, *, image_size: int | None = None, normalisation: Normalis
     """Return the form of a data set of images. Opens no record.
 
     Args:
-      name, image_size, normalisation: as for `load`.
+      name: as for `load`.
+      image_size: as for `load`.
+      normalisation: as for `load`.
     Raises: DataError: the data set is unknown, or an image folder has no classes; SettingError: as for `load`.
     """
     public_size(name)  # refuses an unknown name

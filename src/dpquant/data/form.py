@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The form of a data set's records: shapes, classes, categories and tokens, all public. Of no record anything is read."""
+"""The form of a data set's records: shapes, classes, categories and tokens, all public. No record is needed for it."""
 
 import dataclasses
 from collections.abc import Sequence

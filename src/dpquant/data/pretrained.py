@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dpquant.data.form import Form
-from dpquant.data.sizes import HF_PREFIX
+from dpquant.data.model_names import pretrained_folder
 from dpquant.data.tokens import text_form
 from dpquant.errors import ModelError, SettingError, did_you_mean, quoted
 
@@ -49,7 +49,7 @@ def pretrained(name: str, form: Form, *, lora: int | None) -> nn.Module:
     Warns: of a head that begins anew although the folder has one, for another number of classes.
     Privacy: sees no data.
     """
-    folder = folder_of(name)
+    folder = pretrained_folder(name)
     transformers = _transformers(name)
     _check_tokenizer(folder, form.tokenizer)
     try:
@@ -73,20 +73,6 @@ def pretrained(name: str, form: Form, *, lora: int | None) -> nn.Module:
     return _called(network, lora, name)
 
 
-def folder_of(name: str) -> Path:
-    """Return the folder that `hf:PATH` names.
-
-    Raises: ModelError: it holds no network.
-    """
-    folder = Path(name.removeprefix(HF_PREFIX)).expanduser()
-    if not (folder / "config.json").is_file():
-        raise ModelError(
-            f"Expected model=hf:PATH to name a folder with config.json and weights; got model={name}. Networks are "
-            "read from this machine alone. Save one there by save_pretrained(FOLDER) of transformers."
-        )
-    return folder
-
-
 def made_up_form(name: str, *, vocabulary: int | None, tokens: int | None, class_names: Sequence[str]) -> Form:
     """Return the form of texts on which a pretrained network can be tried without a tokenizer.
 
@@ -99,7 +85,7 @@ def made_up_form(name: str, *, vocabulary: int | None, tokens: int | None, class
       SettingError: the number of tokens is not known.
     """
     try:
-        config = json.loads((folder_of(name) / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((pretrained_folder(name) / "config.json").read_text(encoding="utf-8"))
         known, positions = config.get("vocab_size"), config.get("max_position_embeddings", _USUAL_LENGTH)
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(
@@ -185,11 +171,17 @@ def _check_fits(network: Any, name: str, form: Form) -> None:
 def _positions(network: Any) -> int | None:
     """Return for how many positions a network has embeddings; None if it computes them."""
     tables = (
-        module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1) - getattr(module, "offset", 0)
+        module
         for path, module in network.named_modules()
         if isinstance(module, nn.Embedding) and ("position" in (last := path.rpartition(".")[2]) or last == "wpe")
     )
-    return min(tables, default=None)
+    return min(map(_places, tables), default=None)
+
+
+def _places(table: nn.Embedding) -> int:
+    """Return the positions that a table has embeddings for: some begin after the index of padding, or at an offset."""
+    first = getattr(table, "offset", 0) if table.padding_idx is None else table.padding_idx + 1
+    return table.num_embeddings - first
 
 
 def config_of(model: nn.Module) -> dict[str, Any] | None:

@@ -185,20 +185,21 @@ def _check_strictly(source: TextSource, columns: Columns) -> None:
         *texts, label = map(text_of, values)
         if source.dropped is not None and label == source.dropped:
             continue
-        problem = ""
+        problem = remedy = ""
         if BROKEN in values:
-            problem = "one that cannot be read, or lacks a column"
+            problem, remedy = "one that cannot be read, or lacks a column", columns.mending
         elif any(REPLACED in text for text in texts):
-            problem = "a text that is not UTF-8"
+            problem, remedy = "a text that is not UTF-8", "Convert the file, as by iconv -f LATIN1 -t UTF-8"
         elif not all(texts):
-            problem = "an empty text"
+            problem, remedy = "an empty text", "Write its text, or take the record out"
         elif label not in source.classes:
             problem = f"a label in column {source.label} that is none of them"
+            remedy = "Mend the label, or name all classes by --classes"
         if problem:
             raise DataError(
                 f"Expected every record of {columns.path} to have a text and one of the classes "
                 f"{', '.join(source.classes)}; got {problem} in record {number}. A test record that cannot be used "
-                "would count as an error of the model. Mend it, or give --classes."
+                f"would count as an error of the model. {remedy}."
             )
 
 
@@ -210,7 +211,7 @@ def _usable(
         raise DataError(
             f"Expected {path or source.path} to hold at least one record, for training and for test each, with a text "
             f"and a label among {', '.join(source.classes)}; it holds none. There is nothing to learn from. Give "
-            "--text-column, --label-column and --classes as in the file."
+            "--text-column, --label-column and --classes as in the file, whose texts have to be UTF-8."
         )
     return texts
 
@@ -221,6 +222,21 @@ def _encoded(source: TextSource, records: Sequence[tuple[str, ...]], tokens: "To
     codes = {name: code for code, name in enumerate(source.classes)}
     targets = [codes.get(label, UNREADABLE) if all(texts) else UNREADABLE for *texts, label in records]
     return Texts.of(tokens, [record[:-1] for record in records], targets)
+
+
+def tokenizer_file(path: Path) -> Path:
+    """Return the file of a tokenizer, which is named itself or by its folder.
+
+    Raises:
+      DataError: there is none.
+    """
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise DataError(
+            f"Expected tokenizer to be a folder with a tokenizer.json, or such a file; got tokenizer={path}. Text "
+            "would not become numbers. Save it by tokenizer.save_pretrained(FOLDER) of transformers."
+        )
+    return file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -265,12 +281,7 @@ class Tokens:
                 "Expected the package tokenizers, to read texts; it is not installed. Install it by pip install "
                 "'dpquant[text]'."
             ) from error
-        file = path / "tokenizer.json" if path.is_dir() else path
-        if not file.is_file():
-            raise DataError(
-                f"Expected tokenizer to be a folder with a tokenizer.json, or such a file; got tokenizer={path}. Text "
-                "would not become numbers. Save it by tokenizer.save_pretrained(FOLDER) of transformers."
-            )
+        file = tokenizer_file(path)
         try:
             content = file.read_bytes()
             tokenizer = Tokenizer.from_buffer(content)

@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import nn
 
+from dpquant.data import normalisation as constants
 from dpquant.data.dataset import Dataset
+from dpquant.data.pretrained import config_of
 from dpquant.data.spec import Spec
 from dpquant.data.split import FULL_SCALE_16
 from dpquant.data.task import Task
-from dpquant.data.pretrained import config_of
 from dpquant.errors import DataError
-from dpquant.runs.description import Kind, ModelDescription, TableForm, TaskForm, TextForm
+from dpquant.runs.description import Kind, ModelDescription, Normalisation, TableForm, TaskForm, TextForm
 from dpquant.runs.settings import TrainSettings
 
 
@@ -30,7 +31,7 @@ def description_of(settings: TrainSettings, dataset: Dataset, model: nn.Module) 
         class_names=list(dataset.class_names),
         input_shape=list(dataset.input_shape),
         image_size=_side(settings, dataset),
-        normalisation=getattr(dataset.train, "normalisation", None),  # images alone have it
+        normalisation=_normalisation(dataset),
         kind=kind,
         task=TaskForm(**dataclasses.asdict(dataset.task)),
         categories=list(dataset.categories),
@@ -50,6 +51,20 @@ def _kind(dataset: Dataset) -> Kind:
     if dataset.vocabulary is not None:
         return "texts"
     return "images" if len(dataset.input_shape) == 3 else "rows"
+
+
+def _normalisation(dataset: Dataset) -> Normalisation | None:
+    found = getattr(dataset.train, "normalisation", None)  # images alone have it
+    if found is None:
+        return None
+    mean, std = (list(one) if isinstance(one, tuple) else one for one in (found.mean, found.std))
+    return Normalisation(mean=mean, std=std)
+
+
+def normalisation_of(description: ModelDescription) -> constants.Normalisation | None:
+    """Return the constants by which a described model's images are normalised."""
+    found = description.normalisation
+    return None if found is None else constants.Normalisation.of(found.mean, found.std)
 
 
 def _side(settings: TrainSettings, dataset: Dataset) -> int | None:

@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from dpquant.data.normalisation import Normalisation
 from dpquant.errors import DataError
 from dpquant.runs.record import write_whole
 
@@ -19,6 +18,14 @@ DESCRIPTION_SCHEMA = 3
 """Version of the format of model.json. Raise it with every change of a field, and keep reading the earlier ones."""
 
 Kind = Literal["images", "rows", "texts"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Normalisation:
+    """How pixels become inputs: mean and std as of `dpquant.data.normalisation.Normalisation`."""
+
+    mean: float | list[float]
+    std: float | list[float]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,7 +143,7 @@ class ModelDescription:
                 raise ValueError(f"schema {schema}")
             if schema == 1 and fields["normalisation"] is None:
                 fields["kind"] = "rows"
-            parts = {"normalisation": Normalisation.of, "task": TaskForm, "table": TableForm, "texts": TextForm}
+            parts = {"normalisation": Normalisation, "task": TaskForm, "table": TableForm, "texts": TextForm}
             for name, part in parts.items():
                 if fields.get(name) is not None:
                     fields[name] = part(**fields[name])

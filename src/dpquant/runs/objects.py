@@ -13,8 +13,8 @@ from torch.utils.data import default_collate
 from dpquant.checks.refusals import check_trainable
 from dpquant.data import models
 from dpquant.data.form import Form
-from dpquant.data.sizes import HF_PREFIX
 from dpquant.data.pretrained import freeze_others, pretrained
+from dpquant.data.sizes import HF_PREFIX
 from dpquant.engine.batches import leaves
 from dpquant.engine.convert import fix
 from dpquant.engine.randomness import seeded

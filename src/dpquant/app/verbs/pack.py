@@ -10,7 +10,9 @@ import typer
 from dpquant.app.options import OF_SOURCES, with_settings, written_path
 from dpquant.data.manifest import Manifest
 from dpquant.errors import SettingError
+from dpquant.runs.named import check_named
 from dpquant.runs.settings import TrainSettings
+
 
 @functools.partial(with_settings, names=OF_SOURCES)
 def pack(
@@ -44,6 +46,7 @@ def pack(
     if source is None or out is None:
         raise SettingError("Expected a source and a folder to write; got fewer. Give dpquant pack SOURCE OUT.")
     settings = TrainSettings.chosen({"data": source, **given})
+    check_named(settings)
     from dpquant.data.pack import pack as packed
     from dpquant.runs.sources import dataset_of
 
