@@ -245,11 +245,25 @@ def test_a_pretrained_network_is_checked_as_a_run_trains_it(options, tmp_path, c
     assert found["num_classes"] == 2 and (frozen > 5) == bool(options)
 
 
+@pytest.mark.filterwarnings("default")
 def test_a_head_of_other_classes_begins_anew_and_that_is_said(tmp_path, capsys):
-    network = f"hf:{pretrained_in(tmp_path)}"
-    with pytest.warns(UserWarning, match="begins anew: it tells 2 classes apart, and yours are 5"):
-        assert run(["check-model", network, "--json", "--classes", "5"]) == 0
-    assert json.loads(capsys.readouterr().out)["num_classes"] == 5
+    assert run(["check-model", f"hf:{pretrained_in(tmp_path)}", "--json", "--classes", "5"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["num_classes"] == 5
+    assert captured.err.startswith("warning: The head of") and captured.err.count("\n") == 1
+
+
+def test_what_is_wrong_with_many_layers_is_said_once(here, capsys):
+    (here / "models_to_check.py").write_text(
+        "from torch import nn\ndef normed():\n    layers = [nn.Flatten(), *(nn.BatchNorm1d(64) for _ in range(20))]\n"
+        "    return nn.Sequential(*layers, nn.Embedding(3, 4, max_norm=1.0), nn.Linear(64, 10))\n"
+    )
+    assert run(["check-model", "models_to_check:normed", "--data", "digits"]) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "1. 1 and 19 more (BatchNorm1d): It mixes" in shown and shown.count("It mixes the examples") == 1
+    assert "2. 21 (Embedding): max_norm" in shown
+    assert run(["train", "--model", "models_to_check:normed", "--noise-multiplier", "1", "--policy", "none"]) == 2
+    assert "got 1 (BatchNorm1d)" in (said := capsys.readouterr().err) and "There are 19 more of its kind." in said
 
 
 def pretrained_in(folder):

@@ -55,6 +55,7 @@ class Finding:
     Attributes:
       stage: `type` of a module, `outputs`, `saving`, `full precision`, `quantized`, `preparing` or `fix`.
       module, kind: path and class of the module; empty where it is the model.
+      modules: number of modules of which the same is to be said; `module` is the first.
       problem: what is wrong and why it matters; with `fix` None also what to do.
       fix: what to do.
     """
@@ -64,6 +65,7 @@ class Finding:
     kind: str = ""
     problem: str
     fix: str | None = None
+    modules: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,7 +158,7 @@ def check_model(
         model = _tried(found, "fix", lambda: fix(model)) or model
     shown = str(model) if fixed else None
     static = refusals(model)
-    found += [Finding(stage="type", module=r.module, kind=r.kind, problem=r.problem, fix=r.remedy) for r in static]
+    found += _of_types(static)
     runs = _runs(model, form, found)
     layers = _layers(model, form if runs else None, chosen)
     subject, probed, probe = None, "the model does not run", dict.fromkeys(_PROBES, NOT_RUN)
@@ -179,6 +181,17 @@ def check_model(
         layers=layers,
         fixed_model=shown,
     )
+
+
+def _of_types(static: Sequence[Refusal]) -> list[Finding]:
+    """Return one finding for all modules of a class of which the same is wrong."""
+    alike: dict[tuple[str, str, str], list[Refusal]] = {}
+    for refusal in static:
+        alike.setdefault((refusal.kind, refusal.problem, refusal.remedy), []).append(refusal)
+    return [
+        Finding(stage="type", module=first.module, kind=kind, problem=problem, fix=remedy, modules=1 + len(others))
+        for (kind, problem, remedy), (first, *others) in alike.items()
+    ]
 
 
 def _tried(found: list[Finding], stage: str, work: Callable[[], _Result]) -> _Result | None:

@@ -178,14 +178,14 @@ def _unusable(columns: Columns, row: int, name: str) -> DataError:
     value = columns.values[name][row]
     what, remedy = f"another value in column {name}", "Mend the record, or the spec: a range, values, other, missing"
     if value is BROKEN:
-        what, remedy = "one that cannot be read", columns.mending
+        what, remedy = "too few or too many fields", columns.mending
     elif REPLACED in text_of(value):
         what = f"a value in column {name} that is not UTF-8"
         remedy = "Convert the file, as by iconv -f LATIN1 -t UTF-8"
     elif not text_of(value):
         what, remedy = f"an empty value in column {name}", 'Mend the record, or write missing = [""] into the spec'
     return DataError(
-        f"Expected every record of {columns.path} to be as the spec says; got {what}, in record {row + 1}. A test "
+        f"Expected every record of {columns.path} to be as the spec says; got {what} of record {row + 1}. A test "
         f"record that cannot be used would count as an error of the model. {remedy}."
     )
 

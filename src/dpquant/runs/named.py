@@ -17,7 +17,7 @@ from dpquant.data.spec import Spec
 from dpquant.data.tables import SUFFIXES as OF_TABLES
 from dpquant.data.texts import SUFFIXES as OF_TEXTS
 from dpquant.data.texts import TextSource, tokenizer_file
-from dpquant.errors import DataError, SettingError
+from dpquant.errors import DataError, ModelError, SettingError
 from dpquant.runs.settings import TrainSettings
 
 
@@ -49,7 +49,17 @@ def check_named(settings: TrainSettings, *, records: bool = True) -> None:
             if path is not None:
                 check_file(path, kinds[kind])
     if settings.model.startswith(HF_PREFIX):
+        if kind != TEXT_PREFIX and not settings.data.startswith(PACKED_PREFIX):
+            raise not_for_texts(settings)
         pretrained_folder(settings.model)
+
+
+def not_for_texts(settings: TrainSettings) -> ModelError:
+    """Return the error for a pretrained network of which something else is asked than it can do."""
+    return ModelError(
+        f"Expected texts, and no width, for model={settings.model}; got data={settings.data} and "
+        f"width={settings.width:g}. A pretrained network is as it was trained. Use another model."
+    )
 
 
 def check_accuracy(settings: TrainSettings) -> None:

@@ -20,6 +20,7 @@ from dpquant.engine.convert import fix
 from dpquant.engine.randomness import seeded
 from dpquant.errors import ModelError, SettingError, kind_of, quoted
 from dpquant.runs.evaluation import evaluating
+from dpquant.runs.named import not_for_texts
 from dpquant.runs.settings import TrainSettings
 from dpquant.runs.size import check_network_fits
 
@@ -70,10 +71,7 @@ def built_model(settings: TrainSettings, form: Form) -> nn.Module:
 
 def _pretrained(settings: TrainSettings, form: Form) -> nn.Module:
     if form.vocabulary is None or settings.width != 1.0:
-        raise ModelError(
-            f"Expected texts, and no width, for model={settings.model}; got data={settings.data} and "
-            f"width={settings.width:g}. A pretrained network is as it was trained. Use another model."
-        )
+        raise not_for_texts(settings)
     return pretrained(settings.model, form, lora=settings.lora)
 
 

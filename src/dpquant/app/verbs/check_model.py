@@ -10,6 +10,8 @@ from rich.table import Table
 
 from dpquant.app.options import OF_SOURCES, WRONG_RESULT, Json, with_settings
 from dpquant.app.output import results
+from dpquant.runs.named import check_named
+from dpquant.runs.settings import TrainSettings
 
 if TYPE_CHECKING:
     from dpquant.app.check_model import ModelCheck
@@ -42,20 +44,24 @@ def check_model(
 
     With --json: passed (true: nothing has to change); model, input_shape, num_classes, vocabulary (null without texts)
     and format; findings, a list of stage (type, outputs, saving, full precision, quantized, preparing or fix), module,
-    problem and fix (text; null where the problem says it); probe, for full precision and quantized passed, failed or
-    not run; probed, in words on what; layers, a list of name, kind, parameters, macs (null: not counted), format (null:
-    never quantized), reason and notes; and fixed_model (text; null without --fix).
+    kind, modules (of how many the same is said), problem and fix (text; null where the problem says it); probe, for
+    full precision and quantized passed, failed or not run; probed, in words on what; layers, a list of name, kind,
+    parameters, macs (null: not counted), format (null: never quantized), reason and notes; and fixed_model (text; null
+    without --fix).
 
     Example: dpquant check-model my_models:build --input-shape 3x32x32 --classes 10 --fix
 
     Example: dpquant check-model hf:my-bert --lora 16
     """
+    given = given if classes is None else {**given, "classes": classes}
+    if "data" in given:
+        check_named(TrainSettings.chosen({**given, "model": model}), records=False)
     from dpquant.app.check_model import check_model as checked
     from dpquant.app.form import Shape, chosen
     from dpquant.runs.objects import built_model
 
     shape = Shape(input_shape=input_shape, tokens=tokens, vocabulary=vocabulary)
-    settings, form = chosen(model, given if classes is None else {**given, "classes": classes}, shape)
+    settings, form = chosen(model, given, shape)
     found = checked(built_model(settings, form), form, name=model, format=format, fixed=fix)
     if as_json:
         print(found.to_json(), end="")
@@ -85,7 +91,8 @@ def print_model_check(console: Console, found: "ModelCheck") -> None:
     went = ", ".join(f"{what}: {how}" for what, how in found.probe.items())
     lines = [f"\nLive check on synthetic records, {went} ({found.probed})."]
     for number, one in enumerate(found.findings, 1):
-        where = f"{one.module or 'the model'} ({one.kind}): " if one.kind else ""
+        others = "" if one.modules == 1 else f" and {one.modules - 1} more"
+        where = f"{one.module or 'the model'}{others} ({one.kind}): " if one.kind else ""
         lines.append(f"\n{number}. {where}{one.problem}" + (f".\n   {one.fix}." if one.fix else ""))
     count = len(found.findings)
     lines.append(f"\n{count} to change: a run would refuse this model." if count else "\nNothing has to change.")
