@@ -748,7 +748,7 @@ SOURCES = {
         ON_TABLE, "an empty value in column a of record 1", table(SPEC, CSV, "a,b,y\n,u,no\n")
     ),
     "table: a file of zero bytes": Bad(ON_TABLE, "begins as UTF-16 does", table(SPEC, b"\0" * 64)),
-    "table: another separator": Bad(ON_TABLE, "describe column a;b;y", table(SPEC, CSV.replace(",", ";"))),
+    "table: another separator": Bad(ON_TABLE, "a header with ';'", table(SPEC, CSV.replace(",", ";"))),
     "table: constants of pixels": Bad(f"{ON_TABLE} --normalize imagenet", "Tables and texts are no images", table()),
     "table: not in its resumed place": Bad(
         "resume r",

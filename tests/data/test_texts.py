@@ -293,6 +293,7 @@ def test_bytes_of_a_parquet_record_that_are_not_utf8_decide_nothing_about_the_ot
     pyarrow = pytest.importorskip("pyarrow")
     raw = pyarrow.array([b"b\xe4d", b"good", None], pyarrow.binary()).view(pyarrow.string())
     labels = pyarrow.array(["ham", "ham", "spam"])
-    pyarrow.parquet.write_table(pyarrow.table({"text": raw, "label": labels}), tmp_path / "t.parquet")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": raw, "label": labels}), tmp_path / "t.parquet")
     found = read_columns(tmp_path / "t.parquet", None, [".parquet"]).values["text"]
     assert found == ["b\N{REPLACEMENT CHARACTER}d", "good", None]

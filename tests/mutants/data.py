@@ -4,6 +4,8 @@
 from mutants.mutant import COUPLING, LEAK, RESUME, mutants_of
 
 _DATA = "src/dpquant/data"
+_STRICT = "[check_readable(files, split) for split, files in [_folder_split(folder / name, names, size, to_pixels, store) "
+_STRICT += 'for name in ("train", "test")]]\n    (train, _), (test, files) = ('
 _TABLES, _TEXTS = "tests/data/test_tables.py", "tests/data/test_texts.py"
 
 MUTANTS = [
@@ -25,8 +27,8 @@ MUTANTS = [
         (
             "the error for a test record quotes it",
             LEAK,
-            "got another value in column {name} of record",
-            "got {columns.values[name][row]} in column {name} of record",
+            'f"another value in column {name}"',
+            'f"{value} in column {name}"',
         ),
         (
             "categories are taken from the records",
@@ -69,6 +71,27 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
+        f"{_DATA}/columns.py",
+        _TEXTS,
+        (
+            "bytes of one Parquet record decide whether the file is read",
+            LEAK,
+            'value.decode(errors="replace")',
+            "value.decode()",
+        ),
+        (
+            "a record in another coding decides whether a file with bare carriage returns is read",
+            LEAK,
+            '.split(b"\\r")[0]',
+            "",
+        ),
+    ),
+    *mutants_of(
+        f"{_DATA}/folders.py",
+        "tests/data/test_dataset.py",
+        ("an image that cannot be read is refused in training, too", LEAK, "(train, _), (test, files) = (", _STRICT),
+    ),
+    *mutants_of(
         f"{_DATA}/tokens.py",
         _TEXTS,
         (
@@ -99,7 +122,12 @@ MUTANTS = [
             "return self._buckets[record_ids].long()",
             "return torch.zeros_like(record_ids)",
         ),
-        ("packed files that have changed are read", RESUME, "    manifest.check(folder)\n", ""),
+        (
+            "packed files that have changed are read",
+            RESUME,
+            "    manifest.check(folder)\n    with _files_as_packed(manifest, folder):\n        train, test",
+            "    with _files_as_packed(manifest, folder):\n        train, test",
+        ),
     ),
     *mutants_of(
         f"{_DATA}/manifest.py",

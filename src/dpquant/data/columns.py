@@ -26,6 +26,7 @@ class _Broken:
 
 BROKEN = _Broken()
 REPLACED = "\N{REPLACEMENT CHARACTER}"
+_SEPARATORS = (",", ";", "\t", "|")
 _LONGEST_FIELD = 2**31 - 1  # of a CSV file; Python's own limit is 131,072 characters
 
 
@@ -144,6 +145,11 @@ def _separated(path: Path, wanted: Sequence[str] | None, separator: str) -> Colu
             raise DataError(
                 f"Expected {path} to begin with a line of column names; it begins with none. Add a header, public "
                 "names with separators between them."
+            )
+        if len(names) == 1 and (other := next((one for one in _SEPARATORS if one in names[0]), None)):
+            raise DataError(
+                f"Expected the columns of {path} to have {separator!r} between them, as the end of its name says; got "
+                f"a header with {other!r}. It would be one column. Write it with {separator!r}, or rename it."
             )
         wanted = names if wanted is None else wanted
         check_names(path, names, wanted)

@@ -71,7 +71,7 @@ def _column(name: str, values: Sequence[Any]) -> Iterator[str]:
     if not why:
         yield from _described(values)
         return
-    yield f'kind = "ignored"  # (read) {why}, as of an identifier, which tells who a record is and nothing else'
+    yield f'kind = "ignored"  # (read) looks like an identifier, {why}: it would tell who a record is'
     if _numbers(texts) is not None:
         yield "# If it is a number to learn from, write instead:"
         yield from (f"# {line}" for line in _described(values))
@@ -81,11 +81,11 @@ def _identifies(name: str, texts: Sequence[str]) -> str:
     """Return why a column is taken for an identifier; "" if it is not."""
     words = {word.lower() for word in _WORD.findall(name.replace("-", ""))}
     if words & _OF_IDENTIFIERS or name.lower() == "name":
-        return "its name is"
+        return "by its name"
     whole = all(text.lstrip("-").isdigit() for text in texts)
     numbers = _numbers(texts)
     if len(texts) >= _FEWEST_DISTINCT and len(set(texts)) == len(texts) and (whole or numbers is None):
-        return "every record has a value of its own"
+        return "as every record has a value of its own"
     return ""
 
 

@@ -84,8 +84,9 @@ def made_up_form(name: str, *, vocabulary: int | None, tokens: int | None, class
     Raises: ModelError: the folder holds no network.
       SettingError: the number of tokens is not known.
     """
+    file = pretrained_folder(name) / "config.json"
     try:
-        config = json.loads((pretrained_folder(name) / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"))
         known, positions = config.get("vocab_size"), config.get("max_position_embeddings", _USUAL_LENGTH)
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(

@@ -180,7 +180,7 @@ def _unusable(columns: Columns, row: int, name: str) -> DataError:
     if value is BROKEN:
         what, remedy = "too few or too many fields", columns.mending
     elif REPLACED in text_of(value):
-        what = f"a value in column {name} that is not UTF-8"
+        what = f"bytes that are not UTF-8 in column {name}"
         remedy = "Convert the file, as by iconv -f LATIN1 -t UTF-8"
     elif not text_of(value):
         what, remedy = f"an empty value in column {name}", 'Mend the record, or write missing = [""] into the spec'

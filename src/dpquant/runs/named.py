@@ -34,6 +34,7 @@ def check_named(settings: TrainSettings, *, records: bool = True) -> None:
     """
     kinds = {TABLE_PREFIX: OF_TABLES, TEXT_PREFIX: OF_TEXTS}
     kind = next((prefix for prefix in kinds if settings.data.startswith(prefix)), None)
+    path = None if kind is None else file_of(settings, kind)
     if settings.data.startswith(FOLDER_PREFIX):
         classes_of(image_folder_of(settings.data))
     elif settings.data.startswith(PACKED_PREFIX):
@@ -45,9 +46,9 @@ def check_named(settings: TrainSettings, *, records: bool = True) -> None:
     elif kind == TEXT_PREFIX:
         tokenizer_file(text_source(settings).tokenizer)
     if kind is not None and records:
-        for path in (file_of(settings, kind), test_of(settings)):
-            if path is not None:
-                check_file(path, kinds[kind])
+        for one in (path, test_of(settings)):
+            if one is not None:
+                check_file(one, kinds[kind])
     if settings.model.startswith(HF_PREFIX):
         if kind != TEXT_PREFIX and not settings.data.startswith(PACKED_PREFIX):
             raise not_for_texts(settings)
