@@ -138,7 +138,13 @@ def test_a_training_on_rows_or_texts_is_audited(kind, tmp_path):
 
 def test_a_training_on_rows_without_noise_is_refuted(tmp_path):
     """The planted fault: a training that claims little and learns its rows by heart."""
-    changes = {"model": "doubles:rows_that_are_remembered", "noise_multiplier": 20.0, "epochs": 6, "lr": 30.0, "optimizer": "sgd"}
+    changes = {
+        "model": "doubles:rows_that_are_remembered",
+        "noise_multiplier": 20.0,
+        "epochs": 6,
+        "lr": 30.0,
+        "optimizer": "sgd",
+    }
     given = {**table(tmp_path), **changes, "momentum": 0.0, "policy": "none", "records": 60, "microbatch_size": 64}
     del given["width"]
     settings = TrainSettings.chosen(given)

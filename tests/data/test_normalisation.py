@@ -16,6 +16,7 @@ from dpquant.runs.describing import normalisation_of as described
 from dpquant.runs.description import ModelDescription
 from dpquant.runs.held_out import held_out
 from dpquant.runs.inputs import Reader
+from dpquant.runs.record import RunRecord
 from dpquant.runs.settings import TrainSettings
 from dpquant.runs.sources import dataset_of
 from dpquant.runs.train import train
@@ -64,8 +65,10 @@ def test_pixels_are_normalised_as_torchvision_does_in_training_packed_and_for_a_
     packed = dataset_of(TrainSettings.chosen({"data": f"packed:{tmp_path / 'packed'}"}))
     assert torch.equal(packed.test[first_bright][0], dataset.test[first_bright][0])
     record = train(settings, tmp_path / "run")
+    assert RunRecord.read(tmp_path / "run" / "record.json") == record
     description = ModelDescription.read(tmp_path / "run" / "model.json")
-    assert described(description) == IMAGENET and record.model == "mlp"
+    assert described(description) == IMAGENET
+    assert record.source == {"normalisation": IMAGENET.fields}
     (part,) = Reader(tmp_path / "run", description).parts(str(file), None)
     assert torch.allclose(part.inputs[0], wanted, atol=1e-5)
     for name in (None, f"image-folder:{tmp_path / 'photos'}", f"packed:{tmp_path / 'packed'}"):

@@ -142,11 +142,12 @@ def load(
     if image_size is not None:
         train, test = _resized(train, image_size), _resized(test, image_size)
     channels, height, width = train.pixels.shape[1:]
-    normalisation = normalisation or PUBLISHED.get(name, PLAIN)
+    given, normalisation = normalisation, normalisation or PUBLISHED.get(name, PLAIN)
     check_channels(normalisation, channels, name)
     for split in (train, test):
         split.normalisation = normalisation
     return Dataset(
+        facts={} if given is None else {"normalisation": given.fields},
         name=name,
         train=train,
         test=test,

@@ -27,6 +27,12 @@ class Normalisation:
         """Return the constants that a JSON file holds."""
         return cls(mean=_constant(mean), std=_constant(std))
 
+    @property
+    def fields(self) -> dict[str, float | list[float]]:
+        """Return the constants as a JSON file holds them."""
+        both = {"mean": self.mean, "std": self.std}
+        return {name: list(one) if isinstance(one, tuple) else one for name, one in both.items()}
+
 
 PLAIN = Normalisation(mean=0.5, std=0.5)
 PUBLISHED = {

@@ -7,7 +7,6 @@ that they never are in memory together; tables and texts are held in memory whil
 """
 
 import contextlib
-import dataclasses
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -114,7 +113,7 @@ def _kind_of(dataset: Dataset) -> tuple[Kind, dict[str, Any]]:
     """Return of what kind records are, and how their rows become inputs."""
     match dataset.train:
         case Split() as split:
-            return "images", {"full_scale": split.full_scale, **dataclasses.asdict(split.normalisation)}
+            return "images", {"full_scale": split.full_scale, **split.normalisation.fields}
         case Rows():
             return "rows", {}
         case Texts() as texts:

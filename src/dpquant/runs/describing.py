@@ -55,10 +55,7 @@ def _kind(dataset: Dataset) -> Kind:
 
 def _normalisation(dataset: Dataset) -> Normalisation | None:
     found = getattr(dataset.train, "normalisation", None)  # images alone have it
-    if found is None:
-        return None
-    mean, std = (list(one) if isinstance(one, tuple) else one for one in (found.mean, found.std))
-    return Normalisation(mean=mean, std=std)
+    return None if found is None else Normalisation(**found.fields)
 
 
 def normalisation_of(description: ModelDescription) -> constants.Normalisation | None:
