@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpquant.app.options import Config, Json, settings_of, with_settings
-from dpquant.app.output import results, say
+from dpquant.app.output import results, say, tell_native
 from dpquant.runs.named import check_named
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def assess(
     from dpquant.app.assess import Usage
     from dpquant.app.assess import assess as assessment_of
 
+    tell_native()
     assessment = assessment_of(
         settings,
         hardware=hardware,
