@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dpquant.app.check_model import check_model
-    from dpquant.app.form import Form
     from dpquant.audits.report import AuditRequest, audit
     from dpquant.backends.qtensor import QTensor
     from dpquant.backends.quantize import quantize
+    from dpquant.data.form import Form
     from dpquant.engine.clip import clipped_sum
     from dpquant.engine.convert import fix, restore
     from dpquant.engine.layers import prepare, quantizable_layers, set_policy
@@ -55,7 +55,7 @@ _HOMES = {
     "DataError": "errors",
     "DivergedError": "errors",
     "Event": "privacy.events",
-    "Form": "app.form",
+    "Form": "data.form",
     "FormatError": "errors",
     "Ledger": "privacy.ledger",
     "LedgerError": "errors",

@@ -142,7 +142,7 @@ MUTANTS = [
     *mutants_of(
         "src/dpquant/app/spent.py",
         f"{_REPORT}::test_other_runs_add_up_and_two_states_of_one_run_both_count",
-        ("only the last run counts", CLAIM, "        once.append(run)\n", "        once = [run]\n"),
+        ("only the last run counts", CLAIM, "        once[path] = contents\n", "        once = {path: contents}\n"),
     ),
     *mutants_of(
         "src/dpquant/app/export.py",

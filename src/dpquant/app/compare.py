@@ -22,13 +22,13 @@ from dpquant.errors import SettingError, did_you_mean
 from dpquant.privacy import accounting
 from dpquant.privacy.events import Event
 from dpquant.privacy.plan import PrivacyPlan
+from dpquant.runs.named import check_accuracy
 from dpquant.runs.names import CONFIG, LEDGER, RECORD, TIMINGS
 from dpquant.runs.pages.curves import curves
 from dpquant.runs.ranges import POLICIES
 from dpquant.runs.record import RunRecord, write_whole
 from dpquant.runs.settings import TrainSettings, plan_of
 from dpquant.runs.sinks import Sink
-from dpquant.runs.sources import check_accuracy
 from dpquant.runs.timings import Timings
 from dpquant.runs.trackers.registry import check_trackers
 from dpquant.runs.train import train

@@ -73,8 +73,7 @@ def seal(folder: Path, dataset: Dataset, kind: Kind, reading: dict[str, Any]) ->
     """
     files = {}
     for path in sorted([*folder.rglob("*.npy"), *folder.glob(TOKENIZER)]):
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
+        _flush(path)
         files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     manifest = Manifest(
         kind=kind,
@@ -89,9 +88,12 @@ def seal(folder: Path, dataset: Dataset, kind: Kind, reading: dict[str, Any]) ->
         facts=dataset.facts,
         reading=reading,
     )
-    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-        file.write(manifest.to_json())
-        file.flush()
+    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    _flush(folder / MANIFEST)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb+") as file:
         os.fsync(file.fileno())
 
 
@@ -112,7 +114,7 @@ def _kind_of(dataset: Dataset) -> tuple[Kind, dict[str, Any]]:
     """Return of what kind records are, and how their rows become inputs."""
     match dataset.train:
         case Split() as split:
-            return "images", {"full_scale": split.full_scale, "mean": split.mean, "std": split.std}
+            return "images", {"full_scale": split.full_scale, **split.normalisation.fields}
         case Rows():
             return "rows", {}
         case Texts() as texts:

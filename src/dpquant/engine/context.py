@@ -60,6 +60,11 @@ class Tape(Protocol):
         ...
 
 
+def anchor_for(tape: Tape | None, *parameters: Tensor | None) -> Tensor | None:
+    """Return the tape's anchor for a layer of which a parameter is trained; else None: backward need not reach it."""
+    return tape.anchor if tape is not None and any(map(tape.takes, parameters)) else None
+
+
 class Replay:
     """Stores the outputs of quantizable layers in one forward pass and replays them in later passes, in call order.
 

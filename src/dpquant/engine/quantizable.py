@@ -33,7 +33,7 @@ from dpquant.backends.geometry import Geometry
 from dpquant.backends.interface import Backend
 from dpquant.backends.qtensor import QTensor
 from dpquant.backends.quantize import quantize_rows
-from dpquant.engine.context import StepContext
+from dpquant.engine.context import StepContext, anchor_for
 from dpquant.engine.products import Convolution, OverPositions, RowProducts, timed
 from dpquant.engine.weight_cache import WeightCache
 from dpquant.engine.weight_layout import WeightLayout
@@ -142,8 +142,7 @@ class WeightProduct:
             )
         if run.replay is not None and (stored := run.replay.stored()) is not None:
             return stored
-        trained = run.trains(self.weight) or run.trains(self.bias)
-        anchor = run.tape.anchor if run.tape is not None and trained else None
+        anchor = anchor_for(run.tape, self.weight, self.bias)
         bias = None if self.bias is None else self.bias_layout.part(self.bias)
         function = products if run.clock is None else timed(products)
         y = cast(Tensor, function.apply(x, weight, bias, anchor, self, run))

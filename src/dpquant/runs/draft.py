@@ -20,7 +20,7 @@ _HEAD = """# Settings of dpquant train. Take the # off a line to change it.
 """
 _WIDTH = 110
 GROUPS: Mapping[str, tuple[str, ...]] = {
-    "Data: what is trained on": ("data", "data_dir", "records", "image_size", "augment", "views"),
+    "Data: what is trained on": ("data", "data_dir", "records", "image_size", "normalize", "augment", "views"),
     "Network": ("model", "width", "fix"),
     "Privacy: what is promised": (
         *("epsilon", "delta", "noise_multiplier", "noise", "max_grad_norm", "records_per_person"),

@@ -40,6 +40,11 @@ _RULES: Mapping[str, _Rule] = {
         lambda x: not x.startswith((TABLE_PREFIX, TEXT_PREFIX, PACKED_PREFIX)),
         "Tables and texts are no images, and packed images have their size",
     ),
+    "normalize": (
+        "data",
+        lambda x: not x.startswith((TABLE_PREFIX, TEXT_PREFIX, PACKED_PREFIX)),
+        "Tables and texts are no images, and packed images have theirs",
+    ),
     "augment": ("data", lambda x: not x.startswith((TABLE_PREFIX, TEXT_PREFIX)), "Only images have views"),
     "views": ("augment", lambda x: x != "none", "All views of an image would be the same"),
     "workers": ("data", lambda x: x.startswith(PACKED_PREFIX), "Records in memory are not read ahead"),

@@ -163,6 +163,8 @@ class Following:
             return "stopped" if silent > _STARTING else "running" if charged else "starting"
         if not beat.running:
             return "stopped"
+        if beat.preparing:
+            return "stopped" if silent > _STARTING else "starting"
         step = self._seconds_a_step(beat, plan) or 0.0
         limit = max(_LEAST_SILENCE, _STEPS_OF_SILENCE * step, _PAUSES_OF_SILENCE * beat.longest_pause)
         if silent > limit:

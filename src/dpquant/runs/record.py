@@ -253,13 +253,16 @@ class RunRecord:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
+    def from_json(cls, text: str, *, where: str = "") -> Self:
         """Return the record from its JSON, in the present format or an earlier one.
 
         Schema 1 has no `schema` field and only the test accuracy of each epoch; the other facts of an epoch become
         None. Its first files hold times, which are ignored. Schemas 1 and 2 do not name the device. Before schema 4 a
         record does not hold metrics, source, provenance, plan, ledger and what comes after them.
 
+        Args:
+          text: of the record.
+          where: it was read, for errors, as " in FILE".
         Raises:
           DataError: the text is not JSON, the schema is newer, or a field is missing or unknown.
         """
@@ -268,7 +271,7 @@ class RunRecord:
             schema = fields.pop("schema", 1)
             if isinstance(schema, int) and schema > SCHEMA:
                 raise DataError(
-                    f"Expected a record of schema 1 to {SCHEMA}; got schema={schema}, written by dpquant "
+                    f"Expected a record of schema 1 to {SCHEMA}{where}; got schema={schema}, written by dpquant "
                     f"{fields.get('dpquant')}. It could be misread. Read it with that version, or a newer one."
                 )
             fields = {name: value for name, value in fields.items() if name not in _FORMER_FIELDS}
@@ -291,7 +294,7 @@ class RunRecord:
             raise
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(
-                f"Expected a run's record; got one that cannot be read ({type(error).__name__}: {error}). "
+                f"Expected a run's record{where}; got one that cannot be read ({type(error).__name__}: {error}). "
                 "It was changed, or written by another version. Read it with the version that wrote it."
             ) from error
 
@@ -308,7 +311,11 @@ class RunRecord:
         """
         expect("path", path, Path, "a pathlib.Path", "Give pathlib.Path('record.json')", DataError)
         try:
-            return cls.from_json(path.read_text(encoding="utf-8"))
+            return cls.from_json(path.read_text(encoding="utf-8"), where=f" in {path}")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"Expected a run's record in {path}; got bytes that are not UTF-8. Restore it from a copy."
+            ) from error
         except OSError as error:
             raise DataError(f"Expected a readable record; got {path}: {error.strerror}. Check the path.") from error
 

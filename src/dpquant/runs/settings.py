@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from dpquant.data.model_names import check_name
+from dpquant.data.normalisation import normalisation_of
 from dpquant.data.sizes import public_size
 from dpquant.errors import FormatError, SettingError
 from dpquant.formats import AUTO, precision
@@ -133,6 +134,8 @@ class TrainSettings(SourceSettings):
                 check_range(name, getattr(self, name))
         check_contradictions(vars(self))
         check_name(self.model)
+        if self.normalize is not None:
+            normalisation_of(self.normalize)
         if self.declared is not None:
             object.__setattr__(self, "declared", checked(self.declared) or None)
         if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", self.device):

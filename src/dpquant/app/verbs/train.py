@@ -28,6 +28,7 @@ from dpquant.app.output import current, results, say, tell_native
 from dpquant.app.progress import RunProgress, tell_budget, tell_settings
 from dpquant.errors import SettingError
 from dpquant.runs.defaults import Default
+from dpquant.runs.named import check_named
 from dpquant.runs.names import RECORD, REPORT
 from dpquant.runs.place import Place
 from dpquant.runs.record import RunRecord
@@ -98,6 +99,7 @@ def _train(
         say(f"{folder} has ended already; nothing is trained or charged.")
         _print(record, folder, reported=(folder / REPORT).exists(), as_json=as_json)
         return
+    check_named(settings)
     with place.taken(settings, resume=resume):  # before torch is imported: a run killed meanwhile can be continued
         if not as_json:
             tell_settings(settings, usual)
