@@ -166,7 +166,7 @@ OUT_OF_RANGE = {  # option: values that are out of its range
     "analysis-noise-multiplier": ["0", "nan"],
     "analysis-batch-size": ["0", "nan", "1e9"],
     "checkpoint-every": ["0epochs", "often", "3", "-1steps"],
-    "track": ["", "mlflow,", "mlflow,mlflow", "a b"],
+    "track": ["mlflow,", "mlflow,mlflow", "a/b"],
 }
 NO_SUCH_NAME = {  # verb and option: (what was meant by a name, the name)
     "plan --policy": ("rotate", "rotte"),

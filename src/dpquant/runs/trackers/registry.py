@@ -9,7 +9,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from dpquant.errors import SettingError, did_you_mean
 from dpquant.runs.ranges import tracker_names
@@ -85,7 +85,7 @@ def _own(name: str) -> "Callable[[TrackedRun], Sink]":
 
 def _loaded(point: importlib.metadata.EntryPoint) -> "Callable[[TrackedRun], Sink]":
     try:
-        made: Any = point.load()
+        made = point.load()
     except Exception as error:  # importing another package may raise anything
         raise SettingError(
             f"Expected track={point.name} to be loaded from {point.value}; got {type(error).__name__}: {error}. Mend "
@@ -96,4 +96,4 @@ def _loaded(point: importlib.metadata.EntryPoint) -> "Callable[[TrackedRun], Sin
             f"Expected {point.value}, which track={point.name} names, to be called with a run; got a "
             f"{type(made).__name__}. Mend the package that offers it, or leave it out."
         )
-    return made
+    return cast("Callable[[TrackedRun], Sink]", made)
