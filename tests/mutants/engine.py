@@ -154,8 +154,8 @@ MUTANTS = [
         (
             "a module that gives something else alone is believed",
             COUPLING,
-            "        self.settle()\n        totals: dict",
-            "        totals: dict",
+            "        self.settle()\n        totals = self",
+            "        totals = self",
             f"{_CLIP}::test_a_layer_that_gives_something_else_when_evaluated_alone_is_refused",
         ),
         (
