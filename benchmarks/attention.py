@@ -142,8 +142,8 @@ def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 def accuracy(format: str, seed: int, steps: int, batch_size: int = 256, noise: float = 1.0) -> float:
     """Return the test accuracy after some steps of clipped and noised gradients."""
-    digits = load_digits()
-    x, y = torch.tensor(digits.images, dtype=torch.float32) / 16, torch.tensor(digits.target)
+    images, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(images, dtype=torch.float32).view(-1, 8, 8) / 16, torch.tensor(labels)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     train, test = order[360:], order[:360]
     torch.manual_seed(seed)

@@ -71,7 +71,7 @@ class Convolution(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None, None
 
 
-class OverPositions(Convolution):
+class OverPositions(torch.autograd.Function):
     """The products of a linear layer on sequences `(B, ..., D)`, whose positions are those of a map of one column.
 
     The views are taken in here, where autograd makes no node of each.
