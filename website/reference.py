@@ -35,8 +35,8 @@ def reference() -> str:
 
 def _verb(name: str, command: Any) -> str:
     """Return the section of a verb: its help, its arguments and the options that are its own."""
-    own = [one for one in command.params if one.name not in settings() and one.name != "help"]
-    shared = [one for one in command.params if one.name in settings()]
+    shared = [one for one in command.params if one.name in settings() and one.param_type_name == "option"]
+    own = [one for one in command.params if one not in shared and one.name != "help"]
     rows = [f"| {_spelt(one)} | {_cell(getattr(one, 'help', None) or '')} |" for one in own]
     if shared:
         listed = ", ".join(f"[`--{_option(one.name)}`](#{one.name})" for one in shared)
@@ -59,7 +59,9 @@ def _help(command: Any) -> str:
 
 
 def _setting(name: str, field: Any) -> str:
-    return "\n".join([f"### {name}", "", texts("settings").get(name, ""), "", facts(field), ""]).replace("\n\n\n", "\n\n")
+    return "\n".join([f"### {name}", "", texts("settings").get(name, ""), "", facts(field), ""]).replace(
+        "\n\n\n", "\n\n"
+    )
 
 
 def _spelt(one: Any) -> str:
