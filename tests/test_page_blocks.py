@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every block of code of README.md and of the pages in docs/ runs, in the order of its page.
 
-```bash runs in a shell, where `dpquant` forks a process that is warm; ```python runs in one namespace a page; ```toml and
-```json are read. A block with title="NAME" is also written to that file. ```console is what cannot run in a test (it
-installs, opens a browser, needs a GPU, other data or hours), and is only shown.
+```bash runs in a shell, where `dpquant` forks a process that is warm; ```python runs in one namespace a page; ```toml
+and ```json are read. A block with title="NAME" is also written to that file. ```console is what cannot run in a test
+(it installs, opens a browser, needs a GPU, other data or hours), and is only shown.
 """
 
 import json

@@ -13,15 +13,14 @@ from dpquant.app.explain import facts, settings, texts
 PAGE = Path(__file__).parents[1] / "docs" / "command-line.md"
 _HEAD = """# The command line
 
-Made from the program itself by `python -m website reference`; do not edit it. `dpquant VERB --help` prints the same, and
-`dpquant explain WORD` one section of it.
+Made from the program itself by `python -m website reference`; do not edit it. `dpquant VERB --help` prints the same,
+and `dpquant explain WORD` one section of it.
 
 """
 _SETTINGS = """## Settings
 
-Options of `plan`, `train` and of all verbs that name *the settings*, and entries of a file that `--config` names. An option
-wins over the file. `dpquant init` drafts such a file. Defaults that depend on the data are shown by `dpquant plan`.
-
+Options of `plan`, `train` and of all verbs that name *the settings*, and entries of a file that `--config` names, over
+which options win. `dpquant init` drafts such a file. Defaults that depend on the data are shown by `dpquant plan`.
 """
 
 

@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Write scikit-learn's handwritten digits, which are public, as a folder of images: train/CLASS/*.png and test/CLASS/*.png.
+"""Write scikit-learn's handwritten digits, which are public, as a folder of images.
+
+It has train/CLASS/*.png and test/CLASS/*.png.
 
 python examples/images/make.py FOLDER [--records 1797]
 """

@@ -4,9 +4,9 @@
 
 python examples/retraining/retrain.py YEAR_FOLDER -- OPTIONS OF dpquant train
 
-YEAR_FOLDER holds one run a retraining, each with its ledger. All of a year's retrainings together are one plan of as many
-steps, calibrated to the year's epsilon. A retraining takes its noise from that plan, and is refused when the steps in the
-ledgers and its own would be more than the plan has.
+YEAR_FOLDER holds one run a retraining, each with its ledger. All of a year's retrainings together are one plan of as
+many steps, calibrated to the year's epsilon. A retraining takes its noise from that plan, and is refused when the
+steps in the ledgers and its own would be more than the plan has.
 """
 
 import argparse

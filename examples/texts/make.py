@@ -14,9 +14,18 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-HAM = ["agenda", "budget", "coffee", "deadline", "draft", "friday", "invoice", "lunch", "meeting", "minutes", "monday", "notes", "office", "project", "report", "review"]
-SPAM = ["bonus", "cash", "cheap", "click", "credit", "diet", "free", "loan", "lottery", "miracle", "offer", "pills", "prize", "rich", "urgent", "winner"]
-COMMON = ["a", "about", "and", "for", "from", "has", "in", "is", "it", "now", "of", "on", "our", "please", "the", "this", "to", "today", "we", "with", "you", "your"]
+HAM = [
+    "agenda", "budget", "coffee", "deadline", "draft", "friday", "invoice", "lunch", "meeting", "minutes",
+    "monday", "notes", "office", "project", "report", "review",
+]  # fmt: skip
+SPAM = [
+    "bonus", "cash", "cheap", "click", "credit", "diet", "free", "loan", "lottery", "miracle", "offer", "pills",
+    "prize", "rich", "urgent", "winner",
+]  # fmt: skip
+COMMON = [
+    "a", "about", "and", "for", "from", "has", "in", "is", "it", "now", "of", "on", "our", "please", "the",
+    "this", "to", "today", "we", "with", "you", "your",
+]  # fmt: skip
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
 
