@@ -37,7 +37,6 @@ SMALLER = {
     "make.py mails": "make.py mails --records 100",
     "--records 40000": "--records 60 --image-size 8 --width 0.1",
     "--epochs 40": "--epochs 1",
-    "--epochs 30": "--epochs 1",
     "--epochs 20": "--epochs 1",
     "--epochs 10": "--epochs 1",
     "--epochs 5": "--epochs 1",
@@ -223,3 +222,44 @@ def test_every_block_of_a_page_runs(page, shell, names, tmp_path, tried):
     if prepare is not None:
         prepare(tmp_path, shell)
     tried("blocks of pages", run(page, shell, **names))
+
+
+@pytest.mark.parametrize(
+    ("block", "flaw"),
+    [
+        ("```bash\ntrue && test -d examples\n```", None),
+        ("```bash\nfalse\ntrue\n```", "line 1"),
+        ("```bash\nfalse | cat\n```", "line 1"),
+        ("text\n\n```bash\ndpquant plan --epsilom 8\n```", "line 3: .*No such option: --epsilom"),
+        ("```python\nassert model(inputs).shape == (60, 3)\n```", "name 'inputs'"),
+        ("```python\nx = 1\n```\n\n```python\nassert x == 1\n```", None),
+        ("```python\nx = 1\n```\n\n```python\nassert x == 2\n```", "line 5"),
+        ('```python title="m.py"\ny = 1\n```\n\n```bash\npython -c "import m; assert m.y == 1"\n```', None),
+        ("```toml\ndraft = yes\n```", "line 1"),
+        ("```json\n{'a': 1}\n```", "line 1"),
+        ("```ruby\nputs 1\n```", "nothing runs a block of ruby"),
+        ("```console\nfalse\n```", None),
+        ("- a list\n\n  ```bash\n  false\n  ```", "line 3"),
+    ],
+)
+def test_a_block_that_does_not_run_is_seen(block, flaw, shell, names, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"{block}\n")
+    if flaw is None:
+        assert run(page, shell, **names) == block.count("```") // 2
+    else:
+        with pytest.raises(AssertionError, match=re.compile(flaw, re.DOTALL)):
+            run(page, shell, **names)
+
+
+def test_what_is_made_smaller_is_on_a_page():
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert [said for said in SMALLER if said not in text] == []
+    assert [page for page in PREPARED if ROOT / page not in PAGES] == []
+
+
+def test_no_code_is_hidden_from_this_test():
+    """An indented block of code has no language, and would be shown and never run."""
+    indented = re.compile(r"\n\n(?: {4}|\t)(?![-*+\d ]).*(?:dpquant|python|pip) ")
+    assert [page.name for page in PAGES if indented.search(page.read_text(encoding="utf-8"))] == []
+    assert indented.search("# A page\n\n    dpquant train\n")

@@ -6,18 +6,26 @@ import sys
 import torch
 from digits import accuracy, network, train_set
 from torch.nn import functional as F
+from torch.optim import SGD
 
 import dpquant
 
+
+def per_example_loss(model, batch):
+    """Return the loss of each example."""
+    inputs, labels = batch
+    return F.cross_entropy(model(inputs), labels, reduction="none")
+
+
 epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 20
 model = dpquant.fix(network())
-optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+optimizer = SGD(model.parameters(), lr=0.2, momentum=0.9)
 
 private = dpquant.make_private(
     model,
     optimizer,
     train_set,
-    loss_fn=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1], reduction="none"),
+    loss_fn=per_example_loss,
     plan=dpquant.PrivacyPlan.for_epochs(
         records=1440,  # about, and public
         batch_size=256,
@@ -27,8 +35,8 @@ private = dpquant.make_private(
         max_grad_norm=1.0,
         analysis=False,  # no layer has to be chosen
     ),
-    policy=dpquant.AllPolicy(),  # int8 in all layers that gain by it on this machine
-    format="auto",
+    policy=dpquant.AllPolicy(),
+    format="auto",  # int8 in layers that gain by it here
 )
 
 for epoch in private.epochs():

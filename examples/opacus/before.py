@@ -9,11 +9,12 @@ from opacus import PrivacyEngine
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from opacus.validators import ModuleValidator
 from torch.nn import functional as F
+from torch.optim import SGD
 from torch.utils.data import DataLoader
 
 epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 20
 model = ModuleValidator.fix(network())
-optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+optimizer = SGD(model.parameters(), lr=0.2, momentum=0.9)
 
 engine = PrivacyEngine()
 model, optimizer, loader = engine.make_private_with_epsilon(
