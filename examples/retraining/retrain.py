@@ -6,12 +6,14 @@ python examples/retraining/retrain.py YEAR_FOLDER -- OPTIONS OF dpquant train
 
 YEAR_FOLDER holds one run a retraining, each with its ledger. All of a year's retrainings together are one plan of as
 many steps, calibrated to the year's epsilon. A retraining takes its noise from that plan, and is refused when the
-steps in the ledgers and its own would be more than the plan has.
+steps in the ledgers and its own would be more than the plan has. OPTIONS must not name a policy that analyses layers:
+its analyses are no steps of that plan.
 """
 
 import argparse
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import dpquant
@@ -35,8 +37,17 @@ def charged(year: Path, plan: dpquant.PrivacyPlan) -> int:
     return steps
 
 
-def main() -> int:
-    """Train, or say that nothing is left."""
+def called(command: list[str]) -> int:
+    """Run a command and return its exit code."""
+    return subprocess.run(command, check=False).returncode
+
+
+def main(train: Callable[[list[str]], int] = called) -> int:
+    """Train, or say that nothing is left.
+
+    Args:
+      train: runs a command of dpquant and returns its exit code.
+    """
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("year", type=Path, help="folder of the year's runs")
     parser.add_argument("--retrainings", type=int, default=12, help="planned in a year")
@@ -45,8 +56,8 @@ def main() -> int:
     parser.add_argument("--records", type=int, default=60_000, help="about, and public")
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--epochs", type=int, default=5, help="of one retraining")
-    parser.add_argument("options", nargs="*", help="of dpquant train, after --")
-    given = parser.parse_args()
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    given, options = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
 
     year = dpquant.PrivacyPlan.for_epochs(
         records=given.records,
@@ -62,10 +73,10 @@ def main() -> int:
         print(f"{spent:,} of the year's {year.steps:,} steps are charged, and {once:,} more do not fit.")
         return NOTHING_LEFT
     run = given.year / f"{len(list(given.year.glob('*'))) + 1:02}"
-    command = ["dpquant", "train", *given.options, "--out", str(run), "--noise-multiplier", repr(year.noise_multiplier)]
+    command = ["dpquant", "train", *options, "--out", str(run), "--noise-multiplier", repr(year.noise_multiplier)]
     for name in ("delta", "records", "batch_size", "epochs"):
         command += [f"--{name.replace('_', '-')}", str(getattr(given, name))]
-    code = subprocess.run(command, check=False).returncode
+    code = train(command)
     after = year.epsilon_spent(steps=charged(given.year, year))
     print(f"This year has spent epsilon {after:.4f} of {given.epsilon:g} at delta {given.delta:g}.")
     return code
