@@ -89,8 +89,9 @@ def every_kind(home: Path, shell: Callable[[str], None]) -> None:
 
     photos(home, shell)
     table(home)
+    loans = csv.read_csv(home / "t.csv").rename_columns({"label": "defaulted"})
     for name in ("loans", "loans-test"):
-        parquet.write_table(csv.read_csv(home / "t.csv"), home / f"{name}.parquet")
+        parquet.write_table(loans, home / f"{name}.parquet")
     torch.save(torchvision.models.resnet18().state_dict(), home / "resnet18.pth")
 
 
