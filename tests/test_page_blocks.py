@@ -31,6 +31,7 @@ ONLY_SHOWN = {"console", "py", ""}  # py: a script of examples/, shown; a block 
 NO_CODE = {"log.md", "mutations.md", "command-line.md", "api.md"}  # made from elsewhere, or of another time
 PAGES = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").glob("*.md") if page.name not in NO_CODE)]
 PAGES += sorted((ROOT / "examples").glob("*/README.md"))
+ALWAYS = {"README.md", "docs/start.md"}  # run every time; the others are in tests/long.txt
 SMALLER = {
     "make.py photos": "make.py photos --records 150",
     "make.py fraud": "make.py fraud --records 300",
@@ -95,12 +96,18 @@ def every_kind(home: Path, shell: Callable[[str], None]) -> None:
     torch.save(torchvision.models.resnet18().state_dict(), home / "resnet18.pth")
 
 
+def pretrained(home: Path, shell: Callable[[str], None]) -> None:
+    """Write a network that stands for one of the user's into my-bert/."""
+    bert_in(tokenizer_in(home / "my-bert"))
+
+
 PREPARED = {
     "README.md": photos,
     "docs/adopting.md": last_year,
     "docs/after-training.md": used,
     "docs/data.md": every_kind,
     "docs/review.md": trained,
+    "docs/texts.md": pretrained,
     "docs/watch.md": watched,
 }
 """{page: what writes the files that its blocks take as given}."""
@@ -182,8 +189,6 @@ def shell(programs, tmp_path, monkeypatch) -> Callable[[str], None]:
     """Return what runs a text in a shell, in a folder where the examples are."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
-    with_words = tokenizer_in(tmp_path / "my-bert")
-    bert_in(with_words)
     path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "DPQUANT_CACHE": "off"}
 
@@ -217,7 +222,13 @@ def names() -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def _case(page: Path):
+    """Return a page as a parameter of a test, under its path."""
+    name = str(page.relative_to(ROOT))
+    return pytest.param(page, id=name, marks=[pytest.mark.always] if name in ALWAYS else [])
+
+
+@pytest.mark.parametrize("page", [_case(page) for page in PAGES])
 def test_every_block_of_a_page_runs(page, shell, names, tmp_path, tried):
     prepare = PREPARED.get(str(page.relative_to(ROOT)))
     if prepare is not None:
