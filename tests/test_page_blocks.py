@@ -37,6 +37,8 @@ SMALLER = {
     "make.py fraud": "make.py fraud --records 300",
     "make.py mails": "make.py mails --records 100",
     "--records 40000": "--records 60 --image-size 32 --width 0.1",
+    "--records 1200000": "--records 60 --width 0.1 --epochs 1",
+    "--image-size 224": "--image-size 32",
     "--epochs 20": "--epochs 1",
     "--epochs 10": "--epochs 1",
     "--epochs 5": "--epochs 1",

@@ -91,6 +91,15 @@ def test_a_wrong_link_of_the_site_is_seen(page, flaw, tmp_path):
     assert (not found) if flaw is None else (len(found) == 1 and flaw in found[0]), found
 
 
+@pytest.mark.parametrize(
+    ("style", "flawed"),
+    [("a{background:url(b.png)}", False), ("a{src:url('https://x.org/f')}", True), ("@import '//x.org/a.css';", True)],
+)
+def test_a_style_that_loads_from_elsewhere_is_seen(style, flawed, tmp_path):
+    (tmp_path / "s.css").write_text(style)
+    assert bool(flaws(tmp_path)) == flawed
+
+
 def test_the_page_of_the_command_line_is_what_the_program_says():
     text = reference()
     assert PAGE.read_text(encoding="utf-8") == text, "run scripts/docs reference"

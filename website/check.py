@@ -2,11 +2,13 @@
 """Look for every link of a built site: its file, its anchor, and that nothing is loaded from elsewhere."""
 
 import functools
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 _LOADED = {("img", "src"), ("script", "src"), ("link", "href"), ("iframe", "src"), ("source", "src"), ("video", "src")}
+_STYLE_LOADS = re.compile(r"""(?:url\(|@import)\s*["']?((?:https?:)?//[^"')\s]+)""")
 _NAMES = {"canonical", "sitemap"}  # kinds of <link> that load nothing
 
 
@@ -38,7 +40,11 @@ def flaws(site: Path) -> list[str]:
     def page_of(path: Path) -> Page:
         return Page(path.read_text(encoding="utf-8"))
 
-    found = []
+    found = [
+        f"{style.relative_to(site)}: loads {address} from elsewhere"
+        for style in sorted(site.rglob("*.css"))
+        for address in _STYLE_LOADS.findall(style.read_text(encoding="utf-8"))
+    ]
     for path in sorted(site.rglob("*.html")):
         page, name = page_of(path), path.relative_to(site)
         for address in page.loaded:
