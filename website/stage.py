@@ -30,6 +30,7 @@ def places() -> dict[Path, PurePosixPath]:
     found = {
         Path("README.md"): PurePosixPath("index.md"),
         Path("CHANGELOG.md"): PurePosixPath("changelog.md"),
+        Path("CONTRIBUTING.md"): PurePosixPath("contributing.md"),
         Path("SECURITY.md"): PurePosixPath("security.md"),
         Path("experiments/README.md"): PurePosixPath("experiments.md"),
         Path("tests/invariants/README.md"): PurePosixPath("invariants.md"),
