@@ -32,7 +32,17 @@ def build() -> int:
     return int(bool(code or found))
 
 
-if sys.argv[1:] == ["reference"]:
-    PAGE.write_text(reference(), encoding="utf-8")
-else:
-    sys.exit(build())
+def main(arguments: list[str]) -> int:
+    """Do what the arguments say and return the exit code."""
+    match arguments:
+        case []:
+            return build()
+        case ["reference"]:
+            PAGE.write_text(reference(), encoding="utf-8")
+            return 0
+        case _:
+            print(__doc__, file=sys.stderr)
+            return 2
+
+
+sys.exit(main(sys.argv[1:]))
