@@ -11,6 +11,7 @@ its analyses are no steps of that plan.
 """
 
 import argparse
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -77,7 +78,7 @@ def main(train: Callable[[list[str]], int] = called) -> int:
     for name in ("delta", "records", "batch_size", "epochs"):
         command += [f"--{name.replace('_', '-')}", str(getattr(given, name))]
     code = train(command)
-    after = year.epsilon_spent(steps=charged(given.year, year))
+    after = math.ceil(1e4 * year.epsilon_spent(steps=charged(given.year, year))) / 1e4
     print(f"This year has spent epsilon {after:.4f} of {given.epsilon:g} at delta {given.delta:g}.")
     return code
 
