@@ -44,6 +44,7 @@ SMALLER = {
     "--epochs 5": "--epochs 1",
     "--epochs 2": "--epochs 1",
     "--rounds 8": "--rounds 1",
+    "seq 12": "seq 2",
 }
 """{what a page says: what runs here, so that a test takes seconds}."""
 
