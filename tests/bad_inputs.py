@@ -156,6 +156,7 @@ OUT_OF_RANGE = {  # option: values that are out of its range
     "analysis-noise-multiplier": ["0", "nan"],
     "analysis-batch-size": ["0", "nan", "1e9"],
     "checkpoint-every": ["0epochs", "often", "3", "-1steps"],
+    "track": ["", "mlflow,", "mlflow,mlflow", "a b"],
 }
 NO_SUCH_NAME = {  # verb and option: (what was meant by a name, the name)
     "plan --policy": ("rotate", "rotte"),
@@ -166,6 +167,7 @@ NO_SUCH_NAME = {  # verb and option: (what was meant by a name, the name)
     "plan --data": ("fashion-mnist", "fashion_mnst"),
     "train --data": ("digits", "DIGITS"),
     "train --model": ("resnet18", "resnet_18"),
+    "train --track": ("tensorboard", "tensor-board"),
     "compare --policies": ("static", "statik"),
     "bench --model": ("densenet121", "densenet"),
     "assess --hardware": ("fp4", "FP-4"),
@@ -346,6 +348,9 @@ ONE_BY_ONE = {
         f"train {ON_PHOTOS} --model mlp --policy static --layers nope", "names with 'nope'", PHOTOS
     ),
     "train: memory for nothing": Bad(f"train {ON_PHOTOS} --model mlp --memory 0.001", "got memory=0.001", PHOTOS),
+    "plan: the model for no tracker": Bad("plan --track-model", "Expected no track_model with track=None"),
+    "train: everything for no tracker": Bad("train --track-unsafe", "Expected no track_unsafe with track=None"),
+    "compare: a tracker that is not there": Bad("compare --track nobody --out c", "got track=nobody"),
     "train: choices that are not there": Bad("train --choices nope.json", "nope.json"),
     "train: choices that are none": Bad("train --choices c.json", "c.json", file("c.json", "[1, 2")),
     # where a run goes

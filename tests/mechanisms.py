@@ -96,7 +96,7 @@ def with_doubles(mechanism, *, draw=None, gaussian=None, charge=None, events=Non
 def begun(
     model, records, *, loss_fn, plan, policy, mechanism=None, lr=0.1, optimizer=torch.optim.SGD, group=None,
     make_run=PrivateTraining, microbatch_size=None, format="luq-fp4", backend="auto", seed=0,
-    workers=1,
+    workers=1, exact_sums=False, make_mechanism=None,
 ):  # fmt: skip
     """A run as `make_private` begins it, with a mechanism, a group or a kind of run of one's own."""
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -104,10 +104,12 @@ def begun(
         model=model, optimizer=optimizer(trainable, lr=lr), train_set=records, loss_fn=loss_fn, plan=plan,
         policy=policy, seed=seed, workers=workers,
         execution=ExecutionRequest(
-            chosen=dpquant.formats.precision(format), backend=backend, microbatch_size=microbatch_size
+            chosen=dpquant.formats.precision(format), backend=backend, microbatch_size=microbatch_size,
+            exact_sums=exact_sums,
         ),
     )  # fmt: skip
-    return begin(request, lambda seconds: mechanism or Mechanism.secret(None), group=group, make_run=make_run)
+    made = make_mechanism or (lambda: mechanism or Mechanism.secret(None))
+    return begin(request, lambda seconds: made(), group=group, make_run=make_run)
 
 
 def starting(change, make_run=PrivateTraining):
@@ -117,11 +119,12 @@ def starting(change, make_run=PrivateTraining):
     """
 
     def start(
-        model, optimizer, train_set, *, plan, ledger, format, rest, backend, microbatch_size, memory, resume, **keywords
-    ):
+        model, optimizer, train_set, *, plan, ledger, format, rest, backend, microbatch_size, memory, resume,
+        exact_sums=False, **keywords,
+    ):  # fmt: skip
         wanted = ExecutionRequest(
             chosen=precision(format), rest=precision(rest), backend=backend, microbatch_size=microbatch_size,
-            memory=memory,
+            memory=memory, exact_sums=exact_sums,
         )  # fmt: skip
         request = Request(
             model=model, optimizer=optimizer, train_set=train_set, plan=plan, execution=wanted, **keywords
@@ -147,13 +150,14 @@ def repeating(mechanism_seed=0, *, make_run=PrivateTraining, **changed):
 
     def start(
         model, optimizer, records, *, loss_fn, plan, policy, format="luq-fp4", rest="full", backend="auto", seed=0,
-        microbatch_size=None, memory=None, example=None, ledger=None, choices=None, resume=False, workers=1, watch=None,
+        microbatch_size=None, memory=None, example=None, ledger=None, choices=None, resume=False, workers=1,
+        exact_sums=False, watch=None,
     ):  # fmt: skip
         request = Request(
             model=model, optimizer=optimizer, train_set=records, loss_fn=loss_fn, plan=plan, policy=policy, seed=seed,
             execution=ExecutionRequest(
                 chosen=dpquant.formats.precision(format), rest=dpquant.formats.precision(rest), backend=backend,
-                microbatch_size=microbatch_size, memory=memory,
+                microbatch_size=microbatch_size, memory=memory, exact_sums=exact_sums,
             ),
             example=example, choices=choices,
         )  # fmt: skip

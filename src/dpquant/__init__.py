@@ -45,8 +45,6 @@ if TYPE_CHECKING:
     from dpquant.training.private import PrivateTraining
     from dpquant.training.start import make_private
 
-__version__ = "0.1.0"
-
 _HOMES = {
     "AllPolicy": "training.policies",
     "AnalysisPlan": "privacy.analysis_plan",
@@ -129,6 +127,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return importlib.import_module("dpquant.version").version()
     if name not in _HOMES:
         raise AttributeError(f"module 'dpquant' has no attribute {name!r}")
     return getattr(importlib.import_module(f"dpquant.{_HOMES[name]}"), name)

@@ -9,6 +9,7 @@
     ├── BudgetError    (RuntimeError)  the planned privacy budget is spent, or does not hold a charge
     ├── DivergedError  (RuntimeError)  a run's parameters did not stay finite
     ├── StoppedError   (RuntimeError)  a signal ended a run between two steps; it can be continued
+    ├── GroupError     (RuntimeError)  processes of a run have lost each other, or were started on different runs
     └── LedgerError    (RuntimeError)  the ledger cannot be read or written, is in use, or is not as it was written
 
 Messages follow one form: `Expected <name> <rule>; got <name>=<value>. <Why it matters>. <What to do>.`
@@ -83,6 +84,10 @@ class StoppedError(DPQuantError, RuntimeError):
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class GroupError(DPQuantError, RuntimeError):
+    """The processes of a run have lost each other, or were not started on the same run."""
 
 
 class LedgerError(DPQuantError, RuntimeError):

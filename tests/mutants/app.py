@@ -137,7 +137,7 @@ MUTANTS = [
             "write(path, report(facts_of(run)))",
             f"{_EVALUATE}::test_a_report_that_is_made_again_leaves_out_what_was_left_out",
         ),
-        ("a redacted report holds the settings", LEAK, "None if redact or not (run", "None if not (run"),
+        ("a redacted report holds the settings", LEAK, "if redact or not (run", "if not (run"),
     ),
     *mutants_of(
         "src/dpquant/app/spent.py",

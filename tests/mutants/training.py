@@ -18,6 +18,7 @@ from mutants.mutant import (
     mutants_of,
 )
 
+_REPLACING = "tests/training/test_replacing.py"
 _TRAINING = "src/dpquant/training"
 _CALLS = "tests/invariants/test_calls.py"
 _AUTO = "tests/training/test_auto_format.py"
@@ -28,30 +29,13 @@ _CONTINUING = "tests/training/test_continuing.py"
 _IMPACT = "tests/training/test_impact.py"
 _ATTACKS = "tests/test_attacks.py"
 _TWO = "tests/training/test_distributed.py"
+_EXACT = "tests/engine/test_exact_sum.py"
 _POROSITY = "tests/invariants/test_porosity.py"
 
 MUTANTS = [
     *mutants_of(
         f"{_TRAINING}/private.py",
         f"{_CALLS}::test_a_run_keeps_its_plan_call_by_call",
-        (
-            "the sum is divided by the realised size of the batch",
-            SENSITIVITY,
-            "noise, clipped.grads[name], grid=clipped.grid, expected=self.plan.expected_batch_size",
-            "noise, clipped.grads[name], grid=clipped.grid, expected=max(len(batch.record_ids), 1)",
-        ),
-        (
-            "gradients left from another step are added",
-            WIRING,
-            "parameter.grad = noisy.float()",
-            "parameter.grad = noisy.float() + (0 if parameter.grad is None else parameter.grad)",
-        ),
-        (
-            "no noise is added to the sum",
-            NOISE,
-            "noise, clipped.grads[name], grid=clipped.grid, expected=self.plan.expected_batch_size",
-            "noise.zero_(), clipped.grads[name], grid=clipped.grid, expected=self.plan.expected_batch_size",
-        ),
         (
             "an empty batch is no step",
             SAMPLING,
@@ -132,18 +116,6 @@ MUTANTS = [
             f"{_CONTINUING}::test_lost_steps_are_not_taken_again",
         ),
         (
-            "impacts are used without noise",
-            NOISE,
-            "noisy_mean(noise, measured.impacts, grid",
-            "noisy_mean(noise.zero_(), measured.impacts, grid",
-        ),
-        (
-            "impacts are divided by the realised size of the batch",
-            SENSITIVITY,
-            "expected = self._analysis.expected_batch_size",
-            "expected = max(len(batch.record_ids), 1)",
-        ),
-        (
             "an analysis draws from the stream of training",
             SAMPLING,
             'self._draw("analysis", self._analysis, number)',
@@ -193,56 +165,16 @@ MUTANTS = [
             'key = derive_key(self._seed, "analysis", batch.step)',
         ),
         (
-            "microbatches are as large as the batch that was drawn",
-            LEAK,
-            "self._records.microbatches(mine, self.execution.microbatch_size, key)",
-            "self._records.microbatches(mine, max(len(mine), 1), key)",
-        ),
-        (
-            "microbatches of an analysis are as large as what was drawn",
-            LEAK,
-            "self._group.share(batch.record_ids), self.execution.analysis_microbatch_size",
-            "self._group.share(batch.record_ids), max(len(batch.record_ids), 1)",
-        ),
-        (
-            "every process takes the whole batch",
-            SENSITIVITY,
-            "mine, trainable = self._group.share(batch.record_ids),",
-            "mine, trainable = batch.record_ids,",
-            f"{_TWO}::test_two_processes_compute_what_one_does",
-        ),
-        (
-            "every process takes the whole batch of an analysis",
-            SENSITIVITY,
-            "mine, size = self._group.share(batch.record_ids),",
-            "mine, size = batch.record_ids,",
-            f"{_TWO}::test_two_processes_compute_what_one_does",
-        ),
-        (
-            "processes do not add up their sums",
-            WIRING,
-            "            self._group.add(clipped.grads)\n",
-            "",
-            f"{_TWO}::test_two_processes_compute_what_one_does",
-        ),
-        (
-            "processes do not wait until all is charged",
-            LEDGER,
-            "        self._group.barrier()\n",
-            "",
-            f"{_TWO}::test_nobody_reads_before_all_have_charged",
-        ),
-        (
             "a record on which the model raises ends the step",
             LEAK,
-            "key, leaves_out=True)",
-            "key, leaves_out=False)",
+            "key, leaves_out=True,",
+            "key, leaves_out=False,",
             f"{_ATTACKS}::test_a_broken_record_contributes_nothing_and_nothing_is_said",
         ),
         (
             "nobody looks whether real records are coupled",
             COUPLING,
-            "        self._stop_if(self._watch.coupling(batch.record_ids, key))\n",
+            "        self._stop_if(first_reason(self.group, lambda: self._watch.coupling(mine, key)))\n",
             "",
             (
                 "tests/invariants/test_calls.py::test_a_coupling_that_only_real_records_sho"
@@ -252,8 +184,8 @@ MUTANTS = [
         (
             "a buffer that has taken in data stays as it is after an epoch",
             LEAK,
-            "            set_policy(self.model, ())\n            self._stop_if(self._watch.changed_buffer())\n",
-            "            set_policy(self.model, ())\n",
+            "            changed = self._watch.changed_buffer()\n",
+            "            changed = \n",
             f"{_ATTACKS}::test_a_buffer_that_begins_to_follow_the_data_stops_the_run_and_is_restored",
         ),
         (
@@ -306,19 +238,6 @@ MUTANTS = [
             ),
         ),
         (
-            "a sum of another sensitivity than the noise is for is noised",
-            SENSITIVITY,
-            "if clipped.sensitivity != self.plan.max_grad_norm:",
-            "if False:",
-            f"{_CALLS}::test_a_sum_of_another_sensitivity_is_not_noised",
-        ),
-        (
-            "impacts are clipped to twice the planned norm",
-            SENSITIVITY,
-            "max_norm=self._analysis.max_norm,",
-            "max_norm=2 * self._analysis.max_norm,",
-        ),
-        (
             "a run that has drawn a batch goes back to a checkpoint",
             RESUME,
             "        if self._began:\n",
@@ -332,11 +251,11 @@ MUTANTS = [
             "due = index + 1",
         ),
         (
-            "the grid of impacts is that of training",
-            NOISE,
-            "grid=self.plan.grid(self.plan.analysis_noise_std(self._analysis.max_norm)),",
-            "grid=self.plan.grid(self.plan.train_noise_std(self.plan.max_grad_norm)),",
-            _POROSITY,
+            "values are replaced while a drawn batch is left",
+            SAMPLING,
+            "        self._refuse_what_was_skipped()\n        self._stop_if(self._watch.replace(state_dict))\n",
+            "        self._stop_if(self._watch.replace(state_dict))\n",
+            _REPLACING,
         ),
     ),
     *mutants_of(
@@ -354,16 +273,30 @@ MUTANTS = [
         f"{_TRAINING}/sums.py",
         f"{_CALLS}::test_a_run_keeps_its_plan_call_by_call",
         (
-            "gradients are clipped to twice the planned norm",
+            "a sum of another sensitivity than the noise is for is noised",
             SENSITIVITY,
-            "max_grad_norm=norm, key=key",
-            "max_grad_norm=2 * norm, key=key",
+            "if clipped.sensitivity != plan.max_grad_norm:",
+            "if False:",
+            f"{_CALLS}::test_a_sum_of_another_sensitivity_is_not_noised",
         ),
         (
-            "all parameters ask for the same noise",
+            "impacts are clipped to twice the planned norm",
+            SENSITIVITY,
+            "max_norm=analysis.max_norm,",
+            "max_norm=2 * analysis.max_norm,",
+        ),
+        (
+            "the grid of impacts is that of training",
             NOISE,
-            "partial(noise.gaussian, p.shape, std, **of_step, name=name)",
-            'partial(noise.gaussian, p.shape, std, **of_step, name="w")',
+            "grid = plan.grid(plan.analysis_noise_std(analysis.max_norm))",
+            "grid = plan.grid(plan.train_noise_std(plan.max_grad_norm))",
+            _POROSITY,
+        ),
+        (
+            "gradients are clipped to twice the planned norm",
+            SENSITIVITY,
+            "clipped_sum_of(objective, pieces, max_grad_norm=norm",
+            "clipped_sum_of(objective, pieces, max_grad_norm=2 * norm",
         ),
         (
             "noise is asked for without a step",
@@ -418,13 +351,6 @@ MUTANTS = [
             SENSITIVITY,
             "max_grad_norm=norm, grid=grid",
             "max_grad_norm=2 * norm, grid=grid",
-            _POROSITY,
-        ),
-        (
-            "all parameters ask for the same discrete noise",
-            NOISE,
-            "partial(noise.discrete, p.shape, **of_step, name=name)",
-            'partial(noise.discrete, p.shape, **of_step, name="w")',
             _POROSITY,
         ),
         (
@@ -619,6 +545,20 @@ MUTANTS = [
         f"{_TRAINING}/watch.py",
         _ATTACKS,
         (
+            "replacing values excuses a buffer that has taken in records",
+            COUPLING,
+            "        if reason := self.changed_buffer():\n            return reason\n",
+            "",
+            _REPLACING,
+        ),
+        (
+            "values of another model are taken over as far as they fit",
+            WIRING,
+            "        check_tensors(self._objective.model.state_dict(), state_dict)\n",
+            "",
+            _REPLACING,
+        ),
+        (
             "an error of a step shows what the model said",
             LEAK,
             "failed, memory = type(error).__name__, out_of_memory(error)",
@@ -718,7 +658,7 @@ MUTANTS = [
         (
             "flushing a file does nothing",
             CHECKPOINT,
-            "            os.fsync(descriptor)\n",
+            "            DISK.sync(file.fileno())\n",
             "            pass\n",
             "tests/invariants/test_crashes.py",
         ),
@@ -881,7 +821,7 @@ MUTANTS = [
         (
             "a checkpoint of another model is loaded as far as it goes",
             RESUME,
-            '        _check_tensors(self.model.state_dict(), checkpoint.parts["model"])\n',
+            '        check_tensors(self.model.state_dict(), checkpoint.parts["model"])\n',
             "",
             f"{_CONTINUING}::test_another_model_is_refused",
         ),
@@ -949,20 +889,6 @@ MUTANTS = [
             f"{_CONTINUING}::test_an_analysis_that_was_charged_before_any_step_is_not_made_again",
         ),
         (
-            "each process decides for itself how it runs",
-            WIRING,
-            "state = RunState.from_json(group.from_first(place.to_json().encode()).decode())",
-            "state = place",
-            f"{_TWO}::test_the_first_ones_execution_holds_for_all",
-        ),
-        (
-            "sizes are tried on private records",
-            LEAK,
-            "        synthetic = found.specimens.batch((0, 1, 2))\n",
-            "        synthetic = request.collate_fn(_first_records(train_set))\n",
-            f"{_CALLS}::test_no_value_of_a_private_record_is_used_before_a_charge",
-        ),
-        (
             "the step is rehearsed on private records",
             LEAK,
             "    setup = Setup(\n        optimizer=request.optimizer,",
@@ -994,20 +920,6 @@ MUTANTS = [
             "",
             f"{_PRIVATE}::test_bad_input_is_refused_before_any_work",
         ),
-        (
-            "a parameter that the optimizer lacks is clipped for nothing",
-            WIRING,
-            "p.requires_grad and p not in held]",
-            "p.requires_grad and p not in names]",
-            f"{_PRIVATE}::test_bad_input_is_refused_before_any_work",
-        ),
-        (
-            "losses in a microbatch of the run's size are not compared",
-            COUPLING,
-            "        check_at_size(found, size)\n",
-            "",
-            f"{_CALLS}::test_a_coupling_at_the_runs_own_size_is_refused_before_a_charge",
-        ),
     ),
     *mutants_of(
         f"{_TRAINING}/auto_format.py",
@@ -1033,6 +945,220 @@ MUTANTS = [
             CLAIM,
             "chosen=FULL_PRECISION if auto and excluded == tuple(macs) else chosen,",
             "chosen=chosen,",
+        ),
+    ),
+    *mutants_of(
+        f"{_TRAINING}/private.py",
+        f"{_CALLS}::test_a_run_keeps_its_plan_call_by_call",
+        (
+            "gradients left from another step are added",
+            WIRING,
+            "                trainable[name].grad = mean\n",
+            "                old = trainable[name].grad\n"
+            "                trainable[name].grad = mean if old is None else mean + old\n",
+        ),
+        (
+            "microbatches are as large as the batch that was drawn",
+            SENSITIVITY,
+            "self._objective.trainable(), self.execution.microbatch_size",
+            "self._objective.trainable(), max(len(batch.record_ids), 1)",
+        ),
+        (
+            "microbatches of an analysis are as large as what was drawn",
+            SENSITIVITY,
+            "        size = self.execution.analysis_microbatch_size\n",
+            "        size = max(len(batch.record_ids), 1)\n",
+        ),
+        (
+            "parameters of the processes are never compared",
+            WIRING,
+            "        check_parameters(self.group, self.model)\n        self._refuse_if_broken()\n",
+            "        self._refuse_if_broken()\n",
+            f"{_TWO}::test_a_process_whose_parameters_are_changed_stops_all",
+        ),
+        (
+            "an error on one process is not told",
+            WIRING,
+            "clipped = together(self.group, lambda: self._clipped_sum(self._pieces(batch, size, key), key))",
+            "clipped = self._clipped_sum(self._pieces(batch, size, key), key)",
+            f"{_TWO}::test_a_failure_on_one_process_is_one_on_all",
+        ),
+    ),
+    *mutants_of(
+        f"{_TRAINING}/sums.py",
+        f"{_CALLS}::test_a_run_keeps_its_plan_call_by_call",
+        (
+            "the sum is divided by a thousand more than is planned",
+            SENSITIVITY,
+            "total, grid=clipped.grid, expected=plan.expected_batch_size).float()",
+            "total, grid=clipped.grid, expected=plan.expected_batch_size + 1000).float()",
+        ),
+        (
+            "no noise is added to the sum",
+            NOISE,
+            "return noisy_mean(noise, total, grid=clipped.grid",
+            "return noisy_mean(noise.zero_(), total, grid=clipped.grid",
+        ),
+        (
+            "impacts are used without noise",
+            NOISE,
+            "noisy_mean(noise[part], total",
+            "noisy_mean(noise[part].zero_(), total",
+        ),
+        (
+            "impacts are divided by a training step's batch size",
+            SENSITIVITY,
+            "expected = plan.analysis.expected_batch_size",
+            "expected = plan.expected_batch_size",
+        ),
+        (
+            "a sum of another sensitivity than the noise is for is noised",
+            SENSITIVITY,
+            "if clipped.sensitivity != plan.max_grad_norm:",
+            "if False:",
+            f"{_CALLS}::test_a_sum_of_another_sensitivity_is_not_noised",
+        ),
+        (
+            "impacts are clipped to twice the planned norm",
+            ANALYSIS,
+            "max_norm=analysis.max_norm, keys=keys",
+            "max_norm=2 * analysis.max_norm, keys=keys",
+        ),
+        (
+            "the grid of impacts is that of training",
+            ANALYSIS,
+            "    grid = plan.grid(plan.analysis_noise_std(analysis.max_norm))\n",
+            "    grid = plan.grid(plan.train_noise_std(plan.max_grad_norm))\n",
+            _POROSITY,
+        ),
+        (
+            "all parameters ask for the same noise",
+            NOISE,
+            "partial(draw, p.shape, *std, **of_step, name=name)",
+            'partial(draw, p.shape, *std, **of_step, name="w")',
+        ),
+        (
+            "every process draws the noise of the first one's slice",
+            NOISE,
+            "name=name, part=part)",
+            "name=name, part=slice(0, part.stop - part.start))",
+            f"{_TWO}::test_noise_is_one_unit_whatever_the_number_of_processes",
+        ),
+        (
+            "integers of exact sums are taken for gradients",
+            SENSITIVITY,
+            "        total, grid = total.double().mul_(grid).to(noise.dtype), None\n",
+            "        total, grid = total.to(noise.dtype), None\n",
+            f"{_EXACT}::test_an_exact_run_is_an_ordinary_one_up_to_round_off",
+        ),
+    ),
+    *mutants_of(
+        f"{_TRAINING}/exchange.py",
+        f"{_TWO}::test_several_processes_compute_what_one_does",
+        (
+            "every process takes the whole batch",
+            SENSITIVITY,
+            "return record_ids.tensor_split(group.size)[group.rank]",
+            "return record_ids",
+        ),
+        (
+            "shares overlap by a record",
+            SENSITIVITY,
+            "return share(record_ids, group), slice(None)",
+            "return torch.cat([share(record_ids, group), record_ids[:1]]), slice(None)",
+        ),
+        (
+            "each process takes the microbatches from its own on",
+            SENSITIVITY,
+            "slice(group.rank, None, group.size)",
+            "slice(group.rank, None)",
+            f"{_TWO}::test_with_exact_sums_any_number_has_the_bits_of_one",
+        ),
+        (
+            "processes do not add up their sums",
+            WIRING,
+            "    for row in rows[1:]:\n        total += row\n",
+            "",
+        ),
+        (
+            "noise is added on every process, and then added up",
+            NOISE,
+            "        done.append(noised(name, part, mine[place : place + count]))\n",
+            "        done.append(sum(noised(name, part, mine[place : place + count] / len(rows)) for _ in rows))\n",
+            f"{_TWO}::test_noise_is_one_unit_whatever_the_number_of_processes",
+        ),
+        (
+            "noise is added on no process",
+            NOISE,
+            "        done.append(noised(name, part, mine[place : place + count]))\n",
+            "        noisy = noised(name, part, torch.zeros_like(mine[place : place + count]))\n"
+            "        done.append(noised(name, part, mine[place : place + count]) - noisy)\n",
+            f"{_TWO}::test_noise_is_one_unit_whatever_the_number_of_processes",
+        ),
+        (
+            "slices overlap by a value",
+            NOISE,
+            "begin, end, place, found = self.rank * self.length, (self.rank + 1) * self.length, 0, {}",
+            "begin, end, place, found = self.rank * self.length, (self.rank + 1) * self.length + 1, 0, {}",
+            f"{_TWO}::test_slices_cover_every_value_once",
+        ),
+    ),
+    *mutants_of(
+        f"{_TRAINING}/shared_ledger.py",
+        f"{_TWO}::test_where_the_ledger_fails_no_process_reads_a_record",
+        (
+            "the other processes are told before the charge is on disk",
+            LEDGER,
+            "        self._last = json.loads(on_first(self._group, charge_it))\n",
+            "        self._last = json.loads(on_first(self._group, lambda: _facts(self._own) if self._own else b''))\n"
+            "        if self._own is not None:\n"
+            "            charge_it()\n",
+        ),
+    ),
+    *mutants_of(
+        f"{_TRAINING}/start.py",
+        f"{_TWO}::test_the_first_ones_execution_and_choices_hold_for_all",
+        (
+            "each process decides for itself how it runs",
+            WIRING,
+            "            choices = Choices(place.choices)\n",
+            "            choices = Choices()\n            place.choices.clear()\n",
+        ),
+    ),
+    *mutants_of(
+        f"{_TRAINING}/arguments.py",
+        f"{_PRIVATE}::test_bad_input_is_refused_before_any_work",
+        (
+            "a parameter that the optimizer lacks is clipped for nothing",
+            CLAIM,
+            "p.requires_grad and p not in held]",
+            "p.requires_grad and p not in names]",
+        ),
+    ),
+    *mutants_of(
+        f"{_TRAINING}/trial.py",
+        f"{_CALLS}::test_a_coupling_at_the_runs_own_size_is_refused_before_a_charge",
+        (
+            "losses in a microbatch of the run's size are not compared",
+            COUPLING,
+            "        check_at_size(found, size)\n",
+            "",
+        ),
+    ),
+    *mutants_of(
+        "src/dpquant/engine/exact_sum.py",
+        f"{_EXACT}::test_a_record_moves_an_exact_sum_by_the_clipping_norm_at_most",
+        (
+            "nothing is left for the rounding of exact sums",
+            SENSITIVITY,
+            "max_grad_norm * (1 - _MARGIN)",
+            "max_grad_norm",
+        ),
+        (
+            "sums are rounded to a grid as coarse as a 32nd of the norm",
+            SENSITIVITY,
+            "    return math.ldexp(max_norm, -_BITS)\n",
+            "    return math.ldexp(max_norm, -5)\n",
         ),
     ),
 ]

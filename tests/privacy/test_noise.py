@@ -311,3 +311,31 @@ def test_seeded_noise_repeats_and_is_not_secure():
     assert torch.equal(first, second)
     assert NoiseSource().secure
     assert not NoiseSource.from_seed(1).secure
+
+
+PARTS = [slice(0, 0), slice(0, 1), slice(1, 2), slice(3, 200_001), slice(131_071, 131_074), slice(199_999, 200_001)]
+PURPOSE = {"stream": "train", "step": 3, "attempt": 1, "name": "w"}
+
+
+def assert_parts_are_cut_from_the_whole(draw):
+    whole = draw(None)
+    for part in PARTS:
+        assert torch.equal(draw(part), whole.flatten()[part]), part
+
+
+def test_a_part_of_the_noise_has_the_bits_that_it_has_in_the_whole():
+    """Processes draw a slice each: whatever their number, the noise is that of one. Odd places share two words."""
+    noise = NoiseSource(SecretKey(bytes(16)))
+    assert_parts_are_cut_from_the_whole(lambda part: noise.gaussian((3, 66_667), 2.0, part=part, **PURPOSE))
+    assert_parts_are_cut_from_the_whole(lambda part: noise.discrete((3, 66_667), part=part, **PURPOSE))
+
+
+def test_a_part_that_begins_at_another_place_is_seen():
+    noise = NoiseSource(SecretKey(bytes(16)))
+
+    def off_by_one(part):
+        moved = part if part is None else slice(part.start + 1, part.stop + 1)
+        return noise.gaussian((3, 66_667), 2.0, part=moved, **PURPOSE)
+
+    with pytest.raises(AssertionError):
+        assert_parts_are_cut_from_the_whole(off_by_one)

@@ -12,7 +12,7 @@ from dpquant.errors import SettingError
 from dpquant.training import tuning
 from dpquant.training.execution import ExecutionRequest
 from dpquant.training.private import PrivateTraining
-from dpquant.training.start import _that_fits
+from dpquant.training.trial import that_fits
 from items import Collating, Items, trained
 from networks import loss
 
@@ -53,28 +53,28 @@ def fits(largest, error=TOO_LITTLE[0]):
 @pytest.mark.parametrize("error", TOO_LITTLE)
 def test_a_smaller_microbatch_is_tried_once(error):
     tried, trial = fits(100, error)
-    found, result = _that_fits(execution_of(128), CHOSEN, trial)
+    found, result = that_fits(execution_of(128), CHOSEN, trial)
     assert result == 0.5
     assert tried == [128, 64] and found.microbatch_size == found.analysis_microbatch_size == 64
     tried, trial = fits(128, error)
-    assert _that_fits(execution_of(128), CHOSEN, trial) == (execution_of(128), 0.5) and tried == [128]
+    assert that_fits(execution_of(128), CHOSEN, trial) == (execution_of(128), 0.5) and tried == [128]
     tried, trial = fits(20, error)
     with pytest.raises(SettingError, match=r"64 examples a backward pass; got too little\. Nothing was charged"):
-        _that_fits(execution_of(128), CHOSEN, trial)
+        that_fits(execution_of(128), CHOSEN, trial)
     assert tried == [128, 64]
 
 
 def test_a_size_of_the_users_is_not_replaced():
     tried, trial = fits(100)
     with pytest.raises(SettingError, match="128 examples"):
-        _that_fits(execution_of(128), dataclasses.replace(CHOSEN, microbatch_size=128), trial)
+        that_fits(execution_of(128), dataclasses.replace(CHOSEN, microbatch_size=128), trial)
     assert tried == [128]
 
 
 def test_other_errors_of_the_trial_are_not_about_memory():
     tried, trial = fits(0, RuntimeError("shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes"):
-        _that_fits(execution_of(128), CHOSEN, trial)
+        that_fits(execution_of(128), CHOSEN, trial)
     assert tried == [128]
 
 

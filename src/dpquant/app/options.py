@@ -135,7 +135,7 @@ def line_of(message: str, names: Collection[str], config: Path | None) -> int | 
     told = [name for name in names if re.search(rf"(got |Expected |got a table \[){name}\b", message)]
     if config is None or not told:
         return None
-    lines = enumerate(config.read_text().splitlines(), 1)
+    lines = enumerate(config.read_text(encoding="utf-8").splitlines(), 1)
     return next((number for number, line in lines if re.match(rf"\s*\[?{told[0]}\s*[=\]]", line)), None)
 
 

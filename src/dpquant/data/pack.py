@@ -22,6 +22,7 @@ from dpquant.data.dataset import Dataset
 from dpquant.data.folders import Store
 from dpquant.data.held import Held
 from dpquant.data.manifest import MANIFEST, TOKENIZER, Kind, Manifest, sha256_of
+from dpquant.data.paging import PAGING, Paging
 from dpquant.data.rows import Rows
 from dpquant.data.split import Split
 from dpquant.data.tokens import Texts
@@ -127,15 +128,16 @@ def _arrays_of(split: Held) -> dict[str, Tensor]:
     return split.arrays()
 
 
-def _pixels(path: Path, shape: tuple[int, ...]) -> Tensor:
+def _pixels(path: Path, shape: tuple[int, ...], paging: Paging = PAGING) -> Tensor:
     """Return uint16 zeros that lie in a new file, whose place on the disk is reserved.
 
     Otherwise a full disk would end the process by a signal, when a pixel is written.
     """
     path.parent.mkdir()
     pixels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint16, shape=shape)
-    with path.open("rb+") as file:
-        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    with path.open("rb+", buffering=0) as file:
+        file.seek(pixels.offset)
+        paging.reserve(file.fileno(), path.stat().st_size)
     return torch.from_numpy(pixels)
 
 

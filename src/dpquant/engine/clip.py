@@ -172,11 +172,11 @@ def clipped_sum_of(
         for kept in Passes(objective, run, tape).over_pieces(pieces, leaves_out=leaves_out):
             found = True
             if kept is not None:
-                _add_clipped(tape, max_grad_norm, len(kept.record_ids), kept.num_examples)
+                add_clipped(tape, max_grad_norm, len(kept.record_ids), kept.num_examples)
         return ClippedSum(grads=tape.totals(trainable, complete and found), sensitivity=float(max_grad_norm))
 
 
-def _add_clipped(tape: GradientTape, max_grad_norm: float, size: int, num_examples: int) -> None:
+def add_clipped(tape: GradientTape, max_grad_norm: float, size: int, num_examples: int) -> None:
     """Add sum_i c_i G_i of the microbatch on the tape to the totals. The first `num_examples` of `size` rows count."""
     parts = tape.contributions()
     if not parts:

@@ -139,12 +139,19 @@ class GradientTape:
     def totals(self, trainable: Mapping[str, nn.Parameter], complete: bool) -> dict[str, Tensor]:
         """Return {parameter name: sum over all microbatches}; without a sum it is zero or, if `complete`, an error."""
         self.settle()
-        totals: dict[str, Tensor] = {}
-        for (name, _), one in self._sums.items():
-            totals[name] = one.value() if name not in totals else totals[name] + one.value()
+        totals = self.taken_totals()
         if complete and totals.keys() < trainable.keys():
             raise Unreached([name for name in trainable if name not in totals])
         return {name: totals[name] if name in totals else torch.zeros_like(p) for name, p in trainable.items()}
+
+    @ieee_float32()
+    def taken_totals(self) -> dict[str, Tensor]:
+        """Return {parameter name: sum over all microbatches so far}, and begin the sums anew."""
+        totals: dict[str, Tensor] = {}
+        for (name, _), one in self._sums.items():
+            totals[name] = one.value() if name not in totals else totals[name] + one.value()
+        self._sums = {}
+        return totals
 
     def compare(self, module: nn.Module, again: Tensor, output: Tensor, *, tolerance: float) -> None:
         """Compare a module's output for examples that are evaluated alone with that of its call, for `settle`."""

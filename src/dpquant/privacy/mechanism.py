@@ -45,11 +45,30 @@ class Noise(Protocol):
         """False if somebody who guesses a seed can repeat the noise."""
         ...
 
-    def gaussian(self, shape: Sequence[int], std: float, *, stream: str, step: int, attempt: int, name: str) -> Tensor:
+    def gaussian(
+        self,
+        shape: Sequence[int],
+        std: float,
+        *,
+        stream: str,
+        step: int,
+        attempt: int,
+        name: str,
+        part: slice | None = None,
+    ) -> Tensor:
         """Return independent N(0, std^2) entries, float32. Arguments are those of `NoiseSource.gaussian`."""
         ...
 
-    def discrete(self, shape: Sequence[int], *, stream: str, step: int, attempt: int, name: str) -> Tensor:
+    def discrete(
+        self,
+        shape: Sequence[int],
+        *,
+        stream: str,
+        step: int,
+        attempt: int,
+        name: str,
+        part: slice | None = None,
+    ) -> Tensor:
         """Return integers from the discrete Gaussian, int64. Arguments are those of `NoiseSource.discrete`."""
         ...
 
@@ -150,7 +169,7 @@ class Mechanism:
         return cls.keyed(SecretKey.from_seed(seed), ledger)
 
     @classmethod
-    def keyed(cls, key: SecretKey, ledger: Ledger | Path | None) -> Self:
+    def keyed(cls, key: SecretKey, ledger: Charges | Path | None) -> Self:
         """Return a mechanism that derives all of its randomness from one key.
 
         Args:
@@ -162,6 +181,6 @@ class Mechanism:
         return cls(
             sampler=PoissonSampler(key),
             noise=NoiseSource(key),
-            ledger=ledger if isinstance(ledger, Ledger) else Ledger(ledger, research=not key.secure),
+            ledger=Ledger(ledger, research=not key.secure) if ledger is None or isinstance(ledger, Path) else ledger,
             record_key=key.integer("records"),
         )

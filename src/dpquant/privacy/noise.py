@@ -57,7 +57,17 @@ COS = [(-1) ** k / math.factorial(2 * k) for k in range(9)]  # cos(x) in powers 
 class NoiseSource(Keyed):
     """Noise as a function of a secret key and of the tensor, step and attempt that it is for."""
 
-    def gaussian(self, shape: Sequence[int], std: float, *, stream: str, step: int, attempt: int, name: str) -> Tensor:
+    def gaussian(
+        self,
+        shape: Sequence[int],
+        std: float,
+        *,
+        stream: str,
+        step: int,
+        attempt: int,
+        name: str,
+        part: slice | None = None,
+    ) -> Tensor:
         """Return independent N(0, std^2) entries.
 
         Args:
@@ -67,7 +77,9 @@ class NoiseSource(Keyed):
           step: number of the step within the stream.
           attempt: number of the attempt, different each time the same step is taken.
           name: the tensor to which the noise is added, unique in its step.
-        Returns: float32 of that shape, on the CPU. Equal keys and arguments give equal bits.
+          part: which entries of the flattened tensor to return, from start to stop; None returns all. A part has the
+            bits that it has in the whole, and takes the time of its own entries.
+        Returns: float32 of that shape, or flat if it is a part, on the CPU. Equal keys and arguments give equal bits.
         Raises:
           SettingError: std is not in [2^-100, 2^100].
         Privacy: reads no data. The privacy of a run depends on these values: add each to one sum, once, and release
@@ -78,23 +90,35 @@ class NoiseSource(Keyed):
                 f"Expected std in [2^-100, 2^100]; got std={std}. Outside, float32 noise is zero or infinite. "
                 "Choose another noise_multiplier or clip norm."
             )
-        words = self._key.stream("noise", stream, step, attempt, name)
-        noise = torch.empty(tuple(shape), dtype=torch.float32)
-        flat = noise.view(-1).numpy()  # a numpy view is passed to C++ faster than a torch tensor
-        for start in range(0, flat.size, _PIECE):
-            part = flat[start : start + _PIECE]
-            self._fill(part, words.words(part.size + part.size % 2), std)
-        return noise
+        start, stop = (0, math.prod(shape)) if part is None else (part.start, part.stop)
+        odd = start % 2  # a block of two words gives two normals, of which the part may have the second alone
+        words = self._key.stream("noise", stream, step, attempt, name, blocks=start // 2)
+        noise = torch.empty(odd + stop - start, dtype=torch.float32)
+        flat = noise.numpy()  # a numpy view is passed to C++ faster than a torch tensor
+        for place in range(0, flat.size, _PIECE):
+            piece = flat[place : place + _PIECE]
+            self._fill(piece, words.words(piece.size + piece.size % 2), std)
+        return noise.view(tuple(shape)) if part is None else noise[odd:]
 
-    def discrete(self, shape: Sequence[int], *, stream: str, step: int, attempt: int, name: str) -> Tensor:
+    def discrete(
+        self,
+        shape: Sequence[int],
+        *,
+        stream: str,
+        step: int,
+        attempt: int,
+        name: str,
+        part: slice | None = None,
+    ) -> Tensor:
         """Return independent integers from the discrete Gaussian of standard deviation 2^28, in steps of a grid.
 
-        Args: as for `gaussian`.
-        Returns: int64 of that shape, on the CPU. Equal keys and arguments give equal integers.
+        Args: as for `gaussian`; but a part takes the time of the whole, as each draw takes as many bits as it needs.
+        Returns: int64 of that shape, or flat if it is a part, on the CPU. Equal keys and arguments give equal integers.
         Privacy: as of `gaussian`.
         """
         words = self._key.stream("discrete noise", stream, step, attempt, name)
-        return torch.from_numpy(discrete_gaussian(words, math.prod(shape))).view(tuple(shape))
+        noise = torch.from_numpy(discrete_gaussian(words, math.prod(shape)))
+        return noise.view(tuple(shape)) if part is None else noise[part]
 
     def _fill(self, noise: np.ndarray, words: np.ndarray, std: float) -> None:
         """Fill `noise` with `std` times the normals made from the words, rounded to float32."""

@@ -17,6 +17,7 @@ Sources: AES in counter mode, NIST SP 800-38A, section 6.5; keyed BLAKE2b, RFC 7
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from typing import NoReturn, Self
 
 import numpy as np
@@ -31,8 +32,8 @@ _ZEROS = bytes(2**19)  # counter mode XORs the stream with a message; with zeros
 class RandomStream:
     """The random bits for one purpose, read in order. Made by `SecretKey.stream`."""
 
-    def __init__(self, subkey: bytes):
-        self._cipher = Cipher(algorithms.AES(subkey), modes.CTR(bytes(16))).encryptor()
+    def __init__(self, subkey: bytes, blocks: int = 0):
+        self._cipher = Cipher(algorithms.AES(subkey), modes.CTR(blocks.to_bytes(16, "big"))).encryptor()
 
     def words(self, count: int) -> np.ndarray:
         """Return the next `count` words.
@@ -89,19 +90,32 @@ class SecretKey:
         """Refuse to copy or pickle the key: a copy of it in a file would undo the run's privacy."""
         raise SettingError("Expected a secret key to stay in memory; got a copy or a pickle of it. Make another key.")
 
-    def stream(self, *purpose: str | int) -> RandomStream:
-        """Return the stream of random bits for one purpose, from its beginning.
+    def of_first(self, from_first: Callable[[bytes], bytes]) -> "SecretKey":
+        """Return the key of the first process of a run, on each of its processes.
+
+        Args:
+          from_first: sends bytes from that process to all.
+        Privacy: the key travels between processes, once, and is written nowhere. Whoever can read what they send can
+          undo the run's privacy.
+        """
+        key = SecretKey(from_first(self._secret))
+        key.secure = self.secure
+        return key
+
+    def stream(self, *purpose: str | int, blocks: int = 0) -> RandomStream:
+        """Return the stream of random bits for one purpose.
 
         Args:
           purpose: names and numbers. Purposes that differ in a part, its type, order or grouping give independent
             streams.
+          blocks: number of blocks, of two words each, after which it begins; reaching them takes no time.
         Returns: a stream of AES-128 blocks. Counters are big-endian, as in the standard; each block is two
           little-endian words.
         Privacy: reads no data.
         """
         message = json.dumps(purpose).encode()  # distinguishes ("a", 11) from ("a1", 1) and from ("a", "11")
         return RandomStream(
-            hashlib.blake2b(message, key=self._secret, digest_size=16, person=b"dpquant.stream").digest()
+            hashlib.blake2b(message, key=self._secret, digest_size=16, person=b"dpquant.stream").digest(), blocks
         )
 
 

@@ -136,7 +136,7 @@ class ModelDescription:
           DataError: the file cannot be read, holds no description, or one of a newer schema.
         """
         try:
-            fields = json.loads(path.read_text())
+            fields = json.loads(path.read_text(encoding="utf-8"))
             schema = fields.pop("schema")
             if schema not in range(1, DESCRIPTION_SCHEMA + 1):
                 raise ValueError(f"schema {schema}")

@@ -56,7 +56,7 @@ class Beat:
     def read(cls, path: Path) -> Self | None:
         """Return the beat in a file; None if there is no file, or it cannot be read: a crash may have torn it."""
         try:
-            beat = cls(**json.loads(path.read_text()))
+            beat = cls(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return None
         return beat if _is_sound(beat) else None

@@ -88,10 +88,14 @@ class TrainSettings(SourceSettings):
         "GiB that the process, or its tensors on a GPU, may use at most, by which microbatch-size is chosen"
     )
     choices: str | None = setting("file of what an earlier run has measured on its machine: its choices.json")
+    exact_sums: bool = setting("the same bits for any number of processes: microbatches are added as integers", False)
     checkpoint_every: str | None = setting(
         "as 2epochs, 100steps or 10minutes [an epoch or five minutes, if that costs less than 2 % of the time]"
     )
     unsafe_metrics: bool = setting("also measure training accuracy, which is NOT private", False)
+    track: str | None = setting("trackers that are told of the run, with commas: tensorboard, mlflow, or others")
+    track_model: bool = setting("also hand the model to trackers that keep files", False)
+    track_unsafe: bool = setting("also tell trackers what the privacy statement does not cover", False)
     declared: Mapping[str, str] | None = setting("your words for the report, a table [declared]", option=False)
 
     @classmethod
@@ -166,7 +170,7 @@ def from_toml(path: Path) -> dict[str, Any]:
       SettingError: the file cannot be read.
     """
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SettingError(
             f"Expected a readable TOML file of settings; got {path}: {error}. Check the path."

@@ -57,6 +57,7 @@ from dpquant.runs.size import check_data_fits
 from dpquant.runs.sources import dataset_of
 from dpquant.runs.stopping import Stopping
 from dpquant.runs.timings import Timings
+from dpquant.runs.trackers.tracking import Tracking
 from dpquant.training.continuing import Stateful
 from dpquant.training.epoch import Batch, Epoch
 from dpquant.training.private import PrivateTraining
@@ -83,7 +84,7 @@ def train(
       out: the run directory; it must be missing or empty, unless `resume` is given. A `Place` may be taken already.
       plan: the privacy plan of these settings; None: it is computed.
       command: the command line of the run, for the record.
-      sinks: notified of the run's progress, in this order and after the metrics file.
+      sinks: notified of the run's progress, in this order, after the metrics file and before trackers.
       directory: makes from the path the writer of the run's files.
       start: starts the run, with the arguments of `make_private`.
       resume: continue the run in the directory, if there is one. Its settings must be these.
@@ -97,10 +98,14 @@ def train(
       no more than what is left of the plan.
     """
     place = out if isinstance(out, Place) else Place(out)
-    heartbeat = Heartbeat(place.path / PROGRESS)
-    with place.taken(settings, resume=resume) as continues, contextlib.closing(heartbeat):
+    heartbeat, tracking = Heartbeat(place.path / PROGRESS), Tracking(settings, place.path)
+    with (
+        place.taken(settings, resume=resume) as continues,
+        contextlib.closing(heartbeat),
+        contextlib.closing(tracking),
+    ):
         begin = functools.partial(start, resume=continues)
-        run = _Run.begun(settings, directory(place.path), plan, [heartbeat, *sinks], begin)
+        run = _Run.begun(settings, directory(place.path), plan, [heartbeat, *sinks, tracking], begin)
         with contextlib.closing(run.private), Stopping() as stopping:
             for epoch in run.private.epochs():
                 epsilon = run.history.begin(run.private, epoch)
@@ -159,6 +164,8 @@ class _Run:
         """Return the run before its next step: everything that can fail is tried, and nothing is charged."""
         began, started = time.perf_counter(), utc_now()
         tell = Sinks([MetricsFile(files.path / METRICS), *sinks], lambda: 0.0)
+        if settings.track is not None:
+            tell.preparing("starting the trackers")
         if settings.threads is not None:
             check_threads(settings.threads)
             torch.set_num_threads(settings.threads)
@@ -191,6 +198,7 @@ class _Run:
             memory=settings.memory,
             workers=settings.workers or 1,
             choices=choices,
+            exact_sums=settings.exact_sums,
             watch=tell.preparing,
         )
         run = cls(

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from dpquant.backends.choose import Choices
 from dpquant.errors import DataError, ModelError, SettingError, did_you_mean, expect, kind_of
@@ -16,6 +17,7 @@ from dpquant.formats import AUTO
 from dpquant.privacy.plan import PrivacyPlan
 from dpquant.training import policies
 from dpquant.training.policies import AllPolicy, NonePolicy, Policy
+from dpquant.training.records import MapDataset
 
 _SEEDS = 2**64
 _MOST_WORKERS = 64
@@ -56,6 +58,8 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     expect("ledger", given["ledger"], (Path, type(None)), "a pathlib.Path or None", todo)
     todo = "Read a run's choices.json by Choices.read, or leave it out"
     expect("choices", given["choices"], (Choices, type(None)), "Choices or None", todo)
+    if not isinstance(given["exact_sums"], bool):
+        raise SettingError(f"Expected exact_sums to be True or False; got {kind_of(given['exact_sums'])}.")
     if not callable(given["collate_fn"]):
         raise SettingError(
             f"Expected collate_fn to be a function from a list of records to a batch; got "
@@ -146,3 +150,36 @@ def _check_number(name: str, value: object, *, or_none: bool = False) -> None:
             f"Expected {name} to be a whole number in 0 .. 2^64 - 1{' or None' if or_none else ''}; got "
             f"{name}={value!r}. Pass an int."
         )
+
+
+def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer that holds other parameters, lacks a trainable one, or needs several gradients a step."""
+    todo = "Make one of the model's parameters, as torch.optim.SGD(model.parameters(), lr=0.1)"
+    expect("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer", todo)
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise SettingError("Expected an optimizer that needs one gradient a step; got LBFGS, which evaluates more.")
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    names = {p: name for name, p in model.named_parameters()}
+    if any(p not in names for p in held):
+        raise SettingError(
+            "Expected optimizer to hold the model's own parameters; got one that holds others. It would train another "
+            "model. Make the optimizer from model.parameters() after dpquant.fix, .to() and the like."
+        )
+    if missing := [name for p, name in names.items() if p.requires_grad and p not in held]:
+        raise SettingError(
+            f"Expected optimizer to hold every trainable parameter; it lacks {missing[0]}. It would take part in "
+            "clipping and never move. Give it to the optimizer, or freeze it with requires_grad_(False)."
+        )
+
+
+def check_data_set(train_set: MapDataset) -> None:
+    """Refuse a data set that is not map-style, or is empty."""
+    if isinstance(train_set, IterableDataset) or not (
+        hasattr(train_set, "__getitem__") and hasattr(train_set, "__len__")
+    ):
+        raise DataError(
+            f"Expected train_set to be map-style (__len__ and __getitem__); got a {type(train_set).__name__}. "
+            "Poisson sampling draws records by index. Give a torch.utils.data.Dataset with stable indices."
+        )
+    if len(train_set) == 0:
+        raise DataError("Expected train_set to hold at least one record; got an empty data set.")

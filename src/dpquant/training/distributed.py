@@ -1,29 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processes of a run, and what they exchange. By default a run has one process and exchanges nothing.
 
-    charge       every process charges its own ledger, of which the first process' is the file; then `barrier`. Only the
-                 file leases steps ahead, so that heads differ: the run's is that of process 0
+    charge       process 0 charges its ledger; its answer goes to all, and none reads a record before it has come
     draw         the same secret key on every process gives the same records; nothing is sent
-    share        each process takes every size-th record of the batch
-    clipped sum  of the process' share; then `add` gives every process the sum over the whole batch
-    noise        the same key gives the same bits on every process; nothing is sent
+    clipped sum  of the process' share of them
+    exchange     process r gets slice r of every process' sum, and adds these up in the order of the processes
+    noise        process r adds the noise of its slice; the slices' noise is that of one process, cut in pieces
+    gather       every process gets all noised slices, with the same bits
     optimizer    takes the same step on every process
 
-The number of processes enters `share` and nothing else: not the sampling rate, the clipping norm, the noise, or the
-divisor of the sum. A process without a record adds zeros.
+The number of processes enters the shares and the slices, and nothing else: not the sampling rate, the clipping norm,
+the noise, or the divisor of the sum. A process without a record takes part with zeros. Every process makes the same
+exchanges, in the same order, whatever it has drawn and whatever fails (`agreement.py`).
+
+No process holds a whole sum without noise, except its own share's. These and the key travel from machine to machine in
+the clear, so machines and network are trusted.
 """
 
-from collections.abc import Mapping
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
 from typing import Protocol
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from dpquant.errors import GroupError
+
+TIMEOUT = datetime.timedelta(minutes=10)  # after which a process that does not answer counts as lost
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name before torch 2.14
+_LAUNCHED = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"  # set by torchrun
 
 
 class Group(Protocol):
-    """The processes of one run, as one of them sees them.
+    """The processes of one run, as one of them sees them. Each call returns once every process has made it.
 
     Attributes:
-      rank: number of this process, from 0. Ledger file, execution and choices are those of process 0.
+      rank: number of this process, from 0. Ledger, key, execution and choices are those of process 0.
       size: number of processes.
     """
 
@@ -33,31 +48,26 @@ class Group(Protocol):
     @property
     def size(self) -> int: ...
 
-    def share(self, record_ids: Tensor) -> Tensor:
-        """Return this process' share of a batch.
-
-        Args:
-          record_ids: int64 `(B,)`, the same on every process.
-        Returns: int64 `(b,)`; each record is in the share of exactly one process. It may be empty.
-        """
-        ...
-
-    def add(self, sums: Mapping[str, Tensor]) -> None:
-        """Replace tensors by their sums over all processes, in place, with the same bits on every process.
-
-        Args:
-          sums: {name: tensor}, with the same names, shapes and dtypes on every process.
-        Privacy: per example. The tensors that are sent are clipped sums without noise, so the connection must be
-          trusted.
-        """
-        ...
-
     def from_first(self, value: bytes) -> bytes:
         """Return the value of process 0."""
         ...
 
-    def barrier(self) -> None:
-        """Return once every process has called this."""
+    def from_all(self, value: bytes) -> list[bytes]:
+        """Return the values of all processes, in their order."""
+        ...
+
+    def exchanged(self, flat: Tensor) -> Tensor:
+        """Send slice r of a vector to process r.
+
+        Args:
+          flat: `(size * n,)`; n and dtype are the same on every process.
+        Returns: `(size, n)`: this process' slice of each process' vector, in the order of the processes.
+        Privacy: per example. What is sent are clipped sums without noise, so the connection must be trusted.
+        """
+        ...
+
+    def gathered(self, part: Tensor) -> Tensor:
+        """Return the vectors `(n,)` of all processes as one, `(size * n,)`, with the same bits on every process."""
         ...
 
 
@@ -66,16 +76,115 @@ class Alone:
 
     rank, size = 0, 1
 
-    def share(self, record_ids: Tensor) -> Tensor:
-        """Return the whole batch."""
-        return record_ids
-
-    def add(self, sums: Mapping[str, Tensor]) -> None:
-        """Do nothing: the sums are complete."""
-
     def from_first(self, value: bytes) -> bytes:
         """Return the value itself."""
         return value
 
-    def barrier(self) -> None:
-        """Return immediately."""
+    def from_all(self, value: bytes) -> list[bytes]:
+        """Return the value itself."""
+        return [value]
+
+    def exchanged(self, flat: Tensor) -> Tensor:
+        """Return the vector itself, as the only row."""
+        return flat[None]
+
+    def gathered(self, part: Tensor) -> Tensor:
+        """Return the vector itself."""
+        return part
+
+
+class TorchGroup:
+    """The processes of torch.distributed's default group, which is initialised."""
+
+    def __init__(self):
+        """Join the group; it needs a backend that sends tensors of the CPU or of a GPU."""
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        pairs = (pair.split(":") for pair in dist.get_backend_config().split(","))
+        self._backends = {kind: backend for kind, backend in pairs}
+
+    def from_first(self, value: bytes) -> bytes:
+        """Return the value of process 0."""
+        with _told_if_lost(), torch.inference_mode(False):
+            length = self._from_first(torch.tensor([len(value)]))
+            return _bytes(self._from_first(_padded(value if self.rank == 0 else b"", int(length))))
+
+    def from_all(self, value: bytes) -> list[bytes]:
+        """Return the values of all processes, in their order."""
+        with _told_if_lost(), torch.inference_mode(False):
+            lengths = self._gathered(torch.tensor([len(value)])).tolist()
+            rows = self._gathered(_padded(value, max(lengths))).view(self.size, -1)
+            return [_bytes(row[:length]) for row, length in zip(rows, lengths, strict=True)]
+
+    def exchanged(self, flat: Tensor) -> Tensor:
+        """Send slice r of a vector to process r."""
+        with _told_if_lost():
+            sent = flat.to(self._place_for(flat))
+            received = torch.empty_like(sent)
+            dist.all_to_all_single(received, sent)
+            return received.to(flat.device).view(self.size, -1)
+
+    def gathered(self, part: Tensor) -> Tensor:
+        """Return the vectors of all processes as one."""
+        with _told_if_lost():
+            return self._gathered(part)
+
+    def _from_first(self, value: Tensor) -> Tensor:
+        sent = value.to(self._place_for(value))
+        dist.broadcast(sent, src=0)
+        return sent.cpu()
+
+    def _gathered(self, part: Tensor) -> Tensor:
+        sent = part.to(self._place_for(part))
+        whole = sent.new_empty(self.size * sent.numel())
+        _all_gather(whole, sent)
+        return whole.to(part.device)
+
+    def _place_for(self, tensor: Tensor) -> torch.device:
+        """Return the tensor's device if the group sends from there, else one from which it does."""
+        if self._backends.get(tensor.device.type) == ("gloo" if tensor.device.type == "cpu" else "nccl"):
+            return tensor.device
+        return torch.device("cpu") if self._backends.get("cpu") == "gloo" else torch.device("cuda")
+
+
+def group_here(timeout: datetime.timedelta = TIMEOUT) -> Group:
+    """Return the processes with which this one was started.
+
+    They are torch.distributed's default group if it is initialised, else those that torchrun has named in the
+    environment, else this process alone.
+
+    Args:
+      timeout: for a group that is initialised here: after it, a process that does not answer counts as lost.
+    Raises:
+      GroupError: the processes do not find each other.
+    """
+    if not dist.is_available():
+        return Alone()
+    if not dist.is_initialized():
+        if any(name not in os.environ for name in _LAUNCHED) or os.environ["WORLD_SIZE"] == "1":
+            return Alone()
+        with _told_if_lost():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+    return TorchGroup() if dist.get_world_size() > 1 else Alone()
+
+
+@contextlib.contextmanager
+def _told_if_lost() -> Iterator[None]:
+    """Raise a GroupError for an exchange that fails. Its text has addresses and no data."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise GroupError(
+            f"Expected all processes of the run to answer; got a {type(error).__name__}: {reason}. One has ended or "
+            "cannot be reached, and the others stop. What was charged stays charged. See that process' output, and "
+            "resume the run."
+        ) from None
+
+
+def _padded(value: bytes, length: int) -> Tensor:
+    """Return bytes as uint8 `(length,)`, with zeros at the end; at least one, as nothing cannot be sent."""
+    return torch.frombuffer(bytearray(value.ljust(max(length, 1), b"\0")), dtype=torch.uint8)
+
+
+def _bytes(values: Tensor) -> bytes:
+    return values.numpy().tobytes()

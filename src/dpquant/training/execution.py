@@ -54,6 +54,8 @@ class ExecutionRequest:
       backend: `auto`, the name of a backend, or a backend. Only `auto` excludes layers, and `format=auto`.
       microbatch_size: examples a backward pass; None measures which size is the fastest. It is 1 with discrete noise.
       memory: largest peak memory of the process, GiB; None sets no limit.
+      exact_sums: sums are exact over microbatches, whichever process makes them.
+      processes: number of processes of the run.
     Raises:
       SettingError: microbatch_size is below 1, or both microbatch_size and memory are given.
     """
@@ -65,6 +67,8 @@ class ExecutionRequest:
     backend: str | Backend = "auto"
     microbatch_size: int | None = None
     memory: float | None = None
+    exact_sums: bool = False
+    processes: int = 1
 
     def __post_init__(self) -> None:
         if self.microbatch_size is not None and self.microbatch_size < 1:
@@ -98,6 +102,7 @@ class Execution:
       backend: `simulate` or `int8`.
       reason: why this backend is used; empty where no layer runs quantized.
       auto: what `format=auto` has taken, why, and what it gains, in words; empty where the user has given a format.
+      exact_sums: whether the sums of microbatches are added up as integers, so that no process matters to a bit.
     """
 
     chosen: Precision
@@ -109,6 +114,7 @@ class Execution:
     backend: str
     reason: str
     auto: str = ""
+    exact_sums: bool = False
 
     def precisions(self, names: Collection[str], layers: Collection[str]) -> dict[str, Precision]:
         """Return each layer's precision.
@@ -129,6 +135,8 @@ class Execution:
         if self.reason:
             facts["backend"] = f"backend {self.backend}: {self.reason}"
         facts["microbatch"] = f"{self.microbatch_size} examples a backward pass"
+        if self.exact_sums:
+            facts["sums"] = "exact over microbatches, the same for any number of processes"
         if self.auto:
             return facts
         if slower := [name for name, gain in self.gains.items() if gain < 1]:
@@ -177,16 +185,19 @@ def choose_execution(
     set_policy(model, ())
     alone = plan.noise == "discrete"  # the last bits of a record's gradient depend on its place in a microbatch
     size = 1 if alone else request.microbatch_size
+    largest = largest_tried(examples)
+    if request.exact_sums:  # enough microbatches that every process has about as many as the others
+        largest = max(1, min(largest, int(plan.expected_batch_size / (4 * request.processes))))
     if size is None:
         size = decided(
-            ("examples a backward pass", facts, _digest(*first), memory, largest_tried(examples)),
+            ("examples a backward pass", facts, _digest(*first), memory, largest),
             lambda: fastest_microbatch_size(
                 objective,
                 synthetic,
                 precisions,
                 expected_batch_size=plan.expected_batch_size,
                 memory=memory,
-                largest=largest_tried(examples),
+                largest=largest,
                 by=by,
             ),
             valid=_is_size,
@@ -234,6 +245,7 @@ def choose_execution(
         backend=runs_on,
         reason=backend_reason(layer, policy, request) if excluded != tuple(macs) else "",
         auto=auto,
+        exact_sums=request.exact_sums,
     )
 
 

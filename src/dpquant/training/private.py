@@ -23,10 +23,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from dpquant.backends.choose import Choices
-from dpquant.engine.batches import Microbatch, take_rows
+from dpquant.engine.batches import Microbatch
 from dpquant.engine.clip import ClippedSum, step_key
 from dpquant.engine.layers import set_policy, set_precisions
 from dpquant.errors import BudgetError, ModelError, SettingError
@@ -36,18 +36,29 @@ from dpquant.privacy.events import Event, Kind
 from dpquant.privacy.mechanism import Mechanism
 from dpquant.privacy.plan import PrivacyPlan
 from dpquant.rounding import derive_key
+from dpquant.training.agreement import first_reason, together
 from dpquant.training.ahead import drawing
 from dpquant.training.checkpoint import Checkpoint
 from dpquant.training.continuing import Parts, Stateful, continued
 from dpquant.training.distributed import Group
 from dpquant.training.epoch import Batch, Epoch
+from dpquant.training.exchange import Slices, cut, noisy_means, share
 from dpquant.training.execution import Execution
-from dpquant.training.impact import ImpactSum, analysis_keys, impact_sum
+from dpquant.training.impact import ImpactSum, analysis_keys
 from dpquant.training.policies import ema
 from dpquant.training.records import Records
+from dpquant.training.same import EVERY, check_parameters
 from dpquant.training.setup import Setup
 from dpquant.training.state import RunState
-from dpquant.training.sums import analysis_noise, draws_of_noise, noisy_mean, step_sum
+from dpquant.training.sums import (
+    analysis_noise,
+    analysis_sum,
+    check_sensitivity,
+    draws_of_noise,
+    noising,
+    noising_analysis,
+    step_sum,
+)
 from dpquant.training.watch import Watch, broken, without_details
 
 
@@ -66,6 +77,7 @@ class PrivateTraining:
       state: state of the run, as one value.
       seconds_train, seconds_analysis: wall time so far; depends on the private batch sizes and is not for release.
       secure: False if sampling or noise came from a given seed. Then the run is not private.
+      group: the processes of the run.
       step_seconds: time of a step on synthetic records, measured at the start; public.
     """
 
@@ -78,21 +90,12 @@ class PrivateTraining:
         mechanism: Mechanism,
         group: Group,
     ):
-        """Join the parts of a run. `start.begin` makes and checks them.
-
-        Args:
-          setup: model, optimizer, plan and policy.
-          records: the private data set.
-          state: state from which the run continues; for a new run, only its execution is set.
-          choices: decisions measured so far.
-          mechanism: sampler, noise, ledger and secret key.
-          group: the processes of the run.
-        """
+        """Join the parts of a run, which `start.begin` makes and checks. Of a new run's state only execution is set."""
         self.model, self.optimizer = setup.found.objective.model, setup.optimizer
         self.plan, self.policy = setup.plan, setup.policy
         self.macs, self.choices, self.step_seconds = setup.found.macs, choices, setup.step_seconds
         self.seconds_train = self.seconds_analysis = 0.0
-        self._records, self._mechanism, self._group, self._state = records, mechanism, group, state
+        self._records, self._mechanism, self.group, self._state = records, mechanism, group, state
         self._objective, self._seed = setup.found.objective, setup.seed
         self._drawn: Batch | None = None
         self._watch, self._began = Watch(setup.found.objective, records), False
@@ -205,21 +208,23 @@ class PrivateTraining:
         """Step the optimizer with the noisy mean of the clipped gradients."""
         key = self._key_of(batch.step)
         self._probe(batch, key)
-        mine, trainable = self._group.share(batch.record_ids), self._objective.trainable()
-        with drawing(draws_of_noise(self._mechanism.noise, self.plan, batch, trainable), self._device) as noise_of:
-            clipped = self._clipped_sum(self._records.microbatches(mine, self.execution.microbatch_size, key), key)
-            if clipped.sensitivity != self.plan.max_grad_norm:
-                raise ModelError(
-                    f"Expected sums of sensitivity C, for which noise is drawn; got {clipped.sensitivity}."
-                )
-            self._group.add(clipped.grads)
-            for name, parameter in trainable.items():
-                noise = noise_of(name).to(parameter.device, non_blocking=self._device.type != "cpu")
-                noisy = noisy_mean(
-                    noise, clipped.grads[name], grid=clipped.grid, expected=self.plan.expected_batch_size
-                )
-                parameter.grad = noisy.float()
+        trainable, size = self._objective.trainable(), self.execution.microbatch_size
+        parts = None if self.group.size == 1 else Slices.of(trainable, self.group).parts()
+        draws = draws_of_noise(self._mechanism.noise, self.plan, batch, trainable, parts)
+        with drawing(draws, self._device) as noise_of:
+            clipped = together(self.group, lambda: self._clipped_sum(self._pieces(batch, size, key), key))
+            check_sensitivity(clipped, self.plan)
+            noised = noising(clipped, noise_of, self.plan)
+            for name, mean in noisy_means(self.group, clipped.grads, noised, torch.float32):
+                trainable[name].grad = mean
         self._watch.take_step(self.optimizer)
+        if self.steps_taken % EVERY == 0:
+            check_parameters(self.group, self.model)
+
+    def _pieces(self, batch: Batch, size: int, key: int) -> Iterable[Microbatch]:
+        """Read this process' share of a batch, `size` records at a time."""
+        ids, taken = cut(batch.record_ids, self.group, whole=self.execution.exact_sums)
+        return self._records.microbatches(ids, size, key, taken)
 
     def _key_of(self, step: int) -> int:
         """Return the secret key of all random numbers that are drawn for records in a step."""
@@ -227,11 +232,12 @@ class PrivateTraining:
 
     def _clipped_sum(self, pieces: Iterable[Microbatch], key: int) -> ClippedSum:
         """Return the sum of the records' clipped gradients, without records on which model or loss raise."""
-        return step_sum(self._objective, pieces, self.plan, key, leaves_out=True)
+        return step_sum(self._objective, pieces, self.plan, key, leaves_out=True, exact=self.execution.exact_sums)
 
     def _probe(self, batch: Batch, key: int) -> None:
         """Check once an epoch that a record's gradient does not depend on the other records of its batch."""
-        self._stop_if(self._watch.coupling(batch.record_ids, key))
+        mine = share(batch.record_ids, self.group)
+        self._stop_if(first_reason(self.group, lambda: self._watch.coupling(mine, key)))
         self._refuse_if_broken()
 
     def _stop_if(self, reason: str) -> None:
@@ -277,6 +283,20 @@ class PrivateTraining:
         self._state = continued(saved, self._mechanism.ledger, self.execution, repeatable=self._mechanism.repeats)
         self._watch.keep_buffers()
 
+    def replace_weights(self, state_dict: Mapping[str, torch.Tensor]) -> None:
+        """Go on from other values of the model's tensors, as a server's average. The optimizer keeps its state.
+
+        Args:
+          state_dict: of a model like this one, public or released by somebody.
+        Raises:
+          SettingError, ModelError: a drawn batch is left, or the run has been stopped.
+          DataError: a tensor is missing, or of another shape or type.
+        Privacy: charges nothing. What is guaranteed of a step holds for any values, even those of an adversary.
+        """
+        self._refuse_what_was_skipped()
+        self._stop_if(self._watch.replace(state_dict))
+        self._refuse_if_broken()
+
     def _parts(self, others: Mapping[str, Stateful]) -> Parts:
         return Parts(model=self.model, optimizer=self.optimizer, plan=self.plan, others=others)
 
@@ -313,7 +333,10 @@ class PrivateTraining:
                 yield self._drawn
         finally:
             set_policy(self.model, ())
-            self._stop_if(self._watch.changed_buffer())
+            changed = self._watch.changed_buffer()
+            self._stop_if(changed)
+        self._stop_if(first_reason(self.group, lambda: changed))
+        check_parameters(self.group, self.model)
         self._refuse_if_broken()
 
     def _refuse_what_was_skipped(self) -> None:
@@ -327,7 +350,7 @@ class PrivateTraining:
             )
 
     def _charge(self, kind: Kind, planned: PrivacyPlan | AnalysisPlan, number: int) -> None:
-        """Charge release `number` of a kind, from 0. Once this returns it is charged on every process.
+        """Charge release `number` of a kind, from 0. Once this returns it is charged, for every process.
 
         A repeatable run that continues makes releases again that are charged already; see `continuing.py`.
         """
@@ -335,7 +358,6 @@ class PrivateTraining:
             self._mechanism.ledger.charge(
                 kind=kind, sample_rate=planned.sample_rate, noise_multiplier=planned.noise_multiplier
             )
-        self._group.barrier()
 
     def _advance(self, **changes: Any) -> None:
         self._state = dataclasses.replace(self._state, **changes)
@@ -348,14 +370,7 @@ class PrivateTraining:
         ids = self._mechanism.sampler.draw(
             len(self._records), planned.sample_rate, stream=stream, step=step, attempt=attempt
         )
-        return Batch(ids, step, attempt, lambda ids: self._all_of(ids, step))
-
-    def _all_of(self, record_ids: Tensor, step: int) -> Any:
-        """Return the collated records of a batch, without the broken ones, for `Batch.data`; `()` if none is left."""
-        if len(record_ids) == 0:
-            return ()
-        found = self._records.microbatch(record_ids, len(record_ids), self._key_of(step))
-        return () if found is None else take_rows(found.data, slice(0, found.num_examples))
+        return Batch(ids, step, attempt, lambda ids: self._records.together(ids, self._key_of(step)))
 
     @property
     def _analysis(self) -> AnalysisPlan:
@@ -375,24 +390,15 @@ class PrivateTraining:
         """Update the scores with the noisy mean of the batch's clipped impacts."""
         names = [name for name in self.macs if name not in self.execution.excluded_layers]
         key = derive_key(self._mechanism.record_key, "analysis", batch.step)
-        mine, size = self._group.share(batch.record_ids), self.execution.analysis_microbatch_size
         keys = analysis_keys(self._mechanism.record_key, batch.step, self._analysis.repeats)
-        measured = self._impact_sum(self._records.microbatches(mine, size, key), names, keys)
-        self._group.add({"impacts": measured.impacts})
+        size = self.execution.analysis_microbatch_size
+        measured = together(self.group, lambda: self._impact_sum(self._pieces(batch, size, key), names, keys))
         noise = analysis_noise(self._mechanism.noise, self.plan, batch, measured)
-        expected = self._analysis.expected_batch_size
-        noisy_means = noisy_mean(noise, measured.impacts, grid=measured.grid, expected=expected)
-        new = dict(zip(names, noisy_means.tolist(), strict=True))
+        noised = noising_analysis(measured, noise, self.plan)
+        means = dict(noisy_means(self.group, {"impacts": measured.impacts}, noised, torch.float64))["impacts"]
+        new = dict(zip(names, means.tolist(), strict=True))
         self._advance(scores=ema(self._state.scores, new, self.policy.ema))
 
     def _impact_sum(self, pieces: Iterable[Microbatch], names: Sequence[str], keys: Sequence[int]) -> ImpactSum:
         """Return the sum of the records' clipped impacts; `keys` are the secret keys of their roundings."""
-        return impact_sum(
-            self._objective,
-            pieces,
-            names=names,
-            max_norm=self._analysis.max_norm,
-            keys=keys,
-            score=self._analysis.score,
-            grid=self.plan.grid(self.plan.analysis_noise_std(self._analysis.max_norm)),
-        )
+        return analysis_sum(self._objective, pieces, self.plan, names, keys, exact=self.execution.exact_sums)

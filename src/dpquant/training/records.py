@@ -143,26 +143,32 @@ class Records:
                 "other tensors. The check on synthetic records would be of another kind of batch. Make them agree."
             )
 
-    def microbatches(self, record_ids: Tensor, size: int, key: int) -> Iterator[Microbatch]:
+    def microbatches(self, record_ids: Tensor, size: int, key: int, taken: slice = slice(None)) -> Iterator[Microbatch]:
         """Read and collate records, `size` at a time; fill a smaller microbatch up with copies of its last record.
 
         Args:
           record_ids: int64 `(B,)`.
           size: rows of each microbatch.
           key: secret key of the step, for the random numbers of data set and collate function.
+          taken: which of the microbatches to make, by their numbers.
         Returns: microbatches; broken records are missing from them.
         Raises:
           DataError: the collate function does not give one row for each record.
         Privacy: per example.
         """
-        makers = (
-            functools.partial(self.microbatch, ids, size, key)
-            for group in self._groups(record_ids)
-            for ids in group.split(size)
-        )
+        cut = [ids for group in self._groups(record_ids) for ids in group.split(size)]
+        makers = (functools.partial(self.microbatch, ids, size, key) for ids in cut[taken])
         for piece in made_ahead(makers, self._workers) if self.reads_ahead else (make() for make in makers):
             if piece is not None:
                 yield piece
+
+    def together(self, record_ids: Tensor, key: int) -> Any:
+        """Return records collated into one batch, without the broken ones; `()` if none is left.
+
+        Args, errors and privacy: as for `microbatches`.
+        """
+        found = self.microbatch(record_ids, len(record_ids), key)
+        return () if found is None else take_rows(found.data, slice(0, found.num_examples))
 
     @property
     def reads_ahead(self) -> bool:

@@ -6,6 +6,8 @@ changes. Nothing here reads a private record.
 """
 
 import copy
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,8 +22,8 @@ from dpquant.machine import now
 from dpquant.privacy.noise import NoiseSource
 from dpquant.privacy.plan import PrivacyPlan
 from dpquant.training.epoch import Batch
-from dpquant.training.impact import analysis_keys, impact_sum
-from dpquant.training.sums import draws_of_noise, noisy_mean, step_sum
+from dpquant.training.impact import analysis_keys
+from dpquant.training.sums import analysis_sum, draws_of_noise, noisy_mean, step_sum
 
 _TIMED = 4, 16  # examples of the two passes from which a step's time is estimated
 
@@ -34,6 +36,7 @@ def rehearse(
     size: int,
     analysis_size: int,
     analysed: str | None,
+    exact: bool = False,
 ) -> None:
     """Try the clipped sum, the analysis, the noise and the optimizer of a run, on a few synthetic records.
 
@@ -45,24 +48,18 @@ def rehearse(
       analysis_size: examples a pass of the analysis.
       analysed: name of the layer whose impact is measured; one is enough, because all are measured in the same manner.
         None if the run makes no analysis.
+      exact: sums are exact.
     Raises:
       ModelError, SettingError: a part of the step fails. What says that memory does not suffice is raised unchanged.
     Privacy: reads no private data and charges nothing. The noise that is drawn is used for nothing else.
     """
     try:
-        with _untimed().active():
-            pieces = [_piece(found, size)]  # raises where model or loss do; a step would leave the record out
-            clipped = step_sum(found.objective, pieces, plan, 0, leaves_out=False)
+        with untimed().active():
+            pieces = [synthetic_piece(found, size)]  # raises where model or loss do; a step would leave the record out
+            clipped = step_sum(found.objective, pieces, plan, 0, leaves_out=False, exact=exact)
             if plan.analysis is not None and analysed is not None:
-                impact_sum(
-                    found.objective,
-                    [_piece(found, analysis_size)],
-                    names=[analysed],
-                    max_norm=plan.analysis.max_norm,
-                    keys=analysis_keys(0, 0),
-                    score=plan.analysis.score,
-                    grid=plan.grid(plan.analysis_noise_std(plan.analysis.max_norm)),
-                )
+                pieces = [synthetic_piece(found, analysis_size)]
+                analysis_sum(found.objective, pieces, plan, [analysed], analysis_keys(0, 0), exact=exact)
     except DPQuantError:
         raise
     except Exception as error:
@@ -99,8 +96,8 @@ def step_seconds(found: Findings, plan: PrivacyPlan, size: int) -> float:
 
 def _pass_seconds(found: Findings, plan: PrivacyPlan, number: int) -> float:
     """Return the seconds of a pass over synthetic records, the better of two."""
-    piece, seconds = _piece(found, number), []
-    with _untimed().active():
+    piece, seconds = synthetic_piece(found, number), []
+    with untimed().active():
         for _ in range(2):
             began = now()
             step_sum(found.objective, [piece], plan, 0, leaves_out=False)
@@ -108,12 +105,15 @@ def _pass_seconds(found: Findings, plan: PrivacyPlan, number: int) -> float:
     return min(seconds)
 
 
-def _untimed() -> Choices:
-    """Return choices that autotune nothing: the fastest method for a few records is not the fastest for a run."""
-    return Choices(machine=Machine(None), timed=lambda methods: dict.fromkeys(methods, 0.0))
+def untimed(given: Mapping[str, Any] = MappingProxyType({})) -> Choices:
+    """Return choices that autotune nothing: decisions that are not given fall on the first candidate.
+
+    The fastest method for a few records is not the fastest for a run, and no timing is the same on two machines.
+    """
+    return Choices(given, machine=Machine(None), timed=lambda methods: dict.fromkeys(methods, 0.0))
 
 
-def _piece(found: Findings, size: int) -> Microbatch:
+def synthetic_piece(found: Findings, size: int) -> Microbatch:
     """Return a microbatch of synthetic records."""
     order = [number % 3 for number in range(size)]
     return Microbatch(found.specimens.batch(order), torch.tensor(order), size)

@@ -7,43 +7,45 @@ file is created last.
 """
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import IterableDataset, default_collate
+from torch.utils.data import default_collate
 
+from dpquant import native
 from dpquant.backends.choose import Choices
 from dpquant.backends.interface import Backend
-from dpquant.backends.malloc import give_back
 from dpquant.backends.registry import resolve
-from dpquant.checks.isolation import check_at_size, check_isolation
+from dpquant.checks.isolation import check_isolation
 from dpquant.checks.refusals import check_trainable
 from dpquant.checks.synthetic import candidates, from_examples
-from dpquant.engine.layers import prepare, set_policy, set_precisions
-from dpquant.engine.passes import Objective, PerExampleLoss, out_of_memory
-from dpquant.errors import DataError, SettingError, expect
+from dpquant.engine.layers import prepare
+from dpquant.engine.passes import Objective, PerExampleLoss
+from dpquant.errors import DataError, SettingError
 from dpquant.formats import AUTO, FULL_PRECISION, Precision, Recipe, precision
-from dpquant.machine import current
+from dpquant.machine import current, processor
 from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.mechanism import Mechanism
 from dpquant.privacy.plan import PrivacyPlan
 from dpquant.privacy.secret import SecretKey
-from dpquant.training.arguments import check_arguments
+from dpquant.training.agreement import on_first, together
+from dpquant.training.arguments import check_arguments, check_data_set, check_optimizer
 from dpquant.training.continuing import continued
-from dpquant.training.distributed import Alone, Group
-from dpquant.training.execution import Execution, ExecutionRequest, choose_execution
+from dpquant.training.distributed import Alone, Group, group_here
+from dpquant.training.execution import Execution, ExecutionRequest
 from dpquant.training.policies import Policy
 from dpquant.training.private import PrivateTraining
 from dpquant.training.records import MapDataset, Records
-from dpquant.training.rehearsal import rehearse, step_seconds
+from dpquant.training.rehearsal import untimed
+from dpquant.training.same import check_same, parameters_hash
 from dpquant.training.setup import Setup
+from dpquant.training.shared_ledger import shared
 from dpquant.training.state import RunState
-from dpquant.training.tuning import instruments_on
-
-_REHEARSED = 2  # records in the trial step
+from dpquant.training.trial import measured, tried
 
 
 def make_private(
@@ -67,6 +69,7 @@ def make_private(
     workers: int = 1,
     choices: Choices | None = None,
     resume: bool = False,
+    exact_sums: bool = False,
     watch: Callable[[str], None] = lambda what: None,
 ) -> PrivateTraining:
     """Check everything, prepare the model, and return a run that `plan` accounts for.
@@ -103,6 +106,8 @@ def make_private(
         machine.
       resume: continue the run of the ledger, if the file exists: what is charged there stays charged, and only what is
         left of the plan can be spent. Load its last checkpoint next, with `private.load`.
+      exact_sums: add the sums of microbatches up as integers, so that a run of the same choices and mechanism_seed has
+        the same bits for any number of processes. Costs twice the bytes, and a pass over the parameters a microbatch.
       watch: called with a few words about each phase of the start, when it begins.
     Returns: a run that has charged nothing yet.
     Raises:
@@ -129,6 +134,7 @@ def make_private(
             backend=backend,
             microbatch_size=microbatch_size,
             memory=memory,
+            exact_sums=exact_sums,
         ),
         seed=seed,
         collate_fn=collate_fn,
@@ -138,14 +144,20 @@ def make_private(
         watch=watch,
     )
 
+    group = group_here()
+
     def mechanism(step_seconds: float) -> Mechanism:
         key = SecretKey() if mechanism_seed is None else SecretKey.from_seed(mechanism_seed)
         facts = {"budget": plan.budget(), "research": not key.secure, "step_seconds": step_seconds}
-        if resume and ledger is not None and ledger.exists():
-            return Mechanism.keyed(key, Ledger.resumed(ledger, **facts))
-        return Mechanism.keyed(key, Ledger(ledger, **facts))
 
-    return begin(request, mechanism)
+        def opened() -> Ledger:
+            if resume and ledger is not None and ledger.exists():
+                return Ledger.resumed(ledger, **facts)
+            return Ledger(ledger, **facts)
+
+        return Mechanism.keyed(key.of_first(group.from_first), shared(group, opened))
+
+    return begin(request, mechanism, group=group)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -190,25 +202,64 @@ def begin(
     Raises: the errors of `make_private`.
     Privacy: uses types and shapes of the first records, and no values. Charges nothing.
     """
-    device = next((p.device for p in request.model.parameters()), torch.device("cpu"))
+    group, device = group or Alone(), next((p.device for p in request.model.parameters()), torch.device("cpu"))
     with current(device):
-        setup, records, choices, execution = _checked(request)
-    group = group or Alone()
-    mechanism = make_mechanism(setup.step_seconds)
-    place = RunState(execution=execution)
+        setup, records, wanted = together(group, lambda: _checked(request))
+        wanted = dataclasses.replace(wanted, processes=group.size)
+        check_same(group, _facts(request) if group.size > 1 else {})
+        request.watch("measuring this machine")
+        choices = request.choices or Choices()
+
+        def measure() -> bytes:
+            with choices.active():
+                execution, seconds = measured(setup, wanted, device)
+            state = RunState(execution=execution, choices=choices.made).to_json()
+            return json.dumps({"state": state, "step_seconds": seconds}).encode()
+
+        answer = json.loads(on_first(group, measure))
+        place, step_seconds = RunState.from_json(answer["state"]), answer["step_seconds"]
+        if wanted.exact_sums:
+            choices = untimed(place.choices)
+        elif group.rank > 0:  # what process 0 has measured holds for all
+            choices = Choices(place.choices)
+        choices.made.update(place.choices)
+        together(group, lambda: _followed(setup, place.execution, choices, group, device))
+    mechanism = make_mechanism(step_seconds)
     if mechanism.ledger.charged("train") or mechanism.ledger.charged("analysis"):
-        place = continued(place, mechanism.ledger, execution, repeatable=mechanism.repeats)
-    state = RunState.from_json(group.from_first(place.to_json().encode()).decode())
-    return make_run(setup, records, state, choices, mechanism, group)
+        place = continued(place, mechanism.ledger, place.execution, repeatable=mechanism.repeats)
+    return make_run(dataclasses.replace(setup, step_seconds=step_seconds), records, place, choices, mechanism, group)
 
 
-def _checked(request: Request) -> tuple[Setup, Records, Choices, Execution]:
-    """Check the request, prepare the model, choose its execution, and try and time a step on synthetic records."""
+def _followed(setup: Setup, execution: Execution, choices: Choices, group: Group, device: torch.device) -> None:
+    """Try the execution of process 0 on another process."""
+    if group.rank > 0:
+        with choices.active():
+            tried(setup, execution, device)
+
+
+def _facts(request: Request) -> dict[str, str]:
+    """Return what has to be the same on every process of a run."""
+    wanted = request.execution
+    return {
+        **({"processor": repr((processor()[:2], torch.__version__, native.build()))} if wanted.exact_sums else {}),
+        "parameters": parameters_hash(request.model),
+        "plan": request.plan.to_json(),
+        "policy": repr(request.policy) if dataclasses.is_dataclass(request.policy) else type(request.policy).__name__,
+        "format": f"{wanted.chosen.name} {wanted.rest.name} {wanted.auto}",
+        "exact_sums": str(wanted.exact_sums),
+        "seed": str(request.seed),
+        "optimizer": type(request.optimizer).__name__,
+        "number of records": str(len(request.train_set)),
+    }
+
+
+def _checked(request: Request) -> tuple[Setup, Records, ExecutionRequest]:
+    """Check the request and prepare the model."""
     model, train_set, plan, policy = request.model, request.train_set, request.plan, request.policy
     request.watch("checking the model")
     check_trainable(model)
-    _check_optimizer(model, request.optimizer)
-    _check_data_set(train_set)
+    check_optimizer(model, request.optimizer)
+    check_data_set(train_set)
     if policy.needs_scores and plan.analysis is None:
         raise SettingError(
             f"Expected plan.analysis for {type(policy).__name__}; got analysis=None. The policy favours layers whose "
@@ -239,48 +290,7 @@ def _checked(request: Request) -> tuple[Setup, Records, Choices, Execution]:
         seed=request.seed,
         found=found,
     )
-    choices = request.choices or Choices()
-    request.watch("measuring this machine")
-    with choices.active():
-        synthetic = found.specimens.batch((0, 1, 2))
-        execution = choose_execution(
-            found.objective,
-            synthetic,
-            policy=policy,
-            macs=found.macs,
-            plan=plan,
-            request=wanted,
-            by=instruments_on(device),
-        )
-        execution, step_seconds = _that_fits(execution, wanted, lambda execution: _tried(setup, execution, device))
-        setup = dataclasses.replace(setup, step_seconds=step_seconds)
-    return setup, records, choices, execution
-
-
-def _that_fits(
-    execution: Execution, request: ExecutionRequest, trial: Callable[[Execution], float]
-) -> tuple[Execution, float]:
-    """Return the execution for which the trial has memory enough, the given or one of half its size, and its result.
-
-    Raises:
-      SettingError: neither has, or the given one has not and its size is the user's.
-    """
-    half = max(execution.microbatch_size // 2, 1)
-    smaller = dataclasses.replace(
-        execution, microbatch_size=half, analysis_microbatch_size=min(execution.analysis_microbatch_size, half)
-    )
-    for one in (execution,) if request.microbatch_size is not None or smaller == execution else (execution, smaller):
-        try:
-            return one, trial(one)
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-        give_back()
-    raise SettingError(
-        f"Expected memory enough for {half if request.microbatch_size is None else execution.microbatch_size} examples "
-        "a backward pass; got too little. Nothing was charged. Give a smaller microbatch_size, give memory= (GiB), by "
-        "which one is chosen, or take a smaller model."
-    )
+    return setup, records, wanted
 
 
 def _first_records(train_set: MapDataset) -> list[Any]:
@@ -292,60 +302,3 @@ def _first_records(train_set: MapDataset) -> list[Any]:
             f"Expected the first records of train_set to be readable; got a {type(error).__name__}. Their types and "
             "shapes, and nothing else of them, say what records look like. Mend them, or give example= records."
         ) from None  # its text may quote a record
-
-
-def _tried(setup: Setup, execution: Execution, device: torch.device) -> float:
-    """Try on synthetic records everything that steps and analyses will run, and return the seconds of a step.
-
-    First the losses are checked in a microbatch of the run's own size. No layer is chosen for it, because round-off of
-    a full-precision layer could change the codes of a quantized one. Then a step is tried with the first epoch's
-    layers on a few records; any number of records takes the same code paths. On a GPU it is tried on as many as the run
-    takes, since only a step tells whether they fit into its memory.
-    """
-    policy, found, size = setup.policy, setup.found, execution.microbatch_size
-    layers = policy.choose(found.macs, None, epoch=0, key=0, excluded=execution.excluded_layers)
-    analysed = next(iter(found.macs), None) if policy.needs_scores else None
-    model = found.objective.model
-    try:
-        set_precisions(model, execution.precisions(found.macs, ()))
-        check_at_size(found, size)
-        set_precisions(model, execution.precisions(found.macs, layers))
-        sizes = size, execution.analysis_microbatch_size
-        step, analysis = sizes if device.type == "cuda" else (min(one, _REHEARSED) for one in sizes)
-        rehearse(setup.optimizer, setup.plan, found, size=step, analysis_size=analysis, analysed=analysed)
-        return step_seconds(found, setup.plan, size)
-    finally:
-        set_policy(model, ())
-
-
-def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an optimizer that holds other parameters, lacks a trainable one, or needs several gradients a step."""
-    todo = "Make one of the model's parameters, as torch.optim.SGD(model.parameters(), lr=0.1)"
-    expect("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer", todo)
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise SettingError("Expected an optimizer that needs one gradient a step; got LBFGS, which evaluates more.")
-    held = {p for group in optimizer.param_groups for p in group["params"]}
-    names = {p: name for name, p in model.named_parameters()}
-    if any(p not in names for p in held):
-        raise SettingError(
-            "Expected optimizer to hold the model's own parameters; got one that holds others. It would train another "
-            "model. Make the optimizer from model.parameters() after dpquant.fix, .to() and the like."
-        )
-    if missing := [name for p, name in names.items() if p.requires_grad and p not in held]:
-        raise SettingError(
-            f"Expected optimizer to hold every trainable parameter; it lacks {missing[0]}. It would take part in "
-            "clipping and never move. Give it to the optimizer, or freeze it with requires_grad_(False)."
-        )
-
-
-def _check_data_set(train_set: MapDataset) -> None:
-    """Refuse a data set that is not map-style, or is empty."""
-    if isinstance(train_set, IterableDataset) or not (
-        hasattr(train_set, "__getitem__") and hasattr(train_set, "__len__")
-    ):
-        raise DataError(
-            f"Expected train_set to be map-style (__len__ and __getitem__); got a {type(train_set).__name__}. "
-            "Poisson sampling draws records by index. Give a torch.utils.data.Dataset with stable indices."
-        )
-    if len(train_set) == 0:
-        raise DataError("Expected train_set to hold at least one record; got an empty data set.")

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpquant.app.options import Config, Json, settings_of, with_settings
-from dpquant.app.output import results, say
+from dpquant.app.output import results, say, tell_native
 
 if TYPE_CHECKING:
     from dpquant.app.assess import Assessment
@@ -36,6 +36,7 @@ def assess(
     from dpquant.app.assess import Usage
     from dpquant.app.assess import assess as assessment_of
 
+    tell_native()
     named = {} if model is None else {"model": model}
     assessment = assessment_of(
         settings_of({**given, **named}, config),

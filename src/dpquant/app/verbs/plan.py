@@ -8,7 +8,7 @@ from typing import Any
 
 from dpquant.app.console import print_budget, print_defaults, print_meaning
 from dpquant.app.options import Config, Json, command_of, defaults_of, settings_of, with_settings
-from dpquant.app.output import results
+from dpquant.app.output import results, tell_native
 from dpquant.runs.settings import plan_of
 
 
@@ -30,6 +30,7 @@ def plan(given: dict[str, Any], config: Config = None, as_json: Json = False) ->
     if as_json:
         print(budget.to_json(), end="")
     else:
+        tell_native()
         print_defaults(results(), settings, defaults_of(given, config))
         print_budget(results(), budget)
         print_meaning(results(), budget, settings.public_records)

@@ -24,7 +24,7 @@ from dpquant.app.options import (
     settings_of,
     with_settings,
 )
-from dpquant.app.output import current, results, say
+from dpquant.app.output import current, results, say, tell_native
 from dpquant.app.progress import RunProgress, tell_budget, tell_settings
 from dpquant.errors import SettingError
 from dpquant.runs.defaults import Default
@@ -32,6 +32,7 @@ from dpquant.runs.names import RECORD, REPORT
 from dpquant.runs.place import Place
 from dpquant.runs.record import RunRecord
 from dpquant.runs.settings import TrainSettings, plan_of
+from dpquant.runs.trackers.registry import check_trackers
 
 if TYPE_CHECKING:
     from dpquant.runs.record import RunRecord
@@ -90,6 +91,7 @@ def _train(
     usual: Mapping[str, Default] = MappingProxyType({}),
 ) -> None:
     """Train into a run directory and print the result; `usual` are defaults, whose origin is told."""
+    check_trackers(settings.track)
     place, console = Place(folder), current().console(results=False, quiet=as_json)
     if resume and place.has_ended(settings):  # whatever starts a job again until it succeeds has to see that it has
         record = RunRecord.read(folder / RECORD)
@@ -99,26 +101,28 @@ def _train(
     with place.taken(settings, resume=resume):  # before torch is imported: a run killed meanwhile can be continued
         if not as_json:
             tell_settings(settings, usual)
+            tell_native()
         plan = plan_of(settings)
         if not as_json:
             tell_budget(plan)
         try:
             with RunProgress(console, quiet=as_json) as progress:
                 progress.preparing("loading torch")
+                from dpquant.app.reporting import ReportAtEnd
                 from dpquant.runs.directory import charged
                 from dpquant.runs.names import LEDGER
                 from dpquant.runs.train import train as run_training
 
-                record = run_training(settings, place, plan=plan, command=command_line(), sinks=[progress])
+                reports = [] if no_report else [ReportAtEnd(folder)]
+                record = run_training(settings, place, plan=plan, command=command_line(), sinks=[progress, *reports])
         except KeyboardInterrupt as interrupt:
             from dpquant.runs.directory import charged
             from dpquant.runs.names import LEDGER
 
             raise InterruptedRun(charged(folder / LEDGER, plan).told(plan)) from interrupt
-    if not no_report:
-        from dpquant.app.report import write_report
-
-        write_report(folder)
+    for report in reports:
+        if report.refused is not None:
+            raise report.refused
     _print(record, folder, reported=not no_report, as_json=as_json)
 
 

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sums of all processes' shares, plus one unit of noise.
+
+    all parameters as one vector      | slice 0 | slice 1 | slice 2 |      equal slices, the last one filled up
+    process r                         adds the rows of slice r, in the order of the processes, in float64
+                                      adds the noise of slice r
+    all processes                     gather the noised slices
+
+The order of the processes is fixed, so that a sum does not depend on which row arrives first. Integers are added as
+integers. The noise of a slice is cut out of the noise of the whole, which follows from the key: it is one unit, of the
+same bits, for every number of processes.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from dpquant.training.distributed import Group
+
+Noised = Callable[[str, slice, Tensor], Tensor]
+"""`(name, part, total)` -> the noisy mean of a part of the flattened tensor of that name."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Slices:
+    """Which part of several tensors, laid end to end, is whose.
+
+    Attributes:
+      counts: {name: number of values}.
+      rank: of this process.
+      size: number of processes.
+    """
+
+    counts: Mapping[str, int]
+    rank: int
+    size: int
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], group: Group) -> Self:
+        """Return the slices of tensors of these shapes."""
+        return cls(counts={name: one.numel() for name, one in tensors.items()}, rank=group.rank, size=group.size)
+
+    @property
+    def length(self) -> int:
+        """Number of values in a slice; the last one is filled up."""
+        return -(-sum(self.counts.values()) // self.size)
+
+    def parts(self) -> dict[str, slice]:
+        """Return {name: the part of the flattened tensor that is in this process' slice}; others are missing."""
+        begin, end, place, found = self.rank * self.length, (self.rank + 1) * self.length, 0, {}
+        for name, count in self.counts.items():
+            first, last = max(begin - place, 0), min(end - place, count)
+            if first < last:
+                found[name] = slice(first, last)
+            place += count
+        return found
+
+
+def share(record_ids: Tensor, group: Group) -> Tensor:
+    """Return this process' share of a batch: one of equal parts of it, which differ by one record at most.
+
+    Args:
+      record_ids: int64 `(B,)`, the same on every process.
+      group: the processes.
+    Returns: int64 `(b,)`; it may be empty.
+    """
+    return record_ids.tensor_split(group.size)[group.rank]
+
+
+def cut(record_ids: Tensor, group: Group, *, whole: bool) -> tuple[Tensor, slice]:
+    """Return the ids that are cut into microbatches, and which of these microbatches are this process'.
+
+    Args:
+      record_ids: of the batch.
+      group: the processes.
+      whole: True: the whole batch is cut, and dealt out microbatch by microbatch, so that the cuts are those of one
+        process. False: this process' share is cut, and shares are as equal as they can be.
+    """
+    if whole:
+        return record_ids, slice(group.rank, None, group.size)
+    return share(record_ids, group), slice(None)
+
+
+def noisy_means(
+    group: Group, sums: Mapping[str, Tensor], noised: Noised, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the noisy mean of each tensor's sum over all processes, with the same bits on every process.
+
+    Args:
+      group: the processes, all of which call this with the same names, shapes and dtypes.
+      sums: {name: sum over this process' share of the records}.
+      noised: is called with the sum over all processes, for the parts of this process' slice alone.
+      dtype: of what `noised` returns; a process whose slice is empty cannot tell.
+    Privacy: per example. It is private if `noised` adds the noise of the plan.
+    """
+    if group.size == 1:
+        for name, total in sums.items():
+            yield name, noised(name, slice(0, total.numel()), total)
+        return
+    slices = Slices.of(sums, group)
+    flat = torch.cat([*(total.reshape(-1) for total in sums.values())])
+    missing = slices.length * slices.size - len(flat)
+    mine = _in_order(group.exchanged(torch.cat([flat, flat.new_zeros(missing)])))
+    del flat
+    done, place = [], 0
+    for name, part in slices.parts().items():
+        count = part.stop - part.start
+        done.append(noised(name, part, mine[place : place + count]))
+        place += count
+    whole = group.gathered(torch.cat([*done, mine.new_zeros(slices.length - place, dtype=dtype)]))
+    place = 0
+    for name, total in sums.items():
+        yield name, whole[place : place + total.numel()].view(total.shape)
+        place += total.numel()
+
+
+def _in_order(rows: Tensor) -> Tensor:
+    """Return the sum of rows, from the first to the last: of float32 in float64, rounded once."""
+    total = rows[0].double() if rows.dtype == torch.float32 else rows[0].clone()
+    for row in rows[1:]:
+        total += row
+    return total.to(rows.dtype)
