@@ -76,9 +76,9 @@ class Transcript:
         """The records, with each key written down by which they are read."""
 
         class Read(Through):
-            def microbatches(self, record_ids, size, key):
+            def microbatches(self, record_ids, size, key, taken):
                 transcript.add("read", None, key=key)
-                return self.inner.microbatches(record_ids, size, key)
+                return self.inner.microbatches(record_ids, size, key, taken)
 
         return Read(records)
 
@@ -326,8 +326,8 @@ def divided_by_the_realised_size(parts):
 
 def a_microbatch_of_the_realised_size(parts):
     class Planted(Through):
-        def microbatches(self, record_ids, size, key):
-            return self.inner.microbatches(record_ids, max(len(record_ids), 1), key)
+        def microbatches(self, record_ids, size, key, taken):
+            return self.inner.microbatches(record_ids, max(len(record_ids), 1), key, taken)
 
     parts.records = Planted
 
