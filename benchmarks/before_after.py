@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import json
@@ -86,8 +87,8 @@ def as_dpquant(modules: dict[str, ModuleType]) -> Iterator[None]:
         sys.modules.update(ours)
 
 
-def load(checkout: Path) -> dict[str, ModuleType]:
-    """Return {name: module} of another checkout's package, with the native kernels of this one."""
+def load(checkout: Path, native: ModuleType = _native) -> dict[str, ModuleType]:
+    """Return {name: module} of another checkout's package, with the native kernels of this one or others."""
     package = checkout / "src" / "dpquant"
     modules: dict[str, ModuleType] = {}
     finders = sys.meta_path[:]
@@ -100,11 +101,12 @@ def load(checkout: Path) -> dict[str, ModuleType]:
             assert spec is not None and spec.loader is not None
             module = importlib.util.module_from_spec(spec)
             module.__path__ = [str(package)]
-            sys.modules |= {"dpquant": module, "dpquant._native": _native}
+            sys.modules |= {"dpquant": module, "dpquant._native": native}
             spec.loader.exec_module(module)
-            vars(module)["_native"] = _native
+            vars(module)["_native"] = native
             for found in pkgutil.walk_packages(module.__path__, "dpquant."):
-                importlib.import_module(found.name)
+                if found.name != "dpquant.__main__":  # which runs the command line
+                    importlib.import_module(found.name)
     finally:
         sys.meta_path[:] = finders
     return modules
@@ -124,7 +126,15 @@ def start(package: ModuleType, network: nn.Module, data: list, policy: str, choi
     return private, lambda: private.step(next(batches))
 
 
-def compared(old: dict[str, ModuleType], network: nn.Module, data: list, policy: str, steps: int, close: bool) -> dict:
+SAME: dict[str, Callable[[Tensor, Tensor], bool]] = {
+    "equal": torch.equal,
+    "close": functools.partial(torch.allclose, rtol=1e-3, atol=1e-5),
+    "any": lambda one, two: True,
+}
+"""{what parameters have to be after each step: whether two are}."""
+
+
+def compared(old: dict[str, ModuleType], network: nn.Module, data: list, policy: str, steps: int, same: str) -> dict:
     """Take steps of both versions in turns and return the ratio of their times.
 
     Raises:
@@ -145,8 +155,7 @@ def compared(old: dict[str, ModuleType], network: nn.Module, data: list, policy:
                 step()
                 seconds[name] = time.perf_counter() - began
         for (name, one), two in zip(before.model.named_parameters(), after.model.parameters(), strict=True):
-            same = torch.allclose(one, two, rtol=1e-3, atol=1e-5) if close else torch.equal(one, two)
-            assert same, f"{name} differs after {number + 2} steps"
+            assert SAME[same](one, two), f"{name} differs after {number + 2} steps"
         ratios.append(seconds["old"] / seconds["new"])
     spread = Spread.of(ratios)
     return {"old_over_new": dataclasses.asdict(spread), "steps_equal": steps + 1}
@@ -174,7 +183,9 @@ def main() -> None:
             continue
         for policy in ("NonePolicy", "AllPolicy"):
             close = args.close and policy == "NonePolicy"
-            rows[f"{name}, {policy}"] = row = compared(old, network, data, policy, args.steps, close)
+            rows[f"{name}, {policy}"] = row = compared(
+                old, network, data, policy, args.steps, "close" if close else "equal"
+            )
             row["equal"] = not close
             print(
                 f"{name}, {policy}: {'close' if close else 'equal'}; old / new {Spread(**row['old_over_new'])}",

@@ -2,16 +2,18 @@
 """One step of fine-tuning a text encoder of MiniLM's size: PyTorch, Opacus and dpquant, wholly, by LoRA, or its head.
 
     scripts/bench lora
-    scripts/bench lora --rounds 5 --format int8 --what lora
+    scripts/bench lora --what lora --rounds 5 --threads 1 --clock processor
 
 The network is BERT with 6 layers of 384 features and 12 heads, a vocabulary of 30,522 and three classes; its weights
 are random, which changes no time. A record has 64 tokens, of which the last are padding. `all`: everything is trained.
 `lora`: adapters of rank 8 on query and value, and the classifier. `head`: the classifier alone.
 
 Sides take turns, in an order that changes, in one process; each ends in the same SGD. `full` and `quantized` are
-dpquant's, without and with the recipe on every layer. Before times are taken, the clipped sum of a few examples is
-compared with plain autograd, one example at a time. Peak memory is measured in a process for each side, above what the
-process holds once network and data are there.
+dpquant's, without and with the recipe on every layer. Opacus and `quantized` run in physical batches of each of
+`--sizes`, and dpquant also in those that it chooses itself, so that neither is judged by a size that suits the other.
+`--clock processor` counts processor time, which others on the machine change less. Before times are taken, the clipped
+sum of a few examples is compared with plain autograd, one example at a time. Peak memory is measured in a process for
+each side, above what the process holds once network, data and all libraries are there.
 """
 
 import argparse
@@ -20,7 +22,7 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,8 +40,8 @@ from dpquant.training.tuning import fastest_microbatch_size
 
 LENGTH, VOCABULARY, CLASSES = 64, 30_522, 3
 WHATS = ("all", "lora", "head")
-SIDES = ("plain", "opacus", "full", "quantized")
 PLAIN_BATCH_SIZE = 64  # ordinary training holds no gradient for each example, and larger products are faster
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
 Batch = dict[str, Any]
 Step = Callable[[], None]
@@ -127,15 +129,15 @@ def opacus(model: nn.Module, batch: Batch, settings: StepSettings) -> Step:
     return step
 
 
-def ours(model: nn.Module, batch: Batch, settings: StepSettings, *, quantized: bool) -> Step:
-    """Make a step of dpquant, with every quantizable layer in the recipe or none."""
+def ours(model: nn.Module, batch: Batch, settings: StepSettings, *, quantized: bool, size: int | None) -> Step:
+    """Make a step of dpquant, with every quantizable layer in the recipe or none; without a size it chooses one."""
     model = prepare(model, format=settings.format)
     layers = quantizable_layers(model)
     set_policy(model, layers if quantized else ())
     optimizer = _optimizer(model, settings)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     count, number = len(batch["labels"]), 0
-    size = fastest_microbatch_size(
+    size = size or fastest_microbatch_size(
         Objective(model, losses), batch, {name: layer.precision for name, layer in layers.items()},
         expected_batch_size=count, memory=None,
     )  # fmt: skip
@@ -156,11 +158,35 @@ def ours(model: nn.Module, batch: Batch, settings: StepSettings, *, quantized: b
     return step
 
 
-def side_of(name: str, model: nn.Module, batch: Batch, settings: StepSettings) -> Step:
-    """Make the step of a side."""
-    if name in ("full", "quantized"):
-        return ours(model, batch, settings, quantized=name == "quantized")
-    return {"plain": plain, "opacus": opacus}[name](model, batch, settings)
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """A side of the comparison.
+
+    Attributes:
+      name: `plain`, `opacus`, or dpquant's `full` or `quantized`.
+      size: examples of a physical batch; None: as dpquant chooses, or plain's usual.
+    """
+
+    name: str
+    size: int | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.size is None else f"{self.name}, {self.size}"
+
+    def step(self, model: nn.Module, batch: Batch, format: str) -> Step:
+        """Make its step on a network, which is changed."""
+        settings = StepSettings(format=format, physical_batch_size=self.size or PLAIN_BATCH_SIZE)
+        if self.name == "plain":
+            return plain(model, batch, settings)
+        if self.name == "opacus":
+            return opacus(model, batch, settings)
+        return ours(model, batch, settings, quantized=self.name == "quantized", size=self.size)
+
+
+def sides(sizes: Sequence[int]) -> list[Side]:
+    """Return all sides, dpquant's own choice last."""
+    alike = [Side(name, size) for size in sizes for name in ("opacus", "quantized")]
+    return [Side("plain"), Side("full"), *alike, Side("quantized")]
 
 
 def _pieces(batch: Batch, size: int):
@@ -192,50 +218,55 @@ def checked(what: str, format: str) -> float:
     return error
 
 
-def peak_gib(what: str, name: str, count: int, settings: StepSettings, threads: int) -> float:
+def peak_gib(what: str, side: Side, given: argparse.Namespace) -> float:
     """Return the peak memory of a step above what network and data take, GiB, in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak, (what, name, count, settings, threads))
+        return pool.apply(_peak, (what, side, given.batch_size, given.format, torch.get_num_threads()))
 
 
-def _peak(what: str, name: str, count: int, settings: StepSettings, threads: int) -> float:
+def _peak(what: str, side: Side, count: int, format: str, threads: int) -> float:
+    import opacus.optimizers  # noqa: F401  a library's own memory is no step's
+
     torch.set_num_threads(threads)
     model, batch = network(what), records(count)
     before = memory_mib()[0]
-    step = side_of(name, model, batch, settings)
+    step = side.step(model, batch, format)
     reset_peak()
     step()
+    step()  # the first leaves a heap with holes
     return (memory_mib()[1] - before) / 1024
 
 
 def measured(what: str, given: argparse.Namespace) -> dict[str, Any]:
     """Measure what is trained, all sides in turn."""
     torch.manual_seed(0)
-    batch = records(given.batch_size)
-    settings = StepSettings(format=given.format, physical_batch_size=given.physical_batch_size)
-    error = checked(what, given.format)
-    steps = {name: side_of(name, network(what), batch, settings) for name in SIDES}
-    seconds: dict[str, list[float]] = {name: [] for name in SIDES}
+    batch, error = records(given.batch_size), checked(what, given.format)
+    contenders, clock = sides(given.sizes), CLOCKS[given.clock]
+    steps = {side: side.step(network(what), batch, given.format) for side in contenders}
+    seconds: dict[Side, list[float]] = {side: [] for side in contenders}
     for step in steps.values():
         step()  # warms up
     for number in range(given.rounds):
-        for name in SIDES[number % len(SIDES) :] + SIDES[: number % len(SIDES)]:
-            began = time.perf_counter()
-            steps[name]()
-            seconds[name].append(time.perf_counter() - began)
+        first = number % len(contenders)
+        for side in contenders[first:] + contenders[:first]:
+            began = clock()
+            steps[side]()
+            seconds[side].append(clock() - began)
     del steps
-    threads = torch.get_num_threads()
-    memory = {name: peak_gib(what, name, given.batch_size, settings, threads) for name in SIDES if given.memory}
-    ratios = {
-        name: sorted(other / own for other, own in zip(seconds[name], seconds["quantized"], strict=True))
-        for name in SIDES
-        if name != "quantized"
-    }
-    for name, many in ratios.items():
-        print(f"{what}: {name} / quantized {statistics.median(many):.2f} ({many[0]:.2f} to {many[-1]:.2f})", flush=True)
-    medians = {name: statistics.median(many) for name, many in seconds.items()}
-    print(f"{what}: seconds {medians}, GiB {memory}, error {error:.1e}", flush=True)
-    return {"what": what, "seconds": seconds, "ratios": ratios, "peak_gib": memory, "error": error}
+    memory = {str(side): peak_gib(what, side, given) for side in contenders if given.memory}
+    ratios = {}
+    for ours in (side for side in contenders if side.name == "quantized"):
+        others = [Side("opacus", ours.size)] if ours.size else [one for one in contenders if one.name != "quantized"]
+        for other in others:
+            many = sorted(one / own for one, own in zip(seconds[other], seconds[ours], strict=True))
+            ratios[f"{other} / {ours}"] = many
+            print(
+                f"{what}: {other} / {ours} {statistics.median(many):.2f} ({many[0]:.2f} to {many[-1]:.2f})", flush=True
+            )
+    times = {str(side): many for side, many in seconds.items()}
+    for name, many in times.items():
+        print(f"{what}: {name} {statistics.median(many):.2f} s, {memory.get(name, float('nan')):.2f} GiB", flush=True)
+    return {"what": what, "seconds": times, "ratios": ratios, "peak_gib": memory, "error": error}
 
 
 def main() -> None:
@@ -243,7 +274,8 @@ def main() -> None:
     parser.add_argument("--what", choices=WHATS, action="append")
     parser.add_argument("--format", default="int8")
     parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--physical-batch-size", type=int, default=16, help="of Opacus")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[16, 64, 256], help="physical batches of both")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True)

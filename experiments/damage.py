@@ -17,14 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from dpquant.app.bench import gradient_of
-from dpquant.app.compare import COLOURS, label_ends
 from dpquant.data import dataset as data
 from dpquant.engine.layers import prepare, quantizable_layers, set_policy
 from dpquant.runs.evaluation import accuracy, per_example_loss
 from dpquant.runs.objects import model_of, optimizer_of
 from dpquant.runs.settings import TrainSettings, plan_of, policy_of
 from dpquant.training.start import make_private
-from experiments.drawing import new_figure
+from experiments.drawing import COLOURS, label_ends, new_figure
 from experiments.ranking import clipped_gradient
 from experiments.runner import RESULTS, Site, settings_of
 from experiments.settings import EPSILON, GTSRB, SGD, SHORT

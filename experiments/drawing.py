@@ -5,15 +5,25 @@ A table is a line of marks for each of its rows: a filled mark for the mean, a h
 lowest to the highest, a diamond for the paper's figure. No colour has to be looked up in a legend.
 """
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpquant.app.compare import COLOURS
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+COLOURS = {
+    "blue": "#0072B2",
+    "vermilion": "#D55E00",
+    "green": "#009E73",
+    "purple": "#CC79A7",
+    "orange": "#E69F00",
+    "sky": "#56B4E9",
+    "black": "#222222",
+}
+"""Okabe and Ito's colours, which the colour-blind tell apart; yellow is left out, as it is faint on white."""
 
 KINDS = {
     "full precision": COLOURS["black"],
@@ -112,3 +122,33 @@ def new_figure(columns: int = 1, *, width: float = 7.0, height: float = 4.0) -> 
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def label_ends(axes: "Axes", ends: Mapping[str, tuple[float, float, str]], *, lines: bool = False) -> None:
+    """Write the name of each line or point to the right of the axes, in its colour, without names on top of each other.
+
+    Args:
+      axes: with what is named, whose limits and scale are as they will be drawn.
+      ends: {name: (x, y, colour)} of the line's end or the point.
+      lines: draw a thin line from each to its name.
+    """
+    axes.get_ylim()  # a limit that is still to be chosen is chosen now
+    top, bottom = (axes.transAxes.transform((0, y))[1] for y in (1, 0))
+    heights = {name: axes.transData.transform((x, y))[1] for name, (x, y, _) in ends.items()}
+    step = 9 * axes.figure.dpi / 72  # of 8-point text
+    place = -math.inf
+    for name in sorted(heights, key=lambda name: heights[name]):
+        place = max(heights[name], place + step)
+        heights[name] = place
+    excess = max(0.0, place - top)
+    for name, (x, y, colour) in ends.items():
+        axes.annotate(
+            name,
+            (x, y),
+            (1.01, (heights[name] - excess - bottom) / (top - bottom)),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=8,
+            color=colour,
+            arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": colour, "alpha": 0.5} if lines else None,
+        )

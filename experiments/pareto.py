@@ -15,9 +15,8 @@ import statistics
 from pathlib import Path
 
 from dpquant.app.assess import Assessment, assess
-from dpquant.app.compare import label_ends
 from dpquant.machine import Hardware
-from experiments.drawing import OTHER, colour_of, new_figure
+from experiments.drawing import OTHER, colour_of, label_ends, new_figure
 from experiments.runner import RESULTS, Site, settings_of
 from experiments.settings import GTSRB
 

@@ -21,7 +21,6 @@ from safetensors.torch import load_model
 from scipy import stats
 from torch import Tensor, nn
 
-from dpquant.app.compare import COLOURS
 from dpquant.data import dataset as data
 from dpquant.engine.clip import clipped_sum
 from dpquant.engine.layers import prepare, quantizable_layers, set_policy
@@ -31,7 +30,7 @@ from dpquant.runs.objects import model_of
 from dpquant.runs.settings import TrainSettings, from_toml, plan_of
 from dpquant.training.impact import gradient_impact_vectors, impact_vectors
 from experiments import fashion_mnist
-from experiments.drawing import new_figure
+from experiments.drawing import COLOURS, new_figure
 from experiments.runner import RESULTS, Run, Site
 from experiments.settings import EPSILON, FASHION, GTSRB, SHORT
 

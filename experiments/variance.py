@@ -12,13 +12,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from dpquant.app.compare import COLOURS, label_ends
 from dpquant.backends.quantize import quantize_rows
 from dpquant.data import dataset as data
 from dpquant.data.models import build
 from dpquant.formats import E3M0, RoleFormat, Rounding
 from dpquant.rounding import row_keys
-from experiments.drawing import new_figure
+from experiments.drawing import COLOURS, label_ends, new_figure
 from experiments.runner import RESULTS, Site
 
 EXAMPLES, DRAWS = 256, 200

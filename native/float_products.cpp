@@ -135,7 +135,7 @@ void bind_direct(nb::module_ &m) {
     m.def(
         "direct_products",
         [](Floats x, Floats g, Sums out, int64_t batch, nb::tuple rows, nb::tuple columns, int64_t channels, int64_t outputs,
-           int64_t groups, int threads) {
+           int64_t groups, [[maybe_unused]] int threads) {
             const Shape s{Axis(rows), Axis(columns), channels, outputs, groups};
             const int64_t x_size = s.rows.in * s.columns.in * groups * channels;
             const int64_t g_size = s.rows.out * s.columns.out * groups * outputs, out_size = groups * outputs * s.depth();

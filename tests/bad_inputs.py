@@ -81,6 +81,16 @@ def images(*places: str) -> Prepare:
     return draw
 
 
+def cut_image(name: str) -> Prepare:
+    """The first half of an image's file."""
+
+    def write(home: Path) -> None:
+        Image.effect_noise((64, 64), 50).save(home / name)
+        (home / name).write_bytes((home / name).read_bytes()[:1500])
+
+    return write
+
+
 PHOTOS = images("d/train/a", "d/train/b", "d/test/a", "d/test/b")
 CHEAP = "--policy none --noise-multiplier 1 --epochs 1"  # a plan of one event, without calibration
 COMPARE = "compare --policies none --noise-multiplier 1 --epochs 1"
@@ -156,6 +166,7 @@ OUT_OF_RANGE = {  # option: values that are out of its range
     "analysis-noise-multiplier": ["0", "nan"],
     "analysis-batch-size": ["0", "nan", "1e9"],
     "checkpoint-every": ["0epochs", "often", "3", "-1steps"],
+    "track": ["mlflow,", "mlflow,mlflow", "a/b"],
 }
 NO_SUCH_NAME = {  # verb and option: (what was meant by a name, the name)
     "plan --policy": ("rotate", "rotte"),
@@ -166,6 +177,7 @@ NO_SUCH_NAME = {  # verb and option: (what was meant by a name, the name)
     "plan --data": ("fashion-mnist", "fashion_mnst"),
     "train --data": ("digits", "DIGITS"),
     "train --model": ("resnet18", "resnet_18"),
+    "train --track": ("tensorboard", "tensor-board"),
     "compare --policies": ("static", "statik"),
     "bench --model": ("densenet121", "densenet"),
     "assess --hardware": ("fp4", "FP-4"),
@@ -351,6 +363,9 @@ ONE_BY_ONE = {
         f"train {ON_PHOTOS} --model mlp --policy static --layers nope", "names with 'nope'", PHOTOS
     ),
     "train: memory for nothing": Bad(f"train {ON_PHOTOS} --model mlp --memory 0.001", "got memory=0.001", PHOTOS),
+    "plan: the model for no tracker": Bad("plan --track-model", "Expected no track_model with track=None"),
+    "train: everything for no tracker": Bad("train --track-unsafe", "Expected no track_unsafe with track=None"),
+    "compare: a tracker that is not there": Bad("compare --track nobody --out c", "got track=nobody"),
     "train: choices that are not there": Bad("train --choices nope.json", "nope.json"),
     "train: choices that are none": Bad("train --choices c.json", "c.json", file("c.json", "[1, 2")),
     # where a run goes
@@ -417,6 +432,39 @@ ONE_BY_ONE = {
     ),
     "folder: one class": Bad(
         f"train {ON_FOLDER}", "a is the only one", images("d/train/a", "d/test/a")
+    ),
+    "folder: a test image that is none": Bad(
+        f"train {ON_FOLDER}", "d/test/a/9.png is not", together(PHOTOS, file("d/test/a/9.png", "no image"))
+    ),
+    "folder: a test image that is cut": Bad(
+        f"train {ON_FOLDER}", "d/test/b/9.png is not", together(PHOTOS, cut_image("d/test/b/9.png"))
+    ),
+    "folder: constants of no name": Bad(f"train {ON_PHOTOS} --normalize cifar", "got normalize='cifar'", PHOTOS),
+    "folder: constants without a deviation": Bad(f"train {ON_PHOTOS} --normalize 0.5", "got normalize='0.5'", PHOTOS),
+    "folder: a deviation of zero": Bad(f"train {ON_PHOTOS} --normalize 0.5:0", "deviations > 0", PHOTOS),
+    "folder: constants of two channels": Bad(
+        f"train {ON_PHOTOS} --normalize 0.5,0.5:0.2", "each of 3 channels", PHOTOS
+    ),
+    "folder: constants of two lengths": Bad(
+        f"train {ON_PHOTOS} --normalize 0.1,0.2,0.3:0.1,0.2", "got normalize=", PHOTOS
+    ),
+    "folder: parameters of a layer's name": Bad(
+        f"train {ON_PHOTOS} --model mlp --train-only 1", "Did you mean 1.*?", PHOTOS
+    ),
+    "digits: constants of three channels": Bad("train --normalize imagenet", "each of 1 channels"),
+    "pretrained: for images": Bad(f"train {ON_PHOTOS} --model hf:k", "Expected texts", PHOTOS),
+    "check-model: a pretrained network that is not there": Bad("check-model hf:nowhere", "got model=hf:nowhere"),
+    "check-model: a pretrained network without a vocabulary": Bad(
+        "check-model hf:k", "Expected vocabulary", file("k/config.json", "{}")
+    ),
+    "check-model: a pretrained network of no JSON": Bad(
+        "check-model hf:k", "Expected config.json", file("k/config.json", "{")
+    ),
+    "check-model: a tokenizer without data": Bad(
+        "check-model embedding-mean --tokenizer k --tokens 8 --vocabulary 9 --classes 2", "tokenizer with data"
+    ),
+    "check-model: names of classes without data": Bad(
+        "check-model mlp --input-shape 4 --classes a,b", "Expected a number of classes"
     ),
     "folder: no images": Bad(
         f"train {ON_FOLDER}",
@@ -677,7 +725,7 @@ SOURCES = {
     "table: a class that the test alone has": Bad(
         ON_TABLE, "column y of record 1", table(SPEC, CSV, "a,b,y\n1,u,so\n")
     ),
-    "table: a field too few in the test": Bad(ON_TABLE, "of record 1", table(SPEC, CSV, "a,b,y\n1,u\n")),
+    "table: a field too few in the test": Bad(ON_TABLE, "many fields of record 1", table(SPEC, CSV, "a,b,y\n1,u\n")),
     "table: Latin-1 in the test": Bad(ON_TABLE, "column b of record 1", table(SPEC, CSV, b"a,b,y\n1,\xfc,no\n")),
     "table: Parquet that is none": Bad(
         f"{ON_TABLE} --data table:t.parquet",
@@ -703,8 +751,15 @@ SOURCES = {
         "got a regression",
         table(REGRESSION.replace("[columns.a]", "range = [0, 1]\n[columns.a]", 1)),
     ),
-    "table: assessed": Bad(f"assess {ON_TABLE[6:]}", "Expected a data set of images", table()),
-    "table: a model checked for it": Bad("check-model mlp --data table:t.csv", "Expected a data set of images"),
+    "table: assessed without a spec": Bad("assess --data table:t.csv --label-column y --records 20", "Expected spec"),
+    "table: a model checked for it without a spec": Bad("check-model mlp --data table:t.csv", "Expected spec"),
+    "table: UTF-16 without its mark": Bad(ON_TABLE, "begins as UTF-16 does", table(SPEC, CSV.encode("utf-16-le"))),
+    "table: an empty value in the test": Bad(
+        ON_TABLE, "an empty value in column a of record 1", table(SPEC, CSV, "a,b,y\n,u,no\n")
+    ),
+    "table: a file of zero bytes": Bad(ON_TABLE, "begins as UTF-16 does", table(SPEC, b"\0" * 64)),
+    "table: another separator": Bad(ON_TABLE, "a header with ';'", table(SPEC, CSV.replace(",", ";"))),
+    "table: constants of pixels": Bad(f"{ON_TABLE} --normalize imagenet", "Tables and texts are no images", table()),
     "table: not in its resumed place": Bad(
         "resume r",
         "t.csv to be a file",
@@ -821,7 +876,7 @@ SOURCES = {
     "texts: no length": Bad(f"{ON_TEXTS} --max-length 0", "max_length=0", texts()),
     "texts: a key that no line has": Bad(f"{ON_TEXTS} --text-column u", "the key u; none has", texts()),
     "texts: no lines": Bad(ON_TEXTS, "at least one record", texts("")),
-    "texts: no JSON": Bad(ON_TEXTS, "at least one record", texts("one\ntwo\n")),
+    "texts: no JSON": Bad(ON_TEXTS, "to be a JSON object; none is", texts("one\ntwo\n")),
     "texts: all empty": Bad(ON_TEXTS, "at least one record", texts('{"t": "", "y": "no"}\n')),
     "texts: labels in no list": Bad(f"{ON_TEXTS} --classes a,b", "e.jsonl to have a text", texts()),
     "texts: an empty one in the test": Bad(
@@ -850,7 +905,9 @@ SOURCES = {
         "Expected m to hold a network",
         texts(JSONL, JSONL, TOKENIZER, file("m/config.json", "{}")),
     ),
-    "texts: a pretrained network with a width": Bad(f"{ON_TEXTS} --model hf:m --width 2", "no width", texts()),
+    "texts: a pretrained network with a width": Bad(
+        f"{ON_TEXTS} --model hf:m --width 2", "no width", texts(JSONL, JSONL, TOKENIZER, file("m/config.json", "{}"))
+    ),
     "texts: adapters of no rank": Bad(f"{ON_TEXTS} --model hf:m --lora 0", "lora=0", texts()),
     # packed records
     "pack: no source": Bad("pack", "Expected a source and a folder"),
@@ -890,9 +947,9 @@ SOURCES = {
     "packed: a file that is no array": Bad(
         f"{OWN} --data packed:p", "array as dpquant pack writes", together(packed(), file("p/train/inputs.npy", "same"))
     ),
-    "packed: assessed": Bad("assess --data packed:p --records 9000", "Expected a data set of images"),
+    "packed: assessed": Bad("assess --data packed:p --records 9000", "holds no manifest.json"),
     "packed: a model checked for it in another size": Bad(
-        "check-model cnn --data packed:p --image-size 8", "no image_size with packed"
+        "check-model cnn --data packed:p --image-size 8", "no image_size with data=packed:p"
     ),
     "packed: a model checked for nothing": Bad("check-model cnn --data packed:p", "holds no manifest.json"),
     "packed: not in its resumed place": Bad(
@@ -900,7 +957,22 @@ SOURCES = {
         "holds no manifest.json",
         run_with('data = "packed:p"\nrecords = 20\npolicy = "none"\nnoise_multiplier = 1.0\nbatch_size = 8.0\n'),
     ),
-    "texts: assessed": Bad(f"assess {ON_TEXTS[6:]}", "Expected a data set of images", texts()),
+    "texts: assessed without a tokenizer": Bad(f"assess {ON_TEXTS[6:]} --tokenizer n", "got tokenizer=n", texts()),
+    "texts: a test that is not there": Bad(f"{ON_TEXTS} --test f.jsonl", "f.jsonl to be a file", texts()),
+    "texts: a misspelt key": Bad(f"{ON_TEXTS} --label-column yy", "Did you mean y?", texts()),
+    "texts: JSON lines in UTF-16": Bad(ON_TEXTS, "begins as UTF-16 does", texts(JSONL.encode("utf-16"))),
+    "texts: a CSV under the name of JSON lines": Bad(ON_TEXTS, "to be a JSON object; none is", texts(CSV)),
+    "texts: one JSON list": Bad(ON_TEXTS, "to be a JSON object; none is", texts(f"[{JSONL.splitlines()[0]}]")),
+    "texts: a misspelt column": Bad(
+        f"{ON_TEXTS} --data text:t.csv --text-column bb",
+        "Did you mean b?",
+        texts(JSONL, JSONL, TOKENIZER, file("t.csv", CSV)),
+    ),
+    "texts: a pretrained network without its tokens": Bad(f"{ON_TEXTS} --model hf:k/m", "got model=hf:k/m", texts()),
+    "texts: a function for patterns of nothing": Bad(
+        f"{ON_TEXTS} --train-only hidden", "Did you mean hidden.*?", texts()
+    ),
+    "texts: constants of pixels": Bad(f"{ON_TEXTS} --normalize imagenet", "Tables and texts are no images", texts()),
 }
 
 

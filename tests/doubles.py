@@ -162,6 +162,20 @@ class that_remembers(torch.nn.Module):
         return self.head((x.flatten(1) @ self.features).sign())
 
 
+class rows_that_are_remembered(torch.nn.Module):
+    """The same for rows of a table: cosines so fast that no two rows have much in common."""
+
+    def __init__(self, input_shape):
+        super().__init__()
+        features = 3000 * torch.randn(*input_shape, 4096, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("features", features)
+        self.head = torch.nn.Linear(4096, 2)
+        torch.nn.init.zeros_(self.head.weight)
+
+    def forward(self, x):
+        return self.head((x @ self.features).cos())
+
+
 class Plain(torch.nn.Module):
     """A network for digits, with something wrong in a subclass."""
 

@@ -7,7 +7,7 @@ The scripts run for minutes to hours and are seldom run, so that settings that a
 import itertools
 
 import pytest
-from benchmarks import audit, end_to_end, kills
+from benchmarks import audit, end_to_end, kills, smoke
 from experiments.runner import settings_of
 
 from dpquant.errors import SettingError
@@ -31,3 +31,26 @@ def test_a_share_without_a_policy_would_be_seen():
 @pytest.mark.parametrize("options", [*end_to_end.POLICIES.values(), [*kills.IMAGES, *kills.SMALL]], ids=str)
 def test_runs_that_are_timed_or_killed_are_understood(options):
     assert settings_of(f"{WHOLE_RUN} {' '.join(options)}").epsilon == 8
+
+
+def measured(*quotients):
+    """A measurement that gives these quotients, one after the other, and the numbers of steps that were asked for."""
+    left, steps = list(quotients), []
+
+    def quotient(name, number):
+        steps.append(number)
+        return left.pop(0)
+
+    return quotient, steps
+
+
+def test_a_step_that_takes_longer_twice_is_a_regression():
+    quotient, steps = measured(0.7, 0.75)
+    (found,) = smoke.regressions(quotient, ["mlp"], 4)
+    assert found == "mlp takes 1.33 times as long as before" and steps == [4, 8]
+
+
+@pytest.mark.parametrize("quotients", [(0.84,), (1.3,), (0.5, 0.9)])
+def test_noise_and_gains_are_none(quotients):
+    quotient, steps = measured(*quotients)
+    assert smoke.regressions(quotient, ["mlp"], 4) == [] and len(steps) == len(quotients)

@@ -6,14 +6,12 @@ import shutil
 
 import pytest
 from experiments import pictures
-from experiments.drawing import KINDS, OTHER, colour_of, draw_rows, new_figure
+from experiments.drawing import COLOURS, KINDS, OTHER, colour_of, draw_rows, label_ends, new_figure
 from experiments.published import published
 from experiments.runner import RESULTS, Site
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-
-from dpquant.app.compare import COLOURS, label_ends
 
 HEIGHTS = st.lists(st.floats(0, 100), min_size=1, max_size=12)
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dpquant.app.check_model import check_model
-    from dpquant.app.form import Form
     from dpquant.audits.report import AuditRequest, audit
     from dpquant.backends.qtensor import QTensor
     from dpquant.backends.quantize import quantize
+    from dpquant.data.form import Form
     from dpquant.engine.clip import clipped_sum
     from dpquant.engine.convert import fix, restore
     from dpquant.engine.layers import prepare, quantizable_layers, set_policy
@@ -45,8 +45,6 @@ if TYPE_CHECKING:
     from dpquant.training.private import PrivateTraining
     from dpquant.training.start import make_private
 
-__version__ = "0.1.0"
-
 _HOMES = {
     "AllPolicy": "training.policies",
     "AnalysisPlan": "privacy.analysis_plan",
@@ -57,7 +55,7 @@ _HOMES = {
     "DataError": "errors",
     "DivergedError": "errors",
     "Event": "privacy.events",
-    "Form": "app.form",
+    "Form": "data.form",
     "FormatError": "errors",
     "Ledger": "privacy.ledger",
     "LedgerError": "errors",
@@ -129,6 +127,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return importlib.import_module("dpquant.version").version()
     if name not in _HOMES:
         raise AttributeError(f"module 'dpquant' has no attribute {name!r}")
     return getattr(importlib.import_module(f"dpquant.{_HOMES[name]}"), name)

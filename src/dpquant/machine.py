@@ -140,7 +140,7 @@ def instructions_in(flags: str) -> tuple[str, ...]:
 def _cpu_facts(proc: Path) -> dict[str, str]:
     """Return the first processor's entry in /proc/cpuinfo; {} without that file."""
     try:
-        first = (proc / "cpuinfo").read_text().split("\n\n")[0]
+        first = (proc / "cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
     except OSError:
         return {}
     pairs = (line.partition(":") for line in first.splitlines())
@@ -172,7 +172,7 @@ def memory_gib(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> float | None:
       limit: file of the memory limit of a container, in bytes; it may be absent.
     """
     try:
-        allowed = int(limit.read_text()) / 2**30
+        allowed = int(limit.read_text(encoding="utf-8")) / 2**30
     except (OSError, ValueError):  # no such limit: the file says "max"
         return _physical_gib()
     return min(allowed, _physical_gib() or allowed)
@@ -210,7 +210,9 @@ def current_load(proc: Path = _PROC, *, wait: Callable[[float], None] = time.sle
 
 def _processor_times(proc: Path) -> tuple[int, int, int]:
     """Return clock ticks that all processors were idle, all ticks since the start, and the number of processors."""
-    lines = [line.split() for line in (proc / "stat").read_text().splitlines() if line.startswith("cpu")]
+    lines = [
+        line.split() for line in (proc / "stat").read_text(encoding="utf-8").splitlines() if line.startswith("cpu")
+    ]
     ticks = [int(count) for count in lines[0][1:9]]  # the sum over processors; the others are one processor each
     return ticks[3] + ticks[4], sum(ticks), len(lines) - 1
 
@@ -226,7 +228,7 @@ def reset_peak(proc: Path = _PROC) -> tuple[float, bool]:
       SettingError: the system does not provide memory usage.
     """
     try:
-        (proc / "self" / "clear_refs").write_text("5")  # 5 resets the peak, proc(5)
+        (proc / "self" / "clear_refs").write_text("5", encoding="utf-8")  # 5 resets the peak, proc(5)
     except OSError:
         return memory_mib(proc)[0], False
     return memory_mib(proc)[0], True
@@ -247,7 +249,7 @@ def memory_mib(proc: Path = _PROC) -> tuple[float, float]:
     """
     status = proc / "self" / "status"
     if status.exists():
-        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        lines = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
         if "VmHWM" in lines:  # not every container's kernel has it
             return int(lines["VmRSS"].split()[0]) / 2**10, int(lines["VmHWM"].split()[0]) / 2**10
     try:

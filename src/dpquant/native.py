@@ -14,6 +14,8 @@ except ImportError as error:  # installed without a compiler
 else:
     obstacle = None
 
+SLOWER = "none for this platform; same results, slower"
+
 
 def build() -> str:
     """Return what tells a build of the kernels from every other; "" where there is none."""

@@ -36,6 +36,7 @@ clipped per record and noised. The Poisson sampler and the noise must not use it
 
 import hashlib
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -142,9 +143,18 @@ def element_bits(row_keys: Tensor, index: Tensor) -> Tensor:
 
 def _finalized(z: Tensor) -> Tensor:
     """Apply splitmix64's finalizer, a bijection of 64 bits."""
+    if z.device.type == "cpu":  # a product of a small layer takes as long as these operators would
+        return torch.from_numpy(_finalized_words(z.numpy().view(np.uint64)).view(np.int64))
     z = (z ^ _shifted_right(z, 30)) * _as_int64(0xBF58476D1CE4E5B9)
     z = (z ^ _shifted_right(z, 27)) * _as_int64(0x94D049BB133111EB)
     return z ^ _shifted_right(z, 31)
+
+
+def _finalized_words(z: np.ndarray) -> np.ndarray:
+    """As `_finalized`, on numbers without sign; NumPy takes a third of torch's time for some hundred of them."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
 
 
 def _as_int64(bits: int) -> int:

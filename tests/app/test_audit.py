@@ -10,14 +10,18 @@ from rich.console import Console
 
 from dpquant.app.cli import run
 from dpquant.app.verbs.audit import report
-from dpquant.audits.one_run import Attacker, Canaries, one_run
+from dpquant.audits.canaries import Canaries
+from dpquant.audits.one_run import Attacker, one_run
 from dpquant.audits.report import LEVEL, AuditRequest, audit
-from dpquant.data import dataset as data
+from dpquant.engine.batches import leaves
+from dpquant.errors import SettingError
 from dpquant.privacy.accounting import epsilon
 from dpquant.privacy.ledger import Ledger
 from dpquant.runs.settings import TrainSettings
+from dpquant.runs.sources import dataset_of, form_of
 from dpquant.runs.train import train
 from mechanisms import repeating
+from sources import images, regression, table, texts
 
 SMALL = {"model": "mlp", "policy": "dpquant", "epochs": 1, "microbatch_size": 64, "backend": "simulate", "threads": 1}
 
@@ -93,21 +97,65 @@ def test_a_training_without_noise_is_refuted(tmp_path):
             "microbatch_size": 256,
         }
     )
-    attacker = Attacker(120, 0, repeating(3, gaussian=silent))
+    attacker = Attacker(form_of(settings), 120, 0, repeating(3, gaussian=silent))
     found = one_run(settings, tmp_path / "copy", attacker=attacker, alpha=LEVEL)
     assert found.p_value < LEVEL and found.epsilon_bound_gaussian > found.epsilon_bound > found.epsilon_claimed
     assert found.ceiling > found.epsilon_claimed and found.detectable is not None
 
 
-def test_canaries_follow_from_the_seed_and_join_by_their_coins():
-    records = data.load("digits").train
-    canaries, others = (Canaries.for_records(records, 10, 200, seed) for seed in (1, 2))
-    assert torch.equal(canaries.pixels, Canaries.for_records(records, 10, 200, 1).pixels)
+KINDS = {"images": images, "rows": table, "a regression": regression, "texts": texts}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_canaries_follow_from_the_seed_and_join_by_their_coins(kind, tmp_path):
+    dataset = dataset_of(TrainSettings.chosen(KINDS[kind](tmp_path)))
+    records = dataset.train
+    canaries, same, others = (Canaries.for_records(records, dataset, 200, seed) for seed in (1, 1, 2))
+    assert torch.equal(canaries.inputs, same.inputs) and torch.equal(canaries.inside, same.inside)
     assert not torch.equal(canaries.inside, others.inside) and 60 < canaries.inside.sum() < 140
-    together = canaries.among(records)
-    assert len(together) == len(records) + canaries.inside.sum()
-    assert torch.equal(together.batch(torch.arange(9))[0], records.batch(torch.arange(9))[0])
-    assert torch.equal(together.targets[len(records) :], canaries.targets[canaries.inside])
+    together, alone = canaries.among(records), canaries.alone(records)
+    assert len(together) == len(records) + canaries.inside.sum() and len(alone) == 200
+    assert all(map(torch.equal, leaves_of(together, torch.arange(9)), leaves_of(records, torch.arange(9))))
+    joined = torch.arange(len(records), len(together))
+    inside = canaries.inside.nonzero().flatten()
+    assert all(map(torch.equal, leaves_of(together, joined), leaves_of(alone, inside)))
+    outside = (~canaries.inside).nonzero().flatten()[: len(joined)]
+    assert not torch.equal(leaves_of(together, joined[: len(outside)])[0], leaves_of(alone, outside)[0])
+    assert bool(together.readable[len(records) :].all())
+
+
+def leaves_of(records, ids):
+    return [leaf for _, leaf in leaves(records.batch(ids))]
+
+
+@pytest.mark.parametrize("kind", ["rows", "a regression", "texts"])
+def test_a_training_on_rows_or_texts_is_audited(kind, tmp_path):
+    settings = TrainSettings.chosen(KINDS[kind](tmp_path))
+    form = form_of(settings)
+    found = one_run(settings, tmp_path / "copy", attacker=Attacker(form, 40, 0), alpha=LEVEL)
+    assert found.canaries == 40 and found.p_value > 1e-6 and (found.accuracy_test is None) == (kind == "a regression")
+
+
+def test_a_training_on_rows_without_noise_is_refuted(tmp_path):
+    """The planted fault: a training that claims little and learns its rows by heart."""
+    changes = {
+        "model": "doubles:rows_that_are_remembered",
+        "noise_multiplier": 20.0,
+        "epochs": 6,
+        "lr": 30.0,
+        "optimizer": "sgd",
+    }
+    given = {**table(tmp_path), **changes, "momentum": 0.0, "policy": "none", "records": 60, "microbatch_size": 64}
+    del given["width"]
+    settings = TrainSettings.chosen(given)
+    attacker = Attacker(form_of(settings), 120, 0, repeating(3, gaussian=silent))
+    assert one_run(settings, tmp_path / "copy", attacker=attacker, alpha=LEVEL).p_value < LEVEL
+
+
+def test_packed_records_are_refused_with_the_way(tmp_path):
+    (tmp_path / "config.toml").write_text('data = "packed:p"\nrecords = 900\nnoise_multiplier = 1.0\npolicy = "none"\n')
+    with pytest.raises(SettingError, match="--mode tap"):
+        audit(tmp_path, AuditRequest(canaries=40, mode="one-run"), out=tmp_path / "copy")
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`dpquant check-model` collects everything for which a run would refuse a model, and says nothing of a sound one."""
 
+import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +12,14 @@ from torch import nn
 
 from dpquant.app.check_model import check_model
 from dpquant.app.cli import run
-from dpquant.app.form import Form
 from dpquant.checks.isolation import Findings, check_isolation
 from dpquant.data import dataset as data
+from dpquant.data.form import Form
+from dpquant.data.pack import pack
+from dpquant.runs.settings import TrainSettings
+from dpquant.runs.sources import dataset_of, form_of
+from sources import as_options, images, regression, table, texts
+from words import VOCABULARY, bert_in
 
 VECTORS = Form(input_shape=(6,), num_classes=3)
 TEXTS = Form(input_shape=(5,), num_classes=3, vocabulary=12)
@@ -168,11 +175,39 @@ def test_a_coupling_is_not_found_where_the_live_check_is_disabled():
         assert_hidden_coupling_is_found(blind)
 
 
-@pytest.mark.parametrize("name", ["digits"])
-def test_the_form_of_a_data_set_is_that_of_its_records(name):
-    found = data.load(name)
-    assert data.form_of(name) == (found.input_shape, found.num_classes)
-    assert data.form_of(name, image_size=12)[0] == (1, 12, 12)
+KINDS = {
+    "digits": lambda folder: {"data": "digits"},
+    "digits, resized": lambda folder: {"data": "digits", "image_size": 12, "normalize": "0.3:0.2"},
+    "images": images,
+    "a table": table,
+    "a regression": regression,
+    "texts": texts,
+    "packed images": lambda folder: packed(images, folder),
+    "packed rows": lambda folder: packed(table, folder),
+    "packed texts": lambda folder: packed(texts, folder),
+}
+
+
+def packed(make, folder):
+    settings = TrainSettings.chosen(make(folder))
+    pack(lambda store: dataset_of(settings, store), folder / "packed")
+    return {"data": f"packed:{folder / 'packed'}"}
+
+
+def said(form):
+    """The fields of a form, in words."""
+    fields = {field.name: getattr(form, field.name) for field in dataclasses.fields(Form)}
+    return {**fields, "synthetic": str(fields["synthetic"])}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_form_of_a_data_set_is_that_of_its_records(kind, tmp_path):
+    settings = TrainSettings.chosen(KINDS[kind](tmp_path))
+    form, dataset = form_of(settings), dataset_of(settings)
+    assert said(form) == said(dataset)
+    inputs, _ = dataset.train[0]
+    assert isinstance(inputs, dict) or inputs.shape == form.input_shape
+    assert said(form) != said(dataclasses.replace(form, num_classes=form.num_classes + 1))
 
 
 def test_the_form_of_an_image_folder_is_read_without_opening_a_file(tmp_path):
@@ -180,7 +215,65 @@ def test_the_form_of_an_image_folder_is_read_without_opening_a_file(tmp_path):
         for name in ("cat", "dog"):
             (tmp_path / part / name).mkdir(parents=True)
             (tmp_path / part / name / "a.png").write_bytes(b"no image")
-    assert data.form_of(f"image-folder:{tmp_path}") == ((3, 32, 32), 2)
+    found = data.form_of(f"image-folder:{tmp_path}")
+    assert (found.input_shape, found.class_names) == ((3, 32, 32), ("cat", "dog"))
+
+
+def without_records(settings):
+    """The options of check-model for these settings, and no file of records."""
+    Path(str(settings["data"]).partition(":")[2]).unlink(missing_ok=True)
+    Path(str(settings.get("test", "none"))).unlink(missing_ok=True)
+    names = ("data", "label_column", "spec", "text_column", "classes", "tokenizer", "max_length")
+    return as_options({name: settings[name] for name in names if name in settings})
+
+
+@pytest.mark.parametrize("make", [table, regression, texts])
+def test_a_model_is_checked_for_rows_and_texts_without_their_records(make, tmp_path, capsys):
+    options = without_records(make(tmp_path))
+    name = "embedding-mean" if make is texts else "tabular-resnet"
+    assert run(["check-model", name, *options, "--width", "0.1"]) == 0, capsys.readouterr()
+    assert "Nothing has to change" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [[], ["--lora", "2"], ["--train-only", "*classifier*"]], ids=str)
+def test_a_pretrained_network_is_checked_as_a_run_trains_it(options, tmp_path, capsys):
+    network = f"hf:{pretrained_in(tmp_path)}"
+    assert run(["check-model", network, "--json", *options]) == 0, capsys.readouterr()
+    found = json.loads(capsys.readouterr().out)
+    assert found["vocabulary"] == len(VOCABULARY) and found["input_shape"] == [64]  # as many as it has positions for
+    frozen = sum("frozen" in layer["notes"] for layer in found["layers"])
+    assert found["num_classes"] == 2 and (frozen > 5) == bool(options)
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_head_of_other_classes_begins_anew_and_that_is_said(tmp_path, capsys):
+    assert run(["check-model", f"hf:{pretrained_in(tmp_path)}", "--json", "--classes", "5"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["num_classes"] == 5
+    assert captured.err.startswith("warning: The head of") and captured.err.count("\n") == 1
+
+
+def test_what_is_wrong_with_many_layers_is_said_once(here, capsys):
+    (here / "models_to_check.py").write_text(
+        "from torch import nn\ndef normed():\n    layers = [nn.Flatten(), *(nn.BatchNorm1d(64) for _ in range(20))]\n"
+        "    return nn.Sequential(*layers, nn.Embedding(3, 4, max_norm=1.0), nn.Linear(64, 10))\n"
+    )
+    assert run(["check-model", "models_to_check:normed", "--data", "digits"]) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "1. 1 and 19 more (BatchNorm1d): It mixes" in shown and shown.count("It mixes the examples") == 1
+    assert "2. 21 (Embedding): max_norm" in shown
+    assert run(["train", "--model", "models_to_check:normed", "--noise-multiplier", "1", "--policy", "none"]) == 2
+    assert "got 1 (BatchNorm1d)" in (said := capsys.readouterr().err) and "There are 19 more of its kind." in said
+
+
+def pretrained_in(folder):
+    return bert_in(folder / "network")
+
+
+def test_a_pretrained_network_that_cannot_be_trained_is_found(tmp_path, capsys):
+    """Twin of the test above: nothing would be trained."""
+    assert run(["check-model", f"hf:{pretrained_in(tmp_path)}", "--train-only", "*position_ids*"]) == 2
+    assert "matches none" in capsys.readouterr().err
 
 
 OWN = """
@@ -246,6 +339,13 @@ BAD = {
     "a size of zero": ["models_to_check:good", "--input-shape", "1x0x8", "--classes", "10"],
     "unknown data": ["models_to_check:good", "--data", "digit"],
     "a missing folder": ["cnn", "--data", "image-folder:/nowhere"],
+    "a spec without data": ["models_to_check:good", *SHAPE, "--spec", "s.toml"],
+    "names of classes without data": ["models_to_check:good", "--input-shape", "8", "--classes", "a,b"],
+    "a table without its spec": ["mlp", "--data", "table:t.csv", "--label-column", "y"],
+    "texts without a tokenizer": ["embedding-mean", "--data", "text:t.csv", "--text-column", "t"],
+    "a pretrained network that is not there": ["hf:nowhere"],
+    "a pretrained network of images": ["hf:nowhere", "--data", "digits"],
+    "adapters of another network": ["cnn", "--data", "digits", "--lora", "4"],
     "image size without data": ["models_to_check:good", *SHAPE, "--image-size", "8"],
     "image size of zero": ["cnn", "--data", "digits", "--image-size", "0"],
     "unknown model": ["cnm", "--data", "digits"],

@@ -29,7 +29,7 @@ def compared(tmp_path_factory):
 def test_every_policy_is_run_at_every_seed(compared):
     out, comparison = compared
     assert {path.name for path in out.iterdir()} == {
-        "none-0", "none-1", "rotate-0", "rotate-1", "compare.json", "compare.png"
+        "none-0", "none-1", "rotate-0", "rotate-1", "compare.json", "compare.svg"
     }  # fmt: skip
     assert {name: len(row.accuracies) for name, row in comparison.rows.items()} == {"none": 2, "rotate": 2}
     none, rotated = comparison.rows["none"], comparison.rows["rotate"]
@@ -38,7 +38,7 @@ def test_every_policy_is_run_at_every_seed(compared):
     written = json.loads((out / "compare.json").read_text())["rows"]["none"]
     assert written["mean"] == none.mean
     assert none.seconds > 0 and "seconds" not in written, "times are not for release"
-    assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "compare.svg").read_text().startswith("<svg")
 
 
 def test_all_runs_together_cost_more_than_one_and_no_more_than_their_sum(compared):
@@ -125,7 +125,7 @@ def taken_up(tmp_path_factory):
 def test_an_interrupted_run_is_moved_aside_and_made_anew(taken_up):
     out, comparison, said = taken_up
     assert {path.name for path in out.iterdir()} == {
-        "none-0", "none-0.interrupted-1", "none-0.interrupted-2", "compare.json", "compare.png"
+        "none-0", "none-0.interrupted-1", "none-0.interrupted-2", "compare.json", "compare.svg"
     }  # fmt: skip
     assert len(comparison.rows["none"].accuracies) == 1
     assert [sum(c.count for c in Ledger.read(out / f"none-0.interrupted-{n}" / "ledger.jsonl")) for n in (1, 2)] == [

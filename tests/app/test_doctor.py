@@ -13,6 +13,8 @@ import pytest
 
 from dpquant.app.cli import run as command
 from dpquant.app.doctor import Health, shortened
+from dpquant.native import SLOWER
+from dpquant.version import version
 
 _asked: list[str] = []
 _watching = [False]
@@ -51,10 +53,11 @@ def test_one_that_asks_somebody_would_be_seen():
 
 def test_it_tells_what_is_there(health, capsys):
     rows = dict(health.rows)
-    assert rows["dpquant"] == "0.1.0" and rows["torch"] == health.versions["torch"] and health.cores >= 1
+    assert rows["dpquant"] == version() and rows["torch"] == health.versions["torch"] and health.cores >= 1
     assert health.backend in rows["backend"] and health.backend_reason in rows["backend"]
     assert health.memory_gib > health.memory_free_gib > 0 and health.disk_free_gib > 0
-    assert health.extras.keys() == {"text", "arrow", "onnx"} and rows["cache"] == "off"  # tests keep none
+    assert health.extras.keys() == {"text", "arrow", "onnx", "bench", "tensorboard", "mlflow"}
+    assert rows["cache"] == "off"  # tests keep none
     assert command(["doctor"]) == 0
     told = capsys.readouterr().out
     first, *block = told.splitlines()
@@ -79,7 +82,7 @@ def test_what_could_be_better_comes_with_what_to_do(health):
     for words in ("C++ compiler", "0.5 GiB are free", "--memory", "pip install 'dpquant[text]'"):
         assert words in advice, words
     rows = dict(lacking.rows)
-    assert rows["native module"] == "no: no compiler" and rows["extras"] == "arrow; missing: text"
+    assert rows["native module"] == f"{SLOWER} (no compiler)" and rows["extras"] == "arrow; missing: text"
     assert rows["GPU"] == "cuda:0 (H200)" and rows["memory"].startswith("not known")
     well = dataclasses.replace(lacking, native=True, disk_free_gib=9.0, memory_free_gib=None, extras={"text": True})
     assert well.advice == []

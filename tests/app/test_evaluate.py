@@ -158,10 +158,12 @@ def test_other_images_are_read_as_the_run_s_were(run, tmp_path, capsys):
     found = evaluated(run, "--data", photos(tmp_path / "new", dark=4, size=20), capsys=capsys)
     assert found["records"] == 7 and found["data"] == "image-folder:new"
     assert [one["support"] for one in found["classes"]] == [3, 4]  # bright, dark
-    (tmp_path / "new" / "dark" / "0.png").write_bytes(b"torn")
     shutil.rmtree(tmp_path / "new" / "bright")
     found = evaluated(run, "--data", f"image-folder:{tmp_path / 'new'}", capsys=capsys)
-    assert (found["records"], found["unreadable"]) == (4, 1)
+    assert (found["records"], found["unreadable"]) == (4, 0)
+    (tmp_path / "new" / "dark" / "0.png").write_bytes(b"torn")
+    assert command(["evaluate", str(run), "--data", f"image-folder:{tmp_path / 'new'}"]) == 2
+    assert f"{tmp_path / 'new' / 'dark' / '0.png'} is not" in capsys.readouterr().err
 
 
 def test_other_rows_and_texts_are_read_as_the_run_s_were(finished, tmp_path, capsys):

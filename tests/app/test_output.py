@@ -114,7 +114,13 @@ def shown_on_a_terminal(width, progress=RunProgress):
         bar.started(types.SimpleNamespace(epsilon=100.0, epochs=100), None)
         for epoch in (98, 99):
             step = Progress(
-                epoch=epoch, step=10 * epoch, epsilon=98.123, layers_quantized=100, accuracy_test=0.991, **numbers
+                epoch=epoch,
+                step=10 * epoch,
+                epsilon=98.123,
+                layers_quantized=100,
+                macs_quantized=0.8,
+                accuracy_test=0.991,
+                **numbers,
             )
             bar.stepped(step)
             bar.epoch_ended(

@@ -545,6 +545,25 @@ def test_a_scale_over_the_batch_goes_through_where_codes_are_not_compared():
     case_of().check(backend=OneScale(LUQ.recipes[0].activation))
 
 
+def tiny(case, size=1e-4):
+    """The case with matrices of this size, as of a network whose beginning is scaled down."""
+    with torch.no_grad():
+        for parameter in case.model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(size / parameter.abs().max())
+    return case
+
+
+def test_couplings_are_seen_through_tiny_matrices():
+    tiny(case_of("texts")).check()
+    assert_refused(tiny(case_of("texts")).coupled(**MEAN))
+
+
+def test_through_tiny_matrices_as_they_are_the_check_could_not_see():
+    with pytest.raises(ModelError, match="could not see"):
+        tiny(case_of("texts")).check(probe=Unshaken)
+
+
 def test_gates_that_begin_at_zero_are_opened():
     case_of(extra="gates").check()
     with pytest.raises(ModelError, match="could not see"):

@@ -604,3 +604,17 @@ def test_a_folder_without_a_readable_image_is_one_error(split: str, tmp_path: Pa
     with pytest.raises(DataError, match="to hold at least one readable image") as raised:
         load_folder(tmp_path)
     assert "cat" not in str(raised.value).removeprefix(f"Expected {tmp_path}")
+
+
+@pytest.mark.parametrize("damage", [b"", b"no image", None], ids=["empty", "another kind", "cut"])
+def test_a_test_image_that_cannot_be_read_is_named_and_a_training_image_is_not(damage, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        folder = write_folder(tmp_path / split)
+        path = max((folder / split).rglob("*.png"))
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if damage is None else damage)
+        if split == "train":
+            assert not bool(load_folder(folder).train.readable.all())
+        else:
+            with pytest.raises(DataError, match="every test image") as raised:
+                load_folder(folder)
+            assert str(path) in str(raised.value)

@@ -16,8 +16,7 @@ from dpquant.data.packed import load_packed
 from dpquant.data.row_file import RowFile
 from dpquant.data.rows import Rows
 from dpquant.data.task import Task
-from dpquant.data.texts import TextSource, load_texts
-from dpquant.data.tokens import synthetic_texts
+from dpquant.data.texts import TextSource, form_of_texts, load_texts
 from dpquant.engine.batches import leaves
 from dpquant.errors import DataError, SettingError
 from dpquant.training.records import Records
@@ -72,16 +71,11 @@ def of_texts(folder, *, pairs):
     )
     train, test, tokens = load_texts(source)
     return Dataset(
+        **vars(form_of_texts(source, tokens)),
         name="text:t.jsonl",
         train=train,
         test=test,
-        num_classes=2,
-        input_shape=(70,),
-        class_names=("ham", "spam"),
         public_size=None,
-        vocabulary=tokens.vocabulary,
-        padding=tokens.padding,
-        synthetic=synthetic_texts(tokens, 2, pairs=pairs),
     )
 
 

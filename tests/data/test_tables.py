@@ -2,6 +2,7 @@
 """Tables: a row is encoded as its spec says and by nothing else; a row that is not as it says stays a record."""
 
 import math
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -249,3 +250,52 @@ def test_names_are_checked_where_columns_are_named(tmp_path):
     (tmp_path / "t.csv").write_text("a,b,a\n1,2,3\n")
     with pytest.raises(DataError, match="a twice"):
         columns.read_columns(tmp_path / "t.csv", None, SUFFIXES)
+
+
+def drafted_kinds(folder, header, lines):
+    (folder / "t.csv").write_text(f"{header},y\n" + "".join(f"{line},{n % 2}\n" for n, line in enumerate(lines)))
+    draft = drafted(folder / "t.csv", "y")
+    columns = tomllib.loads(draft)["columns"]
+    return {name: column["kind"] for name, column in columns.items()}, draft
+
+
+IDENTIFIERS = ("id", "ID", "customer_id", "customerId", "customerID", "uuid", "e-mail", "Email", "user_email", "name")
+NONE = ("idle", "paid", "grid", "valid_until", "amount", "country_name", "midday")
+
+
+def test_a_column_that_looks_like_an_identifier_is_ignored_in_a_draft_and_said_why(tmp_path):
+    for name in IDENTIFIERS:
+        kinds, draft = drafted_kinds(tmp_path, name, [5, 5, 7, 8])
+        assert kinds == {name: "ignored"} and "identifier" in draft and "# range = [5.0, 8.0]" in draft
+    kinds, draft = drafted_kinds(tmp_path, "account,amount", [f"{90 - n},{n + 0.5}" for n in range(30)])
+    assert kinds == {"account": "ignored", "amount": "number"} and "a value of its own" in draft
+
+
+def test_a_column_that_only_sounds_like_an_identifier_is_not_taken_for_one(tmp_path):
+    """Twin of the test above: neither a part of a word nor values that repeat make an identifier."""
+    for name in NONE:
+        assert drafted_kinds(tmp_path, name, [5, 5, 7, 8])[0] == {name: "number"}
+    assert drafted_kinds(tmp_path, "account", [*range(30), 0])[0] == {"account": "number"}
+
+
+def test_a_draft_says_that_a_label_of_one_class_leaves_nothing_to_tell(tmp_path):
+    (tmp_path / "t.csv").write_text("x,y\n1,yes\n2,yes\n")
+    assert "single value" in drafted(tmp_path / "t.csv", "y")
+    (tmp_path / "t.csv").write_text("x,y\n1,yes\n2,no\n")
+    assert "single value" not in drafted(tmp_path / "t.csv", "y")
+
+
+EMPTY = {
+    "another value": ("a,50,89,AT,shop,no", "column channel", "other"),
+    "too few fields": ("a,50,89", "cannot be read", "as many fields as the header"),
+    "not UTF-8": (b"a,50,89,AT,w\xe9b,no", "not UTF-8", "iconv"),
+    "an empty value": ("a,,89,AT,web,no", "empty value in column amount", 'missing = [""]'),
+}
+
+
+@pytest.mark.parametrize("kind", EMPTY)
+def test_a_test_row_that_cannot_be_used_is_refused_for_its_own_cause(kind, tmp_path):
+    row, cause, remedy = EMPTY[kind]
+    with pytest.raises(DataError, match="record 2") as raised:
+        loaded(tmp_path, ROWS, test=[ROWS[0], row])
+    assert cause in str(raised.value) and remedy in str(raised.value)

@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 from dpquant.checks.synthetic import from_examples
+from dpquant.data.columns import read_columns
+from dpquant.data.pretrained import freeze_others
 from dpquant.data.task import UNREADABLE
-from dpquant.data.text_models import EmbeddingMean, freeze_others
+from dpquant.data.text_models import EmbeddingMean
 from dpquant.data.texts import TextSource, load_texts
-from dpquant.data.tokens import Texts, synthetic_texts
+from dpquant.data.tokens import Texts, text_form
 from dpquant.engine.clip import clipped_sum_of
 from dpquant.engine.layers import prepare, set_policy
 from dpquant.engine.passes import Objective
@@ -124,8 +126,14 @@ def clipped(records, ids, size=2):
     return torch.cat([grad.flatten() for grad in found.grads.values()])
 
 
+def form_of(tokens, *, pairs):
+    longest = tokens.buckets[-1]
+    return text_form(vocabulary=tokens.vocabulary, longest=longest, padding=0, class_names=("ham", "spam"), pairs=pairs)
+
+
 def records_of(data_set, tokens):
-    specimens = from_examples(synthetic_texts(tokens, 2, pairs=False), torch.utils.data.default_collate, CPU)
+    made = form_of(tokens, pairs=False).synthetic
+    specimens = from_examples(made, torch.utils.data.default_collate, CPU)
     return Records(data_set, torch.utils.data.default_collate, CPU, specimens)
 
 
@@ -186,7 +194,8 @@ def test_batchmates_of_a_short_record_are_cut_to_its_bucket(tmp_path):
 
 def test_synthetic_texts_use_the_vocabulary_and_differ(tmp_path):
     _, _, tokens = load_texts(source(tmp_path, [record(1)]))
-    made = synthetic_texts(tokens, 2, pairs=True)
+    made = form_of(tokens, pairs=True).synthetic
+    assert made is not None
     assert all(inputs["input_ids"].max() < len(VOCABULARY) and len(inputs["input_ids"]) == 80 for inputs, _ in made)
     for name in made[1][0]:
         assert not torch.equal(made[1][0][name], made[2][0][name]), name
@@ -210,3 +219,81 @@ def test_padding_takes_no_part_in_a_mean_of_embeddings():
     short = {"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.tensor([[1, 1]])}
     long = {"input_ids": torch.tensor([[1, 2, 7, 7]]), "attention_mask": torch.tensor([[1, 1, 0, 0]])}
     assert isinstance(model, nn.Module) and torch.equal(model(short), model(long))
+
+
+CAUSES = {  # a test record that cannot be used: its line, the cause and the remedy
+    "no text": ('{"text": "", "label": "ham"}', "an empty text", "take the record out"),
+    "Latin-1": (b'{"text": "\xfc", "label": "ham"}', "not UTF-8", "iconv"),
+    "another label": ('{"text": "good", "label": "eggs"}', "none of them", "--classes"),
+    "no object": ("[1]", "cannot be read", "one JSON object"),
+}
+
+
+@pytest.mark.parametrize("name", CAUSES)
+def test_each_cause_of_an_unusable_test_record_has_a_remedy_of_its_own(name, tmp_path):
+    line, cause, remedy = CAUSES[name]
+    chosen = source(tmp_path, [record(1)])
+    with (tmp_path / "test.jsonl").open("ab") as file:
+        file.write((line if isinstance(line, bytes) else line.encode()) + b"\n")
+    with pytest.raises(DataError) as raised:
+        load_texts(chosen)
+    said = str(raised.value)
+    assert f"{cause}" in said and "record 2" in said and remedy in said
+    others = {remedy for _, _, remedy in CAUSES.values()} - {remedy}
+    assert not any(other in said for other in others)
+
+
+HEADED = "text,label\n"
+FILES = {  # all of them hold the same two records
+    "as it is": f"{HEADED}good day,ham\nbad night,spam\n".encode(),
+    "with a mark": b"\xef\xbb\xbf" + f"{HEADED}good day,ham\nbad night,spam\n".encode(),
+    "CRLF": f"{HEADED}good day,ham\nbad night,spam\n".replace("\n", "\r\n").encode(),
+    "CR": f"{HEADED}good day,ham\nbad night,spam\n".replace("\n", "\r").encode(),
+    "quoted line ends": b'text,label\n"good\n\nday",ham\n"bad\r\nnight",spam\n',
+    "blank lines": f"{HEADED}\ngood day,ham\n\n\nbad night,spam\n\n".encode(),
+    "no last line end": f"{HEADED}good day,ham\nbad night,spam".encode(),
+    "blanks around names": b" text , label\ngood day,ham\nbad night, spam \n",
+}
+
+
+def read_csv(folder, content):
+    (folder / "t.csv").write_bytes(content)
+    chosen = TextSource.chosen(
+        folder / "t.csv", texts="text", label="label", classes="ham,spam", tokenizer=tokenizer_in(folder),
+        max_length=16, test=folder / "t.csv", test_share=None,
+    )  # fmt: skip
+    return load_texts(chosen)[0]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_ends_of_lines_marks_and_quotes_change_no_record(name, tmp_path):
+    plain, found = read_csv(tmp_path, FILES["as it is"]), read_csv(tmp_path, FILES[name])
+    assert found.targets.tolist() == plain.targets.tolist() == [0, 1]
+    assert all(torch.equal(found[i][0]["input_ids"], plain[i][0]["input_ids"]) for i in range(2))
+
+
+@pytest.mark.parametrize("coding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_other_codings_are_named(coding, tmp_path):
+    with pytest.raises(DataError, match="UTF-16"):
+        read_csv(tmp_path, FILES["as it is"].decode().encode(coding))
+
+
+def test_a_record_in_another_coding_decides_nothing_about_the_others_whatever_ends_a_line(tmp_path):
+    for end in (b"\n", b"\r", b"\r\n"):
+        (tmp_path / "test.csv").write_bytes(FILES["as it is"])
+        (tmp_path / "t.csv").write_bytes(end.join([b"text,label", b"b\xe4d,ham", b"good,ham"]))
+        chosen = TextSource.chosen(
+            tmp_path / "t.csv", texts="text", label="label", classes="ham,spam", tokenizer=tokenizer_in(tmp_path),
+            max_length=16, test=tmp_path / "test.csv", test_share=None,
+        )  # fmt: skip
+        assert load_texts(chosen)[0].targets.tolist()[1] == 0
+
+
+def test_bytes_of_a_parquet_record_that_are_not_utf8_decide_nothing_about_the_others(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    raw = pyarrow.array([b"b\xe4d", b"good", None], pyarrow.binary()).view(pyarrow.string())
+    labels = pyarrow.array(["ham", "ham", "spam"])
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": raw, "label": labels}), tmp_path / "t.parquet")
+    found = read_columns(tmp_path / "t.parquet", None, [".parquet"]).values["text"]
+    assert found == ["b\N{REPLACEMENT CHARACTER}d", "good", None]

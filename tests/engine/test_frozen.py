@@ -15,9 +15,10 @@ from dpquant.backends.doubles import Wrapped
 from dpquant.backends.reference import Reference
 from dpquant.engine import products
 from dpquant.engine.clip import clipped_sum
-from dpquant.engine.context import StepContext
+from dpquant.engine.context import SharedCodes, StepContext
 from dpquant.engine.layers import prepare, quantizable_layers, running, set_policy
 from dpquant.engine.weight_cache import WeightCache
+from dpquant.formats import RECIPES
 from networks import Residual, images, loss
 
 BATCH = images(6)
@@ -175,3 +176,68 @@ def test_copies_and_pickles_carry_no_packed_weight():
     model.first.backend = model.inner.backend = model.head.backend = Reference()
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert isinstance(other.first.frozen, WeightCache) and not other.first.frozen.packed
+
+
+class Projections(nn.Module):
+    """Three products of one input, as of an attention, or of three copies of it."""
+
+    def __init__(self, *, copies=False):
+        super().__init__()
+        self.copies = copies
+        self.first, self.second, self.third = (nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x):
+        h = torch.tanh(x)
+        inputs = [h.clone() for _ in range(3)] if self.copies else [h, h, h]
+        return sum(layer(x) for layer, x in zip((self.first, self.second, self.third), inputs, strict=True)).mean(1)
+
+
+SEQUENCES = (torch.randn(6, 4, 6, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 6)
+
+
+def projected(format, **form):
+    """(the sum of a step, operands quantized in it)"""
+    torch.manual_seed(0)
+    model = prepare(Projections(**form), format=format, backend=Counting(Reference()))
+    set_policy(model, list(quantizable_layers(model)))
+    given = {"max_grad_norm": 0.5, "record_ids": IDS, "step": 0, "seed": 0, "microbatch_size": 6}
+    return clipped_sum(model, loss, SEQUENCES, **given).grads, model.first.backend.quantized
+
+
+def test_one_input_of_several_layers_is_quantized_once_where_nothing_is_drawn():
+    shared, count = projected("int8")
+    alone, count_of_copies = projected("int8", copies=True)
+    assert (count, count_of_copies) == (1 + 3, 3 + 3)  # inputs, and the output gradients, which are rounded at random
+    assert all(torch.equal(shared[name], alone[name]) for name in alone)
+    assert projected("luq-fp4")[1] == 3 + 3
+
+
+class ByShape(SharedCodes):
+    """Takes a tensor for the last one that looked like it."""
+
+    def of(self, source, x, role, backend, ids):
+        known = [codes for _, _, codes in self._last if codes.codes.shape == x.shape]
+        return known[0] if known else super().of(source, x, role, backend, ids)
+
+
+def codes_are_those_of_the_tensor(shared):
+    """Whether codes stay right where a tensor is written to, dies, or is read in another way or to another format."""
+    backend, (int8, int4) = Reference(), (RECIPES[name].activation for name in ("int8", "luq"))
+
+    def right(x, role=int8):
+        return torch.equal(shared.of(x, x, role, backend, IDS).codes, backend.quantize(x, role, IDS).codes)
+
+    x = torch.randn(6, 4, 3, 3)
+    fine = right(x) and right(x) and right(x, int4)
+    x.mul_(torch.rand(3))
+    fine = fine and right(x)
+    for seed in range(4):  # in memory that was just freed
+        del x
+        x = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(seed))
+        fine = fine and right(x)
+    return fine
+
+
+def test_codes_are_shared_by_one_tensor_alone():
+    assert codes_are_those_of_the_tensor(SharedCodes())
+    assert not codes_are_those_of_the_tensor(ByShape())

@@ -362,6 +362,33 @@ def test_a_tied_table_is_normed_as_its_materialised_gradients(name, quantized):
     torch.testing.assert_close(total.value().double(), wanted, rtol=1e-4, atol=1e-4)
 
 
+def assert_distances_are_those_of_tables(quantized):
+    part = contributions("tied", quantized=quantized)
+    other = part.take(torch.tensor([1, 0, 2, 2]))
+    wanted = (part.per_example() - other.per_example()).double().flatten(1).square().sum(1)
+    found = part.squared_distances(other)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-12 * float(wanted.max()))
+    assert bool(found[:2].all()) and not float(found[2]) > 1e-12 * float(part.squared_norms()[2])
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_distances_of_a_tied_table_are_those_of_its_gradients(quantized):
+    assert_distances_are_those_of_tables(quantized)
+
+
+def test_distances_of_a_tied_table_make_no_table(monkeypatch):
+    part = contributions("tied")
+    monkeypatch.setattr(Summed, "per_example", None)
+    part.squared_distances(part.take(torch.arange(COUNT).flip(0)))
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0])
+def test_a_wrong_cross_term_of_distances_is_caught(monkeypatch, factor):
+    monkeypatch.setattr("dpquant.engine.summed.cross_products", lambda *pair: factor * cross_products(*pair))
+    with pytest.raises(AssertionError):
+        assert_distances_are_those_of_tables(False)
+
+
 def assert_added_with_one_factor():
     """What is added for an example is a multiple of its gradient, by at most its weight."""
     part = contributions("tied, no padding", quantized=True)

@@ -29,6 +29,7 @@ from dpquant.runs.settings import TrainSettings
 from dpquant.runs.train import train
 from dpquant.training.checkpoint import Checkpoint
 from dpquant.training.private import PrivateTraining
+from event_files import events_in
 from mechanisms import Silent, starting, with_doubles
 
 
@@ -61,6 +62,16 @@ def what_a_checkpoint_says(path):
     parts = as_lists(Checkpoint.read(path).parts)
     del parts["history"]["started"]
     return parts
+
+
+def what_tensorboard_says(folder):
+    """Every number and text with its step, and with its time since the first."""
+    events = [event for path in sorted(folder.iterdir()) for event in events_in(path) if event.HasField("summary")]
+    return [
+        (one.tag, event.step, one.simple_value, one.tensor.string_val, event.wall_time - events[0].wall_time)
+        for event in events
+        for one in event.summary.value
+    ]
 
 
 def with_constant_noise(mechanism):
@@ -102,6 +113,7 @@ def left_behind(out, settings, *, make_run=Silent, directory=RunDirectory):
         "record": what_a_record_says(json.loads(files["record.json"].read_text())),
         "heartbeat": what_a_beat_says(json.loads(files["progress.json"].read_text())),
         "description": json.loads(files["model.json"].read_text()),
+        "tracker": what_tensorboard_says(out / "trackers" / "tensorboard"),
         "checkpoints": {one.name: what_a_checkpoint_says(one) for one in files["checkpoints"].iterdir()},
         "weights": {name: t.tolist() for name, t in load_file(files["model.safetensors"]).items()},
         "progress": [what_the_screen_shows(progress) for progress in told.of("stepped")],
@@ -115,6 +127,7 @@ SETTINGS = {
     "model": "cnn", "policy": "dpquant",
     "epochs": 2, "batch_size": 20.0, "sample_rate": 0.25, "lr": 0.01, "microbatch_size": 32,
     "backend": resolve("auto", [precision("luq-fp4")], torch.device("cpu")).name, "checkpoint_every": "1epoch",
+    "track": "tensorboard",
 }  # fmt: skip
 
 
@@ -212,8 +225,13 @@ class KeepingSome(Silent):
 @pytest.mark.always
 @pytest.mark.parametrize(
     "planted",
-    [{"make_run": TellingTheSize}, {"make_run": TellingTheGradients}, {"given": {"unsafe_metrics": True}}],
-    ids=["batch size", "gradients", "training accuracy"],
+    [
+        {"make_run": TellingTheSize},
+        {"make_run": TellingTheGradients},
+        {"given": {"unsafe_metrics": True}},
+        {"given": {"track_unsafe": True}},
+    ],
+    ids=["batch size", "gradients", "training accuracy", "times in a tracker"],
 )
 def test_interference_is_caught(planted, worlds, tmp_path):
     with pytest.raises(AssertionError):

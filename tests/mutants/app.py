@@ -137,12 +137,12 @@ MUTANTS = [
             "write(path, report(facts_of(run)))",
             f"{_EVALUATE}::test_a_report_that_is_made_again_leaves_out_what_was_left_out",
         ),
-        ("a redacted report holds the settings", LEAK, "None if redact or not (run", "None if not (run"),
+        ("a redacted report holds the settings", LEAK, "if redact or not (run", "if not (run"),
     ),
     *mutants_of(
         "src/dpquant/app/spent.py",
         f"{_REPORT}::test_other_runs_add_up_and_two_states_of_one_run_both_count",
-        ("only the last run counts", CLAIM, "        once.append(run)\n", "        once = [run]\n"),
+        ("only the last run counts", CLAIM, "        once[path] = contents\n", "        once = {path: contents}\n"),
     ),
     *mutants_of(
         "src/dpquant/app/export.py",

@@ -25,8 +25,8 @@ MUTANTS = [
         (
             "the error for a test record quotes it",
             LEAK,
-            "got another value in column {name} of record",
-            "got {columns.values[name][row]} in column {name} of record",
+            'f"another value in column {name}"',
+            'f"{value} in column {name}"',
         ),
         (
             "categories are taken from the records",
@@ -69,6 +69,32 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
+        f"{_DATA}/columns.py",
+        _TEXTS,
+        (
+            "bytes of one Parquet record decide whether the file is read",
+            LEAK,
+            'value.decode(errors="replace")',
+            "value.decode()",
+        ),
+        (
+            "a record in another coding decides whether a file with bare carriage returns is read",
+            LEAK,
+            '.split(b"\\r")[0]',
+            "",
+        ),
+    ),
+    *mutants_of(
+        f"{_DATA}/folders.py",
+        "tests/data/test_dataset.py",
+        (
+            "a training image that cannot be read is refused, and so reported",
+            LEAK,
+            "    check_readable(files, test)\n",
+            "    check_readable(files, test)\n    check_readable([folder] * len(train), train)\n",
+        ),
+    ),
+    *mutants_of(
         f"{_DATA}/tokens.py",
         _TEXTS,
         (
@@ -99,7 +125,12 @@ MUTANTS = [
             "return self._buckets[record_ids].long()",
             "return torch.zeros_like(record_ids)",
         ),
-        ("packed files that have changed are read", RESUME, "    manifest.check(folder)\n", ""),
+        (
+            "packed files that have changed are read",
+            RESUME,
+            "    manifest.check(folder)\n    with _files_as_packed(manifest, folder):\n        train, test",
+            "    with _files_as_packed(manifest, folder):\n        train, test",
+        ),
     ),
     *mutants_of(
         f"{_DATA}/manifest.py",

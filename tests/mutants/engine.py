@@ -397,6 +397,13 @@ MUTANTS = [
             "tests/engine/test_twins.py::test_a_tied_table_is_normed_as_its_materialised_gradients",
         ),
         (
+            "a tied table's distance forgets the cross term",
+            COUPLING,
+            "total_B = total_B + 2 * (cross",
+            "total_B = total_B + 0 * (cross",
+            "tests/engine/test_twins.py::test_distances_of_a_tied_table_are_those_of_its_gradients",
+        ),
+        (
             "a tied table's lookups are added with another factor than its codes",
             SENSITIVITY,
             "scaled_weights(weights_B, scale_B) / scale_B, weights_B)",
@@ -439,9 +446,23 @@ MUTANTS = [
         (
             "rounding draws follow the place in the batch",
             COUPLING,
-            "row_keys(derive_key(self.key, layer.name, role, call), self.record_ids)",
-            "row_keys(derive_key(self.key, layer.name, role, call), torch.arange(batch_size, device=device))",
+            "row_keys(derive_key(self.key, layer.name, role, call), self._ids(layer, batch_size))",
+            "row_keys(derive_key(self.key, layer.name, role, call), torch.arange(batch_size))",
             _BOUNDED,
+        ),
+        (
+            "shared codes are those of another tensor",
+            COUPLING,
+            "if known() is source and its_key == key:",
+            "if its_key == key:",
+            f"{_FROZEN}::test_codes_are_shared_by_one_tensor_alone",
+        ),
+        (
+            "shared codes outlive a write to the tensor",
+            COUPLING,
+            "key = (source._version, x.shape,",
+            "key = (0, x.shape,",
+            f"{_FROZEN}::test_codes_are_shared_by_one_tensor_alone",
         ),
         (
             "rounding draws do not follow the step",

@@ -14,6 +14,12 @@ _BLIND = (
 
 MUTANTS = [
     *mutants_of(
+        "src/dpquant/version.py",
+        "tests/test_version.py",
+        ("a checkout is named as it was when it was installed", CLAIM, 'package.parent.name != "src" or', "True or"),
+        ("changes that are in no commit do not show", CLAIM, '"--dirty=.dirty", ', ""),
+    ),
+    *mutants_of(
         f"{_RUNS}/provenance.py",
         _BLIND,
         (
@@ -30,6 +36,53 @@ MUTANTS = [
         ("a heartbeat's step follows a clock", LEAK, "step=progress.step,", "step=int(1e9 * now),", _BLIND),
         ("a heartbeat that fails ends the run", LEDGER, "contextlib.suppress(OSError)", "contextlib.nullcontext()"),
         ("a heartbeat is not said to be the operator's", LEAK, "note: str = NOT_FOR_RELEASE", 'note: str = ""'),
+    ),
+    *mutants_of(
+        f"{_RUNS}/trackers/tracking.py",
+        "tests/runs/test_trackers.py",
+        ("trackers are told real times", LEAK, "lambda: began", "clock"),
+        (
+            "trackers are told examples a second",
+            LEAK,
+            "told = progress if self._unsafe else",
+            "told = progress if not self._unsafe else",
+        ),
+        (
+            "trackers are told the accuracy on training records",
+            LEAK,
+            "told = epoch if self._unsafe else _released(epoch)",
+            "told = epoch",
+        ),
+        (
+            "the record for trackers has the accuracy on training records",
+            LEAK,
+            "per_epoch=[_released(epoch) for epoch in record.per_epoch]",
+            "per_epoch=record.per_epoch",
+        ),
+        (
+            "a report with the accuracy on training records is handed over",
+            LEAK,
+            "if self.unsafe or not record.unsafe_metrics else []",
+            "if True else []",
+        ),
+        ("the model is handed over unasked", LEAK, "if self.model else []", "if True else []"),
+        ("a tracker that fails ends the run", LEDGER, "except Exception as error:", "except ImportError as error:"),
+    ),
+    *mutants_of(
+        f"{_RUNS}/trackers/mlflow.py",
+        "tests/runs/test_trackers.py::test_every_tracker_reaches_nobody_and_mlflow_keeps_what_the_record_says",
+        (
+            "MLflow is told when the run ended",
+            LEAK,
+            ", end_time=self._milliseconds())",
+            ")",
+        ),
+        (
+            "MLflow tells its makers",
+            LEAK,
+            '"MLFLOW_DISABLE_TELEMETRY"] = "true"',
+            '"MLFLOW_DISABLE_TELEMETRY"] = "false"',
+        ),
     ),
     *mutants_of(
         f"{_RUNS}/following.py",

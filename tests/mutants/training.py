@@ -18,6 +18,7 @@ from mutants.mutant import (
     mutants_of,
 )
 
+_REPLACING = "tests/training/test_replacing.py"
 _TRAINING = "src/dpquant/training"
 _CALLS = "tests/invariants/test_calls.py"
 _AUTO = "tests/training/test_auto_format.py"
@@ -249,6 +250,13 @@ MUTANTS = [
             "due = sum(epoch <= index for epoch in self.plan.analysis_epochs())",
             "due = index + 1",
         ),
+        (
+            "values are replaced while a drawn batch is left",
+            SAMPLING,
+            "        self._refuse_what_was_skipped()\n        self._stop_if(self._watch.replace(state_dict))\n",
+            "        self._stop_if(self._watch.replace(state_dict))\n",
+            _REPLACING,
+        ),
     ),
     *mutants_of(
         f"{_TRAINING}/ahead.py",
@@ -264,6 +272,26 @@ MUTANTS = [
     *mutants_of(
         f"{_TRAINING}/sums.py",
         f"{_CALLS}::test_a_run_keeps_its_plan_call_by_call",
+        (
+            "a sum of another sensitivity than the noise is for is noised",
+            SENSITIVITY,
+            "if clipped.sensitivity != plan.max_grad_norm:",
+            "if False:",
+            f"{_CALLS}::test_a_sum_of_another_sensitivity_is_not_noised",
+        ),
+        (
+            "impacts are clipped to twice the planned norm",
+            SENSITIVITY,
+            "max_norm=analysis.max_norm,",
+            "max_norm=2 * analysis.max_norm,",
+        ),
+        (
+            "the grid of impacts is that of training",
+            NOISE,
+            "grid = plan.grid(plan.analysis_noise_std(analysis.max_norm))",
+            "grid = plan.grid(plan.train_noise_std(plan.max_grad_norm))",
+            _POROSITY,
+        ),
         (
             "gradients are clipped to twice the planned norm",
             SENSITIVITY,
@@ -517,6 +545,20 @@ MUTANTS = [
         f"{_TRAINING}/watch.py",
         _ATTACKS,
         (
+            "replacing values excuses a buffer that has taken in records",
+            COUPLING,
+            "        if reason := self.changed_buffer():\n            return reason\n",
+            "",
+            _REPLACING,
+        ),
+        (
+            "values of another model are taken over as far as they fit",
+            WIRING,
+            "        check_tensors(self._objective.model.state_dict(), state_dict)\n",
+            "",
+            _REPLACING,
+        ),
+        (
             "an error of a step shows what the model said",
             LEAK,
             "failed, memory = type(error).__name__, out_of_memory(error)",
@@ -616,7 +658,7 @@ MUTANTS = [
         (
             "flushing a file does nothing",
             CHECKPOINT,
-            "            os.fsync(descriptor)\n",
+            "            DISK.sync(file.fileno())\n",
             "            pass\n",
             "tests/invariants/test_crashes.py",
         ),
@@ -779,7 +821,7 @@ MUTANTS = [
         (
             "a checkpoint of another model is loaded as far as it goes",
             RESUME,
-            '        _check_tensors(self.model.state_dict(), checkpoint.parts["model"])\n',
+            '        check_tensors(self.model.state_dict(), checkpoint.parts["model"])\n',
             "",
             f"{_CONTINUING}::test_another_model_is_refused",
         ),

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from dpquant.data import dataset as data
-from dpquant.runs.evaluation import accuracy, evaluation_batch
+from dpquant.data.rows import Rows
+from dpquant.data.task import Task
+from dpquant.runs.evaluation import accuracy, check_evaluation, evaluation_batch
 
 
 def frozen_in_evaluation_mode():
@@ -90,3 +92,14 @@ def test_another_number_of_records_would_be_seen(planted):
 @pytest.mark.parametrize(("memory", "microbatch", "expected"), [(None, 32, 500), (2.0, 32, 32), (2.0, 4096, 500)])
 def test_where_memory_is_limited_evaluation_takes_a_microbatch_at_once(memory, microbatch, expected):
     assert evaluation_batch(memory, microbatch) == expected
+
+
+def rows_of(targets):
+    return Rows(torch.zeros(len(targets), 3), torch.tensor(targets), torch.ones(len(targets), dtype=torch.bool))
+
+
+def test_test_records_of_one_class_are_said_before_the_run():
+    with pytest.warns(UserWarning, match="of one class"):
+        check_evaluation(torch.nn.Linear(3, 2), rows_of([1, 1, 1]))
+    check_evaluation(torch.nn.Linear(3, 2), rows_of([0, 1, 1]))
+    check_evaluation(torch.nn.Linear(3, 1), rows_of([0.0, 0.0]), Task(kind="regression"))

@@ -14,10 +14,11 @@ from dpquant.privacy import accounting
 from dpquant.privacy.ledger import Ledger
 from dpquant.runs.alerts import alerts
 from dpquant.runs.following import Following
-from dpquant.runs.heartbeat import Beat
+from dpquant.runs.heartbeat import Beat, Heartbeat
 from dpquant.runs.names import CHOICES, CONFIG, DESCRIPTION, DIVERGED, LEDGER, METRICS, PROGRESS, RECORD
 from dpquant.runs.record import RunRecord
 from dpquant.runs.settings import TrainSettings
+from dpquant.runs.sinks import Sink
 from dpquant.runs.train import train
 
 SETTINGS = {
@@ -226,3 +227,29 @@ def test_layers_are_in_the_order_in_which_people_count(going):
     assert after(going, 1).layers == ["fc", "layer1", "layer9", "layer10"]
     (going / CONFIG).write_text("nonsense = 1\n")
     assert "nonsense" in after(going, 1).trouble
+
+
+def test_a_run_that_continues_is_alive_while_it_still_measures(going):
+    beat(going, running=False)
+    assert after(going, 1).phase == "stopped"
+    Heartbeat(going / PROGRESS).preparing("loading the data")
+    assert Following(going).status().phase == "starting"
+    assert Following(going, now=lambda: time.time() + 3600).status().phase == "stopped"
+
+
+class Silent(Sink):
+    pass
+
+
+def test_a_run_that_says_nothing_while_it_measures_would_be_seen(going):
+    """Twin of the test above: without a sign of life the run counts as stopped."""
+    beat(going, running=False)
+    Silent().preparing("loading the data")
+    assert Following(going).status().phase == "stopped"
+
+
+def test_a_resume_that_is_refused_has_stopped_again(going):
+    beats = Heartbeat(going / PROGRESS)
+    beats.preparing("loading the data")
+    beats.close()
+    assert Following(going).status().phase == "stopped"

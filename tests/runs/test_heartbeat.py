@@ -48,7 +48,7 @@ class Impatient(Counted):
 def progress(step):
     return Progress(
         epoch=step // 10, epochs=3, step=step, steps=30, epsilon=1.0, layers_quantized=0, num_layers=2,
-        examples_per_second=100.0, accuracy_test=None,
+        macs_quantized=0.0, examples_per_second=100.0, accuracy_test=None,
     )  # fmt: skip
 
 

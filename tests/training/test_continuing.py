@@ -178,7 +178,7 @@ def continuing_with(saved, tmp_path, **changes):
 
 def test_another_model_is_refused(saved, tmp_path):
     run, checkpoint = continuing_with(saved, tmp_path, width=9)
-    with pytest.raises(DataError, match=r"Expected the model of the checkpoint, in which 3\.weight"):
+    with pytest.raises(DataError, match=r"Expected values of this model, in which 3\.weight"):
         run.load(checkpoint)
 
 

@@ -95,10 +95,10 @@ def size_by(instruments, expected_batch_size=1e6, memory=None):
     ("seconds", "expected"),
     [
         (lambda size: 1 / size, 2**20),  # the whole batch
-        (lambda size: float(size), 32),
-        (lambda size: 1.0 if size < 64 else 0.5, 64),
-        (lambda size: 0.99 ** (size / 32), 32),  # faster, but not worth its while
-        (lambda size: 1.05 ** -size.bit_length(), 256),  # and here not worth the memory
+        (lambda size: float(size), 16),
+        (lambda size: 1.0 if size < 32 else 0.5, 32),
+        (lambda size: 1.04 ** -size.bit_length(), 16),  # faster, but not worth twice the memory
+        (lambda size: 1.06 ** -size.bit_length(), 256),  # and here much more would be needed
         (lambda size: 1.15 ** -size.bit_length() if size <= 2048 else 9.0, 2048),
     ],
 )
@@ -113,8 +113,20 @@ def test_a_batch_is_the_largest_microbatch(expected_batch_size):
 
 def test_a_microbatch_that_the_batch_would_have_to_fill_up_has_to_gain_more():
     # 1.2 times as fast, but more of it would be filling
-    assert size_by(timed(lambda size: 1.2 ** -size.bit_length()), 40) == 32
+    assert size_by(timed(lambda size: 1.2 ** -size.bit_length()), 40) == 16
     assert size_by(timed(lambda size: 1.2 ** -size.bit_length()), 1e6) > 32
+
+
+def test_a_short_run_compares_nothing_and_takes_a_usual_size():
+    def refuse(ways):
+        pytest.fail("a run so short cannot win the time back")
+
+    model, batch = model_and_batch()
+    size = tuning.fastest_microbatch_size(
+        Objective(model, loss), batch, {}, expected_batch_size=100, memory=None, largest=tuning.largest_tried(100),
+        by=Instruments(timed=refuse),
+    )  # fmt: skip
+    assert size == 32
 
 
 def test_sizes_are_timed_on_the_same_examples_in_the_precisions_of_an_epoch():
@@ -137,7 +149,8 @@ def test_sizes_are_timed_on_the_same_examples_in_the_precisions_of_an_epoch():
         )
         == 128
     )
-    assert steps == [(64, 32, ("2",)), (64, 64, ("2",)), (128, 64, ("2",)), (128, 128, ("2",))]
+    expected = [(2 * size, one, ("2",)) for size in (16, 32, 64) for one in (size, 2 * size)]
+    assert steps == expected
 
 
 def test_without_a_budget_memory_is_not_looked_at():
@@ -145,7 +158,7 @@ def test_without_a_budget_memory_is_not_looked_at():
         pytest.fail("not every system can tell")
 
     by = dataclasses.replace(timed(lambda size: 1.0), reset_peak=refuse, memory_mib=refuse)
-    assert size_by(by) == 32
+    assert size_by(by) == 16
     with pytest.raises(pytest.fail.Exception):
         size_by(by, memory=1.0)
 

@@ -4,12 +4,11 @@
 Each layer is timed twice: while all layers run in full precision, and while all run quantized. Whole steps in full
 precision give the time that no layer accounts for (the overhead). From these figures `training/cost.py` predicts the
 step of any policy. A few policies are also run, in rotation with the other measurements, and their measured steps are
-reported next to the predicted ones. Examples are synthetic: of the data set only the shape of an image and the number
-of classes are used.
+reported next to the predicted ones. Examples are synthetic, and no record is opened: of the data set only what
+is public is used. Texts have the largest length, which real ones seldom have.
 """
 
 import dataclasses
-import datetime
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -19,23 +18,23 @@ from typing import ClassVar, cast
 import torch
 from torch import nn
 
-from dpquant.app.synthetic import SyntheticRecords
-from dpquant.data import dataset as data
+from dpquant.app.step_times import step_times
+from dpquant.app.synthetic import Synthetic, records_like
 from dpquant.engine.batches import Microbatch, to_device
-from dpquant.engine.layers import set_policy, set_precisions
-from dpquant.engine.passes import Objective
+from dpquant.engine.passes import Objective, PerExampleLoss
 from dpquant.errors import SettingError, did_you_mean
 from dpquant.formats import AUTO, format_tried
 from dpquant.machine import Hardware, check_threads, now
 from dpquant.privacy.analysis_plan import AnalysisPlan
 from dpquant.privacy.plan import NoiseLaw, PrivacyPlan
 from dpquant.runs.devices import device_of
-from dpquant.runs.evaluation import per_example_loss
+from dpquant.runs.evaluation import loss_of
 from dpquant.runs.names import RECORD
 from dpquant.runs.objects import model_of, optimizer_of
 from dpquant.runs.record import RunRecord
 from dpquant.runs.settings import TrainSettings, plan_of, policy_of
 from dpquant.runs.size import check_data_fits
+from dpquant.runs.sources import form_of
 from dpquant.runs.step_times import keep
 from dpquant.training.auto_format import LEAST_GAIN
 from dpquant.training.cost import (
@@ -55,9 +54,7 @@ from dpquant.training.execution import layers_to_exclude
 from dpquant.training.impact import analysis_keys, impact_sum
 from dpquant.training.policies import Policy, Turn, largest_layers, noise_left
 from dpquant.training.private import PrivateTraining
-from dpquant.training.scaling import StepTimes
 from dpquant.training.start import make_private
-from dpquant.training.sums import step_sum
 from dpquant.training.tuning import layer_times_once, median_times
 
 HARDWARE = ("here", "fp4")
@@ -65,7 +62,6 @@ HARDWARE = ("here", "fp4")
 SHARES = (0.5, 0.9, 1.0)
 _MOST_ROUNDS = 4096
 _ANALYSED = 64  # examples on which an analysis is timed
-_ROUNDS_OF_SUMS = 3  # of which the best counts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,7 +155,6 @@ def assess(
     usage: Usage | None = None,
     rounds: int = 8,
     watch: Callable[[str], None] = lambda what: None,
-    load: Callable[..., data.Dataset] = data.load,
 ) -> Assessment:
     """Measure the layers and whole steps of a run of these settings, and predict its speed-up.
 
@@ -170,11 +165,10 @@ def assess(
       usage: how often the run is repeated and what the machine costs, which gives the savings.
       rounds: number of timings of each layer and of steps of each policy, >= 1.
       watch: called with a few words about each stage when it begins.
-      load: loads the data set, with the arguments of `data.load`.
     Returns: the assessment.
     Raises:
       DPQuantError: the settings cannot be run, or an argument is out of range.
-    Privacy: uses the shape of the data set's images, the number of classes and no record's values; charges nothing.
+    Privacy: uses what is public of the data set (`runs.sources.form_of`), and opens no record; charges nothing.
     """
     if hardware not in HARDWARE:
         raise SettingError(
@@ -197,14 +191,13 @@ def assess(
         torch.set_num_threads(settings.threads)
     device = device_of(settings.device)
     check_data_fits(settings)
-    dataset = load(
-        settings.data, Path(settings.data_dir) if settings.data_dir else None, image_size=settings.image_size
-    )
-    model = model_of(settings, dataset).to(device)
+    form = form_of(settings)
+    model = model_of(settings, form).to(device)
     watch("looking at the model")
-    private, synthetic = _private(settings, dataset, model, rounds)
+    synthetic, loss_fn = records_like(form, max(round(settings.batch_size), 1)), loss_of(form.task)
+    private = _private(settings, model, synthetic, loss_fn, rounds)
     turns = [(), *(largest_layers(private.macs, share) for share in SHARES)]
-    costs, steps = _times(private, synthetic, turns, watch)
+    costs, steps = _times(private, synthetic, loss_fn, turns, watch)
     full_step = steps[()]
     cost = CostModel(layers=costs, batch_size=settings.batch_size, full_step=full_step)
     if hardware == "fp4":
@@ -219,12 +212,12 @@ def assess(
         for names in turns
     ]
     watch("timing an analysis")
-    analysis = 0.0 if plan.analysis is None else _analysis_seconds(private, synthetic, plan.analysis)
+    analysis = 0.0 if plan.analysis is None else _analysis_seconds(private, synthetic, loss_fn, plan.analysis)
     analyses = len(plan.analysis_epochs())
     step = _mean_step(settings, plan, private, cost)
     if hardware == "here":
         watch("timing a step of fewer examples")
-        keep(settings, _step_times(settings, private, synthetic, step))
+        keep(settings, step_times(settings, private, synthetic, loss_fn, step))
     full_run, quantized_run = plan.steps * full_step, plan.steps * step + analyses * analysis
     impacts = {} if record is None else {r.name: r.last_score for r in record.layers if r.last_score is not None}
     return Assessment(
@@ -270,28 +263,26 @@ class _InTurn(Policy):
 
 
 def _private(
-    settings: TrainSettings, dataset: data.Dataset, model: nn.Module, rounds: int
-) -> tuple[PrivateTraining, SyntheticRecords]:
-    """Return a run of the settings' model on synthetic records, and the records.
+    settings: TrainSettings, model: nn.Module, synthetic: Synthetic, loss_fn: PerExampleLoss, rounds: int
+) -> PrivateTraining:
+    """Return a run of the settings' model on synthetic records.
 
     The sampling rate is 1: every step takes all records, and an epoch is one step.
     """
-    size = max(round(settings.batch_size), 1)
     plan = PrivacyPlan(
         noise_multiplier=1.0,
         delta=settings.delta,
         max_grad_norm=settings.max_grad_norm,
         sample_rate=1.0,
-        expected_batch_size=size,
+        expected_batch_size=len(synthetic),
         steps=(len(SHARES) + 1) * (rounds + 1),
         noise=cast("NoiseLaw", settings.noise),
     )
-    synthetic = SyntheticRecords(dataset.input_shape, dataset.num_classes, size)
-    private = make_private(
+    return make_private(
         model,
         optimizer_of(settings, model),
         synthetic,
-        loss_fn=per_example_loss,
+        loss_fn=loss_fn,
         plan=plan,
         policy=_InTurn(),
         format=format_tried(settings.format),
@@ -299,11 +290,14 @@ def _private(
         microbatch_size=settings.microbatch_size,
         memory=settings.memory,
     )
-    return private, synthetic
 
 
 def _times(
-    private: PrivateTraining, synthetic: SyntheticRecords, turns: list[tuple[str, ...]], watch: Callable[[str], None]
+    private: PrivateTraining,
+    synthetic: Synthetic,
+    loss_fn: PerExampleLoss,
+    turns: list[tuple[str, ...]],
+    watch: Callable[[str], None],
 ) -> tuple[dict[str, LayerCost], dict[tuple[str, ...], float]]:
     """Return {layer: its costs} and {quantized layers: seconds of a step}, medians over all rounds but the first.
 
@@ -321,7 +315,7 @@ def _times(
             layers.append(
                 layer_times_once(
                     private.model,
-                    per_example_loss,
+                    loss_fn,
                     to_device(synthetic.first(2), device),
                     microbatch_size=private.execution.microbatch_size,
                     expected_batch_size=len(synthetic),
@@ -338,12 +332,14 @@ def _times(
     return costs, {names: statistics.median(seconds[1:]) for names, seconds in steps.items()}
 
 
-def _analysis_seconds(private: PrivateTraining, synthetic: SyntheticRecords, analysis: AnalysisPlan) -> float:
+def _analysis_seconds(
+    private: PrivateTraining, synthetic: Synthetic, loss_fn: PerExampleLoss, analysis: AnalysisPlan
+) -> float:
     """Return the seconds of one analysis, extrapolated from a few examples."""
     device = next(private.model.parameters()).device
     began = now()
     impact_sum(
-        Objective(private.model, per_example_loss),
+        Objective(private.model, loss_fn),
         [Microbatch(to_device(synthetic.first(_ANALYSED), device), torch.arange(_ANALYSED), _ANALYSED)],
         names=list(private.macs),
         max_norm=1.0,
@@ -351,41 +347,6 @@ def _analysis_seconds(private: PrivateTraining, synthetic: SyntheticRecords, ana
         score=analysis.score,
     )
     return (now() - began) / _ANALYSED * analysis.expected_batch_size
-
-
-def _step_times(
-    settings: TrainSettings, private: PrivateTraining, synthetic: SyntheticRecords, step: float
-) -> StepTimes:
-    """Return the line that a step's time follows, from sums of the batch and of a quarter of it, timed in turn.
-
-    Args:
-      settings: of the assessment.
-      private: the run on synthetic records, whose epochs are over.
-      synthetic: the records.
-      step: seconds of a whole step of the batch.
-    """
-    execution, found = private.execution, Objective(private.model, per_example_loss)
-    layers = policy_of(settings).choose(private.macs, None, epoch=0, key=0, excluded=execution.excluded_layers)
-    set_precisions(private.model, execution.precisions(private.macs, layers))
-    many = len(synthetic)
-    few, size = max(many // 4, 1), min(execution.microbatch_size, max(many // 4, 1))
-    device = next(private.model.parameters()).device
-    piece = Microbatch(to_device(synthetic.first(size), device), torch.arange(size), size)
-    seconds: dict[int, list[float]] = {few: [], many: []}
-    for _ in range(_ROUNDS_OF_SUMS):
-        for examples, times in seconds.items():
-            pieces = [piece] * max(round(examples / size), 1)
-            began = now()
-            step_sum(found, pieces, private.plan, 0, leaves_out=False)
-            times.append((now() - began) * examples / (len(pieces) * size))
-    set_policy(private.model, ())
-    return StepTimes.through(
-        (few, min(seconds[few])),
-        (many, min(seconds[many])),
-        values=sum(p.numel() for p in private.model.parameters() if p.requires_grad),
-        source=f"measured on this machine on {datetime.date.today():%Y-%m-%d}, {torch.get_num_threads()} threads",
-        whole=step,
-    )
 
 
 def _mean_step(settings: TrainSettings, plan: PrivacyPlan, private: PrivateTraining, model: CostModel) -> float:

@@ -30,7 +30,6 @@ Symbols: B examples, g_i gradient of example i, C clipping norm.
 import copy
 import dataclasses
 import datetime
-import importlib.metadata
 import json
 import math
 import statistics
@@ -51,11 +50,14 @@ from dpquant.app.contenders import (
     MakeSide,
     StepSettings,
     example_losses,
+    opacus_version,
+    why_not,
 )
 from dpquant.app.networks import Batch, build_network, check_fits, synthetic_batch
 from dpquant.engine.batches import take_rows
 from dpquant.engine.randomness import seeded
 from dpquant.machine import Hardware, check_threads, forget_peak, memory_mib, now
+from dpquant.version import version
 
 Watch = Callable[[str], None]
 
@@ -127,7 +129,7 @@ class BenchRecord:
     """One benchmark result with its environment.
 
     Attributes:
-      dpquant, opacus: versions.
+      dpquant, opacus: versions; opacus is "" where it is not installed.
       date: end of the measurement, in UTC.
       hardware: the machine.
       threads: number of threads that torch used.
@@ -213,8 +215,8 @@ def measure(
         spread = Spread.of([s / settings.num_examples * 1e3 for s in seconds])
         results[name] = dataclasses.replace(results[name], ms_per_example=spread)
     return BenchRecord(
-        dpquant=importlib.metadata.version("dpquant"),
-        opacus=importlib.metadata.version("opacus"),
+        dpquant=version(),
+        opacus=opacus_version(),
         date=f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
         hardware=hardware,
         threads=threads,
@@ -244,8 +246,7 @@ def _checked(
             if not reason:
                 steps[name] = make(copy.deepcopy(network), batch, settings.of_step)
         except Exception as failure:  # another library may raise anything
-            first_line = (str(failure).strip() or "no message").splitlines()[0]
-            results[name] = SideResult(status="does not run", reason=f"{type(failure).__name__}: {first_line}")
+            results[name] = SideResult(status="does not run", reason=why_not(failure))
             continue
         results[name] = SideResult(status="wrong" if reason else "measured", reason=reason, error=error)
         if settings.memory and not reason and name in SIDES:

@@ -21,21 +21,20 @@ from typing import TypeVar
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from dpquant.app.form import Form
+from dpquant.app.form import specimens_of
 from dpquant.checks.codes import check_quantized
 from dpquant.checks.isolation import Findings, check_isolation
 from dpquant.checks.refusals import Refusal, refusals
 from dpquant.checks.synthetic import Specimens
-from dpquant.data import models
+from dpquant.data.form import Form
 from dpquant.engine.convert import fix
 from dpquant.engine.layers import count_macs, prepare, quantizable_layers, quantizable_twin
 from dpquant.engine.passes import Objective
-from dpquant.engine.randomness import seeded
 from dpquant.errors import DPQuantError, ModelError
 from dpquant.formats import Precision, precision
 from dpquant.runs.directory import RunDirectory
-from dpquant.runs.evaluation import evaluating, per_example_loss
-from dpquant.runs.objects import check_outputs
+from dpquant.runs.evaluation import evaluating, loss_of
+from dpquant.runs.objects import blank_of, check_outputs
 
 _QUANTIZABLE = (nn.Conv2d, nn.Linear)
 _WITHOUT_PRODUCT = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
@@ -56,6 +55,7 @@ class Finding:
     Attributes:
       stage: `type` of a module, `outputs`, `saving`, `full precision`, `quantized`, `preparing` or `fix`.
       module, kind: path and class of the module; empty where it is the model.
+      modules: number of modules of which the same is to be said; `module` is the first.
       problem: what is wrong and why it matters; with `fix` None also what to do.
       fix: what to do.
     """
@@ -65,6 +65,7 @@ class Finding:
     kind: str = ""
     problem: str
     fix: str | None = None
+    modules: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,21 +129,6 @@ class ModelCheck:
         return json.dumps({"passed": self.passed, **dataclasses.asdict(self)}, indent=2) + "\n"
 
 
-def built(name: str, form: Form, width: float = 1.0) -> nn.Module:
-    """Build a model as a run does, with parameters drawn from a fixed seed.
-
-    Args:
-      name: `module:function` or one of `data.models.NAMES`.
-      form: of the records.
-      width: factor on the channels of a named model.
-    Raises:
-      ModelError: the model is unknown or cannot be built.
-      SettingError: the model cannot have the width.
-    """
-    with seeded(0):
-        return models.build(name, num_classes=form.num_classes, input_shape=form.input_shape, width=width)
-
-
 def check_model(
     model: nn.Module,
     form: Form,
@@ -172,7 +158,7 @@ def check_model(
         model = _tried(found, "fix", lambda: fix(model)) or model
     shown = str(model) if fixed else None
     static = refusals(model)
-    found += [Finding(stage="type", module=r.module, kind=r.kind, problem=r.problem, fix=r.remedy) for r in static]
+    found += _of_types(static)
     runs = _runs(model, form, found)
     layers = _layers(model, form if runs else None, chosen)
     subject, probed, probe = None, "the model does not run", dict.fromkeys(_PROBES, NOT_RUN)
@@ -197,6 +183,17 @@ def check_model(
     )
 
 
+def _of_types(static: Sequence[Refusal]) -> list[Finding]:
+    """Return one finding for all modules of a class of which the same is wrong."""
+    alike: dict[tuple[str, str, str], list[Refusal]] = {}
+    for refusal in static:
+        alike.setdefault((refusal.kind, refusal.problem, refusal.remedy), []).append(refusal)
+    return [
+        Finding(stage="type", module=first.module, kind=kind, problem=problem, fix=remedy, modules=1 + len(others))
+        for (kind, problem, remedy), (first, *others) in alike.items()
+    ]
+
+
 def _tried(found: list[Finding], stage: str, work: Callable[[], _Result]) -> _Result | None:
     """Return what the work gives; add a finding and return None if it is refused."""
     try:
@@ -209,7 +206,7 @@ def _tried(found: list[Finding], stage: str, work: Callable[[], _Result]) -> _Re
 def _runs(model: nn.Module, form: Form, found: list[Finding]) -> bool:
     """Return whether the model runs on blank inputs; add a finding if not, or if it does not give a logit a class."""
     try:
-        check_outputs(model, form.blank(2), form.num_classes)
+        check_outputs(model, blank_of(form), form.num_classes)
     except ModelError as error:
         found.append(Finding(stage="outputs", problem=str(error)))
         return error.__cause__ is None  # it runs, and gives outputs of another shape
@@ -240,7 +237,7 @@ def _mended(model: nn.Module, static: Sequence[Refusal]) -> tuple[nn.Module | No
 
 def _probe(model: nn.Module, form: Form, chosen: Precision, found: list[Finding], isolate: Isolate) -> dict[str, str]:
     """Run the live check in full precision, then quantized; add what it finds, and return how each went."""
-    facts = _tried(found, _FULL, lambda: isolate(Objective(model, per_example_loss), form.specimens()))
+    facts = _tried(found, _FULL, lambda: isolate(Objective(model, loss_of(form.task)), specimens_of(form)))
     if facts is None:
         return {_FULL: FAILED}
     if not quantizable_layers(model):
@@ -260,7 +257,7 @@ def _layers(model: nn.Module, form: Form | None, chosen: Precision) -> list[Laye
     if form is not None:
         counted = {name: m for name, m in own.items() if isinstance(m, _COUNTED) and not getattr(m, "transposed", 0)}
         with evaluating(model):
-            macs = count_macs(model, lambda: model(form.blank(1)), layers=counted)
+            macs = count_macs(model, lambda: model(blank_of(form, 1)), layers=counted)
     owners: dict[nn.Parameter, str] = {}
     rows = []
     for name, module in own.items():

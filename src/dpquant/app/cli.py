@@ -8,7 +8,6 @@ and exit code 2, and nothing else is written. A run that diverges ends with exit
 import dataclasses
 import functools
 import gc
-import importlib.metadata
 import os
 import sys
 import warnings
@@ -17,7 +16,6 @@ from types import MappingProxyType
 from typing import Annotated, Any, NoReturn
 
 import typer
-from typer.exceptions import TyperException
 
 from dpquant.app.corrections import corrected
 from dpquant.app.options import DIVERGED, INTERRUPTED, EndsQuietly, InterruptedRun, refuse
@@ -43,6 +41,12 @@ from dpquant.app.verbs.verify import verify
 from dpquant.app.verbs.watch import watch
 from dpquant.errors import DivergedError, DPQuantError, GroupError, StoppedError
 from dpquant.runs.launched import Launch
+from dpquant.version import version
+
+try:
+    from typer.exceptions import TyperException
+except ImportError:  # typer before 0.26 raises those of click, on which it depends
+    from click import ClickException as TyperException
 
 SPINS = "1000"  # some tens of microseconds, longer than from one operator to the next; `scripts/bench waiting`
 
@@ -176,8 +180,8 @@ def _warn(message: Warning | str, *_: object, **__: object) -> None:
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+def _root(asked: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
     """Differentially private training with dynamic quantization."""
-    if version:
-        print(importlib.metadata.version("dpquant"))
+    if asked:
+        print(version())
         raise typer.Exit

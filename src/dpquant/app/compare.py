@@ -14,7 +14,6 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from scipy import stats
 
@@ -23,17 +22,16 @@ from dpquant.errors import SettingError, did_you_mean
 from dpquant.privacy import accounting
 from dpquant.privacy.events import Event
 from dpquant.privacy.plan import PrivacyPlan
+from dpquant.runs.named import check_accuracy
 from dpquant.runs.names import CONFIG, LEDGER, RECORD, TIMINGS
+from dpquant.runs.pages.curves import curves
 from dpquant.runs.ranges import POLICIES
 from dpquant.runs.record import RunRecord, write_whole
 from dpquant.runs.settings import TrainSettings, plan_of
 from dpquant.runs.sinks import Sink
-from dpquant.runs.sources import check_accuracy
 from dpquant.runs.timings import Timings
+from dpquant.runs.trackers.registry import check_trackers
 from dpquant.runs.train import train
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 CONFIDENCE = 0.95
 _MOST_SEEDS = 1000
@@ -110,7 +108,7 @@ def compare(
     watch: Callable[[str], None] = lambda what: None,
     train: Callable[..., object] = train,
 ) -> Comparison:
-    """Train under every policy at seeds 0 .. num_seeds - 1; write out/compare.json and out/compare.png.
+    """Train under every policy at seeds 0 .. num_seeds - 1; write out/compare.json and out/compare.svg.
 
     Args:
       settings: of all runs; policy and seed are replaced.
@@ -143,6 +141,7 @@ def compare(
                 "twice. Leave one out, or give more seeds."
             )
     check_accuracy(settings)
+    check_trackers(settings.track)
     runs = {
         (policy, seed): dataclasses.replace(settings, policy=policy, seed=seed)
         for seed in range(num_seeds)
@@ -158,7 +157,7 @@ def compare(
             again = f": repeated, as it was interrupted; what it charged counts, see {aside}" if aside else ""
             says = _Says(watch, f"{policy}, seed {seed}{again}")
             train(one, folder, plan=plans[policy, seed], sinks=[says])
-        elif (folder / CONFIG).read_text() != one.to_toml():
+        elif (folder / CONFIG).read_text(encoding="utf-8") != one.to_toml():
             raise SettingError(
                 f"Expected out to hold runs of the same settings; got {folder} of others. They cannot be compared. "
                 "Name another directory."
@@ -172,9 +171,8 @@ def compare(
         delta=settings.delta,
     )
     write_whole(out / "compare.json", comparison.to_json())
-    draw_accuracies(
-        {policy: [run.accuracy_per_epoch for run in runs] for policy, runs in records.items()}, out / "compare.png"
-    )
+    accuracies = {policy: [run.accuracy_per_epoch for run in runs] for policy, runs in records.items()}
+    write_whole(out / "compare.svg", curves(accuracies))
     return comparison
 
 
@@ -216,77 +214,3 @@ def half_width(values: Sequence[float]) -> float | None:
         return None
     quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
     return quantile * statistics.stdev(values) / math.sqrt(len(values))
-
-
-COLOURS = {
-    "blue": "#0072B2",
-    "vermilion": "#D55E00",
-    "green": "#009E73",
-    "purple": "#CC79A7",
-    "orange": "#E69F00",
-    "sky": "#56B4E9",
-    "black": "#222222",
-}
-"""Okabe and Ito's colours, which the colour-blind tell apart; yellow is left out, as it is faint on white."""
-
-
-def draw_accuracies(accuracies: Mapping[str, Sequence[Sequence[float]]], path: Path, title: str = "") -> None:
-    """Plot test accuracy over epochs: one line for each row's mean, with a band from its lowest to its highest seed.
-
-    Args:
-      accuracies: {row: for each seed, the accuracy of each epoch in 0..1}.
-      path: of the PNG file to write.
-      title: of the plot.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    ends = {}
-    for (row, by_seed), colour in zip(accuracies.items(), itertools.cycle(COLOURS.values()), strict=False):
-        by_epoch = list(zip(*by_seed, strict=True))
-        epochs = range(1, len(by_epoch) + 1)
-        means = [100 * statistics.mean(values) for values in by_epoch]
-        axes.plot(epochs, means, color=colour, marker="o" if len(by_epoch) == 1 else None)
-        low, high = ([100 * pick(values) for values in by_epoch] for pick in (min, max))
-        axes.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
-        ends[f"{row} {means[-1]:.1f} %"] = (len(by_epoch), means[-1], colour)
-    axes.set(xlabel="epoch", ylabel="test accuracy, %", title=title)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    label_ends(axes, ends)
-    figure.savefig(path, dpi=130)
-
-
-def label_ends(axes: "Axes", ends: Mapping[str, tuple[float, float, str]], *, lines: bool = False) -> None:
-    """Write the name of each line or point to the right of the axes, in its colour, without names on top of each other.
-
-    Args:
-      axes: with what is named, whose limits and scale are as they will be drawn.
-      ends: {name: (x, y, colour)} of the line's end or the point.
-      lines: draw a thin line from each to its name.
-    """
-    axes.get_ylim()  # a limit that is still to be chosen is chosen now
-    top, bottom = (axes.transAxes.transform((0, y))[1] for y in (1, 0))
-    heights = {name: axes.transData.transform((x, y))[1] for name, (x, y, _) in ends.items()}
-    step = 9 * axes.figure.dpi / 72  # of 8-point text
-    place = -math.inf
-    for name in sorted(heights, key=lambda name: heights[name]):
-        place = max(heights[name], place + step)
-        heights[name] = place
-    excess = max(0.0, place - top)
-    for name, (x, y, colour) in ends.items():
-        axes.annotate(
-            name,
-            (x, y),
-            (1.01, (heights[name] - excess - bottom) / (top - bottom)),
-            textcoords="axes fraction",
-            va="center",
-            fontsize=8,
-            color=colour,
-            arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": colour, "alpha": 0.5} if lines else None,
-        )

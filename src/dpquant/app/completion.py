@@ -17,6 +17,7 @@ _VALUES: Mapping[str, tuple[str, ...]] = {
     "data": (*PUBLIC_SIZES, *OWN_PREFIXES),
     "model": (*NAMES, HF_PREFIX),
     "device": ("auto", "cpu", "cuda"),
+    "track": ("tensorboard", "mlflow"),
 }
 
 

@@ -20,6 +20,7 @@ arXiv:2110.05679.
 
 import dataclasses
 import functools
+import importlib.metadata
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -285,6 +286,21 @@ DESCRIPTIONS = {
     "most": "ours, 90 %",
     "all": "ours, all",
 }
+
+
+def why_not(failure: Exception) -> str:
+    """Return in one line why a side does not run, with what to do where Opacus is missing."""
+    if isinstance(failure, ModuleNotFoundError) and (failure.name or "").split(".")[0] == "opacus":
+        return "Opacus is not installed: pip install 'dpquant[bench]'"
+    return f"{type(failure).__name__}: {(str(failure).strip() or 'no message').splitlines()[0]}"
+
+
+def opacus_version() -> str:
+    """Return the version of Opacus, "" where it is not installed."""
+    try:
+        return importlib.metadata.version("opacus")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _pieces(batch: Batch, settings: StepSettings) -> Iterator[tuple[Batch, bool]]:

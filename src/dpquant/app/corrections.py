@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _MEANT = re.compile(r"Did you mean '?([^\s?']+)'?\?")
-_OPTIONS = re.compile(r"No such option: (\S+) \(Possible options: (.+)\)")
+_OPTIONS = re.compile(r"No such option:? '?([\w-]+)'?\.? \((?:Possible options:|Did you mean one of:) (.+?)[?]?\)")
 
 
 def corrected(message: str, arguments: Sequence[str], instead: Mapping[str, Any]) -> str | None:
@@ -23,7 +23,7 @@ def corrected(message: str, arguments: Sequence[str], instead: Mapping[str, Any]
     if instead:
         return _command(_with(arguments, instead))
     if listed := _OPTIONS.search(message):
-        nearest = difflib.get_close_matches(listed[1], listed[2].split(", "), n=1)
+        nearest = difflib.get_close_matches(listed[1], listed[2].replace("'", "").split(", "), n=1)
         return _replaced(arguments, listed[1], nearest[0]) if nearest else None
     meant = _MEANT.search(message)
     if meant is None:

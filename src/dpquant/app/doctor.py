@@ -18,9 +18,10 @@ from pathlib import Path
 from dpquant import native
 from dpquant.data.sizes import PUBLIC_SIZES
 from dpquant.machine import memory_gib, processor
+from dpquant.version import version
 
 _PACKAGES = ("torch", "torchvision", "numpy", "scipy", "dp-accounting", "cryptography", "safetensors")
-_DEVELOPERS = "dev"  # the extra that users do not need
+_EVERYTHING = "all"  # the extra that names the others
 _WITHOUT_NETWORK = "digits"  # comes with scikit-learn
 _LITTLE_GIB = 2.0
 _RECIPE = "luq-fp4"  # of the default settings
@@ -86,7 +87,7 @@ class Health:
         return cls(
             network=network(),
             versions={
-                **{"dpquant": importlib.metadata.version("dpquant"), "python": platform.python_version()},
+                **{"dpquant": version(), "python": platform.python_version()},
                 **{name: importlib.metadata.version(name) for name in _PACKAGES},
             },
             system=f"{platform.system()} {platform.machine()}",
@@ -121,7 +122,7 @@ class Health:
             ("processor", f"{self.processor}, {self.cores} cores"),
             ("instructions", " ".join(self.instructions) or "none that dpquant knows"),
             ("threads", str(self.threads)),
-            ("native module", "yes" if self.native else f"no: {self.native_obstacle}"),
+            ("native module", "yes" if self.native else f"{native.SLOWER} ({self.native_obstacle})"),
             ("GPU", ", ".join(self.devices) or "none"),
             ("backend", f"{self.backend} for {_RECIPE}: {self.backend_reason}"),
             ("memory", f"{memory}{free}"),
@@ -155,13 +156,23 @@ class Health:
         return json.dumps({**dataclasses.asdict(self), "advice": self.advice}, indent=2) + "\n"
 
 
-_EXTRAS = {"text": "pretrained networks and tokenizers", "arrow": "Parquet files"}
+_EXTRAS = {
+    "text": "pretrained networks and tokenizers",
+    "arrow": "Parquet files",
+    "onnx": "exporting to ONNX",
+    "bench": "measuring Opacus beside dpquant",
+    "tensorboard": "TensorBoard files",
+    "mlflow": "runs in MLflow",
+}
 
 
 def network() -> str:
     """Return in words when dpquant uses the network."""
     *most, last = (name for name in PUBLIC_SIZES if name != _WITHOUT_NETWORK)
-    return f"never used, but to fetch {', '.join(most)} or {last} where their files are missing; nothing is sent"
+    return (
+        f"never used, but to fetch {', '.join(most)} or {last} where their files are missing; nothing is sent, but by "
+        "--track to the trackers that it names"
+    )
 
 
 def memory_free_gib(proc: Path = Path("/proc")) -> float | None:
@@ -171,7 +182,9 @@ def memory_free_gib(proc: Path = Path("/proc")) -> float | None:
       proc: where the file system of processes is mounted.
     """
     try:
-        lines = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines() if ":" in line)
+        lines = dict(
+            line.split(":", 1) for line in (proc / "meminfo").read_text(encoding="utf-8").splitlines() if ":" in line
+        )
         return int(lines["MemAvailable"].split()[0]) / 2**20
     except (OSError, KeyError, ValueError, IndexError):
         return None
@@ -197,7 +210,7 @@ def extras(requirements: Iterable[str], is_there: Callable[[str], bool] | None =
     """
     found: dict[str, bool] = {}
     for match in filter(None, map(_REQUIREMENT.match, requirements)):
-        if match["extra"] != _DEVELOPERS:
+        if match["extra"] != _EVERYTHING:
             found[match["extra"]] = found.get(match["extra"], True) and (is_there or _is_installed)(match["name"])
     return found
 

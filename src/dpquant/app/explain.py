@@ -25,6 +25,8 @@ _HEADING = re.compile(r"^## (.+)\n", re.MULTILINE)
 _ALSO = {
     "exit code": "exit codes", "dp": "privacy", "sigma": "noise_multiplier", "learning rate": "lr",
     "learning_rate": "lr", "clip": "clipping", "sampling": "poisson sampling", "budget": "epsilon", "score": "impact",
+    "batch norm": "batchnorm", "freeze": "batchnorm", "pretraining": "pretrained", "fine tuning": "pretrained",
+    "normalization": "normalize", "normalisation": "normalize", "imagenet": "normalize",
     "progress.json": "heartbeat", "quantize": "quantization", "pld": "accountant", "baseline": "none",
 }  # fmt: skip
 """{what users may ask for: the word that explains it}."""

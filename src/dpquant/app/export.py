@@ -282,7 +282,7 @@ def _why_not_reported(report: Path, record: RunRecord, withheld: Sequence[str]) 
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"Expected a readable {path}; got {type(error).__name__}. Remove or restore it.") from error
 
@@ -305,9 +305,9 @@ def _write(model: Path, texts: Mapping[str, str], folder: Path, disk: Disk) -> l
         draft.mkdir(parents=True)
         shutil.copyfile(model, draft / MODEL)
         for name, text in texts.items():
-            (draft / name).write_text(text)
+            (draft / name).write_text(text, encoding="utf-8")
         copied = [_copied(draft / name) for name in (MODEL, *texts)]
-        (draft / SUMS).write_text("".join(f"{one.sha256}  {one.name}\n" for one in copied))
+        (draft / SUMS).write_text("".join(f"{one.sha256}  {one.name}\n" for one in copied), encoding="utf-8")
         for path in draft.iterdir():
             with path.open("rb+") as file:
                 os.fsync(file.fileno())

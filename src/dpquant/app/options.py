@@ -27,6 +27,21 @@ ALERT = 3
 DIVERGED = 4
 INTERRUPTED = 130
 
+OF_SOURCES = (
+    "data_dir",
+    "image_size",
+    "normalize",
+    "test",
+    "test_share",
+    "label_column",
+    "spec",
+    "text_column",
+    "classes",
+    "tokenizer",
+    "max_length",
+)
+"""Settings that say how the records of a data set are read."""
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")]
 
 _WHILE_IT_IS_TOLD = 2.0  # seconds; as soon as one process has ended, torchrun ends those that have not
@@ -70,7 +85,7 @@ def command_line() -> str:
     return shlex.join(["dpquant", *sys.argv[1:]])
 
 
-def with_settings(verb: Callable[..., None], names: Collection[str] | None = None) -> Callable[..., None]:
+def with_settings(verb: Callable[..., Any], names: Collection[str] | None = None) -> Callable[..., Any]:
     """Return the verb with one option for every field of TrainSettings, or for those named, collected in `given`.
 
     An option that the user does not give is not in `given`. A field that the verb has a parameter for stays the verb's.
@@ -92,9 +107,9 @@ def with_settings(verb: Callable[..., None], names: Collection[str] | None = Non
             inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
         )
 
-    def collected(**options: Any) -> None:
+    def collected(**options: Any) -> Any:
         own = {name: options.pop(name) for name in list(options) if name in own_names}
-        verb(given={name: value for name, value in options.items() if value is not None}, **own)
+        return verb(given={name: value for name, value in options.items() if value is not None}, **own)
 
     functools.update_wrapper(collected, verb)
     vars(collected)["__signature__"] = inspect.Signature(parameters)  # what typer makes options of
@@ -148,7 +163,7 @@ def line_of(message: str, names: Collection[str], config: Path | None) -> int | 
     told = [name for name in names if re.search(rf"(got |Expected |got a table \[){name}\b", message)]
     if config is None or not told:
         return None
-    lines = enumerate(config.read_text().splitlines(), 1)
+    lines = enumerate(config.read_text(encoding="utf-8").splitlines(), 1)
     return next((number for number, line in lines if re.match(rf"\s*\[?{told[0]}\s*[=\]]", line)), None)
 
 

@@ -15,6 +15,7 @@ from typing import IO, Any, Self, cast
 
 from rich.console import Console
 
+from dpquant import native
 from dpquant.errors import SettingError, did_you_mean
 
 COLORS = ("auto", "always", "never")
@@ -134,6 +135,12 @@ def say(text: str) -> None:
     """Print a line of progress on standard error, unless results alone are asked for."""
     if not _current.quiet:
         print(text, file=_log, flush=True)
+
+
+def tell_native(kernels: object = native.kernels) -> None:
+    """Say so where the C++ kernels are missing, before a user wonders why it is slow."""
+    if kernels is None:
+        say(f"native    module: {native.SLOWER}")
 
 
 class Phases:

@@ -40,12 +40,13 @@ def tell_settings(settings: "TrainSettings", usual: Mapping[str, Default]) -> No
         origin = f" ({default.origin})" if default is not None and default.value == value else ""
         return f"{words} {value:,g}{origin}" if isinstance(value, float | int) else f"{words}{value}{origin}"
 
+    side = "" if settings.image_size is None else f", images {told('image_size', 'of side')}"
     records = settings.public_records
     public = "" if records is None else f", {records:,} records"
     parts = "" if settings.train_only is None else f", of which {settings.train_only} is trained"
     parts = f", by adapters of rank {settings.lora}" if settings.lora is not None else parts
     model = f"model {settings.model}{parts}"
-    say(f"data      {settings.data}{public}; {model}; {settings.optimizer}, {told('lr', 'lr')}")
+    say(f"data      {settings.data}{side}{public}; {model}; {settings.optimizer}, {told('lr', 'lr')}")
     say(
         f"training  {told('epochs', 'epochs')}, {told('batch_size', 'batch size')}; "
         f"{told('policy', 'policy ')}, {told('format', 'format ')}"

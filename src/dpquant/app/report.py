@@ -63,7 +63,9 @@ def facts_of(run: Path, *, redact: bool = False) -> Facts:
         meaning=meaning_of(known, record.delta),
         details=details_of(known, record.delta, per_person),
         description=description,
-        settings=None if redact or not (run / CONFIG).is_file() else (run / CONFIG).read_text(errors="replace"),
+        settings=None
+        if redact or not (run / CONFIG).is_file()
+        else (run / CONFIG).read_text(errors="replace", encoding="utf-8"),
         redacted=redact,
         evaluation=Evaluation.read(run / EVALUATION) if (run / EVALUATION).is_file() else None,
     )
@@ -119,7 +121,7 @@ def renew_report(run: Path) -> None:
     """
     path = run / REPORT
     if path.is_file():
-        redacted = f'"{REDACTED}":true' in path.read_text(errors="replace")
+        redacted = f'"{REDACTED}":true' in path.read_text(errors="replace", encoding="utf-8")
         write(path, report(facts_of(run, redact=redacted)))
 
 

@@ -134,6 +134,11 @@ def account(runs: Sequence[Path], delta: float | None = None) -> Account:
         if any(path.samefile(other) for other in ledgers):
             raise SettingError(f"Expected every run once; got {run} twice. It would be counted twice. Leave one out.")
         ledgers[path] = Ledger.verify(path)
+    return _composed(ledgers, delta)
+
+
+def _composed(ledgers: dict[Path, Contents], delta: float | None) -> Account:
+    """Return what verified ledgers say together; errors as for `account`."""
     deltas = {None if contents.budget is None else contents.budget.delta for contents in ledgers.values()}
     if delta is None and (len(deltas) != 1 or None in deltas):
         found = ", ".join("none" if one is None else f"{one:g}" for one in deltas)
@@ -201,7 +206,7 @@ def total(runs: Sequence[Path], delta: float | None = None) -> Total:
     """
     heads: dict[str, Path] = {}
     names: dict[str, Path] = {}
-    once: list[Path] = []
+    once: dict[Path, Contents] = {}
     notes = []
     for run in runs:
         path = _ledger_of(run)
@@ -213,8 +218,8 @@ def total(runs: Sequence[Path], delta: float | None = None) -> Total:
             notes.append(f"{run} and {names[contents.run]} are two states of one run: both are counted")
         heads.setdefault(contents.head, run)
         names.setdefault(contents.run, run)
-        once.append(run)
-    found = account(once, delta)
+        once[path] = contents
+    found = _composed(once, delta)
     return Total(account=found, meaning=meaning_of(found.together.events, found.together.delta), notes=notes)
 
 

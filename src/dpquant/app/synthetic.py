@@ -2,9 +2,13 @@
 """Synthetic labelled records for measuring speed: `assess` trains on them, `bench` takes its batch from them."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
+
+from dpquant.data.form import Form
 
 
 class SyntheticRecords:
@@ -33,3 +37,35 @@ class SyntheticRecords:
         """Return inputs `(count, *shape)` and labels `(count,)` of the first `count` records, repeated if fewer."""
         record_ids = torch.arange(count) % len(self)
         return self._inputs[record_ids], self._labels[record_ids]
+
+
+class RepeatedRecords:
+    """Map-style data set of a few synthetic records in the data's own domain, over and over.
+
+    Args:
+      records: to be repeated; texts among them have the largest length.
+      size: number of records.
+    """
+
+    def __init__(self, records: Sequence[Any], size: int):
+        self._records, self._size = records, size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> Any:
+        return self._records[range(self._size)[index] % len(self._records)]
+
+    def first(self, count: int) -> Any:
+        """Return the first `count` records, collated; repeated if there are fewer."""
+        return default_collate([self[index % len(self)] for index in range(count)])
+
+
+Synthetic = SyntheticRecords | RepeatedRecords
+
+
+def records_like(form: Form, size: int) -> Synthetic:
+    """Return synthetic records of a form: those that it has, repeated, or normal inputs."""
+    if form.synthetic is None:
+        return SyntheticRecords(form.input_shape, form.num_classes, size)
+    return RepeatedRecords(form.synthetic, size)

@@ -166,7 +166,7 @@ def _lines(run: Path) -> Contents:
 def _summary(path: Path) -> Contents:
     """Return what an export says of its run's ledger; raise a LedgerError if it cannot be read."""
     try:
-        fields = json.loads(path.read_text())
+        fields = json.loads(path.read_text(encoding="utf-8"))
         events = [Event(**event) for event in fields["events"]]
         return Contents(
             format=fields["format"],
@@ -274,7 +274,7 @@ def _epochs(run: Path, record: RunRecord) -> Iterator[Finding]:
         growing = spent == sorted(spent) and spent[-1] <= record.epsilon * (1 + _ROUND_OFF)
         yield Finding(what="epochs: epsilon grows to the total", holds=growing, detail=_shown(spent[-1]))
     if (run / METRICS).is_file() and record.provenance is not None:
-        lines = (run / METRICS).read_text(errors="replace").splitlines()
+        lines = (run / METRICS).read_text(errors="replace", encoding="utf-8").splitlines()
         same = any(lines == [metrics_line(one, scores=has) for one in record.per_epoch] for has in (True, False))
         detail = f"{len(lines)} lines, as in {RECORD}" if same else f"other lines than {RECORD} has epochs"
         yield Finding(what="epochs: metrics", holds=same, detail=detail)
@@ -301,6 +301,6 @@ def _report(run: Path) -> Iterator[Finding]:
     if not (run / REPORT).is_file():
         return
     digest = hashlib.sha256((run / RECORD).read_bytes()).hexdigest()
-    holds = digest in (run / REPORT).read_text(errors="replace")
+    holds = digest in (run / REPORT).read_text(errors="replace", encoding="utf-8")
     detail = f"made of this {RECORD}" if holds else f"made of another {RECORD}. Make it again: dpquant report {run}"
     yield Finding(what="report", holds=holds, detail=detail)

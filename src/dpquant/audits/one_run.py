@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """An audit of a real training: canaries among its records, and an attacker who guesses from the trained model which.
 
-The canaries are images of random black and white pixels with random labels, which nothing but having seen them can
-predict. A fair coin decides for each whether it joins the training records. The run is otherwise that of the settings:
+The canaries (`canaries.py`) are random records with random labels, which nothing but having seen them can predict. A
+fair coin decides for each whether it joins the training records. The run is otherwise that of the settings:
 the same plan, model, policy and formats. The attacker knows the model before the training and after it, and scores a
 canary by how far its loss has fallen. What such guesses say about epsilon is in `guesses.py`.
 
@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from dpquant.audits.canaries import Canaries, InMemory
 from dpquant.audits.guesses import (
     Guesses,
     ceiling,
@@ -38,13 +39,13 @@ from dpquant.audits.guesses import (
     profile_least,
 )
 from dpquant.audits.taps import Start
-from dpquant.data.sizes import PACKED_PREFIX, TABLE_PREFIX, TEXT_PREFIX
-from dpquant.data.split import Split
+from dpquant.data.form import Form
+from dpquant.data.sizes import PACKED_PREFIX
 from dpquant.engine.batches import to_device
 from dpquant.errors import SettingError
 from dpquant.privacy import accounting
 from dpquant.privacy.events import Event
-from dpquant.runs.evaluation import EVALUATION_BATCH, evaluating, per_example_loss
+from dpquant.runs.evaluation import EVALUATION_BATCH, evaluating, loss_of
 from dpquant.runs.settings import TrainSettings
 from dpquant.runs.sinks import Sink
 from dpquant.runs.train import train
@@ -56,60 +57,11 @@ FEWEST, MOST = 20, 10_000  # canaries
 _CURVE = 400  # points of the claimed curve
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Canaries:
-    """Records whose part in a training is to be guessed.
-
-    Attributes:
-      pixels, targets: as of the data set, `(m, C, H, W)` and int64 `(m,)`.
-      inside: bool `(m,)`, the coins.
-    """
-
-    pixels: Tensor
-    targets: Tensor
-    inside: Tensor
-
-    @classmethod
-    def for_records(cls, records: Split, num_classes: int, count: int, seed: int) -> "Canaries":
-        """Toss the coins and draw the images. Uses the shape and the type of the records, and none of them."""
-        random = torch.Generator().manual_seed(seed)
-        pixels = torch.randint(2, (count, *records.pixels.shape[1:]), generator=random) * records.full_scale
-        return cls(
-            pixels=pixels.to(records.pixels.dtype),
-            targets=torch.randint(num_classes, (count,), generator=random),
-            inside=torch.rand(count, generator=random) < 0.5,
-        )
-
-    def among(self, records: Split) -> Split:
-        """Return the records and, after them, the canaries whose coin says so."""
-        return _like(
-            records,
-            torch.cat([records.pixels, self.pixels[self.inside]]),
-            torch.cat([records.targets, self.targets[self.inside]]),
-            torch.cat([records.readable, torch.ones(int(self.inside.sum()), dtype=torch.bool)]),
-        )
-
-    @torch.no_grad()
-    def losses(self, model: nn.Module, records: Split) -> np.ndarray:
-        """Return every canary's loss, float64 `(m,)`; one that is not finite is as large as a number can be."""
-        own = _like(records, self.pixels, self.targets, torch.ones(len(self.targets), dtype=torch.bool))
-        device, found = next(model.parameters()).device, []
-        with evaluating(model):
-            for ids in torch.arange(len(own)).split(EVALUATION_BATCH):
-                found.append(per_example_loss(model, to_device(own.batch(ids), device)).double().cpu())
-        return np.nan_to_num(torch.cat(found).numpy(), nan=math.inf)
-
-
-def _like(records: Split, pixels: Tensor, targets: Tensor, readable: Tensor) -> Split:
-    split = Split(pixels, targets, readable=readable, full_scale=records.full_scale)
-    split.mean, split.std = records.mean, records.std
-    return split
-
-
 class Attacker:
     """Plants canaries into a training, as the `start` of a run, and scores them once it has ended.
 
     Args:
+      form: of the run's records.
       count: m, number of canaries.
       seed: of the coins and the canaries.
       start: starts the run.
@@ -117,16 +69,15 @@ class Attacker:
       inside: bool `(m,)`, the coins.
     """
 
-    def __init__(self, count: int, seed: int, start: Start = make_private):
-        self._count, self._seed, self._start = count, seed, start
+    def __init__(self, form: Form, count: int, seed: int, start: Start = make_private):
+        self._form, self._count, self._seed, self._start = form, count, seed, start
+        self._loss_fn = loss_of(form.task)
 
-    def __call__(self, model: nn.Module, optimizer: torch.optim.Optimizer, records: Split, **options: Any) -> Any:
+    def __call__(self, model: nn.Module, optimizer: torch.optim.Optimizer, records: InMemory, **options: Any) -> Any:
         """Start the run with the canaries among its records."""
-        with torch.no_grad(), evaluating(model):
-            blank = torch.zeros(1, *records.pixels.shape[1:], device=next(model.parameters()).device)
-            num_classes = model(blank).shape[1]
-        self._canaries, self._records = Canaries.for_records(records, num_classes, self._count, self._seed), records
-        self._before = self._canaries.losses(model, records)
+        self._canaries = Canaries.for_records(records, self._form, self._count, self._seed)
+        self._alone = self._canaries.alone(records)
+        self._before = self._losses(model)
         self.private: PrivateTraining = self._start(model, optimizer, self._canaries.among(records), **options)
         return self.private
 
@@ -136,7 +87,16 @@ class Attacker:
 
     def scores(self) -> np.ndarray:
         """Return how far each canary's loss has fallen, `(m,)`. Privacy: post-processing of the trained parameters."""
-        return self._before - self._canaries.losses(self.private.model, self._records)
+        return self._before - self._losses(self.private.model)
+
+    @torch.no_grad()
+    def _losses(self, model: nn.Module) -> np.ndarray:
+        """Return every canary's loss, float64 `(m,)`; one that is not finite is as large as a number can be."""
+        device, found = next(model.parameters()).device, []
+        with evaluating(model):
+            for ids in torch.arange(len(self._alone)).split(EVALUATION_BATCH):
+                found.append(self._loss_fn(model, to_device(self._alone.batch(ids), device)).double().cpu())
+        return np.nan_to_num(torch.cat(found).numpy(), nan=math.inf)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,7 +105,7 @@ class OneRunFound:
 
     Attributes:
       canaries: m.
-      accuracy_test: of the copy.
+      accuracy_test: of the copy; None of a regression.
       epsilon_claimed: of what the copy has charged, at `delta`; None: infinite.
       delta: of the plan.
       guesses: in each number that was tried, how many were right.
@@ -158,7 +118,7 @@ class OneRunFound:
     """
 
     canaries: int
-    accuracy_test: float
+    accuracy_test: float | None
     epsilon_claimed: float | None
     delta: float
     guesses: list[Guesses]
@@ -174,16 +134,17 @@ class OneRunFound:
         return [self.p_value]
 
 
-def check_images(settings: TrainSettings) -> None:
-    """Check that a run is on images, as the canaries are.
+def check_in_memory(settings: TrainSettings) -> None:
+    """Check that a run holds its records in memory, where canaries can join them.
 
     Raises:
-      SettingError: it is not.
+      SettingError: it does not.
     """
-    if settings.data.startswith((TABLE_PREFIX, TEXT_PREFIX, PACKED_PREFIX)):
+    if settings.data.startswith(PACKED_PREFIX):
         raise SettingError(
-            f"Expected a run on images in memory; got data={settings.data}. Canaries are images. Give --mode tap or "
-            "--mode game, which try the plan's numbers on the real code."
+            f"Expected a run on records in memory; got data={settings.data}. Canaries would have to be packed with "
+            "them. Audit a run on a part of their source, or give --mode tap or --mode game, which try the plan's "
+            "numbers on the real code."
         )
 
 
@@ -229,12 +190,11 @@ def one_run(
     """
     record = train(settings, out, command=command, sinks=sinks, start=attacker)
     found = guessed(attacker.scores(), attacker.inside)
-    assert record.accuracy_test is not None, "check_images refuses other tasks than telling images apart"
     return judged(found, attacker.private.events(), settings.delta, record.accuracy_test, alpha)
 
 
 def judged(
-    found: list[Guesses], events: Sequence[Event], delta: float, accuracy_test: float, alpha: float
+    found: list[Guesses], events: Sequence[Event], delta: float, accuracy_test: float | None, alpha: float
 ) -> OneRunFound:
     """Return what guesses say about the events that a training has charged."""
     epsilon, canaries = accounting.epsilon(events, delta), found[0].canaries

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpquant.audits.games import GameFound, Worlds, tap_game, world_game
-from dpquant.audits.one_run import Attacker, OneRunFound, check_count, check_images, one_run
+from dpquant.audits.one_run import Attacker, OneRunFound, check_count, check_in_memory, one_run
 from dpquant.audits.taps import Start, TapFound, Tapping, moments, tapped
 from dpquant.errors import SettingError
 from dpquant.formats import format_tried
@@ -17,6 +17,7 @@ from dpquant.runs.names import CHOICES
 from dpquant.runs.place import Place
 from dpquant.runs.settings import TrainSettings, plan_of
 from dpquant.runs.sinks import Sink
+from dpquant.runs.sources import form_of
 from dpquant.training.start import make_private
 
 MODES = ("all", "tap", "game", "one-run")
@@ -112,7 +113,7 @@ def audit(
       start: starts a run.
       watch: called with a few words when a trial begins.
     Raises:
-      SettingError: the directory holds no run, canaries are out of range, or a training copy is of no images.
+      SettingError: the directory holds no run, canaries are out of range, or a training copy's records are packed.
       DPQuantError: as `runs.train.train`.
     Privacy: `tap` and `game` read no private record. `one-run` trains on the private records and charges
       out/ledger.jsonl.
@@ -124,7 +125,7 @@ def audit(
     canaries = min(CANARIES, round(records)) if request.canaries is None else request.canaries
     check_count(canaries, settings, records)
     if mode in ("all", "one-run"):
-        check_images(settings)
+        check_in_memory(settings)
         Place(out).check()
     taps, games, found = [], [], None
     if mode in ("all", "tap"):
@@ -136,7 +137,7 @@ def audit(
         found = one_run(
             _copied(settings, run),
             out,
-            attacker=Attacker(canaries, request.seed, start),
+            attacker=Attacker(form_of(settings), canaries, request.seed, start),
             alpha=LEVEL,
             command=command,
             sinks=sinks,

@@ -122,7 +122,7 @@ class Choices:
           DataError: the file cannot be read, or does not hold choices.
         """
         try:
-            return cls(_answers(path.read_text()))
+            return cls(_answers(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise DataError(
                 f"Expected choices to be a file that a run has left; got {path}: {type(error).__name__}: {error}. Give "
@@ -150,13 +150,15 @@ class Machine:
         draft = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            draft.write_text(json.dumps({"format": _FORMAT, "choices": {**self._read(), **self.answers}}, indent=1))
+            draft.write_text(
+                json.dumps({"format": _FORMAT, "choices": {**self._read(), **self.answers}}, indent=1), encoding="utf-8"
+            )
             draft.replace(self._path)
 
     def _read(self) -> dict[str, Any]:
         if self._path is not None:
             with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-                return _answers(self._path.read_text())
+                return _answers(self._path.read_text(encoding="utf-8"))
         return {}
 
 

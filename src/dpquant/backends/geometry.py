@@ -29,6 +29,8 @@ class Geometry:
           size: (H, W) of the input.
         Returns: the smaller geometry, and the kernel rows and columns that are kept.
         """
+        if self.kernel == (1, 1):  # every linear layer, at every call
+            return self, (slice(0, 1), slice(0, 1))
         rows, columns = (
             _met(*axis) for axis in zip(size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
         )

@@ -81,7 +81,8 @@ def check_trainable(model: nn.Module) -> None:
     Privacy: reads no data.
     """
     if found := refusals(model):
-        raise ModelError(str(found[0]))
+        alike = sum((one.kind, one.problem) == (found[0].kind, found[0].problem) for one in found) - 1
+        raise ModelError(f"{found[0]}{f' There are {alike} more of its kind.' if alike else ''}")
 
 
 def refusals(model: nn.Module) -> list[Refusal]:

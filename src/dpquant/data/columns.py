@@ -9,6 +9,7 @@ not a record's: if it is missing, one error says so.
 Messages name files and columns, and never a value. Loads no torch.
 """
 
+import collections
 import csv
 import dataclasses
 import json
@@ -25,6 +26,7 @@ class _Broken:
 
 BROKEN = _Broken()
 REPLACED = "\N{REPLACEMENT CHARACTER}"
+_SEPARATORS = (",", ";", "\t", "|")
 _LONGEST_FIELD = 2**31 - 1  # of a CSV file; Python's own limit is 131,072 characters
 
 
@@ -44,6 +46,13 @@ class Columns:
     values: dict[str, list[Any]]
     first_line: int
 
+    @property
+    def mending(self) -> str:
+        """What to do about a record of a file of this kind that cannot be read."""
+        if self.path.suffix.lower() == ".jsonl":
+            return "Write each record as one JSON object on one line, with these keys"
+        return "Give each record as many fields as the header, in quotes where a text has separators or line ends"
+
     def __len__(self) -> int:
         return len(next(iter(self.values.values())))
 
@@ -60,17 +69,9 @@ def read_columns(path: Path, wanted: Sequence[str] | None, suffixes: Sequence[st
         missing.
     Privacy: per example, but for the number of records and for what makes a file one of its kind.
     """
-    suffix = path.suffix.lower()
-    if suffix not in suffixes:
-        raise DataError(
-            f"Expected a file that ends in {', '.join(suffixes)}; got {path}. The end of its name says how it is read. "
-            "Convert it, or rename it."
-        )
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "not there"
-        raise DataError(f"Expected {path} to be a file of records; it is {found}. Check the path.")
+    check_file(path, suffixes)
     try:
-        columns = _READERS[suffix](path, wanted)
+        columns = _READERS[path.suffix.lower()](path, wanted)
     except DataError:
         raise
     except UnicodeDecodeError as error:
@@ -86,6 +87,22 @@ def read_columns(path: Path, wanted: Sequence[str] | None, suffixes: Sequence[st
     if len(columns) == 0:
         raise DataError(f"Expected {path} to hold at least one record; it holds none. There is nothing to learn from.")
     return columns
+
+
+def check_file(path: Path, suffixes: Sequence[str]) -> None:
+    """Check that a file is there and of one of these kinds, by its name. It is not opened.
+
+    Raises:
+      DataError: it is not.
+    """
+    if path.suffix.lower() not in suffixes:
+        raise DataError(
+            f"Expected a file that ends in {', '.join(suffixes)}; got {path}. The end of its name says how it is read. "
+            "Convert it, or rename it."
+        )
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "not there"
+        raise DataError(f"Expected {path} to be a file of records; it is {found}. Check the path.")
 
 
 def check_names(path: Path, names: Sequence[str], wanted: Sequence[str]) -> None:
@@ -106,9 +123,20 @@ def check_names(path: Path, names: Sequence[str], wanted: Sequence[str]) -> None
         )
 
 
+def _check_encoding(path: Path, start: bytes) -> None:
+    """Refuse a file that begins as UTF-16 or UTF-32 does, which text in UTF-8 never does."""
+    if b"\0" in start or start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(
+            f"Expected {path} to be UTF-8 text; it begins as UTF-16 does, with zero bytes or its mark. Names and texts "
+            "could not be read. Convert it, as by iconv -f UTF-16 -t UTF-8."
+        )
+
+
 def _separated(path: Path, wanted: Sequence[str] | None, separator: str) -> Columns:
     with path.open("rb") as raw:
-        raw.readline(_LONGEST_FIELD).decode()  # raises if the header is not UTF-8, which no record decides
+        header = raw.readline(_LONGEST_FIELD).split(b"\r")[0]
+    _check_encoding(path, header)  # which no record decides
+    header.decode()
     csv.field_size_limit(_LONGEST_FIELD)
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         rows = csv.reader(file, delimiter=separator, strict=True)
@@ -117,6 +145,11 @@ def _separated(path: Path, wanted: Sequence[str] | None, separator: str) -> Colu
             raise DataError(
                 f"Expected {path} to begin with a line of column names; it begins with none. Add a header, public "
                 "names with separators between them."
+            )
+        if len(names) == 1 and (other := next((one for one in _SEPARATORS if one in names[0]), None)):
+            raise DataError(
+                f"Expected the columns of {path} to have {separator!r} between them, as the end of its name says; got "
+                f"a header with {other!r}. It would be one column. Write it with {separator!r}, or rename it."
             )
         wanted = names if wanted is None else wanted
         check_names(path, names, wanted)
@@ -134,20 +167,29 @@ def _separated(path: Path, wanted: Sequence[str] | None, separator: str) -> Colu
 def _json_lines(path: Path, wanted: Sequence[str] | None) -> Columns:
     names = tuple(wanted or ())
     values: dict[str, list[Any]] = {name: [] for name in names}
-    known: set[str] = set()
+    known: collections.Counter[str] = collections.Counter()
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         for line in file:
             if not line.strip():
                 continue
             record = _parsed(line)
-            known |= record.keys()
+            known.update(record.keys())
             for name in names:
                 values[name].append(record.get(name, BROKEN))
+    lines = len(values[names[0]]) if names else 0
+    if lines and not known:
+        with path.open("rb") as raw:
+            _check_encoding(path, raw.readline(_LONGEST_FIELD))
+        raise DataError(
+            f"Expected each line of {path} to be a JSON object; none is. The end of its name says that it holds JSON "
+            "lines. Write one object on each line, or name the file as what it is."
+        )
     for name in names:
         if known and name not in known:
+            usual = [key for key, count in known.items() if 2 * count > lines]  # of the file, not of a record
             raise DataError(
-                f"Expected lines of {path} to have the key {name}; none has. There is nothing to learn from. Name a "
-                "key that its objects have."
+                f"Expected lines of {path} to have the key {name}; none has. There is nothing to learn from. "
+                f"{did_you_mean(name, usual)}Name a key that its objects have."
             )
     return Columns(path=path, names=names, values=values, first_line=1)
 
@@ -176,10 +218,20 @@ def _parquet(path: Path, wanted: Sequence[str] | None) -> Columns:
         wanted = names if wanted is None else wanted
         check_names(path, names, wanted)
         table = file.read(columns=list(wanted))
-        values = {name: table.column(name).to_pylist() for name in wanted}
+        values = {name: _values(table.column(name)) for name in wanted}
     except pyarrow.ArrowException as error:
         raise ValueError(str(error)) from error
     return Columns(path=path, names=names, values=values, first_line=1)
+
+
+def _values(column: Any) -> list[Any]:
+    """Return the values of a column of Parquet. Bytes that are not UTF-8 change their own value alone."""
+    import pyarrow
+
+    if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+        raw = column.cast(pyarrow.large_binary()).to_pylist()
+        return [None if value is None else value.decode(errors="replace") for value in raw]
+    return column.to_pylist()
 
 
 _READERS: dict[str, Callable[[Path, Sequence[str] | None], Columns]] = {

@@ -37,18 +37,23 @@ import torch.utils.data
 from PIL import Image
 from torch import Tensor
 
-from dpquant.data.folders import Store, classes_of, folder_of, image_folder, in_memory, square
+from dpquant.data.class_folders import classes_of, folder_of
+from dpquant.data.folders import Store, image_folder, in_memory, square
+from dpquant.data.form import Form
 from dpquant.data.held import Held
 from dpquant.data.idx import read_idx
-from dpquant.data.sizes import FOLDER_PREFIX, PACKED_PREFIX, TABLE_PREFIX, TEXT_PREFIX, public_size
-from dpquant.data.split import FULL_SCALE, FULL_SCALE_16, PLAIN_NORMALISATION, Loaded, Split
-from dpquant.data.task import CLASSIFICATION, Task
+from dpquant.data.normalisation import PLAIN, PUBLISHED, Normalisation, check_channels
+from dpquant.data.sizes import (
+    FOLDER_IMAGE_SIZE,
+    FOLDER_PREFIX,
+    PACKED_PREFIX,
+    TABLE_PREFIX,
+    TEXT_PREFIX,
+    public_size,
+)
+from dpquant.data.split import FULL_SCALE, FULL_SCALE_16, Loaded, Split
 from dpquant.errors import DataError, SettingError
 
-# (mean, standard deviation) that pixels in 0..1 are normalised by: published constants, or a plain half.
-NORMALISATION = MappingProxyType({"mnist": (0.1307, 0.3081), "fashion-mnist": (0.2860, 0.3530)})
-FOLDER_IMAGE_SIZE = 32
-_GTSRB_CLASSES = 43
 DEBIAN_DATASETS = Path("/usr/share/datasets")
 
 _DOWNLOAD_TIMEOUT_S = 10.0
@@ -56,39 +61,22 @@ _DOWNLOAD_FAILURES = (OSError, RuntimeError, EOFError, http.client.HTTPException
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Dataset:
-    """A data set and the public facts about it.
+class Dataset(Form):
+    """A data set and the public facts about it: its form, and those below.
 
     Args:
       name: As given to `load`.
       train: The private records.
       test: Held out; what is measured on them is not covered by the guarantee.
-      num_classes: Targets lie in [0, num_classes). Of a regression 1: the model's outputs.
-      input_shape: (C, H, W) of every input; of a row of a table (columns,); of a text (tokens,), the largest length.
-      class_names: One for each class, in the order of the targets; () for a regression.
       public_size: The published number of training records, or None where that number is private.
-      task: What is to be told from a record.
-      categories: Of a table: numbers of codes of its last columns.
-      vocabulary, padding: Of texts: number of tokens, and the token that pads; None: inputs are no texts.
-      synthetic: Records in the data's domain, of which none is one of its records; None: any values are.
       facts: Public facts on how the records were read, for a run's record.
-      tokenizer: Of texts: content of the tokenizer's file; None: not known.
     """
 
     name: str
     train: Held
     test: Held
-    num_classes: int
-    input_shape: tuple[int, ...]
-    class_names: tuple[str, ...]
     public_size: int | None
-    task: Task = CLASSIFICATION
-    categories: tuple[int, ...] = ()
-    vocabulary: int | None = None
-    padding: int | None = None
-    synthetic: Sequence[Any] | None = None
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    tokenizer: bytes | None = None
 
 
 def load(
@@ -96,6 +84,7 @@ def load(
     data_dir: Path | None = None,
     *,
     image_size: int | None = None,
+    normalisation: Normalisation | None = None,
     download: bool = True,
     cache: Path | None = None,
     debian: Path = DEBIAN_DATASETS,
@@ -118,12 +107,14 @@ def load(
       data_dir: Folder of the files, and of downloads.
       image_size: Side in pixels of the square that images are resized to (bilinear, antialiased). None: as they are, or
         32 for image folders and gtsrb, whose images differ in size.
+      normalisation: Of pixels; None: the published one, or 0.5 and 0.5.
       download: Whether missing files may be downloaded.
       cache: Folder of files and downloads without data_dir; None: ~/.cache/dpquant.
       debian: Folder of data sets that Debian's packages install.
       store: Gives the place of an image folder's pixels.
     Returns: Inputs float32 [C, H, W], targets int64, in an order that never changes.
-    Raises: DataError: unknown, missing, empty or malformed; SettingError: image_size is not positive.
+    Raises: DataError: unknown, missing, empty or malformed; SettingError: image_size is not positive, or the
+      normalisation is for other channels.
     Privacy: per example; which error is raised does not depend on what a single image of an image folder holds.
     """
     size = public_size(name)
@@ -150,10 +141,13 @@ def load(
             train, test, class_names = image_folder(folder, image_size or FOLDER_IMAGE_SIZE, store=store)
     if image_size is not None:
         train, test = _resized(train, image_size), _resized(test, image_size)
-    for split in (train, test):
-        split.mean, split.std = NORMALISATION.get(name, PLAIN_NORMALISATION)
     channels, height, width = train.pixels.shape[1:]
+    given, normalisation = normalisation, normalisation or PUBLISHED.get(name, PLAIN)
+    check_channels(normalisation, channels, name)
+    for split in (train, test):
+        split.normalisation = normalisation
     return Dataset(
+        facts={} if given is None else {"normalisation": given.fields},
         name=name,
         train=train,
         test=test,
@@ -180,12 +174,13 @@ def _check_image_size(image_size: int | None) -> None:
         )
 
 
-def form_of(name: str, *, image_size: int | None = None) -> tuple[tuple[int, int, int], int]:
-    """Return the shape (C, H, W) of a data set's inputs and its number of classes. Opens no record.
+def form_of(name: str, *, image_size: int | None = None, normalisation: Normalisation | None = None) -> Form:
+    """Return the form of a data set of images. Opens no record.
 
     Args:
       name: as for `load`.
       image_size: as for `load`.
+      normalisation: as for `load`.
     Raises: DataError: the data set is unknown, or an image folder has no classes; SettingError: as for `load`.
     """
     public_size(name)  # refuses an unknown name
@@ -193,18 +188,18 @@ def form_of(name: str, *, image_size: int | None = None) -> tuple[tuple[int, int
     _check_image_size(image_size)
     match name:
         case "digits":
-            channels, side, classes = 1, 8, len(_DIGITS)
+            channels, side, classes = 1, 8, _DIGITS
         case "cifar10":
-            channels, side, classes = 3, 32, 10
+            channels, side, classes = 3, 32, _CIFAR10
         case "gtsrb":
-            channels, side, classes = 3, FOLDER_IMAGE_SIZE, _GTSRB_CLASSES
+            channels, side, classes = 3, FOLDER_IMAGE_SIZE, _SIGNS
         case _ if name in _IDX:
-            channels, side, classes = 1, 28, len(_IDX[name].class_names)
+            channels, side, classes = 1, 28, _IDX[name].class_names
         case _:
-            folder = folder_of(name)
-            channels, side, classes = 3, FOLDER_IMAGE_SIZE, len(classes_of(folder))
+            channels, side, classes = 3, FOLDER_IMAGE_SIZE, classes_of(folder_of(name))
+    check_channels(normalisation or PLAIN, channels, name)
     side = image_size or side
-    return (channels, side, side), classes
+    return Form(input_shape=(channels, side, side), num_classes=len(classes), class_names=classes)
 
 
 def _resized(split: Split, size: int) -> Split:
@@ -236,6 +231,8 @@ def _checked(
 
 
 _DIGITS = tuple(string.digits)
+_SIGNS = tuple(f"{label:05d}" for label in range(43))
+_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 def _digits() -> Loaded:
@@ -373,7 +370,6 @@ def _cifar10(root: Path, download: bool, *, published: Callable[..., Any] = _tor
 
 def _gtsrb(root: Path, size: int, download: bool) -> Loaded:
     """Load the German traffic signs as torchvision reads them, resized."""
-    names = tuple(f"{label:05d}" for label in range(_GTSRB_CLASSES))
     splits = []
     for name in ("train", "test"):
         transform = functools.partial(square, size=size)
@@ -382,5 +378,5 @@ def _gtsrb(root: Path, size: int, download: bool) -> Loaded:
         targets = torch.empty(len(signs), dtype=torch.int64)
         for index in range(len(signs)):
             pixels[index], targets[index] = signs[index]
-        splits.append(_checked(pixels, targets, names, "gtsrb", FULL_SCALE_16))
-    return splits[0], splits[1], names
+        splits.append(_checked(pixels, targets, _SIGNS, "gtsrb", FULL_SCALE_16))
+    return splits[0], splits[1], _SIGNS

@@ -7,6 +7,7 @@ owner has taken the line `draft = true` out. Loads no torch.
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from dpquant.data.tables import SUFFIXES, number_of, text_of
 from dpquant.errors import DataError, did_you_mean
 
 _MOST_CATEGORIES = 30  # different values of a column that is taken for one of categories
+_FEWEST_DISTINCT = 20  # records of which each has a value of its own, until a column is taken for an identifier
+_OF_IDENTIFIERS = {"id", "uuid", "guid", "email", "phone", "ssn", "iban", "surname", "username"}
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")  # of a name: customerID and customer_id have two
 _IGNORED_ABOVE = 0.5  # share of different texts among the records: names and identifiers
 
 
@@ -49,16 +53,43 @@ def _lines(columns: Columns, label: str) -> Iterator[str]:
         yield 'task = "regression"'
         yield f"range = {_range(numbers)}  # (read)"
     else:
+        if len(classes) < 2:
+            yield "# The label has a single value in this file. There is nothing to tell apart before you name another."
         yield 'task = "classification"  # or "rare positives", with prior = the public share of the last class'
         yield f"classes = {_list(classes)}  # (read)"
     for name in columns.names:
         if name != label:
             yield ""
             yield f"[columns.{json.dumps(name)}]"
-            yield from _column(columns.values[name])
+            yield from _column(name, columns.values[name])
 
 
-def _column(values: Sequence[Any]) -> Iterator[str]:
+def _column(name: str, values: Sequence[Any]) -> Iterator[str]:
+    """Yield the lines of a column. Of one that looks like an identifier no value is named but a number's range."""
+    texts = _present(values)
+    why = _identifies(name, texts)
+    if not why:
+        yield from _described(values)
+        return
+    yield f'kind = "ignored"  # (read) looks like an identifier, {why}: it would tell who a record is'
+    if _numbers(texts) is not None:
+        yield "# If it is a number to learn from, write instead:"
+        yield from (f"# {line}" for line in _described(values))
+
+
+def _identifies(name: str, texts: Sequence[str]) -> str:
+    """Return why a column is taken for an identifier; "" if it is not."""
+    words = {word.lower() for word in _WORD.findall(name.replace("-", ""))}
+    if words & _OF_IDENTIFIERS or name.lower() == "name":
+        return "by its name"
+    whole = all(text.lstrip("-").isdigit() for text in texts)
+    numbers = _numbers(texts)
+    if len(texts) >= _FEWEST_DISTINCT and len(set(texts)) == len(texts) and (whole or numbers is None):
+        return "as every record has a value of its own"
+    return ""
+
+
+def _described(values: Sequence[Any]) -> Iterator[str]:
     texts = _present(values)
     different = sorted(set(texts))
     numbers = _numbers(texts)

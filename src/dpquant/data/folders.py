@@ -3,7 +3,7 @@
 
 A file that cannot be decoded is still a record: all its pixels are NaN, so that its gradient is not finite and its
 contribution exactly zero. No message names or counts these files, because an error that depends on one record reveals
-something about it.
+something about it. Test images are not protected: the first one that cannot be decoded is an error that names it.
 """
 
 import functools
@@ -18,11 +18,10 @@ from PIL import Image
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 from torch import Tensor
 
-from dpquant.data.sizes import FOLDER_PREFIX
+from dpquant.data.class_folders import IMAGE_SUFFIXES, classes_of, is_image
 from dpquant.data.split import FULL_SCALE_16, Loaded, Split
 from dpquant.errors import DataError
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _BYTE_IN_16_BITS = 257  # exactly: 65,535 is 257 times 255
 _WHITE_IS_65535 = frozenset({"PNG", "PPM"})  # formats whose mode I, of 32 bits, holds samples of 16
 _MODES_WITH_ALPHA = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
@@ -47,25 +46,6 @@ def square(image: Image.Image, size: int) -> Tensor:
     return torch.from_numpy(np.array(resized).astype(np.uint16) * _BYTE_IN_16_BITS).permute(2, 0, 1)
 
 
-def folder_of(name: str) -> Path:
-    """Return the folder that `image-folder:PATH` names.
-
-    Raises: DataError: it names none, or the home folder of a user who does not exist.
-    """
-    path = name.removeprefix(FOLDER_PREFIX)
-    if not path.strip():
-        raise DataError(
-            f"Expected a path in data={FOLDER_PREFIX}PATH; got data={name}, without one. Give the folder that holds "
-            "train/ and test/."
-        )
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise DataError(
-            f"Expected the folder of data={name} to be found; got {error}. Write the path without ~."
-        ) from error
-
-
 def _zeros(shape: tuple[int, ...]) -> Tensor:
     return torch.zeros(shape, dtype=torch.uint16)
 
@@ -84,57 +64,33 @@ def image_folder(folder: Path, size: int, *, to_pixels: ToPixels = square, store
       to_pixels: converts a decoded image; a file on which it raises counts as one that cannot be decoded.
       store: gives the place of each split's pixels.
     Returns: training and test records, and class names.
-    Raises: DataError: folders are missing, or one of train and test has no readable image.
+    Raises: DataError: folders are missing, one of train and test has no readable image, or a test image cannot be
+      read: test records are not protected.
     """
     names = classes_of(folder)
-    train, test = (_folder_split(folder / split, names, size, to_pixels, store) for split in ("train", "test"))
+    (train, _), (test, files) = (
+        _folder_split(folder / split, names, size, to_pixels, store) for split in ("train", "test")
+    )
+    check_readable(files, test)
     return train, test, names
 
 
-def classes_of(folder: Path) -> tuple[str, ...]:
-    """Return the classes of an image folder: the names of the folders in train and test. Opens no file.
+def check_readable(files: Sequence[Path], test: Split) -> None:
+    """Refuse test images of which one cannot be read.
 
-    Raises: DataError: there are none, or those of train and test differ.
+    Raises: DataError: names the first one's file.
     """
-    train_names, test_names = _class_names(folder / "train"), _class_names(folder / "test")
-    if problem := _problem(folder, train_names, test_names):
+    if not bool(test.readable.all()):
+        first = files[int(test.readable.long().argmin())]
         raise DataError(
-            f"Expected {folder} to hold train/ and test/, each with the same folders, one for each class; {problem}. "
-            "A class is numbered by its folder's place."
+            f"Expected every test image to be readable; {first} is not: it is damaged, or does not say which number is "
+            "white. It would count as an error of the model. Mend it, or take it out."
         )
-    return train_names
 
 
-def _problem(folder: Path, train_names: Sequence[str], test_names: Sequence[str]) -> str:
-    """Return what is wrong with an image folder, and what to do; "" if nothing is. Classes are public."""
-    if not folder.exists():
-        return "it is not there. Check the path"
-    if not folder.is_dir():
-        return "it is a file. Name the folder that holds train/ and test/"
-    if missing := [name for name in ("train", "test") if not (folder / name).is_dir()]:
-        flat = " Its images lie in it directly." if any(map(is_image, folder.iterdir())) else ""
-        return f"{' and '.join(f'{name}/' for name in missing)} is missing.{flat} Make train/CLASS and test/CLASS"
-    for names, others, here, there in (
-        (train_names, test_names, "train", "test"),
-        (test_names, train_names, "test", "train"),
-    ):
-        if not names:
-            return f"{here}/ has no folder in it. Put images into {here}/CLASS"
-        if lacking := [name for name in names if name not in others]:
-            return f"{there}/ lacks {lacking[0]}, which {here}/ has. Add the folder: it may be empty"
-    if len(train_names) == 1:
-        return f"{train_names[0]} is the only one. There is nothing to tell it from. Add the folder of another class"
-    return ""
-
-
-def _class_names(folder: Path) -> tuple[str, ...]:
-    """Return the sorted names of the visible folders inside; () if the folder does not exist."""
-    if not folder.is_dir():
-        return ()
-    return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
-
-
-def _folder_split(folder: Path, class_names: Sequence[str], size: int, to_pixels: ToPixels, store: Store) -> Split:
+def _folder_split(
+    folder: Path, class_names: Sequence[str], size: int, to_pixels: ToPixels, store: Store
+) -> tuple[Split, list[Path]]:
     """Decode the image files of every class, and mark those that cannot be decoded without reporting them."""
     files: list[Path] = []
     labels: list[int] = []
@@ -148,12 +104,8 @@ def _folder_split(folder: Path, class_names: Sequence[str], size: int, to_pixels
             f"Expected {folder} to hold at least one readable image; it holds none. There is nothing to train or test "
             f"on. Add images: files count as such by their suffix, {', '.join(sorted(IMAGE_SUFFIXES))}."
         )
-    return Split(pixels, torch.tensor(labels, dtype=torch.int64), readable=readable, full_scale=FULL_SCALE_16)
-
-
-def is_image(path: Path) -> bool:
-    """Whether a file has the suffix of an image and is not hidden (macOS leaves hidden files beside images)."""
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+    split = Split(pixels, torch.tensor(labels, dtype=torch.int64), readable=readable, full_scale=FULL_SCALE_16)
+    return split, files
 
 
 def decode(

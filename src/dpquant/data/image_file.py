@@ -9,7 +9,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from dpquant.data.folders import IMAGE_SUFFIXES, decode, is_image, square
+from dpquant.data.class_folders import IMAGE_SUFFIXES, is_image
+from dpquant.data.folders import check_readable, decode, square
 from dpquant.data.split import FULL_SCALE_16, Split
 from dpquant.errors import DataError, did_you_mean
 
@@ -54,7 +55,9 @@ def read_image(path: Path, shape: tuple[int, int, int], *, resized: bool) -> Ten
     return _as_channels(pixels, channels).float() / FULL_SCALE_16
 
 
-def read_folder(folder: Path, class_names: Sequence[str], shape: tuple[int, int, int], *, resized: bool) -> Split:
+def read_folder(
+    folder: Path, class_names: Sequence[str], shape: tuple[int, int, int], *, resized: bool, strict: bool
+) -> Split:
     """Read test images from folders that are named after classes; not each class needs one.
 
     Args:
@@ -62,9 +65,10 @@ def read_folder(folder: Path, class_names: Sequence[str], shape: tuple[int, int,
       class_names: in the order of the targets.
       shape: (C, H, W) of the model's inputs, of one channel, which is grey, or three.
       resized: whether images of another size are resized; otherwise they count as unreadable.
+      strict: name the first image that cannot be read, as is right where test records are not protected.
     Raises:
-      DataError: a folder is named after no class, or there is no image.
-    Privacy: per example; which error is raised does not depend on what an image holds.
+      DataError: a folder is named after no class, there is no image, or with `strict` one cannot be read.
+    Privacy: per example; without `strict` which error is raised does not depend on what an image holds.
     """
     channels, side, _ = shape
     _check_shape(shape, folder)
@@ -86,9 +90,13 @@ def read_folder(folder: Path, class_names: Sequence[str], shape: tuple[int, int,
             raise ValueError("another size")
         return _as_channels(square(image, size), channels)
 
-    pixels, readable = decode([path for path, _ in found], side, to_pixels)
+    files = [path for path, _ in found]
+    pixels, readable = decode(files, side, to_pixels)
     targets = torch.tensor([label for _, label in found])
-    return Split(pixels[:, :channels], targets, readable=readable, full_scale=FULL_SCALE_16)
+    split = Split(pixels[:, :channels], targets, readable=readable, full_scale=FULL_SCALE_16)
+    if strict:
+        check_readable(files, split)
+    return split
 
 
 def _images_in(folder: Path) -> list[Path]:

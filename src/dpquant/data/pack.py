@@ -22,6 +22,7 @@ from dpquant.data.dataset import Dataset
 from dpquant.data.folders import Store
 from dpquant.data.held import Held
 from dpquant.data.manifest import MANIFEST, TOKENIZER, Kind, Manifest, sha256_of
+from dpquant.data.paging import PAGING, Paging
 from dpquant.data.rows import Rows
 from dpquant.data.split import Split
 from dpquant.data.tokens import Texts
@@ -72,8 +73,7 @@ def seal(folder: Path, dataset: Dataset, kind: Kind, reading: dict[str, Any]) ->
     """
     files = {}
     for path in sorted([*folder.rglob("*.npy"), *folder.glob(TOKENIZER)]):
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
+        _flush(path)
         files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     manifest = Manifest(
         kind=kind,
@@ -88,9 +88,12 @@ def seal(folder: Path, dataset: Dataset, kind: Kind, reading: dict[str, Any]) ->
         facts=dataset.facts,
         reading=reading,
     )
-    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-        file.write(manifest.to_json())
-        file.flush()
+    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    _flush(folder / MANIFEST)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb+") as file:
         os.fsync(file.fileno())
 
 
@@ -111,7 +114,7 @@ def _kind_of(dataset: Dataset) -> tuple[Kind, dict[str, Any]]:
     """Return of what kind records are, and how their rows become inputs."""
     match dataset.train:
         case Split() as split:
-            return "images", {"full_scale": split.full_scale, "mean": split.mean, "std": split.std}
+            return "images", {"full_scale": split.full_scale, **split.normalisation.fields}
         case Rows():
             return "rows", {}
         case Texts() as texts:
@@ -127,15 +130,16 @@ def _arrays_of(split: Held) -> dict[str, Tensor]:
     return split.arrays()
 
 
-def _pixels(path: Path, shape: tuple[int, ...]) -> Tensor:
+def _pixels(path: Path, shape: tuple[int, ...], paging: Paging = PAGING) -> Tensor:
     """Return uint16 zeros that lie in a new file, whose place on the disk is reserved.
 
     Otherwise a full disk would end the process by a signal, when a pixel is written.
     """
     path.parent.mkdir()
     pixels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint16, shape=shape)
-    with path.open("rb+") as file:
-        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    with path.open("rb+", buffering=0) as file:
+        file.seek(pixels.offset)
+        paging.reserve(file.fileno(), path.stat().st_size)
     return torch.from_numpy(pixels)
 
 

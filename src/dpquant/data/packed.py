@@ -5,9 +5,10 @@ A batch is made as the source makes it, of those rows in memory, so a run on pac
 bit for bit. Targets and marks of broken records stay in memory: 9 bytes a record; of texts the buckets, too.
 """
 
+import contextlib
 import functools
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ import torch.utils.data
 from torch import Tensor
 
 from dpquant.data.dataset import Dataset
+from dpquant.data.form import Form
 from dpquant.data.held import Held
 from dpquant.data.manifest import TOKENIZER, Manifest
+from dpquant.data.normalisation import Normalisation
 from dpquant.data.row_file import RowFile
 from dpquant.data.rows import Rows
 from dpquant.data.split import Split
@@ -69,12 +72,12 @@ class PackedImages(Packed):
 
     def __init__(self, reading: Mapping[str, Any], *of: Any) -> None:
         super().__init__(*of)
-        self.full_scale, self.mean, self.std = (reading[name] for name in ("full_scale", "mean", "std"))
+        self.full_scale, self.normalisation = reading["full_scale"], Normalisation.of(reading["mean"], reading["std"])
 
     def _some(self, ids: Tensor) -> Split:
         pixels = self.files["pixels"].rows(ids)
         some = Split(pixels, self.targets[ids], readable=self.readable[ids], full_scale=self.full_scale)
-        some.mean, some.std = self.mean, self.std
+        some.normalisation = self.normalisation
         return some
 
 
@@ -111,6 +114,45 @@ class PackedTexts(Packed):
         )
 
 
+def packed_form(folder: Path) -> Form:
+    """Return the form of packed records. Opens no file of records.
+
+    Raises:
+      DataError: the folder holds no packed records.
+    """
+    manifest = Manifest.read(folder)
+    manifest.check(folder)
+    with _files_as_packed(manifest, folder):
+        return _form(manifest, folder)
+
+
+def _form(manifest: Manifest, folder: Path) -> Form:
+    return Form(
+        num_classes=manifest.num_classes,
+        input_shape=manifest.input_shape,
+        class_names=manifest.class_names,
+        task=manifest.task,
+        categories=manifest.categories,
+        vocabulary=manifest.vocabulary,
+        padding=manifest.padding,
+        tokenizer=(folder / TOKENIZER).read_bytes() if TOKENIZER in manifest.files else None,
+        synthetic=_examples(_files(manifest, folder, "synthetic"), manifest.reading.get("synthetic", ())),
+    )
+
+
+@contextlib.contextmanager
+def _files_as_packed(manifest: Manifest, folder: Path) -> Iterator[None]:
+    """Context: whatever is missing or of another kind in the files is one error."""
+    try:
+        yield
+    except DataError:  # which is a ValueError
+        raise
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise DataError(
+            f"Expected the files that packed {manifest.kind} have; got others in {folder}. Pack the records again."
+        ) from error
+
+
 def load_packed(name: str, folder: Path) -> Dataset:
     """Open packed records; only targets and marks of broken records are read.
 
@@ -122,31 +164,16 @@ def load_packed(name: str, folder: Path) -> Dataset:
     """
     manifest = Manifest.read(folder)
     manifest.check(folder)
-    try:
-        train, test, synthetic = (_files(manifest, folder, part) for part in ("train", "test", "synthetic"))
-        splits = [_split(manifest, files) for files in (train, test)]
-        examples = _examples(synthetic, manifest.reading.get("synthetic", ()))
-    except DataError:  # which is a ValueError
-        raise
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise DataError(
-            f"Expected the files that packed {manifest.kind} have; got others in {folder}. Pack the records again."
-        ) from error
+    with _files_as_packed(manifest, folder):
+        train, test = (_split(manifest, _files(manifest, folder, part)) for part in ("train", "test"))
+        form = _form(manifest, folder)
     return Dataset(
+        **vars(form),
         name=name,
-        train=splits[0],
-        test=splits[1],
-        num_classes=manifest.num_classes,
-        input_shape=manifest.input_shape,
-        class_names=manifest.class_names,
+        train=train,
+        test=test,
         public_size=None,
-        task=manifest.task,
-        categories=manifest.categories,
-        vocabulary=manifest.vocabulary,
-        padding=manifest.padding,
-        synthetic=examples,
         facts=manifest.facts,
-        tokenizer=(folder / TOKENIZER).read_bytes() if TOKENIZER in manifest.files else None,
     )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpquant.data.paging import PAGING, Paging
 from dpquant.errors import DataError
 
 
@@ -27,13 +28,16 @@ class RowFile:
       dtype: of its elements.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, paging: Paging = PAGING):
         """Open a file.
 
+        Args:
+          path: of the file.
+          paging: what the operating system does for it.
         Raises:
           DataError: it is no array in C order, of at least one dimension, that is whole.
         """
-        self._path = path
+        self._path, self._paging = path, paging
         try:
             with path.open("rb") as file:
                 version = np.lib.format.read_magic(file)
@@ -53,7 +57,7 @@ class RowFile:
             ) from error
         weakref.finalize(self, os.close, self._descriptor)
         self._map = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
-        self._map.madvise(mmap.MADV_RANDOM)  # what is not asked for is not read
+        paging.advise(self._map, "RANDOM")
         self._array = np.ndarray(self.shape, self.dtype, buffer=self._map, offset=self._begin)
 
     def __len__(self) -> int:
@@ -96,9 +100,9 @@ class RowFile:
         for begin, end in runs:
             if not 0 <= begin <= end <= len(self):
                 raise IndexError(f"row out of range of {self._path.name}")
-            os.posix_fadvise(self._descriptor, self._begin + begin * row, (end - begin) * row, os.POSIX_FADV_WILLNEED)
+            self._paging.will_need(self._descriptor, self._begin + begin * row, (end - begin) * row)
 
     def _taken(self, found: np.ndarray) -> Tensor:
         """Return rows that were copied, after the process has given the mapped pages back."""
-        self._map.madvise(mmap.MADV_DONTNEED)
+        self._paging.advise(self._map, "DONTNEED")
         return torch.from_numpy(found)

@@ -13,6 +13,7 @@ FOLDER_PREFIX, TABLE_PREFIX, TEXT_PREFIX, PACKED_PREFIX = OWN_PREFIXES = (
     "packed:",
 )
 
+FOLDER_IMAGE_SIZE = 32  # side of images that differ in size, where none is given
 HF_PREFIX = "hf:"  # of a model's name: a pretrained network, in a folder of this machine
 
 # The number of training records of each known data set, as published.

@@ -7,7 +7,8 @@ import torch
 import torch.utils.data
 from torch import Tensor
 
-PLAIN_NORMALISATION = (0.5, 0.5)  # mean and standard deviation of pixels in 0..1; depends on no record
+from dpquant.data.normalisation import PLAIN, Constant
+
 FULL_SCALE = 255
 FULL_SCALE_16 = 65_535  # of images from files, whatever their depth: a record may not decide the type of the others
 
@@ -23,7 +24,7 @@ class Split(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
       targets: Shape (N,), int64, in [0, num_classes).
       readable: Shape (N,), bool; a False record reads as NaN. None: all are readable.
       full_scale: The pixel value that stands for white.
-    Attributes: mean and std, by which pixels are normalised; `load` sets them.
+    Attributes: normalisation, of pixels; `load` sets it.
     Privacy: per example, reads no other record.
     """
 
@@ -36,7 +37,7 @@ class Split(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         self.targets = targets
         self.readable = torch.ones(len(targets), dtype=torch.bool) if readable is None else readable
         self.full_scale = full_scale
-        self.mean, self.std = PLAIN_NORMALISATION
+        self.normalisation = PLAIN
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -67,9 +68,15 @@ class Split(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         Privacy: per example.
         """
         # To float32 first: torch has few operators on uint16, and on uint8 one that gives float32 takes longer.
-        inputs = self.pixels[indices].float().mul_(1.0 / (self.full_scale * self.std)).sub_(self.mean / self.std)
+        mean, std = (of_channels(one) for one in (self.normalisation.mean, self.normalisation.std))
+        inputs = self.pixels[indices].float().mul_(1.0 / (self.full_scale * std)).sub_(mean / std)
         inputs[~self.readable[indices]] = math.nan
         return inputs, self.targets[indices]
+
+
+def of_channels(constant: Constant) -> float | Tensor:
+    """Return a constant of normalisation as it stands beside pixels: a number, or float32 [C, 1, 1]."""
+    return torch.tensor(constant)[:, None, None] if isinstance(constant, tuple) else constant
 
 
 Loaded = tuple[Split, Split, tuple[str, ...]]  # training records, test records, class names

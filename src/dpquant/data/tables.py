@@ -175,10 +175,18 @@ def _encoded(spec: Spec, columns: Columns) -> "tuple[Tensor, dict[int, str]]":
 
 
 def _unusable(columns: Columns, row: int, name: str) -> DataError:
+    value = columns.values[name][row]
+    what, remedy = f"another value in column {name}", "Mend the record, or the spec: a range, values, other, missing"
+    if value is BROKEN:
+        what, remedy = "too few or too many fields", columns.mending
+    elif REPLACED in text_of(value):
+        what = f"bytes that are not UTF-8 in column {name}"
+        remedy = "Convert the file, as by iconv -f LATIN1 -t UTF-8"
+    elif not text_of(value):
+        what, remedy = f"an empty value in column {name}", 'Mend the record, or write missing = [""] into the spec'
     return DataError(
-        f"Expected every record of {columns.path} to be as the spec says; got another value in column {name} of record "
-        f"{row + 1}. A test record that cannot be used would count as an error of the model. Mend the record, or the "
-        "spec: a range, values, other = true, missing."
+        f"Expected every record of {columns.path} to be as the spec says; got {what} of record {row + 1}. A test "
+        f"record that cannot be used would count as an error of the model. {remedy}."
     )
 
 

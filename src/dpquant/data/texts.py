@@ -30,12 +30,14 @@ from dpquant.errors import DataError
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
+    from dpquant.data.form import Form
     from dpquant.data.tokens import Texts
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 BUCKET = 32
 _AT_ONCE = 4096  # texts that the tokenizer gets in one call
-_PADDING = ("[PAD]", "<pad>", "<|pad|>")
+_PADDING = ("[PAD]", "<pad>", "<|pad|>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+"""Tokens that pad, and, of tokenizers without one, those that end a text, with which causal networks are padded."""
 _SNLI = re.compile(r"snli_1\.0_\w+\.jsonl")
 _SNLI_COLUMNS = ("sentence1", "sentence2")
 _SNLI_LABEL = "gold_label"
@@ -136,6 +138,20 @@ def load_texts(source: TextSource) -> "tuple[Texts, Texts, Tokens]":
     return train, test, tokens
 
 
+def form_of_texts(source: TextSource, tokens: "Tokens") -> "Form":
+    """Return the form of a source's records, without reading one."""
+    from dpquant.data.tokens import text_form
+
+    form = text_form(
+        vocabulary=tokens.vocabulary,
+        longest=tokens.buckets[-1],
+        padding=tokens.padding if tokens.pads else None,
+        class_names=source.classes,
+        pairs=len(source.texts) == 2,
+    )
+    return dataclasses.replace(form, tokenizer=tokens.content)
+
+
 def texts_of(path: Path, source: TextSource, tokens: "Tokens", *, strict: bool) -> "Texts":
     """Read a file of test records.
 
@@ -169,20 +185,21 @@ def _check_strictly(source: TextSource, columns: Columns) -> None:
         *texts, label = map(text_of, values)
         if source.dropped is not None and label == source.dropped:
             continue
-        problem = ""
+        problem = remedy = ""
         if BROKEN in values:
-            problem = "one that cannot be read, or lacks a column"
+            problem, remedy = "one that cannot be read, or lacks a column", columns.mending
         elif any(REPLACED in text for text in texts):
-            problem = "a text that is not UTF-8"
+            problem, remedy = "a text that is not UTF-8", "Convert the file, as by iconv -f LATIN1 -t UTF-8"
         elif not all(texts):
-            problem = "an empty text"
+            problem, remedy = "an empty text", "Write its text, or take the record out"
         elif label not in source.classes:
             problem = f"a label in column {source.label} that is none of them"
+            remedy = "Mend the label, or name all classes by --classes"
         if problem:
             raise DataError(
                 f"Expected every record of {columns.path} to have a text and one of the classes "
                 f"{', '.join(source.classes)}; got {problem} in record {number}. A test record that cannot be used "
-                "would count as an error of the model. Mend it, or give --classes."
+                f"would count as an error of the model. {remedy}."
             )
 
 
@@ -194,7 +211,7 @@ def _usable(
         raise DataError(
             f"Expected {path or source.path} to hold at least one record, for training and for test each, with a text "
             f"and a label among {', '.join(source.classes)}; it holds none. There is nothing to learn from. Give "
-            "--text-column, --label-column and --classes as in the file."
+            "--text-column, --label-column and --classes as in the file, whose texts have to be UTF-8."
         )
     return texts
 
@@ -207,6 +224,21 @@ def _encoded(source: TextSource, records: Sequence[tuple[str, ...]], tokens: "To
     return Texts.of(tokens, [record[:-1] for record in records], targets)
 
 
+def tokenizer_file(path: Path) -> Path:
+    """Return the file of a tokenizer, which is named itself or by its folder.
+
+    Raises:
+      DataError: there is none.
+    """
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise DataError(
+            f"Expected tokenizer to be a folder with a tokenizer.json, or such a file; got tokenizer={path}. Text "
+            "would not become numbers. Save it by tokenizer.save_pretrained(FOLDER) of transformers."
+        )
+    return file
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Tokens:
     """A tokenizer, and the lengths to which its texts are padded. All of it is public.
@@ -216,6 +248,7 @@ class Tokens:
       buckets: lengths, ascending; the last is `max_length`.
       vocabulary: number of different tokens.
       padding: token that fills a text up to its bucket.
+      pads: whether the tokenizer has a token for that; otherwise `padding` is its first one.
       content: of the tokenizer's file.
     """
 
@@ -223,6 +256,7 @@ class Tokens:
     buckets: tuple[int, ...]
     vocabulary: int
     padding: int
+    pads: bool
     content: bytes
 
     @property
@@ -247,12 +281,7 @@ class Tokens:
                 "Expected the package tokenizers, to read texts; it is not installed. Install it by pip install "
                 "'dpquant[text]'."
             ) from error
-        file = path / "tokenizer.json" if path.is_dir() else path
-        if not file.is_file():
-            raise DataError(
-                f"Expected tokenizer to be a folder with a tokenizer.json, or such a file; got tokenizer={path}. Text "
-                "would not become numbers. Save it by tokenizer.save_pretrained(FOLDER) of transformers."
-            )
+        file = tokenizer_file(path)
         try:
             content = file.read_bytes()
             tokenizer = Tokenizer.from_buffer(content)
@@ -265,7 +294,7 @@ class Tokens:
         padding = (settings.get("padding") or {}).get("pad_id")
         if padding is None:
             named = (tokenizer.token_to_id(name) for name in _PADDING)
-            padding = next((number for number in named if number is not None), 0)
+            padding = next((number for number in named if number is not None), None)
         tokenizer.no_padding()
         added = tokenizer.num_special_tokens_to_add(True)
         if max_length <= added:
@@ -279,7 +308,8 @@ class Tokens:
             tokenizer=tokenizer,
             buckets=buckets,
             vocabulary=max(tokenizer.get_vocab(True).values(), default=0) + 1,
-            padding=padding,
+            padding=padding or 0,
+            pads=padding is not None,
             content=content,
         )
 

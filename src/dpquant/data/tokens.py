@@ -9,6 +9,7 @@ import torch
 import torch.utils.data
 from torch import Tensor
 
+from dpquant.data.form import Form
 from dpquant.data.task import UNREADABLE
 
 if TYPE_CHECKING:
@@ -109,20 +110,33 @@ class Texts(torch.utils.data.Dataset[tuple[Inputs, Tensor]]):
         return {name: torch.from_numpy(values) for name, values in found.items()}, self.targets[indices]
 
 
-def synthetic_texts(tokens: "Tokens", num_classes: int, *, pairs: bool) -> list[tuple[Inputs, Tensor]]:
-    """Return synthetic records of a tokenizer's vocabulary, on which a model is checked before a record is used.
+def text_form(*, vocabulary: int, longest: int, padding: int | None, class_names: Sequence[str], pairs: bool) -> Form:
+    """Return the form of texts, with synthetic ones on which a model is checked before a record is used.
 
-    All have the longest bucket; the first fills three quarters of it, the second all, the third a half.
+    All of these have the largest length; the first fills three quarters of it, the second all, the third a half.
+
+    Args:
+      vocabulary: number of different tokens.
+      longest: tokens at which a text is cut.
+      padding: token that pads; None: the tokenizer names none.
+      class_names: in the order of the targets.
+      pairs: whether a record is a pair of texts.
     """
-    generator, longest = torch.Generator().manual_seed(0), tokens.buckets[-1]
-    records = []
+    generator, records = torch.Generator().manual_seed(0), []
     for number, length in enumerate((-(-3 * longest // 4), longest, -(-longest // 2))):
         place = torch.arange(longest)
         mask = (place < length).long()
-        ids = torch.randint(tokens.vocabulary, (longest,), generator=generator)
-        ids[0] = number % tokens.vocabulary
-        inputs = {"input_ids": torch.where(mask == 1, ids, torch.tensor(tokens.padding)), "attention_mask": mask}
+        ids = torch.randint(vocabulary, (longest,), generator=generator)
+        ids[0] = number % vocabulary
+        inputs = {"input_ids": torch.where(mask == 1, ids, torch.tensor(padding or 0)), "attention_mask": mask}
         if pairs:
             inputs["token_type_ids"] = ((place >= length // 3) & (place < length)).long()
-        records.append((inputs, torch.tensor(number % num_classes)))
-    return records
+        records.append((inputs, torch.tensor(number % len(class_names))))
+    return Form(
+        num_classes=len(class_names),
+        input_shape=(longest,),
+        class_names=tuple(class_names),
+        vocabulary=vocabulary,
+        padding=padding,
+        synthetic=records,
+    )

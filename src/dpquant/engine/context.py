@@ -6,17 +6,19 @@
 
 import collections
 import dataclasses
+import weakref
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from dpquant.backends.interface import PackedWeight
+from dpquant.backends.interface import Backend, PackedWeight
 from dpquant.backends.qtensor import QTensor
 from dpquant.engine.clock import Clock
 from dpquant.engine.contributions import Materialised
 from dpquant.engine.weight_cache import WeightCache
-from dpquant.formats import Recipe, RoleFormat
+from dpquant.formats import Recipe, RoleFormat, Rounding
 from dpquant.rounding import derive_key, row_keys
 
 if TYPE_CHECKING:
@@ -58,6 +60,11 @@ class Tape(Protocol):
         ...
 
 
+def anchor_for(tape: Tape | None, *parameters: Tensor | None) -> Tensor | None:
+    """Return the tape's anchor for a layer of which a parameter is trained; else None: backward need not reach it."""
+    return tape.anchor if tape is not None and any(map(tape.takes, parameters)) else None
+
+
 class Replay:
     """Stores the outputs of quantizable layers in one forward pass and replays them in later passes, in call order.
 
@@ -94,6 +101,42 @@ class Replay:
             self._outputs.append(output.clone())
 
 
+class SharedCodes:
+    """Codes of the last inputs, for layers that read the same tensor: projections of an attention, and their adapters.
+
+    They are those of a role that rounds to nearest, which draws nothing: all layers give a tensor the same codes. The
+    tensors themselves are not kept alive. A write through `.data` between two layers is not seen.
+    """
+
+    _KEPT = 2  # inputs: between two projections an adapter reads another one
+
+    def __init__(self):
+        self._last: list[tuple[weakref.ref[Tensor], Hashable, QTensor]] = []
+
+    def clear(self) -> None:
+        self._last = []
+
+    def of(self, source: Tensor, x: Tensor, role: RoleFormat, backend: Backend, ids: Tensor) -> QTensor:
+        """Return the codes of a map, quantized now unless a layer has quantized the same one.
+
+        Args:
+          source: the tensor that the layer was called with; while it lives, no other tensor is taken for it.
+          x: the map `(B, C, H, W)`, a view of it.
+          role: format of the codes.
+          backend: quantizes them.
+          ids: int64 `(B,)`, in place of keys, as nothing is drawn.
+        """
+        # a write to the source in between changes its version; shape and strides say how it is read as a map
+        key = (source._version, x.shape, x.stride(), role, backend)
+        for known, its_key, codes in self._last:
+            if known() is source and its_key == key:
+                return codes
+        codes = backend.quantize(x, role, ids)
+        alive = [one for one in self._last if one[0]() is not None]
+        self._last = [*alive[1 - self._KEPT :], (weakref.ref(source), key, codes)]
+        return codes
+
+
 @dataclasses.dataclass(kw_only=True, eq=False)
 class StepContext:
     """Context of one logical step: rounding key, current record ids, gradient tape and packed-weight cache.
@@ -115,11 +158,13 @@ class StepContext:
     phase: Literal["forward", "backward"] | None = None
     _weights: dict[Any, WeightCache] = dataclasses.field(default_factory=dict)
     _calls: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    _shared: SharedCodes = dataclasses.field(default_factory=SharedCodes)
 
     def begin(self, record_ids: Tensor) -> None:
         """Begin the next microbatch. Packed weights are kept."""
         self.record_ids = record_ids
         self._calls.clear()
+        self._shared.clear()
         if self.clock is not None:
             self.clock.begin()
 
@@ -130,12 +175,33 @@ class StepContext:
 
     def draw_keys(self, layer: "WeightProduct", role: str, call: int, batch_size: int) -> Tensor:
         """Return one key per example, int64 `(B,)` on the layer's device, for the draws of one role in one call."""
+        return row_keys(derive_key(self.key, layer.name, role, call), self._ids(layer, batch_size))
+
+    def codes(
+        self, layer: "WeightProduct", role: Literal["activation", "gradient"], call: int, source: Tensor, x: Tensor,
+        wanted: RoleFormat,
+    ) -> QTensor:  # fmt: skip
+        """Quantize an operand of a layer's products, with the layer's own draws.
+
+        Args:
+          layer: the layer.
+          role: of the operand.
+          call: number of the layer's call, which selects the draws.
+          source: the tensor that the operand came in.
+          x: the same as a map `(B, C, H, W)`.
+          wanted: format, rounding and scale.
+        """
+        if wanted.rounding is Rounding.NEAREST:
+            return self._shared.of(source, x, wanted, layer.backend, self._ids(layer, len(x)))
+        return layer.backend.quantize(x, wanted, self.draw_keys(layer, role, call, len(x)))
+
+    def _ids(self, layer: "WeightProduct", batch_size: int) -> Tensor:
         device = layer.weight.device
         if self.record_ids is None:
             self.record_ids = torch.arange(batch_size)
         if self.record_ids.device != device:  # copied once a microbatch
             self.record_ids = self.record_ids.to(device, non_blocking=True)
-        return row_keys(derive_key(self.key, layer.name, role, call), self.record_ids)
+        return self.record_ids
 
     def trains(self, parameter: Tensor | None) -> bool:
         """Return whether gradients of a layer's parameter are wanted. None, a bias that is not there, has none."""
@@ -175,12 +241,12 @@ class StepContext:
         """
         kept = side if recipe.weight.per_channel else ""
         geometry, taps = layer.geometry.cropped(size)
-        packed = self.cache(layer).packed
-        if (recipe, kept, geometry) not in packed:
+        packed, key = self.cache(layer).packed, (recipe, kept, geometry)  # hashed once: it takes a while
+        if (found := packed.get(key)) is None:
             weight = self._quantized_weight(layer, recipe.weight, kept)
             cropped = weight.rearranged(lambda part: part[:, :, *taps].contiguous())
-            packed[recipe, kept, geometry] = layer.backend.pack(cropped, geometry, max_code=recipe.max_code)
-        return packed[recipe, kept, geometry]
+            found = packed[key] = layer.backend.pack(cropped, geometry, max_code=recipe.max_code)
+        return found
 
     def _quantized_weight(self, layer: "WeightProduct", role: RoleFormat, kept: str) -> QTensor:
         quantized = self.cache(layer).quantized

@@ -220,6 +220,10 @@ class Lookup:
     def begin_sum(self) -> "TableSum":
         return TableSum(self._g.new_zeros(self._num_rows, self._g.shape[2]))
 
+    def minus(self, other: "Lookup") -> "Lookup":
+        """Return the difference to other gradients of the same table and examples."""
+        return Lookup.merged([self, Lookup(other._ids, -other._g, self._num_rows)])
+
     def weighted_rows(self, weights_B: Tensor) -> tuple[Tensor, Tensor]:
         """Return the table row of each (example, row) pair, `(S,)`, and its weighted row sum, `(S, D)`."""
         keys_S, sums_SD = self._sums

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dpquant.engine.context import Tape
+from dpquant.engine.context import Tape, anchor_for
 from dpquant.engine.contributions import Materialised
 from dpquant.native import kernels
 
@@ -41,8 +41,7 @@ class TapedGroupNorm(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.records(input) or (self._runs_native(input) and not torch.is_grad_enabled()):
-            trained = self.tape is not None and (self.tape.takes(self.weight) or self.tape.takes(self.bias))
-            anchor = self.tape.anchor if self.tape is not None and trained else None
+            anchor = anchor_for(self.tape, self.weight, self.bias)
             return cast(Tensor, _GroupNorm.apply(input, self.weight, self.bias, anchor, self, self.tape))
         return super().forward(input)
 

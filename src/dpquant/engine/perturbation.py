@@ -13,13 +13,16 @@ def shaken(model: nn.Module, seed: int, share: float) -> Iterator[None]:
     """Perturb parameters until the block ends; then restore them and the buffers in place.
 
     Each entry changes by up to `share` of itself, a zero by up to `share`: a zero may be a gate that lets no gradient
-    through.
+    through. An entry of a matrix changes by at least `share` of an entry's usual size, 1 / sqrt(inputs): tiny matrices
+    let so little through that what depends on an input is smaller than what a comparison tolerates.
     """
     generator = torch.Generator().manual_seed(seed)
 
     def perturbed(parameter: Tensor) -> Tensor:
         noise = torch.rand(parameter.shape, generator=generator).mul_(2 * share).sub_(share).to(parameter.device)
-        return torch.where(parameter == 0, noise, noise * parameter).add_(parameter)
+        usual = parameter[0].numel() ** -0.5 if parameter.ndim > 1 and parameter.numel() else 0.0
+        size = torch.where(parameter == 0, 1.0, parameter.abs().clamp(min=usual))
+        return (noise * size).add_(parameter)
 
     parameters = set(model.parameters())
     with _replaced(model, lambda tensor: (perturbed if tensor in parameters else Tensor.clone)(tensor.data)):

@@ -7,7 +7,7 @@ Symbols: B examples, D input features, x input, g output gradient.
 """
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,14 +27,14 @@ class Convolution(torch.autograd.Function):
     """Computes the three products of a layer. Gradients are straight-through: rounding is treated as the identity."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, anchor, layer: "WeightProduct", run: StepContext):
+    def forward(ctx, x, weight, bias, anchor, layer: "WeightProduct", run: StepContext, source: Tensor | None = None):
         ctx.layer, ctx.run, ctx.call, ctx.precision = layer, run, run.next_call(layer.layer), layer.precision
         ctx.size = x.shape[2:]
         ctx.geometry = geometry = layer.geometry.cropped(ctx.size)[0]
         recipe, dgrad, wgrad = ctx.precision.recipes
         ctx.trains = run.trains(layer.weight)
         wgrad = wgrad if ctx.trains else None
-        codes, ctx.x = _codes(ctx, "activation", x, recipe, wgrad)
+        codes, ctx.x = _codes(ctx, "activation", x if source is None else source, x, recipe, wgrad)
         if recipe is None or dgrad is None:
             weight = run.dense_weight(layer, weight, ctx.size)
         ctx.save_for_backward(x if ctx.trains and wgrad is None else None, weight if dgrad is None else None)
@@ -51,7 +51,7 @@ class Convolution(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         (x, weight), recipe = ctx.saved_tensors, ctx.precision.dgrad
         wgrad = ctx.precision.wgrad if ctx.trains else None
-        codes, g = _codes(ctx, "gradient", grad, recipe if ctx.needs_input_grad[0] else None, wgrad)
+        codes, g = _codes(ctx, "gradient", grad, grad, recipe if ctx.needs_input_grad[0] else None, wgrad)
         x, g = ctx.x or x, g or grad
         if ctx.needs_input_grad[0] and codes is None:
             grad_x = input_gradient(grad, weight, ctx.geometry, ctx.size)
@@ -69,6 +69,35 @@ class Convolution(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum((0, 2, 3))
         return grad_x, grad_weight, grad_bias, None, None, None
+
+
+class OverPositions(torch.autograd.Function):
+    """The products of a linear layer on sequences `(B, ..., D)`, whose positions are those of a map of one column.
+
+    The views are taken in here, where autograd makes no node of each.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, anchor, layer: "WeightProduct", run: StepContext):
+        ctx.places = x.shape[1:-1]
+        y = Convolution.forward(ctx, _as_map(x), weight, bias, anchor, layer, run, source=x)
+        return _as_sequence(y, ctx.places).detach()  # no view for autograd: the model may modify it in place
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        grad_x, *others = Convolution.backward(ctx, _as_map(grads[0]))
+        return None if grad_x is None else _as_sequence(grad_x, ctx.places), *others
+
+
+def _as_map(x: Tensor) -> Tensor:
+    """Return a sequence `(B, ..., D)` as a map `(B, D, T, 1)`, channels last."""
+    x_BTD = x.flatten(1, -2) if x.ndim > 2 else x.unsqueeze(1)
+    return x_BTD.transpose(1, 2).unsqueeze(3).contiguous(memory_format=torch.channels_last)
+
+
+def _as_sequence(y: Tensor, places: torch.Size) -> Tensor:
+    """Return a map `(B, D, T, 1)` as a sequence `(B, *places, D)`."""
+    return y.squeeze(3).transpose(1, 2).reshape(len(y), *places, y.shape[1])
 
 
 class RowProducts(torch.autograd.Function):
@@ -124,12 +153,13 @@ def check_differentiating(run: StepContext) -> None:
         )
 
 
-def _codes(ctx, role: str, x: Tensor, *recipes: Recipe | None) -> list[Any]:
+def _codes(
+    ctx, role: Literal["activation", "gradient"], source: Tensor, x: Tensor, *recipes: Recipe | None
+) -> list[Any]:
     """Return an operand's QTensor for each recipe, quantized once per format; None for a recipe that is None."""
     made: dict[RoleFormat, QTensor] = {}
     formats: list[RoleFormat | None] = [recipe and getattr(recipe, role) for recipe in recipes]
     for wanted in filter(None, formats):
         if wanted not in made:
-            keys = ctx.run.draw_keys(ctx.layer, role, ctx.call, len(x))
-            made[wanted] = ctx.layer.backend.quantize(x, wanted, keys)
+            made[wanted] = ctx.run.codes(ctx.layer, role, ctx.call, source, x, wanted)
     return [wanted and made[wanted] for wanted in formats]

@@ -33,8 +33,8 @@ from dpquant.backends.geometry import Geometry
 from dpquant.backends.interface import Backend
 from dpquant.backends.qtensor import QTensor
 from dpquant.backends.quantize import quantize_rows
-from dpquant.engine.context import StepContext
-from dpquant.engine.products import Convolution, RowProducts, timed
+from dpquant.engine.context import StepContext, anchor_for
+from dpquant.engine.products import Convolution, OverPositions, RowProducts, timed
 from dpquant.engine.weight_cache import WeightCache
 from dpquant.engine.weight_layout import WeightLayout
 from dpquant.errors import ModelError
@@ -129,10 +129,7 @@ class WeightProduct:
 
     def over_positions(self, x: Tensor) -> Tensor:
         """Apply the product to the last axis of x `(B, ..., C)`; return `(B, ..., O)`."""
-        if x.ndim == 2:  # fewer nodes for autograd
-            return self.convolve(x[:, :, None, None]).flatten(1)
-        y_BOT1 = self.convolve(x.flatten(1, -2).transpose(1, 2).unsqueeze(3))
-        return y_BOT1.squeeze(3).transpose(1, 2).reshape(*x.shape[:-1], y_BOT1.shape[1])
+        return self.computed(OverPositions, x, self.matrix())
 
     def computed(self, products: type[torch.autograd.Function], x: Tensor, weight: Tensor) -> Tensor:
         """Apply one of the functions of `products.py` in the layer's step context, if it has one."""
@@ -145,8 +142,7 @@ class WeightProduct:
             )
         if run.replay is not None and (stored := run.replay.stored()) is not None:
             return stored
-        trained = run.trains(self.weight) or run.trains(self.bias)
-        anchor = run.tape.anchor if run.tape is not None and trained else None
+        anchor = anchor_for(run.tape, self.weight, self.bias)
         bias = None if self.bias is None else self.bias_layout.part(self.bias)
         function = products if run.clock is None else timed(products)
         y = cast(Tensor, function.apply(x, weight, bias, anchor, self, run))

@@ -64,7 +64,20 @@ class Summed:
         return self.parts[0].squared_norms().float() * 0 if products_B is None else products_B.float()
 
     def squared_distances(self, other: Contribution) -> Tensor:
-        return distances(self, other)
+        """Add up the distances of the parts, plus twice the inner products of their differences.
+
+        Contributions that do not match part by part are materialised.
+        """
+        if not isinstance(other, Summed) or self.kind != other.kind:
+            return distances(self, other)
+        total_B = torch.stack([a.squared_distances(b) for a, b in zip(self.parts, other.parts, strict=True)]).sum(0)
+        for number, pair in enumerate(zip(self.parts, other.parts, strict=True)):
+            for another in zip(self.parts[:number], other.parts[:number], strict=True):
+                mine, its = (_tied(one, two) for one, two in zip(pair, another, strict=True))
+                if mine is not None and its is not None:
+                    gap = mine[0].minus(its[0])
+                    total_B = total_B + 2 * (cross_products(gap, mine[1]) - cross_products(gap, its[1]))
+        return total_B.clamp(min=0)
 
     def tensors(self) -> Sequence[Tensor]:
         return [tensor for part in self.parts for tensor in part.tensors()]

@@ -12,6 +12,7 @@ import os
 import time
 import weakref
 from pathlib import Path
+from typing import Any
 
 from dpquant.errors import LedgerError
 
@@ -24,7 +25,13 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class Disk:
-    """The calls of the operating system that an `AppendFile` makes. All of them may raise OSError."""
+    """The calls of the operating system that an `AppendFile` makes. All of them may raise OSError.
+
+    Attributes:
+      control: the module fcntl, which locks files and flushes devices; None where the system has none.
+    """
+
+    control: Any = fcntl
 
     def make_folders(self, folder: Path) -> None:
         """Make a folder, and those above it, so that they survive a crash."""
@@ -44,10 +51,10 @@ class Disk:
         Raises:
           BlockingIOError: another process has locked it.
         """
-        if fcntl is None:
+        if self.control is None:
             return
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.control.flock(descriptor, self.control.LOCK_EX | self.control.LOCK_NB)
         except BlockingIOError:
             raise
         except OSError as error:
@@ -75,6 +82,13 @@ class Disk:
 
     def sync(self, descriptor: int) -> None:
         """Return once all that was written is on disk."""
+        full = getattr(self.control, "F_FULLFSYNC", None)  # macOS: fsync ends when the device has the data in memory
+        try:
+            if full is not None:
+                self.control.fcntl(descriptor, full)
+                return
+        except OSError:  # a file system without this command, as on a network
+            pass
         os.fsync(descriptor)
 
     def sync_folder(self, folder: Path) -> None:

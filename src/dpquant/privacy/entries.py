@@ -7,7 +7,6 @@ the ones before it.
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
@@ -17,6 +16,7 @@ from typing import Any
 
 from dpquant.errors import LedgerError
 from dpquant.privacy.events import NEIGHBOURS, PUBLIC, Budget, Event, Kind, merged
+from dpquant.version import version
 
 FORMAT = 2
 NO_HASH = "0" * 64  # `previous` of the first line, and the head of an empty ledger
@@ -151,7 +151,7 @@ def header(budget: Budget | None) -> dict[str, Any]:
         "plan": plan,
         "neighbours": NEIGHBOURS,
         "public": PUBLIC,
-        "dpquant": importlib.metadata.version("dpquant"),
+        "dpquant": version(),
     }
 
 

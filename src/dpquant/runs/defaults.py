@@ -12,7 +12,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpquant.data.manifest import kind_of
-from dpquant.data.sizes import OWN_PREFIXES, PACKED_PREFIX, PUBLIC_SIZES, TABLE_PREFIX, TEXT_PREFIX
+from dpquant.data.sizes import (
+    FOLDER_IMAGE_SIZE,
+    FOLDER_PREFIX,
+    OWN_PREFIXES,
+    PACKED_PREFIX,
+    PUBLIC_SIZES,
+    TABLE_PREFIX,
+    TEXT_PREFIX,
+)
 from dpquant.formats import AUTO
 from dpquant.runs.effects import SCORED, settings_of_policies
 
@@ -47,6 +55,8 @@ BY_DATA: Mapping[str, Mapping[str, Any]] = {
     },
     "mnist": _FASHION,
     "fashion-mnist": _FASHION,
+    "gtsrb": {"image_size": FOLDER_IMAGE_SIZE},
+    FOLDER_PREFIX: {"image_size": FOLDER_IMAGE_SIZE},
     TABLE_PREFIX: {"model": "mlp"},
     TEXT_PREFIX: {"model": "embedding-mean", "max_length": 128},
 }

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from dpquant.data import normalisation as constants
 from dpquant.data.dataset import Dataset
+from dpquant.data.pretrained import config_of
 from dpquant.data.spec import Spec
 from dpquant.data.split import FULL_SCALE_16
 from dpquant.data.task import Task
-from dpquant.data.text_models import config_of
 from dpquant.errors import DataError
 from dpquant.runs.description import Kind, ModelDescription, Normalisation, TableForm, TaskForm, TextForm
 from dpquant.runs.settings import TrainSettings
@@ -21,7 +22,6 @@ from dpquant.runs.settings import TrainSettings
 def description_of(settings: TrainSettings, dataset: Dataset, model: nn.Module) -> ModelDescription:
     """Return the description of a run's model. Privacy: public facts."""
     kind = _kind(dataset)
-    mean, std = (getattr(dataset.train, name, None) for name in ("mean", "std"))  # images alone have them
     return ModelDescription(
         model=settings.model,
         width=settings.width,
@@ -31,7 +31,7 @@ def description_of(settings: TrainSettings, dataset: Dataset, model: nn.Module) 
         class_names=list(dataset.class_names),
         input_shape=list(dataset.input_shape),
         image_size=_side(settings, dataset),
-        normalisation=None if mean is None or std is None else Normalisation(mean=mean, std=std),
+        normalisation=_normalisation(dataset),
         kind=kind,
         task=TaskForm(**dataclasses.asdict(dataset.task)),
         categories=list(dataset.categories),
@@ -51,6 +51,17 @@ def _kind(dataset: Dataset) -> Kind:
     if dataset.vocabulary is not None:
         return "texts"
     return "images" if len(dataset.input_shape) == 3 else "rows"
+
+
+def _normalisation(dataset: Dataset) -> Normalisation | None:
+    found = getattr(dataset.train, "normalisation", None)  # images alone have it
+    return None if found is None else Normalisation(**found.fields)
+
+
+def normalisation_of(description: ModelDescription) -> constants.Normalisation | None:
+    """Return the constants by which a described model's images are normalised."""
+    found = description.normalisation
+    return None if found is None else constants.Normalisation.of(found.mean, found.std)
 
 
 def _side(settings: TrainSettings, dataset: Dataset) -> int | None:

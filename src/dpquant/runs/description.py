@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 from dpquant.errors import DataError
 from dpquant.runs.record import write_whole
 
-DESCRIPTION_SCHEMA = 2
+DESCRIPTION_SCHEMA = 3
 """Version of the format of model.json. Raise it with every change of a field, and keep reading the earlier ones."""
 
 Kind = Literal["images", "rows", "texts"]
@@ -22,10 +22,10 @@ Kind = Literal["images", "rows", "texts"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Normalisation:
-    """How pixels become inputs: (pixel / full scale - mean) / std, with constants that depend on no record."""
+    """How pixels become inputs: mean and std as of `dpquant.data.normalisation.Normalisation`."""
 
-    mean: float
-    std: float
+    mean: float | list[float]
+    std: float | list[float]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,8 @@ class ModelDescription:
       class_names: in the order of the outputs; [] for a regression.
       input_shape: of one input, without the axis of examples.
       image_size: side in pixels that images are resized to; None: they are taken as they are.
-      normalisation: of pixels in 0..1; None where inputs are no images.
+      normalisation: of pixels in 0..1, one constant for all channels or, from schema 3 on, one for each; None where
+        inputs are no images.
       kind: of the inputs. It and all fields after it are not in a file of schema 1.
       task: what is told from a record.
       categories: of a table: numbers of codes of its last columns.
@@ -136,7 +137,7 @@ class ModelDescription:
           DataError: the file cannot be read, holds no description, or one of a newer schema.
         """
         try:
-            fields = json.loads(path.read_text())
+            fields = json.loads(path.read_text(encoding="utf-8"))
             schema = fields.pop("schema")
             if schema not in range(1, DESCRIPTION_SCHEMA + 1):
                 raise ValueError(f"schema {schema}")

@@ -263,7 +263,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 def append_line(path: Path, line: str) -> None:
     """Append a line to a file and flush it to disk before returning."""
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
         file.flush()
         os.fsync(file.fileno())

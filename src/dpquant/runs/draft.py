@@ -20,7 +20,7 @@ _HEAD = """# Settings of dpquant train. Take the # off a line to change it.
 """
 _WIDTH = 110
 GROUPS: Mapping[str, tuple[str, ...]] = {
-    "Data: what is trained on": ("data", "data_dir", "records", "image_size", "augment", "views"),
+    "Data: what is trained on": ("data", "data_dir", "records", "image_size", "normalize", "augment", "views"),
     "Network": ("model", "width", "fix"),
     "Privacy: what is promised": (
         *("epsilon", "delta", "noise_multiplier", "noise", "max_grad_norm", "records_per_person"),
@@ -36,6 +36,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         *("backend", "device", "threads", "workers", "microbatch_size", "memory", "choices", "exact_sums"),
         *("checkpoint_every", "seed"),
     ),
+    "Trackers: where else a run's numbers are shown": ("track", "track_model", "track_unsafe"),
     "For research alone": ("unsafe_metrics",),
 }
 _OTHERS = "Tables, texts, and other data and networks"

@@ -25,6 +25,7 @@ _WITH_ANALYSIS: _Rule = ("policy", lambda x: x in SCORED, "The policy makes no a
 _OF_FILES: _Rule = ("data", lambda x: x.startswith((TABLE_PREFIX, TEXT_PREFIX)), "Only tables and texts have it")
 _OF_TABLES: _Rule = ("data", lambda x: x.startswith(TABLE_PREFIX), "Only tables have it")
 _OF_TEXTS: _Rule = ("data", lambda x: x.startswith(TEXT_PREFIX), "Only texts have it")
+_OF_TRACKERS: _Rule = ("track", lambda x: x is not None, "There is no tracker")
 _RULES: Mapping[str, _Rule] = {
     "test": _OF_FILES,
     "test_share": _OF_FILES,
@@ -39,11 +40,18 @@ _RULES: Mapping[str, _Rule] = {
         lambda x: not x.startswith((TABLE_PREFIX, TEXT_PREFIX, PACKED_PREFIX)),
         "Tables and texts are no images, and packed images have their size",
     ),
+    "normalize": (
+        "data",
+        lambda x: not x.startswith((TABLE_PREFIX, TEXT_PREFIX, PACKED_PREFIX)),
+        "Tables and texts are no images, and packed images have theirs",
+    ),
     "augment": ("data", lambda x: not x.startswith((TABLE_PREFIX, TEXT_PREFIX)), "Only images have views"),
     "views": ("augment", lambda x: x != "none", "All views of an image would be the same"),
     "workers": ("data", lambda x: x.startswith(PACKED_PREFIX), "Records in memory are not read ahead"),
     "lora": ("model", lambda x: x.startswith("hf:"), "Only pretrained networks of texts have adapters"),
     "momentum": ("optimizer", lambda x: x == "sgd", "The optimizer has no such setting"),
+    "track_model": _OF_TRACKERS,
+    "track_unsafe": _OF_TRACKERS,
     "fraction": _WITH_SHARE,
     "macs": _WITH_SHARE,
     "format": ("policy", lambda x: x != "none", "The policy quantizes no layer; rest is the format of all others"),

@@ -139,7 +139,7 @@ class Evaluation:
           DataError: the file cannot be read, holds no evaluation, or one of a newer schema.
         """
         try:
-            fields: dict[str, Any] = json.loads(path.read_text())
+            fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if (schema := fields.pop("schema")) != EVALUATION_SCHEMA:
                 raise ValueError(f"schema {schema}")
             if fields["classes"] is not None:

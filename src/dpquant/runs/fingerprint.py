@@ -43,7 +43,7 @@ def check(path: Path, train_set: MapDataset) -> None:
       DataError: it is another one, or the file cannot be read.
     """
     try:
-        saved = json.loads(path.read_text())
+        saved = json.loads(path.read_text(encoding="utf-8"))
         same = saved["sha256"] == _hash(train_set, saved["salt"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(

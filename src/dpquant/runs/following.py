@@ -163,6 +163,8 @@ class Following:
             return "stopped" if silent > _STARTING else "running" if charged else "starting"
         if not beat.running:
             return "stopped"
+        if beat.preparing:
+            return "stopped" if silent > _STARTING else "starting"
         step = self._seconds_a_step(beat, plan) or 0.0
         limit = max(_LEAST_SILENCE, _STEPS_OF_SILENCE * step, _PAUSES_OF_SILENCE * beat.longest_pause)
         if silent > limit:
@@ -234,7 +236,7 @@ def _epochs(path: Path) -> list[EpochRecord]:
     Raises:
       DataError: another line cannot be read.
     """
-    *lines, _torn = path.read_text(errors="replace").split("\n")
+    *lines, _torn = path.read_text(errors="replace", encoding="utf-8").split("\n")
     names = ("epsilon", "accuracy_test", "metrics_test", "layers_quantized", "nonprivate_accuracy_train", "scores")
     found = []
     for number, line in enumerate(lines, 1):
@@ -249,14 +251,14 @@ def _epochs(path: Path) -> list[EpochRecord]:
 def _gains(path: Path) -> dict[str, float]:
     """Return the gains of layers among a run's decisions; {} if they were not measured, or cannot be read."""
     try:
-        made = json.loads(path.read_text())["choices"]
+        made = json.loads(path.read_text(encoding="utf-8"))["choices"]
         return dict(next((answer for key, answer in made.items() if key.startswith(_GAINS)), {}))
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
 def _text(path: Path) -> str:
-    return path.read_text(errors="replace").strip()
+    return path.read_text(errors="replace", encoding="utf-8").strip()
 
 
 def _layers(epochs: Sequence[EpochRecord]) -> list[str]:

@@ -40,6 +40,7 @@ class Beat:
       epoch, epochs: index of the present epoch, from 0, and planned.
       examples_per_second: for the operator, as in `Progress`; None before the first step.
       longest_pause: seconds between two steps, at most: tests and analyses lie between them.
+      preparing: whether a run that continues measures and checks, before its next step.
     """
 
     note: str = NOT_FOR_RELEASE
@@ -51,12 +52,13 @@ class Beat:
     epochs: int
     examples_per_second: float | None
     longest_pause: float
+    preparing: bool = False
 
     @classmethod
     def read(cls, path: Path) -> Self | None:
         """Return the beat in a file; None if there is no file, or it cannot be read: a crash may have torn it."""
         try:
-            beat = cls(**json.loads(path.read_text()))
+            beat = cls(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return None
         return beat if _is_sound(beat) else None
@@ -75,7 +77,10 @@ class Heartbeat:
         self._written = self._stepped = clock()
 
     def preparing(self, what: str) -> None:
-        """Do nothing: no step has been taken."""
+        """Say that a run which continues is alive. A new one has no file yet, and has taken no step."""
+        before = self._beat or Beat.read(self._path)
+        if before is not None:
+            self._write(dataclasses.replace(before, running=True, preparing=True))
 
     def started(self, plan: "PrivacyPlan", settings: "TrainSettings") -> None:
         """Write the first beat, before anything is charged."""
@@ -136,6 +141,7 @@ def _is_sound(beat: Beat) -> bool:
     return (
         isinstance(beat.written, str)
         and isinstance(beat.running, bool)
+        and isinstance(beat.preparing, bool)
         and all(isinstance(one, int) for one in numbers)
         and isinstance(beat.longest_pause, int | float)
         and isinstance(beat.examples_per_second, int | float | None)

@@ -8,7 +8,7 @@ no error depends on a single record.
 from pathlib import Path
 
 from dpquant.data import dataset as data
-from dpquant.data.folders import folder_of as image_folder_of
+from dpquant.data.class_folders import folder_of as image_folder_of
 from dpquant.data.held import Held
 from dpquant.data.image_file import read_folder
 from dpquant.data.manifest import folder_of as packed_folder_of
@@ -17,7 +17,7 @@ from dpquant.data.spec import Spec
 from dpquant.data.tables import rows_of
 from dpquant.data.texts import TextSource, texts_of
 from dpquant.errors import DataError
-from dpquant.runs.describing import task_of
+from dpquant.runs.describing import normalisation_of, task_of
 from dpquant.runs.description import ModelDescription
 from dpquant.runs.inputs import tokens_of
 from dpquant.runs.names import DESCRIPTION, TOKENIZER
@@ -59,7 +59,7 @@ def held_out(
     path = Path(data_name.removeprefix(kind or ""))
     match kind:
         case "image-folder:":
-            found = _images(image_folder_of(data_name), description)
+            found = _images(image_folder_of(data_name), description, strict=strict)
         case "table:":
             found = _rows(path, description, strict=strict)
         case "text:":
@@ -74,16 +74,19 @@ def held_out(
     return found
 
 
-def _images(folder: Path, description: ModelDescription) -> Held:
+def _images(folder: Path, description: ModelDescription, *, strict: bool) -> Held:
     below = folder / "test" if (folder / "test").is_dir() else folder
     if not below.is_dir():
         raise DataError(f"Expected a folder of test images in {folder}; it is not there. Check the path.")
     channels, height, width = description.input_shape
     found = read_folder(
-        below, description.class_names, (channels, height, width), resized=description.image_size is not None
+        below,
+        description.class_names,
+        (channels, height, width),
+        resized=description.image_size is not None,
+        strict=strict,
     )
-    if description.normalisation is not None:
-        found.mean, found.std = description.normalisation.mean, description.normalisation.std
+    found.normalisation = normalisation_of(description) or found.normalisation
     return found
 
 
@@ -122,12 +125,14 @@ def _unknown(what: str, path: Path) -> DataError:
 def _published(name: str, settings: TrainSettings, description: ModelDescription, *, own: bool) -> Held:
     """Load the test records of a known data set or of packed records, if they are of the model's form."""
     if name.startswith(PACKED_PREFIX):
-        from dpquant.data.packed import load_packed
+        from dpquant.data.packed import PackedImages, load_packed
 
         found = load_packed(name, packed_folder_of(name))
+        if isinstance(found.test, PackedImages):  # the model's constants, whatever they were packed with
+            found.test.normalisation = normalisation_of(description) or found.test.normalisation
     else:
         data_dir = Path(settings.data_dir) if own and settings.data_dir is not None else None
-        found = data.load(name, data_dir, image_size=settings.image_size)
+        found = data.load(name, data_dir, image_size=settings.image_size, normalisation=normalisation_of(description))
     form = (list(found.input_shape), list(found.class_names), found.task)
     if form != (description.input_shape, description.class_names, task_of(description)):
         raise DataError(

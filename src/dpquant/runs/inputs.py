@@ -14,12 +14,15 @@ from torch import Tensor
 
 from dpquant.data.columns import REPLACED
 from dpquant.data.image_file import read_image
+from dpquant.data.normalisation import Normalisation
 from dpquant.data.spec import Spec
+from dpquant.data.split import of_channels
 from dpquant.data.tables import inputs_of
 from dpquant.data.texts import Tokens
 from dpquant.data.tokens import Texts
 from dpquant.errors import DataError
-from dpquant.runs.description import ModelDescription, Normalisation, TextForm
+from dpquant.runs.describing import normalisation_of
+from dpquant.runs.description import ModelDescription, TextForm
 from dpquant.runs.names import DESCRIPTION, TOKENIZER
 
 STANDARD_INPUT = "-"
@@ -85,8 +88,8 @@ class Reader:
         found = self.description
         channels, height, width = found.input_shape
         pixels = read_image(path, (channels, height, width), resized=found.image_size is not None)
-        by = found.normalisation or Normalisation(mean=0.0, std=1.0)
-        return (pixels - by.mean) / by.std
+        by = normalisation_of(found) or Normalisation(mean=0.0, std=1.0)
+        return (pixels - of_channels(by.mean)) / of_channels(by.std)
 
     def _rows(self, file: str) -> Iterator[Part]:
         table = self.description.table

@@ -12,7 +12,7 @@ from safetensors.torch import load_model
 from torch import nn
 
 from dpquant.data import models
-from dpquant.data.text_models import rebuilt
+from dpquant.data.pretrained import rebuilt
 from dpquant.engine.convert import fix
 from dpquant.errors import DataError, SettingError, expect
 from dpquant.runs.description import ModelDescription

@@ -6,4 +6,5 @@ MODEL, RECORD, TIMINGS, CHOICES = "model.safetensors", "record.json", "timings.j
 CHECKPOINTS, RECORDS, DIVERGED, REPORT = "checkpoints", "records.json", "diverged.txt", "report.html"
 DESCRIPTION, TOKENIZER, PROGRESS = "model.json", "tokenizer.json", "progress.json"
 EVALUATION, RELEASES = "evaluation.json", "test-releases.jsonl"
+TRACKERS = "trackers"  # a folder for each of them
 SPENT = "ledger.json"  # of an export: what a ledger says, without its lines

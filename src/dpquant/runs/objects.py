@@ -11,73 +11,82 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from dpquant.checks.refusals import check_trainable
-from dpquant.data import dataset as data
 from dpquant.data import models
+from dpquant.data.form import Form
+from dpquant.data.pretrained import freeze_others, pretrained
 from dpquant.data.sizes import HF_PREFIX
-from dpquant.data.text_models import freeze_others, pretrained
 from dpquant.engine.batches import leaves
 from dpquant.engine.convert import fix
 from dpquant.engine.randomness import seeded
 from dpquant.errors import ModelError, SettingError, kind_of, quoted
 from dpquant.runs.evaluation import evaluating
+from dpquant.runs.named import not_for_texts
 from dpquant.runs.settings import TrainSettings
 from dpquant.runs.size import check_network_fits
 
 _BLANKS = 2  # inputs on which a network is tried
 
 
-def model_of(settings: TrainSettings, dataset: data.Dataset) -> nn.Module:
-    """Build the settings' model for a data set, with parameters drawn from the settings' seed.
+def model_of(settings: TrainSettings, form: Form) -> nn.Module:
+    """Build the settings' model for records of a form, and check that it can be trained on them; see `built_model`.
 
     Raises:
       ModelError: the model is unknown, cannot be trained privately, or does not have one output for each class.
       SettingError: the model cannot have the width.
     """
+    model = built_model(settings, form)
+    check_trainable(model)
+    check_outputs(model, blank_of(form), form.num_classes)
+    return model
+
+
+def built_model(settings: TrainSettings, form: Form) -> nn.Module:
+    """Build the settings' model, with parameters drawn from the settings' seed and the trained ones chosen.
+
+    Raises:
+      ModelError: it is unknown or cannot be built.
+      SettingError: it cannot have the width.
+    """
     build = functools.partial(
         models.build,
         settings.model,
-        num_classes=dataset.num_classes,
-        input_shape=dataset.input_shape,
+        num_classes=form.num_classes,
+        input_shape=form.input_shape,
         width=settings.width,
-        categories=dataset.categories,
-        vocabulary=dataset.vocabulary,
+        categories=form.categories,
+        vocabulary=form.vocabulary,
     )
-    if settings.model in models.NAMES and dataset.vocabulary is None:  # a user's function may not run on meta
-        blank = torch.empty(_BLANKS, *dataset.input_shape, device="meta")
+    if settings.model in models.NAMES and form.vocabulary is None:  # a user's function may not run on meta
+        blank = torch.empty(_BLANKS, *form.input_shape, device="meta")
         kind = "images" if blank.ndim == 4 else "rows"
         check_network_fits(build, blank, f"width={settings.width:g} and {kind} of {tuple(blank.shape[1:])}")
     torch.manual_seed(settings.seed)
-    model = _pretrained(settings, dataset) if settings.model.startswith(HF_PREFIX) else build()
+    model = _pretrained(settings, form) if settings.model.startswith(HF_PREFIX) else build()
     if settings.fix:
         model = fix(model)
     if settings.train_only is not None:
         freeze_others(model, settings.train_only)
-    check_trainable(model)
-    check_outputs(model, blank_of(dataset), dataset.num_classes)
     return model
 
 
-def _pretrained(settings: TrainSettings, dataset: data.Dataset) -> nn.Module:
-    if dataset.vocabulary is None or settings.width != 1.0:
-        raise ModelError(
-            f"Expected texts, and no width, for model={settings.model}; got data={settings.data} and "
-            f"width={settings.width:g}. A pretrained network is as it was trained. Use another model."
-        )
-    return pretrained(
-        settings.model,
-        num_classes=dataset.num_classes,
-        vocabulary=dataset.vocabulary,
-        padding=dataset.padding or 0,
-        lora=settings.lora,
-    )
+def _pretrained(settings: TrainSettings, form: Form) -> nn.Module:
+    if form.vocabulary is None or settings.width != 1.0:
+        raise not_for_texts(settings)
+    return pretrained(settings.model, form, lora=settings.lora)
 
 
-def blank_of(dataset: data.Dataset) -> Any:
-    """Return inputs on which a model is tried: zeros, or synthetic texts, since an empty text has no meaning."""
-    if dataset.vocabulary is None:
-        return torch.zeros(_BLANKS, *dataset.input_shape)
-    assert dataset.synthetic is not None
-    return default_collate([inputs for inputs, _ in dataset.synthetic[:_BLANKS]])
+def blank_of(form: Form, count: int = _BLANKS) -> Any:
+    """Return inputs on which a model is tried: zeros, or synthetic texts, since an empty text has no meaning.
+
+    Args:
+      form: of the records.
+      count: of inputs, at most 2.
+    """
+    if form.vocabulary is None:
+        return torch.zeros(count, *form.input_shape)
+    if form.synthetic is None:  # tokens alone, for a network of the user's own
+        return torch.zeros(count, *form.input_shape, dtype=torch.int64)
+    return default_collate([inputs for inputs, _ in form.synthetic[:count]])
 
 
 def check_outputs(model: nn.Module, blank: Any, num_classes: int) -> None:

@@ -26,6 +26,7 @@ from dpquant.runs.names import (
     RECORD,
     RECORDS,
     TOKENIZER,
+    TRACKERS,
 )
 from dpquant.runs.record import write_whole
 from dpquant.runs.settings import TrainSettings, from_toml
@@ -131,7 +132,7 @@ class Place:
         if (self.path / DIVERGED).exists():
             raise SettingError(
                 f"Expected a run that has not diverged; got {self.path}, which did: "
-                f"{(self.path / DIVERGED).read_text()}"
+                f"{(self.path / DIVERGED).read_text(encoding='utf-8')}"
             )
         if (self.path / LEDGER).exists():
             Ledger.verify(self.path / LEDGER)
@@ -185,7 +186,8 @@ class Place:
             return
         for name in (CONFIG, LEDGER, CHOICES, METRICS, RECORDS, DESCRIPTION, TOKENIZER, PROGRESS):
             (self.path / name).unlink(missing_ok=True)
-        shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
+        for folder in (CHECKPOINTS, TRACKERS):
+            shutil.rmtree(self.path / folder, ignore_errors=True)
         if self._is_new:
             with contextlib.suppress(OSError):  # a directory is not empty: other files stay
                 for folder in (self.path, *self._missing):

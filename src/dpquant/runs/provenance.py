@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parts of a run's record: where the run comes from, its plan, and what its ledger says. This module loads no torch."""
+"""Parts of a run's record: its layers, where the run comes from, its plan, and what its ledger says. This module loads no torch."""
 
 import dataclasses
 import datetime
@@ -23,6 +23,25 @@ _PACKAGES = {"numpy": "numpy", "torch": "torch", "dp_accounting": "dp-accounting
 def utc_now() -> str:
     """Return the time, in UTC and whole seconds, as 2026-11-29T12:00:00Z."""
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerRecord:
+    """Facts about one quantizable layer.
+
+    Attributes:
+      name: of the module in the model.
+      macs: multiply-accumulates of the forward product for one example.
+      times_quantized: number of epochs in which the policy quantized the layer.
+      last_score: smoothed private impact after the last analysis; None without an analysis.
+      gain: time in full precision over time quantized, measured before the run; None if it was not measured.
+    """
+
+    name: str
+    macs: float
+    times_quantized: int
+    last_score: float | None
+    gain: float | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

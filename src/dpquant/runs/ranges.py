@@ -2,6 +2,7 @@
 """Which values a setting may have: its type, its range, or a list of words. Loads no torch."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -27,6 +28,18 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 _AT_LEAST_ONE: Range = (">= 1", lambda x: x >= 1)
 _POSITIVE: Range = ("> 0 and finite", lambda x: 0 < x < math.inf)
 _NOT_NEGATIVE: Range = (">= 0 and finite", lambda x: 0 <= x < math.inf)
+
+
+def tracker_names(track: str | None) -> tuple[str, ...]:
+    """Return the names in the setting `track`."""
+    return () if track is None else tuple(name.strip() for name in track.split(","))
+
+
+def _names_each_once(text: str) -> bool:
+    names = tracker_names(text)
+    return len(set(names)) == len(names) and all(re.fullmatch(r"[\w.-]+", name) for name in names)
+
+
 RANGES: Mapping[str, Range] = {
     **SOURCE_RANGES,
     "epochs": _AT_LEAST_ONE,
@@ -45,6 +58,7 @@ RANGES: Mapping[str, Range] = {
     "threads": ("in 1 .. 4096", lambda x: 1 <= x <= 4096),
     "microbatch_size": _AT_LEAST_ONE,
     "memory": _POSITIVE,
+    "track": ("to be names with commas between them, each once", _names_each_once),
 }
 
 

@@ -10,16 +10,16 @@ which is private. The record therefore has the time when a run began, before any
 import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from dpquant.errors import DataError, expect
 from dpquant.formats import AUTO
-from dpquant.runs.provenance import GroupRecord, LedgerRecord, PlanRecord, Provenance
+from dpquant.runs.provenance import GroupRecord, LayerRecord, LedgerRecord, PlanRecord, Provenance
+from dpquant.version import version
 
 if TYPE_CHECKING:
     from dpquant.runs.settings import TrainSettings
@@ -34,25 +34,6 @@ _SINCE_4 = (
 )
 # Fields of old records, from before `timings.json` existed. They are ignored.
 _FORMER_FIELDS = frozenset({"seconds_train", "seconds_analysis", "seconds_total", "samples_per_second"})
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerRecord:
-    """Facts about one quantizable layer.
-
-    Attributes:
-      name: of the module in the model.
-      macs: multiply-accumulates of the forward product for one example.
-      times_quantized: number of epochs in which the policy quantized the layer.
-      last_score: smoothed private impact after the last analysis; None without an analysis.
-      gain: time in full precision over time quantized, measured before the run; None if it was not measured.
-    """
-
-    name: str
-    macs: float
-    times_quantized: int
-    last_score: float | None
-    gain: float | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,7 +180,7 @@ class RunRecord:
 
         plan, policies, macs = private.plan, private.policies(), private.macs
         return cls(
-            dpquant=importlib.metadata.version("dpquant"),
+            dpquant=version(),
             torch=torch,
             command=command,
             model=settings.model,
@@ -226,8 +207,8 @@ class RunRecord:
             expected_batch_size=plan.expected_batch_size,
             max_grad_norm=plan.max_grad_norm,
             quantized_fraction_layers=_mean([len(names) / max(len(macs), 1) for names in policies]),
-            quantized_fraction_macs=_share_of_macs(private, most_bits=8),
-            four_bit_fraction_macs=_share_of_macs(private, most_bits=4),
+            quantized_fraction_macs=share_of_macs(private, policies, most_bits=8),
+            four_bit_fraction_macs=share_of_macs(private, policies, most_bits=4),
             layers=[
                 LayerRecord(
                     name=name,
@@ -258,7 +239,7 @@ class RunRecord:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
+    def from_json(cls, text: str, *, where: str = "") -> Self:
         """Return the record from its JSON, in the present format or an earlier one.
 
         Schema 1 has no `schema` field and only the test accuracy of each epoch; the other facts of an epoch become
@@ -266,6 +247,9 @@ class RunRecord:
         record does not hold metrics, source, provenance, plan, ledger and what comes after them, and before schema 5
         not the processes.
 
+        Args:
+          text: of the record.
+          where: it was read, for errors, as " in FILE".
         Raises:
           DataError: the text is not JSON, the schema is newer, or a field is missing or unknown.
         """
@@ -274,7 +258,7 @@ class RunRecord:
             schema = fields.pop("schema", 1)
             if isinstance(schema, int) and schema > SCHEMA:
                 raise DataError(
-                    f"Expected a record of schema 1 to {SCHEMA}; got schema={schema}, written by dpquant "
+                    f"Expected a record of schema 1 to {SCHEMA}{where}; got schema={schema}, written by dpquant "
                     f"{fields.get('dpquant')}. It could be misread. Read it with that version, or a newer one."
                 )
             fields = {name: value for name, value in fields.items() if name not in _FORMER_FIELDS}
@@ -299,7 +283,7 @@ class RunRecord:
             raise
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(
-                f"Expected a run's record; got one that cannot be read ({type(error).__name__}: {error}). "
+                f"Expected a run's record{where}; got one that cannot be read ({type(error).__name__}: {error}). "
                 "It was changed, or written by another version. Read it with the version that wrote it."
             ) from error
 
@@ -316,7 +300,11 @@ class RunRecord:
         """
         expect("path", path, Path, "a pathlib.Path", "Give pathlib.Path('record.json')", DataError)
         try:
-            return cls.from_json(path.read_text())
+            return cls.from_json(path.read_text(encoding="utf-8"), where=f" in {path}")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"Expected a run's record in {path}; got bytes that are not UTF-8. Restore it from a copy."
+            ) from error
         except OSError as error:
             raise DataError(f"Expected a readable record; got {path}: {error.strerror}. Check the path.") from error
 
@@ -357,11 +345,17 @@ def _epochs_of_schema_1(accuracies: Sequence[float]) -> list[EpochRecord]:
     return [EpochRecord(index=index, accuracy_test=value, **new) for index, value in enumerate(accuracies)]
 
 
-def _share_of_macs(private: "PrivateTraining", most_bits: int) -> float:
-    """Return the share of the multiply-accumulates whose operands have at most `most_bits` bits, mean over epochs."""
+def share_of_macs(private: "PrivateTraining", policies: Sequence[Collection[str]], most_bits: int) -> float:
+    """Return the share of the multiply-accumulates whose operands have at most `most_bits` bits, mean over epochs.
+
+    Args:
+      private: the run.
+      policies: for each epoch, the names of the layers that the policy chose.
+      most_bits: of an operand.
+    """
     chosen, rest = private.execution.chosen.share(most_bits), private.execution.rest.share(most_bits)
     total = sum(private.macs.values()) or 1.0
-    shares = [sum(private.macs[name] for name in names) / total for names in private.policies()]
+    shares = [sum(private.macs[name] for name in names) / total for names in policies]
     return _mean([share * chosen + (1 - share) * rest for share in shares])
 
 
@@ -378,7 +372,7 @@ def sha256(path: Path) -> str:
 def write_whole(path: Path, text: str, *, flush: bool = True) -> None:
     """Write a text file completely or not at all; `flush` as for `replacing`."""
     with replacing(path, flush=flush) as draft:
-        draft.write_text(text)
+        draft.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from dpquant.data.model_names import check_name
+from dpquant.data.normalisation import normalisation_of
 from dpquant.data.sizes import public_size
 from dpquant.errors import FormatError, SettingError
 from dpquant.formats import AUTO, precision
@@ -93,6 +94,9 @@ class TrainSettings(SourceSettings):
         "as 2epochs, 100steps or 10minutes [an epoch or five minutes, if that costs less than 2 % of the time]"
     )
     unsafe_metrics: bool = setting("also measure training accuracy, which is NOT private", False)
+    track: str | None = setting("trackers that are told of the run, with commas: tensorboard, mlflow, or others")
+    track_model: bool = setting("also hand the model to trackers that keep files", False)
+    track_unsafe: bool = setting("also tell trackers what the privacy statement does not cover", False)
     declared: Mapping[str, str] | None = setting("your words for the report, a table [declared]", option=False)
 
     @classmethod
@@ -130,6 +134,8 @@ class TrainSettings(SourceSettings):
                 check_range(name, getattr(self, name))
         check_contradictions(vars(self))
         check_name(self.model)
+        if self.normalize is not None:
+            normalisation_of(self.normalize)
         if self.declared is not None:
             object.__setattr__(self, "declared", checked(self.declared) or None)
         if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", self.device):
@@ -167,7 +173,7 @@ def from_toml(path: Path) -> dict[str, Any]:
       SettingError: the file cannot be read.
     """
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SettingError(
             f"Expected a readable TOML file of settings; got {path}: {error}. Check the path."

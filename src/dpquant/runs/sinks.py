@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from dpquant.errors import SettingError
 from dpquant.privacy.plan import PrivacyPlan, rounded_up
 from dpquant.runs.directory import append_line
-from dpquant.runs.record import EpochRecord, RunRecord, metrics_line
+from dpquant.runs.record import EpochRecord, RunRecord, metrics_line, share_of_macs
 from dpquant.runs.settings import TrainSettings
 from dpquant.runs.timings import examples_per_second
 
@@ -31,8 +31,9 @@ class Progress:
       step: number of steps taken, of `steps`.
       epsilon: spent when the epoch began. It is not computed at every step, because the accountant is slow.
       layers_quantized: number of layers that run quantized in this epoch, of `num_layers`.
+      macs_quantized: share of the multiply-accumulates that run quantized in this epoch, in 0..1.
       examples_per_second: for the operator, not for release. It uses the expected batch size, but the time depends on
-        the sizes of the Poisson batches, which are private.
+        the sizes of the Poisson batches, which are private. Not a number where a tracker is not to know it.
       accuracy_test: after the last finished epoch, in 0..1; None before the first.
     """
 
@@ -43,6 +44,7 @@ class Progress:
     epsilon: float
     layers_quantized: int
     num_layers: int
+    macs_quantized: float
     examples_per_second: float
     accuracy_test: float | None
 
@@ -64,6 +66,7 @@ class Progress:
             epsilon=epsilon,
             layers_quantized=len(epoch.policy),
             num_layers=len(private.macs),
+            macs_quantized=share_of_macs(private, [epoch.policy], most_bits=8),
             examples_per_second=examples_per_second(private),
             accuracy_test=past[-1].accuracy_test if past else None,
         )

@@ -32,7 +32,11 @@ class SourceSettings:
         "digits",
     )
     data_dir: str | None = setting("folder that holds the data set's files")
-    image_size: int | None = setting("side in pixels that images are resized to")
+    image_size: int | None = setting("side in pixels that images are resized to [32 if they differ in size]")
+    normalize: str | None = setting(
+        "of images: imagenet, or MEAN:STD of pixels in 0..1, each one number or one a channel with commas "
+        "[0.5:0.5; MNIST's own]"
+    )
     augment: str = setting(
         "of images: none, crop (random shifts), or crop-flip (also mirrored; not for digits or signs)", "none"
     )

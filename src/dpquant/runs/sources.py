@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads the data set that a run's settings describe: images by name, tables and texts from files."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from dpquant.data import dataset as data
 from dpquant.data.folders import Store, in_memory
-from dpquant.data.manifest import Manifest, folder_of
+from dpquant.data.form import Form
+from dpquant.data.manifest import folder_of
+from dpquant.data.normalisation import Normalisation, normalisation_of
 from dpquant.data.sizes import PACKED_PREFIX, TABLE_PREFIX, TEXT_PREFIX
-from dpquant.errors import DataError, SettingError
+from dpquant.data.spec import Spec
+from dpquant.data.tables import TableSource, load_table
+from dpquant.data.texts import Tokens, form_of_texts, load_texts
+from dpquant.runs.named import file_of, label_of, spec_of, test_of, text_source
 from dpquant.runs.settings import TrainSettings
-
-Load = Callable[[TrainSettings], data.Dataset]
 
 
 def dataset_of(settings: TrainSettings, store: Store = in_memory) -> data.Dataset:
@@ -34,84 +36,72 @@ def dataset_of(settings: TrainSettings, store: Store = in_memory) -> data.Datase
 
         return load_packed(settings.data, folder_of(settings.data))
     data_dir = Path(settings.data_dir) if settings.data_dir is not None else None
-    return data.load(settings.data, data_dir, image_size=settings.image_size, store=store)
+    normalisation = _normalisation(settings)
+    return data.load(settings.data, data_dir, image_size=settings.image_size, normalisation=normalisation, store=store)
 
 
-def check_accuracy(settings: TrainSettings) -> None:
-    """Check that a run has a test accuracy. Reads no record.
+def form_of(settings: TrainSettings) -> Form:
+    """Return the form of a run's records, from what is public: names, folders of classes, spec, tokenizer, manifest.
 
-    Raises:
-      SettingError: its task is a regression.
-      DataError: the spec or the manifest of packed records cannot be read.
+    Opens no record. Of a published data set the form is the one that it is known for.
+
+    Raises: as `dataset_of`, for all that is not in the records.
     """
-    from dpquant.data.spec import Spec
-
+    if settings.data.startswith(TABLE_PREFIX):
+        return _table_form(spec_of(settings))
+    if settings.data.startswith(TEXT_PREFIX):
+        source = text_source(settings)
+        return form_of_texts(source, Tokens.read(source.tokenizer, source.max_length))
     if settings.data.startswith(PACKED_PREFIX):
-        task, where = Manifest.read(folder_of(settings.data)).task, f"data={settings.data}"
-    elif settings.data.startswith(TABLE_PREFIX) and settings.spec is not None:
-        task, where = Spec.read(Path(settings.spec)).task, f"spec={settings.spec}"
-    else:
-        return
-    if task.kind == "regression":
-        raise SettingError(
-            f"Expected a task with an accuracy; got a regression in {where}. Runs are compared by their "
-            "test accuracies. Train them one by one, and compare mean_absolute_error in their records."
-        )
+        from dpquant.data.packed import packed_form
+
+        return packed_form(folder_of(settings.data))
+    return data.form_of(settings.data, image_size=settings.image_size, normalisation=_normalisation(settings))
 
 
-def _table(settings: TrainSettings) -> data.Dataset:
+def _normalisation(settings: TrainSettings) -> Normalisation | None:
+    return None if settings.normalize is None else normalisation_of(settings.normalize)
+
+
+def _table_form(spec: Spec) -> Form:
     from dpquant.data.rows import synthetic_rows
-    from dpquant.data.spec import Spec
-    from dpquant.data.tables import TableSource, load_table
 
-    path = _file_of(settings, TABLE_PREFIX)
-    label = _needed(settings, "label_column", "It names the column that is to be predicted")
-    spec_path = _needed(settings, "spec", "Ranges and categories are public knowledge, and are not read from records")
-    spec = Spec.read(Path(spec_path))
-    train, test = load_table(
-        TableSource(path=path, label=label, spec=spec, test=_test_of(settings), test_share=settings.test_share)
-    )
-    return data.Dataset(
-        name=settings.data,
-        train=train,
-        test=test,
+    return Form(
         num_classes=len(spec.classes) or 1,
         input_shape=(spec.width,),
         class_names=spec.classes,
-        public_size=None,
         task=spec.task,
         categories=tuple(category.size for category in spec.categories.values()),
         synthetic=synthetic_rows(spec),
+    )
+
+
+def _table(settings: TrainSettings) -> data.Dataset:
+    path = file_of(settings, TABLE_PREFIX)
+    label = label_of(settings)
+    spec, test = spec_of(settings), test_of(settings)
+    source = TableSource(path=path, label=label, spec=spec, test=test, test_share=settings.test_share)
+    train, test = load_table(source)
+    return data.Dataset(
+        **vars(_table_form(spec)),
+        name=settings.data,
+        train=train,
+        test=test,
+        public_size=None,
         facts={"task": spec.task.kind, "spec": spec.text, "label_column": label},
     )
 
 
 def _texts(settings: TrainSettings) -> data.Dataset:
-    from dpquant.data.texts import TextSource, load_texts
-    from dpquant.data.tokens import synthetic_texts
-
-    source = TextSource.chosen(
-        _file_of(settings, TEXT_PREFIX),
-        texts=settings.text_column,
-        label=settings.label_column,
-        classes=settings.classes,
-        tokenizer=Path(_needed(settings, "tokenizer", "It turns text into numbers")),
-        max_length=settings.max_length,
-        test=_test_of(settings),
-        test_share=settings.test_share,
-    )
+    source = text_source(settings)
+    test_of(settings)
     train, test, tokens = load_texts(source)
     return data.Dataset(
+        **vars(form_of_texts(source, tokens)),
         name=settings.data,
         train=train,
         test=test,
-        num_classes=len(source.classes),
-        input_shape=(tokens.buckets[-1],),
-        class_names=source.classes,
         public_size=None,
-        vocabulary=tokens.vocabulary,
-        padding=tokens.padding,
-        synthetic=synthetic_texts(tokens, len(source.classes), pairs=len(source.texts) == 2),
         facts={
             "task": "classification",
             "classes": list(source.classes),
@@ -121,31 +111,4 @@ def _texts(settings: TrainSettings) -> data.Dataset:
             "text_columns": list(source.texts),
             "label_column": source.label,
         },
-        tokenizer=tokens.content,
     )
-
-
-def _file_of(settings: TrainSettings, prefix: str) -> Path:
-    path = settings.data.removeprefix(prefix)
-    if not path.strip():
-        raise DataError(f"Expected a file in data={prefix}FILE; got data={settings.data}, without one. Name it.")
-    return Path(path)
-
-
-def _needed(settings: TrainSettings, name: str, why: str) -> str:
-    value = getattr(settings, name)
-    if not value or not value.strip():
-        raise SettingError(
-            f"Expected {name} with data={settings.data}; got none. {why}. Give --{name.replace('_', '-')}."
-        )
-    return value
-
-
-def _test_of(settings: TrainSettings) -> Path | None:
-    if settings.test is None and settings.test_share is None:
-        raise SettingError(
-            f"Expected test or test_share with data={settings.data}; got neither. What is measured on test records is "
-            "not protected, so which they are is for you to say. Give --test FILE, or --test-share 0.2, by which each "
-            "record's content decides."
-        )
-    return None if settings.test is None else Path(settings.test)

@@ -44,8 +44,9 @@ class RunStatus:
 
     Attributes:
       name: of its directory.
-      phase: waiting: nothing is there yet; starting: nothing is charged yet; running; silent: it should have shown a
-        sign of life; stopped: it ended without a record; diverged; finished.
+      phase: waiting: nothing is there yet; starting: it measures and checks, before its first step or, where it
+        continues, the next one; running; silent: it should have shown a sign of life; stopped: it ended without a
+        record; diverged; finished.
       model, dataset, policy, format: of its settings; empty while it waits.
       plan: the numbers of its privacy plan; None where they are not known.
       step: number of steps that were taken.

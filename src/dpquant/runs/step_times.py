@@ -68,7 +68,7 @@ def step_times(settings: TrainSettings) -> StepTimes:
     if assumed is None or settings.width != 1.0 or settings.train_only is not None:
         raise SettingError(
             f"Expected a model whose step is measured on this machine, for world_size; got model={settings.model}, "
-            "which is not. Measure it by dpquant assess with the same settings, which takes networks of images."
+            "which is not. Measure it: dpquant assess, with the same settings."
         )
     return assumed
 

@@ -8,6 +8,10 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Self
 
+import torch
+
+from dpquant.training.distributed import Group
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -34,6 +38,10 @@ class Stopping:
     def __exit__(self, *_: object) -> None:
         for one, handler in self._before.items():
             signal.signal(one, handler)
+
+    def asked_anywhere(self, group: Group) -> int:
+        """Return the number of the signal that has asked any process for an end, so that all end at the same step."""
+        return int(group.gathered(torch.tensor([self.asked or 0])).max())
 
     def _keep(self, number: int, _frame: FrameType | None) -> None:
         if self.asked is None:

@@ -81,7 +81,7 @@ class Timings:
           DataError: the file cannot be read, or holds no timings.
         """
         try:
-            return cls(**json.loads(path.read_text()))
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError) as error:

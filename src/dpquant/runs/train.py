@@ -57,6 +57,7 @@ from dpquant.runs.size import check_data_fits
 from dpquant.runs.sources import dataset_of
 from dpquant.runs.stopping import Stopping
 from dpquant.runs.timings import Timings
+from dpquant.runs.trackers.tracking import Tracking
 from dpquant.training.agreement import together
 from dpquant.training.continuing import Stateful
 from dpquant.training.distributed import Group, group_here
@@ -87,7 +88,7 @@ def train(
       out: the run directory; it must be missing or empty, unless `resume` is given. A `Place` may be taken already.
       plan: the privacy plan of these settings; None: it is computed.
       command: the command line of the run, for the record.
-      sinks: notified of the run's progress, in this order and after the metrics file.
+      sinks: notified of the run's progress, in this order, after the metrics file and before trackers.
       directory: makes from the path the writer of the run's files.
       start: starts the run, with the arguments of `make_private`.
       resume: continue the run in the directory, if there is one. Its settings must be these.
@@ -102,9 +103,14 @@ def train(
     """
     group = group_here()
     place, files = shared(out, directory, group)
-    heartbeat = Heartbeat(place.path / PROGRESS)
-    told = [MetricsFile(place.path / METRICS), heartbeat, *sinks] if group.rank == 0 else []
-    with departing(), place.taken(settings, resume=resume) as continues, contextlib.closing(heartbeat):
+    heartbeat, tracking = Heartbeat(place.path / PROGRESS), Tracking(settings, place.path)
+    told = [MetricsFile(place.path / METRICS), heartbeat, *sinks, tracking] if group.rank == 0 else []
+    with (
+        departing(),
+        place.taken(settings, resume=resume) as continues,
+        contextlib.closing(heartbeat),
+        contextlib.closing(tracking),
+    ):
         begin = functools.partial(start, resume=continues)
         run = _Run.begun(settings, files, plan, told, begin, group)
         with contextlib.closing(run.private), Stopping(_ECHO if group.size > 1 else 0.0) as stopping:
@@ -166,6 +172,8 @@ class _Run:
         """Return the run before its next step: everything that can fail is tried, and nothing is charged."""
         began, started = time.perf_counter(), utc_now()
         tell = Sinks(sinks, lambda: 0.0)
+        if settings.track is not None:
+            tell.preparing("starting the trackers")
         plan = plan or plan_of(settings)
 
         def made() -> tuple[torch.device, data.Dataset, torch.nn.Module]:
@@ -287,17 +295,13 @@ class _Run:
         Raises:
           StoppedError: a signal has asked for an end.
         """
-        private, asked = self.private, self._asked(stopping)
+        private, asked = self.private, stopping.asked_anywhere(self.private.group)
         if asked or private.steps_taken >= self.saved + self.every:
             self.save()
         if not asked or private.steps_taken == private.plan.steps:
             return
         spent = Charged(steps=private.steps_taken, epsilon=private.epsilon_spent(), research=not private.secure)
         raise StoppedError(f"{spent.told(private.plan)}. Continue by: dpquant resume {self.files.path}", 128 + asked)
-
-    def _asked(self, stopping: Stopping) -> int:
-        """Return the number of the signal that has asked any process for an end, so that all end at the same step."""
-        return int(self.private.group.gathered(torch.tensor([stopping.asked or 0])).max())
 
     def save(self) -> None:
         """Write a checkpoint."""

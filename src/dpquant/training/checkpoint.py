@@ -17,7 +17,6 @@ Privacy: post-processing, if the parts are: parameters and an optimizer's state 
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -50,11 +49,8 @@ class Disk:
         if path.is_dir():
             DISK.sync_folder(path)
             return
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with path.open("rb+") as file:  # Windows flushes nothing that was opened for reading alone
+            DISK.sync(file.fileno())
 
     def rename(self, old: Path, new: Path) -> None:
         old.rename(new)

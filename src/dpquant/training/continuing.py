@@ -107,7 +107,7 @@ class Parts:
                 "Continue with the run's own settings."
             )
         state = RunState.from_json(checkpoint.facts.get("state", ""))
-        _check_tensors(self.model.state_dict(), checkpoint.parts["model"])
+        check_tensors(self.model.state_dict(), checkpoint.parts["model"])
         for name, part in {"model": self.model, "optimizer": self.optimizer, **self.others}.items():
             try:
                 part.load_state_dict(checkpoint.parts[name])
@@ -119,14 +119,14 @@ class Parts:
         return state
 
 
-def _check_tensors(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    """Raise a DataError if the model's tensors are not those that were saved, in names, shapes and types."""
+def check_tensors(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Raise a DataError if the model's tensors are not those that it is to take over, in names, shapes and types."""
     facts, others = ({name: (tuple(t.shape), t.dtype) for name, t in one.items()} for one in (own, saved))
     if facts != others:
         name = next(name for name in (*facts, *others) if facts.get(name) != others.get(name))
         raise DataError(
-            f"Expected the model of the checkpoint, in which {name} is {others.get(name, 'absent')}; got one in which "
-            f"it is {facts.get(name, 'absent')}. Parameters of another model would be lost. Build the model as before."
+            f"Expected values of this model, in which {name} is {facts.get(name, 'absent')}; got some in which it is "
+            f"{others.get(name, 'absent')}. Parameters of another model would be lost. Build the same model for both."
         )
 
 

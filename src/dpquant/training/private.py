@@ -90,16 +90,7 @@ class PrivateTraining:
         mechanism: Mechanism,
         group: Group,
     ):
-        """Join the parts of a run. `start.begin` makes and checks them.
-
-        Args:
-          setup: model, optimizer, plan and policy.
-          records: the private data set.
-          state: state from which the run continues; for a new run, only its execution is set.
-          choices: decisions measured so far.
-          mechanism: sampler, noise, ledger and secret key.
-          group: the processes of the run.
-        """
+        """Join the parts of a run, which `start.begin` makes and checks. Of a new run's state only execution is set."""
         self.model, self.optimizer = setup.found.objective.model, setup.optimizer
         self.plan, self.policy = setup.plan, setup.policy
         self.macs, self.choices, self.step_seconds = setup.found.macs, choices, setup.step_seconds
@@ -291,6 +282,20 @@ class PrivateTraining:
         saved = self._parts(others).restore(Checkpoint.read(path))
         self._state = continued(saved, self._mechanism.ledger, self.execution, repeatable=self._mechanism.repeats)
         self._watch.keep_buffers()
+
+    def replace_weights(self, state_dict: Mapping[str, torch.Tensor]) -> None:
+        """Go on from other values of the model's tensors, as a server's average. The optimizer keeps its state.
+
+        Args:
+          state_dict: of a model like this one, public or released by somebody.
+        Raises:
+          SettingError, ModelError: a drawn batch is left, or the run has been stopped.
+          DataError: a tensor is missing, or of another shape or type.
+        Privacy: charges nothing. What is guaranteed of a step holds for any values, even those of an adversary.
+        """
+        self._refuse_what_was_skipped()
+        self._stop_if(self._watch.replace(state_dict))
+        self._refuse_if_broken()
 
     def _parts(self, others: Mapping[str, Stateful]) -> Parts:
         return Parts(model=self.model, optimizer=self.optimizer, plan=self.plan, others=others)

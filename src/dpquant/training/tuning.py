@@ -29,12 +29,13 @@ from dpquant.privacy.analysis_plan import Score
 from dpquant.training.cost import LayerTimes
 from dpquant.training.impact import analysis_keys, impact_sum
 
-# microbatch sizes: the smallest, the first that is tried, and the size above which memory counts
-_SMALLEST, _FIRST, _USUAL = 4, 32, 256
+# microbatch sizes: the smallest, from which memory limits the search; the first whose time is compared; the size where
+# nothing is compared, as the run is short; and the one above which a doubled size costs much memory
+_SMALLEST, _LEAN, _FIRST, _USUAL = 4, 16, 32, 256
 _TRIALS = 0.05  # share of a run's examples that the search, or the timing of layers, may pass through the model
 _PASSES = 4  # of each candidate of a comparison: one that warms up, and three that count
-_WORTHWHILE = 1.03  # speed-up of a step for which the microbatch is doubled
-_WORTH_MEMORY = 1.1  # the same from _USUAL on, where a doubled microbatch costs much memory
+_WORTHWHILE = 1.05  # speed-up of a step for which the microbatch, and with it the memory, is doubled
+_WORTH_MEMORY = 1.1  # the same from _USUAL on
 ANALYSIS_MICROBATCH = 64  # examples a pass of an analysis; fewer only where memory is limited
 _TIMED_MICROBATCHES = 3  # at most this many microbatches are timed in a round
 _MIB = 2**10  # MiB in a GiB
@@ -235,9 +236,9 @@ def fastest_microbatch_size(
 ) -> int:
     """Return the microbatch size with which a step takes the least time within the memory limit.
 
-    The size is doubled as long as that saves time and fits, up to the whole batch: networks of small layers gain up to
-    there. The last microbatch of a batch is filled up with copies, half of it on average; larger sizes have to gain
-    enough to make up for these.
+    The size is doubled as long as that saves a twentieth of the time and fits, up to the whole batch: networks of small
+    layers gain up to there. Where layers are large it stays small, as activations fill the memory. The last microbatch
+    of a batch is filled up with copies, half of it on average; larger sizes have to gain enough to make up for these.
 
     Args:
       objective: a prepared model and its loss.
@@ -266,7 +267,7 @@ def fastest_microbatch_size(
         return by.peak()
 
     try:
-        size = _FIRST if memory is None else _SMALLEST
+        size = _SMALLEST if memory is not None else _LEAN if largest > _FIRST else _FIRST
         used = 0.0 if memory is None else peak(size)
         if memory is not None and used > memory:
             raise by.too_little(memory, used - start, f"{size} examples a backward pass")
@@ -285,7 +286,7 @@ def fastest_microbatch_size(
             # rows of a batch with size 2 n over those with size n, where half a microbatch is filled up on average
             filled_up = (1 + size / expected_batch_size) / (1 + size / 2 / expected_batch_size)
             worthwhile = filled_up * (_WORTHWHILE if size < _USUAL else _WORTH_MEMORY)
-            if size >= _FIRST and seconds[str(size)] < worthwhile * seconds[str(2 * size)]:
+            if size >= _LEAN and seconds[str(size)] < worthwhile * seconds[str(2 * size)]:
                 break
             size *= 2
     finally:

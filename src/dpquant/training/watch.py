@@ -7,7 +7,7 @@ examples apart nothing here ever finds anything, so that what is found releases 
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from dpquant.checks.isolation import buffers_of, changed_buffer, keeps_apart, re
 from dpquant.engine.passes import Objective, out_of_memory
 from dpquant.errors import DPQuantError, ModelError
 from dpquant.machine import current
+from dpquant.training.continuing import check_tensors
 from dpquant.training.moved import check_moved
 from dpquant.training.records import Records
 from dpquant.training.tuning import memory_gone
@@ -45,6 +46,20 @@ class Watch:
     def keep_buffers(self) -> None:
         """Take the model's buffers as they are now for what they should be: they come from a checkpoint."""
         self._buffers = buffers_of(self._objective.model)
+
+    def replace(self, state_dict: Mapping[str, Tensor]) -> str:
+        """Replace the values of the model's tensors, buffers included, unless a buffer has taken in records.
+
+        Returns: why that buffer matters; "" if the values were replaced.
+        Raises:
+          DataError: a tensor is missing, or of another shape or type.
+        """
+        check_tensors(self._objective.model.state_dict(), state_dict)
+        if reason := self.changed_buffer():
+            return reason
+        self._objective.model.load_state_dict(state_dict)
+        self.keep_buffers()
+        return ""
 
     def coupling(self, record_ids: Tensor, key: int) -> str:
         """Return why the model does not keep examples apart, if one record of the batch shows it; else "".

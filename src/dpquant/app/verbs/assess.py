@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dpquant.app.options import Config, Json, settings_of, with_settings
-from dpquant.app.output import results, say
+from dpquant.app.output import results, say, tell_native
+from dpquant.runs.named import check_named
 
 if TYPE_CHECKING:
     from dpquant.app.assess import Assessment
@@ -33,12 +34,14 @@ def assess(
 
     Example: dpquant assess resnet18 --data gtsrb --policy dpquant --macs 0.9 --runs-per-month 100 --cost-per-hour 0.4
     """
+    settings = settings_of({**given, **({} if model is None else {"model": model})}, config)
+    check_named(settings, records=False)
     from dpquant.app.assess import Usage
     from dpquant.app.assess import assess as assessment_of
 
-    named = {} if model is None else {"model": model}
+    tell_native()
     assessment = assessment_of(
-        settings_of({**given, **named}, config),
+        settings,
         hardware=hardware,
         run=run,
         usage=Usage(runs_per_month=runs_per_month, cost_per_hour=cost_per_hour),

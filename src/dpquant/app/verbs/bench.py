@@ -70,7 +70,7 @@ def bench(
 def report_bench(record: "BenchRecord", out: Path | None, *, as_json: bool) -> int:
     """Write a benchmark's record to `out` if it is given, print it, and return the exit code of `dpquant bench`."""
     if out is not None:
-        out.write_text(record.to_json())
+        out.write_text(record.to_json(), encoding="utf-8")
     if as_json:
         print(record.to_json(), end="")
     else:
@@ -94,7 +94,7 @@ def print_bench(console: Console, record: "BenchRecord") -> None:
         "\nMedian of the rounds, and quartiles. 'plain / this' is plain PyTorch's time over this side's: above 1, this "
         "side is faster. Opacus is its hooks; ours are dpquant in full precision, with 90 % of the multiplications "
         "quantized, and with all.",
-        f"\n{record.hardware}; opacus {record.opacus}, {record.threads} threads",
+        f"\n{record.hardware}; opacus {record.opacus or 'none'}, {record.threads} threads",
     ]
     if record.busy:
         lines.append(

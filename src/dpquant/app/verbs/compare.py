@@ -13,6 +13,7 @@ from dpquant.app.completion import policies as completed
 from dpquant.app.options import Config, Json, Out, settings_of, with_settings
 from dpquant.app.output import results, say
 from dpquant.errors import SettingError
+from dpquant.runs.named import check_named
 
 if TYPE_CHECKING:
     from dpquant.app.compare import Comparison
@@ -36,8 +37,6 @@ def compare(
 
     Example: dpquant compare --data fashion-mnist --epsilon 3 --fraction 0.5 --seeds 3 --out runs/compare
     """
-    from dpquant.app.compare import compare as comparison_of
-
     for name in ("policy", "seed"):
         if name in given:
             raise SettingError(
@@ -47,6 +46,9 @@ def compare(
     settings = settings_of({"policy": "dpquant", **given}, config)
     folder = out or Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-compare"
     names = [name.strip() for name in policies.split(",") if name.strip()]
+    check_named(settings)
+    from dpquant.app.compare import compare as comparison_of
+
     comparison = comparison_of(settings, names, seeds, folder, watch=say)
     if as_json:
         print(comparison.to_json(), end="")

@@ -7,26 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from dpquant.app.options import with_settings, written_path
+from dpquant.app.options import OF_SOURCES, with_settings, written_path
 from dpquant.data.manifest import Manifest
 from dpquant.errors import SettingError
+from dpquant.runs.named import check_named
 from dpquant.runs.settings import TrainSettings
 
-_OF_SOURCES = (
-    "data_dir",
-    "image_size",
-    "test",
-    "test_share",
-    "label_column",
-    "spec",
-    "text_column",
-    "classes",
-    "tokenizer",
-    "max_length",
-)
 
-
-@functools.partial(with_settings, names=_OF_SOURCES)
+@functools.partial(with_settings, names=OF_SOURCES)
 def pack(
     source: Annotated[str | None, typer.Argument(help="data set, as for train --data", show_default=False)] = None,
     out: Annotated[
@@ -58,6 +46,7 @@ def pack(
     if source is None or out is None:
         raise SettingError("Expected a source and a folder to write; got fewer. Give dpquant pack SOURCE OUT.")
     settings = TrainSettings.chosen({"data": source, **given})
+    check_named(settings)
     from dpquant.data.pack import pack as packed
     from dpquant.runs.sources import dataset_of
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from dpquant.app.console import print_budget, print_defaults, print_meaning
 from dpquant.app.options import Config, Json, command_of, defaults_of, settings_of, with_settings
-from dpquant.app.output import results
+from dpquant.app.output import results, tell_native
 from dpquant.errors import SettingError
 from dpquant.runs.settings import TrainSettings, plan_of
 from dpquant.runs.step_times import step_times
@@ -61,6 +61,7 @@ def plan(
         facts = json.loads(budget.to_json()) | ({} if scaling is None else {"scaling": dataclasses.asdict(scaling)})
         print(json.dumps(facts, indent=2))
     else:
+        tell_native()
         print_defaults(results(), settings, defaults_of(given, config))
         print_budget(results(), budget)
         print_meaning(results(), budget, settings.public_records)

@@ -24,15 +24,17 @@ from dpquant.app.options import (
     settings_of,
     with_settings,
 )
-from dpquant.app.output import current, results, say
+from dpquant.app.output import current, results, say, tell_native
 from dpquant.app.progress import RunProgress, tell_budget, tell_processes, tell_settings
 from dpquant.errors import SettingError
 from dpquant.runs.defaults import Default
 from dpquant.runs.launched import Launch
+from dpquant.runs.named import check_named
 from dpquant.runs.names import RECORD, REPORT
 from dpquant.runs.place import Place
 from dpquant.runs.record import RunRecord
 from dpquant.runs.settings import TrainSettings, plan_of
+from dpquant.runs.trackers.registry import check_trackers
 
 if TYPE_CHECKING:
     from dpquant.runs.record import RunRecord
@@ -108,6 +110,7 @@ def _train(
     usual: Mapping[str, Default] = MappingProxyType({}),
 ) -> None:
     """Train into a run directory and print the result; `usual` are defaults, whose origin is told."""
+    check_trackers(settings.track)
     folder, console = place.path, current().console(results=False, quiet=as_json)
     if resume and place.has_ended(settings):  # whatever starts a job again until it succeeds has to see that it has
         say(f"{folder} has ended already; nothing is trained or charged.")
@@ -115,21 +118,25 @@ def _train(
             record = RunRecord.read(folder / RECORD)
             _print(record, folder, reported=(folder / REPORT).exists(), as_json=as_json)
         return
+    check_named(settings)
     with place.taken(settings, resume=resume):  # before torch is imported: a run killed meanwhile can be continued
         if not as_json:
             tell_processes(Launch.here(), settings.threads)
             tell_settings(settings, usual)
+            tell_native()
         plan = plan_of(settings)
         if not as_json:
             tell_budget(plan)
         try:
             with RunProgress(console, quiet=as_json) as progress:
                 progress.preparing("loading torch")
+                from dpquant.app.reporting import ReportAtEnd
                 from dpquant.runs.directory import charged
                 from dpquant.runs.names import LEDGER
                 from dpquant.runs.train import train as run_training
 
-                record = run_training(settings, place, plan=plan, command=command_line(), sinks=[progress])
+                reports = [] if no_report else [ReportAtEnd(folder)]
+                record = run_training(settings, place, plan=plan, command=command_line(), sinks=[progress, *reports])
         except KeyboardInterrupt as interrupt:
             from dpquant.runs.directory import charged
             from dpquant.runs.names import LEDGER
@@ -137,10 +144,9 @@ def _train(
             raise InterruptedRun(charged(folder / LEDGER, plan).told(plan)) from interrupt
     if Launch.here().rank > 0:
         return
-    if not no_report:
-        from dpquant.app.report import write_report
-
-        write_report(folder)
+    for report in reports:
+        if report.refused is not None:
+            raise report.refused
     _print(record, folder, reported=not no_report, as_json=as_json)
 
 

@@ -10,6 +10,7 @@ from dpquant.privacy.meaning import percent_up
 from dpquant.privacy.plan import rounded_up
 from dpquant.runs.pages.facts import Facts
 from dpquant.runs.pages.score import score_of
+from dpquant.runs.record import RunRecord
 
 NOT_DECLARED = "not declared"
 NOT_RECORDED = "not recorded by this version of dpquant"
@@ -147,7 +148,11 @@ def answers(facts: Facts) -> list[Answer]:
         ),
         ("One release or many, and when does the budget renew?", declared("release"), "declared"),
         ("What was taken as public?", "Settings, size estimate, classes, shapes and types of a record", "public"),
-        ("Pre-trained weights: trained on what, with which overlap?", declared("pretraining"), "declared"),
+        (
+            "Pre-trained weights: trained on what, with which overlap?",
+            _pretraining(record, declared("pretraining")),
+            "declared",
+        ),
         (
             "What did privacy cost in accuracy, and for whom?",
             f"{score.title} {score.text(score.last, 2)}; beside a baseline: dpquant report RUN BASELINE",
@@ -171,6 +176,13 @@ def answers(facts: Facts) -> list[Answer]:
         ("Who signs, when, and why this epsilon?", f"Sign the first page. Why: {declared('justification')}", "sign"),
     ]
     return [Answer(question=question, answer=answer, section=section) for question, answer, section in rows]
+
+
+def _pretraining(record: RunRecord, said: str) -> str:
+    """Return where a run's first weights came from, as far as the name of its model says, and what was declared."""
+    if ":" in record.model:  # hf:PATH or module:function
+        return f"Weights as {record.model} has or makes them. Trained on what: {said}"
+    return f"None: {record.model} begins with random weights" + ("" if said == NOT_DECLARED else f". Declared: {said}")
 
 
 def _delta(facts: Facts) -> str:

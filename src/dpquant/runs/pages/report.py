@@ -2,7 +2,6 @@
 """The report of one run: one HTML file that loads nothing. A pure function of facts; see `facts.py`."""
 
 import functools
-import importlib.metadata
 import json
 import math
 import re
@@ -25,6 +24,7 @@ from dpquant.runs.pages.facts import Facts
 from dpquant.runs.pages.score import Score, score_of
 from dpquant.runs.record import RunRecord
 from dpquant.runs.status import DEFAULT_EMA, RunStatus
+from dpquant.version import version
 
 _TEMPLATES = Path(__file__).parent / "templates"
 REDACTED = "redacted"  # in what a page holds for programs: command, folders and declared words were left out
@@ -102,7 +102,7 @@ def rendered(
         environment()
         .get_template(template)
         .render(
-            version=importlib.metadata.version("dpquant"),
+            version=version(),
             style=style,
             script=script,
             embedded=_json(embedded),
@@ -113,7 +113,7 @@ def rendered(
 
 def read_source(name: str) -> Markup:
     """Return a style sheet or a script of ours, to be put into a page as it is."""
-    return Markup((_TEMPLATES / name).read_text())
+    return Markup((_TEMPLATES / name).read_text(encoding="utf-8"))
 
 
 def score_chart(score: Score) -> Markup:

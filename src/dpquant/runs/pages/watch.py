@@ -15,7 +15,7 @@ from dpquant.runs.status import RunStatus
 
 PHASES = {
     "waiting": "waiting for the run to begin",
-    "starting": "starting: nothing is charged yet",
+    "starting": "starting: it measures and checks before its next step",
     "running": "running",
     "silent": "silent",
     "stopped": "stopped",
