@@ -3,15 +3,14 @@
 
 A run directory holds config.toml (all settings, to repeat the run), ledger.jsonl (the events charged, each written
 before its data is used), metrics.jsonl (one line per epoch), model.safetensors (the model's parameters and buffers,
-written after every epoch, for `safetensors.torch.load_model`), model.json (what is needed to use it), record.json,
-choices.json (decisions by timing on this machine, which `--choices` hands to another run), and checkpoints, from the
-newest of which a run continues. For the operator only: timings.json, progress.json (how far the run is) and
-records.json (a fingerprint of the training records).
+written after every epoch), model.json (what is needed to use it), record.json, choices.json (decisions by timing, which
+`--choices` hands to another run), and checkpoints, from the newest of which a run continues. For the operator only:
+timings.json, progress.json (how far the run is) and records.json (a fingerprint of the training records).
 
 The directory is made first (`place.py`), with the settings in it, so that a run can be continued however early it was
 killed; if a check fails, it is removed again. Saving, testing and a checkpoint of the model are tried once before
-anything is charged. Nothing computed from private data is written except through a charged mechanism, with two
-exceptions: `unsafe_metrics`, which marks the files that it changes, and the operator's files.
+anything is charged. Nothing computed from private data is written except through a charged mechanism, but for
+`unsafe_metrics`, which marks the files that it changes, and for what is the operator's.
 """
 
 import contextlib
@@ -359,7 +358,6 @@ class _Run:
         )
 
     def _metrics(self, split: Held) -> dict[str, float]:
-        """Return the metrics on some records, as process 0 measures them."""
         size = evaluation_batch(self.settings.memory, self.private.execution.microbatch_size)
         model, task = self.tested.model, self.dataset.task
         return first_says(self.private.group, lambda: metrics(model, split, task, batch_size=size))
