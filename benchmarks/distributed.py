@@ -30,6 +30,7 @@ import torch.distributed as dist
 import dpquant
 from benchmarks.lora import losses, network, records
 from benchmarks.results import folder_here
+from dpquant.app.cli import sleep_soon
 from dpquant.app.networks import NETWORKS, build_network
 from dpquant.app.synthetic import SyntheticRecords
 from dpquant.engine.batches import take_rows
@@ -94,7 +95,7 @@ def exchange_seconds(group: Group, values: dict[str, torch.Tensor]) -> list[floa
     found = []
     for _ in range(_EXCHANGES):
         began = now()
-        for _, mean in noisy_means(group, values, lambda name, part, total: total):
+        for _, mean in noisy_means(group, values, lambda name, part, total: total, torch.float32):
             mean.untyped_storage()  # it has arrived
         found.append(now() - began)
     return found
@@ -151,6 +152,7 @@ class Side:
         self._processes: list[subprocess.Popen[str]] = []
         for rank in range(size):
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo"}
+            sleep_soon(environment)  # as the command line does
             if size > 1:
                 place = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
                 environment |= {name: str(value) for name, value in place.items()}
