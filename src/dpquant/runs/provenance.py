@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parts of a run's record: its layers, where the run comes from, its plan, and what its ledger says. This module loads no torch."""
+"""Parts of a record: layers, where the run comes from, its plan, and what its ledger says. No torch is loaded."""
 
 import dataclasses
 import datetime
