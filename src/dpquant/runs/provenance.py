@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-<<<<<<< HEAD
-"""Parts of a run's record: layers, where the run comes from, its plan, what its ledger says. Loads no torch."""
-=======
 """Parts of a record: layers, where the run comes from, its plan, and what its ledger says. No torch is loaded."""
->>>>>>> main
 
 import dataclasses
 import datetime
