@@ -989,7 +989,7 @@ def ended(**changed: str | None) -> Prepare:
     return together(*(file(f"r/{name}", content) for name, content in files.items() if content is not None))
 
 
-_OTHER_KIND = ended(model_json='{"schema": 3}')
+_NEWER = ended(model_json='{"schema": 99}')
 AFTER_TRAINING = {
     f"{verb}: {name}": Bad(line.format("r"), says, prepare)
     for verb, line in {
@@ -1017,7 +1017,7 @@ AFTER_TRAINING |= {
     "evaluate: no description": Bad("evaluate r", "it holds none", ended(model_json=None)),
     "predict: no description": Bad("predict r x.png", "it holds none", ended(model_json=None)),
     "predict: half a description": Bad("predict r x", "to describe a run's model", ended(model_json="{")),
-    "predict: a newer description": Bad("predict r x", "schema 3", _OTHER_KIND),
+    "predict: a newer description": Bad("predict r x", "schema 99", _NEWER),
     "predict: another model": Bad("predict r x.png", "to have the SHA-256", ended(model_safetensors="other")),
     "predict: top as a word": Bad("predict r x.png --top all", "Invalid value"),
     "evaluate: epsilon as a word": Bad("evaluate r --test-epsilon low", "Invalid value"),

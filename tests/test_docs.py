@@ -65,7 +65,7 @@ def test_a_link_to_another_line_is_seen(tmp_path):
 def manifests():
     """The YAML and the shell scripts of docs/distributed.md."""
     text = (ROOT / "docs" / "distributed.md").read_text()
-    return [re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("yaml", "bash")]
+    return [re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("yaml", "(?:bash|console)")]
 
 
 def problems_of_job(text):

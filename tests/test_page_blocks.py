@@ -27,7 +27,12 @@ from sources import images, table
 from words import bert_in, tokenizer_in
 
 ROOT = Path(__file__).parents[1]
-ONLY_SHOWN = {"console", "py", ""}  # py: a script of examples/, shown; a block of bash runs it
+ONLY_SHOWN = {
+    "console",
+    "py",
+    "yaml",
+    "",
+}  # py: a script of examples/, shown; a block of bash runs it. yaml: test_docs.py
 NO_CODE = {"log.md", "mutations.md", "command-line.md", "api.md"}  # made from elsewhere, or of another time
 PAGES = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").glob("*.md") if page.name not in NO_CODE)]
 PAGES += sorted((ROOT / "examples").glob("*/README.md"))

@@ -287,7 +287,7 @@ def test_a_draft_says_that_a_label_of_one_class_leaves_nothing_to_tell(tmp_path)
 
 EMPTY = {
     "another value": ("a,50,89,AT,shop,no", "column channel", "other"),
-    "too few fields": ("a,50,89", "cannot be read", "as many fields as the header"),
+    "too few fields": ("a,50,89", "too few or too many fields", "as many fields as the header"),
     "not UTF-8": (b"a,50,89,AT,w\xe9b,no", "not UTF-8", "iconv"),
     "an empty value": ("a,,89,AT,web,no", "empty value in column amount", 'missing = [""]'),
 }

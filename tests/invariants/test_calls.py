@@ -398,9 +398,8 @@ def test_a_run_keeps_its_plan_call_by_call():
 
 @pytest.mark.parametrize("plant", FAULTS, ids=lambda plant: plant.__name__)
 def test_a_run_that_does_not_is_seen(plant):
-    seen = run_whole(plant)
-    with pytest.raises(AssertionError):
-        assert_the_plan_was_kept(*seen)
+    with pytest.raises((AssertionError, dpquant.ModelError)):  # the run itself may see it
+        assert_the_plan_was_kept(*run_whole(plant))
 
 
 def state_of(run):

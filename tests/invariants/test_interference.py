@@ -243,7 +243,8 @@ def test_a_buffer_that_takes_in_the_data_ends_the_run_and_is_not_kept(every, wor
     with pytest.raises(dpquant.ModelError, match="buffer seen has begun to change"):
         assert_no_interference(worlds, tmp_path, make_run=KeepingSome, given={"checkpoint_every": every})
     assert {path.name for path in (tmp_path / "a").iterdir()} == {
-        *("choices.json", "config.toml", "ledger.jsonl", "model.json", "records.json", "progress.json", "checkpoints")
+        *("choices.json", "config.toml", "ledger.jsonl", "model.json", "records.json", "progress.json", "checkpoints"),
+        "trackers",
     }
     assert [path.name for path in (tmp_path / "a" / "checkpoints").iterdir()] == ["step-00000000"]
 

@@ -89,6 +89,6 @@ def _key(settings: TrainSettings) -> str:
 def _known(path: Path) -> dict[str, Any]:
     """Return all measured times; {} if there are none, or another version has written them."""
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-        known = json.loads(path.read_text())
+        known = json.loads(path.read_text(encoding="utf-8"))
         return {key: times for key, times in known.items() if StepTimes(**times)}
     return {}

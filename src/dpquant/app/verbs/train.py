@@ -113,9 +113,9 @@ def _train(
     check_trackers(settings.track)
     folder, console = place.path, current().console(results=False, quiet=as_json)
     if resume and place.has_ended(settings):  # whatever starts a job again until it succeeds has to see that it has
+        record = RunRecord.read(folder / RECORD)
         say(f"{folder} has ended already; nothing is trained or charged.")
         if Launch.here().rank == 0:
-            record = RunRecord.read(folder / RECORD)
             _print(record, folder, reported=(folder / REPORT).exists(), as_json=as_json)
         return
     check_named(settings)
