@@ -184,7 +184,7 @@ MUTANTS = [
         (
             "a buffer that has taken in data stays as it is after an epoch",
             LEAK,
-            "            changed = self._watch.changed_buffer()\n",
+            "            self._stop_if(changed := self._watch.changed_buffer())\n",
             "            changed = None\n",
             f"{_ATTACKS}::test_a_buffer_that_begins_to_follow_the_data_stops_the_run_and_is_restored",
         ),

@@ -34,14 +34,7 @@ from dpquant.runs.augmentation import augmented
 from dpquant.runs.describing import description_of
 from dpquant.runs.devices import described, device_of, use_threads
 from dpquant.runs.directory import Charged, RunDirectory
-from dpquant.runs.evaluation import (
-    Tested,
-    check_evaluation,
-    evaluation_batch,
-    loss_of,
-    metrics,
-    warn_of_guessing,
-)
+from dpquant.runs.evaluation import Tested, check_evaluation, evaluation_batch, loss_of, metrics, warn_of_guessing
 from dpquant.runs.heartbeat import Heartbeat
 from dpquant.runs.history import History
 from dpquant.runs.names import LEDGER, METRICS, MODEL, PROGRESS

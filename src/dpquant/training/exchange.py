@@ -70,6 +70,11 @@ def share(record_ids: Tensor, group: Group) -> Tensor:
     return record_ids.tensor_split(group.size)[group.rank]
 
 
+def own_parts(tensors: Mapping[str, Tensor], group: Group) -> dict[str, slice] | None:
+    """Return the parts of the flattened tensors that are in this process' slice; None: all, as of one process."""
+    return None if group.size == 1 else Slices.of(tensors, group).parts()
+
+
 def cut(record_ids: Tensor, group: Group, *, whole: bool) -> tuple[Tensor, slice]:
     """Return the ids that are cut into microbatches, and which of these microbatches are this process'.
 

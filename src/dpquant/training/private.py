@@ -42,7 +42,7 @@ from dpquant.training.checkpoint import Checkpoint
 from dpquant.training.continuing import Parts, Stateful, continued
 from dpquant.training.distributed import Group
 from dpquant.training.epoch import Batch, Epoch
-from dpquant.training.exchange import Slices, cut, noisy_means, share
+from dpquant.training.exchange import cut, noisy_means, own_parts, share
 from dpquant.training.execution import Execution
 from dpquant.training.impact import ImpactSum, analysis_keys
 from dpquant.training.policies import ema
@@ -209,8 +209,7 @@ class PrivateTraining:
         key = self._key_of(batch.step)
         self._probe(batch, key)
         trainable, size = self._objective.trainable(), self.execution.microbatch_size
-        parts = None if self.group.size == 1 else Slices.of(trainable, self.group).parts()
-        draws = draws_of_noise(self._mechanism.noise, self.plan, batch, trainable, parts)
+        draws = draws_of_noise(self._mechanism.noise, self.plan, batch, trainable, own_parts(trainable, self.group))
         with drawing(draws, self._device) as noise_of:
             clipped = together(self.group, lambda: self._clipped_sum(self._pieces(batch, size, key), key))
             check_sensitivity(clipped, self.plan)
@@ -333,8 +332,7 @@ class PrivateTraining:
                 yield self._drawn
         finally:
             set_policy(self.model, ())
-            changed = self._watch.changed_buffer()
-            self._stop_if(changed)
+            self._stop_if(changed := self._watch.changed_buffer())
         self._stop_if(first_reason(self.group, lambda: changed))
         check_parameters(self.group, self.model)
         self._refuse_if_broken()
@@ -367,9 +365,8 @@ class PrivateTraining:
         self._began = True
         self._advance(draws=self._state.draws + 1)
         attempt = self._state.draws
-        ids = self._mechanism.sampler.draw(
-            len(self._records), planned.sample_rate, stream=stream, step=step, attempt=attempt
-        )
+        draw = self._mechanism.sampler.draw
+        ids = draw(len(self._records), planned.sample_rate, stream=stream, step=step, attempt=attempt)
         return Batch(ids, step, attempt, lambda ids: self._records.together(ids, self._key_of(step)))
 
     @property
@@ -396,8 +393,7 @@ class PrivateTraining:
         noise = analysis_noise(self._mechanism.noise, self.plan, batch, measured)
         noised = noising_analysis(measured, noise, self.plan)
         means = dict(noisy_means(self.group, {"impacts": measured.impacts}, noised, torch.float64))["impacts"]
-        new = dict(zip(names, means.tolist(), strict=True))
-        self._advance(scores=ema(self._state.scores, new, self.policy.ema))
+        self._advance(scores=ema(self._state.scores, dict(zip(names, means.tolist(), strict=True)), self.policy.ema))
 
     def _impact_sum(self, pieces: Iterable[Microbatch], names: Sequence[str], keys: Sequence[int]) -> ImpactSum:
         """Return the sum of the records' clipped impacts; `keys` are the secret keys of their roundings."""
