@@ -124,7 +124,8 @@ silo.take_round(home, Kills(study.records_of(0, 2)), study.network().state_dict(
 
 def test_what_a_killed_process_has_charged_stays_charged(example, short, tmp_path):
     silo, task = example("silo"), example("study")
-    environment = {**os.environ, "PYTHONPATH": str(EXAMPLE), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(EXAMPLE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env=environment, check=False)
     lost, _, _ = spent(tmp_path, short.delta)
     assert done.returncode == 9 and lost >= 1

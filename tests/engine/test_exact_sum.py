@@ -78,6 +78,13 @@ def test_a_record_moves_an_exact_sum_by_the_clipping_norm_at_most():
     assert 0.99 * C < largest_move() <= C * (1 - 2.0**-18)
 
 
+def test_a_record_is_clipped_below_the_norm_by_the_margin():
+    """That is what its rounding may move the sum by."""
+    one, ids = objective(), torch.arange(1)
+    exact, plain = flat(sums(one, data(), ids)).norm(), flat(sums(one, data(), ids, of=clipped_sum_of)).norm()
+    assert plain > 0.99 * C and abs(exact / plain - (1 - 2.0**-17)) < 2.0**-20
+
+
 def test_a_coarse_grid_moves_more(in_steps=5):
     def coarse(objective, pieces, *, max_grad_norm, key):
         """Each microbatch's sum on a grid as coarse as a 32nd of the norm."""

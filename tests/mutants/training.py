@@ -1101,8 +1101,8 @@ MUTANTS = [
         (
             "each process decides for itself how it runs",
             WIRING,
-            "            choices = Choices(place.choices)\n",
-            "            choices = Choices()\n            place.choices.clear()\n",
+            "answer = json.loads(on_first(group, measure))",
+            "answer = json.loads(measure())",
         ),
     ),
     *mutants_of(
@@ -1133,6 +1133,7 @@ MUTANTS = [
             SENSITIVITY,
             "max_grad_norm * (1 - _MARGIN)",
             "max_grad_norm",
+            f"{_EXACT}::test_a_record_is_clipped_below_the_norm_by_the_margin",
         ),
         (
             "sums are rounded to a grid as coarse as a 32nd of the norm",

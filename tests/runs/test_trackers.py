@@ -354,11 +354,12 @@ def as_command(out, *options, environment=None, script=SPY):
     """Run `dpquant train` under the spy, in the folder of the run directory."""
     hidden = ("PYTEST_CURRENT_TEST", "CI", "MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK")
     clean = {name: value for name, value in os.environ.items() if name not in hidden}
+    path = os.pathsep.join([str(PLUGIN), *filter(None, [os.environ.get("PYTHONPATH")])])  # as the planted bugs set it
     words = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
     return subprocess.run(
         [sys.executable, script, *options, *(words if options[0] == "train" else [])],
         cwd=out.parent,
-        env={**clean, "PYTHONPATH": str(PLUGIN), "OMP_NUM_THREADS": "1", **(environment or {})},
+        env={**clean, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **(environment or {})},
         capture_output=True,
         text=True,
         check=False,
