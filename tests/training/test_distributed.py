@@ -2,6 +2,7 @@
 """Several processes compute what one does, whatever one of them draws, reads or fails at. They are threads here."""
 
 import dataclasses
+import threading
 
 import pytest
 import torch
@@ -60,6 +61,7 @@ class Settings:
     change: object = staticmethod(lambda mechanism, rank: mechanism)
     opened: object = staticmethod(lambda: Ledger(None, research=False))
     data: object = staticmethod(lambda records, rank: records)
+    asked: object = staticmethod(lambda rank: 4)  # microbatch size
 
 
 def start(group, settings):
@@ -85,7 +87,7 @@ def start(group, settings):
     return begun(
         model, settings.data(records, group.rank), plan=plan, policy=settings.policy, group=group, make_run=Seeing,
         loss_fn=lambda model, batch: loss(lambda x: settings.factor * model(x), batch), make_mechanism=mechanism,
-        microbatch_size=4 if settings.noise == "gaussian" else 1, backend="simulate", exact_sums=settings.exact,
+        microbatch_size=settings.asked(group.rank) if settings.noise == "gaussian" else 1, backend="simulate", exact_sums=settings.exact,
     )  # fmt: skip
 
 
@@ -319,9 +321,11 @@ def test_where_the_ledger_fails_no_process_reads_a_record():
 
 
 def test_a_failure_on_one_process_is_one_on_all():
+    started = threading.Event()
+
     class Unreadable(Read):
         def __getitem__(self, index):
-            if self._log:  # after the start
+            if self._log and started.is_set():  # after the first step, in which a record is compared with itself
                 raise MemoryError
             return super().__getitem__(index)
 
@@ -329,8 +333,12 @@ def test_a_failure_on_one_process_is_one_on_all():
         return Unreadable(records, []) if rank == 1 else records
 
     def work(group):
+        run = start(group, Settings(data=data))
+        batches = (batch for epoch in run.epochs() for batch in epoch)
+        run.step(next(batches))
+        started.set()
         with pytest.raises(dpquant.DPQuantError) as raised:
-            finish(start(group, Settings(data=data)))
+            run.step(next(batches))
         return isinstance(raised.value, GroupError)  # which would be a process that is gone
 
     results, _ = each(3, work)
@@ -366,9 +374,10 @@ def test_of_a_foreign_exception_its_type_alone_is_told():
 
 
 def test_the_first_ones_execution_and_choices_hold_for_all():
-    """Each thread's own measurement would give other sizes."""
-    runs, _ = several(2, steps=1)
-    assert runs[0].execution == runs[1].execution and runs[0].choices.made.items() >= runs[1].choices.made.items()
+    """The second would choose another microbatch size."""
+    runs, _ = several(2, steps=1, asked=lambda rank: 4 - 2 * rank)
+    assert runs[0].execution == runs[1].execution and runs[1].execution.microbatch_size == 4
+    assert runs[0].choices.made.items() >= runs[1].choices.made.items()
 
 
 def test_processes_that_were_started_on_different_runs_are_refused():
