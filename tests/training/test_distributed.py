@@ -87,7 +87,8 @@ def start(group, settings):
     return begun(
         model, settings.data(records, group.rank), plan=plan, policy=settings.policy, group=group, make_run=Seeing,
         loss_fn=lambda model, batch: loss(lambda x: settings.factor * model(x), batch), make_mechanism=mechanism,
-        microbatch_size=settings.asked(group.rank) if settings.noise == "gaussian" else 1, backend="simulate", exact_sums=settings.exact,
+        microbatch_size=settings.asked(group.rank) if settings.noise == "gaussian" else 1,
+        backend="simulate", exact_sums=settings.exact,
     )  # fmt: skip
 
 
