@@ -72,20 +72,21 @@ def test_without_it_pages_are_given_back(in_a_fresh_process):
     assert in_a_fresh_process("t.new_pages(t.contextlib.nullcontext)") > 100_000
 
 
+def own_memory():
+    """Bytes of physical memory that hold no file: the first call of an operator maps more of torch's own libraries."""
+    _, resident, of_files, *_ = Path("/proc/self/statm").read_text().split()
+    return (int(resident) - int(of_files)) * resource.getpagesize()
+
+
 def in_use_after_a_step(then=lambda: None):
     """Bytes of physical memory that a step's work has taken, and what of it is left once `then` was called."""
-
-    def now():
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * resource.getpagesize()
-
-    before = now()
+    before = own_memory()
     with working_memory():
         blocks = [torch.ones(2**24) for _ in range(4)]
         del blocks
-    after_step = now() - before
+    after_step = own_memory() - before
     then()
-    return after_step, now() - before
+    return after_step, own_memory() - before
 
 
 def test_what_steps_keep_can_be_given_back(in_a_fresh_process):
@@ -100,10 +101,10 @@ def test_otherwise_it_stays(in_a_fresh_process):
 
 def left_of_a_large_block():
     """Bytes of physical memory that the program's own block leaves behind, once it is freed."""
-    before = Path("/proc/self/statm").read_text().split()[1]
+    before = own_memory()
     block = torch.ones(2**25)
     del block
-    return (int(Path("/proc/self/statm").read_text().split()[1]) - int(before)) * resource.getpagesize()
+    return own_memory() - before
 
 
 def left_between_and_in_steps():
