@@ -1014,8 +1014,8 @@ MUTANTS = [
         (
             "all parameters ask for the same noise",
             NOISE,
-            "partial(draw, p.shape, *std, **of_step, name=name)",
-            'partial(draw, p.shape, *std, **of_step, name="w")',
+            "**of_step, name=name, part=part)",
+            '**of_step, name="w", part=part)',
         ),
         (
             "every process draws the noise of the first one's slice",

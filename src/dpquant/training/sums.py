@@ -102,17 +102,16 @@ def draws_of_noise(
         None: all of each, in its shape.
     """
     of_step = {"stream": "train", "step": batch.step, "attempt": batch.attempt}
-    draw, std = (noise.discrete, ()) if plan.noise == "discrete" else (noise.gaussian, (_train_std(plan),))
-    if parts is None:
-        return {name: partial(draw, p.shape, *std, **of_step, name=name) for name, p in parameters.items()}
+    draw, std = (
+        (noise.discrete, ())
+        if plan.noise == "discrete"
+        else (noise.gaussian, (plan.train_noise_std(plan.max_grad_norm),))
+    )
+    wanted = dict.fromkeys(parameters) if parts is None else parts
     return {
         name: partial(draw, parameters[name].shape, *std, **of_step, name=name, part=part)
-        for name, part in parts.items()
+        for name, part in wanted.items()
     }
-
-
-def _train_std(plan: PrivacyPlan) -> float:
-    return plan.train_noise_std(plan.max_grad_norm)
 
 
 def analysis_noise(noise: Noise, plan: PrivacyPlan, batch: Batch, measured: ImpactSum) -> Tensor:

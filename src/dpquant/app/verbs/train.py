@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -30,14 +30,11 @@ from dpquant.errors import SettingError
 from dpquant.runs.defaults import Default
 from dpquant.runs.launched import Launch
 from dpquant.runs.named import check_named
-from dpquant.runs.names import RECORD, REPORT
+from dpquant.runs.names import LEDGER, RECORD, REPORT
 from dpquant.runs.place import Place
 from dpquant.runs.record import RunRecord
 from dpquant.runs.settings import TrainSettings, plan_of
 from dpquant.runs.trackers.registry import check_trackers
-
-if TYPE_CHECKING:
-    from dpquant.runs.record import RunRecord
 
 
 @with_settings
@@ -132,14 +129,12 @@ def _train(
                 progress.preparing("loading torch")
                 from dpquant.app.reporting import ReportAtEnd
                 from dpquant.runs.directory import charged
-                from dpquant.runs.names import LEDGER
                 from dpquant.runs.train import train as run_training
 
                 reports = [] if no_report else [ReportAtEnd(folder)]
                 record = run_training(settings, place, plan=plan, command=command_line(), sinks=[progress, *reports])
         except KeyboardInterrupt as interrupt:
             from dpquant.runs.directory import charged
-            from dpquant.runs.names import LEDGER
 
             raise InterruptedRun(charged(folder / LEDGER, plan).told(plan)) from interrupt
     if Launch.here().rank > 0:
@@ -184,7 +179,7 @@ def _tell_times(folder: Path) -> None:
     )
 
 
-def print_run(console: Console, record: "RunRecord", folder: Path) -> None:
+def print_run(console: Console, record: RunRecord, folder: Path) -> None:
     """Print the results of a training run and its privacy statement."""
     from dpquant.privacy.plan import rounded_up
 
