@@ -4,10 +4,16 @@
     git worktree add ../before COMMIT
     scripts/bench before_after --old ../before
 
-Both versions are loaded in this process and train the same networks from the same parameters, with the same
-mechanism_seed and the same choices: the older version decides first, and its decisions are given to the newer one.
-After every step the parameters must be equal, bit for bit. The versions take steps in turns, in alternating order. The
-result is the older version's time over the newer one's: above 1 the newer one is faster.
+A version is a checkout, or a folder where the package is installed, which has kernels of its own:
+
+    .venv/bin/python -m pip install --no-deps --target ../installed ../before
+    scripts/bench before_after --old ../installed
+
+--new compares with another version than this checkout's. Both versions are loaded in this process and train the same
+networks from the same parameters, with the same mechanism_seed and the same choices: the older version decides first,
+and its decisions are given to the newer one. After every step the parameters must be equal, bit for bit. The versions
+take steps in turns, in alternating order. The result is the older version's time over the newer one's: above 1 the
+newer one is faster.
 
 With --close, parameters in full precision may differ by round-off; quantized they must still be equal. Since linear
 layers that are called on `(B, D)` became matrix products, their sums end in other bits.
@@ -33,7 +39,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import dpquant
 from benchmarks.checks import Block
 from benchmarks.results import folder_here
 from dpquant import _native
@@ -87,29 +92,61 @@ def as_dpquant(modules: dict[str, ModuleType]) -> Iterator[None]:
         sys.modules.update(ours)
 
 
-def load(checkout: Path, native: ModuleType = _native) -> dict[str, ModuleType]:
-    """Return {name: module} of another checkout's package, with the native kernels of this one or others."""
-    package = checkout / "src" / "dpquant"
+def load(place: Path, native: ModuleType | None = None) -> dict[str, ModuleType]:
+    """Return {name: module} of another version of the package.
+
+    Args:
+      place: a checkout, or a folder where the package is installed.
+      native: its kernels; None: those that are installed beside it, and for a checkout this version's.
+    """
+    package = place / "src" / "dpquant"
+    if not package.is_dir():
+        package = place / "dpquant"
+        native = native or native_in(place)
+    native = native or _native
     modules: dict[str, ModuleType] = {}
-    finders = sys.meta_path[:]
-    sys.meta_path[:] = [
-        finder for finder in finders if "editable" not in type(finder).__module__
-    ]  # the editable finder knows only this checkout
-    try:
-        with as_dpquant(modules):
-            spec = importlib.util.spec_from_file_location("dpquant", package / "__init__.py")
-            assert spec is not None and spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            module.__path__ = [str(package)]
-            sys.modules |= {"dpquant": module, "dpquant._native": native}
-            spec.loader.exec_module(module)
-            vars(module)["_native"] = native
-            for found in pkgutil.walk_packages(module.__path__, "dpquant."):
-                if found.name != "dpquant.__main__":  # which runs the command line
-                    importlib.import_module(found.name)
-    finally:
-        sys.meta_path[:] = finders
+    with without_editable_finder(), as_dpquant(modules):
+        spec = importlib.util.spec_from_file_location("dpquant", package / "__init__.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        module.__path__ = [str(package)]
+        sys.modules |= {"dpquant": module, "dpquant._native": native}
+        spec.loader.exec_module(module)
+        vars(module)["_native"] = native
+        for found in pkgutil.walk_packages(module.__path__, "dpquant."):
+            if found.name not in ("dpquant.__main__", "dpquant._native"):  # the first runs the command line
+                importlib.import_module(found.name)
     return modules
+
+
+@contextlib.contextmanager
+def without_editable_finder() -> Iterator[None]:
+    """Context: modules are not found by the finder of editable installations, which knows only this checkout.
+
+    Finders that an import adds meanwhile stay: `importlib_metadata` puts its own in the place of the standard one.
+    """
+    editable = [finder for finder in sys.meta_path if "editable" in type(finder).__module__]
+    sys.meta_path[:] = [finder for finder in sys.meta_path if finder not in editable]
+    try:
+        yield
+    finally:
+        sys.meta_path[:0] = editable
+
+
+def native_in(folder: Path) -> ModuleType:
+    """Return the native kernels of a package that is installed in a folder.
+
+    Raises:
+      SystemExit: there are none.
+    """
+    files = list((folder / "dpquant").glob("_native.*so")) + list((folder / "dpquant").glob("_native.*pyd"))
+    if not files:
+        raise SystemExit(f"error: Expected native kernels in {folder}/dpquant; got none.")
+    spec = importlib.util.spec_from_file_location("dpquant._native", files[0])
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def start(package: ModuleType, network: nn.Module, data: list, policy: str, choices: Any) -> tuple[Any, Callable]:
@@ -134,7 +171,10 @@ SAME: dict[str, Callable[[Tensor, Tensor], bool]] = {
 """{what parameters have to be after each step: whether two are}."""
 
 
-def compared(old: dict[str, ModuleType], network: nn.Module, data: list, policy: str, steps: int, same: str) -> dict:
+def compared(
+    old: dict[str, ModuleType], new: dict[str, ModuleType], network: nn.Module, data: list, policy: str, steps: int,
+    same: str,
+) -> dict:  # fmt: skip
     """Take steps of both versions in turns and return the ratio of their times.
 
     Raises:
@@ -144,47 +184,50 @@ def compared(old: dict[str, ModuleType], network: nn.Module, data: list, policy:
         before, step_before = start(old["dpquant"], copy.deepcopy(network), data, policy, None)
         step_before()
         choices = json.loads(before.choices.to_json())["choices"]
-    after, step_after = start(dpquant, copy.deepcopy(network), data, policy, dpquant_choices(choices))
-    step_after()
+    with as_dpquant(new):
+        made = new["dpquant.backends.choose"].Choices(choices)
+        after, step_after = start(new["dpquant"], copy.deepcopy(network), data, policy, made)
+        step_after()
     ratios = []
     for number in range(steps):
         seconds = {}
-        for name, step in [("old", step_before), ("new", step_after)][:: 1 if number % 2 else -1]:
-            with as_dpquant(old) if name == "old" else contextlib.nullcontext():
+        for version, step in [(old, step_before), (new, step_after)][:: 1 if number % 2 else -1]:
+            with as_dpquant(version):
                 began = time.perf_counter()
                 step()
-                seconds[name] = time.perf_counter() - began
+                seconds[version is old] = time.perf_counter() - began
         for (name, one), two in zip(before.model.named_parameters(), after.model.parameters(), strict=True):
             assert SAME[same](one, two), f"{name} differs after {number + 2} steps"
-        ratios.append(seconds["old"] / seconds["new"])
+        ratios.append(seconds[True] / seconds[False])
     spread = Spread.of(ratios)
     return {"old_over_new": dataclasses.asdict(spread), "steps_equal": steps + 1}
 
 
-def dpquant_choices(made: dict[str, Any]) -> Any:
-    from dpquant.backends.choose import Choices
-
-    return Choices(made)
+def loaded() -> dict[str, ModuleType]:
+    """Return {name: module} of this version."""
+    importlib.import_module("dpquant.backends.choose")
+    return {name: module for name, module in sys.modules.items() if name.split(".")[0] == "dpquant"}
 
 
 def main() -> None:
     """Compare, print, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--old", type=Path, required=True, help="a checkout of the older version")
+    parser.add_argument("--old", type=Path, required=True, help="the older version: checkout or where it is installed")
+    parser.add_argument("--new", type=Path, help="the newer version, told likewise [this checkout]")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--close", action="store_true", help="round-off may differ in full precision")
     parser.add_argument("--only", default="", help="a network's name; its figures are printed and not kept")
     args = parser.parse_args()
     hardware, rows = Hardware.here(), {}
     print(f"{hardware}{' (busy)' if hardware.busy else ''}", flush=True)
-    old = load(args.old)
+    old, new = load(args.old), loaded() if args.new is None else load(args.new)
     for name, network, data in networks():
         if args.only not in ("", name):
             continue
         for policy in ("NonePolicy", "AllPolicy"):
             close = args.close and policy == "NonePolicy"
             rows[f"{name}, {policy}"] = row = compared(
-                old, network, data, policy, args.steps, "close" if close else "equal"
+                old, new, network, data, policy, args.steps, "close" if close else "equal"
             )
             row["equal"] = not close
             print(
@@ -193,7 +236,8 @@ def main() -> None:
             )
     if args.only:
         return
-    path = folder_here() / "before_after.json"
+    versions = [place.resolve().name for place in (args.old, args.new) if place is not None]
+    path = folder_here() / f"{'-'.join(['before_after', *versions])}.json"
     path.write_text(
         json.dumps({"hardware": dataclasses.asdict(hardware), "busy": hardware.busy, "rows": rows}, indent=1)
     )

@@ -7,17 +7,14 @@ regression. Results may differ; that is for the tests.
 """
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.before_after import compared, load
-from dpquant import _native
+from benchmarks.before_after import compared, load, loaded, native_in
 from dpquant.data.models import build
 
 SLOWER = 1.2  # times as long as before: a regression
@@ -56,29 +53,14 @@ def regressions(quotient: Callable[[str, int], float], names: list[str], steps: 
     return found
 
 
-def native_in(folder: Path) -> ModuleType:
-    """Return the native kernels of a package that is installed in a folder.
-
-    Raises:
-      SystemExit: there are none.
-    """
-    files = list((folder / "dpquant").glob("_native.*so")) + list((folder / "dpquant").glob("_native.*pyd"))
-    if not files:
-        raise SystemExit(f"error: Expected native kernels in {folder}/dpquant; got none.")
-    spec = importlib.util.spec_from_file_location("dpquant._native", files[0])
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def main() -> int:
     """Compare, print, and return the exit code: 1 for a regression."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--old", type=Path, required=True, help="a checkout of the older version")
     parser.add_argument("--native", type=Path, help="folder where its kernels are installed [those of this version]")
     args = parser.parse_args()
-    old = load(args.old, _native if args.native is None else native_in(args.native))
+    old = load(args.old, None if args.native is None else native_in(args.native))
+    new = loaded()
     cases = {
         f"{name}, {policy}": (network, data, policy)
         for name, network, data in networks()
@@ -87,7 +69,7 @@ def main() -> int:
 
     def quotient(name: str, steps: int) -> float:
         network, data, policy = cases[name]
-        return compared(old, network, data, policy, steps, "any")["old_over_new"]["median"]
+        return compared(old, new, network, data, policy, steps, "any")["old_over_new"]["median"]
 
     found = regressions(quotient, list(cases))
     for one in found:

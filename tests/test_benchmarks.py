@@ -4,10 +4,12 @@
 The scripts run for minutes to hours and are seldom run, so that settings that are refused would show late.
 """
 
+import importlib.abc
 import itertools
+import sys
 
 import pytest
-from benchmarks import audit, end_to_end, kills, smoke
+from benchmarks import audit, before_after, end_to_end, kills, smoke
 from experiments.runner import settings_of
 
 from dpquant.errors import SettingError
@@ -54,3 +56,24 @@ def test_a_step_that_takes_longer_twice_is_a_regression():
 def test_noise_and_gains_are_none(quotients):
     quotient, steps = measured(*quotients)
     assert smoke.regressions(quotient, ["mlp"], 4) == [] and len(steps) == len(quotients)
+
+
+class Finder(importlib.abc.MetaPathFinder):
+    """Finds nothing."""
+
+
+class EditableFinder(Finder):
+    """Finds nothing, and counts as the finder of an editable installation."""
+
+
+EditableFinder.__module__ = "_editable_finder"
+
+
+def test_finders_that_appear_while_another_version_is_loaded_stay(monkeypatch):
+    editable, added = EditableFinder(), Finder()
+    monkeypatch.setattr(sys, "meta_path", [editable, *sys.meta_path])
+    with before_after.without_editable_finder():
+        assert editable not in sys.meta_path
+        sys.meta_path.append(added)
+    assert editable in sys.meta_path
+    assert added in sys.meta_path
