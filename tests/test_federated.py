@@ -151,7 +151,7 @@ def test_the_silos_and_the_server_share_no_record(example):
 
 def test_the_recorded_simulation_kept_its_promise(example):
     """The committed record of a whole study, by Flower's simulation: its figures follow from its ledgers' counts."""
-    record, study = json.loads((EXAMPLE / "record.json").read_text()), example("study").STUDY
+    record, study = json.loads((EXAMPLE / "study.json").read_text()), example("study").STUDY
     assert record["study"] == vars(study) and len(record["course"]) == study.rounds
     for one in record["silos"]:
         assert one["steps"] == study.plan.steps and one["processes"] == study.rounds

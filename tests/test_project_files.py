@@ -96,3 +96,11 @@ def test_owners_own_what_is_there():
     text = (GITHUB / "CODEOWNERS").read_text()
     assert not unowned(text) and "/src/dpquant/privacy/" in text
     assert unowned("/src/dpquant/secrets/ @a/b") == ["/src/dpquant/secrets/"]
+
+
+def test_the_only_records_of_a_clone_are_of_runs_that_were_made_there():
+    """Who looks for the record of a first run in a clone finds no other one."""
+    tracked = run("git", "-C", ROOT, "ls-files").stdout.split()
+    if not tracked:
+        pytest.skip("not a checkout")
+    assert not [path for path in tracked if Path(path).name == "record.json"]

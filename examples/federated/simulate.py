@@ -3,7 +3,7 @@
 
     python simulate.py FOLDER [--silos 2]
 
-FOLDER/record.json has the course of the study and, for each silo, what its ledger says: each chain of hashes is
+FOLDER/study.json has the course of the study and, for each silo, what its ledger says: each chain of hashes is
 verified again, and epsilon recomputed from it.
 """
 
@@ -48,7 +48,7 @@ def main() -> None:
         "course": json.loads((folder / "course.json").read_text()),
         "silos": [spent(folder / f"silo-{number}") for number in range(given.silos)],
     }
-    (folder / "record.json").write_text(json.dumps(record, indent=2) + "\n")
+    (folder / "study.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 def spent(home: Path) -> dict[str, object]:
