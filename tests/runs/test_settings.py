@@ -179,6 +179,9 @@ def test_a_static_policys_layers_can_be_named():
         ({"rest": "full/int8/int8"}, "luq-fp4", "dpquant"),
         ({"analysis_every": 2}, "luq-fp4", "dpquant"),
         ({"fraction": None}, "auto", "all"),
+        ({"format": "int8"}, "int8", "all"),
+        ({"format": "int8", "fraction": 0.5}, "int8", "dpquant"),
+        ({"format": "int8", "policy": "rotate"}, "int8", "rotate"),
     ],
 )
 def test_who_names_nothing_of_a_policy_gets_what_the_machine_gains_by(given, format, policy):

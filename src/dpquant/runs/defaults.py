@@ -65,6 +65,7 @@ _OF_PACKED: Mapping[str | None, Mapping[str, Any]] = {
     "texts": {"model": BY_DATA[TEXT_PREFIX]["model"]},
 }
 EPOCH_STEPS = 10  # of a data set too small for the general batch size
+_FREE = "int8"  # the recipe that costs no measurable accuracy (README.md, experiments)
 _FEWEST_ANALYSED = 16.0  # records of an analysis, where a small batch has as many; a sixteenth of it says nothing
 
 
@@ -129,8 +130,9 @@ def _by_policy(given: Mapping[str, Any]) -> dict[str, Default]:
     """Return the defaults of format and policy."""
     of_policies = next((name for name in given if name in settings_of_policies()), None)
     format = Default("luq-fp4", f"as {of_policies} is given") if of_policies else Default(AUTO, "general")
-    automatic = given.get("format", format.value) == AUTO
-    policy = Default("all", "as format is auto") if automatic else Default("dpquant", "general")
+    policy, name = Default("dpquant", "general"), given.get("format", format.value)
+    if name == AUTO or (name == _FREE and not of_policies):  # no layer costs anything
+        policy = Default("all", f"as format is {name}")
     return {"format": format, "policy": policy}
 
 

@@ -59,7 +59,7 @@ class TrainSettings(SourceSettings):
     weight_decay: float = setting("of the optimizer", 0.0)
     lr_schedule: str = setting("constant, linear (to zero) or cosine (to zero)", "constant")
     average: float = setting("weight of the past in an average of the parameters, which is tested and saved", 0.0)
-    policy: str = setting("none, all, static, rotate, prioritise or dpquant [dpquant; all if format is auto]")
+    policy: str = setting("none, all, static, rotate, prioritise or dpquant [dpquant; all if format is auto or int8]")
     fraction: float | None = setting("share of the layers that run quantized [0.75, unless macs is given]")
     macs: float | None = setting("share of the multiply-accumulates that run quantized, instead of fraction")
     layers: str | None = setting("names, with commas between them, of policy static's layers, instead of fraction")
