@@ -111,6 +111,15 @@ def of_all(size, work):
     return results
 
 
+def refusal(work):
+    """The text of the error; returned, because what a test raises in a thread would be lost."""
+    try:
+        work()
+    except (SettingError, ModelError) as error:
+        return str(error)
+    return ""
+
+
 @pytest.mark.parametrize("size", [2, 3, 7])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_sharded_optimizer_has_the_bits_of_a_whole_one(optimizer, size):
@@ -148,9 +157,7 @@ def test_the_gathered_state_is_that_of_a_whole_optimizer(optimizer, size):
 
     first, *others = of_all(size, work)
     assert equal(first.state_dict(), whole.state_dict())
-    for steps in (first, *others):  # once, and on the first process alone
-        with pytest.raises(SettingError, match="gather_state"):
-            steps.state_dict()
+    assert all("gather_state" in refusal(steps.state_dict) for steps in (first, *others)), "once, on the first alone"
 
 
 def numbers_held(steps):
@@ -269,10 +276,9 @@ def test_a_gathered_state_is_not_saved_after_another_step():
         steps.gather_state()
         steps.receive(trainable(model), sums_of(model, STEPS, group.rank), as_it_is)
         steps.step()
-        with pytest.raises(SettingError, match="since the last step"):
-            steps.state_dict()
+        return refusal(steps.state_dict)
 
-    of_all(2, work)
+    assert all("since the last step" in said for said in of_all(2, work))
 
 
 def test_the_first_step_is_checked_as_that_of_a_whole_optimizer():
@@ -306,10 +312,9 @@ def test_parameters_of_another_run_are_refused():
     def work(group):
         model, _, steps = trained(group, optimizer="adam", sharded=True, until=1)
         model.b.requires_grad_(False)
-        with pytest.raises(ModelError, match="with which the run began"):
-            steps.receive(trainable(model), sums_of(model, 1, group.rank), as_it_is)
+        return refusal(lambda: steps.receive(trainable(model), sums_of(model, 1, group.rank), as_it_is))
 
-    of_all(2, work)
+    assert all("with which the run began" in said for said in of_all(2, work))
 
 
 class OwnSGD(torch.optim.SGD):
@@ -423,10 +428,9 @@ def test_a_sharded_run_continues_with_another_number_of_processes(size, sharded,
 def test_a_checkpoint_without_the_others_parts_is_refused(tmp_path):
     def work(group):
         run = stepped(begin(group), 1)
-        with pytest.raises(SettingError, match="gather_state"):
-            run.save(tmp_path / "checkpoint")
+        return refusal(lambda: run.save(tmp_path / "checkpoint"))
 
-    of_all(2, work)
+    assert all("gather_state" in said for said in of_all(2, work))
     assert not list(tmp_path.iterdir())
 
 
