@@ -59,9 +59,10 @@ def test_a_run_survives_the_death_of_a_process_and_loses_no_charge(tmp_path):
     assert printed.count("test accuracy") == 1
 
 
-def test_a_signal_to_one_process_stops_both_after_the_same_step_and_one_process_ends_the_run(tmp_path, capsys):
+@pytest.mark.parametrize("more", [(), ("--optimizer", "adamw", "--shard-optimizer")], ids=["whole", "sharded"])
+def test_a_signal_to_one_process_stops_both_after_the_same_step_and_one_process_ends_the_run(more, tmp_path):
     out = tmp_path / "run"
-    agent = started("train", "--epochs", "3", *SMALL, "--out", str(out))
+    agent = started("train", "--epochs", "3", *SMALL, *more, "--out", str(out))
     wait_for(out / "ledger.jsonl", 5)
     os.kill(process_of(agent, 1), signal.SIGTERM)
     _, told = agent.communicate(timeout=120)

@@ -40,7 +40,7 @@ def _result(folder):
 def results(tmp_path_factory):
     """{number of processes: the results of each}."""
     folder = tmp_path_factory.mktemp("processes")
-    checks = ("exact", "plain", "messages", "tensors", "empty", "ledger")
+    checks = ("exact", "sharded", "plain", "messages", "tensors", "empty", "ledger")
     found = {}
     for size in (1, 2, 3):
         results, codes, errors = started(size, folder / str(size), *checks)
@@ -53,6 +53,14 @@ def results(tmp_path_factory):
 def test_exact_sums_give_the_bits_of_one_process(size, results):
     one = results[1][0]["exact"]
     assert all(rank["exact"] == one for rank in results[size])
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_sharded_optimizer_has_the_bits_and_the_checkpoint_of_one_process(size, results):
+    one, ranks = results[1][0]["sharded"], [rank["sharded"] for rank in results[size]]
+    assert all(rank["bits"] == one["bits"] for rank in ranks)
+    values = 40 + 325  # of the convolution and of the linear layer
+    assert one["held"] == 0 and 2 * values <= sum(rank["held"] for rank in ranks) < 2 * values + 6 * size
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dpquant
+from dpquant.training.checkpoint import Checkpoint
 from dpquant.training.distributed import Alone, TorchGroup, group_here
 
 RECORDS, BATCH, STEPS = 60, 12, 5
@@ -36,7 +37,7 @@ class Reads:
         return self._records[index]
 
 
-def begun(count=RECORDS, batch=BATCH, **settings):
+def begun(count=RECORDS, batch=BATCH, optimizer=torch.optim.SGD, lr=0.5, **settings):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5))
     records = Reads(list(zip(torch.randn(count, 1, 6, 6), torch.randint(0, 5, (count,)), strict=True)))
@@ -48,7 +49,7 @@ def begun(count=RECORDS, batch=BATCH, **settings):
         ),
     )  # fmt: skip
     private = dpquant.make_private(
-        model, torch.optim.SGD(model.parameters(), lr=0.5), records, loss_fn=loss, plan=plan, microbatch_size=4,
+        model, optimizer(model.parameters(), lr=lr), records, loss_fn=loss, plan=plan, microbatch_size=4,
         policy=dpquant.DPQuantPolicy(fraction=0.5), backend="simulate", mechanism_seed=3, **settings,
     )  # fmt: skip
     return private, records
@@ -69,6 +70,20 @@ def exact(folder):
     private, _ = begun(exact_sums=True)
     list(steps_of(private))
     return [parameters(private), private.scores]
+
+
+def sharded(folder):
+    """Parameters, and the optimizer's state after a checkpoint of process 0."""
+    private, _ = begun(exact_sums=True, shard_optimizer=True, optimizer=torch.optim.AdamW, lr=0.01)
+    list(steps_of(private))
+    held = sum(v.numel() for state in getattr(private._steps, "_state", {}).values() for v in state.values())
+    private.gather_state()
+    if private.group.rank == 0:
+        private.save(folder / "sharded")
+    private.group.from_first(b"saved")
+    state = Checkpoint.read(folder / "sharded").parts["optimizer"]["state"]
+    flat = torch.cat([state[i][key].flatten() for i in sorted(state) for key in sorted(state[i])])
+    return {"bits": [parameters(private), hashlib.sha256(flat.numpy().tobytes()).hexdigest()], "held": held}
 
 
 def plain(folder):

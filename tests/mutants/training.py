@@ -29,6 +29,7 @@ _CONTINUING = "tests/training/test_continuing.py"
 _IMPACT = "tests/training/test_impact.py"
 _ATTACKS = "tests/test_attacks.py"
 _TWO = "tests/training/test_distributed.py"
+_STEPS = "tests/training/test_steps.py"
 _EXACT = "tests/engine/test_exact_sum.py"
 _POROSITY = "tests/invariants/test_porosity.py"
 
@@ -931,13 +932,6 @@ MUTANTS = [
         f"{_TRAINING}/private.py",
         f"{_CALLS}::test_a_run_keeps_its_plan_call_by_call",
         (
-            "gradients left from another step are added",
-            WIRING,
-            "                trainable[name].grad = mean\n",
-            "                old = trainable[name].grad\n"
-            "                trainable[name].grad = mean if old is None else mean + old\n",
-        ),
-        (
             "microbatches are as large as the batch that was drawn",
             SENSITIVITY,
             "self._objective.trainable(), self.execution.microbatch_size",
@@ -1064,7 +1058,7 @@ MUTANTS = [
             "noise is added on every process, and then added up",
             NOISE,
             "        done.append(noised(name, part, mine[place : place + count]))\n",
-            "        done.append(sum(noised(name, part, mine[place : place + count] / len(rows)) for _ in rows))\n",
+            "        done.append(sum(noised(name, part, mine[place : place + count] / 2) for _ in range(2)))\n",
             f"{_TWO}::test_noise_is_one_unit_whatever_the_number_of_processes",
         ),
         (
@@ -1081,6 +1075,53 @@ MUTANTS = [
             "begin, end, place, found = self.rank * self.length, (self.rank + 1) * self.length, 0, {}",
             "begin, end, place, found = self.rank * self.length, (self.rank + 1) * self.length + 1, 0, {}",
             f"{_TWO}::test_slices_cover_every_value_once",
+        ),
+    ),
+    *mutants_of(
+        f"{_TRAINING}/steps.py",
+        f"{_STEPS}::test_a_sharded_optimizer_has_the_bits_of_a_whole_one",
+        (
+            "gradients left from another step are added",
+            WIRING,
+            "            trainable[name].grad = mean\n",
+            "            old = trainable[name].grad\n"
+            "            trainable[name].grad = mean if old is None else mean + old\n",
+            f"{_CALLS}::test_a_run_keeps_its_plan_call_by_call",
+        ),
+        (
+            "a sharded optimizer steps with sums without noise",
+            NOISE,
+            "        self._gradient = own_means(self.group, sums, noised, torch.float32)\n",
+            "        self._gradient = own_means(self.group, sums, lambda *a: noised(*a) * 0 + a[2], torch.float32)\n",
+            f"{_STEPS}::test_noise_of_a_sharded_run_is_one_unit",
+        ),
+        (
+            "a slice's state is that of the first slice",
+            RESUME,
+            "value.reshape(-1)[parts[name]].clone()",
+            "value.reshape(-1)[: len(mine)].clone()",
+            f"{_STEPS}::test_a_state_goes_on_on_any_number_of_processes",
+        ),
+        (
+            "a state of another step is saved",
+            CHECKPOINT,
+            "        self._whole = None\n        self._cut_state()\n        self._read_parameters()\n",
+            "        self._cut_state()\n        self._read_parameters()\n",
+            f"{_STEPS}::test_a_gathered_state_is_not_saved_after_another_step",
+        ),
+        (
+            "a slice goes on from its own former values",
+            WIRING,
+            "        self._cut_state()\n        self._read_parameters()\n        for",
+            "        self._cut_state()\n        if not self._state:\n            self._read_parameters()\n        for",
+            f"{_STEPS}::test_values_that_the_user_sets_between_steps_are_stepped_from",
+        ),
+        (
+            "any optimizer is sharded",
+            CLAIM,
+            "    if type(optimizer) not in _ELEMENTWISE:\n",
+            "    if False:\n",
+            f"{_STEPS}::test_an_optimizer_that_may_see_its_slice_is_refused",
         ),
     ),
     *mutants_of(

@@ -184,7 +184,7 @@ def test_another_model_is_refused(saved, tmp_path):
 
 def test_another_optimizer_is_refused(saved, tmp_path):
     run, checkpoint = continuing_with(saved, tmp_path)
-    run.private.optimizer = torch.optim.SGD([next(run.private.model.parameters())], lr=0.1)
+    run.private._steps.optimizer = torch.optim.SGD([next(run.private.model.parameters())], lr=0.1)
     with pytest.raises(DataError, match="Expected optimizer to take over"):
         run.load(checkpoint)
 

@@ -14,7 +14,9 @@ from dpquant.checks.isolation import check_isolation
 from dpquant.checks.synthetic import candidates
 from dpquant.engine.passes import Objective
 from dpquant.errors import ModelError, SettingError
+from dpquant.training.distributed import Alone
 from dpquant.training.rehearsal import rehearse, step_seconds
+from dpquant.training.steps import Steps
 from networks import loss
 
 RECORD = torch.zeros(6), torch.tensor(0)
@@ -39,7 +41,8 @@ def plan_of(analysis=True):
 
 def tried(optimizer, model, found=None, *, size=4, analysed="2"):
     optimizer = optimizer(model.parameters()) if callable(optimizer) else optimizer
-    rehearse(optimizer, plan_of(), found or found_of(model), size=size, analysis_size=size, analysed=analysed)
+    steps, found = Steps(optimizer, Alone()), found or found_of(model)
+    rehearse(steps, plan_of(), found, size=size, analysis_size=size, analysed=analysed)
     return optimizer
 
 

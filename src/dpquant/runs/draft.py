@@ -34,7 +34,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     ),
     "This machine: no effect on what is promised": (
         *("backend", "device", "threads", "workers", "microbatch_size", "memory", "choices", "exact_sums"),
-        *("checkpoint_every", "seed"),
+        *("shard_optimizer", "checkpoint_every", "seed"),
     ),
     "Trackers: where else a run's numbers are shown": ("track", "track_model", "track_unsafe"),
     "For research alone": ("unsafe_metrics",),

@@ -90,6 +90,7 @@ class TrainSettings(SourceSettings):
     )
     choices: str | None = setting("file of what an earlier run has measured on its machine: its choices.json")
     exact_sums: bool = setting("the same bits for any number of processes: microbatches are added as integers", False)
+    shard_optimizer: bool = setting("each of several processes holds its part of the optimizer's state alone", False)
     checkpoint_every: str | None = setting(
         "as 2epochs, 100steps or 10minutes [an epoch or five minutes, if that costs less than 2 % of the time]"
     )

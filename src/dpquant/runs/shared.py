@@ -113,6 +113,7 @@ class SharedDirectory(RunDirectory):
         return self._own.choices() if self._group.rank == 0 else None  # what process 0 decides holds for all
 
     def checkpoint(self, private: PrivateTraining, parts: Mapping[str, Stateful]) -> None:
+        private.gather_state()
         self._write(lambda: self._own.checkpoint(private, parts))
 
     def newest_checkpoint(self) -> Path | None:

@@ -201,6 +201,7 @@ class _Run:
             workers=settings.workers or 1,
             choices=choices,
             exact_sums=settings.exact_sums,
+            shard_optimizer=settings.shard_optimizer,
             watch=tell.preparing,
         )
         run = cls(

@@ -58,8 +58,9 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     expect("ledger", given["ledger"], (Path, type(None)), "a pathlib.Path or None", todo)
     todo = "Read a run's choices.json by Choices.read, or leave it out"
     expect("choices", given["choices"], (Choices, type(None)), "Choices or None", todo)
-    if not isinstance(given["exact_sums"], bool):
-        raise SettingError(f"Expected exact_sums to be True or False; got {kind_of(given['exact_sums'])}.")
+    for name in ("exact_sums", "shard_optimizer"):
+        if not isinstance(given[name], bool):
+            raise SettingError(f"Expected {name} to be True or False; got {kind_of(given[name])}.")
     if not callable(given["collate_fn"]):
         raise SettingError(
             f"Expected collate_fn to be a function from a list of records to a batch; got "

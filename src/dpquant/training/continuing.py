@@ -19,7 +19,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 
 from dpquant.errors import DataError, LedgerError, SettingError, expect
@@ -51,13 +50,13 @@ class Parts:
 
     Attributes:
       model: the prepared model.
-      optimizer: of its parameters.
+      optimizer: of its parameters, or what holds the state of one.
       plan: the privacy settings, which must be the same when the run continues.
       others: {name: whatever else the user saves}.
     """
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: Stateful
     plan: PrivacyPlan
     others: Mapping[str, Stateful]
 

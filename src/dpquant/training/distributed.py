@@ -7,7 +7,7 @@
     exchange     process r gets slice r of every process' sum, and adds these up in the order of the processes
     noise        process r adds the noise of its slice; the slices' noise is that of one process, cut in pieces
     gather       every process gets all noised slices, with the same bits
-    optimizer    takes the same step on every process
+    optimizer    takes the same step on every process, or each steps its slice, and parameters are gathered (`steps.py`)
 
 The number of processes enters the shares and the slices, and nothing else: not the sampling rate, the clipping norm,
 the noise, or the divisor of the sum. A process without a record takes part with zeros. Every process makes the same

@@ -9,6 +9,23 @@ from torch import Tensor
 from dpquant.errors import SettingError
 
 
+def not_drawn() -> SettingError:
+    """Return the error for a step with another batch than the one that was drawn last."""
+    return SettingError(
+        "Expected the batch that the epoch has just drawn, once; got another. The accounting holds for batches "
+        "of the plan's own sampler. Loop over private.epochs() and over each epoch."
+    )
+
+
+def skipped() -> SettingError:
+    """Return the error for a drawn batch that no step was taken with."""
+    return SettingError(
+        "Expected every batch that an epoch draws to be stepped with; got one that was skipped. Skipping "
+        "batches, empty ones included, changes the distribution of the others, on which epsilon depends. Call "
+        "private.step(batch) for every batch: an empty one is a step of noise."
+    )
+
+
 class Batch:
     """One Poisson batch: the ids of the records that were drawn, and their data, which is loaded on access.
 

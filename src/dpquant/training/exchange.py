@@ -58,6 +58,12 @@ class Slices:
             place += count
         return found
 
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """Return {name: view of its part} of the values `(length,)` of this process' slice."""
+        sizes = {name: part.stop - part.start for name, part in self.parts().items()}
+        filled = self.length - sum(sizes.values())
+        return dict(zip(sizes, flat.split([*sizes.values(), filled]), strict=False))
+
 
 def share(record_ids: Tensor, group: Group) -> Tensor:
     """Return this process' share of a batch: one of equal parts of it, which differ by one record at most.
@@ -105,6 +111,14 @@ def noisy_means(
         for name, total in sums.items():
             yield name, noised(name, slice(0, total.numel()), total)
         return
+    yield from named(group.gathered(own_means(group, sums, noised, dtype)), sums)
+
+
+def own_means(group: Group, sums: Mapping[str, Tensor], noised: Noised, dtype: torch.dtype) -> Tensor:
+    """Return the noisy means of this process' slice, `(Slices.length,)`.
+
+    Args and privacy: as for `noisy_means`; the group has several processes.
+    """
     slices = Slices.of(sums, group)
     flat = torch.cat([*(total.reshape(-1) for total in sums.values())])
     missing = slices.length * slices.size - len(flat)
@@ -115,11 +129,15 @@ def noisy_means(
         count = part.stop - part.start
         done.append(noised(name, part, mine[place : place + count]))
         place += count
-    whole = group.gathered(torch.cat([*done, mine.new_zeros(slices.length - place, dtype=dtype)]))
+    return torch.cat([*done, mine.new_zeros(slices.length - place, dtype=dtype)])
+
+
+def named(flat: Tensor, shapes: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield each tensor of these names and shapes out of all values, laid end to end, that were gathered."""
     place = 0
-    for name, total in sums.items():
-        yield name, whole[place : place + total.numel()].view(total.shape)
-        place += total.numel()
+    for name, one in shapes.items():
+        yield name, flat[place : place + one.numel()].view(one.shape)
+        place += one.numel()
 
 
 def _in_order(rows: Tensor) -> Tensor:

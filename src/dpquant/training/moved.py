@@ -5,13 +5,24 @@ Otherwise a run may spend its whole budget on a model that does not train: param
 optimizer was made, adapters that are not the model's own.
 """
 
+from typing import Any, Protocol
+
 import torch
 from torch import Tensor, nn
 
 from dpquant.errors import ModelError
 
 
-def check_moved(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
+class Stepping(Protocol):
+    """What takes a step: an optimizer, or one of several processes."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+
+    def step(self) -> Any: ...
+
+
+def check_moved(model: nn.Module, optimizer: Stepping) -> bool:
     """Call the optimizer's step and compare the parameters before and after it.
 
     A trainable parameter may stay where it is if its learning rate is zero (a warm-up begins so), if its noised
@@ -57,7 +68,7 @@ def _checksum(parameter: Tensor) -> Tensor:
     return flat.view(torch.int32 if flat.element_size() % 4 == 0 else torch.uint8).sum(dtype=torch.int64)
 
 
-def _may_stay(parameter: Tensor, optimizer: torch.optim.Optimizer) -> bool:
+def _may_stay(parameter: Tensor, optimizer: Stepping) -> bool:
     """Whether a step may leave a parameter where it is: no learning rate, no gradient, or an update below round-off."""
     gradient = parameter.grad
     if gradient is None or not bool(gradient.any()):

@@ -41,7 +41,7 @@ from dpquant.training.ahead import drawing
 from dpquant.training.checkpoint import Checkpoint
 from dpquant.training.continuing import Parts, Stateful, continued
 from dpquant.training.distributed import Group
-from dpquant.training.epoch import Batch, Epoch
+from dpquant.training.epoch import Batch, Epoch, not_drawn, skipped
 from dpquant.training.exchange import cut, noisy_means, own_parts, share
 from dpquant.training.execution import Execution
 from dpquant.training.impact import ImpactSum, analysis_keys
@@ -92,7 +92,7 @@ class PrivateTraining:
     ):
         """Join the parts of a run, which `start.begin` makes and checks. Of a new run's state only execution is set."""
         self.model, self.optimizer = setup.found.objective.model, setup.optimizer
-        self.plan, self.policy = setup.plan, setup.policy
+        self.plan, self.policy, self._steps = setup.plan, setup.policy, setup.steps
         self.macs, self.choices, self.step_seconds = setup.found.macs, choices, setup.step_seconds
         self.seconds_train = self.seconds_analysis = 0.0
         self._records, self._mechanism, self.group, self._state = records, mechanism, group, state
@@ -193,10 +193,7 @@ class PrivateTraining:
                 "Plan more steps before the run begins."
             )
         if batch is not self._drawn:
-            raise SettingError(
-                "Expected the batch that the epoch has just drawn, once; got another. The accounting holds for batches "
-                "of the plan's own sampler. Loop over private.epochs() and over each epoch."
-            )
+            raise not_drawn()
         began = time.perf_counter()
         self._drawn = None
         self._charge("train", self.plan, self.steps_taken)
@@ -214,9 +211,8 @@ class PrivateTraining:
             clipped = together(self.group, lambda: self._clipped_sum(self._pieces(batch, size, key), key))
             check_sensitivity(clipped, self.plan)
             noised = noising(clipped, noise_of, self.plan)
-            for name, mean in noisy_means(self.group, clipped.grads, noised, torch.float32):
-                trainable[name].grad = mean
-        self._watch.take_step(self.optimizer)
+            self._steps.receive(trainable, clipped.grads, noised)
+        self._watch.take_step(self._steps)
         if self.steps_taken % EVERY == 0:
             check_parameters(self.group, self.model)
 
@@ -249,14 +245,22 @@ class PrivateTraining:
         if self._state.broken:
             raise ModelError(self._state.broken)
 
+    def gather_state(self) -> None:
+        """Bring the optimizer's state together for `save`. With `shard_optimizer` every process has to call this.
+
+        Privacy: post-processing. Process 0 holds the whole state until it has saved or taken a step.
+        """
+        self._steps.gather_state()
+
     def save(self, path: Path, **others: Stateful) -> None:
         """Write a checkpoint, completely or not at all: model, optimizer, the run's state, and whatever else is named.
 
         Args:
-          path: folder that is made; it must not exist. Of several processes one calls this, and all load it.
+          path: folder that is made; it must not exist. Of several processes the first calls this, and all load it.
           others: objects with `state_dict` and `load_state_dict`, as a learning-rate scheduler.
         Raises:
-          SettingError: a state holds what only pickle could save, or the folder cannot be written.
+          SettingError: a state holds what only pickle could save, the folder cannot be written, or the state of a
+            sharded optimizer was not gathered.
           ModelError: the run has been stopped, or the model has kept something of its records in a buffer.
         Privacy: post-processing. It holds no key and no record.
         """
@@ -297,7 +301,7 @@ class PrivateTraining:
         self._refuse_if_broken()
 
     def _parts(self, others: Mapping[str, Stateful]) -> Parts:
-        return Parts(model=self.model, optimizer=self.optimizer, plan=self.plan, others=others)
+        return Parts(model=self.model, optimizer=self._steps, plan=self.plan, others=others)
 
     def epsilon_spent(self) -> float:
         """Return epsilon, at the plan's delta, of everything in the ledger. Privacy: post-processing."""
@@ -341,11 +345,7 @@ class PrivateTraining:
         """Raise a SettingError if a drawn batch was skipped, even an empty one: the accounting counts every draw."""
         self._refuse_if_broken()
         if self._drawn is not None:
-            raise SettingError(
-                "Expected every batch that an epoch draws to be stepped with; got one that was skipped. Skipping "
-                "batches, empty ones included, changes the distribution of the others, on which epsilon depends. Call "
-                "private.step(batch) for every batch: an empty one is a step of noise."
-            )
+            raise skipped()
 
     def _charge(self, kind: Kind, planned: PrivacyPlan | AnalysisPlan, number: int) -> None:
         """Charge release `number` of a kind, from 0. Once this returns it is charged, for every process.

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpquant.backends.choose import Choices, Machine
 from dpquant.checks.isolation import Findings
@@ -23,13 +23,14 @@ from dpquant.privacy.noise import NoiseSource
 from dpquant.privacy.plan import PrivacyPlan
 from dpquant.training.epoch import Batch
 from dpquant.training.impact import analysis_keys
+from dpquant.training.steps import Steps
 from dpquant.training.sums import analysis_sum, draws_of_noise, noisy_mean, step_sum
 
 _TIMED = 4, 16  # examples of the two passes from which a step's time is estimated
 
 
 def rehearse(
-    optimizer: torch.optim.Optimizer,
+    steps: Steps,
     plan: PrivacyPlan,
     found: Findings,
     *,
@@ -41,7 +42,7 @@ def rehearse(
     """Try the clipped sum, the analysis, the noise and the optimizer of a run, on a few synthetic records.
 
     Args:
-      optimizer: the run's optimizer.
+      steps: of the run, with its optimizer.
       plan: the run's plan.
       found: findings of the isolation check; their model has the precisions of an epoch.
       size: examples a pass of the step.
@@ -74,7 +75,9 @@ def rehearse(
         name: noisy_mean(draws[name]().to(grad.device), grad, grid=clipped.grid, expected=1.0).float()
         for name, grad in clipped.grads.items()
     }
-    _try_optimizer(found.objective.model, optimizer, gradients)
+    named = dict(found.objective.model.named_parameters())
+    with steps.trial({named[name]: gradient for name, gradient in gradients.items()}) as gradient_of:
+        _try_optimizer(steps.optimizer, gradient_of)
 
 
 def step_seconds(found: Findings, plan: PrivacyPlan, size: int) -> float:
@@ -119,10 +122,9 @@ def synthetic_piece(found: Findings, size: int) -> Microbatch:
     return Microbatch(found.specimens.batch(order), torch.tensor(order), size)
 
 
-def _try_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, gradients: dict[str, Tensor]) -> None:
-    """Take one step with a copy of the optimizer, on copies of the parameters."""
+def _try_optimizer(optimizer: torch.optim.Optimizer, gradient_of: Mapping[Any, Tensor]) -> None:
+    """Take one step with a copy of the optimizer, on copies of what it holds."""
     rule = "Expected optimizer to step on a dense gradient, with step() alone, as private.step calls it"
-    names = {p: name for name, p in model.named_parameters()}
     originals = [p for group in optimizer.param_groups for p in group["params"]]
     try:
         twin: Any = copy.deepcopy(optimizer)
@@ -133,7 +135,7 @@ def _try_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, gradients
             "numbers."
         ) from error
     for original, copied in zip(originals, [p for group in twin.param_groups for p in group["params"]], strict=True):
-        gradient = gradients.get(names[original])
+        gradient = gradient_of.get(original)
         copied.grad = None if gradient is None else gradient.clone()
     try:
         with torch.enable_grad():

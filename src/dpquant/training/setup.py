@@ -8,6 +8,7 @@ import torch
 from dpquant.checks.isolation import Findings
 from dpquant.privacy.plan import PrivacyPlan
 from dpquant.training.policies import Policy
+from dpquant.training.steps import Steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -16,6 +17,7 @@ class Setup:
 
     Attributes:
       optimizer: of the model's trainable parameters.
+      steps: take its steps, on one process or on several.
       plan: the privacy settings.
       policy: chooses the layers that run quantized.
       seed: seed of the layer schedule; public.
@@ -24,6 +26,7 @@ class Setup:
     """
 
     optimizer: torch.optim.Optimizer
+    steps: Steps
     plan: PrivacyPlan
     policy: Policy
     seed: int

@@ -45,6 +45,7 @@ from dpquant.training.same import check_same, parameters_hash
 from dpquant.training.setup import Setup
 from dpquant.training.shared_ledger import shared
 from dpquant.training.state import RunState
+from dpquant.training.steps import steps_of
 from dpquant.training.trial import measured, tried
 
 
@@ -70,6 +71,7 @@ def make_private(
     choices: Choices | None = None,
     resume: bool = False,
     exact_sums: bool = False,
+    shard_optimizer: bool = False,
     watch: Callable[[str], None] = lambda what: None,
 ) -> PrivateTraining:
     """Check everything, prepare the model, and return a run that `plan` accounts for.
@@ -108,6 +110,9 @@ def make_private(
         left of the plan can be spent. Load its last checkpoint next, with `private.load`.
       exact_sums: add the sums of microbatches up as integers, so that a run of the same choices and mechanism_seed has
         the same bits for any number of processes. Costs twice the bytes, and a pass over the parameters a microbatch.
+      shard_optimizer: of several processes, each steps a slice of the parameters and holds the optimizer's state of
+        that slice alone. The run is the same, bit for bit. The optimizer is torch's SGD, Adam or AdamW, parameters
+        have no gradients to read after a step, and every process calls `gather_state` before process 0 saves.
       watch: called with a few words about each phase of the start, when it begins.
     Returns: a run that has charged nothing yet.
     Raises:
@@ -141,6 +146,7 @@ def make_private(
         example=example,
         workers=workers,
         choices=choices,
+        shard_optimizer=shard_optimizer,
         watch=watch,
     )
 
@@ -176,6 +182,7 @@ class Request:
     example: Any = None
     workers: int = 1
     choices: Choices | None = None
+    shard_optimizer: bool = False
     watch: Callable[[str], None] = lambda what: None
 
 
@@ -204,7 +211,7 @@ def begin(
     """
     group, device = group or Alone(), next((p.device for p in request.model.parameters()), torch.device("cpu"))
     with current(device):
-        setup, records, wanted = together(group, lambda: _checked(request))
+        setup, records, wanted = together(group, lambda: _checked(request, group))
         wanted = dataclasses.replace(wanted, processes=group.size)
         check_same(group, _facts(request) if group.size > 1 else {})
         request.watch("measuring this machine")
@@ -247,13 +254,14 @@ def _facts(request: Request) -> dict[str, str]:
         "policy": repr(request.policy) if dataclasses.is_dataclass(request.policy) else type(request.policy).__name__,
         "format": f"{wanted.chosen.name} {wanted.rest.name} {wanted.auto}",
         "exact_sums": str(wanted.exact_sums),
+        "shard_optimizer": str(request.shard_optimizer),
         "seed": str(request.seed),
         "optimizer": type(request.optimizer).__name__,
         "number of records": str(len(request.train_set)),
     }
 
 
-def _checked(request: Request) -> tuple[Setup, Records, ExecutionRequest]:
+def _checked(request: Request, group: Group) -> tuple[Setup, Records, ExecutionRequest]:
     """Check the request and prepare the model."""
     model, train_set, plan, policy = request.model, request.train_set, request.plan, request.policy
     request.watch("checking the model")
@@ -285,6 +293,7 @@ def _checked(request: Request) -> tuple[Setup, Records, ExecutionRequest]:
     records.check()
     setup = Setup(
         optimizer=request.optimizer,
+        steps=steps_of(request.optimizer, found.objective.trainable(), group, sharded=request.shard_optimizer),
         plan=plan,
         policy=policy,
         seed=request.seed,

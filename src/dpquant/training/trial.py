@@ -109,7 +109,7 @@ def tried(setup: Setup, execution: Execution, device: torch.device) -> float:
         sizes = size, execution.analysis_microbatch_size
         step, analysis = sizes if device.type == "cuda" else (min(one, _REHEARSED) for one in sizes)
         exact = execution.exact_sums
-        rehearse(setup.optimizer, setup.plan, found, size=step, analysis_size=analysis, analysed=analysed, exact=exact)
+        rehearse(setup.steps, setup.plan, found, size=step, analysis_size=analysis, analysed=analysed, exact=exact)
         return step_seconds(found, setup.plan, size)
     finally:
         set_policy(model, ())

@@ -21,6 +21,7 @@ from dpquant.machine import current
 from dpquant.training.continuing import check_tensors
 from dpquant.training.moved import check_moved
 from dpquant.training.records import Records
+from dpquant.training.steps import Steps
 from dpquant.training.tuning import memory_gone
 
 _SHAPE = re.compile(r"\(\d+,[\d, ]*\)")  # as `tuple(tensor.shape)` is written
@@ -80,16 +81,17 @@ class Watch:
             return ""
         return "" if apart else "one record's gradient depends on the other records of its batch"
 
-    def take_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Call the optimizer's step; the first that moves anything has to move what is trainable, and nothing else.
+    def take_step(self, steps: Steps) -> None:
+        """Take the optimizer's step; the first that moves anything has to move what is trainable, and nothing else.
 
         Raises:
           ModelError: it does not; see `check_moved`.
         """
         if self._moved:
-            optimizer.step()
+            steps.step()
         else:
-            self._moved = check_moved(self._objective.model, optimizer)
+            steps.gather_gradients()
+            self._moved = check_moved(self._objective.model, steps)
 
     def changed_buffer(self) -> str:
         """Return why a buffer that has changed matters, and restore it: it holds information on records. Else ""."""
