@@ -8,8 +8,10 @@ bound its influence. The checks that examples are kept apart would refuse the ru
 the run has no epsilon, and names the backend that shares scales. OPTIONS must not include --backend.
 """
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -17,20 +19,14 @@ from dpquant.app import cli
 from dpquant.backends.doubles import SharedScale
 from dpquant.backends.registry import BACKENDS
 from dpquant.checks import codes
-from dpquant.training import start, watch
+from dpquant.training import trial, watch
 
 NOT_PRIVATE = "NOT PRIVATE, whatever was printed before: scales were taken over the batch."
 
 
 def main(arguments: list[str]) -> int:
     """Run the command line of `dpquant` with shared scales, and remove epsilon and statement from its record."""
-    with (
-        mock.patch.dict(BACKENDS, shared_scales(), clear=True),
-        mock.patch.object(codes, "_check_codes"),
-        mock.patch.object(codes, "_check_quantized_losses"),
-        mock.patch.object(start, "check_at_size"),
-        mock.patch.object(watch, "keeps_apart", return_value=True),
-    ):
+    with checks_disabled(), mock.patch.dict(BACKENDS, shared_scales(), clear=True):
         code = cli.run(arguments)
     if code == 0:
         path = Path(arguments[arguments.index("--out") + 1]) / "record.json"
@@ -40,6 +36,18 @@ def main(arguments: list[str]) -> int:
         path.write_text(json.dumps(record, indent=2) + "\n")
         print(NOT_PRIVATE)
     return code
+
+
+@contextlib.contextmanager
+def checks_disabled() -> Iterator[None]:
+    """Context: nothing refuses a run in which one example influences another's rounding."""
+    with (
+        mock.patch.object(codes, "_check_codes"),
+        mock.patch.object(codes, "_check_quantized_losses"),
+        mock.patch.object(trial, "check_at_size"),
+        mock.patch.object(watch, "keeps_apart", return_value=True),
+    ):
+        yield
 
 
 def shared_scales() -> dict[str, SharedScale]:

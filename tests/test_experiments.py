@@ -16,10 +16,12 @@ from experiments.runner import FOLDERS, Run, Site, Table, do_table, settings_of
 
 from dpquant.app import cli
 from dpquant.backends.registry import BACKENDS
+from dpquant.checks.isolation import keeps_apart
 from dpquant.errors import SettingError
 from dpquant.formats import E3M0, RoleFormat, Rounding
 from dpquant.rounding import row_keys
 from dpquant.runs.record import SCHEMA, EpochRecord, RunRecord
+from dpquant.training import watch
 from dpquant.training.cost import LayerCost
 
 TABLE = Table(name="mine", title="Mine", common="--epochs 2", rows={"a": "--lr 1", "b": "--lr 2"}, seeds=(0, 1))
@@ -169,6 +171,13 @@ def test_scales_per_tensor_let_one_example_change_another_and_ours_do_not():
         assert shared.scale.shape == (4,) and shared.scale.unique().numel() == 1
         assert not torch.equal(sharing.quantize(louder, role, keys).codes[:3], shared.codes[:3])
         assert torch.equal(ours.quantize(louder, role, keys).codes[:3], ours.quantize(x, role, keys).codes[:3])
+
+
+
+def test_the_checks_that_an_experiment_disables_are_where_it_looks_for_them():
+    with per_tensor.checks_disabled():
+        assert watch.keeps_apart() is True
+    assert watch.keeps_apart is keeps_apart
 
 
 def test_a_run_with_scales_per_tensor_promises_nothing(tmp_path, capsys):
