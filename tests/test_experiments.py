@@ -173,7 +173,6 @@ def test_scales_per_tensor_let_one_example_change_another_and_ours_do_not():
         assert torch.equal(ours.quantize(louder, role, keys).codes[:3], ours.quantize(x, role, keys).codes[:3])
 
 
-
 def test_the_checks_that_an_experiment_disables_are_where_it_looks_for_them():
     with per_tensor.checks_disabled():
         assert watch.keeps_apart() is True
