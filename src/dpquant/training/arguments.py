@@ -16,6 +16,7 @@ from dpquant.errors import DataError, ModelError, SettingError, did_you_mean, ex
 from dpquant.formats import AUTO
 from dpquant.privacy.plan import PrivacyPlan
 from dpquant.training import policies
+from dpquant.training.partition import check_partition
 from dpquant.training.policies import AllPolicy, NonePolicy, Policy
 from dpquant.training.records import MapDataset
 
@@ -60,6 +61,7 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     expect("choices", given["choices"], (Choices, type(None)), "Choices or None", todo)
     if not isinstance(given["exact_sums"], bool):
         raise SettingError(f"Expected exact_sums to be True or False; got {kind_of(given['exact_sums'])}.")
+    check_partition(given["partition"], exact_sums=given["exact_sums"])
     if not callable(given["collate_fn"]):
         raise SettingError(
             f"Expected collate_fn to be a function from a list of records to a batch; got "
@@ -172,7 +174,7 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def check_data_set(train_set: MapDataset) -> None:
+def check_data_set(train_set: MapDataset, *, may_be_empty: bool = False) -> None:
     """Refuse a data set that is not map-style, or is empty."""
     if isinstance(train_set, IterableDataset) or not (
         hasattr(train_set, "__getitem__") and hasattr(train_set, "__len__")
@@ -181,5 +183,5 @@ def check_data_set(train_set: MapDataset) -> None:
             f"Expected train_set to be map-style (__len__ and __getitem__); got a {type(train_set).__name__}. "
             "Poisson sampling draws records by index. Give a torch.utils.data.Dataset with stable indices."
         )
-    if len(train_set) == 0:
+    if len(train_set) == 0 and not may_be_empty:
         raise DataError("Expected train_set to hold at least one record; got an empty data set.")
