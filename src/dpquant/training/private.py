@@ -59,6 +59,7 @@ from dpquant.training.sums import (
     noising_analysis,
     step_sum,
 )
+from dpquant.training.waiting import in_time
 from dpquant.training.watch import Watch, broken, without_details
 
 
@@ -199,6 +200,7 @@ class PrivateTraining:
         without_details(lambda: self._descend(batch), self.choices, self._device)
         self.seconds_train += time.perf_counter() - began
 
+    @in_time
     def _descend(self, batch: Batch) -> None:
         """Step the optimizer with the noisy mean of the clipped gradients."""
         key = self._key_of(batch.step)
