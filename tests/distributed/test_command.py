@@ -108,6 +108,7 @@ def test_images_that_stay_on_their_machine_are_trained_on(tmp_path):
     assert record.source is not None and record.source["partition"] == "range" and record.steps == 4
     assert "had 2 processes" in record.statement and "read records of its own" in record.statement
     assert "network between them are trusted" in (out / "report.html").read_text()
+    assert dpquant(["verify", str(out)]) == 0
 
 
 REFUSED = {

@@ -184,4 +184,7 @@ def check_data_set(train_set: MapDataset, *, may_be_empty: bool = False) -> None
             "Poisson sampling draws records by index. Give a torch.utils.data.Dataset with stable indices."
         )
     if len(train_set) == 0 and not may_be_empty:
-        raise DataError("Expected train_set to hold at least one record; got an empty data set.")
+        raise DataError(
+            "Expected train_set to hold at least one record; got an empty data set. A process may have none with "
+            "partition='range' and example=, which tells what the records of the others look like."
+        )
