@@ -62,8 +62,8 @@ class Texts:
         return {"inputs": {name: row[0] for name, row in one["inputs"].items()}, "labels": one["labels"][0]}
 
 
-def run_of(name: str, batch_size: int, format: str) -> PrivateTraining:
-    """Return a run of which every step takes all records."""
+def run_of(name: str, batch_size: int, format: str, **settings: Any) -> PrivateTraining:
+    """Return a run of which every step takes all records. `settings` are of `make_private`."""
     if name == "text":
         model, data, loss = network("all"), Texts(batch_size), losses
     else:
@@ -86,7 +86,7 @@ def run_of(name: str, batch_size: int, format: str) -> PrivateTraining:
         ),
         policy=dpquant.NonePolicy() if format == FULL_PRECISION.name else dpquant.AllPolicy(),
         format="int8" if format == FULL_PRECISION.name else format,
-        microbatch_size=min(batch_size // 2, 32),
+        **{"microbatch_size": min(batch_size // 2, 32), **settings},
     )
 
 

@@ -341,6 +341,11 @@ ONE_BY_ONE = {
     "plan: data as a file": Bad("plan --data tx.csv", "got data=tx.csv"),
     "plan: a short name of a data set": Bad("plan --data cifar", "Did you mean cifar10?"),
     "plan: a strange device": Bad("plan --device gpu", "got device=gpu"),
+    "train: published data apart": Bad("train --partition range", "data of your own with partition=range"),
+    "train: apart and exact": Bad(
+        "train --data image-folder:d --records 100 --partition range --exact-sums", "partition=even with exact_sums"
+    ),
+    "train: a partition of another word": Bad("train --partition rows", "one of even, range; got partition=rows"),
     "train: a GPU that is not there": Bad("train --device cuda:97", "device=cuda:97"),
     "train: fp8 on int8": Bad("train --format fp8 --backend int8", "codes are not int8"),
     "train: resume without a run": Bad("train --resume", "Expected out with resume"),

@@ -96,13 +96,14 @@ def with_doubles(mechanism, *, draw=None, gaussian=None, charge=None, events=Non
 def begun(
     model, records, *, loss_fn, plan, policy, mechanism=None, lr=0.1, optimizer=torch.optim.SGD, group=None,
     make_run=PrivateTraining, microbatch_size=None, format="luq-fp4", backend="auto", seed=0,
-    workers=1, exact_sums=False, shard_optimizer=False, make_mechanism=None,
+    workers=1, exact_sums=False, shard_optimizer=False, make_mechanism=None, partition="even", example=None,
 ):  # fmt: skip
     """A run as `make_private` begins it, with a mechanism, a group or a kind of run of one's own."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     request = Request(
         model=model, optimizer=optimizer(trainable, lr=lr), train_set=records, loss_fn=loss_fn, plan=plan,
-        policy=policy, seed=seed, workers=workers, shard_optimizer=shard_optimizer,
+        policy=policy, seed=seed, workers=workers, shard_optimizer=shard_optimizer, partition=partition,
+        example=example,
         execution=ExecutionRequest(
             chosen=dpquant.formats.precision(format), backend=backend, microbatch_size=microbatch_size,
             exact_sums=exact_sums,
@@ -151,7 +152,7 @@ def repeating(mechanism_seed=0, *, make_run=PrivateTraining, **changed):
     def start(
         model, optimizer, records, *, loss_fn, plan, policy, format="luq-fp4", rest="full", backend="auto", seed=0,
         microbatch_size=None, memory=None, example=None, ledger=None, choices=None, resume=False, workers=1,
-        exact_sums=False, shard_optimizer=False, watch=None,
+        exact_sums=False, shard_optimizer=False, partition="even", watch=None,
     ):  # fmt: skip
         request = Request(
             model=model, optimizer=optimizer, train_set=records, loss_fn=loss_fn, plan=plan, policy=policy, seed=seed,
@@ -159,7 +160,7 @@ def repeating(mechanism_seed=0, *, make_run=PrivateTraining, **changed):
                 chosen=dpquant.formats.precision(format), rest=dpquant.formats.precision(rest), backend=backend,
                 microbatch_size=microbatch_size, memory=memory, exact_sums=exact_sums,
             ),
-            example=example, choices=choices,
+            example=example, choices=choices, partition=partition,
         )  # fmt: skip
         return begin(
             request,

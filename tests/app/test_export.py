@@ -286,7 +286,7 @@ def test_training_accuracy_is_not_exported(tmp_path):
 class LossInTheRecord(RunDirectory):
     """Writes the training loss into a field of the record that is text."""
 
-    def know_records(self, train_set):
+    def know_records(self, train_set, *, apart=False):
         super().know_records(train_set)
         self.train_set = train_set
 

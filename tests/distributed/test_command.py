@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from dpquant.app.cli import run as dpquant
 from dpquant.privacy.ledger import Ledger
@@ -21,8 +22,16 @@ PLAN = 18  # steps in three epochs
 
 def started(*arguments, restarts=0):
     """Two processes of `dpquant ARGUMENTS`, started by torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--max-restarts", str(restarts), "-m", "dpquant", *arguments]
+    return launched(f"--max-restarts={restarts}", "-m", "dpquant", *arguments)
+
+
+def shells(command):
+    """Two shells that run a command, in which $RANK differs, started by torchrun."""
+    return launched("--no-python", "bash", "-c", command)
+
+
+def launched(*what):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *what]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
@@ -76,21 +85,55 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step_and_one_process_
     assert record.steps == PLAN and record.group is not None and record.group.world_size == 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        ("train --epochs 0 --out OUT", "got epochs=0"),
-        ("train --out FULL", "new or empty directory"),
-        ("train --data image-folder:/nowhere --records 2000 --out OUT", "/nowhere"),
-    ],
-)
-def test_a_refusal_is_one_line_of_two_processes(arguments, says, tmp_path):
+def images(folder, shade):
+    for split in ("train", "test"):
+        for number, name in enumerate("ab"):
+            (folder / split / name).mkdir(parents=True)
+            for one in range(8):
+                Image.new("L", (8, 8), 100 * number + shade + one).save(folder / split / name / f"{one}.png")
+    return folder
+
+
+APART = "--records 40 --batch-size 20 --image-size 8 --model cnn --noise-multiplier 1 --epochs 2 --partition range"
+
+
+def test_images_that_stay_on_their_machine_are_trained_on(tmp_path):
+    """Two folders for two machines; the run's record and statement say that it was so."""
+    for rank in (0, 1):
+        images(tmp_path / f"part{rank}", 50 * rank)
+    out, data = tmp_path / "run", f"image-folder:{tmp_path}/part$RANK"
+    options = f"--data {data} {APART} {' '.join(SMALL)} --microbatch-size 8 --out {out}"
+    agent = shells(f"exec {sys.executable} -m dpquant train {options}")
+    _, told = agent.communicate(timeout=300)
+    assert agent.returncode == 0, told
+    record = RunRecord.read(out / "record.json")
+    assert record.source is not None and record.source["partition"] == "range" and record.steps == 4
+    assert "had 2 processes" in record.statement and "read records of its own" in record.statement
+    assert "network between them are trusted" in (out / "report.html").read_text()
+    assert dpquant(["verify", str(out)]) == 0
+
+
+REFUSED = {
+    "train --epochs 0 --out OUT": "got epochs=0",
+    "train --out FULL": "new or empty directory",
+    "train --data image-folder:/nowhere --records 2000 --out OUT": "/nowhere",
+    f"train --data image-folder:PART {APART} --out OUT": "the same files on processes 0 and 1",
+}
+
+
+def test_a_refusal_is_one_line_of_two_processes(tmp_path):
+    """One pair of shells tries all, one after the other."""
+    images(tmp_path / "PART", 0)
     (tmp_path / "FULL").mkdir()
     (tmp_path / "FULL" / "other").write_text("")
-    words = [str(tmp_path / word) if word in ("OUT", "FULL") else word for word in arguments.split()]
-    agent = started(*words)
-    printed, told = agent.communicate(timeout=120)
-    assert agent.returncode != 0 and printed == ""
-    (line,) = errors(told)
-    assert says in line and not (tmp_path / "OUT").exists()
+    dpquant = f"{sys.executable} -m dpquant"
+    tried = [f"{dpquant} {arguments}; echo exit $? >&2" for arguments in REFUSED]
+    words = re.sub("OUT|FULL|PART", lambda name: str(tmp_path / name[0]), "; ".join([*tried, "exit 0"]))
+    agent = shells(words)
+    printed, told = agent.communicate(timeout=300)
+    assert agent.returncode == 0 and printed == ""
+    assert told.count("exit 2\n") == 2 * len(REFUSED)
+    for line, says in zip(errors(told), REFUSED.values(), strict=True):
+        assert says in line
+    assert not (tmp_path / "OUT").exists()
     assert [path.name for path in (tmp_path / "FULL").iterdir()] == ["other"]

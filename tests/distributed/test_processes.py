@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real processes, which torch.distributed connects by gloo. One set of them makes all checks, as starting them takes
+"""Real processes, which torch.distributed connects by gloo. Three of them make all checks, as starting them takes
 longer than any. `tests/training/test_distributed.py` has more cases, on threads.
 """
 
@@ -7,46 +7,44 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 WORKER = Path(__file__).with_name("worker.py")
+DIED = 9  # exit status of the process that dies
 
 
-def started(size, folder, *checks, backend="gloo"):
-    """The results of each process' checks, {check: result}; the exit status of each."""
-    folder.mkdir(exist_ok=True)
-    paths = os.pathsep.join(str(Path(__file__).parents[up]) for up in (1,))
-    facts = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "DPQUANT_CACHE": "off", "PYTHONPATH": paths}
+def started(folder, size=3):
+    """What each process has found: [(number of processes, {check: result}), ...]; and where their files are."""
+    facts = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "DPQUANT_CACHE": "off"}
+    facts["PYTHONPATH"] = str(Path(__file__).parents[1])
     processes = [
         subprocess.Popen(
-            [sys.executable, WORKER, str(rank), str(size), folder, *checks],
+            [sys.executable, WORKER, str(rank), folder],
             env={**os.environ, **facts}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for rank in range(size)
     ]  # fmt: skip
-    outputs = [process.communicate(timeout=600) for process in processes]
-    found = [json.loads(path.read_text()) if path.exists() else {} for path in map(_result(folder), range(size))]
-    return found, [process.returncode for process in processes], [errors for _, errors in outputs]
-
-
-def _result(folder):
-    return lambda rank: folder / f"rank{rank}.json"
+    errors = [process.communicate(timeout=600)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, DIED, 0], errors
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(size)]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """{number of processes: the results of each}."""
+def found(tmp_path_factory):
+    """A folder, and what each process has found in it."""
     folder = tmp_path_factory.mktemp("processes")
-    checks = ("exact", "sharded", "plain", "messages", "tensors", "empty", "ledger")
-    found = {}
-    for size in (1, 2, 3):
-        results, codes, errors = started(size, folder / str(size), *checks)
-        assert codes == [0] * size, errors
-        found[size] = results
-    return found
+    return folder, started(folder)
+
+
+@pytest.fixture(scope="module")
+def results(found):
+    """{number of processes: the results of each}; of several groups of one number, those of the first."""
+    return {
+        size: [next(results for one, results in stages if one == size) for stages in found[1][:size]]
+        for size in (1, 2, 3)
+    }
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -92,10 +90,35 @@ def test_where_the_ledger_fails_no_process_reads_a_record(size, results):
         assert rank["ledger"]["error"] == "LedgerError" and rank["ledger"]["read"] == 0
 
 
-def test_a_process_that_dies_takes_the_others_down_and_its_charge_stays(tmp_path):
-    began = time.monotonic()
-    _, codes, errors = started(2, tmp_path / "dead", "dies")
-    assert codes == [1, 9] and time.monotonic() - began < 120
-    assert "GroupError: Expected all processes of the run to answer" in errors[0]
-    charged = [json.loads(line) for line in (tmp_path / "dead" / "ledger.jsonl").read_text().splitlines()]
+@pytest.mark.parametrize("size", [2, 3])
+def test_processes_with_records_of_their_own_have_the_bits_of_one_with_all(size, results):
+    ranks, one = [rank["apart"] for rank in results[size]], results[1][0]["apart"]
+    assert all(rank["parameters"] == one["parameters"] and rank["scores"] == one["scores"] for rank in ranks)
+    assert sorted(read for rank in ranks for read in rank["read"]) == one["read"] != [], "each where it lies"
+    assert all(rank["outside"] == [] and rank["said"] for rank in ranks) and not one["said"]
+
+
+def test_a_run_of_one_process_goes_on_with_two_and_then_with_one(found, results):
+    """Two steps by each, and the last: with exact sums and a seed, the bits of a run that was not stopped."""
+    _, (first, second, _) = found
+    one, two, last = first[1][1]["continued"], first[2][1]["continued"], first[3][1]["continued"]
+    assert [one[2], two[2], last[2]] == [2, 4, 5]
+    assert two[:3] == second[1][1]["continued"][:3]
+    assert last[:2] == results[1][0]["exact"] != two[:2]
+    assert [one[3], two[3], last[3]] == [False, True, True], "what was trusted stays said"
+
+
+def test_a_process_that_hangs_in_a_step_counts_as_lost_before_it_goes_on(results):
+    """The control is the step before: of a group that dpquant has not set up, whose timeout is the user's."""
+    waits, late = (rank["hangs"] for rank in results[2])
+    assert waits["steps"] == late["steps"] == 3
+    assert waits["error"] == "GroupError" and waits["at"] < late["at"] - 5
+
+
+def test_a_process_that_dies_takes_the_others_down_and_its_charge_stays(found):
+    folder, (first, second, _) = found
+    number, (size, last) = len(first) - 1, first[-1]
+    assert size == 2 and last["dies"].startswith("GroupError: Expected all processes of the run to answer")
+    assert all("dies" not in results for _, results in second), "it has written nothing since"
+    charged = [json.loads(line) for line in (folder / str(number) / "ledger.jsonl").read_text().splitlines()]
     assert sum(line["count"] for line in charged if line["kind"] == "train") == 3

@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process of `test_processes.py`: `worker.py RANK SIZE FOLDER CHECK...` writes FOLDER/rankR.json."""
+"""One process of `test_processes.py`: `worker.py RANK FOLDER` makes all checks and writes FOLDER/rankR.json.
 
+The same processes meet in groups of three, two and one, so that each starts once: `STAGES`.
+"""
+
+import datetime
 import hashlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -13,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dpquant
+from dpquant.training import waiting
 from dpquant.training.checkpoint import Checkpoint
 from dpquant.training.distributed import Alone, TorchGroup, group_here
 
@@ -37,19 +43,49 @@ class Reads:
         return self._records[index]
 
 
-def begun(count=RECORDS, batch=BATCH, optimizer=torch.optim.SGD, lr=0.5, **settings):
+class Own(Reads):
+    """A process' own records: notes the ids that are read, and those that it does not have, at which it raises."""
+
+    def __init__(self, records, first):
+        super().__init__(records)
+        self.first, self.read, self.outside = first, [], []
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            self.outside.append(index)
+            raise IndexError(index)
+        self.read.append(self.first + index)
+        return super().__getitem__(index)
+
+
+class Waits(Reads):
+    """Records, one of which takes some seconds once it has been asked for that."""
+
+    seconds = 0.0
+
+    def __getitem__(self, index):
+        time.sleep(self.seconds)
+        self.seconds = 0.0
+        return super().__getitem__(index)
+
+
+def begun(
+    count=RECORDS, batch=BATCH, noise="gaussian", data=Reads, optimizer=torch.optim.SGD, lr=0.5, **settings
+):  # fmt: skip
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5))
-    records = Reads(list(zip(torch.randn(count, 1, 6, 6), torch.randint(0, 5, (count,)), strict=True)))
+    records = data(list(zip(torch.randn(count, 1, 6, 6), torch.randint(0, 5, (count,)), strict=True)))
     rate = batch / count
     plan = dpquant.PrivacyPlan(
         noise_multiplier=1.0, delta=1e-5, max_grad_norm=0.5, sample_rate=rate, expected_batch_size=batch, steps=STEPS,
         analysis=dpquant.AnalysisPlan(
             count=1, sample_rate=rate, expected_batch_size=batch, noise_multiplier=2.0, max_norm=1.0
         ),
+        noise=noise,
     )  # fmt: skip
     private = dpquant.make_private(
-        model, optimizer(model.parameters(), lr=lr), records, loss_fn=loss, plan=plan, microbatch_size=4,
+        model, optimizer(model.parameters(), lr=lr), records, loss_fn=loss, plan=plan,
+        microbatch_size=4 if noise == "gaussian" else 1,
         policy=dpquant.DPQuantPolicy(fraction=0.5), backend="simulate", mechanism_seed=3, **settings,
     )  # fmt: skip
     return private, records
@@ -140,23 +176,99 @@ def ledger(folder):
     return {"error": "", "read": records.count - before}
 
 
+def apart(folder):
+    """Each process has records of its own, one of three none. With discrete noise their bits are those of one."""
+    group, parts = group_here(), {1: [RECORDS], 2: [23, RECORDS - 23], 3: [20, 0, RECORDS - 20]}
+    counts = parts[group.size]
+    first = sum(counts[: group.rank])
+    example = list(zip(torch.zeros(2, 1, 6, 6) + torch.arange(2)[:, None, None, None], torch.arange(2), strict=True))
+    private, records = begun(
+        noise="discrete", partition="range", example=example,
+        data=lambda records: Own(records[first : first + counts[group.rank]], first),
+    )  # fmt: skip
+    records.read.clear()
+    list(steps_of(private))
+    return {
+        "parameters": parameters(private),
+        "scores": private.scores,
+        "read": sorted(set(records.read)),
+        "outside": records.outside,
+        "said": "read records of its own" in private.statement(),
+    }
+
+
+def continued(folder):
+    """Two steps more of a run with one ledger: by one process, by two, and by one again."""
+    stages = [folder / name for name in ("first", "second", "third")]
+    done = next(number for number, one in enumerate(stages) if not one.exists())
+    group = group_here()
+    group.from_all(b"")  # all have looked before one of them writes
+    private, _ = begun(exact_sums=True, ledger=folder / "continued.jsonl", resume=True)
+    if done:
+        private.load(stages[done - 1])
+    for number, _ in enumerate(steps_of(private), 1):
+        if number == 2:
+            break
+    if group.rank == 0:
+        private.save(stages[done])
+    group.from_all(b"")
+    private.close()
+    said = "had 2 processes: their machines and the network between them are trusted" in private.statement()
+    return [parameters(private), private.scores, private.steps_taken, said]
+
+
+def hangs(folder):
+    """One process takes seconds for a record: in a step of a group that others have set up, and then in one of ours.
+
+    The times at which it goes on and at which the other gives up, in seconds.
+    """
+    waiting.SHORTEST = datetime.timedelta(seconds=1)
+    private, records = begun(data=Waits)
+    private.step_seconds = 0.01
+    late, steps, group = private.group.rank == 1, steps_of(private), private.group
+    next(steps)
+    records.seconds = 3.0 if late else 0.0
+    next(steps)
+    waiting.initialised(waiting.TIMEOUT)
+    records.seconds = 12.0 if late else 0.0
+    try:
+        next(steps)
+    except dpquant.DPQuantError as error:
+        return {"steps": private.steps_taken, "error": type(error).__name__, "at": time.time(), "rank": group.rank}
+    return {"steps": private.steps_taken, "error": "", "at": time.time(), "rank": group.rank}
+
+
 def dies(folder):
     private, _ = begun(ledger=folder / "ledger.jsonl")
-    for number, _ in enumerate(steps_of(private), 1):
-        if number == 2 and private.group.rank == 1:
-            os._exit(9)
+    try:
+        for number, _ in enumerate(steps_of(private), 1):
+            if number == 2 and private.group.rank == 1:
+                os._exit(9)
+    except dpquant.DPQuantError as error:
+        return f"{type(error).__name__}: {error}"
 
 
-def main(rank, size, folder, *checks):
+ALL = (exact, sharded, plain, messages, tensors, empty, ledger, apart)
+STAGES = [(3, ALL), (1, (*ALL, continued)), (2, (*ALL, continued, hangs)), (1, (continued,)), (2, (dies,))]
+"""Numbers of processes and their checks. A check that breaks the group is the last."""
+
+
+def main(rank, folder):
     assert isinstance(group_here(), Alone), "nothing is initialised yet"
-    store = dist.FileStore(f"{folder}/store", int(size))
-    dist.init_process_group("gloo", store=store, rank=int(rank), world_size=int(size))
-    assert isinstance(group_here(), Alone if size == "1" else TorchGroup)
-    found = {check: globals()[check](Path(folder)) for check in checks}
-    Path(folder, f"rank{rank}.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
+    found = []
+    for number, (size, checks) in enumerate(STAGES):
+        if rank >= size:
+            continue
+        store = dist.FileStore(f"{folder}/store{number}", size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+        assert isinstance(group_here(), Alone if size == 1 else TorchGroup)
+        own = Path(folder, str(number))
+        own.mkdir(exist_ok=True)
+        results = {check.__name__: check(Path(folder) if check is continued else own) for check in checks}
+        found.append([size, results])
+        Path(folder, f"rank{rank}.json").write_text(json.dumps(found))
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(int(sys.argv[1]), sys.argv[2])

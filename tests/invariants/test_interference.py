@@ -265,7 +265,7 @@ class SecondsInTheRecord(RunDirectory):
 class FittedNormalisation(RunDirectory):
     """The mean of the private pixels in the place of a constant."""
 
-    def know_records(self, train_set):
+    def know_records(self, train_set, *, apart=False):
         super().know_records(train_set)
         self.train_set = train_set
 

@@ -338,19 +338,6 @@ MUTANTS = [
             "events = self.events()",
         ),
         (
-            "the statement does not say that a seeded run is not private",
-            CLAIM,
-            "        if not secure:\n",
-            "        if False:\n",
-        ),
-        (
-            "a printed epsilon is rounded to the nearest",
-            CLAIM,
-            'return f"{math.ceil(epsilon * unit)',
-            'return f"{round(epsilon * unit)',
-        ),
-        ("the number of records is called public", CLAIM, "            PUBLIC,\n", '            "",\n'),
-        (
             "the budget that the ledger enforces has one step more",
             LEDGER,
             "events=tuple(self.events()))",
@@ -363,6 +350,24 @@ MUTANTS = [
             "return accounting.analysis_share(self.events(), self.delta)",
             "return 0.0",
         ),
+    ),
+    *mutants_of(
+        f"{_PRIVACY}/statement.py",
+        "tests/privacy/test_plan.py",
+        (
+            "the statement does not say that a seeded run is not private",
+            CLAIM,
+            "    if not secure:\n",
+            "    if False:\n",
+        ),
+        (
+            "a printed epsilon is rounded to the nearest",
+            CLAIM,
+            'return f"{math.ceil(epsilon * unit)',
+            'return f"{round(epsilon * unit)',
+        ),
+        ("the number of records is called public", CLAIM, "        PUBLIC,\n", '        "",\n'),
+        ("what several processes have to trust is not said", CLAIM, "    if processes == 1:\n", "    if True:\n"),
     ),
     *mutants_of(
         f"{_PRIVACY}/ranges.py",

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bugs planted in `runs`: what a run leaves behind, what it says, and how it is continued."""
 
-from mutants.mutant import CHECKPOINT, CLAIM, LEAK, LEDGER, RESUME, WIRING, mutants_of
+from mutants.mutant import CHECKPOINT, CLAIM, LEAK, LEDGER, RESUME, SAMPLING, WIRING, mutants_of
 
 _RUNS = "src/dpquant/runs"
 _RESUME = "tests/runs/test_resume.py"
@@ -227,7 +227,7 @@ MUTANTS = [
         (
             "the records of a run that continues are not compared",
             RESUME,
-            "        files.know_records(dataset.train)\n",
+            "        files.know_records(dataset.train, apart=settings.partition == RANGE)\n",
             "",
             f"{_RESUME}::test_other_records_are_refused_when_a_run_continues",
         ),
@@ -454,15 +454,15 @@ MUTANTS = [
         (
             "fingerprints have no salt",
             LEAK,
-            "salt = secrets.token_hex(16)",
-            'salt = "0" * 32',
+            "else secrets.token_hex(16)",
+            'else "0" * 32',
             f"{_RESUME}::test_equal_records_have_unequal_fingerprints",
         ),
         (
             "other records are taken for the same",
             RESUME,
-            "    if not same:\n",
-            "    if False:\n",
+            'elif _saved(path)["sha256"] != found:',
+            "elif False:",
             f"{_RESUME}::test_other_records_are_refused",
         ),
         (
@@ -471,6 +471,22 @@ MUTANTS = [
             "        for _, part in leaves(parts):\n",
             "        for _, part in leaves(parts[:1]):\n",
             f"{_RESUME}::test_other_records_are_refused",
+        ),
+    ),
+    *mutants_of(
+        f"{_RUNS}/parts.py",
+        "tests/runs/test_parts.py",
+        (
+            "two processes draw the same records, each for itself",
+            SAMPLING,
+            "if theirs & everywhere[other]:",
+            "if False:",
+        ),
+        (
+            "a folder on a server is another one on each machine",
+            SAMPLING,
+            'return found if ":" in found',
+            'return found if "" in ()',
         ),
     ),
     *mutants_of(

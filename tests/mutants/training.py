@@ -30,10 +30,39 @@ _IMPACT = "tests/training/test_impact.py"
 _ATTACKS = "tests/test_attacks.py"
 _TWO = "tests/training/test_distributed.py"
 _STEPS = "tests/training/test_steps.py"
+_PARTITION = "tests/training/test_partition.py"
 _EXACT = "tests/engine/test_exact_sum.py"
 _POROSITY = "tests/invariants/test_porosity.py"
 
 MUTANTS = [
+    *mutants_of(
+        f"{_TRAINING}/partition.py",
+        _PARTITION,
+        (
+            "every process' records begin at id 0, so that two share their draws",
+            SAMPLING,
+            "cls(range(ends[group.rank] - count, ends[group.rank]), by_range=True)",
+            "cls(range(count), by_range=True)",
+        ),
+        (
+            "records of a process' own are shared out once more, and drawn at half the rate",
+            SAMPLING,
+            "return (record_ids, slice(None)) if self.by_range else cut(record_ids, group, whole=whole)",
+            "return cut(record_ids, group, whole=whole)",
+        ),
+        (
+            "a process asks for what was drawn for the others",
+            SAMPLING,
+            "return drawn[drawn >= self.ids.start] if self.by_range else drawn",
+            "return drawn",
+        ),
+        (
+            "exact sums are taken with records that are not shared",
+            SENSITIVITY,
+            "if how == RANGE and exact_sums:",
+            "if False:",
+        ),
+    ),
     *mutants_of(
         f"{_TRAINING}/private.py",
         f"{_CALLS}::test_a_run_keeps_its_plan_call_by_call",
@@ -110,13 +139,6 @@ MUTANTS = [
             f"{_PRIVATE}::test_a_batch_that_is_drawn_and_skipped_is_refused",
         ),
         (
-            "what is charged already is not charged again, in a private run either",
-            RESUME,
-            "if not self._mechanism.repeats or number >= self._mechanism.ledger.charged(kind):",
-            "if number >= self._mechanism.ledger.charged(kind):",
-            f"{_CONTINUING}::test_lost_steps_are_not_taken_again",
-        ),
-        (
             "an analysis draws from the stream of training",
             SAMPLING,
             'self._draw("analysis", self._analysis, number)',
@@ -131,8 +153,8 @@ MUTANTS = [
         (
             "the rate follows from the true number of records",
             SAMPLING,
-            "len(self._records), planned.sample_rate, stream",
-            "len(self._records), planned.expected_batch_size / len(self._records), stream",
+            "sampler, planned.sample_rate, stream",
+            "sampler, planned.expected_batch_size / len(self._records), stream",
         ),
         ("every draw has the same attempt number", SAMPLING, "attempt = self._state.draws\n", "attempt = 1\n"),
         (
@@ -218,15 +240,15 @@ MUTANTS = [
         (
             "the statement is of the plan and not of the ledger",
             CLAIM,
-            "self.plan.statement(events=self.events(), secure=self.secure, num_values=num_values)",
-            "self.plan.statement(secure=self.secure, num_values=num_values)",
+            "            events=self.events(),\n            secure=self.secure,\n",
+            "            secure=self.secure,\n",
             f"{_CALLS}::test_the_statement_is_about_what_was_charged",
         ),
         (
             "the statement of a seeded run says that it is private",
             CLAIM,
-            "self.plan.statement(events=self.events(), secure=self.secure, num_values=num_values)",
-            "self.plan.statement(events=self.events(), num_values=num_values)",
+            "            secure=self.secure,\n            num_values",
+            "            num_values",
         ),
         (
             "the statement of a run that was stopped still holds",
@@ -471,8 +493,8 @@ MUTANTS = [
         (
             "copies count where a data set collates by itself",
             SENSITIVITY,
-            "self._checked(self._data_set.dpquant_batch(ids), size), ids, len(record_ids))",
-            "self._checked(self._data_set.dpquant_batch(ids), size), ids, size)",
+            "self._checked(self._data_set.dpquant_batch(self._own(ids)), size), ids, len(record_ids))",
+            "self._checked(self._data_set.dpquant_batch(self._own(ids)), size), ids, size)",
         ),
         ("rows of a batch are not counted", COUPLING, "        check_rows(batch, count)\n", ""),
         (
@@ -751,6 +773,13 @@ MUTANTS = [
         f"{_TRAINING}/continuing.py",
         _CONTINUING,
         (
+            "what is charged already is not charged again, in a private run either",
+            RESUME,
+            "if not mechanism.repeats or number >= mechanism.ledger.charged(kind):",
+            "if number >= mechanism.ledger.charged(kind):",
+            f"{_CONTINUING}::test_lost_steps_are_not_taken_again",
+        ),
+        (
             "a ledger with fewer steps than the checkpoint is taken",
             RESUME,
             "if steps < saved.steps_taken or analyses < saved.analyses_made:",
@@ -883,8 +912,8 @@ MUTANTS = [
         (
             "the ledger is opened before anything is checked",
             LEDGER,
-            "    with current(device):\n        setup, records,",
-            "    mechanism = make_mechanism(0.0)\n    with current(device):\n        setup, records,",
+            "    with current(device):\n        partition =",
+            "    mechanism = make_mechanism(0.0)\n    with current(device):\n        partition =",
             f"{_PRIVATE}::test_bad_input_is_refused_before_any_work",
         ),
         (

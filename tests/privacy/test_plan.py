@@ -288,6 +288,16 @@ def test_a_plan_for_persons_with_several_records_says_so():
         plan(records_per_person=0)
 
 
+def test_of_several_processes_the_statement_says_what_is_trusted():
+    """The machines and the network between them; not of one process, which has none."""
+    several, apart = plan().statement(processes=3), plan().statement(processes=3, records_apart=True)
+    for text in (several, apart):
+        assert_statement_says_it_all(text)
+        assert "had 3 processes" in text and "the network between them are trusted" in text
+    assert "read records of its own" in apart and "records of its own" not in several
+    assert "trusted" not in plan().statement() and "processes" not in plan().statement(records_apart=True)
+
+
 def assert_statement_is_about(events, text: str) -> None:
     stated = float(re.search(r"epsilon = ([\d.]+) and", text)[1])
     spent = epsilon(events, 1e-5)

@@ -14,7 +14,7 @@ from dpquant.data.pack import pack
 from dpquant.data.packed import PackedRows, load_packed
 from dpquant.data.rows import Rows
 from dpquant.errors import DataError
-from dpquant.runs import fingerprint
+from dpquant.runs.directory import RunDirectory
 from dpquant.training.private import PrivateTraining
 from items import trained
 
@@ -70,10 +70,10 @@ def test_a_run_that_continues_refuses_another_manifest(tmp_path):
     source, changed = rows(1000), rows(1000)
     changed.inputs[1] += 1  # between two of those that are compared
     ours, theirs = packed(source, tmp_path / "a"), packed(changed, tmp_path / "b")
-    fingerprint.write(tmp_path / "records.json", ours)
-    fingerprint.check(tmp_path / "records.json", packed(source, tmp_path / "c"))
+    RunDirectory(tmp_path).know_records(ours)
+    RunDirectory(tmp_path).know_records(packed(source, tmp_path / "c"))
     with pytest.raises(DataError, match="training records with which the run was begun"):
-        fingerprint.check(tmp_path / "records.json", theirs)
+        RunDirectory(tmp_path).know_records(theirs)
 
 
 def table(folder):

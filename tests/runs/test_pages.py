@@ -384,6 +384,14 @@ def test_levels_are_shares_of_all_impacts_and_last_until_the_next_analysis():
     assert charts.cells(["a", "b"], [frozenset("a"), frozenset("b")], [{}, {"b": 3}]) == ["q0", "03"]
 
 
+def test_the_report_says_what_several_processes_have_to_trust():
+    """As the statement does; of one process there is nothing to say."""
+    words = "their machines and the network between them are trusted"
+    several = dataclasses.replace(RECORD, statement=f"{RECORD.statement}\nThe run had 2 processes: {words}.")
+    for record, times in ((RECORD, 0), (several, 2)):
+        assert text_of(report(facts(record))).count(words) == times, "in the statement and in an answer"
+
+
 def test_answers_do_not_ask_for_numbers_that_a_record_does_not_have():
     for schema in range(1, SCHEMA + 1):
         assert len(answers(facts(RunRecord.read(FIXTURES / f"record-{schema}.json"), events=None))) == 24

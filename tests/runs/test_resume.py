@@ -18,7 +18,7 @@ from dpquant.app.cli import run as dpquant
 from dpquant.data.split import Split
 from dpquant.errors import DataError, SettingError
 from dpquant.privacy.ledger import Ledger
-from dpquant.runs import fingerprint
+from dpquant.runs.directory import RunDirectory
 from dpquant.runs.record import RunRecord
 from dpquant.runs.settings import TrainSettings, checkpoint_steps, plan_of
 from dpquant.runs.sinks import Sink
@@ -154,7 +154,8 @@ def test_a_broken_checkpoint_is_passed_over_and_said(stopped, tmp_path):
 
 def test_other_records_are_refused_when_a_run_continues(stopped, tmp_path):
     out = copied(stopped, tmp_path)
-    fingerprint.write(out / "records.json", split())
+    (out / "records.json").unlink()
+    RunDirectory(out).know_records(split())
     with pytest.raises(DataError, match="Expected the training records with which the run was begun"):
         train(settings(), out, resume=True)
 
@@ -185,23 +186,26 @@ def split(**changes) -> Split:
 
 
 def test_the_same_records_are_known_again(tmp_path):
-    fingerprint.write(tmp_path / "records.json", split())
-    fingerprint.check(tmp_path / "records.json", split())
+    for _ in range(2):
+        RunDirectory(tmp_path).know_records(split())
     assert (tmp_path / "records.json").stat().st_mode & 0o077 == 0
 
 
 @pytest.mark.parametrize("other", [split(pixels=1), split(targets=2), split(readable=False)])
 def test_other_records_are_refused(other, tmp_path):
-    fingerprint.write(tmp_path / "records.json", split())
+    RunDirectory(tmp_path).know_records(split())
     with pytest.raises(DataError, match="Expected the training records with which the run was begun"):
-        fingerprint.check(tmp_path / "records.json", other)
+        RunDirectory(tmp_path).know_records(other)
 
 
 def test_equal_records_have_unequal_fingerprints(tmp_path):
     """Salted: nobody can tell from two of them whether the records are the same."""
+    hashes = []
     for name in ("a", "b"):
-        fingerprint.write(tmp_path / name, split())
-    assert json.loads((tmp_path / "a").read_text())["sha256"] != json.loads((tmp_path / "b").read_text())["sha256"]
+        (tmp_path / name).mkdir()
+        RunDirectory(tmp_path / name).know_records(split())
+        hashes.append(json.loads((tmp_path / name / "records.json").read_text())["sha256"])
+    assert hashes[0] != hashes[1]
 
 
 # Signals

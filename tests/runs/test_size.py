@@ -72,3 +72,14 @@ def test_nothing_is_allocated():
     with pytest.raises(SettingError):
         check_network_fits(network(10_000.0), blank(), "it", 1.0)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_of_records_that_stay_on_their_machine_each_process_holds_its_part(monkeypatch):
+    """Four processes, a quarter each: 100,000 images of 224 pixels take 28 GiB, 7 on each."""
+    given = {"data": "image-folder:/x", "records": 100_000, "image_size": 224}
+    apart, shared = (TrainSettings.chosen({**given, "partition": one}) for one in ("range", "even"))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    check_data_fits(apart, 8)
+    for settings, memory in ((apart, 6), (shared, 8)):
+        with pytest.raises(SettingError, match="Expected records that fit"):
+            check_data_fits(settings, memory)

@@ -65,7 +65,7 @@ SOME = RunState(
     ),
     steps_taken=3, steps_lost=1, analyses_made=1, draws=5, epoch=2, scores={"a": 0.1},
     policies=(("a", "c"), ()), ledger_head="f" * 64,
-    choices={"question": 64}, broken="why",
+    choices={"question": 64}, processes=3, broken="why",
 )  # fmt: skip
 
 
@@ -94,11 +94,17 @@ def test_a_field_that_is_not_kept_would_be_seen(field):
         assert_written_as_it_is(SOME, forgetful)
 
 
-@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("field", [name for name in FIELDS if name != "processes"])
 def test_a_state_without_a_field_is_refused(field):
     read = json.loads(SOME.to_json())
     with pytest.raises(DataError, match="other fields"):
         RunState.from_json(json.dumps({name: value for name, value in read.items() if name != field}))
+
+
+def test_a_state_of_an_earlier_version_was_of_one_process():
+    read = json.loads(SOME.to_json())
+    del read["processes"]
+    assert RunState.from_json(json.dumps(read)) == dataclasses.replace(SOME, processes=1)
 
 
 def test_a_recipe_that_is_written_by_its_name_alone_would_be_seen():

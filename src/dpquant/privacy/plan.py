@@ -24,19 +24,15 @@ from typing import Literal, Self
 from dpquant.errors import SettingError
 from dpquant.privacy import accounting
 from dpquant.privacy.analysis_plan import AnalysisPlan
-from dpquant.privacy.events import NEIGHBOURS, PUBLIC, Budget, Event
-from dpquant.privacy.grid_noise import covered, grid_of
+from dpquant.privacy.events import Budget, Event
+from dpquant.privacy.grid_noise import grid_of
 from dpquant.privacy.meaning import Meaning, epsilon_of_person, meaning_of
 from dpquant.privacy.ranges import checked, checked_choice, checked_rate
+from dpquant.privacy.statement import rounded_up, statement_of
 
 NoiseLaw = Literal["gaussian", "discrete"]
 
 _NOISE_ADVICE = "It is the noise's law. Use gaussian, or discrete, which costs time and may be released bit by bit."
-_CHANNELS = {"gaussian": "floating-point side channels (the proof is about real numbers); ", "discrete": ""}
-PROTECTED = (
-    "Protected is each record, against whoever has the model, every intermediate state of it and everything else that "
-    "the run released, and knows all other records."
-)
 LARGE_DELTA = 1e-2  # a larger delta is a weak guarantee for a data set of any size
 
 
@@ -302,7 +298,13 @@ class PrivacyPlan:
         return json.dumps(known, indent=2) + "\n"
 
     def statement(
-        self, *, events: Sequence[Event] | None = None, secure: bool = True, num_values: int | None = None
+        self,
+        *,
+        events: Sequence[Event] | None = None,
+        secure: bool = True,
+        num_values: int | None = None,
+        processes: int = 1,
+        records_apart: bool = False,
     ) -> str:
         """Return the privacy statement: what is guaranteed after these releases and what is not, in words.
 
@@ -310,37 +312,14 @@ class PrivacyPlan:
           events: the releases, from the ledger; None for those of a complete run.
           secure: False if sampling or noise came from a given seed.
           num_values: trainable numbers of the model, if they are known; discrete noise says what it costs for them.
+          processes: that the run has had, at most. Of several the statement says what connects them and is trusted.
+          records_apart: each process had records of its own, and no other ones.
         Privacy: post-processing.
         """
         events = self.events() if events is None else events
-        spent, check = (accounting.epsilon(events, self.delta, accountant) for accountant in ("pld", "rdp"))
-        released = "; ".join(map(self._described, events)) or "nothing was released"
-        lines = [
-            f"Differential privacy with epsilon = {rounded_up(spent)} and delta = {self.delta:g}, for the model and "
-            "everything else that the run released (layer scores, schedule, this statement).",
-            PROTECTED,
-            NEIGHBOURS,
-            *self._person_told(events),
-            *([] if (meaning := meaning_of(events, self.delta)) is None else [meaning.told]),
-            f"Mechanism: Poisson-subsampled Gaussian: {released}.",
-            *([covered(num_values, sum(event.count for event in events))] if self.noise == "discrete" else []),
-            f"Accountant: {accounting.version()}, privacy loss distributions on a grid of {accounting.GRID:g}, rounded "
-            f"to the pessimistic side; Renyi accounting, as a check: epsilon = {rounded_up(check)}.",
-            PUBLIC,
-            "Public randomness (`seed`) only initialises the model and schedules its layers. Sampling, noise, "
-            "rounding, dropout and random augmentation follow from a secret key of the run, which the operating system "
-            "gives; noise is AES-128 in counter mode.",
-            "Not covered: hyper-parameter tuning and other runs on the same data; pre-processing that was fitted to "
-            f"the data; {self._persons_not_covered}; what is measured on a test set; {_CHANNELS[self.noise]}timing "
-            "and memory.",
-        ]
-        if not secure:
-            lines.insert(
-                0,
-                "NOT PRIVATE: sampling or noise came from a given seed, for research. Whoever knows the seed can undo "
-                "the noise. With secret randomness the following would hold.",
-            )
-        return "\n".join(lines)
+        return statement_of(
+            self, events, secure=secure, num_values=num_values, processes=processes, apart=records_apart
+        )
 
     def _events(self, steps: int, analyses: int) -> list[Event]:
         """Return the events of some steps and analyses. Without steps it also works before the noise is calibrated."""
@@ -356,30 +335,6 @@ class PrivacyPlan:
             if plan is not None and count != 0
         ]
 
-    def _person_told(self, events: Sequence[Event]) -> list[str]:
-        person = self.epsilon_per_person(events)
-        if person is None:
-            return []
-        return [
-            f"Of a person with up to {self.records_per_person} records, all of them added or removed: epsilon = "
-            f"{rounded_up(person, 2)} at the same delta. That a person has no more is taken as given."
-        ]
-
-    @property
-    def _persons_not_covered(self) -> str:
-        if self.records_per_person is None:
-            return "several records of one person"
-        return f"a person with more than {self.records_per_person} records"
-
-    def _described(self, event: Event) -> str:
-        """Return an event in words."""
-        if event.kind == "train":
-            what = f"{event.count} training steps, gradients clipped to {self.max_grad_norm:g}"
-        else:
-            norm = "" if self.analysis is None else f", impacts clipped to {self.analysis.max_norm:g}"
-            what = f"{event.count} analyses{norm}"
-        return f"{what}, noise multiplier {event.noise_multiplier:.4f}, sample rate {event.sample_rate:.6g}"
-
     def _check_analysis(self) -> None:
         if self.analysis is not None and not isinstance(self.analysis, AnalysisPlan):
             raise SettingError(
@@ -392,9 +347,3 @@ class PrivacyPlan:
                 f"analysis.count={self.analysis.count}. Layers are chosen once an epoch, so more analyses would be "
                 "wasted. Plan fewer, or more steps."
             )
-
-
-def rounded_up(epsilon: float, digits: int = 4) -> str:
-    """Return an epsilon with `digits` decimals, rounded up, because an upper bound must remain one."""
-    unit = 10**digits
-    return f"{math.ceil(epsilon * unit) / unit:.{digits}f}" if math.isfinite(epsilon) else "infinity"

@@ -95,19 +95,29 @@ class RunDirectory:
     def __init__(self, path: Path):
         self.path = path
 
-    def know_records(self, train_set: MapDataset) -> None:
+    def know_records(self, train_set: MapDataset, *, apart: bool = False) -> None:
         """Write the fingerprint of the training records, or, if there is one, check that they are still the same.
 
+        Args:
+          train_set: of this process.
+          apart: other processes have other records, of which the fingerprint is, too.
         Raises:
           DataError: they are not.
           SettingError: the file cannot be written.
         """
+        salt = self.salt_of_records()
+        found = fingerprint.hash_of(train_set, salt)
+        self.know_hash(salt, fingerprint.joined([found]) if apart else found)
+
+    def salt_of_records(self) -> str:
+        """Return the salt of the fingerprint of the training records, a new one if there is none."""
+        return fingerprint.salt_in(self.path / RECORDS)
+
+    def know_hash(self, salt: str, found: str) -> None:
+        """Write the fingerprint, or, if there is one, check that it is this one. Raises as `know_records`."""
         path = self.path / RECORDS
-        if path.exists():
-            fingerprint.check(path, train_set)
-            return
         try:
-            fingerprint.write(path, train_set)
+            fingerprint.know(path, salt, found)
         except OSError as error:
             raise SettingError(
                 f"Expected out to be a place that can be written to; got {path}: {error.strerror or error}. Make "

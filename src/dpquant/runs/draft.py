@@ -33,8 +33,8 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         *("analysis_max_norm", "analysis_repeats"),
     ),
     "This machine: no effect on what is promised": (
-        *("backend", "device", "threads", "workers", "microbatch_size", "memory", "choices", "exact_sums"),
-        *("shard_optimizer", "checkpoint_every", "seed"),
+        *("backend", "device", "threads", "workers", "partition", "microbatch_size", "memory", "choices"),
+        *("exact_sums", "shard_optimizer", "checkpoint_every", "seed"),
     ),
     "Trackers: where else a run's numbers are shown": ("track", "track_model", "track_unsafe"),
     "For research alone": ("unsafe_metrics",),

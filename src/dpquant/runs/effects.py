@@ -112,10 +112,26 @@ def check_contradictions(values: Mapping[str, Any]) -> None:
         )
     if values["format"] == AUTO:
         _check_auto(values)
+    if values["partition"] == "range":
+        _check_range(values)
     if values["layers"] is not None and values["policy"] != "static":
         raise SettingError(
             f"Expected policy=static with layers; got policy={values['policy']}. Other policies choose for "
             "themselves. Leave layers out."
+        )
+
+
+def _check_range(values: Mapping[str, Any]) -> None:
+    """Refuse what needs records of all machines on each, or has the same ones everywhere."""
+    if not values["data"].startswith(OWN_PREFIXES):
+        raise SettingError(
+            f"Expected data of your own with partition=range; got data={values['data']}. Published records are the "
+            "same on every machine, so that each would be drawn several times. Leave partition out."
+        )
+    if values["exact_sums"]:
+        raise SettingError(
+            "Expected partition=even with exact_sums; got partition=range. Exact sums deal whole microbatches of a "
+            "batch out to the processes, which then need each other's records. Leave one of them out."
         )
 
 

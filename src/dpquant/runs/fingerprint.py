@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -25,39 +26,49 @@ from dpquant.training.records import MapDataset
 _COMPARED = 64  # records, evenly spaced
 
 
-def write(path: Path, train_set: MapDataset) -> None:
-    """Write the fingerprint of a data set, readable by the owner of the file alone.
+def salt_in(path: Path) -> str:
+    """Return the salt of the file, or a new one if there is no file.
 
     Raises:
+      DataError: the file cannot be read.
+    """
+    return _saved(path)["salt"] if path.exists() else secrets.token_hex(16)
+
+
+def joined(hashes: Sequence[str]) -> str:
+    """Return one hash for the records of several processes, whichever of them is which."""
+    return hashlib.sha256(" ".join(sorted(hashes)).encode()).hexdigest()
+
+
+def know(path: Path, salt: str, found: str) -> None:
+    """Write the fingerprint with this salt, readable by the owner of the file alone; if there is a file, check it.
+
+    Raises:
+      DataError: the file holds another fingerprint, or cannot be read.
       OSError: the file cannot be written.
     """
-    salt = secrets.token_hex(16)
-    write_whole(path, json.dumps({"note": NOT_FOR_RELEASE, "salt": salt, "sha256": _hash(train_set, salt)}) + "\n")
-    os.chmod(path, 0o600)
-
-
-def check(path: Path, train_set: MapDataset) -> None:
-    """Check that a data set is the one whose fingerprint a file holds.
-
-    Raises:
-      DataError: it is another one, or the file cannot be read.
-    """
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        same = saved["sha256"] == _hash(train_set, saved["salt"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"Expected {path} to tell which records the run was begun with; got {type(error).__name__}. Without it "
-            "nobody knows whether they are still the same. Restore the file, or begin a new run."
-        ) from error
-    if not same:
+    if not path.exists():
+        write_whole(path, json.dumps({"note": NOT_FOR_RELEASE, "salt": salt, "sha256": found}) + "\n")
+        os.chmod(path, 0o600)
+    elif _saved(path)["sha256"] != found:
         raise DataError(
             "Expected the training records with which the run was begun; got others. Its charges and its model belong "
             "to those. Restore the data set, or begin a new run."
         )
 
 
-def _hash(train_set: MapDataset, salt: str) -> str:
+def _saved(path: Path) -> dict[str, str]:
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        return {name: saved[name] for name in ("salt", "sha256")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"Expected {path} to tell which records the run was begun with; got {type(error).__name__}. Without it "
+            "nobody knows whether they are still the same. Restore the file, or begin a new run."
+        ) from error
+
+
+def hash_of(train_set: MapDataset, salt: str) -> str:
     """Hash the number of records and some of the records; one that cannot be read counts as such."""
     found = hashlib.sha256(f"{salt} {len(train_set)}".encode())
     if isinstance(train_set, Packed):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dpquant.errors import SettingError, did_you_mean
-from dpquant.runs.source_settings import AUGMENTS, SOURCE_RANGES, Range
+from dpquant.runs.source_settings import AUGMENTS, PARTITIONS, SOURCE_RANGES, Range
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 LR_SCHEDULES = ("constant", "linear", "cosine")
@@ -23,6 +23,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "analysis_score": ANALYSIS_SCORES,
     "noise": NOISES,
     "augment": AUGMENTS,
+    "partition": PARTITIONS,
 }
 
 _AT_LEAST_ONE: Range = (">= 1", lambda x: x >= 1)

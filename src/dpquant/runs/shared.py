@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dpquant.backends.choose import Choices
+from dpquant.runs import fingerprint
 from dpquant.runs.description import ModelDescription
 from dpquant.runs.devices import described
 from dpquant.runs.directory import RunDirectory
@@ -25,7 +26,7 @@ from dpquant.runs.provenance import GroupRecord, ProcessRecord
 from dpquant.runs.record import EpochRecord, RunRecord
 from dpquant.runs.settings import TrainSettings
 from dpquant.runs.timings import Timings
-from dpquant.training.agreement import on_first
+from dpquant.training.agreement import on_first, together
 from dpquant.training.continuing import Stateful
 from dpquant.training.distributed import Group
 from dpquant.training.private import PrivateTraining
@@ -94,8 +95,14 @@ class SharedDirectory(RunDirectory):
         super().__init__(path)
         self._own, self._group = own, group
 
-    def know_records(self, train_set: MapDataset) -> None:
-        self._write(lambda: self._own.know_records(train_set))
+    def know_records(self, train_set: MapDataset, *, apart: bool = False) -> None:
+        if not apart:
+            self._write(lambda: self._own.know_records(train_set))
+            return
+        salt = first_says(self._group, self._own.salt_of_records)
+        own = together(self._group, lambda: fingerprint.hash_of(train_set, salt))
+        hashes = [one.decode() for one in self._group.from_all(own.encode())]
+        self._write(lambda: self._own.know_hash(salt, fingerprint.joined(hashes)))
 
     def describe(self, description: ModelDescription) -> None:
         self._write(lambda: self._own.describe(description))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dpquant.data.sizes import public_size
 from dpquant.errors import SettingError
 from dpquant.machine import memory_gib
+from dpquant.runs.launched import Launch
 from dpquant.runs.settings import TrainSettings
 
 _GIB = 2**30
@@ -32,6 +33,8 @@ def check_data_fits(settings: TrainSettings, memory: float | None = None) -> Non
     if side is None or memory is None or (records is None and settings.sample_rate is None):
         return
     records = records or settings.batch_size / (settings.sample_rate or 1)
+    if settings.partition == "range":
+        records /= Launch.here().size  # each process holds its own part
     pixel = _BYTES_A_PIXEL.get(settings.data, 1) if published else _BYTES_A_FOLDERS_PIXEL
     needed = records * side**2 * pixel / _GIB
     if needed > memory:

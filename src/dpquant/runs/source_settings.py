@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 AUGMENTS = ("none", "crop", "crop-flip")
+PARTITIONS = ("even", "range")
 Range = tuple[str, Callable[[Any], bool]]  # in words, and whether a value lies in it
 SOURCE_RANGES: Mapping[str, Range] = {
     "image_size": ("in 1 .. 16384", lambda x: 1 <= x <= 16384),
@@ -41,6 +42,10 @@ class SourceSettings:
         "of images: none, crop (random shifts), or crop-flip (also mirrored; not for digits or signs)", "none"
     )
     views: int | None = setting("random views of an image whose gradients are averaged before the clip [1]")
+    partition: str = setting(
+        "of several processes: even (all have the same data), or range: data stay on their machine, each has its own",
+        "even",
+    )
     workers: int | None = setting("threads that read packed records ahead of the model [1]")
     test: str | None = setting("of a table or texts: file of the test records")
     test_share: float | None = setting("of a table or texts, instead of test: share of the records, by their content")

@@ -39,6 +39,7 @@ from dpquant.runs.heartbeat import Heartbeat
 from dpquant.runs.history import History
 from dpquant.runs.names import LEDGER, METRICS, MODEL, PROGRESS
 from dpquant.runs.objects import model_of, move_schedule, optimizer_of, schedule_of
+from dpquant.runs.parts import check_parts
 from dpquant.runs.place import Place
 from dpquant.runs.provenance import GroupRecord, LedgerRecord, Provenance, utc_now
 from dpquant.runs.record import RunRecord
@@ -54,6 +55,7 @@ from dpquant.training.agreement import together
 from dpquant.training.continuing import Stateful
 from dpquant.training.distributed import Group, group_here
 from dpquant.training.epoch import Batch, Epoch
+from dpquant.training.partition import RANGE
 from dpquant.training.private import PrivateTraining
 from dpquant.training.roll_call import departing
 from dpquant.training.start import make_private
@@ -182,7 +184,8 @@ class _Run:
             choices = Choices.read(Path(settings.choices))
         optimizer = optimizer_of(settings, model)
         schedule = schedule_of(settings, optimizer, plan.steps)
-        files.know_records(dataset.train)
+        check_parts(group, settings, dataset)
+        files.know_records(dataset.train, apart=settings.partition == RANGE)
         private = start(
             model,
             optimizer,
@@ -202,6 +205,7 @@ class _Run:
             choices=choices,
             exact_sums=settings.exact_sums,
             shard_optimizer=settings.shard_optimizer,
+            partition=settings.partition,
             watch=tell.preparing,
         )
         run = cls(
@@ -344,7 +348,7 @@ class _Run:
             torch=torch.__version__,
             threads=torch.get_num_threads(),
             device=described(self.device),
-            source=self.dataset.facts,
+            source={**self.dataset.facts, **({"partition": RANGE} if self.settings.partition == RANGE else {})},
             provenance=Provenance.here(contents.run, self.history.started),
             ledger=LedgerRecord.of(contents),
             model_sha256=model_sha256,

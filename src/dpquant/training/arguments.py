@@ -16,6 +16,7 @@ from dpquant.errors import DataError, ModelError, SettingError, did_you_mean, ex
 from dpquant.formats import AUTO
 from dpquant.privacy.plan import PrivacyPlan
 from dpquant.training import policies
+from dpquant.training.partition import check_partition
 from dpquant.training.policies import AllPolicy, NonePolicy, Policy
 from dpquant.training.records import MapDataset
 
@@ -61,6 +62,7 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     for name in ("exact_sums", "shard_optimizer"):
         if not isinstance(given[name], bool):
             raise SettingError(f"Expected {name} to be True or False; got {kind_of(given[name])}.")
+    check_partition(given["partition"], exact_sums=given["exact_sums"])
     if not callable(given["collate_fn"]):
         raise SettingError(
             f"Expected collate_fn to be a function from a list of records to a batch; got "
@@ -173,7 +175,7 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def check_data_set(train_set: MapDataset) -> None:
+def check_data_set(train_set: MapDataset, *, may_be_empty: bool = False) -> None:
     """Refuse a data set that is not map-style, or is empty."""
     if isinstance(train_set, IterableDataset) or not (
         hasattr(train_set, "__getitem__") and hasattr(train_set, "__len__")
@@ -182,5 +184,8 @@ def check_data_set(train_set: MapDataset) -> None:
             f"Expected train_set to be map-style (__len__ and __getitem__); got a {type(train_set).__name__}. "
             "Poisson sampling draws records by index. Give a torch.utils.data.Dataset with stable indices."
         )
-    if len(train_set) == 0:
-        raise DataError("Expected train_set to hold at least one record; got an empty data set.")
+    if len(train_set) == 0 and not may_be_empty:
+        raise DataError(
+            "Expected train_set to hold at least one record; got an empty data set. A process may have none with "
+            "partition='range' and example=, which tells what the records of the others look like."
+        )

@@ -22,7 +22,9 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from dpquant.errors import DataError, LedgerError, SettingError, expect
-from dpquant.privacy.mechanism import Charges
+from dpquant.privacy.analysis_plan import AnalysisPlan
+from dpquant.privacy.events import Kind
+from dpquant.privacy.mechanism import Charges, Mechanism
 from dpquant.privacy.plan import PrivacyPlan
 from dpquant.training.checkpoint import Checkpoint
 from dpquant.training.execution import Execution
@@ -160,3 +162,12 @@ def continued(saved: RunState, ledger: Charges, execution: Execution, *, repeata
     return dataclasses.replace(
         saved, steps_taken=steps, steps_lost=saved.steps_lost + lost, analyses_made=analyses, draws=saved.draws + lost
     )
+
+
+def charge_once(mechanism: Mechanism, kind: Kind, planned: PrivacyPlan | AnalysisPlan, number: int) -> None:
+    """Charge release `number` of a kind, from 0. Once this returns it is charged, for every process.
+
+    A repeatable run that continues makes releases again that are charged already, and does not charge them twice.
+    """
+    if not mechanism.repeats or number >= mechanism.ledger.charged(kind):
+        mechanism.ledger.charge(kind=kind, sample_rate=planned.sample_rate, noise_multiplier=planned.noise_multiplier)

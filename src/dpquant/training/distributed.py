@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]: documented
 
 from dpquant.training.roll_call import LAUNCHED, RollCall, lost
+from dpquant.training.waiting import TIMEOUT, initialised
 
-TIMEOUT = datetime.timedelta(minutes=10)  # after which a process that does not answer counts as lost
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name before torch 2.14
 
 
@@ -170,6 +170,7 @@ def group_here(timeout: datetime.timedelta = TIMEOUT) -> Group:
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout, **where
             )
+            initialised(timeout)
             dist.monitored_barrier(timeout=timeout, wait_all_ranks=True)
     return TorchGroup() if dist.get_world_size() > 1 else Alone()
 

@@ -30,7 +30,7 @@ class Batch:
     """One Poisson batch: the ids of the records that were drawn, and their data, which is loaded on access.
 
     Attributes:
-      record_ids: int64 `(B,)`. B is random, may be 0, and is private.
+      record_ids: int64 `(B,)`. B is random, may be 0, and is private. With `partition="range"` those of this process.
       step: number of the step for which the batch was drawn.
       attempt: number of the draw; a step that is drawn for again has another one.
     Privacy: per example; nothing of a batch is released.

@@ -39,10 +39,10 @@ from dpquant.rounding import derive_key
 from dpquant.training.agreement import first_reason, together
 from dpquant.training.ahead import drawing
 from dpquant.training.checkpoint import Checkpoint
-from dpquant.training.continuing import Parts, Stateful, continued
+from dpquant.training.continuing import Parts, Stateful, charge_once, continued
 from dpquant.training.distributed import Group
 from dpquant.training.epoch import Batch, Epoch, not_drawn, skipped
-from dpquant.training.exchange import cut, noisy_means, own_parts, share
+from dpquant.training.exchange import noisy_means, own_parts
 from dpquant.training.execution import Execution
 from dpquant.training.impact import ImpactSum, analysis_keys
 from dpquant.training.policies import ema
@@ -59,6 +59,7 @@ from dpquant.training.sums import (
     noising_analysis,
     step_sum,
 )
+from dpquant.training.waiting import in_time
 from dpquant.training.watch import Watch, broken, without_details
 
 
@@ -163,13 +164,8 @@ class PrivateTraining:
         due = sum(epoch <= index for epoch in self.plan.analysis_epochs())
         if self.policy.needs_scores and self.analyses_made < due:
             self._analyse()
-        layers = self.policy.choose(
-            self.macs,
-            self.scores or None,
-            epoch=index,
-            key=derive_key(self._seed, "schedule"),
-            excluded=self.execution.excluded_layers,
-        )
+        key, excluded = derive_key(self._seed, "schedule"), self.execution.excluded_layers
+        layers = self.policy.choose(self.macs, self.scores or None, epoch=index, key=key, excluded=excluded)
         self._advance(epoch=index, policies=(*self._state.policies, layers))
 
     def step(self, batch: Batch) -> None:
@@ -201,6 +197,7 @@ class PrivateTraining:
         without_details(lambda: self._descend(batch), self.choices, self._device)
         self.seconds_train += time.perf_counter() - began
 
+    @in_time
     def _descend(self, batch: Batch) -> None:
         """Step the optimizer with the noisy mean of the clipped gradients."""
         key = self._key_of(batch.step)
@@ -218,7 +215,7 @@ class PrivateTraining:
 
     def _pieces(self, batch: Batch, size: int, key: int) -> Iterable[Microbatch]:
         """Read this process' share of a batch, `size` records at a time."""
-        ids, taken = cut(batch.record_ids, self.group, whole=self.execution.exact_sums)
+        ids, taken = self._records.partition.cut(batch.record_ids, self.group, whole=self.execution.exact_sums)
         return self._records.microbatches(ids, size, key, taken)
 
     def _key_of(self, step: int) -> int:
@@ -231,7 +228,7 @@ class PrivateTraining:
 
     def _probe(self, batch: Batch, key: int) -> None:
         """Check once an epoch that a record's gradient does not depend on the other records of its batch."""
-        mine = share(batch.record_ids, self.group)
+        mine = self._records.partition.share(batch.record_ids, self.group)
         self._stop_if(first_reason(self.group, lambda: self._watch.coupling(mine, key)))
         self._refuse_if_broken()
 
@@ -283,7 +280,8 @@ class PrivateTraining:
         if self._began:
             raise SettingError("Expected load before the run's first batch; got it later. Call it after make_private.")
         saved = self._parts(others).restore(Checkpoint.read(path))
-        self._state = continued(saved, self._mechanism.ledger, self.execution, repeatable=self._mechanism.repeats)
+        place = continued(saved, self._mechanism.ledger, self.execution, repeatable=self._mechanism.repeats)
+        self._state = dataclasses.replace(place, processes=max(place.processes, self.group.size))
         self._watch.keep_buffers()
 
     def replace_weights(self, state_dict: Mapping[str, torch.Tensor]) -> None:
@@ -322,7 +320,13 @@ class PrivateTraining:
     def statement(self) -> str:
         """Return the privacy statement: what is guaranteed and what is not, in words."""
         num_values = sum(p.numel() for p in self._objective.trainable().values())
-        statement = self.plan.statement(events=self.events(), secure=self.secure, num_values=num_values)
+        statement = self.plan.statement(
+            events=self.events(),
+            secure=self.secure,
+            num_values=num_values,
+            processes=self._state.processes,
+            records_apart=self._records.partition.by_range,
+        )
         return f"DOES NOT HOLD: {self._state.broken}\n{statement}" if self._state.broken else statement
 
     def _run(self, layers: tuple[str, ...], num_steps: int) -> Iterator[Batch]:
@@ -348,14 +352,8 @@ class PrivateTraining:
             raise skipped()
 
     def _charge(self, kind: Kind, planned: PrivacyPlan | AnalysisPlan, number: int) -> None:
-        """Charge release `number` of a kind, from 0. Once this returns it is charged, for every process.
-
-        A repeatable run that continues makes releases again that are charged already; see `continuing.py`.
-        """
-        if not self._mechanism.repeats or number >= self._mechanism.ledger.charged(kind):
-            self._mechanism.ledger.charge(
-                kind=kind, sample_rate=planned.sample_rate, noise_multiplier=planned.noise_multiplier
-            )
+        """Charge release `number` of a kind, from 0. Once this returns it is charged, for every process."""
+        charge_once(self._mechanism, kind, planned, number)
 
     def _advance(self, **changes: Any) -> None:
         self._state = dataclasses.replace(self._state, **changes)
@@ -365,8 +363,8 @@ class PrivateTraining:
         self._began = True
         self._advance(draws=self._state.draws + 1)
         attempt = self._state.draws
-        draw = self._mechanism.sampler.draw
-        ids = draw(len(self._records), planned.sample_rate, stream=stream, step=step, attempt=attempt)
+        drawn, sampler = self._records.partition.drawn, self._mechanism.sampler
+        ids = drawn(sampler, planned.sample_rate, stream=stream, step=step, attempt=attempt)
         return Batch(ids, step, attempt, lambda ids: self._records.together(ids, self._key_of(step)))
 
     @property

@@ -25,6 +25,7 @@ from dpquant.engine.randomness import Drawing, Position, RecordDraws, Watch, res
 from dpquant.errors import DataError, DPQuantError
 from dpquant.rounding import derive_key
 from dpquant.training.ahead import made_ahead
+from dpquant.training.partition import Partition
 
 
 class MapDataset(Protocol):
@@ -79,6 +80,7 @@ class Records:
         device: torch.device,
         specimens: Specimens,
         workers: int = 1,
+        partition: Partition | None = None,
     ):
         """Wrap a data set.
 
@@ -88,7 +90,9 @@ class Records:
           device: device of the batches.
           specimens: synthetic records, which define the structure, types and shapes of a record.
           workers: threads that read ahead, each a microbatch, from a data set that collates by itself.
+          partition: says which ids the data set's records have; None: from 0 on.
         """
+        self.partition = partition or Partition(range(len(data_set)))
         self._data_set, self._collate, self._device, self._specimens = data_set, collate, device, specimens
         self._workers = workers
         self._reads_at_random, self._watched = False, False
@@ -100,15 +104,18 @@ class Records:
     def check(self) -> None:
         """Check that the data set's records have the structure, types and shapes of the synthetic ones.
 
-        A data set that collates records itself is checked on a batch of its first record, three times.
+        A data set that collates records itself is checked on a batch of its first record, three times. One that is
+        empty, because other processes have the records, has nothing to be checked.
 
         Raises:
           DataError: they have not, a batch has not one row for each record, or a data set that collates draws random
             numbers.
         Privacy: uses types and shapes of the first records, which are public.
         """
+        if self.partition.by_range and len(self) == 0:
+            return
         if not isinstance(self._data_set, Collated):
-            first = self._read(range(min(len(self), 3)), key=0)
+            first = self._read(self.partition.ids[:3], key=0)
             if not any(map(self._is_sound, first)):
                 raise DataError(
                     "Expected example to hold records as the data set does; got others: in structure, types (tensors, "
@@ -190,7 +197,7 @@ class Records:
             return None
         if isinstance(self._data_set, Collated):
             ids = _filled(record_ids, size)
-            return Microbatch(self._checked(self._data_set.dpquant_batch(ids), size), ids, len(record_ids))
+            return Microbatch(self._checked(self._data_set.dpquant_batch(self._own(ids)), size), ids, len(record_ids))
         records = self._read(record_ids.tolist(), key)
         sound = [row for row, record in enumerate(records) if self._is_sound(record)]
         return self._collated([records[row] for row in sound], record_ids[sound], size, key)
@@ -199,7 +206,7 @@ class Records:
         """Return the ids of records that may be in one microbatch, in the order of the ids."""
         if not isinstance(self._data_set, InGroups):
             return [record_ids]
-        groups = self._data_set.dpquant_groups(record_ids)
+        groups = self._data_set.dpquant_groups(self._own(record_ids))
         return [record_ids[groups == group] for group in groups.unique()]
 
     def batchmates(self, record_ids: Tensor, size: int, key: int) -> tuple[Microbatch, Microbatch] | None:
@@ -228,6 +235,12 @@ class Records:
         record = self._read(piece.record_ids[:1].tolist(), key)[0]
         together = [record, *(self._specimens.records[number] for number in numbers)]
         return piece, Microbatch(self._collate_at(together, ids, key), ids, 1)
+
+    def _own(self, record_ids: Tensor) -> Tensor:
+        """Return the numbers that records of these ids have in this process' data set."""
+        ids = self.partition.ids
+        assert bool(((record_ids >= ids.start) & (record_ids < ids.stop)).all()), "other processes have such records"
+        return record_ids - ids.start
 
     def _is_sound(self, record: Any) -> bool:
         """Whether a record has the structure, types and shapes of the synthetic ones."""
@@ -264,7 +277,7 @@ class Records:
         several = getattr(self._data_set, "__getitems__", None)
         if several is not None:
             try:
-                records = list(several(list(indices)))
+                records = list(several(list(map(self.partition.ids.index, indices))))
             except Exception as error:  # caused by one record: read each by itself
                 if out_of_memory(error):
                     raise
@@ -275,8 +288,9 @@ class Records:
 
     def _one(self, index: int) -> Any:
         """Read one record, or return a placeholder."""
+        own = self.partition.ids.index(index)
         try:
-            return self._data_set[index]
+            return self._data_set[own]
         except Exception as error:  # an error would reveal that this record is there
             if out_of_memory(error):
                 raise

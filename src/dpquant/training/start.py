@@ -23,6 +23,7 @@ from dpquant.backends.registry import resolve
 from dpquant.checks.isolation import check_isolation
 from dpquant.checks.refusals import check_trainable
 from dpquant.checks.synthetic import candidates, from_examples
+from dpquant.engine.batches import leaves
 from dpquant.engine.layers import prepare
 from dpquant.engine.passes import Objective, PerExampleLoss
 from dpquant.errors import DataError, SettingError
@@ -37,6 +38,7 @@ from dpquant.training.arguments import check_arguments, check_data_set, check_op
 from dpquant.training.continuing import continued
 from dpquant.training.distributed import Alone, Group, group_here
 from dpquant.training.execution import Execution, ExecutionRequest
+from dpquant.training.partition import EVEN, RANGE, Partition, check_partition
 from dpquant.training.policies import Policy
 from dpquant.training.private import PrivateTraining
 from dpquant.training.records import MapDataset, Records
@@ -72,6 +74,7 @@ def make_private(
     resume: bool = False,
     exact_sums: bool = False,
     shard_optimizer: bool = False,
+    partition: str = "even",
     watch: Callable[[str], None] = lambda what: None,
 ) -> PrivateTraining:
     """Check everything, prepare the model, and return a run that `plan` accounts for.
@@ -113,6 +116,9 @@ def make_private(
       shard_optimizer: of several processes, each steps a slice of the parameters and holds the optimizer's state of
         that slice alone. The run is the same, bit for bit. The optimizer is torch's SGD, Adam or AdamW, parameters
         have no gradients to read after a step, and every process calls `gather_state` before process 0 saves.
+      partition: of several processes. `even`: all have the same `train_set`, and share each batch. `range`: each has
+        records of its own, which no other process reads; a record that two of them have counts twice, and epsilon then
+        holds for one of its two copies. One may have none, if `example` is given. The plan counts the records of all.
       watch: called with a few words about each phase of the start, when it begins.
     Returns: a run that has charged nothing yet.
     Raises:
@@ -147,6 +153,7 @@ def make_private(
         workers=workers,
         choices=choices,
         shard_optimizer=shard_optimizer,
+        partition=partition,
         watch=watch,
     )
 
@@ -183,6 +190,7 @@ class Request:
     workers: int = 1
     choices: Choices | None = None
     shard_optimizer: bool = False
+    partition: str = EVEN
     watch: Callable[[str], None] = lambda what: None
 
 
@@ -211,16 +219,17 @@ def begin(
     """
     group, device = group or Alone(), next((p.device for p in request.model.parameters()), torch.device("cpu"))
     with current(device):
-        setup, records, wanted = together(group, lambda: _checked(request, group))
+        partition = Partition.of(together(group, lambda: _counted(request)), request.partition, group)
+        setup, records, wanted = together(group, lambda: _checked(request, group, partition))
         wanted = dataclasses.replace(wanted, processes=group.size)
-        check_same(group, _facts(request) if group.size > 1 else {})
+        check_same(group, _facts(request, setup) if group.size > 1 else {})
         request.watch("measuring this machine")
         choices = request.choices or Choices()
 
         def measure() -> bytes:
             with choices.active():
                 execution, seconds = measured(setup, wanted, device)
-            state = RunState(execution=execution, choices=choices.made).to_json()
+            state = RunState(execution=execution, choices=choices.made, processes=group.size).to_json()
             return json.dumps({"state": state, "step_seconds": seconds}).encode()
 
         answer = json.loads(on_first(group, measure))
@@ -244,10 +253,11 @@ def _followed(setup: Setup, execution: Execution, choices: Choices, group: Group
             tried(setup, execution, device)
 
 
-def _facts(request: Request) -> dict[str, str]:
+def _facts(request: Request, setup: Setup) -> dict[str, str]:
     """Return what has to be the same on every process of a run."""
-    wanted = request.execution
+    wanted, specimen = request.execution, setup.found.specimens.batch((0,))
     return {
+        "form of records": repr([(name, *_form(leaf)) for name, leaf in leaves(specimen)]),
         **({"processor": repr((processor()[:2], torch.__version__, native.build()))} if wanted.exact_sums else {}),
         "parameters": parameters_hash(request.model),
         "plan": request.plan.to_json(),
@@ -257,17 +267,27 @@ def _facts(request: Request) -> dict[str, str]:
         "shard_optimizer": str(request.shard_optimizer),
         "seed": str(request.seed),
         "optimizer": type(request.optimizer).__name__,
-        "number of records": str(len(request.train_set)),
+        **({"number of records": str(len(request.train_set))} if request.partition == EVEN else {}),
     }
 
 
-def _checked(request: Request, group: Group) -> tuple[Setup, Records, ExecutionRequest]:
+def _form(leaf: Any) -> tuple[Any, ...]:
+    return (leaf.dtype, tuple(leaf.shape)) if isinstance(leaf, torch.Tensor) else (type(leaf).__name__,)
+
+
+def _counted(request: Request) -> int:
+    """Check the data set as far as no model is needed, and return the number of its records."""
+    check_partition(request.partition, exact_sums=request.execution.exact_sums)
+    check_data_set(request.train_set, may_be_empty=request.partition == RANGE and request.example is not None)
+    return len(request.train_set)
+
+
+def _checked(request: Request, group: Group, partition: Partition) -> tuple[Setup, Records, ExecutionRequest]:
     """Check the request and prepare the model."""
     model, train_set, plan, policy = request.model, request.train_set, request.plan, request.policy
     request.watch("checking the model")
     check_trainable(model)
     check_optimizer(model, request.optimizer)
-    check_data_set(train_set)
     if policy.needs_scores and plan.analysis is None:
         raise SettingError(
             f"Expected plan.analysis for {type(policy).__name__}; got analysis=None. The policy favours layers whose "
@@ -289,7 +309,7 @@ def _checked(request: Request, group: Group) -> tuple[Setup, Records, ExecutionR
     runs = (policy.quantizes and wanted.chosen.quantized, wanted.chosen), (wanted.rest.quantized, wanted.rest)
     quantized = [one for used, one in runs if used]
     found = check_isolation(Objective(model, request.loss_fn), specimens, quantized=quantized)
-    records = Records(train_set, request.collate_fn, device, found.specimens, request.workers)
+    records = Records(train_set, request.collate_fn, device, found.specimens, request.workers, partition)
     records.check()
     setup = Setup(
         optimizer=request.optimizer,

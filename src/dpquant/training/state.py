@@ -37,6 +37,7 @@ class RunState:
       policies: for each epoch begun, the names of the layers that run quantized.
       ledger_head: hash of the ledger's last line.
       choices: decisions measured on this machine, from `Choices.made`.
+      processes: number of processes of the run; of one that has had several numbers of them, the largest.
       broken: reason why epsilon does not hold after all; empty as long as it holds.
     Privacy: post-processing of charged releases.
     """
@@ -51,6 +52,7 @@ class RunState:
     policies: tuple[tuple[str, ...], ...] = ()
     ledger_head: str = NO_HASH
     choices: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    processes: int = 1
     broken: str = ""
 
     def to_json(self) -> str:
@@ -68,6 +70,7 @@ class RunState:
             read = json.loads(text)
             if read.pop("format") != _FORMAT:
                 raise ValueError("another format")
+            read = {"processes": 1, **read}  # earlier versions had no such field
             if read.keys() != {field.name for field in dataclasses.fields(cls)}:
                 raise ValueError("other fields")
             policies = tuple(tuple(names) for names in read["policies"])

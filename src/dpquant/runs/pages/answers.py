@@ -8,6 +8,7 @@ import dataclasses
 
 from dpquant.privacy.meaning import percent_up
 from dpquant.privacy.plan import rounded_up
+from dpquant.privacy.statement import TRUSTED
 from dpquant.runs.pages.facts import Facts
 from dpquant.runs.pages.score import score_of
 from dpquant.runs.record import RunRecord
@@ -143,7 +144,7 @@ def answers(facts: Facts) -> list[Answer]:
         ("Can a crash or an abort lose or hide budget?", f"It can waste some, never hide it: {charged}", "ledger"),
         (
             "Who must be trusted with the raw data, and where did it run?",
-            f"Central model: whoever ran it. {declared('custodian')}",
+            f"Central model: whoever ran it{_network(record)}. {declared('custodian')}",
             "declared",
         ),
         ("One release or many, and when does the budget renew?", declared("release"), "declared"),
@@ -176,6 +177,11 @@ def answers(facts: Facts) -> list[Answer]:
         ("Who signs, when, and why this epsilon?", f"Sign the first page. Why: {declared('justification')}", "sign"),
     ]
     return [Answer(question=question, answer=answer, section=section) for question, answer, section in rows]
+
+
+def _network(record: RunRecord) -> str:
+    """Return who else is trusted: of several processes, who has their machines or the network between them."""
+    return f"; it had several processes: {TRUSTED}" if TRUSTED in record.statement else ""
 
 
 def _pretraining(record: RunRecord, said: str) -> str:
