@@ -505,7 +505,7 @@ ONE_BY_ONE = {
         ON_MNIST, "readable file", together(mnist(), file("m/train-images-idx3-ubyte.gz", b"\x1f\x8b\x08"))
     ),
     # networks of the user
-    "model: no module": Bad(f"train {ON_PHOTOS} --model nofile:build", "No module named 'nofile'", PHOTOS),
+    "model: no module": Bad(f"train {ON_PHOTOS} --model nofile:build", "got no module nofile", PHOTOS),
     "model: no function": Bad(f"train {ON_PHOTOS} --model mm:biuld", "Did you mean build?", network("nn.Flatten()")),
     "model: a path": Bad(f"train {ON_PHOTOS} --model mm.py:build", "Did you mean mm:build?", network("nn.Flatten()")),
     "model: a longer path": Bad(f"train {ON_PHOTOS} --model ./nets/mm.py:build", "Did you mean nets.mm:build?", PHOTOS),
@@ -808,6 +808,7 @@ SOURCES = {
     "spec: a number without a range": Bad(ON_TABLE, "range of column a", column('kind = "number"')),
     "spec: a range from high to low": Bad(ON_TABLE, "got [9, 0]", column('kind = "number"\nrange = [9, 0]')),
     "spec: a range without an end": Bad(ON_TABLE, "got [0, inf]", column('kind = "number"\nrange = [0, inf]')),
+    "spec: a range of dates that are none": Bad(ON_TABLE, "two dates", column('kind = "date"\nrange = [0, 99]')),
     "spec: a range of words": Bad(ON_TABLE, "got ['low', 'high']", column('kind = "number"\nrange = ["low", "high"]')),
     "spec: a scale that is none": Bad(
         ON_TABLE, "scale of column a", column('kind = "number"\nrange = [0, 9]\nscale = "sqrt"')

@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from torch import nn
 
 from dpquant.app.check_model import check_model
 from dpquant.app.cli import run
+from dpquant.app.output import results
+from dpquant.app.verbs.check_model import print_model_check
 from dpquant.checks.isolation import Findings, check_isolation
 from dpquant.data import dataset as data
 from dpquant.data.form import Form
@@ -368,3 +371,11 @@ def test_a_model_function_that_raises_is_one_line_with_the_users_place(here, cap
     line = OWN.splitlines().index('    raise KeyError("width")') + 1
     assert captured.out == "" and captured.err.count("\n") == 1
     assert f"KeyError: 'width' (at models_to_check.py:{line})" in captured.err
+
+
+def test_a_long_name_of_a_layer_is_printed_whole(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    long = "encoder_" * 9 + "weights"
+    print_model_check(results(), checked(nn.Sequential(OrderedDict({long: nn.Linear(6, 3)}))))
+    lines = capsys.readouterr().out.splitlines()
+    assert long in "".join(line.split(" ")[0] for line in lines) and "…" not in "".join(lines)

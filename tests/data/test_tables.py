@@ -19,25 +19,16 @@ from dpquant.data.spec import Spec
 from dpquant.data.tables import SUFFIXES, TableSource, load_table
 from dpquant.data.task import UNREADABLE
 from dpquant.errors import DataError
+from sources import SPEC
 
-SPEC = """
-task = "rare positives"
-classes = ["no", "yes"]
-prior = 0.1
-
-[columns.amount]
-kind = "number"
-range = [0, 100]
-
+WIDER = (
+    SPEC
+    + """
 [columns.balance]
 kind = "number"
 range = [-10, 990]
 scale = "log"
 missing = ["", "NA"]
-
-[columns.country]
-kind = "category"
-values = ["AT", "DE"]
 
 [columns.channel]
 kind = "category"
@@ -48,6 +39,7 @@ missing = [""]
 [columns.id]
 kind = "ignored"
 """
+)
 HEADER = "id,amount,balance,country,channel,fraud\n"
 ROWS = ["a,50,89,AT,web,no", "b,1000,NA,IT,,yes", "c,-3,-10,DE,web,no"]
 ENCODED = [  # amount, balance, whether balance is missing, country (IT: other), channel (missing)
@@ -72,7 +64,7 @@ def write(path: Path, rows) -> None:
     )
 
 
-def loaded(folder: Path, rows, *, test=ROWS[:2], share=None, spec=SPEC, name="t.csv"):
+def loaded(folder: Path, rows, *, test=ROWS[:2], share=None, spec=WIDER, name="t.csv"):
     if name == "t.csv":
         write(folder / name, rows)
     write(folder / "test.csv", test)
@@ -129,8 +121,8 @@ def test_a_table_without_a_row_as_the_spec_says_is_refused(tmp_path):
 
 
 def test_a_regression_s_targets_are_clamped_and_scaled(tmp_path):
-    spec = SPEC.replace(
-        'task = "rare positives"\nclasses = ["no", "yes"]\nprior = 0.1', 'task = "regression"\nrange = [0, 10]'
+    spec = WIDER.replace(
+        'task = "rare positives"\nclasses = ["no", "yes"]\nprior = 0.25', 'task = "regression"\nrange = [0, 10]'
     )
     rows = [f"a,1,1,AT,web,{label}" for label in ("5", "40", "-2", "nan", "no")]
     train, _ = loaded(tmp_path, rows, spec=spec, test=["a,1,1,AT,web,10"])
@@ -217,7 +209,7 @@ def test_the_draft_of_a_regression(tmp_path):
 
 @pytest.mark.parametrize("name", ["mlp", "tabular-resnet"])
 def test_a_network_for_tables_embeds_each_category_s_codes(name, tmp_path):
-    spec = spec_of(SPEC, tmp_path)
+    spec = spec_of(WIDER, tmp_path)
     sizes = [category.size for category in spec.categories.values()]
     assert sizes == [3, 2]
     model = build(name, num_classes=2, input_shape=(spec.width,), categories=sizes)
@@ -234,7 +226,7 @@ def test_a_network_for_tables_embeds_each_category_s_codes(name, tmp_path):
 
 
 def test_synthetic_rows_are_in_the_spec_s_domain(tmp_path):
-    spec = spec_of(SPEC, tmp_path)
+    spec = spec_of(WIDER, tmp_path)
     rows = torch.stack([inputs for inputs, _ in synthetic_rows(spec)])
     assert rows[:, :2].abs().max() <= 1 and set(rows[:, 2].tolist()) <= {0, 1}
     assert all(set(rows[:, place].tolist()) <= set(range(size)) for place, size in ((3, 3), (4, 2)))
@@ -276,6 +268,56 @@ def test_a_column_that_only_sounds_like_an_identifier_is_not_taken_for_one(tmp_p
     for name in NONE:
         assert drafted_kinds(tmp_path, name, [5, 5, 7, 8])[0] == {name: "number"}
     assert drafted_kinds(tmp_path, "account", [*range(30), 0])[0] == {"account": "number"}
+
+
+def test_a_draft_knows_dates_and_words_for_a_missing_value_among_numbers(tmp_path):
+    lines = [
+        f"{('NA', '1.5', 'n/a', '')[n % 4] or ''},2024-01-{1 + n % 28:02d} 12:00,{('NA', 'a')[n % 2]}"
+        for n in range(40)
+    ]
+    kinds, draft = drafted_kinds(tmp_path, "income,seen,grade", lines)
+    assert kinds == {"income": "number", "seen": "date", "grade": "category"}
+    columns = tomllib.loads(draft)["columns"]
+    assert columns["income"]["missing"] == ["", "NA", "n/a"] and columns["grade"]["values"] == ["NA", "a"]
+    assert columns["seen"]["range"] == ["2024-01-01 12:00", "2024-01-28 12:00"]
+    assert spec_of(draft.replace("draft = true\n", ""), tmp_path).numbers["seen"].date
+
+
+DATES = """
+task = "classification"
+classes = ["no", "yes"]
+
+[columns.seen]
+kind = "date"
+range = [2024-01-01, 2024-01-11]
+missing = [""]
+"""
+
+
+def dated(folder, values):
+    """The inputs of a table of dates, and which of its records can be used."""
+    lines = "".join(f"{value},no\n" for value in values)
+    for name in ("t.csv", "test.csv"):
+        (folder / name).write_text("seen,fraud\n" + (lines if name == "t.csv" else "2024-01-01,no\n"))
+    spec = spec_of(DATES, folder)
+    source = TableSource(path=folder / "t.csv", label="fraud", spec=spec, test=folder / "test.csv", test_share=None)
+    rows, _ = load_table(source)
+    return rows.inputs.tolist(), rows.readable.tolist()
+
+
+def test_a_date_is_scaled_by_its_range_and_what_is_no_date_stays_a_record(tmp_path):
+    days = ["2024-01-06", "2024-01-11T00:00", "1999-12-31", "2024-01-06 12:00:00", "2024-01-06T02:00+02:00", ""]
+    inputs, readable = dated(tmp_path, days)
+    assert inputs == [[0, 0], [1, 0], [-1, 0], [pytest.approx(0.1), 0], [0, 0], [0, 1]] and all(readable)
+    broken = ["soon", "2024-13-01", "0001-01-01T00:00+23:59", "9999-12-31T23:59-23:59", "2024-01-0\u0661", "1704067200"]
+    inputs, readable = dated(tmp_path, [*broken, "2024-01-06"])
+    assert inputs == [[0, 0]] * 7 and readable == [False] * 6 + [True]
+
+
+@pytest.mark.parametrize("wrong", ["[2024-01-11, 2024-01-01]", "[1, 2]", '["soon", "later"]', "[2024-01-01]"])
+def test_a_range_of_dates_that_is_none_is_refused(wrong, tmp_path):
+    with pytest.raises(DataError, match="two dates in ISO 8601"):
+        spec_of(DATES.replace("[2024-01-01, 2024-01-11]", wrong), tmp_path)
 
 
 def test_a_draft_says_that_a_label_of_one_class_leaves_nothing_to_tell(tmp_path):

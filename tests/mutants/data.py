@@ -8,6 +8,16 @@ _TABLES, _TEXTS = "tests/data/test_tables.py", "tests/data/test_texts.py"
 
 MUTANTS = [
     *mutants_of(
+        f"{_DATA}/values.py",
+        _TABLES,
+        (
+            "a date that leads out of all years ends the run, and so is reported",
+            LEAK,
+            "(ValueError, OverflowError)",
+            "ValueError",
+        ),
+    ),
+    *mutants_of(
         f"{_DATA}/tables.py",
         _TABLES,
         (
@@ -38,6 +48,12 @@ MUTANTS = [
     *mutants_of(
         f"{_DATA}/spec.py",
         _TABLES,
+        (
+            "what is no date is read as a number of days",
+            LEAK,
+            "days_of(text) if self.date else number_of(text)",
+            "days_of(text) or number_of(text)",
+        ),
         ("a draft of a spec is accepted", LEAK, 'if found.get("draft"):', "if False:"),
         (
             "numbers are not clamped to the public range",

@@ -11,6 +11,7 @@ from dpquant.errors import SettingError
 from dpquant.runs.declared import QUESTIONS
 from dpquant.runs.draft import drafted
 from dpquant.runs.settings import TrainSettings, from_toml
+from sources import table
 
 ASKED = [
     {},
@@ -66,3 +67,11 @@ def test_init_writes_a_file_once_and_the_same_command_trains_with_it(tmp_path, c
     assert TrainSettings.chosen({}, from_toml(tmp_path / "run" / "config.toml")) == TrainSettings.chosen(
         {"epochs": 1, "microbatch_size": 64, "width": 0.5}
     )
+
+
+def test_init_of_a_table_says_what_to_do_with_the_draft(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table(tmp_path)
+    assert run(["init", "--table", "t.csv", "--label-column", "label", "--out", "my spec.toml"]) == 0
+    told = capsys.readouterr().err
+    assert "dpquant plan --data table:t.csv --label-column label --spec 'my spec.toml' --test FILE" in told

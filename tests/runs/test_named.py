@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dpquant.errors import DPQuantError
+from dpquant.app.cli import run
+from dpquant.data.model_names import check_module
+from dpquant.errors import DPQuantError, ModelError
 from dpquant.runs.named import check_named
 from dpquant.runs.settings import TrainSettings
 from sources import as_options, images, pretrained, table, texts
@@ -52,6 +54,37 @@ def test_what_is_missing_is_said_before_torch_is_imported(verb, tmp_path):
     (tmp_path / "tokenizer.json").unlink()
     found = tried(verb, given, tmp_path)
     assert found.returncode == 2 and found.stderr.startswith("error: Expected tokenizer") and not found.stdout
+
+
+UNKNOWN = {  # strings that are refused, and how the error begins
+    "data": ({"data": "nonsense", "records": 50}, "Expected data to be one of"),
+    "a folder of published data": ({"data": "mnist", "data_dir": "nowhere"}, "Expected data_dir to be a folder"),
+    "a module": ({"model": "nowhere:build"}, "Expected model=nowhere:build to name a function"),
+    "a module's file": ({"model": "nowhere.py:build"}, "Expected model=module:function"),
+    "choices": ({"choices": "nowhere.json"}, "Expected choices to be a file"),
+}
+
+
+@pytest.mark.parametrize("what", UNKNOWN)
+def test_what_nothing_has_the_name_of_is_said_before_torch_is_imported(what, tmp_path):
+    given, error = UNKNOWN[what]
+    found = tried("train", given, tmp_path)
+    assert found.returncode == 2 and found.stderr.startswith(f"error: {error}") and found.stderr.count("\n") == 1
+
+
+def test_a_module_is_found_in_the_folder_in_a_package_and_where_python_looks(tmp_path):
+    (tmp_path / "mine.py").write_text("raise SystemExit('it was imported')")
+    (tmp_path / "package").mkdir()
+    for name in ("mine:build", "package.part:build", "json:loads"):
+        check_module(name, tmp_path)
+    for name in ("yours:build", ":build", ".mine:build"):
+        with pytest.raises(ModelError, match="no module"):
+            check_module(name, tmp_path)
+
+
+def test_a_budget_of_unknown_data_is_refused(capsys):
+    assert run(["plan", "--data", "nonsense", "--records", "50"]) == 2
+    assert "Expected data to be one of" in capsys.readouterr().err
 
 
 def test_that_torch_is_imported_would_be_seen(tmp_path):

@@ -17,22 +17,7 @@ from dpquant.errors import DataError
 from dpquant.runs.directory import RunDirectory
 from dpquant.training.private import PrivateTraining
 from items import trained
-
-TABLE_SPEC = """
-task = "classification"
-classes = ["no", "yes"]
-
-[columns.amount]
-kind = "number"
-range = [0, 100]
-
-[columns.country]
-kind = "category"
-values = ["AT", "DE"]
-"""
-TINY = (
-    "--records 60 --batch-size 30 --noise-multiplier 1 --epochs 1 --backend simulate --policy all --microbatch-size 8"
-)
+from sources import SPEC, TINY, as_options, table
 
 
 def rows(count=40):
@@ -76,23 +61,26 @@ def test_a_run_that_continues_refuses_another_manifest(tmp_path):
         RunDirectory(tmp_path).know_records(theirs)
 
 
-def table(folder):
-    lines = [f"{number % 50},{('AT', 'DE')[number % 2]},{('no', 'yes')[number % 3 == 0]}" for number in range(80)]
-    (folder / "t.csv").write_text("amount,country,y\n" + "\n".join(lines) + "\n")
-    (folder / "s.toml").write_text(TABLE_SPEC)
+def pack_a_table(folder):
+    """Write a table and pack it into p/, by the command line."""
+    given = {name: value for name, value in table(folder).items() if name not in TINY}
+    return run(["pack", given.pop("data"), "p", *as_options(given)])
+
+
+def train_on_it(*options):
+    return run(["train", "--data", "packed:p", *as_options(TINY), "--out", "r", *options])
 
 
 def test_a_table_is_packed_and_trained_on_by_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    table(tmp_path)
-    assert run(["pack", "table:t.csv", "p", "--label-column", "y", "--spec", "s.toml", "--test-share", "0.25"]) == 0
+    assert pack_a_table(tmp_path) == 0
     assert run(["pack", "--verify", "p"]) == 0
     assert (tmp_path / "p").stat().st_mode & 0o077 == 0
     assert "as it was packed" in capsys.readouterr().out
-    assert run(f"train --data packed:p {TINY} --out r --json".split()) == 0
+    assert train_on_it("--json") == 0
     record = json.loads(capsys.readouterr().out)
     assert record["model"] == "mlp" and record["source"] == {
-        "task": "classification", "spec": TABLE_SPEC, "label_column": "y"
+        "task": "rare positives", "spec": SPEC, "label_column": "label"
     }  # fmt: skip
     assert "balanced_accuracy" in record["metrics_test"]
 
@@ -100,9 +88,8 @@ def test_a_table_is_packed_and_trained_on_by_the_command_line(tmp_path, monkeypa
 def test_nothing_that_a_run_releases_holds_the_hash_of_the_manifest(tmp_path, monkeypatch, capsys):
     """It would confirm a guess of the whole data set. Neither do sizes and hashes of files, which the manifest has."""
     monkeypatch.chdir(tmp_path)
-    table(tmp_path)
-    assert run(["pack", "table:t.csv", "p", "--label-column", "y", "--spec", "s.toml", "--test-share", "0.25"]) == 0
-    assert run(f"train --data packed:p {TINY} --out r".split()) == 0
+    assert pack_a_table(tmp_path) == 0
+    assert train_on_it() == 0
     capsys.readouterr()
     manifest = load_packed("packed:p", tmp_path / "p").train.manifest
     files = json.loads((tmp_path / "p" / MANIFEST).read_text())["files"]

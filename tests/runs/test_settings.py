@@ -225,6 +225,15 @@ def test_batches_and_delta_follow_from_the_number_of_records(records, batch, ana
     assert TrainSettings.chosen({"data": "image-folder:x", "records": records}).analysis_batch_size is None
 
 
+def test_the_learning_rate_of_rows_and_texts_is_for_their_own_network_and_optimizer():
+    for data, lr in (("table:t.csv", 0.01), ("text:t.csv", 0.02)):
+        assert TrainSettings.chosen({"data": data}).lr == lr
+        assert TrainSettings.chosen({"data": data, "optimizer": "adam"}).lr == lr
+        for given in ({"model": "my:network"}, {"model": "hf:bert"}, {"optimizer": "sgd"}):
+            assert TrainSettings.chosen({"data": data, **given}).lr == GENERAL["lr"]
+    assert TrainSettings.chosen({"data": "digits", "model": "mlp"}).lr == BY_DATA["digits"]["lr"]
+
+
 def test_a_default_says_where_it_comes_from():
     found = defaults({"data": "image-folder:x", "records": 480})
     assert found["batch_size"] == Default(48.0, "from 480 records") and found["lr"].origin == "general"

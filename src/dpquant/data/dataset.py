@@ -49,6 +49,7 @@ from dpquant.data.sizes import (
     PACKED_PREFIX,
     TABLE_PREFIX,
     TEXT_PREFIX,
+    check_data_dir,
     public_size,
 )
 from dpquant.data.split import FULL_SCALE, FULL_SCALE_16, Loaded, Split
@@ -120,12 +121,8 @@ def load(
     size = public_size(name)
     _check_images(name)
     _check_image_size(image_size)
-    if data_dir is not None and not data_dir.is_dir():
-        found = "a file" if data_dir.exists() else "not there"
-        raise DataError(
-            f"Expected data_dir to be a folder; got data_dir={data_dir}, which is {found}. The files of "
-            f"data={name} are looked for in it, and downloaded to it. Make it, or leave it out."
-        )
+    if data_dir is not None:
+        check_data_dir(name, data_dir)
     home = data_dir or cache or Path.home() / ".cache" / "dpquant"
     match name:
         case "digits":

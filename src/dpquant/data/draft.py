@@ -8,17 +8,19 @@ owner has taken the line `draft = true` out. Loads no torch.
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from dpquant.data.columns import BROKEN, Columns, read_columns
-from dpquant.data.tables import SUFFIXES, number_of, text_of
+from dpquant.data.tables import SUFFIXES, text_of
+from dpquant.data.values import days_of, number_of
 from dpquant.errors import DataError, did_you_mean
 
 _MOST_CATEGORIES = 30  # different values of a column that is taken for one of categories
 _FEWEST_DISTINCT = 20  # records of which each has a value of its own, until a column is taken for an identifier
 _OF_IDENTIFIERS = {"id", "uuid", "guid", "email", "phone", "ssn", "iban", "surname", "username"}
+_MISSING = {"na", "n/a", "nan", "null", "none", "nil", "-", "?", "."}  # among numbers and dates; in lower case
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")  # of a name: customerID and customer_id have two
 _IGNORED_ABOVE = 0.5  # share of different texts among the records: names and identifiers
 
@@ -83,28 +85,34 @@ def _identifies(name: str, texts: Sequence[str]) -> str:
     if words & _OF_IDENTIFIERS or name.lower() == "name":
         return "by its name"
     whole = all(text.lstrip("-").isdigit() for text in texts)
-    numbers = _numbers(texts)
-    if len(texts) >= _FEWEST_DISTINCT and len(set(texts)) == len(texts) and (whole or numbers is None):
+    names = _numbers(texts) is None and _numbers(texts, days_of) is None
+    if len(texts) >= _FEWEST_DISTINCT and len(set(texts)) == len(texts) and (whole or names):
         return "as every record has a value of its own"
     return ""
 
 
 def _described(values: Sequence[Any]) -> Iterator[str]:
     texts = _present(values)
-    different = sorted(set(texts))
-    numbers = _numbers(texts)
-    if numbers is not None:
+    said = [text for text in texts if text.lower() not in _MISSING]
+    dates = _numbers(said, days_of)
+    if (numbers := _numbers(said)) is not None:
         yield 'kind = "number"  # (read) every value that is there is one'
         yield f"range = {_range(numbers)}  # (read) smallest and largest value"
-    elif len(different) <= max(_MOST_CATEGORIES, 1) or len(different) <= _IGNORED_ABOVE * len(texts):
+    elif dates is not None:
+        first, last = said[dates.index(min(dates))], said[dates.index(max(dates))]
+        yield 'kind = "date"  # (read) every value that is there is one'
+        yield f"range = {_list([first, last])}  # (read) first and last"
+    else:
+        said, different = texts, sorted(set(texts))
+        if len(different) > max(_MOST_CATEGORIES, _IGNORED_ABOVE * len(texts)):
+            yield 'kind = "ignored"  # (read) nearly every record has a value of its own'
+            return
         yield 'kind = "category"'
         yield f"values = {_list(different)}  # (read)"
         yield "other = true"
-    else:
-        yield 'kind = "ignored"  # (read) nearly every record has a value of its own'
-        return
-    if len(texts) < len(values):
-        yield 'missing = [""]  # (read) some values are empty'
+    missing = ([""] if len(texts) < len(values) else []) + sorted(set(texts) - set(said))
+    if missing:
+        yield f"missing = {_list(missing)}  # (read) some values are {'empty' if missing == [''] else 'these'}"
 
 
 def _present(values: Sequence[Any]) -> list[str]:
@@ -113,9 +121,9 @@ def _present(values: Sequence[Any]) -> list[str]:
     return [text for text in texts if text]
 
 
-def _numbers(texts: Sequence[str]) -> list[float] | None:
-    """Return texts as numbers; None if there are none, or one is no number."""
-    found = [number_of(text) for text in texts]
+def _numbers(texts: Sequence[str], read: Callable[[str], float | None] = number_of) -> list[float] | None:
+    """Return what texts stand for, numbers or dates; None if there are none, or one is none."""
+    found = [read(text) for text in texts]
     numbers = [one for one in found if one is not None]
     return numbers if numbers and len(numbers) == len(found) else None
 

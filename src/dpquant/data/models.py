@@ -25,7 +25,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from dpquant.data.model_names import NAMES, unknown
+from dpquant.data.model_names import NAMES, check_module, unknown
 from dpquant.data.table_models import mlp, tabular_resnet
 from dpquant.data.text_models import EmbeddingMean
 from dpquant.errors import ModelError, SettingError, did_you_mean, kind_of, quoted
@@ -325,12 +325,7 @@ def _on_path(folder: Path) -> Iterator[None]:
 
 def _imported(name: str, module_name: str, function_name: str) -> Callable[..., object]:
     """Import the function; any exception of the user's module is a ModelError."""
-    if "/" in module_name or module_name.endswith(".py"):
-        stem = module_name.removesuffix(".py").strip("./").replace("/", ".")
-        raise ModelError(
-            f"Expected model=module:function; got model={name}, with a file instead of a module. Did you mean "
-            f"{stem}:{function_name}? Modules are imported from the working directory."
-        )
+    check_module(name)
     try:
         module = importlib.import_module(module_name)
         function = getattr(module, function_name)

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many training records each published data set has. Loads no torch, so that a budget can be planned at once."""
+"""How many training records each published data set has, and whether the folder of its files is there.
 
+Loads no torch, so that a budget can be planned at once.
+"""
+
+from pathlib import Path
 from types import MappingProxyType
 
 from dpquant.errors import DataError, did_you_mean
@@ -47,3 +51,19 @@ def public_size(name: str) -> int | None:
             f"images of your own, give {FOLDER_PREFIX}PATH with PATH/train/CLASS/* and PATH/test/CLASS/*."
         )
     return PUBLIC_SIZES[name]
+
+
+def check_data_dir(name: str, folder: Path) -> None:
+    """Check that there is a folder in which the files of a published data set are looked for.
+
+    Args:
+      name: Of the data set.
+      folder: That was named.
+    Raises: DataError: there is none.
+    """
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "not there"
+        raise DataError(
+            f"Expected data_dir to be a folder; got data_dir={folder}, which is {found}. The files of data={name} are "
+            "looked for in it, and downloaded to it. Make it, or leave it out."
+        )

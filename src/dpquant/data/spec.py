@@ -19,11 +19,16 @@ categories that was read from the records would tell of them:
     values = ["AT", "DE"]
     other = true                   # all other values have one code of their own; if false, they make a record unusable
 
+    [columns.opened]
+    kind = "date"                  # in ISO 8601, with or without a time; scaled by its range as a number is
+    range = [2000-01-01, 2030-12-31]
+
     [columns.id]
     kind = "ignored"
 """
 
 import dataclasses
+import datetime
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -31,11 +36,13 @@ from pathlib import Path
 from typing import Any, Self, cast, get_args
 
 from dpquant.data.task import Kind, Task
+from dpquant.data.values import days_of, number_of
 from dpquant.errors import DataError, did_you_mean
 
-_KINDS = ("number", "category", "ignored")
+_KINDS = ("number", "date", "category", "ignored")
 _KEYS = {
     "number": {"kind", "range", "scale", "missing"},
+    "date": {"kind", "range", "missing"},
     "category": {"kind", "values", "other", "missing"},
     "ignored": {"kind"},
 }
@@ -49,18 +56,24 @@ _TASK_KEYS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Number:
-    """A column of numbers.
+    """A column of numbers, or of dates.
 
     Attributes:
-      low, high: public range; values outside are clamped.
+      low, high: public range, of dates in days since 1970-01-01; values outside are clamped.
       log: whether 1 + value - low is scaled by its logarithm.
       missing: texts that stand for a missing value, which becomes the middle of the range and sets an indicator.
+      date: whether values are dates.
     """
 
     low: float
     high: float
     log: bool = False
     missing: frozenset[str] = frozenset()
+    date: bool = False
+
+    def value_of(self, text: str) -> float | None:
+        """Return what a text stands for, of a date its days since 1970-01-01; None if it is no such value."""
+        return days_of(text) if self.date else number_of(text)
 
     def scaled(self, value: float) -> float:
         """Return a value, clamped to the range and scaled to -1 .. 1."""
@@ -107,7 +120,7 @@ class Spec:
 
     @property
     def numbers(self) -> dict[str, Number]:
-        """Return the columns of numbers."""
+        """Return the columns of numbers and of dates."""
         return {name: column for name, column in self.columns.items() if isinstance(column, Number)}
 
     @property
@@ -227,6 +240,9 @@ def _column(what: str, found: Any) -> Number | Category | None:
             low, high = _range(f"range of {what}", found.get("range"))
             log = _one_of(f"scale of {what}", found.get("scale", "linear"), _SCALES) == "log"
             return Number(low=low, high=high, log=log, missing=missing)
+        case "date":
+            low, high = _dates(f"range of {what}", found.get("range"))
+            return Number(low=low, high=high, missing=missing, date=True)
         case "category":
             other = found.get("other", True)
             if not isinstance(other, bool):
@@ -280,6 +296,18 @@ def _range(what: str, value: Any) -> tuple[float, float]:
             "it, so it has to be public: those of the records are not. Write range = [0, 100]."
         )
     return float(value[0]), float(value[1])
+
+
+def _dates(what: str, value: Any) -> tuple[float, float]:
+    """Return a range of dates, of TOML's own or of texts, in days since 1970-01-01."""
+    ends = value if isinstance(value, list) and all(isinstance(v, str | datetime.date) for v in value) else []
+    match [days_of(str(end)) for end in ends]:
+        case [float(low), float(high)] if low < high:
+            return low, high
+    raise DataError(
+        f"Expected {what} to be [first, last], two dates in ISO 8601; got {value!r}. Dates are clamped to it and "
+        "scaled by it, so it has to be public: those of the records are not. Write range = [2000-01-01, 2030-12-31]."
+    )
 
 
 def _texts(what: str, value: Any) -> tuple[str, ...]:

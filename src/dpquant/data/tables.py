@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables: rows of a CSV or Parquet file, encoded by a public spec (`spec.py`).
 
-A row becomes float32 [columns]: first the numbers, clamped to their public ranges and scaled to -1 .. 1, then, for each
-column of numbers that may be missing, whether it is, then a code for each category, a whole number in [0, size). No
-range, mean or list of categories is taken from the records.
+A row becomes float32 [columns]: first the numbers and dates, clamped to their public ranges and scaled to -1 .. 1,
+then, for each column of them that may be missing, whether it is, then a code for each category, a whole number in
+[0, size). No range, mean or list of categories is taken from the records.
 
 A row of which a value or the label is not what the spec says stays a record: its inputs are zeros and its target is
 UNREADABLE or NaN, so that its loss and its gradient are zero and it contributes nothing. No message names or counts
@@ -22,6 +22,7 @@ from dpquant.data.columns import BROKEN, REPLACED, Columns, read_columns, record
 from dpquant.data.held import is_for_test
 from dpquant.data.spec import Category, Number, Spec
 from dpquant.data.task import UNREADABLE
+from dpquant.data.values import number_of
 from dpquant.errors import DataError
 
 if TYPE_CHECKING:
@@ -195,15 +196,6 @@ def text_of(value: Any) -> str:
     return "" if value is None or value is BROKEN else str(value).strip()
 
 
-def number_of(text: str) -> float | None:
-    """Return a text as a finite number; None if it is none."""
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
-
-
 def _number(value: Any, column: Number) -> float | None:
     """Return a scaled number, 0 for one that is declared to be missing; None if it is none."""
     if value is BROKEN:
@@ -211,7 +203,7 @@ def _number(value: Any, column: Number) -> float | None:
     text = text_of(value)
     if text in column.missing:
         return 0.0
-    number = number_of(text)
+    number = column.value_of(text)
     return None if number is None else column.scaled(number)
 
 

@@ -57,13 +57,14 @@ BY_DATA: Mapping[str, Mapping[str, Any]] = {
     "fashion-mnist": _FASHION,
     "gtsrb": {"image_size": FOLDER_IMAGE_SIZE},
     FOLDER_PREFIX: {"image_size": FOLDER_IMAGE_SIZE},
-    TABLE_PREFIX: {"model": "mlp"},
-    TEXT_PREFIX: {"model": "embedding-mean", "max_length": 128},
+    TABLE_PREFIX: {"model": "mlp", "lr": 0.01},
+    TEXT_PREFIX: {"model": "embedding-mean", "lr": 0.02, "max_length": 128},
 }
 _OF_PACKED: Mapping[str | None, Mapping[str, Any]] = {
     "rows": BY_DATA[TABLE_PREFIX],
-    "texts": {"model": BY_DATA[TEXT_PREFIX]["model"]},
+    "texts": {name: value for name, value in BY_DATA[TEXT_PREFIX].items() if name != "max_length"},
 }
+_OWN = (TABLE_PREFIX, TEXT_PREFIX, PACKED_PREFIX)  # whose rate was found for their default model and optimizer alone
 EPOCH_STEPS = 10  # of a data set too small for the general batch size
 _FREE = "int8"  # the recipe that costs no measurable accuracy (README.md, experiments)
 _FEWEST_ANALYSED = 16.0  # records of an analysis, where a small batch has as many; a sixteenth of it says nothing
@@ -93,7 +94,7 @@ def defaults(given: Mapping[str, Any]) -> dict[str, Default]:
     found = {name: Default(value, "general") for name, value in GENERAL.items()}
     records = given.get("records", PUBLIC_SIZES.get(data))
     found |= _by_records(records)
-    found |= {name: Default(value, f"from {_kind(data)}") for name, value in _by_data(data).items()}
+    found |= {name: Default(value, f"from {_kind(data)}") for name, value in _by_data(data, given).items()}
     if "noise_multiplier" not in given:
         found["epsilon"] = Default(8.0, "general")
     if "macs" not in given and "layers" not in given:
@@ -136,11 +137,13 @@ def _by_policy(given: Mapping[str, Any]) -> dict[str, Default]:
     return {"format": format, "policy": policy}
 
 
-def _by_data(data: str) -> Mapping[str, Any]:
+def _by_data(data: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the defaults of a data set, by its name, its kind of file or, of packed records, its manifest."""
-    if data.startswith(PACKED_PREFIX):
-        return _OF_PACKED.get(kind_of(data), {})
-    return BY_DATA.get(_kind(data), {})
+    found = _OF_PACKED.get(kind_of(data), {}) if data.startswith(PACKED_PREFIX) else BY_DATA.get(_kind(data), {})
+    others = {"model": found.get("model"), "optimizer": GENERAL["optimizer"]}
+    if data.startswith(_OWN) and any(given.get(name, usual) != usual for name, usual in others.items()):
+        return {name: value for name, value in found.items() if name != "lr"}
+    return found
 
 
 def _kind(data: str) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files and folders that a run's settings name, and whether they are there. Opens no record, and loads no torch.
+"""What a run's settings name: data, files and modules, and whether they are there. Opens no record, and loads no torch.
 
 What is missing is said at once: torch takes seconds to import. The data set itself is loaded by `sources.py`.
 """
@@ -11,8 +11,16 @@ from dpquant.data.class_folders import folder_of as image_folder_of
 from dpquant.data.columns import check_file
 from dpquant.data.manifest import Manifest
 from dpquant.data.manifest import folder_of as packed_folder_of
-from dpquant.data.model_names import pretrained_folder
-from dpquant.data.sizes import FOLDER_PREFIX, HF_PREFIX, PACKED_PREFIX, TABLE_PREFIX, TEXT_PREFIX
+from dpquant.data.model_names import NAMES, check_module, pretrained_folder
+from dpquant.data.sizes import (
+    FOLDER_PREFIX,
+    HF_PREFIX,
+    PACKED_PREFIX,
+    TABLE_PREFIX,
+    TEXT_PREFIX,
+    check_data_dir,
+    public_size,
+)
 from dpquant.data.spec import Spec
 from dpquant.data.tables import SUFFIXES as OF_TABLES
 from dpquant.data.texts import SUFFIXES as OF_TEXTS
@@ -28,10 +36,11 @@ def check_named(settings: TrainSettings, *, records: bool = True) -> None:
       settings: of the run.
       records: whether the files of records have to be there, too.
     Raises:
-      DataError: a file is missing, or the spec or the manifest cannot be read.
-      ModelError: the folder of a pretrained network is missing.
+      DataError: the data set is unknown, a file is missing, or the spec or the manifest cannot be read.
+      ModelError: the folder of a pretrained network, or the module of the user's own, is missing.
       SettingError: a setting that the data need is missing.
     """
+    public_size(settings.data)  # refuses an unknown name
     kinds = {TABLE_PREFIX: OF_TABLES, TEXT_PREFIX: OF_TEXTS}
     kind = next((prefix for prefix in kinds if settings.data.startswith(prefix)), None)
     path = None if kind is None else file_of(settings, kind)
@@ -53,6 +62,15 @@ def check_named(settings: TrainSettings, *, records: bool = True) -> None:
         if kind != TEXT_PREFIX and not settings.data.startswith(PACKED_PREFIX):
             raise not_for_texts(settings)
         pretrained_folder(settings.model)
+    elif settings.model not in NAMES:
+        check_module(settings.model, Path.cwd())
+    if settings.data_dir is not None:
+        check_data_dir(settings.data, Path(settings.data_dir))
+    if settings.choices is not None and not Path(settings.choices).is_file():
+        raise DataError(
+            f"Expected choices to be a file that a run has left; got {settings.choices}, which is none. Give the "
+            "choices.json of a run directory, or leave choices out to measure again."
+        )
 
 
 def not_for_texts(settings: TrainSettings) -> ModelError:

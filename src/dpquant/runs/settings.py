@@ -153,8 +153,12 @@ class TrainSettings(SourceSettings):
 
     @property
     def public_records(self) -> int | None:
-        """Public number of training records, given or published; None if there is none."""
-        return public_size(self.data) if self.records is None else self.records
+        """Public number of training records, given or published; None if there is none.
+
+        Raises: DataError: the data set is unknown.
+        """
+        published = public_size(self.data)
+        return published if self.records is None else self.records
 
     def to_toml(self) -> str:
         """Return all settings that have an effect and are not None, as TOML that `from_toml` reads."""

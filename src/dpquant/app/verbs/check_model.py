@@ -74,7 +74,8 @@ def print_model_check(console: Console, found: "ModelCheck") -> None:
     """Print a model's layers, how the live check went, and everything that has to change."""
     table = Table(box=None, pad_edge=False)
     for number, title in enumerate(("layer", "kind", "parameters", "million MACs", "quantized in", "notes")):
-        table.add_column(title, justify="right" if number in (2, 3) else "left")
+        whole = "ellipsis" if number else "fold"  # --train-only takes whole names
+        table.add_column(title, justify="right" if number in (2, 3) else "left", overflow=whole)
     for layer in found.layers:
         macs = "-" if layer.macs is None else f"{layer.macs / 1e6:.3f}"
         table.add_row(

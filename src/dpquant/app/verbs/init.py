@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The verb `dpquant init`. Loads no torch."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +36,12 @@ def init(
     """
     if table is not None:
         _draft(_spec(table, given), out)
+        if out is not None:
+            command = ["--data", f"table:{table}", "--label-column", given["label_column"], "--spec", str(out)]
+            say(
+                f"{out} names values of the records. Replace what is marked (read) by what is publicly known, and "
+                f"delete the line draft = true. Next: dpquant plan {shlex.join(command)} --test FILE --records N"
+            )
         return
     from dpquant.runs.draft import drafted
 
