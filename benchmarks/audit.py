@@ -34,6 +34,7 @@ from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.mechanism import Mechanism
 from dpquant.privacy.plan import PrivacyPlan
 from dpquant.runs.settings import TrainSettings, plan_of
+from dpquant.runs.sources import form_of
 from dpquant.training.execution import ExecutionRequest
 from dpquant.training.private import PrivateTraining
 from dpquant.training.start import Request, begin, make_private
@@ -172,17 +173,22 @@ def trainings(trials: Trials, canaries: int, work: Path) -> None:
             found = one_run(
                 settings(epsilon, quantized),
                 work / f"{kind}-{epsilon}",
-                attacker=Attacker(canaries, seed()),
+                attacker=attacker_of(settings(epsilon, quantized), canaries),
                 alpha=LEVEL,
             )
             trials.add(f"training, {kind}, epsilon {epsilon:g}", "honest", canaries, found, False)
-        attacker = Attacker(canaries, seed(), with_fault(noise=0.0))
-        found = one_run(settings(1.0, quantized), work / f"{kind}-silent", attacker=attacker, alpha=LEVEL)
+        loud = settings(1.0, quantized)
+        attacker = attacker_of(loud, canaries, with_fault(noise=0.0))
+        found = one_run(loud, work / f"{kind}-silent", attacker=attacker, alpha=LEVEL)
         for epsilon in EPSILONS:  # without noise all claims are of the same training
             against = judged(found.guesses, claimed(epsilon, quantized), found.delta, found.accuracy_test, LEVEL)
             trials.add(
                 f"training, {kind}, epsilon {epsilon:g}", "no noise", canaries, against, True if epsilon <= 1 else None
             )
+
+
+def attacker_of(settings: TrainSettings, canaries: int, start: Start = make_private) -> Attacker:
+    return Attacker(form_of(settings), canaries, seed(), start)
 
 
 def settings(epsilon: float, quantized: bool) -> TrainSettings:

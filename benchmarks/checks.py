@@ -31,8 +31,10 @@ from dpquant.engine.clip import clipped_sum_of
 from dpquant.engine.passes import Objective
 from dpquant.formats import precision
 from dpquant.machine import Hardware
+from dpquant.training.distributed import Alone
 from dpquant.training.records import Records
 from dpquant.training.rehearsal import rehearse
+from dpquant.training.steps import Steps
 
 EPOCH = 59 * 1024  # records
 MICROBATCH, PROBED = 64, 8
@@ -121,10 +123,11 @@ def measured(model: nn.Module, data: TensorDataset, rounds: int) -> dict:
     plan = dpquant.PrivacyPlan(
         noise_multiplier=1.0, delta=1e-5, max_grad_norm=1.0, sample_rate=0.02, expected_batch_size=1024, steps=100
     )
-    optimizer = torch.optim.Adam(model.parameters())
+    steps = Steps(torch.optim.Adam(model.parameters()), Alone())
     sized = [seconds(lambda: check_at_size(found, MICROBATCH)) for _ in range(rounds)]
+    analysed = next(iter(found.macs))
     rehearsed = [
-        seconds(lambda: rehearse(optimizer, plan, found, size=MICROBATCH, analysed=next(iter(found.macs))))
+        seconds(lambda: rehearse(steps, plan, found, size=MICROBATCH, analysis_size=MICROBATCH, analysed=analysed))
         for _ in range(rounds)
     ]
     source = Records(data, default_collate, CPU, found.specimens)
@@ -138,7 +141,8 @@ def measured(model: nn.Module, data: TensorDataset, rounds: int) -> dict:
         pieces = source.microbatches(ids, MICROBATCH, 0)
         clipped_sum_of(found.objective, pieces, max_grad_norm=1.0, key=0, leaves_out=True)
 
-    probe(), microbatch()
+    probe()
+    microbatch()
     shares = []
     for _ in range(rounds):
         one, other = seconds(probe), seconds(microbatch)

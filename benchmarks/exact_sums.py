@@ -49,7 +49,7 @@ def agreement(run: PrivateTraining, pieces: list[Microbatch], key: int, exact: C
     """
     norm = run.plan.max_grad_norm
     plain = flat(clipped_sum_of(run._objective, pieces, max_grad_norm=norm * (1 - _MARGIN), key=key).grads)
-    assert exact.grid == exact_grid(norm), "the sum is not an exact one"
+    assert exact.grid is not None and exact.grid == exact_grid(norm), "the sum is not an exact one"
     found = float((plain - flat(exact.grads) * exact.grid).norm())
     allowed = len(pieces) * math.sqrt(len(plain)) * exact.grid / 2 + _FLOAT * float(plain.norm())
     coarse = norm * 2.0**-12

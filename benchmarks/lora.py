@@ -55,7 +55,8 @@ def network(what: str) -> nn.Module:
     model = BertForSequenceClassification(
         BertConfig(
             vocab_size=VOCABULARY, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536,
-            max_position_embeddings=512, num_labels=CLASSES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+            max_position_embeddings=512, num_labels=CLASSES,  # pyright: ignore[reportCallIssue]
+            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         )
     )  # fmt: skip
     if what == "lora":

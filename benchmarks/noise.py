@@ -33,7 +33,7 @@ Source = Callable[[Shapes, int], Iterator[Tensor]]
 def ziggurat(shapes: Shapes, step: int) -> Iterator[Tensor]:
     """Yield normal values by numpy on AES in counter mode, with one generator for each tensor."""
     for number, shape in enumerate(shapes.values()):
-        generator = np.random.Generator(AESCounter(key=(step << 64) + number, counter=0))
+        generator = np.random.Generator(AESCounter(key=(step << 64) + number, counter=0))  # pyright: ignore[reportArgumentType]
         yield torch.from_numpy(np.asarray(STD * generator.standard_normal(tuple(shape)), dtype=np.float32))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dpquant.data import dataset as data
+from dpquant.data.held import Held
 from dpquant.engine.context import StepContext
 from dpquant.engine.layers import quantizable_layers, running, set_policy
 from experiments.drawing import draw_rows
@@ -75,7 +75,7 @@ def run(site: Site) -> None:
 
 
 @torch.no_grad()
-def _accuracy(model: nn.Module, split: data.Split) -> float:
+def _accuracy(model: nn.Module, split: Held) -> float:
     """Return the accuracy on every `EVERY`-th record, with the layers quantized as they are set."""
     right, all_ids = 0, torch.arange(0, len(split), EVERY)
     for ids in all_ids.split(BATCH):

@@ -50,7 +50,7 @@ def metrics_of(dataset: Dataset, strength: float) -> dict[str, float]:
         warnings.simplefilter("ignore")  # it says that more iterations would help
         fitted.fit(*_one_hot(dataset, dataset.train))
     inputs, targets = _one_hot(dataset, dataset.test)
-    found = {"accuracy": float((fitted.predict(inputs) == targets).mean())}
+    found = {"accuracy": float(np.mean(fitted.predict(inputs) == targets))}
     if dataset.task.kind == "rare positives":
         found |= rare_metrics(fitted.decision_function(inputs), targets == 1)
     return {name: round(100 * value, 2) for name, value in found.items()}

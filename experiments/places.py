@@ -43,7 +43,8 @@ class Places:
             found = [one for one in sources if one is not None]
             if len(found) < len(sources):
                 return False
-            FEATURES[name].make(*found, draft)
+            records, weights = found
+            FEATURES[name].make(records, weights, draft)
             return True
         package = PACKAGES[name]
         file = package.found(self.downloads[package.weights])

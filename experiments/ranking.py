@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,13 +23,16 @@ from scipy import stats
 from torch import Tensor, nn
 
 from dpquant.data import dataset as data
+from dpquant.data.held import Held
+from dpquant.engine.batches import Microbatch
 from dpquant.engine.clip import clipped_sum
 from dpquant.engine.layers import prepare, quantizable_layers, set_policy
+from dpquant.engine.passes import Objective
 from dpquant.errors import SettingError
 from dpquant.runs.evaluation import per_example_loss
 from dpquant.runs.objects import model_of
 from dpquant.runs.settings import TrainSettings, from_toml, plan_of
-from dpquant.training.impact import gradient_impact_vectors, impact_vectors
+from dpquant.training.impact import analysis_keys, gradient_impact_vectors, impact_vectors
 from experiments import fashion_mnist
 from experiments.drawing import COLOURS, new_figure
 from experiments.runner import RESULTS, Run, Site
@@ -100,7 +104,7 @@ def _score(score: str, settings: TrainSettings, model, split, ids, names: list[s
     analyses = []
     for batch, noise, norm in itertools.product(BATCHES, NOISES, NORMS[score]):
         found = _simulated(np.nan_to_num(vectors_RNP[0]), batch, noise, norm)
-        correlations = [stats.spearmanr(one, exhaustive_P).statistic for one in found]
+        correlations = [_rank(one, exhaustive_P) for one in found]
         quantiles = np.quantile(correlations, [0.1, 0.5, 0.9]).tolist()
         share = _share(settings, batch, noise, norm)
         analyses.append(
@@ -115,24 +119,31 @@ def _score(score: str, settings: TrainSettings, model, split, ids, names: list[s
     return {
         "records": len(ids),
         "exhaustive": dict(zip(names, exhaustive_P.tolist(), strict=True)),
-        "with_gradient_lost": float(stats.spearmanr(exhaustive_P, lost_P).statistic),
-        "agreement_of_halves": float(stats.spearmanr(*halves).statistic),
+        "with_gradient_lost": _rank(exhaustive_P, lost_P),
+        "agreement_of_halves": _rank(*halves),
         "median_norm": float(np.nanmedian(np.linalg.norm(vectors_RNP[0], axis=1))),
         "analyses": analyses,
     }
 
 
+def _rank(one: Any, other: Any) -> float:
+    """Return the rank correlation of two sequences."""
+    found: Any = stats.spearmanr(one, other)
+    return float(found.statistic)
+
+
 def _vectors(score: str, model, split, ids, names, repeat: int) -> np.ndarray:
     """Return unclipped impact vectors `(N, P)` of N records and P layers."""
+    objective = Objective(model, per_example_loss)
     pieces = [
-        SCORES[score](model, per_example_loss, split.batch(piece), names, piece, step=repeat, seed=0)
+        SCORES[score](objective, Microbatch(split.batch(piece), piece, len(piece)), names, analysis_keys(0, repeat))
         for piece in ids.split(MICROBATCH)
     ]
     return torch.cat(pieces).numpy()
 
 
 def clipped_gradient(
-    model: nn.Module, split: data.Split, ids: Tensor, max_grad_norm: float, microbatch_size: int | None = None
+    model: nn.Module, split: Held, ids: Tensor, max_grad_norm: float, microbatch_size: int | None = None
 ) -> Tensor:
     """Return the sum of the clipped gradients of some records, all parameters in one vector."""
     found = clipped_sum(

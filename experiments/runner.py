@@ -297,5 +297,5 @@ def draw_summary(rows: Mapping[str, dict], path: Path, title: str, paper: Mappin
     values = {
         row: facts["metrics"]["average_precision"] if rare else facts["accuracies"] for row, facts in rows.items()
     }
-    measure = {"measure": "average precision, %"} if rare else {}
-    draw_rows(values, path, title, paper=paper, **measure)
+    measure = "average precision, %" if rare else "test accuracy, %"
+    draw_rows(values, path, title, paper=paper, measure=measure)

@@ -37,7 +37,7 @@ def test_another_choice_would_be_seen(planted):
 
 
 def test_the_file_names_a_minority():
-    assert 0 < len(long_tests()) < 400
+    assert 0 < len(long_tests()) < 500  # of more than 6,000
 
 
 def test_what_was_tried_is_added_up_once_a_test():

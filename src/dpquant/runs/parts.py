@@ -58,7 +58,7 @@ def check_parts(group: Group, settings: TrainSettings, dataset: Dataset) -> None
 def _places(data: str, mounts: Path = _MOUNTS) -> Iterator[str]:
     """Yield names of the place where a data set's files lie, of which two are equal only for the same files."""
     path = Path(data.partition(":")[2]).expanduser().resolve()
-    machine = _BOOT.read_text().strip() if _BOOT.exists() else platform.node()
+    machine = _BOOT.read_text(encoding="utf-8").strip() if _BOOT.exists() else platform.node()
     for one in (path, path / "train"):
         if not one.exists():
             continue
