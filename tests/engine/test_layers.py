@@ -390,3 +390,20 @@ def test_draws_follow_key_layer_role_call_and_record_and_nothing_else():
     others = [keys(key=2), keys(layer=last), keys(role="gradient"), keys(call=1)]
     assert len({one for found in (keys(), *others) for one in found}) == 15
     assert keys(ids=(9, 4, 3))[:2] == [keys()[2], keys()[0]]  # wherever a record stands
+
+
+@pytest.mark.parametrize("share", [0, 1])
+def test_features_of_a_sequence_stay_adjacent(share):
+    """Otherwise torch's fused attention refuses what comes out of a layer, and other operators copy it."""
+    model = prepare(nn.Sequential(nn.Linear(8, 6)), format="luq-fp4", backend="simulate")
+    set_policy(model, list(quantizable_layers(model))[:share])
+    x = torch.randn(3, 5, 8, requires_grad=True)
+    y = model(x)
+    (grad,) = torch.autograd.grad(y, x, torch.randn(3, 5, 6))
+    assert (y.stride(), grad.stride()) == ((30, 6, 1), (40, 8, 1))
+
+
+def test_a_convolution_would_make_positions_adjacent():
+    x = torch.randn(3, 5, 8).transpose(1, 2).unsqueeze(3).contiguous(memory_format=torch.channels_last)
+    y = F.conv2d(x, torch.randn(6, 8, 1, 1)).squeeze(3).transpose(1, 2)
+    assert y.shape == (3, 5, 6) and y.stride() == (30, 1, 5)

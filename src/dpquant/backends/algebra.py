@@ -27,9 +27,14 @@ _FLOAT32_PART = 128  # values whose squares are summed in float32
 def _is_matrix(operand: Tensor, geometry: Geometry) -> bool:
     """Return whether a matrix product is faster than torch's convolution, for a 1x1 convolution of this operand.
 
-    It is faster in float64, where torch's convolution runs im2col, and on 1x1 maps: linear layers called on `(B, D)`.
+    It is faster in float64, where torch's convolution runs im2col, and for linear layers: on 1x1 maps, `(B, D)`, and on
+    maps of one column whose channels are adjacent, `(B, T, D)`. A convolution gives the latter another layout, positions
+    adjacent, with which torch's attention has no fused kernel and GELU takes six times as long.
     """
-    return geometry.pointwise and (operand.dtype == torch.float64 or operand.shape[2:] == (1, 1))
+    if not geometry.pointwise:
+        return False
+    linear = operand.shape[2:] == (1, 1) or (operand.shape[3] == 1 and operand.stride(1) == 1)
+    return linear or operand.dtype == torch.float64
 
 
 def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
