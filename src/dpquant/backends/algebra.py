@@ -28,8 +28,8 @@ def _is_matrix(operand: Tensor, geometry: Geometry) -> bool:
     """Return whether a matrix product is faster than torch's convolution, for a 1x1 convolution of this operand.
 
     It is faster in float64, where torch's convolution runs im2col, and for linear layers: on 1x1 maps, `(B, D)`, and on
-    maps of one column whose channels are adjacent, `(B, T, D)`. A convolution gives the latter another layout, positions
-    adjacent, with which torch's attention has no fused kernel and GELU takes six times as long.
+    maps of one column whose channels are adjacent, `(B, T, D)`. A convolution would make positions adjacent there, and
+    then torch's attention has no fused kernel, and GELU takes six times as long.
     """
     if not geometry.pointwise:
         return False
