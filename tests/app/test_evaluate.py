@@ -232,7 +232,7 @@ def test_a_release_is_the_noisy_count_over_a_public_number(run, tmp_path):
     for seed in range(5):
         key = SecretKey.from_seed(seed)
         found = release_accuracy(run, data, epsilon=0.05, records=1000, key=key).protected
-        assert found.accuracy == noisy_count(right, 0.05, key) / 1000 != right / 1000
+        assert found.accuracy == max(0, noisy_count(right, 0.05, key)) / 1000 != right / 1000
         assert found.releases == seed + 1 and found.epsilon_together == pytest.approx(0.05 * (seed + 1))
     assert release_accuracy(run, data, epsilon=0.05, records=1).protected.accuracy in (0.0, 1.0)
 

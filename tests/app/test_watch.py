@@ -197,9 +197,9 @@ def test_events_tell_what_has_changed_and_a_browser_that_comes_back_what_it_has_
         feed.publish({"head": Markup("d"), "map": Markup("c\n")}, over=False)
         late = Events(server, last=1)
         assert json.loads(late.next()["data"]) == {"head": "d", "map": "c\n"}
+        assert first.next()["id"] == "3"  # before there is a fourth, which would take its place
         assert server.shown is None
         feed.publish({"head": Markup("d"), "map": Markup("c\n")}, over=True)
-        assert first.next()["id"] == "3"
         assert first.next()["event"] == "over"
         assert first.next() == {}  # the server notes that the end was shown once it is sent, and then hangs up
         assert server.shown is not None
