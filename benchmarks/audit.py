@@ -177,9 +177,9 @@ def trainings(trials: Trials, canaries: int, work: Path) -> None:
                 alpha=LEVEL,
             )
             trials.add(f"training, {kind}, epsilon {epsilon:g}", "honest", canaries, found, False)
-        loud = settings(1.0, quantized)
-        attacker = attacker_of(loud, canaries, with_fault(noise=0.0))
-        found = one_run(loud, work / f"{kind}-silent", attacker=attacker, alpha=LEVEL)
+        silent = settings(1.0, quantized)
+        attacker = attacker_of(silent, canaries, with_fault(noise=0.0))
+        found = one_run(silent, work / f"{kind}-silent", attacker=attacker, alpha=LEVEL)
         for epsilon in EPSILONS:  # without noise all claims are of the same training
             against = judged(found.guesses, claimed(epsilon, quantized), found.delta, found.accuracy_test, LEVEL)
             trials.add(

@@ -16,7 +16,9 @@ take steps in turns, in alternating order. The result is the older version's tim
 newer one is faster.
 
 With --close, parameters in full precision may differ by round-off; quantized they must still be equal. Since linear
-layers that are called on `(B, D)` became matrix products, their sums end in other bits.
+layers that are called on `(B, D)` became matrix products, their sums end in other bits. Commit 5a4364d draws other
+batches for the same seed: a version from before it can only be compared with another one from before it. All changes of
+bits that were meant are in docs/log.md.
 """
 
 import argparse

@@ -29,13 +29,13 @@ import torch.distributed as dist
 
 import dpquant
 from benchmarks.lora import losses, network, records
-from benchmarks.results import folder_here
+from benchmarks.results import keep_rows
 from dpquant.app.cli import sleep_soon
 from dpquant.app.networks import NETWORKS, build_network
 from dpquant.app.synthetic import SyntheticRecords
 from dpquant.engine.batches import take_rows
 from dpquant.formats import FULL_PRECISION
-from dpquant.machine import Hardware, memory_mib, now, reset_peak
+from dpquant.machine import memory_mib, now, reset_peak
 from dpquant.runs.evaluation import per_example_loss
 from dpquant.training.distributed import Group, group_here
 from dpquant.training.exchange import noisy_means
@@ -230,9 +230,7 @@ def main() -> None:
         options = ["--model", model, "--batch-size", str(given.batch_size), "--format", given.format]
         rows.append(measured(given, [*options, "--gigabytes", str(given.gigabytes)]))
         given.gigabytes = 0.0  # once is enough
-        machine = Hardware.here()
-        result = {"hardware": str(machine), "busy": machine.busy, "rounds": given.rounds, "rows": rows}
-        (folder_here() / "distributed.json").write_text(json.dumps(result, indent=1) + "\n")
+        keep_rows("distributed", rows, given.rounds)
     print(json.dumps([{k: v for k, v in row.items() if k != "sides"} for row in rows], indent=1))
 
 

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.distributed import MODELS, run_of
-from benchmarks.results import folder_here
+from benchmarks.results import keep_rows
 from dpquant.app.bench import Spread
 from dpquant.engine.batches import Microbatch
 from dpquant.engine.clip import ClippedSum, clipped_sum_of
 from dpquant.engine.exact_sum import exact_grid, on_grid
-from dpquant.machine import Hardware, now
+from dpquant.machine import now
 from dpquant.training.private import PrivateTraining
 
 SIDES = ("plain", "exact")
@@ -133,9 +133,7 @@ def main() -> None:
         rows.append(row)
         spread = Spread(**row["ratio"]["seconds"])
         print(f"{model}: exact over plain {spread}, {row['microbatches']} microbatches", file=sys.stderr, flush=True)
-        machine = Hardware.here()
-        result = {"hardware": str(machine), "busy": machine.busy, "rounds": given.rounds, "rows": rows}
-        (folder_here() / "exact_sums.json").write_text(json.dumps(result, indent=1) + "\n")
+        keep_rows("exact_sums", rows, given.rounds)
     print(json.dumps([{k: v for k, v in row.items() if k != "sides"} for row in rows], indent=1))
 
 

@@ -29,6 +29,13 @@ def folder_here() -> Path:
     return folder
 
 
+def keep_rows(name: str, rows: list[dict], rounds: int) -> None:
+    """Write rows of medians of so many rounds to a file of this name, with the machine and whether it is busy."""
+    machine = Hardware.here()
+    result = {"hardware": str(machine), "busy": machine.busy, "rounds": rounds, "rows": rows}
+    (folder_here() / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
 def measure_all(table: Iterable[BenchSettings], path: Path) -> list[dict]:
     """Measure the settings that the file lacks, and return the rows of all settings in order.
 

@@ -1086,16 +1086,16 @@ MUTANTS = [
         (
             "noise is added on every process, and then added up",
             NOISE,
-            "        done.append(noised(name, part, mine[place : place + count]))\n",
-            "        done.append(sum(noised(name, part, mine[place : place + count] / 2) for _ in range(2)))\n",
+            "    done = [noised(name, parts[name], total) for name, total in own.items()]\n",
+            "    done = [sum(noised(name, parts[name], total / 2) for _ in range(2)) for name, total in own.items()]\n",
             f"{_TWO}::test_noise_is_one_unit_whatever_the_number_of_processes",
         ),
         (
             "noise is added on no process",
             NOISE,
-            "        done.append(noised(name, part, mine[place : place + count]))\n",
-            "        noisy = noised(name, part, torch.zeros_like(mine[place : place + count]))\n"
-            "        done.append(noised(name, part, mine[place : place + count]) - noisy)\n",
+            "    done = [noised(name, parts[name], total) for name, total in own.items()]\n",
+            "    noises = {name: noised(name, parts[name], torch.zeros_like(total)) for name, total in own.items()}\n"
+            "    done = [noised(name, parts[name], total) - noises[name] for name, total in own.items()]\n",
             f"{_TWO}::test_noise_is_one_unit_whatever_the_number_of_processes",
         ),
         (

@@ -11,7 +11,9 @@ from dpquant.errors import SettingError
 from dpquant.formats import RECIPES
 from dpquant.runs.defaults import BY_DATA, GENERAL, Default, defaults
 from dpquant.runs.ranges import BACKENDS as SETTING_BACKENDS
+from dpquant.runs.ranges import CHOICES
 from dpquant.runs.settings import TrainSettings, from_toml, plan_of, policy_of
+from dpquant.training.partition import PARTITIONS
 
 
 def test_defaults_are_valid_for_every_data_set():
@@ -78,6 +80,7 @@ def test_names_agree_with_the_library():
     assert (
         all(TrainSettings.chosen({"format": name}).format == name for name in RECIPES)
         and ("auto", *BACKENDS) == SETTING_BACKENDS
+        and CHOICES["partition"] == PARTITIONS
     )
 
 

@@ -5,11 +5,11 @@ They are public: none is computed from records.
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Sequence
 from typing import Self
 
+from dpquant.data.values import number_of
 from dpquant.errors import SettingError
 
 Constant = float | tuple[float, ...]  # for all channels, or one for each
@@ -52,7 +52,7 @@ def normalisation_of(text: str) -> Normalisation:
     """
     if text in NAMED:
         return NAMED[text]
-    parts = [tuple(map(_number, part.split(","))) for part in re.split(r"\s*:\s*", text.strip())]
+    parts = [tuple(map(number_of, part.split(","))) for part in re.split(r"\s*:\s*", text.strip())]
     if len(parts) != 2 or len({*map(len, parts)} - {1}) > 1 or any(None in part for part in parts):
         raise SettingError(
             f"Expected normalize to be {_RULE}; got normalize={text!r}. The network expects the pixels with which it "
@@ -85,11 +85,3 @@ def _constant(values: float | Sequence[float]) -> Constant:
     if isinstance(values, int | float):
         return values
     return values[0] if len(values) == 1 else tuple(values)
-
-
-def _number(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the text of a table's field stands for: a number, or a date. Loads no torch.
+"""What a text stands for, a table's field or an option: a number, or a date. Loads no torch.
 
 A text that is neither raises nothing, whatever it is: which record holds it is private.
 """

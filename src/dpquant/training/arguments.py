@@ -16,7 +16,6 @@ from dpquant.errors import DataError, ModelError, SettingError, did_you_mean, ex
 from dpquant.formats import AUTO
 from dpquant.privacy.plan import PrivacyPlan
 from dpquant.training import policies
-from dpquant.training.partition import check_partition
 from dpquant.training.policies import AllPolicy, NonePolicy, Policy
 from dpquant.training.records import MapDataset
 
@@ -62,7 +61,6 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     for name in ("exact_sums", "shard_optimizer"):
         if not isinstance(given[name], bool):
             raise SettingError(f"Expected {name} to be True or False; got {kind_of(given[name])}.")
-    check_partition(given["partition"], exact_sums=given["exact_sums"])
     if not callable(given["collate_fn"]):
         raise SettingError(
             f"Expected collate_fn to be a function from a list of records to a batch; got "

@@ -124,12 +124,10 @@ def own_means(group: Group, sums: Mapping[str, Tensor], noised: Noised, dtype: t
     missing = slices.length * slices.size - len(flat)
     mine = _in_order(group.exchanged(torch.cat([flat, flat.new_zeros(missing)])))
     del flat
-    done, place = [], 0
-    for name, part in slices.parts().items():
-        count = part.stop - part.start
-        done.append(noised(name, part, mine[place : place + count]))
-        place += count
-    return torch.cat([*done, mine.new_zeros(slices.length - place, dtype=dtype)])
+    parts, own = slices.parts(), slices.views(mine)
+    done = [noised(name, parts[name], total) for name, total in own.items()]
+    filled = slices.length - sum(map(len, done))
+    return torch.cat([*done, mine.new_zeros(filled, dtype=dtype)])
 
 
 def named(flat: Tensor, shapes: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
