@@ -16,7 +16,8 @@ take steps in turns, in alternating order. The result is the older version's tim
 newer one is faster.
 
 With --close, parameters in full precision may differ by round-off; quantized they must still be equal. Since linear
-layers that are called on `(B, D)` became matrix products, their sums end in other bits. Commit 5a4364d draws other
+layers became matrix products, on `(B, D)` and later on sequences, their sums end in other bits. Networks are in
+evaluation mode then: a product with another layout in memory has dropout draw another mask. Commit 5a4364d draws other
 batches for the same seed: a version from before it can only be compared with another one from before it. All changes of
 bits that were meant are in docs/log.md.
 """
@@ -217,7 +218,7 @@ def main() -> None:
     parser.add_argument("--old", type=Path, required=True, help="the older version: checkout or where it is installed")
     parser.add_argument("--new", type=Path, help="the newer version, told likewise [this checkout]")
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--close", action="store_true", help="round-off may differ in full precision")
+    parser.add_argument("--close", action="store_true", help="full precision may differ by round-off; no dropout")
     parser.add_argument("--only", default="", help="a network's name; its figures are printed and not kept")
     args = parser.parse_args()
     hardware, rows = Hardware.here(), {}
@@ -226,6 +227,7 @@ def main() -> None:
     for name, network, data in networks():
         if args.only not in ("", name):
             continue
+        network.train(not args.close)
         for policy in ("NonePolicy", "AllPolicy"):
             close = args.close and policy == "NonePolicy"
             rows[f"{name}, {policy}"] = row = compared(

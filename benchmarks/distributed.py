@@ -4,8 +4,8 @@
     scripts/bench distributed
     scripts/bench distributed --rounds 5 --gigabytes 1 --format int8
 
-Both sides are there all the time and take turns, in an order that changes; the one whose turn it is not sleeps. A step
-is a whole step of `dpquant.make_private`: charge, sum, exchange, noise, optimizer. `text` is an encoder of MiniLM's
+Both sides are there all the time and take turns, in an order that changes; the one whose turn it is not sleeps. Both
+draw the same batches, and no step that is timed begins an epoch. A step is a whole step of `dpquant.make_private`: charge, sum, exchange, noise, optimizer. `text` is an encoder of MiniLM's
 size (`benchmarks/lora.py`). Then the exchange is timed alone: of the network's values, and of so many gigabytes of
 float32, with the peak memory of each process above those values.
 
@@ -14,6 +14,7 @@ One machine shows what the exchange costs, and not what a network adds.
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import socket
@@ -30,6 +31,7 @@ import torch.distributed as dist
 import dpquant
 from benchmarks.lora import losses, network, records
 from benchmarks.results import keep_rows
+from dpquant.app.bench import Spread
 from dpquant.app.cli import sleep_soon
 from dpquant.app.networks import NETWORKS, build_network
 from dpquant.app.synthetic import SyntheticRecords
@@ -44,6 +46,7 @@ from dpquant.training.scaling import Network
 
 SIDES = {"one": (1, 2), "two": (2, 1)}  # {name: (processes, threads each)}
 MODELS = ("resnet18-cifar", "text")
+BATCHES = 16  # in an epoch: what is done once an epoch is not done in a step that is timed
 STEPS = 10_000  # of the plan: more than are ever taken
 _EXCHANGES = 3
 
@@ -63,13 +66,14 @@ class Texts:
 
 
 def run_of(name: str, batch_size: int, format: str, **settings: Any) -> PrivateTraining:
-    """Return a run of which every step takes all records. `settings` are of `make_private`."""
+    """Return a run that draws the same batches on every side. `settings` are of `make_private`."""
+    count = BATCHES * batch_size
     if name == "text":
-        model, data, loss = network("all"), Texts(batch_size), losses
+        model, data, loss = network("all"), Texts(count), losses
     else:
         facts = NETWORKS[name]
         model = build_network(name, facts.image_size)
-        data = SyntheticRecords(facts.input_shape(facts.image_size), facts.num_classes, batch_size)
+        data = SyntheticRecords(facts.input_shape(facts.image_size), facts.num_classes, count)
         loss = per_example_loss
     return dpquant.make_private(
         model,
@@ -80,13 +84,13 @@ def run_of(name: str, batch_size: int, format: str, **settings: Any) -> PrivateT
             noise_multiplier=1.0,
             delta=1e-5,
             max_grad_norm=1.0,
-            sample_rate=1.0,
+            sample_rate=1 / BATCHES,
             expected_batch_size=batch_size,
             steps=STEPS,
         ),
         policy=dpquant.NonePolicy() if format == FULL_PRECISION.name else dpquant.AllPolicy(),
         format="int8" if format == FULL_PRECISION.name else format,
-        **{"microbatch_size": min(batch_size // 2, 32), **settings},
+        **{"microbatch_size": min(batch_size // 2, 32), "mechanism_seed": 0, **settings},
     )
 
 
@@ -105,7 +109,7 @@ def side(name: str, given: argparse.Namespace) -> None:
     """Do what is asked for on standard input, one word a line, and answer in JSON on standard output: a process."""
     torch.set_num_threads(SIDES[name][1])
     group = group_here(datetime.timedelta(hours=1))
-    run = run_of(given.model, given.batch_size, given.format)
+    run = run_of(given.model, given.batch_size[0], given.format)
     batches = _batches(run)
     for line in sys.stdin:
         match line.strip():
@@ -199,13 +203,15 @@ def measured(given: argparse.Namespace, options: list[str]) -> dict[str, Any]:
     for one in sides.values():
         one.end()
     medians = {name: statistics.median(times["seconds"]) for name, times in found.items()}
+    ratios = [one / two for one, two in zip(found["one"]["seconds"], found["two"]["seconds"], strict=True)]
+    print(f"{given.model}, {given.batch_size[0]}: one over two {Spread.of(ratios)}", file=sys.stderr, flush=True)
     sent = Network(bandwidth=1.0).bytes_sent(exchange["values"], 2)
     return {
         "model": given.model,
-        "batch_size": given.batch_size,
+        "batch_size": given.batch_size[0],
         "format": given.format,
         "sides": {name: {"median_seconds": medians[name], **found[name]} for name in SIDES},
-        "one_over_two": medians["one"] / medians["two"],
+        "one_over_two": vars(Spread.of(ratios)),
         "exchange": {**exchange, "megabytes_sent_by_each": sent / 1e6},
         "exchange_share_of_a_step": min(exchange["seconds"]) / medians["two"],
         "gigabytes": None if large is None else {"gigabytes": given.gigabytes, "processes": large},
@@ -215,9 +221,9 @@ def measured(given: argparse.Namespace, options: list[str]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, help="one of them alone")
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[128, 512], help="expected records of a step")
     parser.add_argument("--format", default="int8", help="or full")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -225,9 +231,9 @@ def main() -> None:
         side(given.side, given)
         return
     rows = []
-    for model in [given.model] if given.model else MODELS:
-        given.model = model
-        options = ["--model", model, "--batch-size", str(given.batch_size), "--format", given.format]
+    for model, size in itertools.product([given.model] if given.model else MODELS, given.batch_size):
+        given.model, given.batch_size = model, [size]
+        options = ["--model", model, "--batch-size", str(size), "--format", given.format]
         rows.append(measured(given, [*options, "--gigabytes", str(given.gigabytes)]))
         given.gigabytes = 0.0  # once is enough
         keep_rows("distributed", rows, given.rounds)

@@ -85,7 +85,7 @@ def _batches(run: PrivateTraining) -> Iterator[Any]:
 
 def measured(model: str, given: argparse.Namespace) -> dict[str, Any]:
     """Return the times of both sides with one model."""
-    settings = {"mechanism_seed": 0, "microbatch_size": given.microbatch_size}
+    settings = {"microbatch_size": given.microbatch_size}
     plain = run_of(model, given.batch_size, given.format, **settings)
     exact = run_of(model, given.batch_size, given.format, **settings, exact_sums=True, choices=plain.choices)
     exact.replace_weights(plain.model.state_dict())

@@ -121,6 +121,42 @@ def test_separate_examples_are_accepted_and_counted(between):
     assert torch.equal(torch.random.get_rng_state(), before) and not torch.equal(state, before)
 
 
+def without_gradients(factor):
+    """A loss that leaves the parameters to the noise, by a factor of its model's outputs."""
+    return lambda model, batch: F.cross_entropy(model(batch[0]) * factor, batch[1], reduction="none")
+
+
+@pytest.mark.parametrize("quantized", [(), [precision("luq-fp4")]], ids=["full", "quantized"])
+@pytest.mark.parametrize("factor", [0.0, 0])
+def test_what_a_factor_of_zero_hides_is_seen_without_it(factor, quantized):
+    torch.manual_seed(0)
+    checked(Net(), loss_fn=without_gradients(factor), quantized=quantized)
+    with pytest.raises(ModelError, match="that example alone"):
+        checked(Net(COUPLED["difference to the batch's mean"]), loss_fn=without_gradients(factor), quantized=quantized)
+
+
+def test_what_hides_all_without_being_a_number_is_refused():
+    torch.manual_seed(0)
+    with pytest.raises(ModelError, match="could not see"):
+        checked(Net(), loss_fn=without_gradients(torch.zeros(())))
+
+
+def test_a_factor_of_zero_stays_in_the_objective_that_is_trained():
+    torch.manual_seed(0)
+    model, batch = prepare(Net()), tuple(leaf[None] for leaf in IMAGE)
+    found = check_isolation(
+        Objective(model, without_gradients(0.0)), candidates([IMAGE], default_collate, torch.device("cpu"))
+    )
+    trained, compared = (one.loss_fn(model, batch) for one in (found.objective, found.compared))
+    assert torch.equal(trained, torch.full((1,), 5.0).log()) and not torch.equal(compared, trained)
+
+
+def test_a_coupling_at_one_size_is_seen_behind_a_factor_of_zero():
+    with pytest.raises(ModelError, match="that example alone"):
+        at_size(AT_EIGHT["the mean"], 8, without_gradients(0.0))
+    at_size(AT_EIGHT["the mean"], 4, without_gradients(0.0))
+
+
 @pytest.mark.parametrize("name", list(zoo()))
 def test_every_network_of_the_zoo_is_accepted(name):
     model, batch = zoo()[name]
@@ -280,11 +316,11 @@ def test_a_trial_packs_a_weight_once_while_it_stays():
 # At the run's own size.
 
 
-def at_size(between, size):
+def at_size(between, size, loss_fn=loss):
     torch.manual_seed(0)
     model = prepare(Net())
     candidate = candidates([IMAGE], default_collate, torch.device("cpu"))
-    found = check_isolation(Objective(model, loss), candidate)
+    found = check_isolation(Objective(model, loss_fn), candidate)
     model.between = between
     check_at_size(found, size)
 

@@ -5,6 +5,7 @@ longer than any. `tests/training/test_distributed.py` has more cases, on threads
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -113,6 +114,39 @@ def test_a_process_that_hangs_in_a_step_counts_as_lost_before_it_goes_on(results
     waits, late = (rank["hangs"] for rank in results[2])
     assert waits["steps"] == late["steps"] == 3
     assert waits["error"] == "GroupError" and waits["at"] < late["at"] - 5
+
+
+ENDS = """
+import atexit, sys, torch.distributed as dist
+atexit.register(lambda: print(dist.is_initialized()))  # comes last
+if sys.argv[1] == "program":
+    dist.init_process_group("gloo")
+from dpquant.training.distributed import group_here
+assert group_here().size == 2
+"""
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_no_thread_of_a_group_is_left_when_python_ends():
+    """It could abort the process. The control is a group that the program has initialised, which is the program's."""
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    processes = {}
+    for whose in ("dpquant", "program"):
+        port = free_port()
+        processes[whose] = [
+            subprocess.Popen(
+                [sys.executable, "-c", ENDS, whose], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                env={**os.environ, **place, "RANK": str(rank), "MASTER_PORT": str(port)},
+            )
+            for rank in range(2)
+        ]  # fmt: skip
+    initialised = {whose: [one.communicate(timeout=300)[0] for one in pair] for whose, pair in processes.items()}
+    assert initialised == {"dpquant": ["False\n"] * 2, "program": ["True\n"] * 2}
 
 
 def test_a_process_that_dies_takes_the_others_down_and_its_charge_stays(found):

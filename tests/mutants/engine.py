@@ -577,6 +577,13 @@ MUTANTS = [
             f"{_ISOLATION}::test_a_coupling_at_one_size_is_refused_at_that_size",
         ),
         (
+            "behind a factor of zero a coupling at the run's own size is not seen",
+            COUPLING,
+            "losses_of(found.compared, piece",
+            "losses_of(found.objective, piece",
+            f"{_ISOLATION}::test_a_coupling_at_one_size_is_seen_behind_a_factor_of_zero",
+        ),
+        (
             "records whose gradients differ pass the probe of an epoch",
             COUPLING,
             "if not (one.distance(other) <= TOLERANCE * norm or not norm < math.inf):",

@@ -9,7 +9,9 @@ not change when c replaces b in the batch, nor when a is in another row, and the
 Each check is shown to be able to fail. No comparison passes on NaN. Parameters are perturbed a little, so that those
 that start at zero (a gate, an adapter) let gradients through, and every trainable parameter must get a nonzero
 gradient. Couplings are planted in this model and batch: in every leaf of the batch that is used, in activations and in
-the loss. If one of them is not seen, the check raises an error, because it could not have seen the model's own.
+the loss. If one of them is not seen, everything is compared once more with another number where model or loss multiply
+by a constant zero (`m(x) * 0.0`, of whoever wants to see the noise alone). If it is not seen then either, the check
+raises an error, because it could not have seen the model's own.
 
 Results are first compared bit for bit in float32, in which a run computes. Where bits differ, float64 decides, if the
 model runs in it: in float32, round-off can carry a ReLU's input across zero, or make another pixel the maximum of a
@@ -25,7 +27,7 @@ import torch
 from torch import Tensor
 
 from dpquant.checks.codes import check_quantized
-from dpquant.checks.planting import Blind
+from dpquant.checks.planting import Blind, without_zero_factors
 from dpquant.checks.probe import (
     KEY,
     SMALLEST_LOSS,
@@ -64,12 +66,14 @@ class Findings:
 
     Attributes:
       objective: the model and its loss, and whether they draw random numbers.
+      compared: what was compared: the same, but without constant factors of zero where these hid what was planted.
       macs: {quantizable layer: multiply-accumulates of its forward product, for one example}.
       specimens: the synthetic records that the model ran on.
       unclear: others that it ran on, with which planted couplings were not seen.
     """
 
     objective: Objective
+    compared: Objective
     macs: dict[str, float]
     specimens: Specimens
     unclear: Sequence[Specimens] = ()
@@ -106,24 +110,27 @@ def check_isolation(
         set_policy(objective.model, ())
         unclear: list[Specimens] = []
         found, unseen = None, None
-        for specimens in itertools.islice(_usable(objective, candidates), _MOST_KINDS):
-            watched = dataclasses.replace(objective, drawing=Drawing(by_operator=True))
+        for compared, specimens in _attempts(objective, itertools.islice(_usable(objective, candidates), _MOST_KINDS)):
             macs = _count_macs(objective, specimens)
+            drawing = Drawing(by_operator=True)
+            watched = dataclasses.replace(compared, drawing=drawing)
             try:
                 _check(watched, specimens, probe, planted=True)
             except Blind as problem:
-                unseen = problem
-                unclear.append(specimens)
+                if compared is objective:
+                    unseen = problem
+                    unclear.append(specimens)
             else:
-                found = Findings(objective=watched, macs=macs, specimens=specimens, unclear=unclear)
+                honest = dataclasses.replace(objective, drawing=drawing)
+                found = Findings(objective=honest, compared=watched, macs=macs, specimens=specimens, unclear=unclear)
                 break
         if found is None:
             raise ModelError(str(unseen))
         if quantized and quantizable_layers(objective.model):
-            check_quantized(found.objective, found.specimens, found.others(), quantized, share=probe.share)
+            check_quantized(found.compared, found.specimens, found.others(), quantized, share=probe.share)
         else:
             for specimens in found.others():
-                _check_kind(found.objective, specimens, probe)
+                _check_kind(found.compared, specimens, probe)
         return found
 
 
@@ -143,6 +150,16 @@ def _usable(objective: Objective, candidates: Iterable[Specimens]) -> Iterator[S
     if not any_usable:
         assert first is not None
         raise first
+
+
+def _attempts(objective: Objective, kinds: Iterable[Specimens]) -> Iterator[tuple[Objective, Specimens]]:
+    """Yield each kind with the objective, then each with the objective without constant factors of zero."""
+    tried: list[Specimens] = []
+    for specimens in kinds:
+        tried.append(specimens)
+        yield objective, specimens
+    for specimens in tried:
+        yield without_zero_factors(objective), specimens
 
 
 def _run(objective: Objective, specimens: Specimens) -> None:
@@ -245,7 +262,7 @@ def check_at_size(found: Findings, size: int) -> None:
     def losses(order: Sequence[int]) -> Tensor:
         try:
             piece = Microbatch(found.specimens.batch(order), torch.tensor(order), len(order))
-            return losses_of(found.objective, piece, StepContext(key=KEY))
+            return losses_of(found.compared, piece, StepContext(key=KEY))
         except DPQuantError:
             raise
         except Exception as error:

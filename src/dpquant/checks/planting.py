@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -125,6 +126,40 @@ def blind(place: str) -> Blind:
         "no effect. So the check could not see whether examples are kept apart. Give example= a few public or "
         "synthetic records that differ in every value, or leave out of the batch what has no effect."
     )
+
+
+def without_zero_factors(objective: Objective) -> Objective:
+    """Return the objective with another number wherever model or loss multiply by a constant zero.
+
+    Such a factor hides whatever is multiplied: no coupling in it could be seen. That it keeps examples apart is shown
+    with another factor.
+    """
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        with _OtherFactors():
+            return objective.loss_fn(model, batch)
+
+    return dataclasses.replace(objective, loss_fn=loss_fn)
+
+
+_FACTOR = 0.7265625  # in place of zero: not 1, so that it cancels nothing
+_PRODUCTS = {
+    getattr(place, name)
+    for place, names in (
+        (Tensor, ("mul", "mul_", "multiply", "multiply_", "__mul__", "__rmul__", "__imul__")),
+        (torch, ("mul", "multiply")),
+    )
+    for name in names
+}
+
+
+class _OtherFactors(TorchFunctionMode):
+    """Replaces zeros that are numbers, not tensors, in products of tensors."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _PRODUCTS:
+            args = tuple(_FACTOR if isinstance(one, int | float) and one == 0 else one for one in args)
+        return func(*args, **(kwargs or {}))
 
 
 _CARRIES = {

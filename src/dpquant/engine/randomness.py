@@ -22,7 +22,7 @@ replaced when it is passed to a torch operator. A numpy generator of the user's 
 import contextlib
 import dataclasses
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -98,9 +98,15 @@ class Position(TorchPosition):
 
     def moved(self) -> bool:
         """Return whether a global generator of torch, numpy or Python has changed since the snapshot."""
-        arrays = np.random.get_state(legacy=False)
-        same = str(arrays) == str(self._arrays) and np.array_equal(arrays["state"]["key"], self._arrays["state"]["key"])
+        same = _same(np.random.get_state(legacy=False), self._arrays)
         return self.torch_moved() or not same or random.getstate() != self._python
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two states of numpy's generator are equal: numbers, arrays, and mappings of them."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_same(value, other[name]) for name, value in one.items())
+    return bool(np.array_equal(one, other))
 
 
 class Watch(TorchDispatchMode):

@@ -17,6 +17,7 @@ No process holds a whole sum without noise, except its own share's. These and th
 the clear, so machines and network are trusted.
 """
 
+import atexit
 import contextlib
 import datetime
 import os
@@ -150,7 +151,7 @@ def group_here(timeout: datetime.timedelta = TIMEOUT) -> Group:
     """Return the processes with which this one was started.
 
     They are torch.distributed's default group if it is initialised, else those that torchrun has named in the
-    environment, else this process alone.
+    environment, else this process alone. A group that is initialised here is destroyed when the process ends.
 
     Args:
       timeout: for a group that is initialised here: after it, a process that does not answer counts as lost.
@@ -171,8 +172,19 @@ def group_here(timeout: datetime.timedelta = TIMEOUT) -> Group:
                 "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout, **where
             )
             initialised(timeout)
+            atexit.register(_end_threads)
             dist.monitored_barrier(timeout=timeout, wait_all_ranks=True)
     return TorchGroup() if dist.get_world_size() > 1 else Alone()
+
+
+def _end_threads() -> None:
+    """End the default group's threads while Python still runs.
+
+    A thread of gloo lets go of a tensor after its exchange has returned. Once Python has begun to end, that aborts the
+    process.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from dpquant.training.distributed import Group
 
+_CACHED = 2**15  # values that a CPU adds up at a time: in float64 they stay in its cache
+
 Noised = Callable[[str, slice, Tensor], Tensor]
 """`(name, part, total)` -> the noisy mean of a part of the flattened tensor of that name."""
 
@@ -120,10 +122,9 @@ def own_means(group: Group, sums: Mapping[str, Tensor], noised: Noised, dtype: t
     Args and privacy: as for `noisy_means`; the group has several processes.
     """
     slices = Slices.of(sums, group)
-    flat = torch.cat([*(total.reshape(-1) for total in sums.values())])
-    missing = slices.length * slices.size - len(flat)
-    mine = _in_order(group.exchanged(torch.cat([flat, flat.new_zeros(missing)])))
-    del flat
+    flat = [total.reshape(-1) for total in sums.values()]
+    missing = slices.length * slices.size - sum(map(len, flat))
+    mine = _in_order(group.exchanged(torch.cat([*flat, flat[0].new_zeros(missing)])))
     parts, own = slices.parts(), slices.views(mine)
     done = [noised(name, parts[name], total) for name, total in own.items()]
     filled = slices.length - sum(map(len, done))
@@ -140,7 +141,12 @@ def named(flat: Tensor, shapes: Mapping[str, Tensor]) -> Iterator[tuple[str, Ten
 
 def _in_order(rows: Tensor) -> Tensor:
     """Return the sum of rows, from the first to the last: of float32 in float64, rounded once."""
-    total = rows[0].double() if rows.dtype == torch.float32 else rows[0].clone()
-    for row in rows[1:]:
-        total += row
-    return total.to(rows.dtype)
+    total = torch.empty_like(rows[0])
+    size = _CACHED if rows.device.type == "cpu" else max(rows.shape[1], 1)
+    for block, place in zip(rows.split(size, 1), total.split(size), strict=True):
+        first, *others = block
+        added = first.double() if rows.dtype == torch.float32 else first.clone()
+        for one in others:
+            added += one
+        place.copy_(added)
+    return total
