@@ -100,7 +100,7 @@ def ended(out: Path, draw: random.Random, *, size: int, kills: int) -> Ended:
             code = agent.wait(LONGEST)
         finally:
             agent.terminate()
-    assert code == 0, f"exit code {code}: {out.with_suffix('.log').read_text()[-1500:]}"
+    assert code == 0, f"exit code {code}: {out.with_suffix('.log').read_text()[-8000:]}"
     plan, record = plan_of(Place(out).settings()), RunRecord.read(out / RECORD)
     spent = charged(out / LEDGER, plan)
     assert spent.steps == plan.steps, f"{spent.steps} steps of {plan.steps} are charged"

@@ -23,6 +23,7 @@ from dpquant.runs.record import RunRecord
 from dpquant.runs.settings import TrainSettings, checkpoint_steps, plan_of
 from dpquant.runs.sinks import Sink
 from dpquant.runs.stopping import Stopping
+from dpquant.runs.timings import Timings
 from dpquant.runs.train import train
 
 SMALL = {
@@ -98,6 +99,16 @@ def test_a_killed_run_ends_within_its_plan(at, tmp_path):
     assert ledger.charged("train") == 18 and ledger.attempts == 2
     assert record.epsilon <= plan_of(settings()).epsilon + 1e-9
     assert record.per_epoch[-1].index == (1 if at == 18 else 2)  # of an epoch that was lost whole nothing is left
+
+
+def test_a_run_whose_only_epoch_lost_its_last_step_ends_though_no_step_was_timed(tmp_path):
+    out, chosen = tmp_path / "run", settings(epochs=1, checkpoint_every="5steps")
+    with pytest.raises(Dies.Killed):
+        train(chosen, out, sinks=[Dies(6)])
+    record = train(chosen, out, resume=True)
+    assert [epoch.index for epoch in record.per_epoch] == [0] and record.steps == 6
+    timings = Timings.read(out / "timings.json")
+    assert timings is not None and timings.seconds_train == timings.examples_per_second == 0.0
 
 
 def test_the_averaged_model_continues(tmp_path):

@@ -24,10 +24,12 @@ NOT_FOR_RELEASE = (
 def examples_per_second(private: "PrivateTraining") -> float:
     """Return the expected batch size times the number of steps, over the seconds of steps and analyses.
 
+    It is 0 where none was timed: a run that continues may find all of its steps charged.
+
     Privacy: for the operator only. The time depends on how many records each step drew, which is private.
     """
     seconds = private.seconds_train + private.seconds_analysis
-    return private.plan.expected_batch_size * private.steps_taken / seconds
+    return private.plan.expected_batch_size * private.steps_taken / seconds if seconds else 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,8 @@ class Timings:
       seconds_total: since the run began, including the measurements at its start.
       seconds_train, seconds_analysis: total time of the steps, and of the analyses.
       seconds_at_epoch_ends: for each epoch, the time from the start of the run to the epoch's end.
-      examples_per_second: expected batch size times the number of steps, over the time of steps and analyses.
+      examples_per_second: expected batch size times the number of steps, over the time of steps and analyses; 0 if
+        none was timed.
     """
 
     note: str = NOT_FOR_RELEASE
@@ -56,7 +59,7 @@ class Timings:
         """Return the times of a run so far.
 
         Args:
-          private: the run, after at least one step.
+          private: the run.
           began: `time.perf_counter` at the start of the run.
           ends: `time.perf_counter` at the end of each epoch so far.
         """
