@@ -161,7 +161,7 @@ def test_a_model_that_cannot_be_saved_is_refused():
 
 def blind(objective, specimens):
     """A live check that is disabled."""
-    return Findings(objective=objective, macs={}, specimens=next(specimens))
+    return Findings(objective=objective, compared=objective, macs={}, specimens=next(specimens))
 
 
 def assert_hidden_coupling_is_found(isolate):

@@ -1080,7 +1080,7 @@ MUTANTS = [
         (
             "processes do not add up their sums",
             WIRING,
-            "    for row in rows[1:]:\n        total += row\n",
+            "        for one in others:\n            added += one\n",
             "",
         ),
         (
