@@ -25,6 +25,18 @@ def test_plan_prints_the_budget_and_reads_no_data(capsys, tmp_path):
     assert "noise multiplier" in printed and "analysis share" in printed and "3.0000" in printed
 
 
+def test_plan_refuses_a_draft_and_takes_a_spec_that_is_not_here(capsys, tmp_path):
+    spec = tmp_path / "spec.toml"
+    options = ["plan", "--data", "table:/nowhere.csv", "--label-column", "y", "--spec", str(spec), "--records", "480"]
+    assert run(options) == 0, "a plan is made where neither records nor spec are"
+    text = 'task = "classification"\nclasses = ["a", "b"]\n[columns.x]\nkind = "number"\nrange = [0, 1]\n'
+    spec.write_text(text)
+    assert run(options) == 0
+    for wrong, seen in ((f"draft = true\n{text}", "draft"), (text.replace("number", "numbr"), "numbr")):
+        spec.write_text(wrong)
+        assert run(options) == 2 and seen in capsys.readouterr().err
+
+
 def test_plan_ends_with_the_command_that_trains(capsys):
     options = ["--data", "image-folder:my photos", "--records", "480", "--fix"]
     assert run(["plan", *options]) == 0

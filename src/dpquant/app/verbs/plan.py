@@ -7,6 +7,7 @@ import gc
 import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +17,8 @@ from rich.table import Table
 from dpquant.app.console import print_budget, print_defaults, print_meaning
 from dpquant.app.options import Config, Json, command_of, defaults_of, settings_of, with_settings
 from dpquant.app.output import results, tell_native
+from dpquant.data.sizes import TABLE_PREFIX
+from dpquant.data.spec import Spec
 from dpquant.errors import SettingError
 from dpquant.runs.settings import TrainSettings, plan_of
 from dpquant.runs.step_times import step_times
@@ -39,6 +42,8 @@ def plan(
 ) -> None:
     """Print the privacy budget of a run, the defaults that it uses, and the command that trains with it. Reads no data.
 
+    Of a table it checks the spec, if it is there.
+
     With --world-size it also predicts how long a step takes on 1 to 1,024 workers: a model, from times of one worker
     that dpquant assess has measured on this machine, or from assumed ones. It says which.
 
@@ -54,6 +59,7 @@ def plan(
     Example: dpquant plan --data fashion-mnist --epsilon 3 --epochs 25
     """
     settings = settings_of(given, config)
+    _check_spec(settings)
     scaling = _scaling(settings, world_size, bandwidth)
     with _without_collection():
         budget = plan_of(settings)
@@ -70,6 +76,17 @@ def plan(
             print_scaling(results(), scaling)
             train = train.replace("dpquant", f"torchrun --standalone --nproc-per-node {world_size} -m dpquant", 1)
         results().print(f"\nTrain with it: {train}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _check_spec(settings: TrainSettings) -> None:
+    """Read the spec of a table if it is there: it is public, and a mistake is better told before training than then.
+
+    A plan is also made where neither records nor spec are, so a spec that is not there is left to training.
+
+    Raises: DataError: it is a draft, or has something that is unknown, missing or contradictory.
+    """
+    if settings.spec is not None and settings.data.startswith(TABLE_PREFIX) and (path := Path(settings.spec)).is_file():
+        Spec.read(path)
 
 
 def _scaling(settings: TrainSettings, world_size: int | None, bandwidth: float | None) -> Scaling | None:
