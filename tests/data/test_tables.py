@@ -201,6 +201,21 @@ def test_the_draft_of_a_spec_is_refused_until_it_is_no_draft(tmp_path):
     assert all("(read)" in line for line in draft.splitlines() if line.startswith(("range", "values", "classes")))
 
 
+def test_a_draft_takes_the_rarer_of_two_classes_for_a_rare_positive(tmp_path):
+    for often, rare in (("a", "b"), ("b", "a")):
+        (tmp_path / "t.csv").write_text("x,y\n" + "".join(f"{n % 7},{often if n % 25 else rare}\n" for n in range(100)))
+        spec = spec_of(drafted(tmp_path / "t.csv", "y").replace("draft = true\n", ""), tmp_path)
+        assert (spec.task.kind, spec.classes, spec.task.prior) == ("rare positives", (often, rare), 0.04)
+    (tmp_path / "t.csv").write_text("x,y\n" + "".join(f"{n % 7},{'ab'[n % 4 == 0]}\n" for n in range(100)))
+    assert tomllib.loads(drafted(tmp_path / "t.csv", "y"))["task"] == "classification"
+
+
+def test_a_draft_scales_numbers_near_the_smallest_by_a_logarithm(tmp_path):
+    (tmp_path / "t.csv").write_text("near,even,y\n" + "".join(f"{(n // 2) ** 3},{n // 2},{n % 2}\n" for n in range(100)))
+    columns = tomllib.loads(drafted(tmp_path / "t.csv", "y"))["columns"]
+    assert columns["near"]["scale"] == "log" and "scale" not in columns["even"]
+
+
 def test_the_draft_of_a_regression(tmp_path):
     (tmp_path / "t.csv").write_text("x,y\n" + "".join(f"{i % 3},{i / 7}\n" for i in range(100)))
     spec = spec_of(drafted(tmp_path / "t.csv", "y").replace("draft = true\n", ""), tmp_path)

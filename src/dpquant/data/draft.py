@@ -8,6 +8,7 @@ owner has taken the line `draft = true` out. Loads no torch.
 import json
 import math
 import re
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from dpquant.errors import DataError, did_you_mean
 
 _MOST_CATEGORIES = 30  # different values of a column that is taken for one of categories
 _FEWEST_DISTINCT = 20  # records of which each has a value of its own, until a column is taken for an identifier
+_RARE_BELOW = 0.2  # share of the rarer of two classes, until it is taken for a rare positive
+_NEAR_LOW_BELOW = 0.2  # place of the median in the range, below which a logarithm spreads most values out
 _OF_IDENTIFIERS = {"id", "uuid", "guid", "email", "phone", "ssn", "iban", "surname", "username"}
 _MISSING = {"na", "n/a", "nan", "null", "none", "nil", "-", "?", "."}  # among numbers and dates; in lower case
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")  # of a name: customerID and customer_id have two
@@ -47,6 +50,7 @@ def _lines(columns: Columns, label: str) -> Iterator[str]:
     yield f"# Draft of a spec for {columns.path.name}. NOT PRIVATE: it names values of the records."
     yield "# Taken from the header: the names of the columns. Taken from the records: everything marked with (read)."
     yield "# Replace what is marked by what is publicly known, as from a code book. Then delete the next line."
+    yield "# A range need not hold every value: those outside are clamped, and a range far wider than most values hides them."
     yield "draft = true"
     labels = _present(columns.values[label])
     numbers = _numbers(labels)
@@ -57,8 +61,16 @@ def _lines(columns: Columns, label: str) -> Iterator[str]:
     else:
         if len(classes) < 2:
             yield "# The label has a single value in this file. There is nothing to tell apart before you name another."
-        yield 'task = "classification"  # or "rare positives", with prior = the public share of the last class'
-        yield f"classes = {_list(classes)}  # (read)"
+        rare = min(classes, key=labels.count, default="")
+        share = labels.count(rare) / max(len(labels), 1)
+        if len(classes) == 2 and share < _RARE_BELOW:
+            classes = [*(one for one in classes if one != rare), rare]
+            yield 'task = "rare positives"  # (read) one class is rare; or "classification", without prior'
+            yield f"classes = {_list(classes)}  # (read) the rare one last"
+            yield f"prior = {share:.2g}  # (read) share of the rare one"
+        else:
+            yield 'task = "classification"  # or "rare positives", with prior = the public share of the last class'
+            yield f"classes = {_list(classes)}  # (read)"
     for name in columns.names:
         if name != label:
             yield ""
@@ -98,6 +110,9 @@ def _described(values: Sequence[Any]) -> Iterator[str]:
     if (numbers := _numbers(said)) is not None:
         yield 'kind = "number"  # (read) every value that is there is one'
         yield f"range = {_range(numbers)}  # (read) smallest and largest value"
+        low, high = min(numbers), max(numbers)
+        if statistics.median(numbers) - low < _NEAR_LOW_BELOW * (high - low):
+            yield 'scale = "log"  # (read) most values are near the smallest'
     elif dates is not None:
         first, last = said[dates.index(min(dates))], said[dates.index(max(dates))]
         yield 'kind = "date"  # (read) every value that is there is one'
