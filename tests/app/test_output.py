@@ -106,9 +106,9 @@ def test_an_error_is_printed_however_quiet(capsys):
     assert capsys.readouterr().err.startswith("error: Expected epochs")
 
 
-def shown_on_a_terminal(width, progress=RunProgress):
+def shown_on_a_terminal(width, progress=RunProgress, *, metrics=None, terminal=True):
     """What a run of many large numbers shows on a terminal."""
-    screen = Console(file=io.StringIO(), force_terminal=True, width=width)
+    screen = Console(file=io.StringIO(), force_terminal=terminal, width=width)
     numbers = {"epochs": 100, "steps": 1000, "num_layers": 120, "examples_per_second": 12_345.6}
     with progress(screen) as bar:
         bar.started(types.SimpleNamespace(epsilon=100.0, epochs=100), None)
@@ -126,7 +126,7 @@ def shown_on_a_terminal(width, progress=RunProgress):
             bar.epoch_ended(
                 EpochRecord(
                     index=epoch, epsilon=epoch + 1.0, accuracy_test=0.987, layers_quantized=[], scores=None,
-                    nonprivate_accuracy_train=None, metrics_test=None,
+                    nonprivate_accuracy_train=None, metrics_test=metrics,
                 )
             )  # fmt: skip
     return screen.file.getvalue()
@@ -141,6 +141,15 @@ def assert_nothing_is_cut(progress):
 
 def test_nothing_is_cut_at_eighty_columns():
     assert_nothing_is_cut(RunProgress)
+
+
+def test_of_rare_positives_the_average_precision_is_shown():
+    """Their accuracy is that of a model that always says no."""
+    metrics = {"accuracy": 0.987, "average_precision": 0.1234}
+    shown = shown_on_a_terminal(80, metrics=metrics)
+    assert "…" not in shown and "AP 0.123" in shown and "98.7%" not in shown
+    shown = shown_on_a_terminal(80, metrics=metrics, terminal=False)
+    assert "test average precision 0.123" in shown and "98.7%" not in shown
 
 
 class Crowded(RunProgress):

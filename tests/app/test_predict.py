@@ -82,6 +82,7 @@ def test_a_table_needs_no_label_and_other_columns_are_left_aside(finished, tmp_p
     with torch.no_grad():
         shares = (dpquant.load(run)(inputs) + torch.tensor([math.log(0.75), math.log(0.25)])).softmax(1)
     assert [one["probability"] for one in found] == pytest.approx(shares.max(1).values.tolist(), abs=1e-5)
+    assert [one["positive"] for one in found] == pytest.approx(shares[:, 1].tolist(), abs=1e-5)
 
 
 def test_numbers_are_predicted_in_their_own_unit(finished, tmp_path, capsys):
@@ -126,7 +127,7 @@ def test_several_classes_and_csv(finished, capsys):
 
 def test_csv_of_rows_and_of_numbers_has_their_columns(finished, tmp_path, capsys):
     (tmp_path / "new.csv").write_text("country,amount\nAT,3\n")
-    for kind, header in (("table", "file,row,label,probability"), ("regression", "file,row,value")):
+    for kind, header in (("table", "file,row,label,probability,positive"), ("regression", "file,row,value")):
         assert command(["predict", str(finished[kind][0]), str(tmp_path / "new.csv"), "--csv"]) == 0
         first, line = capsys.readouterr().out.splitlines()
         assert first == header and line.startswith(f"{tmp_path / 'new.csv'},1,")

@@ -211,7 +211,9 @@ def test_a_draft_takes_the_rarer_of_two_classes_for_a_rare_positive(tmp_path):
 
 
 def test_a_draft_scales_numbers_near_the_smallest_by_a_logarithm(tmp_path):
-    (tmp_path / "t.csv").write_text("near,even,y\n" + "".join(f"{(n // 2) ** 3},{n // 2},{n % 2}\n" for n in range(100)))
+    (tmp_path / "t.csv").write_text(
+        "near,even,y\n" + "".join(f"{(n // 2) ** 3},{n // 2},{n % 2}\n" for n in range(100))
+    )
     columns = tomllib.loads(drafted(tmp_path / "t.csv", "y"))["columns"]
     assert columns["near"]["scale"] == "log" and "scale" not in columns["even"]
 

@@ -88,6 +88,8 @@ def _json_line(*, listed: bool) -> Told:
         if found.value is not None:
             return json.dumps({**place, "value": found.value})
         fields = {**place, "label": found.labels[0], "probability": found.probabilities[0]}
+        if found.positive is not None:
+            fields["positive"] = found.positive
         if listed:
             pairs = zip(found.labels, found.probabilities, strict=True)
             fields["top"] = [{"label": label, "probability": share} for label, share in pairs]
@@ -101,12 +103,13 @@ def _columns(description: ModelDescription, top: int | None) -> list[str]:
     if description.task.kind == "regression":
         return [*places, "value"]
     more = [name for number in range(2, (top or 1) + 1) for name in (f"label_{number}", f"probability_{number}")]
-    return [*places, "label", "probability", *more]
+    positive = ["positive"] if description.task.prior is not None else []
+    return [*places, "label", "probability", *positive, *more]
 
 
 def _csv_line(columns: Sequence[str]) -> Told:
     def told(place: Mapping[str, Any], found: Prediction) -> str:
-        fields = {**place, "value": found.value}
+        fields = {**place, "value": found.value, "positive": found.positive}
         for number, (label, share) in enumerate(zip(found.labels, found.probabilities, strict=True), 1):
             end = f"_{number}" if number > 1 else ""
             fields |= {f"label{end}": label, f"probability{end}": share}

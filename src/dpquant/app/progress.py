@@ -121,12 +121,12 @@ class RunProgress:
     def epoch_ended(self, epoch: "EpochRecord") -> None:
         """Show epsilon and accuracy as they are after the epoch."""
         if self._task is not None:
-            accuracy, epsilon = _percent(epoch.accuracy_test), self._of(epoch.epsilon or 0.0)
+            accuracy, epsilon = _told(epoch, precision="AP"), self._of(epoch.epsilon or 0.0)
             self._bar.update(self._task, epsilon=epsilon, accuracy=accuracy)
             self._bar.refresh()
             return
         words = [f"epoch {epoch.index + 1}/{self._plan.epochs}: epsilon {self._of(epoch.epsilon or 0.0)}"]
-        words += [f"test {_percent(epoch.accuracy_test)}"] if epoch.accuracy_test is not None else []
+        words += [f"test {_told(epoch)}"] if epoch.accuracy_test is not None else []
         words += [f"{self._layers} layers quantized", f"{self._speed:,.0f} examples/s"]
         self._console.print(", ".join(words), markup=False, highlight=False, soft_wrap=True)
 
@@ -137,6 +137,12 @@ class RunProgress:
         from dpquant.privacy.plan import rounded_up
 
         return f"{rounded_up(epsilon, 2)}/{rounded_up(self._plan.epsilon, 2)}"
+
+
+def _told(epoch: "EpochRecord", precision: str = "average precision") -> str:
+    """Return how good the model is: its accuracy, of rare positives the average precision, which tells more there."""
+    value = (epoch.metrics_test or {}).get("average_precision")
+    return _percent(epoch.accuracy_test) if value is None else f"{precision} {value:.3f}"
 
 
 def _percent(share: float | None) -> str:

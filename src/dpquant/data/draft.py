@@ -50,7 +50,7 @@ def _lines(columns: Columns, label: str) -> Iterator[str]:
     yield f"# Draft of a spec for {columns.path.name}. NOT PRIVATE: it names values of the records."
     yield "# Taken from the header: the names of the columns. Taken from the records: everything marked with (read)."
     yield "# Replace what is marked by what is publicly known, as from a code book. Then delete the next line."
-    yield "# A range need not hold every value: those outside are clamped, and a range far wider than most values hides them."
+    yield "# A range need not hold every value: those outside are clamped. One far wider than most values hides them."
     yield "draft = true"
     labels = _present(columns.values[label])
     numbers = _numbers(labels)

@@ -17,11 +17,13 @@ class Prediction:
     Attributes:
       labels: classes, the likeliest first; () for a regression.
       probabilities: of these classes, by the model, in 0..1.
+      positive: probability of the rare class, by which records are ranked; None where no class is rare.
       value: of a regression; None for classes.
     """
 
     labels: tuple[str, ...] = ()
     probabilities: tuple[float, ...] = ()
+    positive: float | None = None
     value: float | None = None
 
 
@@ -45,9 +47,14 @@ def predictions(outputs: Tensor, task: Task, class_names: Sequence[str], top: in
         1
     )
     best = shares.nan_to_num().topk(min(top, shares.shape[1]), 1)
+    positives = shares[:, -1].tolist() if task.prior is not None else [None] * len(known)
     return [
-        Prediction(labels=tuple(class_names[int(place)] for place in places), probabilities=tuple(values))
+        Prediction(
+            labels=tuple(class_names[int(one)] for one in places), probabilities=tuple(values), positive=positive
+        )
         if finite
         else None
-        for values, places, finite in zip(best.values.tolist(), best.indices.tolist(), known, strict=True)
+        for values, places, positive, finite in zip(
+            best.values.tolist(), best.indices.tolist(), positives, known, strict=True
+        )
     ]

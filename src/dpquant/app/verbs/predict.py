@@ -27,8 +27,9 @@ def predict(
     Needs the run's directory alone: how an image, a row or a text becomes an input is in its model.json. A row needs no
     label, and columns that the spec does not name are left aside. Texts of a pair have a tab between them.
 
-    Each line has file and, of tables and texts, row or line, from 1; then label and probability, or value. With --top
-    also top, a list of label and probability.
+    Each line has file and, of tables and texts, row or line, from 1; then label and probability, or value. Where
+    positives are rare also positive, the rare class's probability, by which to rank. With --top also top, a list of
+    label and probability.
 
     Exit code 2: something could not be read, each told in one line on standard error; all others are predicted.
 

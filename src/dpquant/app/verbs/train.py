@@ -161,6 +161,7 @@ def tell_next(folder: Path, *, reported: bool) -> None:
     quoted = shlex.quote(str(folder))
     say(f"\nThe report: {folder / 'report.html'}" if reported else f"\nA report: dpquant report {quoted}")
     say(f"Accuracy by class: dpquant evaluate {quoted}")
+    say(f"What it says of new files: dpquant predict {quoted} FILE")
     say(f"What may be released, in a folder: dpquant export {quoted} release")
 
 
