@@ -245,6 +245,16 @@ def test_the_report_of_a_regression_shows_its_error_for_an_accuracy():
     assert "2.25 (test mean absolute error)" in text_of(comparison([facts(record), facts()], together=""))
 
 
+def test_the_report_of_rare_positives_shows_the_average_precision_for_an_accuracy():
+    """A model that always says no has the accuracy, which the first page would have somebody sign."""
+    shares = {one.index: {"accuracy": 0.98, "average_precision": 0.125 + one.index / 8} for one in RECORD.per_epoch}
+    epochs = [dataclasses.replace(one, metrics_test=shares[one.index]) for one in RECORD.per_epoch]
+    last = shares[epochs[-1].index]
+    page = report(facts(dataclasses.replace(RECORD, per_epoch=epochs, metrics_test=last)))
+    assert "test average precision" in page and f"{last['average_precision']:.4g}" in page
+    assert "test accuracy" not in text_of(page).partition("Signed")[0]
+
+
 def test_hostile_texts_are_shown_and_do_nothing():
     for page in (report(hostile()), comparison([hostile(), facts()], together=HOSTILE)):
         assert_loads_nothing(page.replace(html.escape(HOSTILE), "").replace(str(charts.escape(HOSTILE)), ""))

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one number by which a page tells how well a run's model does: its accuracy, or the error of a regression."""
+"""The one number by which a page tells how well a run's model does: its accuracy, of rare positives the average
+precision, or the error of a regression.
+"""
 
 import dataclasses
 from collections.abc import Sequence
 
 from dpquant.runs.record import RunRecord
+
+_OF_RARE = "average_precision"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,9 +38,14 @@ class Score:
 
 
 def score_of(record: RunRecord) -> Score:
-    """Return the accuracy of a classification, or the first metric of a regression."""
-    if record.accuracy_test is not None:
+    """Return the accuracy of a classification, or the metric that tells more than an accuracy does.
+
+    That is the average precision of rare positives, of which a model that always says no has a high accuracy, and the
+    first metric of a regression.
+    """
+    rare = all(_OF_RARE in (one.metrics_test or {}) for one in record.per_epoch)
+    if record.accuracy_test is not None and not (rare and record.per_epoch):
         return Score(name="test accuracy", last=record.accuracy_test, values=record.accuracy_per_epoch, is_share=True)
-    name = next(iter(record.metrics_test or {}))
+    name = next(iter(record.metrics_test or {})) if record.accuracy_test is None else _OF_RARE
     values = [(epoch.metrics_test or {})[name] for epoch in record.per_epoch]
     return Score(name=f"test {name.replace('_', ' ')}", last=values[-1], values=values, is_share=False)
