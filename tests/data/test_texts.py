@@ -12,7 +12,7 @@ from dpquant.data.columns import read_columns
 from dpquant.data.pretrained import freeze_others
 from dpquant.data.task import UNREADABLE
 from dpquant.data.text_models import EmbeddingMean
-from dpquant.data.texts import TextSource, load_texts
+from dpquant.data.texts import TextSource, load_texts, tokenizer_file
 from dpquant.data.tokens import Texts, text_form
 from dpquant.engine.clip import clipped_sum_of
 from dpquant.engine.layers import prepare, set_policy
@@ -297,3 +297,11 @@ def test_bytes_of_a_parquet_record_that_are_not_utf8_decide_nothing_about_the_ot
     parquet.write_table(pyarrow.table({"text": raw, "label": labels}), tmp_path / "t.parquet")
     found = read_columns(tmp_path / "t.parquet", None, [".parquet"]).values["text"]
     assert found == ["b\N{REPLACEMENT CHARACTER}d", "good", None]
+
+
+def test_where_no_tokenizer_is_the_error_names_a_way_without_a_network(tmp_path):
+    for place in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(DataError, match=r"without a network, by Tokenizer\.train"):
+            tokenizer_file(place)
+    (tmp_path / "tokenizer.json").touch()
+    assert tokenizer_file(tmp_path) == tmp_path / "tokenizer.json"

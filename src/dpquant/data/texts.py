@@ -234,7 +234,8 @@ def tokenizer_file(path: Path) -> Path:
     if not file.is_file():
         raise DataError(
             f"Expected tokenizer to be a folder with a tokenizer.json, or such a file; got tokenizer={path}. Text "
-            "would not become numbers. Save it by tokenizer.save_pretrained(FOLDER) of transformers."
+            "would not become numbers. Save one by tokenizer.save_pretrained(FOLDER) of transformers, or, without a "
+            "network, by Tokenizer.train of tokenizers on public text."
         )
     return file
 
