@@ -5,9 +5,10 @@
     scripts/bench distributed --rounds 5 --gigabytes 1 --format int8
 
 Both sides are there all the time and take turns, in an order that changes; the one whose turn it is not sleeps. Both
-draw the same batches, and no step that is timed begins an epoch. A step is a whole step of `dpquant.make_private`: charge, sum, exchange, noise, optimizer. `text` is an encoder of MiniLM's
-size (`benchmarks/lora.py`). Then the exchange is timed alone: of the network's values, and of so many gigabytes of
-float32, with the peak memory of each process above those values.
+draw the same batches, and no step that is timed begins an epoch. A step is a whole step of `dpquant.make_private`:
+charge, sum, exchange, noise, optimizer. `text` is an encoder of MiniLM's size (`benchmarks/lora.py`). Then the exchange
+is timed alone: of the network's values, and of so many gigabytes of float32, with the peak memory of each process above
+those values.
 
 One machine shows what the exchange costs, and not what a network adds.
 """

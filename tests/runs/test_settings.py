@@ -228,8 +228,8 @@ def test_batches_and_delta_follow_from_the_number_of_records(records, batch, ana
     assert TrainSettings.chosen({"data": "image-folder:x", "records": records}).analysis_batch_size is None
 
 
-def test_the_learning_rate_of_rows_and_texts_is_for_their_own_network_and_optimizer():
-    for data, lr in (("table:t.csv", 0.01), ("text:t.csv", 0.02)):
+def test_the_learning_rate_of_a_kind_of_data_is_for_its_own_network_and_optimizer():
+    for data, lr in (("table:t.csv", 0.01), ("text:t.csv", 0.02), ("image-folder:x", 0.01), ("cifar10", 0.01)):
         assert TrainSettings.chosen({"data": data}).lr == lr
         assert TrainSettings.chosen({"data": data, "optimizer": "adam"}).lr == lr
         for given in ({"model": "my:network"}, {"model": "hf:bert"}, {"optimizer": "sgd"}):
@@ -239,7 +239,8 @@ def test_the_learning_rate_of_rows_and_texts_is_for_their_own_network_and_optimi
 
 def test_a_default_says_where_it_comes_from():
     found = defaults({"data": "image-folder:x", "records": 480})
-    assert found["batch_size"] == Default(48.0, "from 480 records") and found["lr"].origin == "general"
+    assert found["batch_size"] == Default(48.0, "from 480 records") and found["epochs"].origin == "general"
+    assert found["model"] == Default("cnn", "from image-folder:") and found["lr"] == Default(0.01, "from image-folder:")
     assert defaults({})["lr"] == Default(0.2, "from digits")
     assert defaults({"format": "luq-fp4"})["policy"] == Default("dpquant", "general")
     assert defaults({"beta": 2.0})["format"] == Default("luq-fp4", "as beta is given")

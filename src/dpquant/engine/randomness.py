@@ -22,7 +22,7 @@ replaced when it is passed to a torch operator. A numpy generator of the user's 
 import contextlib
 import dataclasses
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import numpy as np
@@ -103,9 +103,10 @@ class Position(TorchPosition):
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two states of numpy's generator are equal: numbers, arrays, and mappings of them."""
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(_same(value, other[name]) for name, value in one.items())
+    """Whether two states of numpy's generator are equal: numbers, arrays, and dictionaries of them."""
+    if isinstance(one, dict) or isinstance(other, dict):
+        alike = isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys()
+        return alike and all(_same(value, other[name]) for name, value in one.items())
     return bool(np.array_equal(one, other))
 
 
