@@ -124,3 +124,27 @@ def test_grams_of_patches_are_sums_of_grams_of_pixels(convolution):
     patches = im2col(x, geometry)
     expected = patches @ patches.transpose(2, 3)
     assert torch.equal(patch_grams(x, geometry), expected)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("rows", "channels", "out"), [(0, 3, 2), (1, 1, 1), (5, 7, 3), (64, 384, 10), (3, 16_384, 2)])
+def test_rows_by_a_matrix_are_their_exact_products(rows, channels, out, dtype, transposed):
+    """Codes whose partial sums float32 holds: any order of the terms gives them."""
+    generator = torch.Generator().manual_seed(rows)
+    x, bias = (torch.randint(-8, 9, size, generator=generator).to(dtype) for size in ((rows, channels), (out,)))
+    shape = (channels, out) if transposed else (out, channels)
+    matrix = torch.randint(-8, 9, shape, generator=generator).to(dtype)
+    matrix = matrix.t() if transposed else matrix
+    for added in (None, bias):
+        wanted = x.double() @ matrix.double().t() + (0 if added is None else added.double())
+        assert torch.equal(algebra.rows_by_matrix(x, matrix, added).double(), wanted)
+
+
+def test_a_product_of_a_sequence_is_no_view():
+    """A model may overwrite it."""
+    x, weight = torch.randn(2, 6, 5, 1).to(memory_format=torch.channels_last), torch.randn(4, 6, 1, 1)
+    geometry = Geometry(kernel=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1)
+    y = algebra.convolved(x, weight, None, geometry)
+    assert not y._is_view() and y.stride(1) == 1
+    torch.testing.assert_close(y, F.conv2d(x, weight))

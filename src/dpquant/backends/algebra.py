@@ -37,17 +37,39 @@ def _is_matrix(operand: Tensor, geometry: Geometry) -> bool:
     return linear or operand.dtype == torch.float64
 
 
+def rows_by_matrix(rows: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiply rows `(N, C)` by a matrix `(O, C)`, transposed, and add the bias `(O,)`: `(N, O)`, in the operands' dtype.
+
+    On a CPU torch leaves float32 to MKL, which has no kernels for AMD's wide vectors: 4,096 rows by 384 to 1,536 take
+    21.8 ms on two cores of a Zen 5, and 9.6 ms by oneDNN, whose product torch keeps for its compiler.
+    """
+    if _by_onednn(rows):
+        return torch.ops.mkldnn._linear_pointwise(rows, matrix, bias, "none", [], "")
+    return F.linear(rows, matrix, bias)
+
+
+def _by_onednn(rows: Tensor) -> bool:
+    on_cpu = rows.device.type == "cpu" and rows.dtype == torch.float32
+    return on_cpu and len(rows) > 0 and torch.backends.mkldnn.is_available()
+
+
 def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """Convolve `(B, C, H, W)` with `(O, C / G, *kernel)` to `(B, O, H', W')`, in the operands' dtype."""
     if _is_matrix(x, geometry):
         shape, layout = (len(x), len(weight), *x.shape[2:]), torch.channels_last
-        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)  # no view: it may be overwritten
-        rows, products = (t.permute(0, 2, 3, 1).reshape(-1, t.shape[1]) for t in (x, y))
-        with torch.no_grad():
+        rows, matrix = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]), weight.flatten(1)
+        with torch.no_grad():  # no result is a view: it may be overwritten
+            if _by_onednn(rows):
+                products = rows_by_matrix(rows, matrix, bias)
+                _, out, height, width = shape
+                strides = height * width * out, 1, width * out, out
+                return x.new_empty(0).set_(products.untyped_storage(), 0, shape, strides)
+            y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+            products = y.permute(0, 2, 3, 1).reshape(-1, shape[1])
             if bias is None:
-                torch.mm(rows, weight.flatten(1).t(), out=products)
+                torch.mm(rows, matrix.t(), out=products)
             else:
-                torch.addmm(bias, rows, weight.flatten(1).t(), out=products)
+                torch.addmm(bias, rows, matrix.t(), out=products)
         return y
     x, g = in_one_column(x, geometry, zero=0)
     return F.conv2d(x, weight, bias, g.stride, g.padding, g.dilation, g.groups)
@@ -69,7 +91,9 @@ def input_gradient(grad: Tensor, weight: Tensor, geometry: Geometry, size: tuple
     Returns: `(B, C, H, W)`.
     """
     if _is_matrix(grad, geometry):
-        return (grad.permute(0, 2, 3, 1) @ weight.flatten(1)).permute(0, 3, 1, 2)
+        rows = grad.permute(0, 2, 3, 1).reshape(-1, grad.shape[1])
+        products = rows_by_matrix(rows, weight.flatten(1).t())
+        return products.view(len(grad), *grad.shape[2:], products.shape[1]).permute(0, 3, 1, 2)
     shape = (grad.shape[0], weight.shape[1] * geometry.groups, *size)
     x = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)  # its layout counts
     return _convolution_backward(grad, x, weight, geometry, geometry.groups, [True, False, False])[0]

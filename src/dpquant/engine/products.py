@@ -10,10 +10,9 @@ import functools
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dpquant.backends.algebra import convolved, input_gradient, weight_gradient
+from dpquant.backends.algebra import convolved, input_gradient, rows_by_matrix, weight_gradient
 from dpquant.backends.qtensor import QTensor, code_values, scaled
 from dpquant.engine.context import StepContext
 from dpquant.errors import ModelError
@@ -107,14 +106,14 @@ class RowProducts(torch.autograd.Function):
     def forward(ctx, x, weight, bias, anchor, layer: "WeightProduct", run: StepContext):
         ctx.layer, ctx.run, ctx.trains = layer, run, run.trains(layer.weight)
         ctx.save_for_backward(x if ctx.trains else None, weight)
-        return F.linear(x, weight, bias)
+        return rows_by_matrix(x, weight, bias)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
         grad, run = grads[0], ctx.run
         check_differentiating(run)
         x, weight = ctx.saved_tensors
-        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        grad_x = rows_by_matrix(grad, weight.t()) if ctx.needs_input_grad[0] else None
         grad_weight = grad_bias = None
         if run.tape is not None:
             g = grad[:, :, None, None]
