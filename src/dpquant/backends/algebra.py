@@ -38,7 +38,7 @@ def _is_matrix(operand: Tensor, geometry: Geometry) -> bool:
 
 
 def rows_by_matrix(rows: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Multiply rows `(N, C)` by a matrix `(O, C)`, transposed, and add the bias `(O,)`: `(N, O)`, in the operands' dtype.
+    """Multiply rows `(N, C)` by a matrix `(O, C)`, transposed, and add a bias `(O,)`: `(N, O)`, in the operands' dtype.
 
     On a CPU torch leaves float32 to MKL, which has no kernels for AMD's wide vectors: 4,096 rows by 384 to 1,536 take
     21.8 ms on two cores of a Zen 5, and 9.6 ms by oneDNN, whose product torch keeps for its compiler.
