@@ -16,7 +16,7 @@ import dpquant
 from processor import preferring
 from units import rounded
 
-PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "addmv", "mv", "_linear_pointwise", "convolution", "convolution_backward")
+PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "addmv", "mv", "convolution", "convolution_backward")
 
 
 @dataclasses.dataclass(frozen=True)

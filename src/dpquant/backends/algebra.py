@@ -22,6 +22,7 @@ ROUND_OFF = 2.0**-17
 measured for a float32 matrix product over 16,384 equal terms, 5.4e-6. Sums of sequential additions can lose more."""
 
 _FLOAT32_PART = 128  # values whose squares are summed in float32
+_NARROW, _SMALL = 16, 2**22  # columns and rows of a matrix, and multiplications, from which on oneDNN is faster
 
 
 def _is_matrix(operand: Tensor, geometry: Geometry) -> bool:
@@ -43,14 +44,16 @@ def rows_by_matrix(rows: Tensor, matrix: Tensor, bias: Tensor | None = None) -> 
     On a CPU torch leaves float32 to MKL, which has no kernels for AMD's wide vectors: 4,096 rows by 384 to 1,536 take
     21.8 ms on two cores of a Zen 5, and 9.6 ms by oneDNN, whose product torch keeps for its compiler.
     """
-    if _by_onednn(rows):
+    if _by_onednn(rows, matrix):
         return torch.ops.mkldnn._linear_pointwise(rows, matrix, bias, "none", [], "")
     return F.linear(rows, matrix, bias)
 
 
-def _by_onednn(rows: Tensor) -> bool:
-    on_cpu = rows.device.type == "cpu" and rows.dtype == torch.float32
-    return on_cpu and len(rows) > 0 and torch.backends.mkldnn.is_available()
+def _by_onednn(rows: Tensor, matrix: Tensor) -> bool:
+    """Return whether oneDNN multiplies: it takes ten microseconds to begin, and has nothing to gain in a narrow matrix."""
+    if rows.device.type != "cpu" or rows.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return False
+    return min(matrix.shape) >= _NARROW and len(rows) * matrix.numel() >= _SMALL
 
 
 def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
@@ -59,7 +62,7 @@ def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
         shape, layout = (len(x), len(weight), *x.shape[2:]), torch.channels_last
         rows, matrix = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]), weight.flatten(1)
         with torch.no_grad():  # no result is a view: it may be overwritten
-            if _by_onednn(rows):
+            if _by_onednn(rows, matrix):
                 products = rows_by_matrix(rows, matrix, bias)
                 _, out, height, width = shape
                 strides = height * width * out, 1, width * out, out
