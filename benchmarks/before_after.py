@@ -16,10 +16,10 @@ take steps in turns, in alternating order. The result is the older version's tim
 newer one is faster.
 
 With --close, parameters in full precision may differ by round-off; quantized they must still be equal. Since linear
-layers became matrix products, on `(B, D)` and later on sequences, their sums end in other bits. Networks are in
-evaluation mode then: a product with another layout in memory has dropout draw another mask. Commit 5a4364d draws other
-batches for the same seed: a version from before it can only be compared with another one from before it. All changes of
-bits that were meant are in docs/log.md.
+layers became matrix products, on `(B, D)` and later on sequences, and then oneDNN's, their sums end in other bits.
+Networks are in evaluation mode then: a product with another layout in memory has dropout draw another mask. Commit
+5a4364d draws other batches for the same seed: a version from before it can only be compared with another one from
+before it. All changes of bits that were meant are in docs/log.md.
 """
 
 import argparse

@@ -50,7 +50,7 @@ def rows_by_matrix(rows: Tensor, matrix: Tensor, bias: Tensor | None = None) -> 
 
 
 def _by_onednn(rows: Tensor, matrix: Tensor) -> bool:
-    """Return whether oneDNN multiplies: it takes ten microseconds to begin, and has nothing to gain in a narrow matrix."""
+    """Return whether oneDNN multiplies: it takes ten microseconds to begin, and gains nothing in a narrow matrix."""
     if rows.device.type != "cpu" or rows.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return False
     return min(matrix.shape) >= _NARROW and len(rows) * matrix.numel() >= _SMALL
