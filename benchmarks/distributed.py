@@ -188,9 +188,10 @@ def _pipe(pipe: IO[str] | None) -> IO[str]:
     return pipe
 
 
-def measured(given: argparse.Namespace, options: list[str]) -> dict[str, Any]:
-    """Return the times of both sides with one model."""
-    sides = {name: Side(name, options) for name in SIDES}
+def measured(model: str, batch_size: int, given: argparse.Namespace) -> dict[str, Any]:
+    """Return the times of both sides with one model, and those of an exchange of gigabytes if they are asked for."""
+    options = ["--model", model, "--batch-size", str(batch_size), "--format", given.format]
+    sides = {name: Side(name, [*options, "--gigabytes", str(given.gigabytes)]) for name in SIDES}
     found: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "processor_seconds": []} for name in SIDES}
     for number in range(given.rounds + 1):
         for name in sorted(SIDES, reverse=number % 2 == 1):
@@ -198,18 +199,18 @@ def measured(given: argparse.Namespace, options: list[str]) -> dict[str, Any]:
             if number:  # the first fills caches
                 found[name]["seconds"].append(max(one["seconds"] for one in answers))
                 found[name]["processor_seconds"].append(sum(one["processor_seconds"] for one in answers))
-            print(f"{given.model}, {name}: {answers}", file=sys.stderr, flush=True)
+            print(f"{model}, {name}: {answers}", file=sys.stderr, flush=True)
     exchange = sides["two"].ask("exchange")[0]
     large = sides["two"].ask("gigabytes") if given.gigabytes else None
     for one in sides.values():
         one.end()
     medians = {name: statistics.median(times["seconds"]) for name, times in found.items()}
     ratios = [one / two for one, two in zip(found["one"]["seconds"], found["two"]["seconds"], strict=True)]
-    print(f"{given.model}, {given.batch_size[0]}: one over two {Spread.of(ratios)}", file=sys.stderr, flush=True)
+    print(f"{model}, {batch_size}: one over two {Spread.of(ratios)}", file=sys.stderr, flush=True)
     sent = Network(bandwidth=1.0).bytes_sent(exchange["values"], 2)
     return {
-        "model": given.model,
-        "batch_size": given.batch_size[0],
+        "model": model,
+        "batch_size": batch_size,
         "format": given.format,
         "sides": {name: {"median_seconds": medians[name], **found[name]} for name in SIDES},
         "one_over_two": vars(Spread.of(ratios)),
@@ -233,9 +234,7 @@ def main() -> None:
         return
     rows = []
     for model, size in itertools.product([given.model] if given.model else MODELS, given.batch_size):
-        given.model, given.batch_size = model, [size]
-        options = ["--model", model, "--batch-size", str(size), "--format", given.format]
-        rows.append(measured(given, [*options, "--gigabytes", str(given.gigabytes)]))
+        rows.append(measured(model, size, given))
         given.gigabytes = 0.0  # once is enough
         keep_rows("distributed", rows, given.rounds)
     print(json.dumps([{k: v for k, v in row.items() if k != "sides"} for row in rows], indent=1))

@@ -1084,6 +1084,13 @@ MUTANTS = [
             "",
         ),
         (
+            "of a long slice only the last piece is kept, in the place of the first",
+            WIRING,
+            "        place.copy_(added)\n",
+            "        total[: len(added)].copy_(added)\n",
+            f"{_TWO}::test_sums_of_more_values_than_are_added_up_at_a_time_are_those_of_each",
+        ),
+        (
             "noise is added on every process, and then added up",
             NOISE,
             "    done = [noised(name, parts[name], total) for name, total in own.items()]\n",

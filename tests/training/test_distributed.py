@@ -13,6 +13,7 @@ from dpquant.errors import DataError, GroupError, LedgerError, SettingError
 from dpquant.privacy.ledger import Ledger
 from dpquant.privacy.mechanism import Mechanism
 from dpquant.privacy.secret import SecretKey
+from dpquant.training import exchange
 from dpquant.training.agreement import on_first, together
 from dpquant.training.distributed import Alone
 from dpquant.training.exchange import Slices, cut, noisy_means
@@ -223,6 +224,18 @@ def test_without_exact_sums_bits_differ(in_full):
 def test_with_discrete_noise_several_have_the_bits_of_one():
     one, (runs, _) = alone(noise="discrete", steps=2), several(3, noise="discrete", steps=2)
     assert all(torch.equal(parameters(run), parameters(one)) for run in runs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_sums_of_more_values_than_are_added_up_at_a_time_are_those_of_each(dtype):
+    generator, length = torch.Generator().manual_seed(0), 3 * (2 * exchange._CACHED + 7)
+    sums = torch.randint(-(2**20), 2**20, (3, length), generator=generator).to(dtype)
+
+    def work(group):
+        return dict(noisy_means(group, {"w": sums[group.rank]}, lambda name, part, total: total, dtype))["w"]
+
+    results, _ = each(3, work)
+    assert all(torch.equal(found, sums.sum(0)) for found in results)
 
 
 def moved(**settings):

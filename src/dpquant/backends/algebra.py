@@ -56,24 +56,17 @@ def _by_onednn(rows: Tensor, matrix: Tensor) -> bool:
     return min(matrix.shape) >= _NARROW and len(rows) * matrix.numel() >= _SMALL
 
 
+def _map_by_matrix(operand: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiply the channels at every position of `(B, C, H, W)` by a matrix `(O, C)`: `(B, O, H, W)`, a view."""
+    products = rows_by_matrix(operand.permute(0, 2, 3, 1).reshape(-1, operand.shape[1]), matrix, bias)
+    return products.view(len(operand), *operand.shape[2:], len(matrix)).permute(0, 3, 1, 2)
+
+
 def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """Convolve `(B, C, H, W)` with `(O, C / G, *kernel)` to `(B, O, H', W')`, in the operands' dtype."""
     if _is_matrix(x, geometry):
-        shape, layout = (len(x), len(weight), *x.shape[2:]), torch.channels_last
-        rows, matrix = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]), weight.flatten(1)
-        with torch.no_grad():  # no result is a view: it may be overwritten
-            if _by_onednn(rows, matrix):
-                products = rows_by_matrix(rows, matrix, bias)
-                _, out, height, width = shape
-                strides = height * width * out, 1, width * out, out
-                return x.new_empty(0).set_(products.untyped_storage(), 0, shape, strides)
-            y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-            products = y.permute(0, 2, 3, 1).reshape(-1, shape[1])
-            if bias is None:
-                torch.mm(rows, matrix.t(), out=products)
-            else:
-                torch.addmm(bias, rows, matrix.t(), out=products)
-        return y
+        with torch.no_grad():
+            return _map_by_matrix(x, weight.flatten(1), bias).detach()  # no view for autograd: it may be overwritten
     x, g = in_one_column(x, geometry, zero=0)
     return F.conv2d(x, weight, bias, g.stride, g.padding, g.dilation, g.groups)
 
@@ -94,9 +87,7 @@ def input_gradient(grad: Tensor, weight: Tensor, geometry: Geometry, size: tuple
     Returns: `(B, C, H, W)`.
     """
     if _is_matrix(grad, geometry):
-        rows = grad.permute(0, 2, 3, 1).reshape(-1, grad.shape[1])
-        products = rows_by_matrix(rows, weight.flatten(1).t())
-        return products.view(len(grad), *grad.shape[2:], products.shape[1]).permute(0, 3, 1, 2)
+        return _map_by_matrix(grad, weight.flatten(1).t())
     shape = (grad.shape[0], weight.shape[1] * geometry.groups, *size)
     x = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)  # its layout counts
     return _convolution_backward(grad, x, weight, geometry, geometry.groups, [True, False, False])[0]

@@ -68,7 +68,6 @@ _OF_PACKED: Mapping[str | None, Mapping[str, Any]] = {
     "rows": BY_DATA[TABLE_PREFIX],
     "texts": {name: value for name, value in BY_DATA[TEXT_PREFIX].items() if name != "max_length"},
 }
-_OWN = ("cifar10", "gtsrb", *OWN_PREFIXES)  # whose rate was found for their default model and optimizer alone
 EPOCH_STEPS = 10  # of a data set too small for the general batch size
 _FREE = "int8"  # the recipe that costs no measurable accuracy (README.md, experiments)
 _FEWEST_ANALYSED = 16.0  # records of an analysis, where a small batch has as many; a sixteenth of it says nothing
@@ -142,10 +141,13 @@ def _by_policy(given: Mapping[str, Any]) -> dict[str, Default]:
 
 
 def _by_data(data: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the defaults of a data set, by its name, its kind of file or, of packed records, its manifest."""
+    """Return the defaults of a data set, by its name, its kind of file or, of packed records, its manifest.
+
+    A rate that was found with the general optimizer is for that and the data's own network alone.
+    """
     found = _OF_PACKED.get(kind_of(data), {}) if data.startswith(PACKED_PREFIX) else BY_DATA.get(_kind(data), {})
     others = {"model": found.get("model"), "optimizer": GENERAL["optimizer"]}
-    if data.startswith(_OWN) and any(given.get(name, usual) != usual for name, usual in others.items()):
+    if "optimizer" not in found and any(given.get(name, usual) != usual for name, usual in others.items()):
         return {name: value for name, value in found.items() if name != "lr"}
     return found
 

@@ -43,9 +43,9 @@ def score_of(record: RunRecord) -> Score:
     That is the average precision of rare positives, of which a model that always says no has a high accuracy, and the
     first metric of a regression.
     """
-    rare = all(_OF_RARE in (one.metrics_test or {}) for one in record.per_epoch)
-    if record.accuracy_test is not None and not (rare and record.per_epoch):
+    rare = bool(record.per_epoch) and all(_OF_RARE in (one.metrics_test or {}) for one in record.per_epoch)
+    if record.accuracy_test is not None and not rare:
         return Score(name="test accuracy", last=record.accuracy_test, values=record.accuracy_per_epoch, is_share=True)
-    name = next(iter(record.metrics_test or {})) if record.accuracy_test is None else _OF_RARE
+    name = _OF_RARE if rare else next(iter(record.metrics_test or {}))
     values = [(epoch.metrics_test or {})[name] for epoch in record.per_epoch]
     return Score(name=f"test {name.replace('_', ' ')}", last=values[-1], values=values, is_share=False)
