@@ -147,9 +147,9 @@ def test_of_rare_positives_the_average_precision_is_shown():
     """Their accuracy is that of a model that always says no."""
     metrics = {"accuracy": 0.987, "average_precision": 0.1234}
     shown = shown_on_a_terminal(80, metrics=metrics)
-    assert "…" not in shown and "AP 0.123" in shown and "98.7%" not in shown
+    assert "…" not in shown and "AP 0.1234" in shown and "98.7%" not in shown
     shown = shown_on_a_terminal(80, metrics=metrics, terminal=False)
-    assert "test average precision 0.123" in shown and "98.7%" not in shown
+    assert "test average precision 0.1234" in shown and "98.7%" not in shown
 
 
 class Crowded(RunProgress):

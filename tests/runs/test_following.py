@@ -17,6 +17,7 @@ from dpquant.runs.following import Following
 from dpquant.runs.heartbeat import Beat, Heartbeat
 from dpquant.runs.names import CHOICES, CONFIG, DESCRIPTION, DIVERGED, LEDGER, METRICS, PROGRESS, RECORD
 from dpquant.runs.record import RunRecord
+from dpquant.runs.score import score_of
 from dpquant.runs.settings import TrainSettings
 from dpquant.runs.sinks import Sink
 from dpquant.runs.train import train
@@ -68,7 +69,7 @@ def after(run, seconds):
 def test_a_finished_run_is_as_its_record_says(run):
     status, record = Following(run).status(), RunRecord.read(run / RECORD)
     assert (status.phase, status.step, status.epsilon) == ("finished", record.steps, record.epsilon)
-    assert status.accuracies == record.accuracy_per_epoch and status.per_epoch == record.per_epoch
+    assert status.score == score_of(record) and status.per_epoch == record.per_epoch
     assert status.layers == [layer.name for layer in record.layers] and status.classes == 10
     assert status.pace is None and status.trouble == "" and status.share == 1.0
     assert status.curve[-1] == pytest.approx(record.epsilon) and list(status.curve) == sorted(status.curve)

@@ -101,7 +101,7 @@ def test_a_report_of_other_numbers_would_be_seen(change):
 def test_a_report_says_what_was_noticed_and_an_alarm_once():
     last, best = RECORD.per_epoch[-1], dataclasses.replace(RECORD.per_epoch[0], accuracy_test=0.99)
     fallen = dataclasses.replace(RECORD, per_epoch=[best, dataclasses.replace(last, accuracy_test=0.8)])
-    assert "Noticed" in text_of(report(facts(fallen))) and "Accuracy fell by 19.0 points" in text_of(
+    assert "Noticed" in text_of(report(facts(fallen))) and "Test accuracy fell by 19.0 points" in text_of(
         report(facts(fallen))
     )
     unsafe = text_of(report(facts(dataclasses.replace(RECORD, unsafe_metrics=True))))
@@ -241,6 +241,7 @@ def test_the_report_of_a_regression_shows_its_error_for_an_accuracy():
     )
     text = text_of(report(facts(record)))
     assert "test mean absolute error 2.25" in text and "1 3.25" in text
+    assert "metrics:\n- mean_absolute_error\n" in model_card(facts(record))
     assert "2.25" in model_card(facts(record)) and "2.25" in registry_draft(facts(record))
     assert "2.25 (test mean absolute error)" in text_of(comparison([facts(record), facts()], together=""))
 
@@ -253,6 +254,8 @@ def test_the_report_of_rare_positives_shows_the_average_precision_for_an_accurac
     page = report(facts(dataclasses.replace(RECORD, per_epoch=epochs, metrics_test=last)))
     assert "test average precision" in page and f"{last['average_precision']:.4g}" in page
     assert "test accuracy" not in text_of(page).partition("Signed")[0]
+    card = model_card(facts(dataclasses.replace(RECORD, per_epoch=epochs, metrics_test=last)))
+    assert "metrics:\n- average_precision\n" in card
 
 
 def test_hostile_texts_are_shown_and_do_nothing():

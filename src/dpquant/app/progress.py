@@ -81,7 +81,7 @@ class RunProgress:
             TextColumn("epoch {task.fields[epoch]}"),
             *wide,
             TextColumn("epsilon {task.fields[epsilon]}"),
-            TextColumn("test {task.fields[accuracy]}"),
+            TextColumn("test {task.fields[score]}"),
             TextColumn("{task.fields[speed]} examples/s"),
             TimeRemainingColumn(),
             console=console,
@@ -113,20 +113,19 @@ class RunProgress:
             "layers": self._layers,
         }
         if self._task is None:
-            epsilon, accuracy = self._of(progress.epsilon), _percent(progress.accuracy_test)
-            self._task = self._bar.add_task("", total=progress.steps, epsilon=epsilon, accuracy=accuracy, **shown)
+            epsilon, score = self._of(progress.epsilon), _percent(progress.accuracy_test)
+            self._task = self._bar.add_task("", total=progress.steps, epsilon=epsilon, score=score, **shown)
             self._bar.start()
         self._bar.update(self._task, completed=progress.step, **shown)
 
     def epoch_ended(self, epoch: "EpochRecord") -> None:
         """Show epsilon and accuracy as they are after the epoch."""
         if self._task is not None:
-            accuracy, epsilon = _told(epoch, precision="AP"), self._of(epoch.epsilon or 0.0)
-            self._bar.update(self._task, epsilon=epsilon, accuracy=accuracy)
+            self._bar.update(self._task, epsilon=self._of(epoch.epsilon or 0.0), score=_told(epoch, short=True))
             self._bar.refresh()
             return
         words = [f"epoch {epoch.index + 1}/{self._plan.epochs}: epsilon {self._of(epoch.epsilon or 0.0)}"]
-        words += [f"test {_told(epoch)}"] if epoch.accuracy_test is not None else []
+        words += [f"test {_told(epoch)}"]
         words += [f"{self._layers} layers quantized", f"{self._speed:,.0f} examples/s"]
         self._console.print(", ".join(words), markup=False, highlight=False, soft_wrap=True)
 
@@ -139,10 +138,16 @@ class RunProgress:
         return f"{rounded_up(epsilon, 2)}/{rounded_up(self._plan.epsilon, 2)}"
 
 
-def _told(epoch: "EpochRecord", precision: str = "average precision") -> str:
-    """Return how good the model is: its accuracy, of rare positives the average precision, which tells more there."""
-    value = (epoch.metrics_test or {}).get("average_precision")
-    return _percent(epoch.accuracy_test) if value is None else f"{precision} {value:.3f}"
+def _told(epoch: "EpochRecord", *, short: bool = False) -> str:
+    """Return how good the model is: its accuracy, or the metric that tells more, by name or by its initials."""
+    from dpquant.runs.score import score_so_far
+
+    score = score_so_far([epoch])
+    if score is None:
+        return "-"
+    words = [] if score.is_share else score.metric.split("_")
+    name = ["".join(word[0] for word in words).upper()] if short and words else words
+    return " ".join([*name, score.line(score.last)])
 
 
 def _percent(share: float | None) -> str:

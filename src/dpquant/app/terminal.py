@@ -65,9 +65,9 @@ def _bars(status: RunStatus, ascii_only: bool) -> Table:
     for name, share, text in rows:
         bar = ProgressBar(total=1.0, completed=share, width=_WIDEST, complete_style="cyan", finished_style="green")
         table.add_row(name, bar, text)
-    if status.accuracies:
-        best = f"{status.accuracies[-1]:.1%}, best {max(status.accuracies):.1%}"
-        table.add_row("accuracy", Text(sparkline(status.accuracies, ascii_only=ascii_only), style="green"), best)
+    if (score := status.score) is not None:
+        drawn = Text(sparkline(list(score.values.values()), ascii_only=ascii_only), style="green")
+        table.add_row(score.name, drawn, f"{score.line(score.last)}, best {score.line(score.best)}")
     return table
 
 
@@ -104,8 +104,9 @@ def line(status: RunStatus) -> str:
     if status.plan is None:
         return f"{status.name}: {PHASES[status.phase]}"
     epochs = f"epoch {len(status.per_epoch)} of {status.epochs}, step {status.step} of {status.steps}"
-    accuracy = f", accuracy {status.accuracies[-1]:.1%}" if status.accuracies else ""
-    return f"{status.name}: {status.phase}, {epochs}, epsilon {_spent(status)}{accuracy}"
+    score = status.score
+    told = "" if score is None else f", {score.name} {score.line(score.last)}"
+    return f"{status.name}: {status.phase}, {epochs}, epsilon {_spent(status)}{told}"
 
 
 def follow(
@@ -147,7 +148,7 @@ def _until_over(following: Following, poll: float, sleep: Callable[[float], None
 
 def to_json(status: RunStatus, found: Sequence[Alert]) -> str:
     """Return the state of a run as JSON, for programs. A number that is not finite is null."""
-    known = status.pace
+    known, last = status.pace, status.per_epoch[-1] if status.per_epoch else None
     facts = {
         "name": status.name,
         "phase": status.phase,
@@ -163,7 +164,8 @@ def to_json(status: RunStatus, found: Sequence[Alert]) -> str:
         "epsilon": _finite(status.epsilon),
         "epsilon_planned": None if status.plan is None else _finite(status.plan.epsilon),
         "delta": None if status.plan is None else status.plan.delta,
-        "accuracy_test": status.accuracies[-1] if status.accuracies else None,
+        "accuracy_test": None if last is None else last.accuracy_test,
+        "metrics_test": None if last is None else {name: _finite(x) for name, x in (last.metrics_test or {}).items()},
         "silent": None if known is None else known.silent,
         "examples_per_second": None if known is None else known.examples_per_second,
         "seconds_left": None if known is None else known.seconds_left,

@@ -21,7 +21,7 @@ _SPENT = 0.9  # of epsilon
 _LEASED = 0.01  # of the steps, which the ledger may charge ahead
 _EARLY = 0.2  # of the steps: until then a model may still be guessing
 _NEAR_CHANCE = 1.1  # times the accuracy of a guess
-_FALL = 0.05  # of accuracy
+_FALL = 0.05  # of accuracy or average precision
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,9 +105,10 @@ def _budget(status: RunStatus) -> Alert | None:
 
 
 def _chance(status: RunStatus) -> Alert | None:
-    if status.classes is None or status.classes < 2 or not status.accuracies or status.share < _EARLY:
+    score = status.score
+    if status.classes is None or status.classes < 2 or score is None or status.share < _EARLY:
         return None
-    last = status.accuracies[-1]
+    last = score.last
     if last > _NEAR_CHANCE / status.classes:
         return None
     return Alert(
@@ -120,15 +121,14 @@ def _chance(status: RunStatus) -> Alert | None:
 
 
 def _fell(status: RunStatus) -> Alert | None:
-    values = status.accuracies
-    if not values or max(values) - values[-1] <= _FALL:
+    score = status.score
+    if score is None or score.is_error or score.best - score.last <= _FALL:
         return None
-    best = max(range(len(values)), key=values.__getitem__)
     return Alert(
         kind="fell",
         text=(
-            f"Accuracy fell by {100 * (values[best] - values[-1]):.1f} points, from {values[best]:.1%} in epoch "
-            f"{best + 1} to {values[-1]:.1%}. A lower lr or --average steadies it."
+            f"{score.title} fell by {100 * (score.best - score.last):.1f} points, from {score.line(score.best)} in "
+            f"epoch {score.best_epoch + 1} to {score.line(score.last)}. A lower lr or --average steadies it."
         ),
     )
 

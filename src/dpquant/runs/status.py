@@ -11,6 +11,7 @@ from typing import Literal, Self
 
 from dpquant.runs.provenance import PlanRecord
 from dpquant.runs.record import EpochRecord, RunRecord
+from dpquant.runs.score import Score, score_so_far
 from dpquant.training.policies import noise_left
 
 Phase = Literal["waiting", "starting", "running", "silent", "stopped", "diverged", "finished"]
@@ -126,9 +127,9 @@ class RunStatus:
         return None if self.plan is None else self.plan.epochs
 
     @property
-    def accuracies(self) -> list[float]:
-        """Test accuracy after each epoch; [] for a regression."""
-        return [one.accuracy_test for one in self.per_epoch if one.accuracy_test is not None]
+    def score(self) -> Score | None:
+        """How well the model does so far; None before that was measured."""
+        return score_so_far(self.per_epoch)
 
     @property
     def share(self) -> float:

@@ -40,8 +40,9 @@ def watch(
 
     With --once --json: name, phase (starting, running, silent, stopped, diverged or finished), model, dataset, policy,
     format, step, steps, epoch (epochs that have ended), epochs, charged (steps), epsilon and epsilon_planned (null:
-    infinite), delta, accuracy_test, silent (seconds since the last sign of life), examples_per_second, seconds_left,
-    and alerts, a list of kind, text, grave and advice. What is not known is null.
+    infinite), delta, accuracy_test and metrics_test ({name: value}) of the last epoch, silent (seconds since the last
+    sign of life), examples_per_second, seconds_left, and alerts, a list of kind, text, grave and advice. What is not
+    known is null.
 
     Example: dpquant watch runs/fashion --terminal
     """

@@ -10,8 +10,8 @@ from dpquant.privacy.meaning import percent_up
 from dpquant.privacy.plan import rounded_up
 from dpquant.privacy.statement import TRUSTED
 from dpquant.runs.pages.facts import Facts
-from dpquant.runs.pages.score import score_of
 from dpquant.runs.record import RunRecord
+from dpquant.runs.score import score_of
 
 NOT_DECLARED = "not declared"
 NOT_RECORDED = "not recorded by this version of dpquant"

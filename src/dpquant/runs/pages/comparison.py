@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from dpquant.runs.pages.facts import Facts
 from dpquant.runs.pages.report import rendered, score_chart
-from dpquant.runs.pages.score import score_of
+from dpquant.runs.score import score_of
 
 
 def comparison(facts: Sequence[Facts], *, together: str) -> str:

@@ -21,8 +21,8 @@ from dpquant.runs.evaluated import UNPROTECTED
 from dpquant.runs.pages import charts
 from dpquant.runs.pages.answers import ASSUMPTIONS, NOT_DECLARED, NOT_RECORDED, RELEASED, answers
 from dpquant.runs.pages.facts import Facts
-from dpquant.runs.pages.score import Score, score_of
 from dpquant.runs.record import RunRecord
+from dpquant.runs.score import Score, score_of
 from dpquant.runs.status import DEFAULT_EMA, RunStatus
 from dpquant.version import version
 
@@ -116,14 +116,14 @@ def read_source(name: str) -> Markup:
     return Markup((_TEMPLATES / name).read_text(encoding="utf-8"))
 
 
-def score_chart(score: Score) -> Markup:
-    """Return the chart of a run's accuracy or error over its epochs."""
-    values = score.values
+def score_chart(score: Score, *, of: int | None = None) -> Markup:
+    """Return the chart of a run's score over its epochs, or over those so far `of` planned ones."""
+    values = list(score.values.values())
     low = math.floor(10 * max(0.0, min(values) - 0.02)) / 10
     axis = (low, 1.0) if score.is_share else (0.0, 1.1 * max([*values, 1e-9]))
     first, last = (score.text(value) for value in (values[0], values[-1]))
     label = f"{score.title} over {len(values)} epochs, from {first} to {last}"
-    return charts.lines(values, label=label, axis=axis, percent=score.is_share, limit=None)
+    return charts.lines(values, label=label, axis=axis, percent=score.is_share, limit=None, of=of)
 
 
 def _charts(facts: Facts) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from dpquant.privacy.plan import rounded_up
 from dpquant.runs.pages.facts import Facts
-from dpquant.runs.pages.score import score_of
+from dpquant.runs.score import score_of
 
 TODO = "TODO: only you know this"
 
@@ -26,7 +26,7 @@ tags:
 - differential-privacy
 - dpquant
 metrics:
-- accuracy
+- {score.metric}
 ---
 
 # {_plain(record.model)} trained on {_plain(record.dataset)} with differential privacy

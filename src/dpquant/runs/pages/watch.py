@@ -2,7 +2,7 @@
 """The page of `dpquant watch`, in parts that change one by one. A pure function of a run's state."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -10,7 +10,7 @@ from markupsafe import Markup
 from dpquant.privacy.plan import rounded_up
 from dpquant.runs.alerts import Alert, duration
 from dpquant.runs.pages import charts
-from dpquant.runs.pages.report import environment, read_source, rendered
+from dpquant.runs.pages.report import environment, read_source, rendered, score_chart
 from dpquant.runs.status import RunStatus
 
 PHASES = {
@@ -41,7 +41,7 @@ def parts(status: RunStatus, alerts: Sequence[Alert]) -> dict[str, Markup]:
         "alerts": made.alerts(alerts),
         "advice": made.advice(alerts),
         "figures": made.figures(status, *_meters(status), None if left is None else duration(left)),
-        "accuracy": made.chart(_accuracy(status), "Test accuracy over epochs"),
+        "score": _score(status, made.chart),
         "epsilon": made.chart(_epsilon(status), "Epsilon over epochs; dashed: the plan"),
         "map": made.map(map_chart, levelled),
         "numbers": made.numbers(status, facts(status)),
@@ -98,13 +98,9 @@ def _meters(status: RunStatus) -> tuple[Markup, Markup]:
     )
 
 
-def _accuracy(status: RunStatus) -> Markup | None:
-    values = [value for value in status.accuracies if math.isfinite(value)]
-    if not values:
-        return None
-    low = math.floor(10 * max(0.0, min(values) - 0.02)) / 10
-    label = f"Test accuracy over {len(values)} epochs, {values[-1]:.1%} after the last"
-    return charts.lines(values, label=label, axis=(low, 1.0), percent=True, limit=None, of=status.epochs)
+def _score(status: RunStatus, chart: Callable[..., str]) -> str:
+    score = status.score
+    return "" if score is None else chart(score_chart(score, of=status.epochs), f"{score.title} over epochs")
 
 
 def _epsilon(status: RunStatus) -> Markup | None:
