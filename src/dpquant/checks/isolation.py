@@ -52,7 +52,8 @@ from dpquant.engine.layers import (
 from dpquant.engine.passes import Objective, gradients_of_rows, losses_of, out_of_memory
 from dpquant.engine.perturbation import shaken
 from dpquant.engine.randomness import Drawing, seeded
-from dpquant.engine.tape import LookedUpOnce, Unreached, check_examples_first
+from dpquant.engine.tape import check_examples_first
+from dpquant.engine.unrouted import Unreached, Unrouted
 from dpquant.errors import DataError, DPQuantError, ModelError
 from dpquant.formats import Precision
 
@@ -167,19 +168,31 @@ def _run(objective: Objective, specimens: Specimens) -> None:
     piece = piece_of(specimens, (0, 1, 2), torch.float32)
     unwatched = dataclasses.replace(objective, drawing=objective.drawing.unknown())
     unwatched.learn(piece)
-    try:
-        found = gradients_of_rows(unwatched, piece, StepContext(key=KEY))
-        unrouted = objective.trainable().keys() - found.parts.keys()
-    except LookedUpOnce as error:
-        unwatched.learn(piece, error.names)
-        found = gradients_of_rows(unwatched, piece, StepContext(key=KEY))
-        unrouted = objective.trainable().keys() - found.parts.keys()
-    if unrouted and unwatched.learn(piece, unrouted):
-        found = gradients_of_rows(unwatched, piece, StepContext(key=KEY))
-    squared_norms = {name: part.squared_norms() for name, part in found.parts.items()}
-    check_examples_first(squared_norms, 3)
-    if not all(bool(values.isfinite().all()) for values in (found.losses, *squared_norms.values())):
+    losses, squared_norms = _losses_and_norms(unwatched, piece)
+    if not all(bool(values.isfinite().all()) for values in (losses, *squared_norms.values())):
         raise NotFinite
+
+
+def _losses_and_norms(objective: Objective, piece: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the rows' losses and {parameter: squared norms}, once routes to gradients that were not found are known.
+
+    Raises:
+      ModelError: there is no such route.
+    """
+    while True:
+        run = StepContext(key=KEY)
+        try:
+            found = gradients_of_rows(objective, piece, run)
+            squared_norms = {name: part.squared_norms() for name, part in found.parts.items()}
+            check_examples_first(squared_norms, len(piece.record_ids))
+        except Unrouted as error:
+            if not objective.learn_of(piece, error):
+                raise
+            continue
+        # a frozen layer gets no gradient, but its scales and draws are an example's, too
+        unrouted = {*(objective.trainable().keys() - found.parts.keys()), *run.elsewhere}
+        if not unrouted or not objective.learn(piece, unrouted):
+            return found.losses, squared_norms
 
 
 def _check(objective: Objective, specimens: Specimens, kind: type[Probe], *, planted: bool) -> None:
@@ -327,7 +340,7 @@ def _count_macs(objective: Objective, specimens: Specimens) -> dict[str, float]:
 
     model = objective.model
     before = buffers_of(model)
-    macs = count_macs(model, lambda: forward((0, 0, 0)))
+    macs = count_macs(model, lambda: forward((0, 0, 0)), 3)
     if changed := changed_buffer(model, before):
         restore_buffers(model, before)
         forward((1, 1, 1))

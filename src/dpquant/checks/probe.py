@@ -24,7 +24,7 @@ from dpquant.engine.layers import current_precisions, set_precisions
 from dpquant.engine.passes import Objective, RowGradients, draws_key, gradients_of_rows, losses_of
 from dpquant.engine.perturbation import converted
 from dpquant.engine.randomness import seeded
-from dpquant.engine.tape import Unreached
+from dpquant.engine.unrouted import Unreached
 from dpquant.errors import DataError, ModelError
 
 KEY = 0  # of the random draws on synthetic records; not secret, because no private value is involved

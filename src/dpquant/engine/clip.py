@@ -28,8 +28,10 @@ from dpquant.engine.clock import Clock
 from dpquant.engine.context import StepContext
 from dpquant.engine.layers import quantizable_layers, quantizable_twin, running
 from dpquant.engine.leaves import Routes
+from dpquant.engine.listening import taping
 from dpquant.engine.passes import Objective, Passes, PerExampleLoss
-from dpquant.engine.tape import GradientTape, Unrouted, taping
+from dpquant.engine.tape import GradientTape
+from dpquant.engine.unrouted import Unrouted
 from dpquant.errors import ModelError, SettingError, expect
 from dpquant.rounding import derive_key
 
@@ -126,12 +128,12 @@ def clipped_sum(
             return sum_of(())
         check_rows(batch, len(record_ids))
         objective.learn(first := next(microbatches(batch, record_ids, size)))
-        try:
-            return sum_of(microbatches(batch, record_ids, size))
-        except Unrouted as error:
-            if not objective.learn(first, error.names):
-                raise
-        return sum_of(microbatches(batch, record_ids, size))
+        while True:
+            try:
+                return sum_of(microbatches(batch, record_ids, size))
+            except Unrouted as error:
+                if not objective.learn_of(first, error):
+                    raise
 
 
 def step_key(seed: int, step: int) -> int:

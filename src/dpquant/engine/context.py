@@ -17,6 +17,7 @@ from dpquant.backends.interface import Backend, PackedWeight
 from dpquant.backends.qtensor import QTensor
 from dpquant.engine.clock import Clock
 from dpquant.engine.contributions import Materialised
+from dpquant.engine.unrouted import ElsewhereFirst
 from dpquant.engine.weight_cache import WeightCache
 from dpquant.formats import Recipe, RoleFormat, Rounding
 from dpquant.rounding import derive_key, row_keys
@@ -148,6 +149,7 @@ class StepContext:
       replay: stores or replays layer outputs; None = compute every layer.
       clock: times each layer's products; None = no timing.
       phase: under a tape, `forward` while the losses are computed and `backward` while they are differentiated.
+      elsewhere: names of the weights of layers that were called with something else than examples on the first axis.
     """
 
     key: int
@@ -156,6 +158,7 @@ class StepContext:
     replay: Replay | None = None
     clock: Clock | None = None
     phase: Literal["forward", "backward"] | None = None
+    elsewhere: set[str] = dataclasses.field(default_factory=set)
     _weights: dict[Any, WeightCache] = dataclasses.field(default_factory=dict)
     _calls: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     _shared: SharedCodes = dataclasses.field(default_factory=SharedCodes)
@@ -175,7 +178,9 @@ class StepContext:
 
     def draw_keys(self, layer: "WeightProduct", role: str, call: int, batch_size: int) -> Tensor:
         """Return one key per example, int64 `(B,)` on the layer's device, for the draws of one role in one call."""
-        return row_keys(derive_key(self.key, layer.name, role, call), self._ids(layer, batch_size))
+        if len(ids := self._ids(layer, batch_size)) != batch_size:
+            raise ElsewhereFirst([f"{layer.name}.weight"])
+        return row_keys(derive_key(self.key, layer.name, role, call), ids)
 
     def codes(
         self, layer: "WeightProduct", role: Literal["activation", "gradient"], call: int, source: Tensor, x: Tensor,

@@ -27,8 +27,8 @@ from dpquant.engine.batches import Microbatch
 from dpquant.engine.clip import ClippedSum, add_clipped
 from dpquant.engine.context import StepContext
 from dpquant.engine.layers import running
+from dpquant.engine.listening import taping
 from dpquant.engine.passes import Objective, Passes
-from dpquant.engine.tape import taping
 from dpquant.errors import SettingError
 
 _BITS = 40

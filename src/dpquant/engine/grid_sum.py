@@ -30,8 +30,9 @@ from dpquant.engine.clip import ClippedSum
 from dpquant.engine.context import StepContext
 from dpquant.engine.contributions import Contribution, rows_or_zero
 from dpquant.engine.layers import running
+from dpquant.engine.listening import taping
 from dpquant.engine.passes import Objective, Passes
-from dpquant.engine.tape import check_examples_first, taping
+from dpquant.engine.tape import check_examples_first
 
 
 def grid_sum_of(

@@ -18,6 +18,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from dpquant.backends.interface import Backend
 from dpquant.backends.registry import resolve
+from dpquant.engine.arrangement import Arrangement, examples_first
 from dpquant.engine.attention import (
     PaddedTransformerEncoder,
     QuantMultiheadAttention,
@@ -189,20 +190,22 @@ def current_precisions(model: nn.Module) -> dict[str, Precision]:
 
 
 def count_macs(
-    model: nn.Module, forward: Callable[[], object], *, layers: Mapping[str, nn.Module] | None = None
+    model: nn.Module, forward: Callable[[], object], rows: int = 1, *, layers: Mapping[str, nn.Module] | None = None
 ) -> dict[str, float]:
     """Return {layer's name: multiply-accumulates of its forward product for one example}.
 
     Args:
       model: a prepared model, or any model if layers are given.
       forward: runs the model once on a batch; it is called without autograd.
+      rows: number of examples of that batch.
       layers: {name: convolution or linear layer} of the model; None: its quantizable layers.
     """
     layers = quantizable_layers(model) if layers is None else layers
-    macs = dict.fromkeys(layers, 0.0)
+    macs, arranged = dict.fromkeys(layers, 0.0), arrangements(model)
 
     def counter(name: str) -> Callable[..., None]:
         def count(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            output = examples_first(output, arranged[name], rows) if name in arranged else output
             if isinstance(module, QuantizableLayer):
                 macs[name] += module.macs(args, kwargs, output)
             else:
@@ -220,19 +223,25 @@ def count_macs(
     return macs
 
 
+def arrangements(model: nn.Module) -> Mapping[str, Arrangement]:
+    """Return {path: where the module's calls have the examples} of those that have them elsewhere than others."""
+    routes = model.__dict__.get(ROUTES)
+    return {} if routes is None else routes.arranged
+
+
 @contextlib.contextmanager
 def running(model: nn.Module, run: StepContext) -> Iterator[StepContext]:
     """Attach a step context to every quantizable layer, and its tape to every GroupNorm twin, until the block ends."""
-    layers = quantizable_layers(model).values()
+    layers, arranged = quantizable_layers(model), arrangements(model)
     norms = [module for module in model.modules() if isinstance(module, TapedGroupNorm)]
-    for layer in layers:
-        layer.current = run
+    for name, layer in layers.items():
+        layer.current, layer.arrangement = run, arranged.get(name, "first")
     for norm in norms:
         norm.tape = run.tape
     try:
         yield run
     finally:
-        for layer in layers:
+        for layer in layers.values():
             layer.current = None
         for norm in norms:
             norm.tape = None

@@ -17,6 +17,8 @@ A table of positions may be looked up once for all examples, by `self.positions(
 have no axis of examples. Then the ids are repeated for each example: `(B, T)`. Whether ids `(T,)` are of that kind is
 found out too, and not told from their number, which may happen to be that of the examples.
 
+A module may be called with the examples on another axis than the first (`arrangement.py`).
+
 `routing.py` finds out which, on a few rows. This module keeps the answer on the model and puts leaves in place.
 
 Symbols: B examples, T positions, C channels, D features.
@@ -29,6 +31,7 @@ from typing import Self
 
 from torch import Tensor, nn
 
+from dpquant.engine.arrangement import Arrangement
 from dpquant.engine.layers import ROUTES
 from dpquant.engine.per_example import has_formula
 from dpquant.engine.quantizable import QuantizableLayer
@@ -43,12 +46,14 @@ class Routes:
         parameter's first axis, of length 1, becomes the axis of examples}.
       alone: paths of the modules that are evaluated one example at a time, inner modules included.
       once: paths of embeddings that look ids `(T,)` up for all examples at once.
+      arranged: {path of a module: where its calls have the examples}, if not on the first axis.
       unused: names of parameters beside other layers that did not take part in the loss.
     """
 
     leaves: dict[str, int] = dataclasses.field(default_factory=dict)
     alone: list[str] = dataclasses.field(default_factory=list)
     once: set[str] = dataclasses.field(default_factory=set)
+    arranged: dict[str, Arrangement] = dataclasses.field(default_factory=dict)
     unused: set[str] = dataclasses.field(default_factory=set)
 
     @classmethod

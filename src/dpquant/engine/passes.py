@@ -18,9 +18,11 @@ from dpquant.engine.context import StepContext
 from dpquant.engine.contributions import Contribution, Materialised
 from dpquant.engine.layers import running
 from dpquant.engine.leaves import Leaves, Routes
+from dpquant.engine.listening import taping
 from dpquant.engine.randomness import Drawing, TorchPosition, seeded
 from dpquant.engine.routing import learn
-from dpquant.engine.tape import GradientTape, taping
+from dpquant.engine.tape import GradientTape
+from dpquant.engine.unrouted import Unreached, Unrouted
 from dpquant.errors import DPQuantError, ModelError, SettingError
 from dpquant.rounding import derive_key
 
@@ -79,6 +81,17 @@ class Objective:
         rows = torch.tensor([0, count // 2, count - 1])
         few = Microbatch(take_rows(piece.data, rows), piece.record_ids[rows], len(rows))
         return learn(self.model, trainable, asked, lambda: self.losses(few))
+
+    def learn_of(self, piece: Microbatch, error: Unrouted) -> bool:
+        """Find out how the gradients that were not found are got; return whether any was, args as for `learn`.
+
+        Raises:
+          ModelError: there is no way; what it says is what can be done.
+        """
+        try:
+            return self.learn(piece, error.names)
+        except ModelError as unknown:
+            raise (unknown if isinstance(error, Unreached) else error) from None
 
 
 class Passes:

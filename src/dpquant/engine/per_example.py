@@ -111,26 +111,29 @@ def contributions_of(
         if isinstance(x, Tensor):
             return rules[type(module)](module, x.detach(), grad)
     own = dict(module.named_parameters(recurse=False))
-    return one_at_a_time(module, args, kwargs, output, grad, compare, own)
+    return one_at_a_time(module, args, kwargs, {0: output}, {0: grad}, compare, own)
 
 
 def one_at_a_time(
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    output: Tensor,
-    grad: Tensor,
+    outputs: Mapping[int, Tensor],
+    grads: Mapping[int, Tensor],
     compare: Compare,
     parameters: Mapping[str, Tensor],
 ) -> dict[str, Contribution]:
     """Return a module's gradients by evaluating it on one example at a time, vectorised by vmap where that works.
 
     Args: as for `contributions_of`, and
+      outputs: {place among the leaves of the call's result: the tensor there, `(B, ...)`}.
+      grads: the gradients of the loss with respect to these.
       parameters: {name inside the module: parameter} of those whose gradients are returned; of inner modules too.
     """
     values, tree = pytree.tree_flatten((args, dict(kwargs)))
     values = [value.detach() if isinstance(value, Tensor) else value for value in values]
-    count = len(grad)
+    places = list(outputs)
+    count = len(grads[places[0]])
     per_example = [isinstance(value, Tensor) and value.ndim > 0 and len(value) == count for value in values]
     if not any(per_example):
         raise ModelError(
@@ -141,23 +144,27 @@ def one_at_a_time(
     fixed = {f"module.{name}": p.detach() for name, p in parameters.items()}
     rows = [value for value, own in zip(values, per_example, strict=True) if own]
 
-    def of_one(parameters: dict[str, Tensor], rows: list[Tensor], grad: Tensor) -> tuple[Tensor, Tensor]:
+    def of_one(parameters: dict[str, Tensor], rows: list[Tensor], grads: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         mine = iter(rows)
         filled = [next(mine).unsqueeze(0) if own else value for value, own in zip(values, per_example, strict=True)]
         given, named = pytree.tree_unflatten(filled, tree)
-        y = torch.func.functional_call(_Bare(module), parameters, given, named)
-        if not isinstance(y, Tensor) or y.shape != (1, *output.shape[1:]):
+        found = pytree.tree_leaves(torch.func.functional_call(_Bare(module), parameters, given, named))
+        ys = [found[place] if place < len(found) else None for place in places]
+        shapes = [(1, *output.shape[1:]) for output in outputs.values()]
+        if [y.shape if isinstance(y, Tensor) else None for y in ys] != shapes:
             raise unlike(module)
-        return (y.squeeze(0) * grad).sum(), y.squeeze(0)
+        ys = [y.squeeze(0) for y in ys if y is not None]
+        return torch.stack([(y * grad).sum() for y, grad in zip(ys, grads, strict=True)]).sum(), ys
 
     try:
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of operators that vmap runs slowly
             differentiated = torch.func.vmap(torch.func.grad(of_one, has_aux=True), (None, 0, 0), randomness="error")
-            gradients, again = differentiated(fixed, rows, grad)
+            gradients, again = differentiated(fixed, rows, list(grads.values()))
     except (RuntimeError, NotImplementedError):  # vmap does not support an operator or data-dependent control flow
-        gradients, again = _one_by_one(module, of_one, fixed, rows, grad)
-    compare(module, again.detach(), output.detach())
+        gradients, again = _one_by_one(module, of_one, fixed, rows, list(grads.values()))
+    for mine, theirs in zip(again, outputs.values(), strict=True):
+        compare(module, mine.detach(), theirs.detach())
     return {name.removeprefix("module."): Materialised(gradient.detach()) for name, gradient in gradients.items()}
 
 
@@ -173,17 +180,17 @@ class _Bare(nn.Module):
 
 
 def _one_by_one(
-    module: nn.Module, of_one: Callable, parameters: dict[str, Tensor], rows: list[Tensor], grad: Tensor
-) -> tuple[dict[str, Tensor], Tensor]:
+    module: nn.Module, of_one: Callable, parameters: dict[str, Tensor], rows: list[Tensor], grads: list[Tensor]
+) -> tuple[dict[str, Tensor], list[Tensor]]:
     """Return gradients and outputs of all examples by a loop of autograd: slow, but supports all operators."""
     found, again = [], []
     try:
         with torch.enable_grad():
-            for i in range(len(grad)):
+            for i in range(len(grads[0])):
                 leaves = {name: p.clone().requires_grad_() for name, p in parameters.items()}
-                value, y = of_one(leaves, [row[i] for row in rows], grad[i])
+                value, ys = of_one(leaves, [row[i] for row in rows], [grad[i] for grad in grads])
                 found.append(torch.autograd.grad(value, list(leaves.values()), allow_unused=True))
-                again.append(y.detach())
+                again.append([y.detach() for y in ys])
     except (RuntimeError, NotImplementedError, IndexError, TypeError, ValueError) as error:
         raise ModelError(
             f"Expected modules whose per-example gradients can be computed; got {type(module).__name__} with the "
@@ -194,7 +201,7 @@ def _one_by_one(
         name: torch.stack([torch.zeros_like(p) if one[place] is None else one[place] for one in found])
         for place, (name, p) in enumerate(parameters.items())
     }
-    return gradients, torch.stack(again)
+    return gradients, [torch.stack(of_place) for of_place in zip(*again, strict=True)]
 
 
 def differs(again: Tensor, output: Tensor, tolerance: float = TOLERANCE) -> Tensor:

@@ -22,7 +22,7 @@ noise. Without a step context it is an ordinary layer with straight-through grad
 Symbols: B examples, x activations, g output gradients, W weight, T output positions, s scale.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -33,6 +33,7 @@ from dpquant.backends.geometry import Geometry
 from dpquant.backends.interface import Backend
 from dpquant.backends.qtensor import QTensor
 from dpquant.backends.quantize import quantize_rows
+from dpquant.engine.arrangement import Arrangement, examples_first, put_back
 from dpquant.engine.context import StepContext, anchor_for
 from dpquant.engine.products import Convolution, OverPositions, RowProducts, timed
 from dpquant.engine.weight_cache import WeightCache
@@ -156,6 +157,7 @@ class QuantizableLayer(WeightProduct, nn.Module):
 
     Attributes:
       chosen: the precision of the layer when a policy selects it (`set_policy`).
+      arrangement: where the layer's calls have the examples.
     """
 
     name: str
@@ -163,10 +165,21 @@ class QuantizableLayer(WeightProduct, nn.Module):
     chosen: Precision
     precision: Precision
     current: StepContext | None
+    arrangement: Arrangement = "first"
 
     @property
     def layer(self) -> "QuantizableLayer":
         return self
+
+    def by_example(self, product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Apply a product of the layer's to x with the examples on the first axis, wherever the model has them."""
+        run = self.current
+        if self.arrangement == "first" or run is None or run.record_ids is None:
+            x = self.for_each_example(x)
+            if run is not None and run.record_ids is not None and len(x) != len(run.record_ids):
+                run.elsewhere.add(f"{self.name}.weight")
+            return product(x)
+        return put_back(product(examples_first(x, self.arrangement, len(run.record_ids))), self.arrangement)
 
     @property
     def quantized(self) -> bool:
@@ -258,10 +271,12 @@ class QuantLinear(QuantizableLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         check_features(self, input, self.in_features)
-        input = self.for_each_example(input)
-        if input.ndim == 2 and not self.quantized:
-            return self.computed(RowProducts, input, self.weight)
-        return self.over_positions(input)
+        return self.by_example(self._product, input)
+
+    def _product(self, x: Tensor) -> Tensor:
+        if x.ndim == 2 and not self.quantized:
+            return self.computed(RowProducts, x, self.weight)
+        return self.over_positions(x)
 
 
 class QuantTransposedLinear(QuantizableLayer):
@@ -281,7 +296,7 @@ class QuantTransposedLinear(QuantizableLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         check_features(self, x, self.weight.shape[0])
-        return self.over_positions(self.for_each_example(x))
+        return self.by_example(self.over_positions, x)
 
 
 def repeated(row: Tensor, size: int) -> Tensor:

@@ -2,9 +2,11 @@
 """Finds out, on a few rows, how gradients of parameters are got that are used outside of a module of their own.
 
 The model runs once as it is, perturbed a little, in full precision and in evaluation mode; autograd gives each row's
-gradient of its own loss. Then each parameter in question gets a leaf (`leaves.py`), form after form, and only the
-module around it runs again. A form is taken if outputs are equal and each row's gradient is autograd's. If none is, the
-modules around the parameter are evaluated one example at a time, the smallest first, and compared in the same manner.
+gradient of its own loss. A module whose output has the rows elsewhere than on its first axis, as these gradients show,
+is called so from then on (`arrangement.py`). Each other parameter in question gets a leaf (`leaves.py`), form after
+form, and only the module around it runs again. A form is taken if outputs are equal and each row's gradient is
+autograd's. If none is, the modules around the parameter are evaluated one example at a time, the smallest first, and
+compared in the same manner.
 An embedding that is called with ids of one axis is called with ids for each example, and the whole model is compared.
 What fits none is refused.
 
@@ -12,7 +14,7 @@ A run does this on synthetic records, and its isolation check then compares ever
 """
 
 import contextlib
-import dataclasses
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -24,101 +26,17 @@ from torch.utils import _pytree as pytree
 from dpquant.engine.convert import restore
 from dpquant.engine.layers import current_precisions, set_precisions
 from dpquant.engine.leaves import Leaves, Routes, beside_layers, forms_of, place_of
-from dpquant.engine.per_example import TOLERANCE, differs, one_at_a_time, unlike
+from dpquant.engine.listening import repeated_ids
+from dpquant.engine.observed import Observed, arrangements_in
+from dpquant.engine.per_example import TOLERANCE, differs, has_formula, one_at_a_time, unlike
 from dpquant.engine.perturbation import shaken
+from dpquant.engine.quantizable import QuantizableLayer
 from dpquant.engine.randomness import seeded
-from dpquant.engine.tape import LookedUpOnce, repeated_ids
+from dpquant.engine.unrouted import ElsewhereFirst
 from dpquant.errors import ModelError
 
 _SHARE, _MOST_SHAKES = 0.1, 3  # as the isolation check perturbs
 _SMALLEST = 1e-6  # of the largest row's gradient: what a row differs by that has none
-
-
-@dataclasses.dataclass
-class Call:
-    """One call of a module: detached copies of its arguments, its output, and the loss' gradient of each tensor of it.
-
-    Attributes:
-      args, kwargs: as the forward method got them.
-      outputs: the tensors of the output that take part in autograd, detached once the gradients are known.
-      tensor: whether the output is one tensor.
-      grads: the gradients of the sum of the losses; None where there is none.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    outputs: list[Tensor] = dataclasses.field(default_factory=list)
-    tensor: bool = False
-    grads: list[Tensor | None] = dataclasses.field(default_factory=list)
-
-
-@dataclasses.dataclass(frozen=True)
-class Observed:
-    """One pass of the model as it is, over a few rows.
-
-    Attributes:
-      calls: {module: its calls}, of modules that hold trainable parameters.
-      rows: {parameter's name: each row's gradient, `(rows, *parameter shape)`}; None if it is not part of the losses.
-    """
-
-    calls: dict[nn.Module, list[Call]]
-    rows: dict[str, Tensor | None]
-
-    @classmethod
-    def of(
-        cls, model: nn.Module, trainable: dict[str, nn.Parameter], names: Iterable[str], losses: Callable[[], Tensor]
-    ) -> "Observed":
-        """Run the model and differentiate each row's loss alone.
-
-        Args:
-          model: the model.
-          trainable: its trainable parameters.
-          names: of the parameters in question; those whose module is not called at all are added.
-          losses: runs the model on a few rows.
-        """
-        holders = [module for module in model.modules() if any(p.requires_grad for p in module.parameters())]
-        calls: dict[nn.Module, list[Call]] = {}
-        with contextlib.ExitStack() as stack:
-            for module in holders:
-                _watch(module, calls, stack)
-            found = losses()
-        asked = dict.fromkeys([*names, *(name for name in trainable if place_of(model, name)[0] not in calls)])
-        parameters = [trainable[name] for name in asked]
-        each = [torch.autograd.grad(one, parameters, retain_graph=True, allow_unused=True) for one in found]
-        made = [call for of_module in calls.values() for call in of_module]
-        outputs = [output for call in made for output in call.outputs]
-        grads = iter(torch.autograd.grad(found.sum(), outputs, allow_unused=True) if outputs else ())
-        for call in made:
-            call.grads = [next(grads) for _ in call.outputs]
-            call.outputs = [output.detach() for output in call.outputs]
-        of_each = zip(*each, strict=True)
-        rows = {name: _rows(list(mine), trainable[name]) for name, mine in zip(asked, of_each, strict=True)}
-        return cls(calls, rows)
-
-
-def _rows(gradients: Sequence[Tensor | None], parameter: Tensor) -> Tensor | None:
-    """Return the rows' gradients as one tensor; None if the parameter is not part of any row's loss."""
-    if all(one is None for one in gradients):
-        return None
-    return torch.stack([torch.zeros_like(parameter) if one is None else one.to_dense() for one in gradients])
-
-
-def _watch(module: nn.Module, calls: dict[nn.Module, list[Call]], stack: contextlib.ExitStack) -> None:
-    """Note the module's calls until the stack is closed. What follows gets copies, into which it may write."""
-    begun: list[Call] = []
-
-    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        begun.append(Call(*pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs))))
-
-    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        call = begun.pop()
-        call.outputs = [one for one in pytree.tree_leaves(output) if isinstance(one, Tensor) and one.requires_grad]
-        call.tensor = isinstance(output, Tensor)
-        calls.setdefault(module, []).append(call)
-        return pytree.tree_map_only(Tensor, lambda t: t.clone() if t.requires_grad else t, output)
-
-    stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-    stack.callback(module.register_forward_hook(after, prepend=True, with_kwargs=True).remove)
 
 
 def learn(
@@ -137,7 +55,7 @@ def learn(
       ModelError: a parameter takes part in the losses in a way that gives no gradient per example.
     Privacy: looks at the rows that it is given. A run gives synthetic ones.
     """
-    routes = Routes.of(model)
+    names, routes = _alike(model, trainable, names), Routes.of(model)
     search = _Search(model, trainable, routes, losses)
     with _plainly(model), torch.enable_grad():
         for shake in range(_MOST_SHAKES):
@@ -152,6 +70,21 @@ def learn(
     if search.hosts:
         _say(model, search.hosts)
     return search.new
+
+
+def _alike(model: nn.Module, trainable: Iterable[str], names: Iterable[str]) -> set[str]:
+    """Return names and those of the same parameter in other modules of the same type, as that of other blocks.
+
+    A layer or a module with a formula has no others: each is called in its own way.
+    """
+    places = (place_of(model, name) for name in names)
+    kinds = {
+        (type(owner), key)
+        for owner, key in places
+        if not isinstance(owner, QuantizableLayer) and not has_formula(owner)
+    }
+    same = (name for name in trainable if (type(place_of(model, name)[0]), place_of(model, name)[1]) in kinds)
+    return {*names, *same}
 
 
 @contextlib.contextmanager
@@ -202,12 +135,14 @@ class _Search:
 
     def one_round(self, seen: "Observed") -> list[str]:
         """Find routes for the parameters that have a gradient; return the names of those that have none yet."""
+        self._arrange(seen)
         self._routes.unused = {
             name for name, rows in seen.rows.items() if rows is None and beside_layers(place_of(self._model, name)[0])
         }
         left = []
         for name, rows in sorted(seen.rows.items(), key=lambda item: place_of(self._model, item[0])[0] in seen.calls):
-            known = name in self._routes.leaves or name.rpartition(".")[0] in self._routes.once
+            path = name.rpartition(".")[0]
+            known = name in self._routes.leaves or path in self._routes.once or path in self._routes.arranged
             if rows is None or known or self._routes.within(name):
                 continue
             if not bool(rows.isfinite().all()) or not bool(rows.any()):
@@ -217,13 +152,26 @@ class _Search:
                 self.new = True
         return left
 
+    def _arrange(self, seen: "Observed") -> None:
+        """Note the modules all of whose calls have the rows on the same axis, which is not the first.
+
+        One on which no loss depends, as a projection of the last block, is called like those of other blocks.
+        """
+        found = {self._paths[module]: arrangements_in(calls) for module, calls in seen.calls.items()}
+        alike = {_without_numbers(path): kinds for path, kinds in found.items() if kinds}
+        for path, kinds in found.items():
+            kinds = kinds or alike.get(_without_numbers(path), set())
+            if len(kinds) == 1 and "first" not in kinds:
+                self.new |= path not in self._routes.arranged
+                self._routes.arranged[path] = next(iter(kinds))
+
     def _decide(self, seen: "Observed", name: str) -> None:
         """Find the route of one parameter, or raise a ModelError."""
         parameter, (owner, key) = self._trainable[name], place_of(self._model, name)
         around = [module for module in self._around(name) if module in seen.calls]
         if isinstance(owner, nn.Embedding) and owner in seen.calls:
             if not self._fits_once(seen, owner, name):
-                raise LookedUpOnce(name)
+                raise ElsewhereFirst([name])
             self._routes.once.add(self._paths[owner])
             return
         kind = type(owner), key, parameter.ndim
@@ -270,7 +218,7 @@ class _Search:
                     outputs = [y for y in pytree.tree_leaves(output) if isinstance(y, Tensor) and y.requires_grad]
                     if len(outputs) != len(call.outputs):
                         return False
-                    for mine, theirs in zip(outputs, call.outputs, strict=True):
+                    for mine, theirs in zip(outputs, call.outputs.values(), strict=True):
                         if mine.shape != theirs.shape or differs(mine.detach(), theirs):
                             return False
                     reaching = [(y, g) for y, g in zip(outputs, call.grads, strict=True) if g is not None]
@@ -326,16 +274,23 @@ class _Search:
 
         try:
             for call in seen.calls[host]:
-                if not call.tensor or len(call.outputs) != 1:
+                grads = {k: g for k, g in zip(call.outputs, call.grads, strict=True) if g is not None}
+                outputs = {k: call.outputs[k] for k in grads}
+                if any(y.ndim == 0 or len(y) != seen.size for y in outputs.values()):
                     return False
-                if call.grads[0] is None:
+                if not outputs:
                     continue
-                parts = one_at_a_time(host, call.args, call.kwargs, call.outputs[0], call.grads[0], compare, inner)
+                parts = one_at_a_time(host, call.args, call.kwargs, outputs, grads, compare, inner)
                 for key in found:
                     found[key] += parts[key].per_example()
         except ModelError:
             return False
         return all(_equal(found[key], wanted[key]) for key in found)
+
+
+def _without_numbers(path: str) -> str:
+    """Return a path without its numbers, which is that of the same module in every block."""
+    return re.sub(r"\d+", "", path)
 
 
 def _equal(found: Tensor, wanted: Tensor) -> bool:

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tape on which a backward pass records every example's parameter gradients, and the hooks that record them.
+"""The tape on which a backward pass records every example's parameter gradients; `listening.py` has the hooks.
 
-Trainable parameters are detached while a tape is in place, so the model never holds an unclipped gradient. A trainable
-parameter without a per-example gradient is an error. This module does not clip.
+A trainable parameter without a per-example gradient is an error. This module does not clip.
 
 All norms and sums are formed in float32 products whose inputs are not rounded, whatever the user allows for the passes
 themselves (`backends/precision.py`): else a contribution could exceed the clipping norm.
@@ -11,30 +10,25 @@ Symbols: B examples, G_i the gradient of example i.
 """
 
 import contextlib
-import functools
-from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils.hooks import RemovableHandle
 
-from dpquant.backends.precision import ieee_float32, input_error
+from dpquant.backends.precision import ieee_float32
 from dpquant.backends.qtensor import QTensor
 from dpquant.engine.clock import Clock
 from dpquant.engine.contributions import Contribution, Lookup, Materialised, WeightedSum
-from dpquant.engine.group_norm import TapedGroupNorm
-from dpquant.engine.leaves import Routes, beside_layers
-from dpquant.engine.per_example import TOLERANCE, contributions_of, differs, has_formula, one_at_a_time, unlike
-from dpquant.engine.quantizable import QuantizableLayer, WeightProduct, repeated
+from dpquant.engine.per_example import (
+    differs,
+    unlike,
+)
+from dpquant.engine.quantizable import WeightProduct
 from dpquant.engine.summed import Summed, can_be_summed
+from dpquant.engine.unrouted import ElsewhereFirst, Unreached
 from dpquant.engine.weight_gradients import LazyWeightGradient
-from dpquant.errors import ModelError
-
-_INPUTS = 16  # an output with cancelling terms has several times the error of its inputs
 
 
 class GradientTape:
@@ -181,19 +175,10 @@ def check_examples_first(squared_norms: Mapping[str, Tensor], size: int) -> None
     """Check that the per-example gradients of every parameter are of `size` examples.
 
     Raises:
-      ModelError: the first axis of a module's input is not the axis of examples.
+      ElsewhereFirst: the first axis of a module's input is not the axis of examples.
     """
-    for name, norms in squared_norms.items():
-        if len(norms) != size:
-            raise ModelError(_not_examples(name))
-
-
-def _not_examples(name: str) -> str:
-    return (
-        f"Expected the first axis of every module's input to be the example; got one of another length for {name}. "
-        "Its gradients would be clipped by rows that are no examples: positions, nodes, or several views of a record. "
-        "Put the examples first, and views of one record on a second axis."
-    )
+    if elsewhere := [name for name, norms in squared_norms.items() if len(norms) != size]:
+        raise ElsewhereFirst(elsewhere)
 
 
 def _one_contribution(found: list[Contribution]) -> Contribution:
@@ -206,150 +191,3 @@ def _one_contribution(found: list[Contribution]) -> Contribution:
     if can_be_summed(found):
         return Summed(found)
     return Materialised(torch.stack([one.per_example() for one in found]).sum(0))
-
-
-class Unrouted(ModelError):
-    """No per-example gradient was found for trainable parameters, as they are called.
-
-    Attributes:
-      names: of these parameters.
-    """
-
-    def __init__(self, names: Sequence[str], message: str):
-        self.names = names
-        super().__init__(message)
-
-
-class LookedUpOnce(Unrouted):
-    """An embedding was called with ids of one axis, which is not that of the examples."""
-
-    def __init__(self, name: str):
-        super().__init__([name], _not_examples(name))
-
-
-class Unreached(Unrouted):
-    """Trainable parameters got no per-example gradient."""
-
-    def __init__(self, names: Sequence[str]):
-        freeze = "\n".join(f'    model.get_parameter("{name}").requires_grad_(False)' for name in names)
-        super().__init__(
-            names,
-            f"Expected every trainable parameter to get a per-example gradient; {names[0]} got none. Its module was "
-            "not called, or its output does not reach the loss, or the parameter is used outside its module. "
-            f"Use it through the module that owns it, or freeze what is not used:\n{freeze}",
-        )
-
-
-@contextlib.contextmanager
-def taping(
-    model: nn.Module,
-    trainable: dict[str, nn.Parameter],
-    *,
-    forming: bool = True,
-    keeping: bool = False,
-    clock: Clock | None = None,
-) -> Iterator[GradientTape]:
-    """Detach trainable parameters and hook the modules that own them until the block ends; options as of the tape."""
-    routes = Routes.of(model)
-    device = next((p.device for p in trainable.values()), torch.device("cpu"))
-    names: dict[Tensor, str] = {p: name for name, p in trainable.items()}
-    leaves = {name: form for name, form in routes.leaves.items() if name in trainable}
-    owners = Counter(p for module in model.modules() for p in set(module.parameters(recurse=False)))
-    shared = {p for p, count in owners.items() if count > 1}
-    tape = GradientTape(names, device, forming=forming, keeping=keeping, clock=clock, leaves=leaves, shared=shared)
-    handles: list[RemovableHandle] = []
-    for path, module in model.named_modules():
-        own = {} if isinstance(module, QuantizableLayer) else routes.owned(module, path, names)
-        if own:
-            expand, listen = _expander(tape, path in routes.once), _listener(tape, own, whole=path in routes.alone)
-            handles.append(module.register_forward_pre_hook(expand, with_kwargs=True))
-            # prepended, so that it sees the module's output before other hooks change it
-            handles.append(module.register_forward_hook(listen, prepend=True, with_kwargs=True))
-    for parameter in trainable.values():
-        parameter.requires_grad_(False)
-    try:
-        yield tape
-    finally:
-        for parameter in trainable.values():
-            parameter.requires_grad_(True)
-        for handle in handles:
-            handle.remove()
-
-
-def _expander(tape: GradientTape, once: bool) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]:
-    """Return a pre-hook that repeats for each example what a module is called with once for all of them.
-
-    Position ids of shape (1, T), for instance, whose embedding is then added to every example. Only tensors outside of
-    autograd are repeated, so no activation is. If `once`, ids of shape (T,) are repeated, too.
-    """
-
-    def expand(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        tensors = [one for one in pytree.tree_leaves((args, kwargs)) if isinstance(one, Tensor) and one.ndim]
-        if once and tape.listening and all(one.ndim == 1 for one in tensors):
-            return repeated_ids(args, kwargs, tape.size)
-        if not tape.listening or not tensors or any(len(one) != 1 or one.requires_grad for one in tensors):
-            return None
-        return pytree.tree_map_only(Tensor, lambda one: repeated(one, tape.size), (args, kwargs))
-
-    return expand
-
-
-def repeated_ids(args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return a call's arguments with ids `(T,)` repeated for each of `size` examples, `(size, T)`."""
-    return pytree.tree_map_only(Tensor, lambda ids: ids.expand(size, *ids.shape), (args, kwargs))
-
-
-def _listener(
-    tape: GradientTape, own: Mapping[str, Tensor], *, whole: bool
-) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]:
-    """Return a forward hook that records the module's per-example gradients once its output's gradient is known.
-
-    Args:
-      tape: receives them.
-      own: {name inside the module: parameter}.
-      whole: the module is evaluated alone with all modules in it, whose parameters `own` has too.
-    """
-
-    def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        x = args[0] if args else kwargs.get("input")
-        records_itself = isinstance(module, TapedGroupNorm) and isinstance(x, Tensor) and module.records(x)
-        if not tape.listening or records_itself:
-            return output
-        if isinstance(module, nn.Embedding) and isinstance(x, Tensor) and x.ndim == 1 and len(x) != tape.size:
-            raise LookedUpOnce(tape.name_of(module.weight))
-        if not isinstance(output, Tensor) or output.ndim == 0:
-            raise ModelError(
-                f"Expected a module with parameters of its own to return one tensor, the examples first; a "
-                f"{type(module).__name__} returns a {type(output).__name__}. Its per-example gradients are unknown. "
-                "Freeze it, or put its parameters into modules of their own."
-            )
-        if beside_layers(module) and not whole:
-            raise ModelError(
-                f"Expected parameters to be used by a module that holds nothing else; a {type(module).__name__} has "
-                "parameters of its own beside other layers, and no record showed how they are used. Put them into a "
-                "small module of their own, which is called with the batch, or freeze them."
-            )
-        plain = (
-            output.detach() if has_formula(module) else output.detach().clone()
-        )  # compared later: the model may overwrite it
-        if not output.requires_grad:
-            output = output + tape.anchor
-
-        def record(grad: Tensor) -> None:
-            tape.listening = False  # `contributions_of` may call the module again
-            # the call may have rounded its inputs, which the evaluation below does not
-            compare = functools.partial(tape.compare, tolerance=TOLERANCE + _INPUTS * input_error(grad.device))
-            with ieee_float32():
-                if whole:
-                    found = one_at_a_time(module, args, kwargs, plain, grad, compare, own)
-                else:
-                    found = contributions_of(module, args, kwargs, plain, grad, compare=compare)
-            for name, contribution in found.items():
-                if name in own:  # a formula may give a bias that the module lacks
-                    tape.add(own[name], contribution)
-            tape.listening = True
-
-        output.register_hook(record)
-        return output
-
-    return listen
