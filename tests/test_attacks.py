@@ -357,6 +357,8 @@ RIGHT = {
     "positions expanded (opacus 841)": lambda: (Positions(True), (ids(), labels())),
     "positions broadcast (opacus 841)": lambda: (Positions(False), (ids(), labels())),
     "views on a second axis (opacus 455)": lambda: (Views(), (floats(4, 6), labels())),
+    "nodes on the first axis (opacus 588)": lambda: (NodesFirst(), (floats(5, 2), labels())),
+    "positions on the first axis": lambda: (Transposed(), (floats(5, 6), labels())),
     "a graph in a buffer (opacus 588)": lambda: (Graph(), (floats(5, 2), labels())),
     "VAE, logits (tf privacy 91)": lambda: (
         Variational(),
@@ -535,6 +537,14 @@ class NodesFirst(nn.Module):
         return self.head(torch.tanh(self.mix(x_BND.flatten(0, 1)))).view(*x_BND.shape[:2], 3).mean(1)
 
 
+class NodesAmongOthers(NodesFirst):
+    """The first nodes of all graphs, then the second ones."""
+
+    def forward(self, x_BND):
+        nodes = x_BND.transpose(0, 1)
+        return self.head(torch.tanh(self.mix(nodes.flatten(0, 1)))).view(*nodes.shape[:2], 3).mean(0)
+
+
 class Transposed(nn.Module):
     def __init__(self):
         super().__init__()
@@ -621,8 +631,7 @@ REFUSED_MODELS = {
         "vectors",
     ),
     "label attention by weight (fast-dp 36)": ("labels.weight", lambda: LabelAttention(False), "sequences"),
-    "nodes on the first axis (opacus 588)": ("examples first", NodesFirst, "graphs"),
-    "positions on the first axis": ("examples first", Transposed, "sequences"),
+    "nodes among those of others": ("examples first", NodesAmongOthers, "graphs"),
     "offsets (opacus 350)": ("EmbeddingBag", Offsets, "texts"),
     "a batch norm in evaluation": ('batch_norm="freeze"', frozen_batch_norm, "images"),
     "a batch norm": (

@@ -62,6 +62,14 @@ class PositionsFirst(Net):
         return self.head(1e-3 * F.relu(self.conv(x)).flatten(2).permute(2, 0, 1)).mean(0)
 
 
+class PositionByPosition(Net):
+    """The same in one axis, the rows of a position next to each other."""
+
+    def forward(self, x):
+        x_TBC = 1e-3 * F.relu(self.conv(x)).flatten(2).permute(2, 0, 1)
+        return self.head(x_TBC.flatten(0, 1)).unflatten(0, x_TBC.shape[:2]).mean(0)
+
+
 @pytest.mark.parametrize("started_in_training", [True, False])
 @pytest.mark.parametrize(
     "between",
@@ -76,10 +84,11 @@ def test_coupling_is_refused_in_either_mode_and_behind_dropout(between, started_
     assert model.training == started_in_training
 
 
-def test_positions_before_examples_are_refused():
+def test_positions_before_examples_are_accepted_and_among_them_refused():
     torch.manual_seed(0)
+    assert checked(PositionsFirst())["head"] == 36 * 4 * 5
     with pytest.raises(ModelError, match="examples first"):
-        checked(PositionsFirst())
+        checked(PositionByPosition())
 
 
 def checked(model, record=IMAGE, loss_fn=loss, collate=default_collate, **settings):

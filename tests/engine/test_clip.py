@@ -358,11 +358,13 @@ def test_an_unused_parameter_is_an_error():
 
 
 def test_a_first_axis_that_is_not_the_example_is_an_error():
-    class PositionsFirst(nn.Sequential):
-        def forward(self, x):
-            return super().forward(x.transpose(0, 1)).mean(0)
+    class InOneAxis(nn.Sequential):
+        """The rows of a position next to each other."""
 
-    model = prepare(PositionsFirst(nn.Linear(6, 5)))
+        def forward(self, x):
+            return super().forward(x.transpose(0, 1).reshape(-1, 6)).view(8, -1, 5).mean(0)
+
+    model = prepare(InOneAxis(nn.Linear(6, 5)))
     with pytest.raises(ModelError, match=r"examples first"):
         total(model, (torch.randn(3, 8, 6), torch.randint(0, 5, (3,))))
 

@@ -85,10 +85,10 @@ def test_such_a_model_is_trained_with_as_many_examples_as_positions():
     "model",
     [
         Positions(ids=lambda tokens: tokens[0]),  # of one record, for all
-        Positions(ids=lambda tokens: tokens.flatten(), after=lambda found: found.reshape(-1, T, 8)),
+        Positions(ids=lambda tokens: tokens.t().flatten(), after=lambda found: found.reshape(T, -1, 8).transpose(0, 1)),
         Positions(after=lambda found: found.unsqueeze(0)),  # for which each example's would be in the wrong axis
     ],
-    ids=["of another record", "of all records in a row", "with an axis before"],
+    ids=["of another record", "of all records, position by position", "with an axis before"],
 )
 def test_other_ids_of_one_axis_are_refused_before_a_record_is_used(model):
     with pytest.raises(ModelError):

@@ -17,6 +17,9 @@ A table of positions may be looked up once for all examples, by `self.positions(
 have no axis of examples. Then the ids are repeated for each example: `(B, T)`. Whether ids `(T,)` are of that kind is
 found out too, and not told from their number, which may happen to be that of the examples.
 
+A module may be called without any example, as a table of positions of the library's own. Its output, the same for all
+examples, is repeated for each of them.
+
 A module may be called with the examples on another axis than the first (`arrangement.py`).
 
 `routing.py` finds out which, on a few rows. This module keeps the answer on the model and puts leaves in place.
@@ -27,7 +30,7 @@ Symbols: B examples, T positions, C channels, D features.
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Self
+from typing import Literal, Self
 
 from torch import Tensor, nn
 
@@ -35,6 +38,8 @@ from dpquant.engine.arrangement import Arrangement
 from dpquant.engine.layers import ROUTES
 from dpquant.engine.per_example import has_formula
 from dpquant.engine.quantizable import QuantizableLayer
+
+Kind = Literal["usual", "alone", "shared"]
 
 
 @dataclasses.dataclass
@@ -46,6 +51,7 @@ class Routes:
         parameter's first axis, of length 1, becomes the axis of examples}.
       alone: paths of the modules that are evaluated one example at a time, inner modules included.
       once: paths of embeddings that look ids `(T,)` up for all examples at once.
+      shared: paths of modules whose output is the same for all examples.
       arranged: {path of a module: where its calls have the examples}, if not on the first axis.
       unused: names of parameters beside other layers that did not take part in the loss.
     """
@@ -53,6 +59,7 @@ class Routes:
     leaves: dict[str, int] = dataclasses.field(default_factory=dict)
     alone: list[str] = dataclasses.field(default_factory=list)
     once: set[str] = dataclasses.field(default_factory=set)
+    shared: set[str] = dataclasses.field(default_factory=set)
     arranged: dict[str, Arrangement] = dataclasses.field(default_factory=dict)
     unused: set[str] = dataclasses.field(default_factory=set)
 
@@ -64,6 +71,10 @@ class Routes:
     def keep(self, model: nn.Module) -> None:
         """Keep the routes on the model they were learnt for, whose copies keep them, too: they hold names alone."""
         model.__dict__[ROUTES] = self
+
+    def kind_of(self, path: str) -> Kind:
+        """Return how a module's calls are listened to."""
+        return "alone" if path in self.alone else "shared" if path in self.shared else "usual"
 
     def within(self, path: str) -> bool:
         """Return whether a module or parameter lies inside a module that is evaluated alone; not for that module."""

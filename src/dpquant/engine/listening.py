@@ -19,11 +19,18 @@ from dpquant.backends.precision import ieee_float32, input_error
 from dpquant.engine.arrangement import Arrangement, all_examples_first, examples_first
 from dpquant.engine.clock import Clock
 from dpquant.engine.group_norm import TapedGroupNorm
-from dpquant.engine.leaves import Routes, beside_layers
-from dpquant.engine.per_example import TOLERANCE, Compare, contributions_of, has_formula, one_at_a_time
+from dpquant.engine.leaves import Kind, Routes, beside_layers
+from dpquant.engine.per_example import (
+    TOLERANCE,
+    Compare,
+    contributions_of,
+    has_formula,
+    of_shared_output,
+    one_at_a_time,
+)
 from dpquant.engine.quantizable import QuantizableLayer, repeated
 from dpquant.engine.tape import GradientTape
-from dpquant.engine.unrouted import ElsewhereFirst, ReturnsSeveral
+from dpquant.engine.unrouted import ElsewhereFirst, ReturnsSeveral, WithoutExamples
 from dpquant.errors import ModelError
 
 _INPUTS = 16  # an output with cancelling terms has several times the error of its inputs
@@ -52,7 +59,7 @@ def taping(
         if own:
             arrangement = routes.arranged.get(path, "first")
             expand = _expander(tape, path in routes.once)
-            listen = _listener(tape, own, whole=path in routes.alone, arrangement=arrangement)
+            listen = _listener(tape, own, routes.kind_of(path), arrangement)
             handles.append(module.register_forward_pre_hook(expand, with_kwargs=True))
             # prepended, so that it sees the module's output before other hooks change it
             handles.append(module.register_forward_hook(listen, prepend=True, with_kwargs=True))
@@ -102,14 +109,15 @@ def repeated_ids(args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> tu
 
 
 def _listener(
-    tape: GradientTape, own: Mapping[str, Tensor], *, whole: bool, arrangement: Arrangement
+    tape: GradientTape, own: Mapping[str, Tensor], kind: Kind, arrangement: Arrangement
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]:
     """Return a forward hook that records the module's per-example gradients once its output's gradient is known.
 
     Args:
       tape: receives them.
       own: {name inside the module: parameter}.
-      whole: the module is evaluated alone with all modules in it, whose parameters `own` has too.
+      kind: `alone`: the module is evaluated alone with all modules in it, whose parameters `own` has too; `shared`: its
+        output is the same for all examples.
       arrangement: where its calls have the examples.
     """
 
@@ -118,13 +126,18 @@ def _listener(
         records_itself = isinstance(module, TapedGroupNorm) and isinstance(x, Tensor) and module.records(x)
         if not tape.listening or records_itself:
             return output
-        if whole:
+        if kind == "alone":
             return _heard_alone(tape, own, module, args, kwargs, output)
+        if kind == "shared":
+            return _heard_shared(tape, own, module, args, kwargs, output)
         flat_ids = isinstance(module, nn.Embedding) and isinstance(x, Tensor) and x.ndim == 1 and len(x) != tape.size
         if flat_ids and arrangement == "first":
             raise ElsewhereFirst([tape.name_of(p) for p in own.values()])
         if not isinstance(output, Tensor) or output.ndim == 0:
             raise ReturnsSeveral([tape.name_of(p) for p in own.values()], module, output)
+        away = len(output) != tape.size or not _has_examples((args, kwargs), tape.size)
+        if away and arrangement == "first" and not has_formula(module):
+            raise WithoutExamples([tape.name_of(p) for p in own.values()], module)
         if beside_layers(module):
             raise ModelError(
                 f"Expected parameters to be used by a module that holds nothing else; a {type(module).__name__} has "
@@ -141,7 +154,7 @@ def _listener(
             given, named = all_examples_first((args, kwargs), plain, arrangement, tape.size)
             y, g = (examples_first(one, arrangement, tape.size) for one in (plain, grad))
             with _evaluating(tape, grad.device) as compare:
-                found = contributions_of(module, given, named, y, g, compare=compare)
+                found = contributions_of(module, given, named, y, g, compare=compare, arrangement=arrangement)
             for name, contribution in found.items():
                 if name in own:  # a formula may give a bias that the module lacks
                     tape.add(own[name], contribution)
@@ -172,6 +185,33 @@ def _heard_alone(
     for k, y in zip(places, Joined.apply(record, tape.anchor, *(leaves[k] for k in places)), strict=True):
         leaves[k] = y
     return pytree.tree_unflatten(leaves, tree)
+
+
+def _heard_shared(
+    tape: GradientTape, own: Mapping[str, Tensor], module: nn.Module, args: Any, kwargs: Any, output: Tensor
+) -> Tensor:
+    """Return an output that is the same for all examples once for each of them, and record each one's gradient."""
+    output = repeated_output(output.detach(), tape.size) + tape.anchor
+
+    def record(grad: Tensor) -> None:
+        with _evaluating(tape, grad.device):
+            found = of_shared_output(module, args, kwargs, grad)
+        for name, parameter in own.items():
+            tape.add(parameter, found[name])
+
+    output.register_hook(record)
+    return output
+
+
+def repeated_output(output: Tensor, size: int) -> Tensor:
+    """Return an output `(1, ...)` or `(...)` of all examples as one of each of them, `(size, ...)`."""
+    row = output if len(output) == 1 else output.unsqueeze(0)
+    return row.expand(size, *row.shape[1:])
+
+
+def _has_examples(tree: Any, size: int) -> bool:
+    """Return whether a tensor among the arguments has as many rows as there are examples."""
+    return any(isinstance(one, Tensor) and one.ndim and len(one) == size for one in pytree.tree_leaves(tree))
 
 
 class Joined(torch.autograd.Function):

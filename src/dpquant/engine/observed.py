@@ -74,7 +74,7 @@ class Observed:
             found = losses()
         asked = [name for name in trainable if name in names or place_of(model, name)[0] not in calls]
         parameters = [trainable[name] for name in asked]
-        each = [torch.autograd.grad(one, parameters, retain_graph=True, allow_unused=True) for one in found]
+        each = [torch.autograd.grad(y, parameters, retain_graph=True, allow_unused=True) for y in found if parameters]
         made = [call for of_module in calls.values() for call in of_module]
         for module in filter(_can_be_arranged, calls):
             for call in calls[module]:
@@ -121,11 +121,13 @@ def _watch(module: nn.Module, calls: dict[nn.Module, list[Call]], stack: context
 
     def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         call = begun.pop()
-        leaves = enumerate(pytree.tree_leaves(output))
-        call.outputs = {k: one for k, one in leaves if isinstance(one, Tensor) and one.requires_grad}
+        leaves, tree = pytree.tree_flatten(output)
+        # copies: one output may be computed from another, and the loss' gradient is that of what the model goes on with
+        leaves = [one.clone() if isinstance(one, Tensor) and one.requires_grad else one for one in leaves]
+        call.outputs = {k: one for k, one in enumerate(leaves) if isinstance(one, Tensor) and one.requires_grad}
         call.tensor = isinstance(output, Tensor)
         calls.setdefault(module, []).append(call)
-        return pytree.tree_map_only(Tensor, lambda t: t.clone() if t.requires_grad else t, output)
+        return pytree.tree_unflatten(leaves, tree)
 
     stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
     stack.callback(module.register_forward_hook(after, prepend=True, with_kwargs=True).remove)

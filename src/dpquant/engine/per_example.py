@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from dpquant.engine.arrangement import Arrangement, examples_first, put_back
 from dpquant.engine.contributions import Contribution, Lookup, Materialised
 from dpquant.engine.group_norm import TapedGroupNorm
 from dpquant.errors import ModelError
@@ -87,6 +88,7 @@ def contributions_of(
     *,
     rules: Mapping[type[nn.Module], Rule] = RULES,
     compare: Compare,
+    arrangement: Arrangement = "first",
 ) -> dict[str, Contribution]:
     """Return {parameter name inside the module: its per-example gradients}.
 
@@ -99,6 +101,7 @@ def contributions_of(
       rules: closed formulas, by exact type.
       compare: takes the module, the examples' outputs when each is evaluated alone, and their outputs in the call; not
         called for a module with a formula.
+      arrangement: where the module itself expects an example's rows; `args`, `output` and `grad` have them first.
     Raises:
       ModelError: the module cannot be evaluated one example at a time.
     Privacy: per example, reads no other row.
@@ -111,7 +114,7 @@ def contributions_of(
         if isinstance(x, Tensor):
             return rules[type(module)](module, x.detach(), grad)
     own = dict(module.named_parameters(recurse=False))
-    return one_at_a_time(module, args, kwargs, {0: output}, {0: grad}, compare, own)
+    return one_at_a_time(module, args, kwargs, {0: output}, {0: grad}, compare, own, arrangement)
 
 
 def one_at_a_time(
@@ -122,6 +125,7 @@ def one_at_a_time(
     grads: Mapping[int, Tensor],
     compare: Compare,
     parameters: Mapping[str, Tensor],
+    arrangement: Arrangement = "first",
 ) -> dict[str, Contribution]:
     """Return a module's gradients by evaluating it on one example at a time, vectorised by vmap where that works.
 
@@ -146,14 +150,17 @@ def one_at_a_time(
 
     def of_one(parameters: dict[str, Tensor], rows: list[Tensor], grads: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         mine = iter(rows)
-        filled = [next(mine).unsqueeze(0) if own else value for value, own in zip(values, per_example, strict=True)]
+        filled = [
+            put_back(next(mine).unsqueeze(0), arrangement) if own else value
+            for value, own in zip(values, per_example, strict=True)
+        ]
         given, named = pytree.tree_unflatten(filled, tree)
         found = pytree.tree_leaves(torch.func.functional_call(_Bare(module), parameters, given, named))
         ys = [found[place] if place < len(found) else None for place in places]
-        shapes = [(1, *output.shape[1:]) for output in outputs.values()]
+        shapes = [put_back(output[:1], arrangement).shape for output in outputs.values()]
         if [y.shape if isinstance(y, Tensor) else None for y in ys] != shapes:
             raise unlike(module)
-        ys = [y.squeeze(0) for y in ys if y is not None]
+        ys = [examples_first(y, arrangement, 1).squeeze(0) for y in ys if y is not None]
         return torch.stack([(y * grad).sum() for y, grad in zip(ys, grads, strict=True)]).sum(), ys
 
     try:
@@ -161,7 +168,11 @@ def one_at_a_time(
             warnings.simplefilter("ignore")  # torch warns of operators that vmap runs slowly
             differentiated = torch.func.vmap(torch.func.grad(of_one, has_aux=True), (None, 0, 0), randomness="error")
             gradients, again = differentiated(fixed, rows, list(grads.values()))
-    except (RuntimeError, NotImplementedError):  # vmap does not support an operator or data-dependent control flow
+    except ModelError:
+        raise
+    except (
+        Exception
+    ):  # vmap does not support an operator or data-dependent control flow, on which code may raise anything
         gradients, again = _one_by_one(module, of_one, fixed, rows, list(grads.values()))
     for mine, theirs in zip(again, outputs.values(), strict=True):
         compare(module, mine.detach(), theirs.detach())
@@ -191,7 +202,9 @@ def _one_by_one(
                 value, ys = of_one(leaves, [row[i] for row in rows], [grad[i] for grad in grads])
                 found.append(torch.autograd.grad(value, list(leaves.values()), allow_unused=True))
                 again.append([y.detach() for y in ys])
-    except (RuntimeError, NotImplementedError, IndexError, TypeError, ValueError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # the module's code may raise anything on one example
         raise ModelError(
             f"Expected modules whose per-example gradients can be computed; got {type(module).__name__} with the "
             f"parameters {', '.join(parameters)}, which cannot be evaluated one example at a time "
@@ -202,6 +215,28 @@ def _one_by_one(
         for place, (name, p) in enumerate(parameters.items())
     }
     return gradients, [torch.stack(of_place) for of_place in zip(*again, strict=True)]
+
+
+def of_shared_output(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], grad: Tensor
+) -> dict[str, Contribution]:
+    """Return the gradients of a module whose output is the same for all examples.
+
+    Args:
+      module: the module that was called.
+      args: positional arguments of the call, which hold no example.
+      kwargs: its keyword arguments.
+      grad: gradient of each example's loss with respect to the output, `(B, ...)`.
+    Privacy: per example: each is the product of one example's row of `grad` with what follows from no example.
+    """
+    fixed = {f"module.{name}": p.detach() for name, p in module.named_parameters(recurse=False)}
+
+    def output(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(_Bare(module), parameters, args, dict(kwargs))
+
+    y, product = torch.func.vjp(output, fixed)[:2]
+    (gradients,) = torch.func.vmap(product)(grad.reshape(len(grad), *y.shape))
+    return {name.removeprefix("module."): Materialised(gradient.detach()) for name, gradient in gradients.items()}
 
 
 def differs(again: Tensor, output: Tensor, tolerance: float = TOLERANCE) -> Tensor:

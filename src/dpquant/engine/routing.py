@@ -26,9 +26,9 @@ from torch.utils import _pytree as pytree
 from dpquant.engine.convert import restore
 from dpquant.engine.layers import current_precisions, set_precisions
 from dpquant.engine.leaves import Leaves, Routes, beside_layers, forms_of, place_of
-from dpquant.engine.listening import repeated_ids
+from dpquant.engine.listening import repeated_ids, repeated_output
 from dpquant.engine.observed import Observed, arrangements_in
-from dpquant.engine.per_example import TOLERANCE, differs, has_formula, one_at_a_time, unlike
+from dpquant.engine.per_example import TOLERANCE, differs, has_formula, of_shared_output, one_at_a_time, unlike
 from dpquant.engine.perturbation import shaken
 from dpquant.engine.quantizable import QuantizableLayer
 from dpquant.engine.randomness import seeded
@@ -142,7 +142,8 @@ class _Search:
         left = []
         for name, rows in sorted(seen.rows.items(), key=lambda item: place_of(self._model, item[0])[0] in seen.calls):
             path = name.rpartition(".")[0]
-            known = name in self._routes.leaves or path in self._routes.once or path in self._routes.arranged
+            elsewhere = (self._routes.once, self._routes.shared, self._routes.arranged)
+            known = name in self._routes.leaves or any(path in paths for paths in elsewhere)
             if rows is None or known or self._routes.within(name):
                 continue
             if not bool(rows.isfinite().all()) or not bool(rows.any()):
@@ -169,10 +170,13 @@ class _Search:
         """Find the route of one parameter, or raise a ModelError."""
         parameter, (owner, key) = self._trainable[name], place_of(self._model, name)
         around = [module for module in self._around(name) if module in seen.calls]
-        if isinstance(owner, nn.Embedding) and owner in seen.calls:
+        if type(owner) is nn.Embedding and owner in seen.calls:
             if not self._fits_once(seen, owner, name):
                 raise ElsewhereFirst([name])
             self._routes.once.add(self._paths[owner])
+            return
+        if not beside_layers(owner) and owner in seen.calls and self._fits_shared(seen, owner, name):
+            self._routes.shared.add(self._paths[owner])
             return
         kind = type(owner), key, parameter.ndim
         known = self._alike.get(kind)
@@ -259,6 +263,31 @@ class _Search:
             if grad is not None:
                 for row in range(len(wanted)):
                     gradient[row].index_add_(0, ids[row], grad[row])
+        return _equal(gradient, wanted)
+
+    def _fits_shared(self, seen: "Observed", owner: nn.Module, name: str) -> bool:
+        """Whether the model gives each row's gradient if the module's output is repeated for each row."""
+        wanted, found = seen.rows[name], []
+        assert wanted is not None
+        if any(not call.tensor or call.arrangement is not None for call in seen.calls[owner]):
+            return False
+
+        def after(_: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+            found.append((args, kwargs, leaf := repeated_output(output.detach(), seen.size).clone().requires_grad_()))
+            return leaf
+
+        key = place_of(self._model, name)[1]
+        try:
+            with contextlib.ExitStack() as stack:
+                stack.callback(owner.register_forward_hook(after, with_kwargs=True).remove)
+                losses = self._losses()
+            grads = torch.autograd.grad(losses.sum(), [leaf for *_, leaf in found], allow_unused=True)
+            gradient = torch.zeros_like(wanted)
+            for (args, kwargs, _), grad in zip(found, grads, strict=True):
+                if grad is not None:
+                    gradient += of_shared_output(owner, args, kwargs, grad)[key].per_example()
+        except Exception:  # the model's code may raise anything on an output for each example
+            return False
         return _equal(gradient, wanted)
 
     def _fits_alone(self, seen: "Observed", host: nn.Module) -> bool:

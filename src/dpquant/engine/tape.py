@@ -126,7 +126,15 @@ class GradientTape:
 
     @ieee_float32()
     def contributions(self) -> dict[str, Contribution]:
-        """Return {parameter name: gradients of the current microbatch}; parameters that got none are missing."""
+        """Return {parameter name: gradients of the current microbatch}; parameters that got none are missing.
+
+        Raises:
+          ElsewhereFirst: the calls of a module had different numbers of rows.
+        """
+        several = {name: found for name, found in self._contributions.items() if len(found) > 1}
+        for name, found in several.items():  # a layer that is called in two ways has rows of two kinds
+            if len({len(one.tensors()[0]) for one in found}) > 1:
+                raise ElsewhereFirst([name])
         return {name: _one_contribution(found) for name, found in self._contributions.items() if found}
 
     @ieee_float32()

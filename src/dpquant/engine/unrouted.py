@@ -36,6 +36,18 @@ class ElsewhereFirst(Unrouted):
         )
 
 
+class WithoutExamples(Unrouted):
+    """A module with parameters of its own was called without a tensor of the examples, or returns none."""
+
+    def __init__(self, names: Sequence[str], module: nn.Module):
+        super().__init__(
+            names,
+            f"Expected a {type(module).__name__} with parameters of its own to be called with the examples on the "
+            "first axis of a tensor, and to return them so; got none such. Its per-example gradients are unknown. Give "
+            f"it the batch, or freeze it:\n{_freezing(names)}",
+        )
+
+
 class ReturnsSeveral(Unrouted):
     """A module with parameters of its own returns something else than one tensor."""
 
