@@ -12,12 +12,6 @@ import dpquant
 B, T, C, VOCABULARY = 4, 16, 0.5, 60
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 SMALL = {**SIZES, "vocab_size": VOCABULARY, "pad_token_id": 0}
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "pad_token_id": 0,
-}
 
 
 def opt():
