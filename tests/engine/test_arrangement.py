@@ -9,12 +9,19 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.data import default_collate
 
 import dpquant
+from dpquant.checks.isolation import check_isolation
+from dpquant.checks.synthetic import candidates
 from dpquant.engine.arrangement import ARRANGEMENTS, arrangement_of, can_be, examples_first, put_back
+from dpquant.engine.context import StepContext
 from dpquant.engine.layers import ROUTES, count_macs
 from dpquant.engine.leaves import Routes
+from dpquant.engine.one_after_another import one_after_another
+from dpquant.engine.passes import Objective
 from dpquant.errors import ModelError
+from dpquant.formats import precision
 from networks import loss
 
 B, T, D, C = 5, 4, 6, 0.4
@@ -267,7 +274,51 @@ def test_scales_and_draws_of_a_frozen_layer_are_an_examples_own(make):
     assert (sum(parts) - summed(model, tokens())).norm() <= 1e-5
 
 
-def test_the_whole_run_accepts_them_and_counts_their_work():
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("make", [Flat, Second])
+def test_the_isolation_check_accepts_them_quantized_trained_or_frozen(make, frozen):
+    model = make()
+    if frozen:
+        model.inner.requires_grad_(False)
+    assert checked(model, quantized=True).macs["into"] == T * 3 * D
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_experts_compute_of_an_example_follows_no_other_in_the_last_bit(seed):
+    """Products of the rows of all examples together would round in another way among other batchmates."""
+    torch.manual_seed(seed)
+    assert checked(OfExperts(), quantized=True).macs["into"] == T * 3 * D
+
+
+def test_what_experts_are_given_is_one_example_after_another():
+    model = dpquant.prepare(OfExperts(), backend="simulate")
+    summed(model, tokens())
+    assert Routes.of(model).alone == Routes.of(model).separate == ["inner.0", "inner.1"]
+    counting, run, x = Counting(), StepContext(key=0, record_ids=torch.arange(B)), torch.zeros(B, T)
+    assert counting(x)["rows"].unique().tolist() == [B]
+    with one_after_another([counting], run):
+        found = counting(x, scale=torch.ones(T))
+    assert found["rows"].shape == x.shape and found["rows"].unique().tolist() == [1] and found["count"] == 1
+    assert "forward" not in counting.__dict__ and counting(x)["count"] == B
+
+
+class Counting(nn.Module):
+    """Gives the number of rows that it was called with, as a row of each and beside them."""
+
+    def forward(self, x, scale=1.0):
+        return {"rows": (x + len(x)) * scale, "count": len(x)}
+
+
+def checked(model, *, quantized):
+    chosen = precision("luq-fp4")
+    objective = Objective(dpquant.prepare(model, format=chosen, backend="simulate"), loss)
+    records = candidates([(torch.zeros(T, 3), torch.tensor(0))], default_collate, torch.device("cpu"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*one example at a time.*")
+        return check_isolation(objective, records, quantized=[chosen] if quantized else ())
+
+
+def test_their_work_is_that_of_one_example():
     model = dpquant.prepare(Flat(), backend="simulate")
     summed(model, tokens())
     work = count_macs(model, lambda: model(tokens(3)[0]), 3)

@@ -8,6 +8,7 @@ _CLIP = "tests/engine/test_clip.py"
 _CONTRIBUTIONS = "tests/engine/test_contributions.py"
 _BOUNDED = f"{_CLIP}::test_quantized_or_not_the_sum_is_that_of_its_examples_and_each_is_at_most_c"
 _LEAVES = "tests/engine/test_leaves.py"
+_ARRANGED = "tests/engine/test_arrangement.py"
 _LOOP = f"{_CLIP}::test_the_sum_is_that_of_a_loop_over_single_examples"
 _DRAWS = f"{_CLIP}::test_a_record_that_leaves_moves_no_other_s_draws"
 _COUPLINGS = "tests/checks/test_couplings.py"
@@ -128,13 +129,6 @@ MUTANTS = [
             f"{_CLIP}::test_an_unused_parameter_is_an_error",
         ),
         (
-            "ids of one axis are told by their number",
-            COUPLING,
-            "if once and tape.listening and all(one.ndim == 1 for one in tensors):",
-            "if once and tape.listening and all(one.ndim == 1 and len(one) != tape.size for one in tensors):",
-            f"{_POSITIONS}::test_the_sum_is_that_of_a_loop_also_for_as_many_examples_as_positions",
-        ),
-        (
             "the views of an example are normed one by one",
             SENSITIVITY,
             "return Materialised(torch.stack([one.per_example() for one in found]).sum(0))",
@@ -190,18 +184,77 @@ MUTANTS = [
             _LOOP,
         ),
         (
-            "activations of all examples are repeated for each",
-            COUPLING,
-            "any(len(one) != 1 or one.requires_grad for one in tensors)",
-            "any(len(one) != 1 for one in tensors)",
-            f"{_LEAVES}::test_activations_are_not_repeated",
-        ),
-        (
             "contributions of the last microbatch stay",
             SENSITIVITY,
             "self._contributions = {name: [] for name in self._names.values()}",
             "self._contributions = {name: self._contributions.get(name, []) for name in self._names.values()}",
             _BOUNDED,
+        ),
+    ),
+    *mutants_of(
+        f"{_ENGINE}/listening.py",
+        _ARRANGED,
+        (
+            "ids of one axis are told by their number",
+            COUPLING,
+            "if once and tape.listening and all(one.ndim == 1 for one in tensors):",
+            "if once and tape.listening and all(one.ndim == 1 and len(one) != tape.size for one in tensors):",
+            f"{_POSITIONS}::test_the_sum_is_that_of_a_loop_also_for_as_many_examples_as_positions",
+        ),
+        (
+            "activations of all examples are repeated for each",
+            COUPLING,
+            "if not tape.listening or not tensors or any(one.requires_grad for one in tensors):",
+            "if not tape.listening or not tensors:",
+            f"{_LEAVES}::test_activations_are_not_repeated",
+        ),
+        (
+            "of several tensors that a module returns one has a gradient",
+            SENSITIVITY,
+            "        ctx.record(grads)\n",
+            "        ctx.record((grads[0], *(None for _ in grads[1:])))\n",
+        ),
+        (
+            "an output of all examples is one of the first",
+            COUPLING,
+            "    return row.expand(size, *row.shape[1:])\n",
+            "    return torch.cat([row, row.detach().expand(size - 1, *row.shape[1:]) * 0])\n",
+        ),
+    ),
+    *mutants_of(
+        f"{_ENGINE}/arrangement.py",
+        _ARRANGED,
+        (
+            "a trace of another row is overlooked",
+            COUPLING,
+            "    return not bool(rows.any())\n",
+            "    return bool((rows.abs() < 1e-6).all())\n",
+        ),
+        (
+            "positions of other examples are taken for an example's own",
+            COUPLING,
+            "return x.unflatten(0, (size, -1))\n",
+            "return x.unflatten(0, (-1, size)).transpose(0, 1)\n",
+        ),
+    ),
+    *mutants_of(
+        f"{_ENGINE}/observed.py",
+        _ARRANGED,
+        (
+            "an output that another is computed from counts twice",
+            SENSITIVITY,
+            "for k, one in enumerate(leaves) if isinstance",
+            "for k, one in enumerate(pytree.tree_leaves(output)) if isinstance",
+        ),
+    ),
+    *mutants_of(
+        f"{_ENGINE}/quantizable.py",
+        _ARRANGED,
+        (
+            "a frozen layer's rows are not looked at",
+            COUPLING,
+            '                run.elsewhere.add(f"{self.name}.weight")\n',
+            "                pass\n",
         ),
     ),
     *mutants_of(
@@ -374,8 +427,8 @@ MUTANTS = [
         (
             "nobody compares what a module gives alone",
             COUPLING,
-            "    compare(module, again.detach(), output.detach())\n",
-            "",
+            "        compare(module, mine.detach(), theirs.detach())\n",
+            "        pass\n",
             f"{_CLIP}::test_a_layer_that_gives_something_else_when_evaluated_alone_is_refused",
         ),
         (
@@ -446,7 +499,7 @@ MUTANTS = [
         (
             "rounding draws follow the place in the batch",
             COUPLING,
-            "row_keys(derive_key(self.key, layer.name, role, call), self._ids(layer, batch_size))",
+            "row_keys(derive_key(self.key, layer.name, role, call), ids)",
             "row_keys(derive_key(self.key, layer.name, role, call), torch.arange(batch_size))",
             _BOUNDED,
         ),

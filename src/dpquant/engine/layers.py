@@ -29,6 +29,7 @@ from dpquant.engine.context import StepContext, twin_of
 from dpquant.engine.convolutions import QuantConv1d, QuantConv2d, QuantConv3d
 from dpquant.engine.foreign import refuse_foreign_codes
 from dpquant.engine.group_norm import TapedGroupNorm
+from dpquant.engine.one_after_another import one_after_another
 from dpquant.engine.quantizable import QuantizableLayer, QuantLinear, QuantTransposedLinear
 from dpquant.engine.recurrent import QuantGRU, QuantLSTM, QuantRNN
 from dpquant.engine.weight_cache import WeightCache
@@ -231,15 +232,21 @@ def arrangements(model: nn.Module) -> Mapping[str, Arrangement]:
 
 @contextlib.contextmanager
 def running(model: nn.Module, run: StepContext) -> Iterator[StepContext]:
-    """Attach a step context to every quantizable layer, and its tape to every GroupNorm twin, until the block ends."""
+    """Attach a step context to every quantizable layer, and its tape to every GroupNorm twin, until the block ends.
+
+    Modules that have to take examples one after another do so until then.
+    """
     layers, arranged = quantizable_layers(model), arrangements(model)
+    routes = model.__dict__.get(ROUTES)
+    separate = [model.get_submodule(path) for path in (() if routes is None else routes.separate)]
     norms = [module for module in model.modules() if isinstance(module, TapedGroupNorm)]
     for name, layer in layers.items():
         layer.current, layer.arrangement = run, arranged.get(name, "first")
     for norm in norms:
         norm.tape = run.tape
     try:
-        yield run
+        with one_after_another(separate, run):
+            yield run
     finally:
         for layer in layers.values():
             layer.current = None

@@ -50,6 +50,7 @@ class Routes:
       leaves: {parameter's name: number of axes of length 1 between the examples and the parameter's own; -1 if the
         parameter's first axis, of length 1, becomes the axis of examples}.
       alone: paths of the modules that are evaluated one example at a time, inner modules included.
+      separate: those of them whose forward method runs one example after another, too.
       once: paths of embeddings that look ids `(T,)` up for all examples at once.
       shared: paths of modules whose output is the same for all examples.
       arranged: {path of a module: where its calls have the examples}, if not on the first axis.
@@ -58,6 +59,7 @@ class Routes:
 
     leaves: dict[str, int] = dataclasses.field(default_factory=dict)
     alone: list[str] = dataclasses.field(default_factory=list)
+    separate: list[str] = dataclasses.field(default_factory=list)
     once: set[str] = dataclasses.field(default_factory=set)
     shared: set[str] = dataclasses.field(default_factory=set)
     arranged: dict[str, Arrangement] = dataclasses.field(default_factory=dict)

@@ -126,6 +126,8 @@ def one_at_a_time(
     compare: Compare,
     parameters: Mapping[str, Tensor],
     arrangement: Arrangement = "first",
+    *,
+    not_vectorised: Callable[[], None] = lambda: None,
 ) -> dict[str, Contribution]:
     """Return a module's gradients by evaluating it on one example at a time, vectorised by vmap where that works.
 
@@ -133,6 +135,7 @@ def one_at_a_time(
       outputs: {place among the leaves of the call's result: the tensor there, `(B, ...)`}.
       grads: the gradients of the loss with respect to these.
       parameters: {name inside the module: parameter} of those whose gradients are returned; of inner modules too.
+      not_vectorised: called if vmap does not work.
     """
     values, tree = pytree.tree_flatten((args, dict(kwargs)))
     values = [value.detach() if isinstance(value, Tensor) else value for value in values]
@@ -173,6 +176,7 @@ def one_at_a_time(
     except (
         Exception
     ):  # vmap does not support an operator or data-dependent control flow, on which code may raise anything
+        not_vectorised()
         gradients, again = _one_by_one(module, of_one, fixed, rows, list(grads.values()))
     for mine, theirs in zip(again, outputs.values(), strict=True):
         compare(module, mine.detach(), theirs.detach())

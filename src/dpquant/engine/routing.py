@@ -14,6 +14,7 @@ A run does this on synthetic records, and its isolation check then compares ever
 """
 
 import contextlib
+import functools
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -192,8 +193,10 @@ class _Search:
             path = self._paths[host]
             if not path or known not in (None, ("alone", place)):  # the whole model would run without quantization
                 continue
-            if self._fits_alone(seen, host):
+            separate: list[str] = []
+            if self._fits_alone(seen, host, functools.partial(separate.append, path)):
                 self._routes.alone.append(path)
+                self._routes.separate += separate[:1]
                 self._routes.leaves = {n: f for n, f in self._routes.leaves.items() if not self._routes.within(n)}
                 self.hosts.append(path)
                 self._alike[kind] = "alone", place
@@ -290,7 +293,7 @@ class _Search:
             return False
         return _equal(gradient, wanted)
 
-    def _fits_alone(self, seen: "Observed", host: nn.Module) -> bool:
+    def _fits_alone(self, seen: "Observed", host: nn.Module, not_vectorised: Callable[[], None]) -> bool:
         """Whether the host, evaluated one example at a time, gives its outputs and each row's gradient."""
         names = {p: name for name, p in self._trainable.items()}
         inner = {key: p for key, p in host.named_parameters() if p in names}
@@ -309,7 +312,9 @@ class _Search:
                     return False
                 if not outputs:
                     continue
-                parts = one_at_a_time(host, call.args, call.kwargs, outputs, grads, compare, inner)
+                parts = one_at_a_time(
+                    host, call.args, call.kwargs, outputs, grads, compare, inner, not_vectorised=not_vectorised
+                )
                 for key in found:
                     found[key] += parts[key].per_example()
         except ModelError:
