@@ -150,14 +150,14 @@ class OfExperts(Body):
 
 
 class Attention(nn.Module):
-    """Has biases beside layers, and returns what it has attended to as well, as DeBERTa's."""
+    """Uses its layer's weight without calling it, with a bias of its own, and also returns what it has attended to."""
 
     def __init__(self):
         super().__init__()
-        self.query, self.bias = nn.Linear(D, D), nn.Parameter(torch.randn(D))
+        self.query, self.bias = nn.Linear(D, D, bias=False), nn.Parameter(torch.randn(D))
 
     def forward(self, x):
-        shares = ((self.query(x) + self.bias[None, None]).view(*x.shape) @ x.transpose(1, 2)).softmax(-1)
+        shares = (F.linear(x, self.query.weight, self.bias) @ x.transpose(1, 2)).softmax(-1)
         return {"y": shares @ x, "shares": shares}
 
 
@@ -170,7 +170,7 @@ class WithShares(Body):
 
     def between(self, x):
         found = self.inner(x)
-        return found["y"] + found["shares"].mean(-1, keepdim=True) if self.both else found["y"]
+        return found["y"] + found["shares"][..., :1] if self.both else found["y"]
 
 
 class Table(nn.Embedding):

@@ -176,7 +176,7 @@ class QuantizableLayer(WeightProduct, nn.Module):
         run = self.current
         if self.arrangement == "first" or run is None or run.record_ids is None:
             x = self.for_each_example(x)
-            if run is not None and run.record_ids is not None and len(x) != len(run.record_ids):
+            if run is not None and run.record_ids is not None and x.shape[0] != run.record_ids.shape[0]:
                 run.elsewhere.add(f"{self.name}.weight")
             return product(x)
         return put_back(product(examples_first(x, self.arrangement, len(run.record_ids))), self.arrangement)

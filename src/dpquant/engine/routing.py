@@ -176,7 +176,8 @@ class _Search:
                 raise ElsewhereFirst([name])
             self._routes.once.add(self._paths[owner])
             return
-        if not beside_layers(owner) and owner in seen.calls and self._fits_shared(seen, owner, name):
+        plain = not isinstance(owner, QuantizableLayer) and not beside_layers(owner)
+        if plain and owner in seen.calls and self._fits_shared(seen, owner, name):
             self._routes.shared.add(self._paths[owner])
             return
         kind = type(owner), key, parameter.ndim
