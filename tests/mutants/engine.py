@@ -253,8 +253,8 @@ MUTANTS = [
         (
             "a frozen layer's rows are not looked at",
             COUPLING,
-            '                run.elsewhere.add(f"{self.name}.weight")\n',
-            "                pass\n",
+            '        run.elsewhere.add(f"{self.name}.weight")\n',
+            "",
         ),
     ),
     *mutants_of(

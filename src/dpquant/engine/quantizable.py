@@ -111,12 +111,15 @@ class WeightProduct:
     def for_each_example(self, x: Tensor) -> Tensor:
         """Return x, repeated for each example of the microbatch if it is one row outside of autograd, as for positions.
 
-        Each example then has its own gradient and its own rounding draws.
+        Each example then has its own gradient and its own rounding draws. Another number of rows is noted.
         """
         run = self.current
-        if run is None or run.record_ids is None or x.shape[0] != 1 or x.requires_grad:
+        if run is None or run.record_ids is None or x.shape[0] == (size := run.record_ids.shape[0]):
             return x
-        return repeated(x, len(run.record_ids))
+        if x.shape[0] == 1 and not x.requires_grad:
+            return repeated(x, size)
+        run.elsewhere.add(f"{self.name}.weight")
+        return x
 
     def convolve(self, x: Tensor) -> Tensor:
         """Apply the convolution to x `(B, C, H, W)`; return `(B, O, H', W')`.
@@ -175,10 +178,7 @@ class QuantizableLayer(WeightProduct, nn.Module):
         """Apply a product of the layer's to x with the examples on the first axis, wherever the model has them."""
         run = self.current
         if self.arrangement == "first" or run is None or run.record_ids is None:
-            x = self.for_each_example(x)
-            if run is not None and run.record_ids is not None and x.shape[0] != run.record_ids.shape[0]:
-                run.elsewhere.add(f"{self.name}.weight")
-            return product(x)
+            return product(self.for_each_example(x))
         return put_back(product(examples_first(x, self.arrangement, len(run.record_ids))), self.arrangement)
 
     @property
