@@ -15,12 +15,12 @@ RUN python -m venv /opt/dpquant \
     && /opt/dpquant/bin/python -c "import dpquant.native as native; assert native.kernels, native.obstacle"
 
 FROM python:3.12-slim-bookworm
-# hadolint ignore=DL3008 # OpenMP, which torch and the kernels use
-RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/* \
+# hadolint ignore=DL3008 # OpenMP, which torch and the kernels use; an allocator without holes (docs/performance.md)
+RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 libjemalloc2 && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 1000 --create-home dpquant
 COPY --from=build /opt/dpquant /opt/dpquant
 USER 1000
 WORKDIR /home/dpquant
-ENV PATH=/opt/dpquant/bin:$PATH
+ENV PATH=/opt/dpquant/bin:$PATH LD_PRELOAD=libjemalloc.so.2 MALLOC_CONF=dirty_decay_ms:-1,muzzy_decay_ms:-1
 ENTRYPOINT ["dpquant"]
 CMD ["--help"]
