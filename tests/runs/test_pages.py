@@ -246,6 +246,16 @@ def test_the_report_of_a_regression_shows_its_error_for_an_accuracy():
     assert "2.25 (test mean absolute error)" in text_of(comparison([facts(record), facts()], together=""))
 
 
+def test_a_run_that_lost_epochs_has_a_report_of_the_others():
+    """A resumed run may begin with a later epoch: those before were charged and lost."""
+    one = dataclasses.replace(RECORD.per_epoch[-1], index=3, accuracy_test=0.5)
+    last = dataclasses.replace(one, index=5, accuracy_test=RECORD.accuracy_test)
+    record = dataclasses.replace(RECORD, per_epoch=[one, last])
+    text = text_of(report(facts(record)))
+    assert "4 50.0 %" in text and f"6 {100 * RECORD.accuracy_test:.1f} %" in text
+    assert "50.0 %" in comparison([facts(record), facts()], together="") and model_card(facts(record))
+
+
 def test_the_report_of_rare_positives_shows_the_average_precision_for_an_accuracy():
     """A model that always says no has the accuracy, which the first page would have somebody sign."""
     shares = {one.index: {"accuracy": 0.98, "average_precision": 0.125 + one.index / 8} for one in RECORD.per_epoch}
