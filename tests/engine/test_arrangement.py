@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.engine.test_leaves import B, C, D, T, by_loop
+from tests.engine.test_leaves import Body as Layers
 from torch import nn
 from torch.utils.data import default_collate
 
@@ -24,27 +26,18 @@ from dpquant.errors import ModelError
 from dpquant.formats import precision
 from networks import loss
 
-B, T, D, C = 5, 4, 6, 0.4
-
 
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
 
 
-class Body(nn.Module):
-    """Tokens (B, T, 3) become five classes by what is between."""
+class Body(Layers):
+    """Has something to be called between its layers."""
 
     def __init__(self):
         super().__init__()
-        self.into, self.head = nn.Linear(3, D), nn.Linear(D, 5)
         self.inner = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D), nn.Tanh())
-
-    def forward(self, x):
-        return self.head(torch.tanh(self.between(torch.tanh(self.into(x)))).mean(1))
-
-    def between(self, x):
-        raise NotImplementedError
 
 
 class Flat(Body):
@@ -214,20 +207,11 @@ def summed(model, batch, rows=None, **settings):
             seed=0,
             **settings,
         ).grads
-    return torch.cat([found[name].double().flatten() for name in sorted(found)])
+    return flat(found)
 
 
-def looped(model, batch):
-    named = sorted((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    total = torch.zeros(())
-    for row in range(len(batch[1])):
-        value = loss(model, [part[row : row + 1] for part in batch]).sum()
-        grads = torch.autograd.grad(value, [p for _, p in named], allow_unused=True)
-        flat = torch.cat(
-            [(torch.zeros_like(p) if g is None else g).flatten() for g, (_, p) in zip(grads, named, strict=True)]
-        )
-        total = total + flat.double() * min(1, C / flat.norm().item())
-    return total
+def flat(grads):
+    return torch.cat([grads[name].double().flatten() for name in sorted(grads)])
 
 
 MODELS = {
@@ -246,7 +230,7 @@ MODELS = {
 @pytest.mark.parametrize(("make", "data"), MODELS.values(), ids=MODELS)
 def test_the_sum_is_that_of_a_loop_whatever_the_microbatch(make, data):
     model = make()
-    wanted, model = looped(model, data()), dpquant.prepare(model, backend="simulate")
+    wanted, model = flat(by_loop(model, data())), dpquant.prepare(model, backend="simulate")
     for size in (B, 3, 8, T):  # eight: the last rows are padding; four: as many examples as positions
         found = summed(model, data(), microbatch_size=size)
         assert (found - wanted).norm() <= 1e-4 * wanted.norm(), size

@@ -119,14 +119,17 @@ class RunProgress:
         self._bar.update(self._task, completed=progress.step, **shown)
 
     def epoch_ended(self, epoch: "EpochRecord") -> None:
-        """Show epsilon and accuracy as they are after the epoch."""
+        """Show epsilon and score as they are after the epoch."""
         if self._task is not None:
             self._bar.update(self._task, epsilon=self._of(epoch.epsilon or 0.0), score=_told(epoch, short=True))
             self._bar.refresh()
             return
-        words = [f"epoch {epoch.index + 1}/{self._plan.epochs}: epsilon {self._of(epoch.epsilon or 0.0)}"]
-        words += [f"test {_told(epoch)}"]
-        words += [f"{self._layers} layers quantized", f"{self._speed:,.0f} examples/s"]
+        words = [
+            f"epoch {epoch.index + 1}/{self._plan.epochs}: epsilon {self._of(epoch.epsilon or 0.0)}",
+            f"test {_told(epoch)}",
+            f"{self._layers} layers quantized",
+            f"{self._speed:,.0f} examples/s",
+        ]
         self._console.print(", ".join(words), markup=False, highlight=False, soft_wrap=True)
 
     def finished(self, record: "RunRecord") -> None:

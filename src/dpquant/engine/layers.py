@@ -226,8 +226,7 @@ def count_macs(
 
 def arrangements(model: nn.Module) -> Mapping[str, Arrangement]:
     """Return {path: where the module's calls have the examples} of those that have them elsewhere than others."""
-    routes = model.__dict__.get(ROUTES)
-    return {} if routes is None else routes.arranged
+    return getattr(model.__dict__.get(ROUTES), "arranged", {})
 
 
 @contextlib.contextmanager
@@ -237,8 +236,7 @@ def running(model: nn.Module, run: StepContext) -> Iterator[StepContext]:
     Modules that have to take examples one after another do so until then.
     """
     layers, arranged = quantizable_layers(model), arrangements(model)
-    routes = model.__dict__.get(ROUTES)
-    separate = [model.get_submodule(path) for path in (() if routes is None else routes.separate)]
+    separate = [model.get_submodule(path) for path in getattr(model.__dict__.get(ROUTES), "separate", ())]
     norms = [module for module in model.modules() if isinstance(module, TapedGroupNorm)]
     for name, layer in layers.items():
         layer.current, layer.arrangement = run, arranged.get(name, "first")

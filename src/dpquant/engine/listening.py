@@ -135,8 +135,8 @@ def _listener(
             raise ElsewhereFirst([tape.name_of(p) for p in own.values()])
         if not isinstance(output, Tensor) or output.ndim == 0:
             raise ReturnsSeveral([tape.name_of(p) for p in own.values()], module, output)
-        away = len(output) != tape.size or not _has_examples((args, kwargs), tape.size)
-        if away and arrangement == "first" and not has_formula(module):
+        usual = arrangement == "first" and not has_formula(module)
+        if usual and (len(output) != tape.size or not _has_examples((args, kwargs), tape.size)):
             raise WithoutExamples([tape.name_of(p) for p in own.values()], module)
         if beside_layers(module):
             raise ModelError(

@@ -173,9 +173,7 @@ def one_at_a_time(
             gradients, again = differentiated(fixed, rows, list(grads.values()))
     except ModelError:
         raise
-    except (
-        Exception
-    ):  # vmap does not support an operator or data-dependent control flow, on which code may raise anything
+    except Exception:  # vmap knows no such operator, or code that chooses by values raises anything
         not_vectorised()
         gradients, again = _one_by_one(module, of_one, fixed, rows, list(grads.values()))
     for mine, theirs in zip(again, outputs.values(), strict=True):
