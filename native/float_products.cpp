@@ -18,8 +18,8 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "float_tiles.hpp"
 #include "geometry.hpp"
-#include "parallel.hpp"
 
 namespace nb = nanobind;
 
@@ -36,61 +36,24 @@ struct Shape {
 
 constexpr int64_t CACHED = 1 << 15;  // bytes of x that a block of rows may read
 
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
-#define DIRECT 1
-
-template <int bytes>
-struct Vector {
-    typedef float Type __attribute__((vector_size(bytes), aligned(4), may_alias));
-    static constexpr int lanes = bytes / 4;
-};
-
-// Adds `count` positions to a tile of `n_out` outputs times `n_vec` vectors of channels.
-template <int bytes, int n_out, int n_vec>
-INLINE void tile(const float *x, int64_t x_step, const float *g, int64_t g_step, int64_t count, float *out, int64_t depth) {
-    using V = typename Vector<bytes>::Type;
-    constexpr int lanes = Vector<bytes>::lanes;
-    V sums[n_out][n_vec];
-    for (int o = 0; o < n_out; ++o)
-        for (int v = 0; v < n_vec; ++v) sums[o][v] = *reinterpret_cast<const V *>(out + o * depth + v * lanes);
-    for (int64_t t = 0; t < count; ++t, x += x_step, g += g_step) {
-        V seen[n_vec];
-        for (int v = 0; v < n_vec; ++v) seen[v] = *reinterpret_cast<const V *>(x + v * lanes);
-        for (int o = 0; o < n_out; ++o)
-            for (int v = 0; v < n_vec; ++v) sums[o][v] += g[o] * seen[v];
-    }
-    for (int o = 0; o < n_out; ++o)
-        for (int v = 0; v < n_vec; ++v) *reinterpret_cast<V *>(out + o * depth + v * lanes) = sums[o][v];
-}
-
-template <int bytes, int n_vec, int most_out>
-INLINE void tiles_of_outputs(const float *x, int64_t x_step, const float *g, int64_t g_step, int64_t count, float *out,
-                             int64_t depth, int64_t outputs) {
-    int64_t o = 0;
-    for (; o + most_out <= outputs; o += most_out)
-        tile<bytes, most_out, n_vec>(x, x_step, g + o, g_step, count, out + o * depth, depth);
-    for (; o + 2 <= outputs; o += 2) tile<bytes, 2, n_vec>(x, x_step, g + o, g_step, count, out + o * depth, depth);
-    for (; o < outputs; ++o) tile<bytes, 1, n_vec>(x, x_step, g + o, g_step, count, out + o * depth, depth);
-}
-
+#ifdef FLOAT_TILES
 // Adds the products of one row of g and the row of x that kernel row i reads, for all kernel columns.
 template <int bytes, int most_vec, int most_out>
 INLINE void row(const float *x, const float *g, float *out, const Shape &s) {
     constexpr int lanes = Vector<bytes>::lanes;
-    const int64_t pixel = s.groups * s.channels, g_step = s.groups * s.outputs, x_step = s.columns.stride * pixel;
+    const int64_t pixel = s.groups * s.channels, x_step = s.columns.stride * pixel;
     for (int64_t j = 0; j < s.columns.kernel; ++j, out += s.channels) {
         const int64_t first = s.columns.first(j), last = s.columns.last(j);
         if (first >= last) continue;
         const float *seen = x + (first * s.columns.stride + s.columns.reach(j)) * pixel;
-        const float *grad = g + first * g_step;
+        const Factors grad{g + first * s.groups * s.outputs, 1, s.groups * s.outputs};  // an output, a position
         int64_t c = 0;
         for (; c + most_vec * lanes <= s.channels; c += most_vec * lanes)
-            tiles_of_outputs<bytes, most_vec, most_out>(seen + c, x_step, grad, g_step, last - first, out + c, s.depth(),
-                                                        s.outputs);
+            tiles_of_rows<bytes, most_vec, most_out, true>(grad, seen + c, x_step, last - first, out + c, s.depth(), s.outputs);
         for (; c + lanes <= s.channels; c += lanes)
-            tiles_of_outputs<bytes, 1, most_out>(seen + c, x_step, grad, g_step, last - first, out + c, s.depth(), s.outputs);
+            tiles_of_rows<bytes, 1, most_out, true>(grad, seen + c, x_step, last - first, out + c, s.depth(), s.outputs);
         for (; c < s.channels; ++c)
-            tiles_of_outputs<4, 1, most_out>(seen + c, x_step, grad, g_step, last - first, out + c, s.depth(), s.outputs);
+            tiles_of_rows<4, 1, most_out, true>(grad, seen + c, x_step, last - first, out + c, s.depth(), s.outputs);
     }
 }
 
@@ -108,17 +71,17 @@ INLINE void example(const float *x, const float *g, float *out, const Shape &s) 
             }
 }
 
-__attribute__((target("arch=x86-64-v4"))) void example_avx512(const float *x, const float *g, float *out, const Shape &s) {
+AVX512_FLOATS void example_avx512(const float *x, const float *g, float *out, const Shape &s) {
     example<64, 4, 6>(x, g, out, s);  // 24 sums, 4 vectors and a factor in 32 registers
 }
 
-__attribute__((target("arch=x86-64-v3"))) void example_avx2(const float *x, const float *g, float *out, const Shape &s) {
+AVX2_FLOATS void example_avx2(const float *x, const float *g, float *out, const Shape &s) {
     example<32, 2, 6>(x, g, out, s);  // 12 sums, 2 vectors and a factor in 16 registers
 }
 #endif
 
 bool available() {
-#ifdef DIRECT
+#ifdef FLOAT_TILES
     return __builtin_cpu_supports("x86-64-v3");
 #else
     return false;
@@ -144,7 +107,7 @@ void bind_direct(nb::module_ &m) {
                 static_cast<int64_t>(out.size()) != batch * out_size)
                 throw std::invalid_argument("sizes of x, g and out do not agree");
             nb::gil_scoped_release unlocked;
-#ifdef DIRECT
+#ifdef FLOAT_TILES
             const auto run = __builtin_cpu_supports("x86-64-v4") ? example_avx512 : example_avx2;
             parallel_for(batch, threads, [&](int64_t b) {
                 run(x.data() + b * x_size, g.data() + b * g_size, out.data() + b * out_size, s);

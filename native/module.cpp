@@ -6,6 +6,7 @@
 #include <nanobind/nanobind.h>
 
 namespace dpquant {
+void bind_attention(nanobind::module_ &m);
 void bind_codes(nanobind::module_ &m);
 void bind_convolutions(nanobind::module_ &m);
 void bind_direct(nanobind::module_ &m);
@@ -18,6 +19,7 @@ void bind_sums(nanobind::module_ &m);
 
 NB_MODULE(_native, m) {
     m.doc() = "The loops of dpquant that profiling proved to matter. Python modules state what they compute.";
+    dpquant::bind_attention(m);
     dpquant::bind_codes(m);
     dpquant::bind_convolutions(m);
     dpquant::bind_direct(m);

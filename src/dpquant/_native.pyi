@@ -9,6 +9,43 @@ from collections.abc import Sequence
 
 import numpy as np
 
+def attention_kernels() -> list[str]:
+    """Return the names of the kernels of `attention` that this processor supports, fastest first: `avx512`, `avx2`."""
+
+def attention(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    mask: np.ndarray | None,
+    out: np.ndarray,
+    *,
+    scale: float,
+    causal: bool,
+    kernel: str,
+    threads: int,
+) -> None:
+    """Fill out (B, N, L, E) from q, k and v (B, N, S, E); a mask (B, N, L, S) is added to the scores.
+
+    Features, a multiple of 16, and a mask's last axis are contiguous; all other strides are free.
+    """
+
+def attention_backward(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    mask: np.ndarray | None,
+    grad: np.ndarray,
+    grad_q: np.ndarray,
+    grad_k: np.ndarray,
+    grad_v: np.ndarray,
+    *,
+    scale: float,
+    causal: bool,
+    kernel: str,
+    threads: int,
+) -> None:
+    """Fill the gradients of q, k and v from that of the output; the other arguments are those of `attention`."""
+
 def fill_noise(words: np.ndarray, noise: np.ndarray, *, std: float, threads: int) -> None:
     """Fill noise (n) with samples of N(0, std^2), from n random words if n is even, else from n + 1."""
 

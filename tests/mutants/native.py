@@ -69,6 +69,41 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
+        "native/attention.cpp",
+        "tests/engine/test_fused_attention.py",
+        (
+            "every example attends to the keys of the first",
+            COUPLING,
+            "run({.q = of(q), .k = of(k), .v = of(v), .mask = mask ? of(*mask) : Rows<const float>{}, .out",
+            "run({.q = of(q), .k = rows_of(k, 0, i % s.heads), .v = of(v), "
+            ".mask = mask ? of(*mask) : Rows<const float>{}, .out",
+        ),
+        (
+            "gradients of keys are added to those of another head",
+            COUPLING,
+            "std::fill(head.grad_k[key], head.grad_k[key] + s.features, 0.0f);",
+            "",
+        ),
+        (
+            "keys that are not there take part",
+            COUPLING,
+            "std::fill(scores + seen, scores + width, LEAST);",
+            "std::fill(scores + seen, scores + s.keys, LEAST);",
+        ),
+        (
+            "a query sees the key after it",
+            COUPLING,
+            "s.causal ? std::min(begin + t + 1, s.keys) : s.keys",
+            "s.causal ? std::min(begin + t + 2, s.keys) : s.keys",
+        ),
+        (
+            "scores that are no numbers count as zero",
+            SENSITIVITY,
+            "return x < -87.0f ? V{} : value;",
+            "return x >= -87.0f ? value : V{};",
+        ),
+    ),
+    *mutants_of(
         "native/group_norm.cpp",
         "tests/engine/test_group_norm.py",
         (

@@ -28,6 +28,7 @@ from dpquant.engine.attention import (
 from dpquant.engine.context import StepContext, twin_of
 from dpquant.engine.convolutions import QuantConv1d, QuantConv2d, QuantConv3d
 from dpquant.engine.foreign import refuse_foreign_codes
+from dpquant.engine.fused_attention import fused_attention
 from dpquant.engine.group_norm import TapedGroupNorm
 from dpquant.engine.one_after_another import one_after_another
 from dpquant.engine.quantizable import QuantizableLayer, QuantLinear, QuantTransposedLinear
@@ -233,7 +234,7 @@ def arrangements(model: nn.Module) -> Mapping[str, Arrangement]:
 def running(model: nn.Module, run: StepContext) -> Iterator[StepContext]:
     """Attach a step context to every quantizable layer, and its tape to every GroupNorm twin, until the block ends.
 
-    Modules that have to take examples one after another do so until then.
+    Modules that have to take examples one after another do so until then, and attention is `fused_attention`'s.
     """
     layers, arranged = quantizable_layers(model), arrangements(model)
     separate = [model.get_submodule(path) for path in getattr(model.__dict__.get(ROUTES), "separate", ())]
@@ -243,7 +244,7 @@ def running(model: nn.Module, run: StepContext) -> Iterator[StepContext]:
     for norm in norms:
         norm.tape = run.tape
     try:
-        with one_after_another(separate, run):
+        with one_after_another(separate, run), fused_attention():
             yield run
     finally:
         for layer in layers.values():
