@@ -189,6 +189,18 @@ def assert_sums_are_exact(backend: Backend, operands: Operands) -> None:
         assert found.dtype == torch.float32 and torch.equal(found.double().cpu(), expected), method.name
 
 
+def assert_sums_over_several_sizes_are_exact(backend: Backend, several: Sequence[Operands]) -> None:
+    """A sum takes microbatches of every size that has its method, as texts of different lengths, in any order."""
+    weights_B = torch.tensor([0.5, -1.0, 0.0, 0.25, 1.5])
+    for method in backend.methods(several[0]):
+        alike = [one for one in several if method.name in [other.name for other in backend.methods(one)]]
+        total = method.sum(alike[0])
+        for one in alike:
+            total.add(one, weights_B.to(one.values[0].device))
+        expected = sum(torch.einsum("b,bocij->ocij", weights_B.double(), exact_gradients(one)) for one in alike)
+        assert torch.equal(total.value().double().cpu(), expected), method.name
+
+
 def results_of_rows(backend: Backend, x: Tensor, ids: Tensor, chosen: Recipe) -> list[Tensor]:
     """Codes, scales and products of some rows: of activations forward, of output gradients backward."""
     geometry = Geometry(kernel=(3, 3), padding=(1, 1))

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from conformance import (
     assert_rows_stand_alone,
     assert_rows_that_are_not_finite_stay_alone,
     assert_sums_are_exact,
+    assert_sums_over_several_sizes_are_exact,
     plain_operands,
     quantized_operands,
 )
@@ -34,7 +36,7 @@ from dpquant.backends.algebra import ROUND_OFF, convolved, input_gradient
 from dpquant.backends.cpu_int8 import CpuInt8, Int8Weight
 from dpquant.backends.doubles import OffByOne, SharedScale, Wrapped
 from dpquant.backends.geometry import Geometry
-from dpquant.backends.interface import Backend, Norms
+from dpquant.backends.interface import Backend, Norms, Operands
 from dpquant.backends.qtensor import QTensor, code_values, scaled
 from dpquant.backends.reference import Reference
 from dpquant.backends.registry import BACKENDS
@@ -126,6 +128,26 @@ def test_norms_of_values_are_never_below(backend, device, max_code, convolution)
 @hypothesis.given(convolution=convolutions())
 def test_sums_of_small_codes_are_exact(backend, device, max_code, convolution):
     assert_sums_are_exact(backend, quantized_operands(backend, convolution, max_code, device))
+
+
+@pytest.mark.parametrize("codes", [True, False])
+@pytest.mark.parametrize(("max_code", "backend", "device"), cases([7]))
+@hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
+@hypothesis.given(convolution=convolutions(), taller=st.integers(1, 9), wider=st.integers(0, 3))
+def test_sums_over_several_sizes_are_exact(backend, device, max_code, codes, convolution, taller, wider):
+    geometry, shape, (height, width) = convolution
+    sizes = [(height, width), (height + taller, width + wider), (height + taller, width + wider), (height, width)]
+    several = [quantized_operands(backend, (geometry, shape, size), max_code, device) for size in sizes]
+    if not codes:
+        several = [of_values(one) for one in several]
+    hypothesis.assume(several[0].geometry == several[1].geometry)  # others have a sum of their own
+    assert_sums_over_several_sizes_are_exact(backend, several)
+
+
+def of_values(operands: Operands) -> Operands:
+    """The same numbers, not as codes."""
+    x, g = (one.contiguous(memory_format=torch.channels_last) for one in operands.values)
+    return Operands(x=x, g=g, geometry=operands.geometry)
 
 
 @pytest.mark.parametrize(("chosen", "backend", "device"), cases(ALL_RECIPES))

@@ -7,6 +7,7 @@ Weight gradients themselves are tested with the clipped sum that they belong to.
 import contextlib
 import dataclasses
 import inspect
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 import dpquant
 from dpquant.backends.algebra import ROUND_OFF
+from dpquant.backends.choose import Choices, Machine
 from dpquant.backends.doubles import Wrapped
 from dpquant.backends.gemm_sum import GemmSum, OuterSum
 from dpquant.backends.geometry import Geometry
@@ -360,6 +362,25 @@ def test_what_waited_is_what_is_added(way: str) -> None:
     assert_what_waited_is_what_is_added(way, GemmSum)
 
 
+def test_each_size_is_added_by_the_way_that_suits_it() -> None:
+    torch.manual_seed(0)
+    backend = Sums(Reference(), partial(GemmSum, enough_positions=150))
+
+    turns = itertools.cycle(["convolution", "patches"])  # which leave their totals in different orders
+
+    def timed(ways):
+        chosen = next(turns)
+        return {way: float(way != chosen) for way in ways}
+
+    total, expected = product(4, backend).begin_sum(), torch.zeros(6, 2, 3, 3)
+    with Choices(timed=timed, machine=Machine(None)).active():
+        for side in (5, 7, 7, 5, 6):
+            part, weights = product(4, backend, side), torch.rand(4)
+            total.add(part, weights)
+            expected += torch.einsum("b,bocij->ocij", weights, part.per_example())
+        torch.testing.assert_close(total.value(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("way", ["convolution", "patches"])
 def test_what_waits_and_is_forgotten_would_be_seen(way: str) -> None:
     class Forgetful(GemmSum):
@@ -448,7 +469,7 @@ def test_examples_without_a_finite_gradient_add_zero(policy: str, method: str | 
 def test_a_sum_of_nothing_that_is_nothing_would_be_seen() -> None:
     class Nothing(GemmSum):
         def value(self) -> Tensor | None:
-            return self._total
+            return next(iter(self._totals.values()), None)
 
     with preferring("grams"), pytest.raises(AttributeError, match="NoneType"):
         assert_examples_without_a_finite_gradient_add_zero("none", Sums(Reference(), Nothing))

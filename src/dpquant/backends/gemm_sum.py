@@ -4,6 +4,7 @@
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,25 +21,33 @@ _ENOUGH_POSITIONS = 2048  # with more, a matrix product takes no less time per p
 
 
 class GemmSum:
-    """An accumulator that buffers operands until one large matrix product is efficient."""
+    """An accumulator that buffers operands until one large matrix product is efficient.
+
+    Microbatches may have several shapes, as texts of different lengths have. Those of one shape are multiplied
+    together, by the method that suits it. Methods leave their totals in one of two orders, which are added at the end.
+    """
 
     def __init__(self, operands: Operands, /, *, enough_positions: int = _ENOUGH_POSITIONS):
         """Begin an empty sum for operands of these shapes (values are not read); `enough_positions` are buffered."""
         x, g = operands.values
-        self._shapes, self._like = (x.shape[1:], g.shape[1:]), {"dtype": x.dtype, "device": x.device}
+        self._shapes = x.shape[1:], g.shape[1:]  # of what waits
+        self._like: dict[str, Any] = {"dtype": x.dtype, "device": x.device}
         self._geometry, self._bf16_terms = operands.geometry, operands.bf16_terms
         self._enough_positions = enough_positions
         self._x: list[Tensor] = []
         self._g: list[Tensor] = []
         self._positions = 0  # that wait
-        self._total: Tensor | None = None
-        self._in_patch_order = False
+        self._totals: dict[bool, Tensor] = {}  # {whether in patch order: sum}
 
     def add(self, operands: Operands, weights_B: Tensor) -> None:
         """Buffer one microbatch of operands, which may be empty."""
         x, g = operands.values
         if g.numel() == 0:
             return
+        if (x.shape[1:], g.shape[1:]) != self._shapes:
+            if self._x:
+                self._flush()
+            self._shapes = x.shape[1:], g.shape[1:]
         self._x.append(x)
         self._g.append(g * weights_B[:, None, None, None])
         self._positions += g[:, 0].numel()
@@ -49,10 +58,14 @@ class GemmSum:
         """Return the sum of all microbatches so far, `(O, C / G, *kernel)`."""
         if self._x:
             self._flush()
-        if self._total is None:
+        totals = [
+            in_weight_order(total.flatten(0, 1), self._geometry) if in_patch_order else total
+            for in_patch_order, total in self._totals.items()
+        ]
+        if not totals:
             (channels, *_), (outputs, *_) = self._shapes
             return torch.zeros(outputs, channels // self._geometry.groups, *self._geometry.kernel, **self._like)
-        return in_weight_order(self._total.flatten(0, 1), self._geometry) if self._in_patch_order else self._total
+        return sum(totals[1:], totals[0])
 
     def _flush(self) -> None:
         x, g = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in (self._x, self._g))
@@ -63,8 +76,10 @@ class GemmSum:
         facts = (self._geometry, (*self._shapes, self._bf16_terms), torch.get_num_threads(), *place(x.device))
         key = ("summed weight gradient", *facts)
         name = fastest(key, {name: partial(self._try, method) for name, method in methods.items()})
-        self._in_patch_order = name != "convolution"
-        self._total = methods[name](g, x, self._total)
+        in_patch_order = name != "convolution"
+        total = methods[name](g, x, self._totals.get(in_patch_order))
+        if total is not None:
+            self._totals[in_patch_order] = total
 
     def _try(self, method: Callable[[Tensor, Tensor, Tensor | None], Tensor | None]) -> None:
         """Run a method on synthetic operands, so that neither values nor number of examples affect the choice."""

@@ -171,7 +171,8 @@ class Method:
     """A method for the norms and the weighted sum of weight gradients.
 
     Attributes:
-      name: identifies the method in saved choices.
+      name: identifies the method in saved choices. A sum of one size takes operands of every size that has a method of
+        this name: microbatches of texts have several lengths.
       norms: computes the squared norms.
       sum: makes the accumulator. It is not used if `norms` materialises the gradients, as those are summed then.
       cost: multiply-accumulates per example, by which clearly slower methods are excluded before timing. None: always

@@ -103,8 +103,8 @@ class Reference:
     def methods(self, operands: Operands) -> Sequence[Method]:
         formed, grams = costs(operands)
         if operands.rank_one:  # O + D multiplications for a norm, where materialising takes O * D
-            sum = GemmSum if operands.bf16_terms else OuterSum
-            return [Method(name="grams", norms=norms_by_grams, sum=sum, cost=grams)]
+            name, sum = ("grams", GemmSum) if operands.bf16_terms else ("outer", OuterSum)
+            return [Method(name=name, norms=norms_by_grams, sum=sum, cost=grams)]
         methods = [
             Method(name="patches", norms=materialise_by_patches, sum=GemmSum, cost=formed),
             Method(name="groups", norms=materialise_by_groups, sum=GemmSum, cost=formed),
