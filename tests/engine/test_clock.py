@@ -43,7 +43,7 @@ class Slow(Wrapped):
         self._time, self._part = time, part
 
     def methods(self, operands):
-        grams = [one for one in super().methods(operands) if one.name == "grams"]  # keeps the operands
+        grams = [one for one in super().methods(operands) if one.name in ("grams", "outer")]  # keep the operands
         if self._part == "norms":
             return [dataclasses.replace(one, norms=self._time.slow(one.norms)) for one in grams]
         if self._part == "sum":

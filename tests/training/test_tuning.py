@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,7 +15,7 @@ from dpquant.formats import precision
 from dpquant.training import tuning
 from dpquant.training.cost import LayerTimes
 from dpquant.training.impact import impact_sum
-from dpquant.training.tuning import Instruments
+from dpquant.training.tuning import Instruments, fitted, rows_of_step
 from networks import loss
 
 
@@ -108,7 +110,46 @@ def test_microbatches_are_doubled_as_long_as_that_gains(seconds, expected):
 
 @pytest.mark.parametrize("expected_batch_size", [20, 4096])
 def test_a_batch_is_the_largest_microbatch(expected_batch_size):
-    assert size_by(timed(lambda size: 1 / size), expected_batch_size) == max(32, expected_batch_size)
+    found = size_by(timed(lambda size: 1 / size), expected_batch_size)
+    assert found == fitted(max(32, expected_batch_size), expected_batch_size)
+
+
+def assert_rows_are_counted(rows):
+    """Against batches drawn as a sampler draws them."""
+    records = np.random.default_rng(0)
+    for size, expected in [(32, 40), (64, 256), (1024, 4096), (1055, 4096), (4096, 4096), (100, 8)]:
+        drawn = np.ceil(records.binomial(60 * expected, 1 / 60, 20_000) / size) * size
+        assert rows(size, expected) == pytest.approx(drawn.mean(), rel=0.02), (size, expected)
+
+
+def test_rows_of_a_step_are_those_that_a_sampler_makes():
+    assert_rows_are_counted(rows_of_step)
+
+
+def test_rows_without_the_filling_would_be_seen():
+    with pytest.raises(AssertionError):
+        assert_rows_are_counted(lambda size, expected: expected)
+
+
+@pytest.mark.parametrize(("size", "expected"), [(1024, 4096), (4096, 4096), (64, 64), (256, 512)])
+def test_a_size_is_fitted_to_the_batches(size, expected):
+    found = fitted(size, expected)
+    assert size < found <= size * 9 / 8
+    assert rows_of_step(found, expected) < 0.95 * rows_of_step(size, expected)
+
+
+@pytest.mark.parametrize(("size", "expected"), [(16, 4096), (32, 20), (64, 1e6)])
+def test_a_size_that_fits_stays(size, expected):
+    assert fitted(size, expected) == size
+
+
+@pytest.mark.parametrize(("memory", "expected"), [(10.0, fitted(4096, 4096)), (2.02, 4096)])
+def test_a_size_is_not_fitted_beyond_the_memory(memory, expected):
+    peaks = itertools.chain([1.0] * 10, itertools.repeat(2.0))  # GiB; sizes of 4 to 2048, and 4096
+    by = dataclasses.replace(
+        timed(lambda size: 1 / size), reset_peak=lambda: (0.0, True), memory_mib=lambda: (0.0, 1024 * next(peaks))
+    )
+    assert size_by(by, 4096, memory=memory) == expected
 
 
 def test_a_microbatch_that_the_batch_would_have_to_fill_up_has_to_gain_more():
@@ -126,7 +167,7 @@ def test_a_short_run_compares_nothing_and_takes_a_usual_size():
         Objective(model, loss), batch, {}, expected_batch_size=100, memory=None, largest=tuning.largest_tried(100),
         by=Instruments(timed=refuse),
     )  # fmt: skip
-    assert size == 32
+    assert size == fitted(32, 100)
 
 
 def test_sizes_are_timed_on_the_same_examples_in_the_precisions_of_an_epoch():
@@ -193,7 +234,7 @@ def model_and_batch_for(loss_fn):
     return model, loss_fn, batch
 
 
-@pytest.mark.parametrize(("ask", "largest"), [(fastest, 512), (of_analysis, tuning.ANALYSIS_MICROBATCH)])
+@pytest.mark.parametrize(("ask", "largest"), [(fastest, fitted(512, 512)), (of_analysis, tuning.ANALYSIS_MICROBATCH)])
 def test_the_memory_budget_bounds_the_microbatch(ask, largest):
     for memory, expected in ((1.05, 4), (1.09, 8), (1.4, 32), (99.0, largest)):
         process = Memory()
