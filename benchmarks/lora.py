@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.oracle import error_of_sum
 from benchmarks.results import folder_here
 from dpquant.app.contenders import StepSettings
 from dpquant.engine.batches import take_rows
@@ -195,30 +196,6 @@ def _pieces(batch: Batch, size: int):
         yield take_rows(batch, slice(start, start + size))
 
 
-def checked(what: str, format: str) -> float:
-    """Return the relative error of the clipped sum against autograd, one example at a time, in full precision."""
-    batch, bound = records(4), 0.5
-    model = network(what)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    expected = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in trained.items()}
-    for row in range(4):
-        grads = torch.autograd.grad(
-            losses(model, take_rows(batch, slice(row, row + 1))).sum(), list(trained.values()), allow_unused=True
-        )
-        found = {name: grad for name, grad in zip(trained, grads, strict=True) if grad is not None}
-        norm = torch.stack([grad.double().norm() for grad in found.values()]).norm()
-        for name, grad in found.items():
-            expected[name] += grad.double() * min(1.0, bound / norm.item())
-    total = clipped_sum(
-        prepare(model, format=format), losses, batch, max_grad_norm=bound, record_ids=torch.arange(4), step=0, seed=0
-    )
-    gap = torch.stack([(total.grads[name].double() - one).norm() for name, one in expected.items()]).norm()
-    error = (gap / torch.stack([one.norm() for one in expected.values()]).norm()).item()
-    if error > 1e-4:
-        raise SystemExit(f"error: the clipped sum of {what} is off by {error:.1e}")
-    return error
-
-
 def peak_gib(what: str, side: Side, given: argparse.Namespace) -> float:
     """Return the peak memory of a step above what network and data take, GiB, in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -241,7 +218,8 @@ def _peak(what: str, side: Side, count: int, format: str, threads: int) -> float
 def measured(what: str, given: argparse.Namespace) -> dict[str, Any]:
     """Measure what is trained, all sides in turn."""
     torch.manual_seed(0)
-    batch, error = records(given.batch_size), checked(what, given.format)
+    batch = records(given.batch_size)
+    error = error_of_sum(what, network(what), losses, records(4), format=given.format)
     contenders, clock = sides(given.sizes), CLOCKS[given.clock]
     steps = {side: side.step(network(what), batch, given.format) for side in contenders}
     seconds: dict[Side, list[float]] = {side: [] for side in contenders}

@@ -21,12 +21,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from benchmarks.oracle import error_of_sum
 from benchmarks.results import folder_here
 from dpquant.app.contenders import StepSettings, example_losses, opacus_hooks, ours, plain
 from dpquant.data.models import build
 from dpquant.data.spec import Spec
-from dpquant.engine.clip import clipped_sum
-from dpquant.engine.layers import prepare
 from dpquant.machine import Hardware
 
 SPEC = Path(__file__).parent.parent / "examples/fraud/spec.toml"
@@ -55,27 +54,6 @@ def rows(spec: Spec, count: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat([numbers, codes], 1), labels, torch.arange(count)
 
 
-def error(name: str, spec: Spec, bound: float = 0.5) -> float:
-    """Return the relative error of the clipped sum against autograd; exit with an error if it is large."""
-    model, (inputs, labels, ids) = network(name, spec), rows(spec, 8)
-    parameters = dict(model.named_parameters())
-    expected = {key: torch.zeros_like(p, dtype=torch.float64) for key, p in parameters.items()}
-    for row in range(len(labels)):
-        loss = example_losses(model, (inputs[row : row + 1], labels[row : row + 1])).sum()
-        grads = torch.autograd.grad(loss, list(parameters.values()))
-        norm = torch.stack([grad.double().norm() for grad in grads]).norm()
-        for key, grad in zip(parameters, grads, strict=True):
-            expected[key] += grad.double() * min(1.0, bound / norm.item())
-    total = clipped_sum(
-        prepare(model), example_losses, (inputs, labels), max_grad_norm=bound, record_ids=ids, step=0, seed=0
-    )
-    gap = torch.stack([(total.grads[key].double() - one).norm() for key, one in expected.items()]).norm()
-    found = (gap / torch.stack([one.norm() for one in expected.values()]).norm()).item()
-    if not found < 1e-4:
-        raise SystemExit(f"error: the clipped sum is off by {found:.1e}")
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["mlp", "tabular-resnet"], default="mlp")
@@ -87,7 +65,7 @@ def main() -> None:
     if given.threads:
         torch.set_num_threads(given.threads)
     spec, hardware = Spec.read(SPEC), Hardware.here()
-    off = error(given.model, spec)
+    off = error_of_sum(given.model, network(given.model, spec), example_losses, rows(spec, 8)[:2])
     batch = rows(spec, given.batch_size)
     settings = StepSettings(format="int8", physical_batch_size=given.physical_batch_size)
     steps = {name: make(network(given.model, spec), batch, settings) for name, make in SIDES.items()}

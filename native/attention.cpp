@@ -245,7 +245,8 @@ Kernels attention_kernels() {
 template <class Array>
 bool fits(const Array &array, int64_t batch, int64_t heads, int64_t rows, int64_t columns) {
     return static_cast<int64_t>(array.shape(0)) == batch && static_cast<int64_t>(array.shape(1)) == heads &&
-           static_cast<int64_t>(array.shape(2)) == rows && static_cast<int64_t>(array.shape(3)) == columns && (columns == 1 || array.stride(3) == 1);
+           static_cast<int64_t>(array.shape(2)) == rows && static_cast<int64_t>(array.shape(3)) == columns &&
+           (columns == 1 || array.stride(3) == 1);
 }
 
 Shape shape_of(const Floats &q, const Floats &k, const Floats &v, const std::optional<Floats> &mask, float scale, bool causal) {
@@ -264,6 +265,10 @@ auto rows_of(const Array &array, int64_t example, int64_t head) {
         array.data() + example * array.stride(0) + head * array.stride(1), array.stride(2)};
 }
 
+Rows<const float> rows_of(const std::optional<Floats> &array, int64_t example, int64_t head) {
+    return array ? rows_of(*array, example, head) : Rows<const float>{};
+}
+
 }  // namespace
 
 void bind_attention(nb::module_ &m) {
@@ -280,7 +285,7 @@ void bind_attention(nb::module_ &m) {
             const auto run = kernel == "avx512" ? forward_avx512 : forward_avx2;
             parallel_for(s.batch * s.heads, threads, [&](int64_t i) {
                 const auto of = [&](const auto &array) { return rows_of(array, i / s.heads, i % s.heads); };
-                run({.q = of(q), .k = of(k), .v = of(v), .mask = mask ? of(*mask) : Rows<const float>{}, .out = of(out)}, s);
+                run({.q = of(q), .k = of(k), .v = of(v), .mask = of(mask), .out = of(out)}, s);
             });
 #endif
         },
@@ -301,7 +306,7 @@ void bind_attention(nb::module_ &m) {
             const auto run = kernel == "avx512" ? backward_avx512 : backward_avx2;
             parallel_for(s.batch * s.heads, threads, [&](int64_t i) {
                 const auto of = [&](const auto &array) { return rows_of(array, i / s.heads, i % s.heads); };
-                run({.q = of(q), .k = of(k), .v = of(v), .mask = mask ? of(*mask) : Rows<const float>{}, .grad = of(grad),
+                run({.q = of(q), .k = of(k), .v = of(v), .mask = of(mask), .grad = of(grad),
                      .grad_q = of(grad_q), .grad_k = of(grad_k), .grad_v = of(grad_v)}, s);
             });
 #endif

@@ -7,6 +7,7 @@ that stand in for a GPU's. Exact answers are float64 sums of integers.
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 
 import hypothesis
 import hypothesis.strategies as st
@@ -204,6 +205,32 @@ def test_products_and_sums_that_are_off_by_one_are_caught(honest):
     for method in double.methods(operands):
         with pytest.raises(AssertionError, match=method.name):
             assert_sums_are_exact(Only(double, method.name), operands)
+
+
+class OneSize(Wrapped):
+    """Its sums leave out what has another size than the first microbatch."""
+
+    def methods(self, operands):
+        return [dataclasses.replace(one, sum=partial(LeavesOut, one.sum)) for one in self.inner.methods(operands)]
+
+
+class LeavesOut:
+    def __init__(self, sum, operands):
+        self._inner, self._shapes = sum(operands), operands.shapes
+        self.value = self._inner.value
+
+    def add(self, operands, weights_B):
+        if operands.shapes == self._shapes:
+            self._inner.add(operands, weights_B)
+
+
+@pytest.mark.parametrize("honest", HONEST)
+def test_sums_of_one_size_are_caught(honest):
+    geometry, shape, (height, width) = PLAIN
+    several = [quantized_operands(honest, (geometry, shape, (height + more, width)), 7, CPU) for more in (0, 3, 0)]
+    assert_sums_over_several_sizes_are_exact(honest, several)
+    with pytest.raises(AssertionError):
+        assert_sums_over_several_sizes_are_exact(OneSize(honest), several)
 
 
 class Only(Wrapped):

@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dpquant
@@ -15,6 +14,7 @@ from dpquant.engine.clip import clipped_sum_of
 from dpquant.engine.grid_sum import grid_sum_of
 from dpquant.engine.layers import quantizable_layers, set_policy
 from dpquant.engine.passes import Objective
+from networks import loss
 
 WIDTH = 16
 LENGTHS = [8, 4, 4, 8, 1, 12, 4]  # in no order; a length of one has methods of its own
@@ -52,10 +52,6 @@ BLOCKS = {
 }
 
 
-def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
-
-
 def pieces_of(lengths: list[int]) -> list[Microbatch]:
     """Four records of each length, each record its own id."""
     generator, pieces = torch.Generator().manual_seed(0), []
@@ -74,7 +70,7 @@ def test_lengths_in_one_step_add_up(block: str, format: str | None, backend: str
     torch.manual_seed(0)
     model = dpquant.prepare(Reader(BLOCKS[block]()), format=format or "int8", backend=backend)
     set_policy(model, quantizable_layers(model) if format else ())
-    objective = Objective(model, losses)
+    objective = Objective(model, loss)
     add_up = partial(grid_sum_of, grid=2.0**-20) if exact else clipped_sum_of
     pieces, ways = pieces_of(LENGTHS), []
 

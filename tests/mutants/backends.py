@@ -138,6 +138,13 @@ MUTANTS = [
             "tests/engine/test_contributions.py::test_a_sum_of_outer_products_is_that_of_all_examples",
         ),
         (
+            "a total in one order takes the place of that in the other",
+            SENSITIVITY,
+            "self._totals[in_patch_order] = total",
+            "self._totals = {in_patch_order: total}",
+            "tests/engine/test_contributions.py::test_each_size_is_added_by_the_way_that_suits_it",
+        ),
+        (
             "what waited is added twice",
             SENSITIVITY,
             "self._x, self._g, self._positions = [], [], 0",

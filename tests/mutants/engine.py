@@ -597,6 +597,16 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
+        f"{_ENGINE}/fused_attention.py",
+        "tests/engine/test_fused_attention.py",
+        (
+            "a thread's end takes the attention of another thread's step, and its last bits, away",
+            COUPLING,
+            "            if not _blocks:\n",
+            "            if True:\n",
+        ),
+    ),
+    *mutants_of(
         f"{_ENGINE}/group_norm.py",
         "tests/engine/test_group_norm.py",
         (

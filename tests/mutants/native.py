@@ -74,9 +74,8 @@ MUTANTS = [
         (
             "every example attends to the keys of the first",
             COUPLING,
-            "run({.q = of(q), .k = of(k), .v = of(v), .mask = mask ? of(*mask) : Rows<const float>{}, .out",
-            "run({.q = of(q), .k = rows_of(k, 0, i % s.heads), .v = of(v), "
-            ".mask = mask ? of(*mask) : Rows<const float>{}, .out",
+            ".k = of(k), .v = of(v), .mask = of(mask), .out",
+            ".k = rows_of(k, 0, i % s.heads), .v = of(v), .mask = of(mask), .out",
         ),
         (
             "gradients of keys are added to those of another head",

@@ -2,7 +2,6 @@
 import dataclasses
 import itertools
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,8 +13,9 @@ from dpquant.errors import SettingError
 from dpquant.formats import precision
 from dpquant.training import tuning
 from dpquant.training.cost import LayerTimes
+from dpquant.training.filling import fitted
 from dpquant.training.impact import impact_sum
-from dpquant.training.tuning import Instruments, fitted, rows_of_step
+from dpquant.training.tuning import Instruments
 from networks import loss
 
 
@@ -112,35 +112,6 @@ def test_microbatches_are_doubled_as_long_as_that_gains(seconds, expected):
 def test_a_batch_is_the_largest_microbatch(expected_batch_size):
     found = size_by(timed(lambda size: 1 / size), expected_batch_size)
     assert found == fitted(max(32, expected_batch_size), expected_batch_size)
-
-
-def assert_rows_are_counted(rows):
-    """Against batches drawn as a sampler draws them."""
-    records = np.random.default_rng(0)
-    for size, expected in [(32, 40), (64, 256), (1024, 4096), (1055, 4096), (4096, 4096), (100, 8)]:
-        drawn = np.ceil(records.binomial(60 * expected, 1 / 60, 20_000) / size) * size
-        assert rows(size, expected) == pytest.approx(drawn.mean(), rel=0.02), (size, expected)
-
-
-def test_rows_of_a_step_are_those_that_a_sampler_makes():
-    assert_rows_are_counted(rows_of_step)
-
-
-def test_rows_without_the_filling_would_be_seen():
-    with pytest.raises(AssertionError):
-        assert_rows_are_counted(lambda size, expected: expected)
-
-
-@pytest.mark.parametrize(("size", "expected"), [(1024, 4096), (4096, 4096), (64, 64), (256, 512)])
-def test_a_size_is_fitted_to_the_batches(size, expected):
-    found = fitted(size, expected)
-    assert size < found <= size * 9 / 8
-    assert rows_of_step(found, expected) < 0.95 * rows_of_step(size, expected)
-
-
-@pytest.mark.parametrize(("size", "expected"), [(16, 4096), (32, 20), (64, 1e6)])
-def test_a_size_that_fits_stays(size, expected):
-    assert fitted(size, expected) == size
 
 
 @pytest.mark.parametrize(("memory", "expected"), [(10.0, fitted(4096, 4096)), (2.02, 4096)])

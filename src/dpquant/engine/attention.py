@@ -141,7 +141,7 @@ class QuantMultiheadAttention(QuantizableLayer, nn.MultiheadAttention):
                     f"{(count * num_heads, queries, keys)}; got {tuple(attn_mask.shape)}. Without an axis of "
                     "examples it holds for all of them."
                 )
-            total = _added(attn_mask, heads[0].dtype)
+            total = added(attn_mask, heads[0].dtype)
             total = total if total.ndim == 2 else total.unflatten(0, (count, num_heads))
         if key_padding_mask is not None:
             if key_padding_mask.shape != (count, keys):
@@ -149,7 +149,7 @@ class QuantMultiheadAttention(QuantizableLayer, nn.MultiheadAttention):
                     f"Expected key_padding_mask of {self.name!r} to have shape {(count, keys)}, one row for each "
                     f"example; got {tuple(key_padding_mask.shape)}."
                 )
-            padding = _added(key_padding_mask, heads[0].dtype)[:, None, None, :]
+            padding = added(key_padding_mask, heads[0].dtype)[:, None, None, :]
             total = padding if total is None else total + padding
         return total
 
@@ -186,8 +186,8 @@ def has_product(module: nn.MultiheadAttention) -> bool:
     return module.bias_k is None and module.bias_v is None and not module.add_zero_attn
 
 
-def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a mask as numbers that are added to scores: of booleans, minus infinity where it is True."""
+def added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a mask as numbers that are added to scores: of booleans, minus infinity where it is True, which hides."""
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dpquant.engine.attention import added
 from dpquant.native import kernels as _native
 
 KERNELS: Sequence[str] = () if _native is None else _native.attention_kernels()
@@ -72,7 +73,7 @@ def attention(
     plain = not dropout_p and not enable_gqa and not (is_causal and attn_mask is not None)
     if not plain or not _fits(query, key, value, attn_mask):
         return _torchs(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    mask = None if attn_mask is None else _added(attn_mask).expand(*query.shape[:3], key.shape[2])
+    mask = None if attn_mask is None else _numbers(attn_mask).expand(*query.shape[:3], key.shape[2])
     factor = 1 / math.sqrt(query.shape[3]) if scale is None else scale
     return FusedAttention.apply(query, key, value, mask, float(factor), bool(is_causal), KERNELS[0])
 
@@ -89,9 +90,7 @@ class FusedAttention(torch.autograd.Function):
         out = _empty_like(q)
         ctx.save_for_backward(q, k, v, mask)
         ctx.options = {"scale": scale, "causal": causal, "kernel": kernel}
-        _native.attention(
-            *_arrays(q, k, v, mask, out), **ctx.options, threads=torch.get_num_threads()
-        )  # NumPy views: binding them to C++ takes less time than binding tensors
+        _native.attention(*_arrays(q, k, v, mask, out), **ctx.options, threads=torch.get_num_threads())
         return out
 
     @staticmethod
@@ -127,11 +126,10 @@ def _fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     return all(size in (1, full) for size, full in zip(mask.shape, scores[4 - mask.ndim :], strict=True))
 
 
-def _added(mask: Tensor) -> Tensor:
-    """Return a mask as numbers that are added to scores, its rows contiguous: of booleans, -inf where it is False."""
-    if mask.dtype == torch.bool:
-        return torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, -math.inf).contiguous()
-    return mask if mask.stride(-1) == 1 else mask.contiguous()
+def _numbers(mask: Tensor) -> Tensor:
+    """Return a mask as numbers that are added to scores, its rows contiguous. In torch's function True is seen."""
+    numbers = added(~mask, torch.float32) if mask.dtype == torch.bool else mask
+    return numbers if numbers.stride(-1) == 1 else numbers.contiguous()
 
 
 def _empty_like(x: Tensor) -> Tensor:
@@ -141,4 +139,5 @@ def _empty_like(x: Tensor) -> Tensor:
 
 
 def _arrays(*tensors: Tensor | None) -> list[Any]:
+    """Return NumPy's views: binding them to C++ takes less time than binding tensors."""
     return [None if x is None else x.detach().numpy() for x in tensors]

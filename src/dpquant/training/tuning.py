@@ -27,6 +27,7 @@ from dpquant.formats import Precision
 from dpquant.machine import device_memory_mib, memory_mib, reset_device_peak, reset_peak
 from dpquant.privacy.analysis_plan import Score
 from dpquant.training.cost import LayerTimes
+from dpquant.training.filling import fitted, rows_of_step
 from dpquant.training.impact import analysis_keys, impact_sum
 
 # microbatch sizes: the smallest, from which memory limits the search; the first whose time is compared; the size where
@@ -294,30 +295,6 @@ def fastest_microbatch_size(
         give_back()  # return the memory of the largest size that was tried, which the run may not need
     fit = fitted(size, expected_batch_size)
     return fit if memory is None or used + (used - start) * (fit / size - 1) <= memory else size
-
-
-def rows_of_step(size: int, expected_batch_size: float) -> float:
-    """Return how many rows a step computes on average: those of its records, and those that fill its last microbatch.
-
-    The number of records varies from step to step, here as a normal variable. A step computes m microbatches or more if
-    it has more than (m - 1) * size records.
-    """
-    spread = math.sqrt(2 * expected_batch_size)
-    first = max(int((expected_batch_size - 4 * spread) / size), 0)
-    microbatches = float(first)
-    while (more := math.erfc((first * size - expected_batch_size) / spread) / 2) > 1e-4:
-        microbatches, first = microbatches + more, first + 1
-    return microbatches * size
-
-
-def fitted(size: int, expected_batch_size: float) -> int:
-    """Return the size from n to 9 n / 8 with which a step computes the fewest rows; n unless that saves a hundredth.
-
-    With n = 1024 and batches of 4096, half of the steps would have a fifth microbatch for a few records.
-    """
-    best = min(range(size, size + size // 8 + 1), key=lambda one: rows_of_step(one, expected_batch_size))
-    gains = rows_of_step(best, expected_batch_size) < 0.99 * rows_of_step(size, expected_batch_size)
-    return best if gains else size
 
 
 def step_gain(

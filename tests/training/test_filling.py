@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of a step, against batches drawn as a sampler draws them, and the sizes that are fitted by them."""
+
+import numpy as np
+import pytest
+
+from dpquant.training.filling import fitted, rows_of_step
+
+
+def assert_rows_are_counted(rows):
+    records = np.random.default_rng(0)
+    for size, expected in [(32, 40), (64, 256), (1024, 4096), (1055, 4096), (4096, 4096), (100, 8)]:
+        drawn = np.ceil(records.binomial(60 * expected, 1 / 60, 20_000) / size) * size
+        assert rows(size, expected) == pytest.approx(drawn.mean(), rel=0.02), (size, expected)
+
+
+def test_rows_of_a_step_are_those_that_a_sampler_makes():
+    assert_rows_are_counted(rows_of_step)
+
+
+def test_rows_without_the_filling_would_be_seen():
+    with pytest.raises(AssertionError):
+        assert_rows_are_counted(lambda size, expected: expected)
+
+
+@pytest.mark.parametrize(("size", "expected"), [(1024, 4096), (4096, 4096), (64, 64), (256, 512)])
+def test_a_size_is_fitted_to_the_batches(size, expected):
+    found = fitted(size, expected)
+    assert size < found <= size * 9 / 8
+    assert rows_of_step(found, expected) < 0.95 * rows_of_step(size, expected)
+
+
+@pytest.mark.parametrize(("size", "expected"), [(16, 4096), (32, 20), (64, 1e6)])
+def test_a_size_that_fits_stays(size, expected):
+    assert fitted(size, expected) == size
