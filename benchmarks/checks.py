@@ -34,6 +34,7 @@ from dpquant.machine import Hardware
 from dpquant.training.distributed import Alone
 from dpquant.training.records import Records
 from dpquant.training.rehearsal import rehearse
+from dpquant.training.setup import Setup
 from dpquant.training.steps import Steps
 
 EPOCH = 59 * 1024  # records
@@ -123,11 +124,13 @@ def measured(model: nn.Module, data: TensorDataset, rounds: int) -> dict:
     plan = dpquant.PrivacyPlan(
         noise_multiplier=1.0, delta=1e-5, max_grad_norm=1.0, sample_rate=0.02, expected_batch_size=1024, steps=100
     )
-    steps = Steps(torch.optim.Adam(model.parameters()), Alone())
+    optimizer = torch.optim.Adam(model.parameters())
+    steps, policy = Steps(optimizer, Alone()), dpquant.NonePolicy()
+    setup = Setup(optimizer=optimizer, steps=steps, plan=plan, policy=policy, seed=0, found=found)
     sized = [seconds(lambda: check_at_size(found, MICROBATCH)) for _ in range(rounds)]
     analysed = next(iter(found.macs))
     rehearsed = [
-        seconds(lambda: rehearse(steps, plan, found, size=MICROBATCH, analysis_size=MICROBATCH, analysed=analysed))
+        seconds(lambda: rehearse(setup, size=MICROBATCH, analysis_size=MICROBATCH, analysed=analysed))
         for _ in range(rounds)
     ]
     source = Records(data, default_collate, CPU, found.specimens)

@@ -89,6 +89,8 @@ def main() -> None:
             module.run(site)
         for table in getattr(module, "TABLES", ()):
             do_table(table, site)
+    if site.failed:
+        raise SystemExit(f"error: Failed runs: {len(site.failed)}. Each is named above, with its command.")
 
 
 def _needed(module: ModuleType, rows: str, seeds: int | None) -> Iterator[str]:

@@ -107,6 +107,7 @@ class Site:
       kept: {command: record} of runs on other machines that count as done.
       results: directory of the tables' results.
       launch: runs a command, with the arguments of `subprocess.run`.
+      failed: the runs that failed, of all tables; the others go on.
     """
 
     work: Path
@@ -119,9 +120,10 @@ class Site:
     kept: Mapping[str, dict] = dataclasses.field(default_factory=dict)
     results: Path = RESULTS
     launch: Callable[..., subprocess.CompletedProcess] = subprocess.run
+    failed: list[Run] = dataclasses.field(default_factory=list)
 
     def do(self, runs: Sequence[Run]) -> None:
-        """Perform the runs that are not done and can begin before the deadline."""
+        """Perform the runs that are not done and can begin before the deadline; say at once which one fails."""
         with concurrent.futures.ThreadPoolExecutor(self.jobs) as pool:
             list(pool.map(self._do, runs))
 
@@ -183,7 +185,9 @@ class Site:
             [*command, "--threads", threads], env=environment, capture_output=True, text=True, check=False
         )
         if result.returncode:
-            raise SystemExit(f"{shlex.join(command)}\n{result.stderr}")
+            self.failed.append(run)
+            print(f"FAILED: {run.row}, seed {run.seed}\n{shlex.join(command)}\n{result.stderr}", flush=True)
+            return
         accuracy = json.loads((out / "record.json").read_text())["accuracy_test"]
         print(f"{run.row}, seed {run.seed}: {accuracy:.4f} after {time.monotonic() - began:.0f} s", flush=True)
 

@@ -3,6 +3,8 @@ import dataclasses
 import importlib
 import json
 import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -95,6 +97,19 @@ def test_after_the_deadline_nothing_begins_and_what_is_missing_is_listed(command
     do_table(more, site(tmp_path, commands, deadline=0.0))
     assert len(commands) == 4
     assert json.loads((tmp_path / "results" / "mine.json").read_text())["missing"] == ["c, seed 0"]
+
+
+def test_a_run_that_fails_is_told_at_once_and_the_others_go_on(commands, tmp_path, capsys):
+    def launch(command, **settings):
+        if "--lr 1" in " ".join(command):
+            return subprocess.CompletedProcess(command, 1, stderr="error: no such file")
+        return commands.launch(command, **settings)
+
+    here = site(tmp_path, commands, launch=launch)
+    assert do_table(TABLE, here).keys() == {"b"} and [run.row for run in here.failed] == ["a", "a"]
+    assert json.loads((tmp_path / "results" / "mine.json").read_text())["missing"] == ["a, seed 0", "a, seed 1"]
+    said = capsys.readouterr().out
+    assert said.index("FAILED: a, seed 0\n") < said.index("error: no such file") < said.index("b, seed 0: 0.5000")
 
 
 def test_a_run_whose_data_is_not_here_is_left_out_and_no_record_says_where_it_was(commands, tmp_path):
@@ -237,10 +252,14 @@ def test_runs_of_other_options_or_seeds_have_other_directories(tmp_path):
     assert Run("a", 0, "--lr  1").folder(tmp_path) == Run("b", 0, "--lr 1").folder(tmp_path)
 
 
-def test_a_run_that_fails_is_told(commands, tmp_path):
-    failed = subprocess.CompletedProcess([], 2, stderr="error: Expected")
-    with pytest.raises(SystemExit, match="error: Expected"):
-        do_table(TABLE, site(tmp_path, commands, launch=lambda *a, **k: failed))
+def test_a_run_that_fails_makes_the_command_fail(tmp_path):
+    wanted = ["--rows", "transfer-gtsrb-8/whole network, int8*", "--gtsrb", "nowhere", "--work", str(tmp_path)]
+    command = [sys.executable, "-m", "experiments", "transfer", *wanted]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(runner.__file__).parents[1])
+    assert result.returncode == 1 and result.stderr == (
+        "error: Failed runs: 1. Each is named above, with its command.\n"
+    )
+    assert "FAILED: whole network, int8, all layers, seed 0" in result.stdout and "nowhere" in result.stdout
 
 
 @pytest.mark.parametrize("name", TABLES)

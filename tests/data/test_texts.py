@@ -12,7 +12,7 @@ from dpquant.data.columns import read_columns
 from dpquant.data.pretrained import freeze_others
 from dpquant.data.task import UNREADABLE
 from dpquant.data.text_models import EmbeddingMean
-from dpquant.data.texts import TextSource, load_texts, tokenizer_file
+from dpquant.data.texts import TextSource, buckets_to, load_texts, tokenizer_file
 from dpquant.data.tokens import Texts, text_form
 from dpquant.engine.clip import clipped_sum_of
 from dpquant.engine.layers import prepare, set_policy
@@ -50,15 +50,16 @@ def record(count, label="ham"):
 
 
 def test_tokens_are_padded_to_the_bucket_of_the_record_s_own_length(tmp_path):
-    train, _, tokens = load_texts(source(tmp_path, [record(n) for n in (1, 30, 31, 62, 70, 500)]))
-    assert tokens.buckets == (32, 64, 80) and tokens.vocabulary == len(VOCABULARY)
+    train, _, tokens = load_texts(source(tmp_path, [record(n) for n in (1, 14, 15, 62, 70, 500)]))
+    assert tokens.buckets == (16, 32, 48, 64, 80) and tokens.vocabulary == len(VOCABULARY)
     lengths = [len(train[i][0]["input_ids"]) for i in range(6)]  # two more tokens begin and end a text
-    assert lengths == [32, 32, 64, 64, 80, 80]
+    assert lengths == [16, 16, 32, 64, 80, 80]
     inputs, target = train[0]
-    assert inputs["input_ids"].tolist() == [VOCABULARY["[CLS]"], VOCABULARY["good"], VOCABULARY["[SEP]"]] + 29 * [0]
-    assert inputs["attention_mask"].tolist() == 3 * [1] + 29 * [0] and target == 0
+    assert inputs["input_ids"].tolist() == [VOCABULARY["[CLS]"], VOCABULARY["good"], VOCABULARY["[SEP]"]] + 13 * [0]
+    assert inputs["attention_mask"].tolist() == 3 * [1] + 13 * [0] and target == 0
     assert train[5][0]["attention_mask"].sum() == 80 and train[5][0]["input_ids"][-1] == VOCABULARY["[SEP]"]
-    assert train.dpquant_groups(torch.arange(6)).tolist() == [0, 0, 1, 1, 2, 2]
+    assert train.dpquant_groups(torch.arange(6)).tolist() == [0, 0, 1, 3, 4, 4]
+    assert train.dpquant_lengths == tokens.buckets
 
 
 BROKEN = {
@@ -170,6 +171,11 @@ def test_microbatches_hold_records_of_one_bucket_and_every_record_once(tmp_path)
     assert list(records.microbatches(torch.tensor([], dtype=torch.int64), 2, 0)) == []
 
 
+def test_buckets_are_finer_for_short_texts():
+    assert buckets_to(512) == (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+    assert buckets_to(16) == (16,) and buckets_to(40) == (16, 32, 40) and buckets_to(8) == (8,)
+
+
 def test_a_long_companion_changes_no_record_s_shape(tmp_path):
     train, _, tokens = load_texts(source(tmp_path, [record(1), record(70)]))
     records = records_of(train, tokens)
@@ -188,7 +194,7 @@ def test_padding_to_the_longest_of_the_batch_would(tmp_path):
 def test_batchmates_of_a_short_record_are_cut_to_its_bucket(tmp_path):
     train, _, tokens = load_texts(source(tmp_path, [record(70), record(1)]))
     first, second = records_of(train, tokens).batchmates(torch.tensor([0, 1]), 3, 0)
-    assert first.data[0]["input_ids"].shape == second.data[0]["input_ids"].shape == (3, 32)
+    assert first.data[0]["input_ids"].shape == second.data[0]["input_ids"].shape == (3, 16)
     assert torch.equal(first.data[0]["input_ids"][0], second.data[0]["input_ids"][0])
 
 

@@ -1203,6 +1203,16 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
+        f"{_TRAINING}/rehearsal.py",
+        "tests/training/test_rehearsal.py::test_a_model_that_cannot_read_the_shortest_records_is_refused_before_a_charge",
+        (
+            "records of the longest length alone are tried",
+            WIRING,
+            "    if len(setup.lengths) < 2:\n",
+            "    if setup.lengths is not None:\n",
+        ),
+    ),
+    *mutants_of(
         "src/dpquant/engine/exact_sum.py",
         f"{_EXACT}::test_a_record_moves_an_exact_sum_by_the_clipping_norm_at_most",
         (

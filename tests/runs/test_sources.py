@@ -50,7 +50,7 @@ def test_texts_are_trained_on_by_the_command_line(tmp_path, capsys):
     settings = texts(tmp_path)
     assert run(["train", *as_options(settings), "--out", str(tmp_path / "r"), "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
-    assert record["source"]["buckets"] == [32, 40] and record["source"]["classes"] == ["ham", "spam"]
+    assert record["source"]["buckets"] == [16, 32, 40] and record["source"]["classes"] == ["ham", "spam"]
     assert len(record["source"]["tokenizer_sha256"]) == 64
 
 

@@ -16,6 +16,7 @@ from dpquant.engine.passes import Objective
 from dpquant.errors import ModelError, SettingError
 from dpquant.training.distributed import Alone
 from dpquant.training.rehearsal import rehearse, step_seconds
+from dpquant.training.setup import Setup
 from dpquant.training.steps import Steps
 from networks import loss
 
@@ -39,10 +40,13 @@ def plan_of(analysis=True):
     )  # fmt: skip
 
 
-def tried(optimizer, model, found=None, *, size=4, analysed="2"):
+def tried(optimizer, model, found=None, *, size=4, analysed="2", lengths=()):
     optimizer = optimizer(model.parameters()) if callable(optimizer) else optimizer
-    steps, found = Steps(optimizer, Alone()), found or found_of(model)
-    rehearse(steps, plan_of(), found, size=size, analysis_size=size, analysed=analysed)
+    setup = Setup(
+        optimizer=optimizer, steps=Steps(optimizer, Alone()), plan=plan_of(), policy=dpquant.NonePolicy(), seed=0,
+        found=found or found_of(model), lengths=lengths,
+    )  # fmt: skip
+    rehearse(setup, size=size, analysis_size=size, analysed=analysed)
     return optimizer
 
 
@@ -225,3 +229,66 @@ def test_what_says_that_memory_does_not_suffice_is_raised_unchanged(error):
     found = dataclasses.replace(found_of(model), objective=Objective(model, too_large))
     with pytest.raises(error):
         tried(with_momentum, model, found)
+
+
+class Sentences(torch.utils.data.Dataset):
+    """Records of a data set in groups: `length` numbers, of which the model sees at least `width` together."""
+
+    def __init__(self, *lengths):
+        self.dpquant_lengths = tuple(sorted(set(lengths)))
+        self._lengths = torch.tensor(lengths)
+
+    def __len__(self):
+        return len(self._lengths)
+
+    def __getitem__(self, index):
+        return torch.ones(int(self._lengths[index]), 2), torch.tensor(0)
+
+    def dpquant_groups(self, record_ids):
+        return self._lengths[record_ids]
+
+    def dpquant_batch(self, record_ids):
+        return default_collate([self[int(number)] for number in record_ids])
+
+
+class Windows(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv = nn.Conv1d(2, 3, width)
+
+    def forward(self, x):
+        return self.conv(x.mT).mean(2)
+
+
+def begun(width, data, tmp_path):
+    torch.manual_seed(0)
+    model = Windows(width)
+    example = [(torch.randn(data.dpquant_lengths[-1], 2), torch.tensor(number)) for number in range(3)]
+    return dpquant.make_private(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), data, loss_fn=loss, plan=plan_of(False),
+        policy=dpquant.NonePolicy(), ledger=tmp_path / "ledger.jsonl", microbatch_size=4, example=example,
+    )  # fmt: skip
+
+
+def assert_refused_for_the_shortest(data, tmp_path):
+    with pytest.raises(ModelError, match=r"2 examples a backward pass, 4 and 9 long; got a RuntimeError: .*[Kk]ernel"):
+        begun(5, data, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_cannot_read_the_shortest_records_is_refused_before_a_charge(tmp_path):
+    """Records of 9 and of 4. What reads 4 together takes both; what reads 5 would leave out the short ones."""
+    data = Sentences(*[9, 4] * 4)
+    assert_refused_for_the_shortest(data, tmp_path)
+    private = begun(4, data, tmp_path)
+    for epoch in private.epochs():
+        for batch in epoch:
+            private.step(batch)
+    assert private.steps_taken == 4
+
+
+def test_a_trial_of_the_longest_records_alone_is_seen(tmp_path):
+    data = Sentences(*[9, 4] * 4)
+    data.dpquant_lengths = (9,)
+    with pytest.raises(BaseException, match="DID NOT RAISE"):
+        assert_refused_for_the_shortest(data, tmp_path)

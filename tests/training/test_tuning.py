@@ -84,11 +84,12 @@ def timed(seconds):
     return Instruments(timed=lambda ways: {name: seconds(int(name)) for name in ways})
 
 
-def size_by(instruments, expected_batch_size=1e6, memory=None):
+def size_by(instruments, expected_batch_size=1e6, memory=None, groups=1):
     model, batch = model_and_batch()
     size = tuning.fastest_microbatch_size(
-        Objective(model, loss), batch, {}, expected_batch_size=expected_batch_size, memory=memory, by=instruments
-    )
+        Objective(model, loss), batch, {}, expected_batch_size=expected_batch_size, memory=memory, groups=groups,
+        by=instruments,
+    )  # fmt: skip
     assert tuple(current_precisions(model)) == ()
     return size
 
@@ -127,6 +128,12 @@ def test_a_microbatch_that_the_batch_would_have_to_fill_up_has_to_gain_more():
     # 1.2 times as fast, but more of it would be filling
     assert size_by(timed(lambda size: 1.2 ** -size.bit_length()), 40) == 16
     assert size_by(timed(lambda size: 1.2 ** -size.bit_length()), 1e6) > 32
+
+
+def test_records_in_groups_take_smaller_microbatches():
+    """Each group fills up one of its own, and how its share of a batch varies is private: nothing is fitted to it."""
+    faster = timed(lambda size: 1.15 ** -size.bit_length())
+    assert [size_by(faster, 512, groups=groups) for groups in (1, 2, 4, 8)] == [fitted(512, 512), 64, 32, 16]
 
 
 def test_a_short_run_compares_nothing_and_takes_a_usual_size():

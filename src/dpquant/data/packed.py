@@ -97,6 +97,11 @@ class PackedTexts(Packed):
         starts = _whole(self.files["starts"])
         self._buckets = torch.from_numpy(np.searchsorted(self._lengths, np.diff(starts.numpy())).astype(np.int16))
 
+    @property
+    def dpquant_lengths(self) -> Sequence[int]:
+        """The lengths of the buckets, ascending; public."""
+        return self._lengths
+
     def dpquant_groups(self, record_ids: Tensor) -> Tensor:
         """Return the bucket of each record, int64 (B,): records of a bucket have equal shapes. Privacy: per example."""
         return self._buckets[record_ids].long()

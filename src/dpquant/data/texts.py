@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Texts: records of a CSV, TSV, JSON-lines or Parquet file, as the tokens of a tokenizer.
 
-A record's tokens are cut at `max_length` and padded to the smallest bucket that holds them: 32, 64, 96 ... up to
-`max_length`. So its padded length depends on that record alone. If texts were padded to the longest of their batch, a
-long record would change the length of all others, their scales of quantization, and so their gradients.
+A record's tokens are cut at `max_length` and padded to the smallest bucket that holds them: 16, 32, 48, 64, 96, 128,
+192 ... up to `max_length`. So its padded length depends on that record alone. If texts were padded to the longest of
+their batch, a long record would change the length of all others, their scales of quantization, and so their gradients.
 `Texts.dpquant_groups` names each record's bucket; microbatches are made within buckets.
 
 A record without its columns, of no token, or whose label is not one of the classes, stays a record: its target is
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from dpquant.data.tokens import Texts
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
-BUCKET = 32
+_SHORTEST = 16  # tokens of the first bucket
 _AT_ONCE = 4096  # texts that the tokenizer gets in one call
 _PADDING = ("[PAD]", "<pad>", "<|pad|>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 """Tokens that pad, and, of tokenizers without one, those that end a text, with which causal networks are padded."""
@@ -136,6 +136,18 @@ def load_texts(source: TextSource) -> "tuple[Texts, Texts, Tokens]":
     parts = ([r for r, out in zip(records, held_out, strict=True) if out is chosen] for chosen in (False, True))
     train, test = (_usable(source, part, tokens) for part in parts)
     return train, test, tokens
+
+
+def buckets_to(max_length: int) -> tuple[int, ...]:
+    """Return the lengths to which texts are padded, ascending: in steps of 16, and of a third to a half from 64 on.
+
+    Finer steps pad less, and leave each bucket fewer texts of a batch, of which its last microbatch is filled up.
+    """
+    found, length = [], _SHORTEST
+    while length < max_length:
+        found.append(length)
+        length += max(_SHORTEST, 1 << (length.bit_length() - 2))
+    return *found, max_length
 
 
 def form_of_texts(source: TextSource, tokens: "Tokens") -> "Form":
@@ -304,10 +316,9 @@ class Tokens:
                 f"max_length={max_length}. No word would be left. Give a larger one."
             )
         tokenizer.enable_truncation(max_length)
-        buckets = (*range(BUCKET, max_length, BUCKET), max_length)
         return cls(
             tokenizer=tokenizer,
-            buckets=buckets,
+            buckets=buckets_to(max_length),
             vocabulary=max(tokenizer.get_vocab(True).values(), default=0) + 1,
             padding=padding or 0,
             pads=padding is not None,

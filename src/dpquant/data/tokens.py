@@ -81,6 +81,11 @@ class Texts(torch.utils.data.Dataset[tuple[Inputs, Tensor]]):
             found["kinds"] = self._kinds
         return {name: torch.from_numpy(values) for name, values in found.items()} | {"targets": self.targets}
 
+    @property
+    def dpquant_lengths(self) -> Sequence[int]:
+        """The lengths of the buckets, ascending; public."""
+        return self.buckets
+
     def dpquant_groups(self, record_ids: Tensor) -> Tensor:
         """Return the bucket of each record, int64 (B,): records of a bucket have equal shapes. Privacy: per example."""
         return torch.from_numpy(self._buckets[record_ids.numpy()])

@@ -69,6 +69,7 @@ class ExecutionRequest:
     memory: float | None = None
     exact_sums: bool = False
     processes: int = 1
+    groups: int = 1
 
     def __post_init__(self) -> None:
         if self.microbatch_size is not None and self.microbatch_size < 1:
@@ -198,6 +199,7 @@ def choose_execution(
                 expected_batch_size=plan.expected_batch_size,
                 memory=memory,
                 largest=largest,
+                groups=request.groups,
                 by=by,
             ),
             valid=_is_size,
@@ -291,7 +293,7 @@ def _facts(model: nn.Module, synthetic: Any, request: ExecutionRequest, plan: Pr
         *(f"{name}: {tuple(p.shape)} {p.requires_grad}" for name, p in model.named_parameters()),
         *(f"{layer.geometry} {layer.backend.name} {layer.weight.device}" for layer in layers),
         *(f"{leaf.dtype} {tuple(leaf.shape[1:])}" for _, leaf in leaves(synthetic)),
-        *(request.chosen.name, request.rest.name, plan.expected_batch_size, torch.get_num_threads()),
+        *(request.chosen.name, request.rest.name, plan.expected_batch_size, request.groups, torch.get_num_threads()),
     )
 
 

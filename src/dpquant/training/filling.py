@@ -24,11 +24,15 @@ def fitted(size: int, expected_batch_size: float) -> int:
     return best if rows(best) < _GAIN * rows(size) else size
 
 
-def rows_of_step(size: int, expected_batch_size: float) -> float:
+def rows_of_step(size: int, expected_batch_size: float, groups: int = 1) -> float:
     """Return how many rows a step computes on average, with microbatches of `size`.
 
-    A step has microbatch number m, counted from 0, if it has more than m * size records.
+    A step has microbatch number m, counted from 0, if it has more than m * size records. Of records in groups, as texts
+    by their lengths, each group fills microbatches of its own. How many records are in which is private, so all count
+    as equally large.
     """
+    if groups > 1:
+        return groups * rows_of_step(size, expected_batch_size / groups)
     spread = math.sqrt(2 * expected_batch_size)
     number = max(int((expected_batch_size - 4 * spread) / size), 0)
     microbatches = float(number)  # that practically every step has

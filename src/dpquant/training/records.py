@@ -59,7 +59,14 @@ class InGroups(Protocol):
 
     Microbatches are made within groups. If records were padded to the longest of their microbatch instead, each one's
     shape, its scales and so its gradient would depend on the others.
+
+    Attributes:
+      dpquant_lengths: the sizes that the first axis of a record may have, ascending; public. The shortest and the
+        longest are tried before anything is charged.
     """
+
+    @property
+    def dpquant_lengths(self) -> Sequence[int]: ...
 
     def dpquant_groups(self, record_ids: Tensor, /) -> Tensor:
         """Return the group of each of the ids, int64 `(B,)`: a function of each record alone."""
@@ -100,6 +107,11 @@ class Records:
 
     def __len__(self) -> int:
         return len(self._data_set)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The lengths that records of a data set in groups may have; none of another. Public."""
+        return tuple(self._data_set.dpquant_lengths) if isinstance(self._data_set, InGroups) else ()
 
     def check(self) -> None:
         """Check that the data set's records have the structure, types and shapes of the synthetic ones.

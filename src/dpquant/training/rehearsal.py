@@ -6,7 +6,8 @@ changes. Nothing here reads a private record.
 """
 
 import copy
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from dpquant.backends.choose import Choices, Machine
 from dpquant.checks.isolation import Findings
-from dpquant.engine.batches import Microbatch
+from dpquant.engine.batches import Microbatch, with_leaves
 from dpquant.engine.passes import out_of_memory
 from dpquant.errors import DPQuantError, ModelError, SettingError
 from dpquant.machine import now
@@ -23,28 +24,18 @@ from dpquant.privacy.noise import NoiseSource
 from dpquant.privacy.plan import PrivacyPlan
 from dpquant.training.epoch import Batch
 from dpquant.training.impact import analysis_keys
-from dpquant.training.steps import Steps
+from dpquant.training.setup import Setup
 from dpquant.training.sums import analysis_sum, draws_of_noise, noisy_mean, step_sum
 
 _TIMED = 4, 16  # examples of the two passes from which a step's time is estimated
 
 
-def rehearse(
-    steps: Steps,
-    plan: PrivacyPlan,
-    found: Findings,
-    *,
-    size: int,
-    analysis_size: int,
-    analysed: str | None,
-    exact: bool = False,
-) -> None:
+def rehearse(setup: Setup, *, size: int, analysis_size: int, analysed: str | None, exact: bool = False) -> None:
     """Try the clipped sum, the analysis, the noise and the optimizer of a run, on a few synthetic records.
 
     Args:
-      steps: of the run, with its optimizer.
-      plan: the run's plan.
-      found: findings of the isolation check; their model has the precisions of an epoch.
+      setup: of the run; its model has the precisions of an epoch. Where records differ in length, those of the step and
+        of the analysis have the shortest and the longest.
       size: examples a pass of the step.
       analysis_size: examples a pass of the analysis.
       analysed: name of the layer whose impact is measured; one is enough, because all are measured in the same manner.
@@ -54,12 +45,13 @@ def rehearse(
       ModelError, SettingError: a part of the step fails. What says that memory does not suffice is raised unchanged.
     Privacy: reads no private data and charges nothing. The noise that is drawn is used for nothing else.
     """
+    found, plan = setup.found, setup.plan
     try:
         with untimed().active():
-            pieces = [synthetic_piece(found, size)]  # raises where model or loss do; a step would leave the record out
+            pieces = _pieces(setup, size)  # raises where model or loss do; a step would leave the record out
             clipped = step_sum(found.objective, pieces, plan, 0, leaves_out=False, exact=exact)
             if plan.analysis is not None and analysed is not None:
-                pieces = [synthetic_piece(found, analysis_size)]
+                pieces = _pieces(setup, analysis_size)
                 analysis_sum(found.objective, pieces, plan, [analysed], analysis_keys(0, 0), exact=exact)
     except DPQuantError:
         raise
@@ -67,8 +59,8 @@ def rehearse(
         if out_of_memory(error):
             raise
         raise ModelError(
-            f"Expected a step on synthetic records to run with {size} examples a backward pass; got a "
-            f"{type(error).__name__}: {error}."
+            f"Expected a step on synthetic records to run with {size} examples a backward pass{_of(setup.lengths)}; "
+            f"got a {type(error).__name__}: {error}."
         ) from error
     draws = draws_of_noise(NoiseSource(), plan, Batch(torch.empty(0, dtype=torch.int64), 0, 0, list), clipped.grads)
     gradients = {
@@ -76,8 +68,8 @@ def rehearse(
         for name, grad in clipped.grads.items()
     }
     named = dict(found.objective.model.named_parameters())
-    with steps.trial({named[name]: gradient for name, gradient in gradients.items()}) as gradient_of:
-        _try_optimizer(steps.optimizer, gradient_of)
+    with setup.steps.trial({named[name]: gradient for name, gradient in gradients.items()}) as gradient_of:
+        _try_optimizer(setup.optimizer, gradient_of)
 
 
 def step_seconds(found: Findings, plan: PrivacyPlan, size: int) -> float:
@@ -120,6 +112,23 @@ def synthetic_piece(found: Findings, size: int) -> Microbatch:
     """Return a microbatch of synthetic records."""
     order = [number % 3 for number in range(size)]
     return Microbatch(found.specimens.batch(order), torch.tensor(order), size)
+
+
+def _pieces(setup: Setup, size: int) -> list[Microbatch]:
+    """Return microbatches of synthetic records, of the shortest and the longest length that records may have."""
+    longest = synthetic_piece(setup.found, size)
+    if len(setup.lengths) < 2:
+        return [longest]
+    most, least = setup.lengths[-1], setup.lengths[0]
+
+    def cut(leaf: Any) -> Any:
+        return leaf[:, :least] if isinstance(leaf, Tensor) and leaf.shape[1:2] == (most,) else leaf
+
+    return [dataclasses.replace(longest, data=with_leaves(longest.data, cut)), longest]
+
+
+def _of(lengths: Sequence[int]) -> str:
+    return f", {lengths[0]} and {lengths[-1]} long" if len(lengths) > 1 else ""
 
 
 def _try_optimizer(optimizer: torch.optim.Optimizer, gradient_of: Mapping[Any, Tensor]) -> None:

@@ -22,6 +22,7 @@ class Setup:
       policy: chooses the layers that run quantized.
       seed: seed of the layer schedule; public.
       found: findings of the isolation check; their objective is the prepared model and its loss.
+      lengths: that records may have, ascending, where they come in groups of equal length; public.
       step_seconds: time of a step on synthetic records; public.
     """
 
@@ -31,4 +32,5 @@ class Setup:
     policy: Policy
     seed: int
     found: Findings
+    lengths: tuple[int, ...] = ()
     step_seconds: float = 0.0

@@ -318,8 +318,9 @@ def _checked(request: Request, group: Group, partition: Partition) -> tuple[Setu
         policy=policy,
         seed=request.seed,
         found=found,
+        lengths=records.lengths,
     )
-    return setup, records, wanted
+    return setup, records, dataclasses.replace(wanted, groups=max(len(records.lengths), 1))
 
 
 def _first_records(train_set: MapDataset) -> list[Any]:

@@ -95,7 +95,8 @@ def tried(setup: Setup, execution: Execution, device: torch.device) -> float:
 
     First the losses are checked in a microbatch of the run's own size. No layer is chosen for it, because round-off of
     a full-precision layer could change the codes of a quantized one. Then a step is tried with the first epoch's
-    layers on a few records; any number of records takes the same code paths. On a GPU it is tried on as many as the run
+    layers on a few records, of the shortest and of the longest length where records differ in it; any number of records
+    takes the same code paths. On a GPU it is tried on as many as the run
     takes, since only a step tells whether they fit into its memory.
     """
     policy, found, size = setup.policy, setup.found, execution.microbatch_size
@@ -109,7 +110,7 @@ def tried(setup: Setup, execution: Execution, device: torch.device) -> float:
         sizes = size, execution.analysis_microbatch_size
         step, analysis = sizes if device.type == "cuda" else (min(one, _REHEARSED) for one in sizes)
         exact = execution.exact_sums
-        rehearse(setup.steps, setup.plan, found, size=step, analysis_size=analysis, analysed=analysed, exact=exact)
+        rehearse(setup, size=step, analysis_size=analysis, analysed=analysed, exact=exact)
         return step_seconds(found, setup.plan, size)
     finally:
         set_policy(model, ())

@@ -233,6 +233,7 @@ def fastest_microbatch_size(
     expected_batch_size: float,
     memory: float | None,
     largest: float = math.inf,
+    groups: int = 1,
     by: Instruments = HERE,
 ) -> int:
     """Return the microbatch size with which a step takes the least time within the memory limit.
@@ -249,6 +250,7 @@ def fastest_microbatch_size(
       expected_batch_size: examples a step.
       memory: largest peak memory of the process, GiB; None sets no limit.
       largest: size that is tried, as by `largest_tried`.
+      groups: of records, within which microbatches are made; each ends in one that is filled up.
       by: measures time and memory.
     Returns: examples a backward pass.
     Raises:
@@ -268,12 +270,15 @@ def fastest_microbatch_size(
         run(size, size, {})
         return by.peak()
 
+    def fit(size: int) -> int:
+        return fitted(size, expected_batch_size) if groups == 1 else size  # the groups' shares of a batch are private
+
     try:
         size = _SMALLEST if memory is not None else _LEAN if largest > _FIRST else _FIRST
         used = 0.0 if memory is None else peak(size)
         if memory is not None and used > memory:
             raise by.too_little(memory, used - start, f"{size} examples a backward pass")
-        while size < expected_batch_size and 2 * size <= largest:
+        while size < expected_batch_size / groups and 2 * size <= largest:
             # the memory above `start` at most doubles with the size
             if memory is not None and used + (used - start) > memory:
                 break
@@ -285,7 +290,7 @@ def fastest_microbatch_size(
                 if not out_of_memory(error):
                     raise
                 break  # the device holds no more
-            one, other = (rows_of_step(fitted(n, expected_batch_size), expected_batch_size) for n in (size, 2 * size))
+            one, other = (rows_of_step(fit(n), expected_batch_size, groups) for n in (size, 2 * size))
             worthwhile = other / one * (_WORTHWHILE if size < _USUAL else _WORTH_MEMORY)
             if size >= _LEAN and seconds[str(size)] < worthwhile * seconds[str(2 * size)]:
                 break
@@ -293,8 +298,8 @@ def fastest_microbatch_size(
     finally:
         set_precisions(model, before)
         give_back()  # return the memory of the largest size that was tried, which the run may not need
-    fit = fitted(size, expected_batch_size)
-    return fit if memory is None or used + (used - start) * (fit / size - 1) <= memory else size
+    best = fit(size)
+    return best if memory is None or used + (used - start) * (best / size - 1) <= memory else size
 
 
 def step_gain(
