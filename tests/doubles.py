@@ -117,6 +117,36 @@ def for_larger_images():
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1024, 10))
 
 
+class OfTexts(torch.nn.Module):
+    """A convolution over a text's tokens, which reads `width` of them together."""
+
+    def __init__(self, vocabulary, classes, width):
+        super().__init__()
+        self.words = torch.nn.Embedding(vocabulary, 4)
+        self.conv = torch.nn.Conv1d(4, classes, width)
+
+    def forward(self, inputs):
+        words = self.words(inputs["input_ids"]) * inputs["attention_mask"][..., None]
+        return self.conv(words.mT).amax(2)
+
+
+class OfTensorsByName(OfTexts):
+    def forward(self, input_ids, attention_mask):
+        return super().forward({"input_ids": input_ids, "attention_mask": attention_mask})
+
+
+def of_texts(num_classes, vocabulary):
+    return OfTexts(vocabulary, num_classes, 16)
+
+
+def of_longer_texts(num_classes, vocabulary):
+    return OfTexts(vocabulary, num_classes, 17)
+
+
+def of_texts_by_name(num_classes, vocabulary):
+    return OfTensorsByName(vocabulary, num_classes, 16)
+
+
 class SharedNet(torch.nn.Module):
     """Two convolutions of one weight, one of them used twice, as asked for."""
 

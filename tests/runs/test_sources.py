@@ -13,7 +13,7 @@ from torch import nn
 from dpquant.app.cli import run
 from dpquant.data.rows import Rows
 from dpquant.data.task import UNREADABLE, Task
-from dpquant.errors import DataError, SettingError
+from dpquant.errors import DataError, ModelError, SettingError
 from dpquant.runs.evaluation import check_evaluation, loss_of, metrics, rare_metrics
 from dpquant.runs.settings import TrainSettings
 from dpquant.runs.sinks import Sink
@@ -44,6 +44,29 @@ def test_a_regression_has_no_accuracy_but_an_error_in_its_own_unit(tmp_path):
     record = train(TrainSettings.chosen(settings), tmp_path / "r")
     assert record.accuracy_test is None and 0 < record.metrics_test["mean_absolute_error"] < 1000
     assert record.source["task"] == "regression" and record.accuracy_per_epoch == []
+
+
+def of_ones_own(folder, model):
+    settings = texts(folder)
+    del settings["width"]
+    return TrainSettings.chosen({**settings, "model": f"doubles:{model}"})
+
+
+def test_a_network_of_ones_own_reads_texts(tmp_path):
+    assert train(of_ones_own(tmp_path, "of_texts"), tmp_path / "run").steps > 0
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("of_texts_by_name", r"'attention_mask'.*texts: forward gets a dictionary of input_ids, attention_mask\.$"),
+        ("of_longer_texts", r"backward pass, 16 and 40 long; got a RuntimeError: .*a model can pad those"),
+    ],
+)
+def test_a_network_that_cannot_read_texts_as_they_come_is_told_so_before_a_charge(tmp_path, model, said):
+    with pytest.raises(ModelError, match=said):
+        train(of_ones_own(tmp_path, model), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_texts_are_trained_on_by_the_command_line(tmp_path, capsys):

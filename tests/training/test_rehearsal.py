@@ -271,7 +271,7 @@ def begun(width, data, tmp_path):
 
 
 def assert_refused_for_the_shortest(data, tmp_path):
-    with pytest.raises(ModelError, match=r"2 examples a backward pass, 4 and 9 long; got a RuntimeError: .*[Kk]ernel"):
+    with pytest.raises(ModelError, match=r"pass, 4 and 9 long; got a RuntimeError: .*[Kk]ernel.* can pad"):
         begun(5, data, tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -109,7 +109,8 @@ def check_outputs(model: nn.Module, blank: Any, num_classes: int) -> None:
             with evaluating(model):
                 outputs.append(model(blank))
     except Exception as error:  # the user's code may raise anything; it has seen no data
-        raise ModelError(f"{rule}; got {quoted(error)}. Make it fit the data set's {what}.") from error
+        gets = f": forward gets a dictionary of {', '.join(blank)}" if isinstance(blank, dict) else ""
+        raise ModelError(f"{rule}; got {quoted(error)}. Make it fit the data set's {what}{gets}.") from error
     for output in outputs:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             raise ModelError(

@@ -7,7 +7,7 @@ changes. Nothing here reads a private record.
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -58,9 +58,13 @@ def rehearse(setup: Setup, *, size: int, analysis_size: int, analysed: str | Non
     except Exception as error:
         if out_of_memory(error):
             raise
+        which, way_out = "", ""
+        if len(setup.lengths) > 1:
+            which = f", {setup.lengths[0]} and {setup.lengths[-1]} long"
+            way_out = " Records have either length; a model can pad those that are too short for it."
         raise ModelError(
-            f"Expected a step on synthetic records to run with {size} examples a backward pass{_of(setup.lengths)}; "
-            f"got a {type(error).__name__}: {error}."
+            f"Expected a step on synthetic records to run with {size} examples a backward pass{which}; got a "
+            f"{type(error).__name__}: {error}.{way_out}"
         ) from error
     draws = draws_of_noise(NoiseSource(), plan, Batch(torch.empty(0, dtype=torch.int64), 0, 0, list), clipped.grads)
     gradients = {
@@ -125,10 +129,6 @@ def _pieces(setup: Setup, size: int) -> list[Microbatch]:
         return leaf[:, :least] if isinstance(leaf, Tensor) and leaf.shape[1:2] == (most,) else leaf
 
     return [dataclasses.replace(longest, data=with_leaves(longest.data, cut)), longest]
-
-
-def _of(lengths: Sequence[int]) -> str:
-    return f", {lengths[0]} and {lengths[-1]} long" if len(lengths) > 1 else ""
 
 
 def _try_optimizer(optimizer: torch.optim.Optimizer, gradient_of: Mapping[Any, Tensor]) -> None:
