@@ -107,7 +107,7 @@ class Site:
       kept: {command: record} of runs on other machines that count as done.
       results: directory of the tables' results.
       launch: runs a command, with the arguments of `subprocess.run`.
-      failed: the runs that failed, of all tables; the others go on.
+      failed: {run that failed: its command and what it said}, of all tables; the others go on.
     """
 
     work: Path
@@ -120,7 +120,7 @@ class Site:
     kept: Mapping[str, dict] = dataclasses.field(default_factory=dict)
     results: Path = RESULTS
     launch: Callable[..., subprocess.CompletedProcess] = subprocess.run
-    failed: list[Run] = dataclasses.field(default_factory=list)
+    failed: dict[Run, str] = dataclasses.field(default_factory=dict)
 
     def do(self, runs: Sequence[Run]) -> None:
         """Perform the runs that are not done and can begin before the deadline; say at once which one fails."""
@@ -185,8 +185,8 @@ class Site:
             [*command, "--threads", threads], env=environment, capture_output=True, text=True, check=False
         )
         if result.returncode:
-            self.failed.append(run)
-            print(f"FAILED: {run.row}, seed {run.seed}\n{shlex.join(command)}\n{result.stderr}", flush=True)
+            self.failed[run] = f"{shlex.join(command)}\n{result.stderr}"
+            print(f"FAILED: {run.row}, seed {run.seed}\n{self.failed[run]}", flush=True)
             return
         accuracy = json.loads((out / "record.json").read_text())["accuracy_test"]
         print(f"{run.row}, seed {run.seed}: {accuracy:.4f} after {time.monotonic() - began:.0f} s", flush=True)

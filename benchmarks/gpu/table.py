@@ -72,10 +72,13 @@ def run(
                 continue
             began = time.monotonic()
             on_device = Run(one.row, one.seed, f"{one.options} --device {device}", one.program)
+            limited = functools.partial(launch, timeout=max(deadline - began, 1))
             try:
-                limited = functools.partial(launch, timeout=max(deadline - began, 1))
                 dataclasses.replace(site, launch=limited).do([on_device])
-            except (SystemExit, subprocess.TimeoutExpired) as failure:
+                failure = site.failed.get(on_device)
+            except subprocess.TimeoutExpired as late:
+                failure = str(late)
+            if failure is not None:
                 report.put(STAGE, f"{one.row}, seed {one.seed}", f"failed: {failure}")
                 print(failure, file=sys.stderr)
                 continue
