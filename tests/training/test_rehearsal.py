@@ -13,7 +13,7 @@ import dpquant
 from dpquant.checks.isolation import check_isolation
 from dpquant.checks.synthetic import candidates
 from dpquant.engine.passes import Objective
-from dpquant.errors import ModelError, SettingError
+from dpquant.errors import DataError, ModelError, SettingError
 from dpquant.training.distributed import Alone
 from dpquant.training.rehearsal import rehearse, step_seconds
 from dpquant.training.setup import Setup
@@ -263,7 +263,7 @@ class Windows(nn.Module):
 def begun(width, data, tmp_path):
     torch.manual_seed(0)
     model = Windows(width)
-    example = [(torch.randn(data.dpquant_lengths[-1], 2), torch.tensor(number)) for number in range(3)]
+    example = [(torch.randn(9, 2), torch.tensor(number)) for number in range(3)]
     return dpquant.make_private(
         model, torch.optim.SGD(model.parameters(), lr=0.1), data, loss_fn=loss, plan=plan_of(False),
         policy=dpquant.NonePolicy(), ledger=tmp_path / "ledger.jsonl", microbatch_size=4, example=example,
@@ -285,6 +285,15 @@ def test_a_model_that_cannot_read_the_shortest_records_is_refused_before_a_charg
         for batch in epoch:
             private.step(batch)
     assert private.steps_taken == 4
+
+
+def test_groups_without_their_lengths_are_refused(tmp_path):
+    """They would not count as groups, and records of several lengths would share a microbatch."""
+    data = Sentences(*[9, 4] * 4)
+    del data.dpquant_lengths
+    with pytest.raises(DataError, match="to name dpquant_lengths"):
+        begun(4, data, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_trial_of_the_longest_records_alone_is_seen(tmp_path):

@@ -56,6 +56,7 @@ class ExecutionRequest:
       memory: largest peak memory of the process, GiB; None sets no limit.
       exact_sums: sums are exact over microbatches, whichever process makes them.
       processes: number of processes of the run.
+      groups: of records, within which microbatches are made.
     Raises:
       SettingError: microbatch_size is below 1, or both microbatch_size and memory are given.
     """

@@ -124,6 +124,11 @@ class Records:
             numbers.
         Privacy: uses types and shapes of the first records, which are public.
         """
+        if hasattr(self._data_set, "dpquant_groups") and not isinstance(self._data_set, InGroups):
+            raise DataError(
+                "Expected train_set with dpquant_groups to name dpquant_lengths, too; it does not. A model is tried on "
+                "the shortest and the longest before anything is charged. Add them, ascending."
+            )
         if self.partition.by_range and len(self) == 0:
             return
         if not isinstance(self._data_set, Collated):
