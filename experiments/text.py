@@ -25,19 +25,19 @@ LOGISTIC = "--model experiments.heads:logistic --lr 0.1"
 WHOLE = "--model hf:MINILM --lr 5e-4"
 ADAPTERS = "--model hf:MINILM --lora 16 --lr 2e-3"
 LAST = "--model hf:MINILM --train-only *classifier* --lr 1e-2"
-FORMATS = {  # those that every set is run in at either epsilon, then the others
+FORMATS = {  # of every set at either epsilon
     "int8, all layers": "--policy all --format int8",
     "luq-fp4, dpquant 0.5": "--policy dpquant --fraction 0.5",
     "luq-fp4, static 0.5": "--policy static --fraction 0.5",
 }
-MORE_FORMATS = {
+MORE_FORMATS = {  # of ALL_FORMATS alone
     "full precision": "--policy none",
     "int4-clip, dpquant 0.5": "--policy dpquant --fraction 0.5 --format int4-clip",
     "int4-clip, dpquant 0.9": "--policy dpquant --fraction 0.9 --format int4-clip",
     "luq-fp4, dpquant 0.9": "--policy dpquant --fraction 0.9",
     "luq-fp4, static 0.9": "--policy static --fraction 0.9",
 }
-ALL_FORMATS = "REVIEWS", 8  # the set and the epsilon in which they are compared
+ALL_FORMATS = "REVIEWS", 8  # a set and an epsilon
 
 
 def _rows(name: str) -> dict[str, str]:
@@ -45,16 +45,23 @@ def _rows(name: str) -> dict[str, str]:
     return in_each_format("frozen embeddings", f"--data packed:FROZEN-{name} {LOGISTIC}")
 
 
+def _trained(options: str, formats: dict[str, str]) -> dict[str, str]:
+    """Return {row: its options} of the whole network and of adapters, in each of the formats."""
+    return {
+        f"{part}, {what}": f"{options} {model} {format}"
+        for part, model in {"whole network": WHOLE, "adapters": ADAPTERS}.items()
+        for what, format in formats.items()
+    }
+
+
 def _once(name: str, epsilon: int) -> dict[str, str]:
     """Return the rows that run the encoder in every step."""
     data = text_options(name)
     short = f"{data} {SHORT[name]}"
-    rows = {f"whole network, {what}": f"{short} {WHOLE} {options}" for what, options in FORMATS.items()}
-    rows |= {f"adapters, {what}": f"{short} {ADAPTERS} {options}" for what, options in FORMATS.items()}
+    rows = _trained(short, FORMATS)
     rows["last layer, full precision"] = f"{short} {LAST} --policy none"
     if (name, epsilon) == ALL_FORMATS:
-        rows |= {f"whole network, {what}": f"{short} {WHOLE} {options}" for what, options in MORE_FORMATS.items()}
-        rows |= {f"adapters, {what}": f"{short} {ADAPTERS} {options}" for what, options in MORE_FORMATS.items()}
+        rows |= _trained(short, MORE_FORMATS)
         int8 = FORMATS["int8, all layers"]
         rows["whole network, int8, 20 epochs"] = f"{data} {WHOLE} {int8}"
         rows["whole network, int8, 4 epochs"] = f"{data} --epochs 4 {WHOLE} {int8}"

@@ -83,10 +83,15 @@ def texts(folder: Path) -> dict[str, object]:
     }
 
 
-def pretrained(folder: Path) -> dict[str, object]:
+def texts_for(folder: Path, model: str) -> dict[str, object]:
+    """Return the settings of `texts` with another network, which has no width."""
     settings = texts(folder)
     del settings["width"]
-    return {**settings, "model": f"hf:{bert_in(folder)}"}
+    return {**settings, "model": model}
+
+
+def pretrained(folder: Path) -> dict[str, object]:
+    return texts_for(folder, f"hf:{bert_in(folder)}")
 
 
 def regression(folder: Path) -> dict[str, object]:

@@ -74,8 +74,9 @@ def run(
             on_device = Run(one.row, one.seed, f"{one.options} --device {device}", one.program)
             limited = functools.partial(launch, timeout=max(deadline - began, 1))
             try:
-                dataclasses.replace(site, launch=limited).do([on_device])
-                failure = site.failed.get(on_device)
+                here = dataclasses.replace(site, launch=limited)
+                here.do([on_device])
+                failure = here.failed.get(on_device)
             except subprocess.TimeoutExpired as late:
                 failure = str(late)
             if failure is not None:

@@ -465,6 +465,13 @@ MUTANTS = [
             "        return [record_ids]\n",
             "tests/data/test_texts.py::test_a_long_companion_changes_no_record_s_shape",
         ),
+        (
+            "groups that name no lengths count as none",
+            COUPLING,
+            'if hasattr(self._data_set, "dpquant_groups") and not',
+            'if hasattr(self._data_set, "dpquant_groups") and None is not None and not',
+            "tests/training/test_rehearsal.py::test_groups_without_their_lengths_are_refused",
+        ),
         ("a record of another form is taken", COUPLING, "return matches(self._specimens.form, record)", "return True"),
         (
             "all records draw the same random numbers",

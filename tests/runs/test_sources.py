@@ -19,7 +19,7 @@ from dpquant.runs.settings import TrainSettings
 from dpquant.runs.sinks import Sink
 from dpquant.runs.sources import dataset_of
 from dpquant.runs.train import train
-from sources import SPEC, as_options, pretrained, regression, table, texts
+from sources import SPEC, as_options, pretrained, regression, table, texts, texts_for
 
 
 def test_a_table_is_trained_on_by_the_command_line(tmp_path, capsys):
@@ -47,9 +47,7 @@ def test_a_regression_has_no_accuracy_but_an_error_in_its_own_unit(tmp_path):
 
 
 def of_ones_own(folder, model):
-    settings = texts(folder)
-    del settings["width"]
-    return TrainSettings.chosen({**settings, "model": f"doubles:{model}"})
+    return TrainSettings.chosen(texts_for(folder, f"doubles:{model}"))
 
 
 def test_a_network_of_ones_own_reads_texts(tmp_path):

@@ -40,11 +40,11 @@ def plan_of(analysis=True):
     )  # fmt: skip
 
 
-def tried(optimizer, model, found=None, *, size=4, analysed="2", lengths=()):
+def tried(optimizer, model, found=None, *, size=4, analysed="2"):
     optimizer = optimizer(model.parameters()) if callable(optimizer) else optimizer
     setup = Setup(
         optimizer=optimizer, steps=Steps(optimizer, Alone()), plan=plan_of(), policy=dpquant.NonePolicy(), seed=0,
-        found=found or found_of(model), lengths=lengths,
+        found=found or found_of(model),
     )  # fmt: skip
     rehearse(setup, size=size, analysis_size=size, analysed=analysed)
     return optimizer
@@ -232,7 +232,7 @@ def test_what_says_that_memory_does_not_suffice_is_raised_unchanged(error):
 
 
 class Sentences(torch.utils.data.Dataset):
-    """Records of a data set in groups: `length` numbers, of which the model sees at least `width` together."""
+    """A data set in groups: a record is so many rows of two numbers, and those of one length are a group."""
 
     def __init__(self, *lengths):
         self.dpquant_lengths = tuple(sorted(set(lengths)))
