@@ -15,12 +15,10 @@ seeds. With --hours, a table that is not finished lists its missing runs.
 import argparse
 import importlib
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 from experiments.places import Places
-from experiments.runner import FOLDERS, Site, chosen, committed, do_table, placeholders
+from experiments.runner import FOLDERS, Site, chosen, committed, do_table, needed
 
 TABLES = (
     "fashion_mnist",
@@ -72,7 +70,10 @@ def main() -> None:
     }
     places = Places(arguments.work / "prepared", {False: arguments.data_dir, True: arguments.weights}, folders)
     for module in modules.values():
-        for name in dict.fromkeys(_needed(module, arguments.rows, arguments.seeds)):
+        wanted = (
+            run for table in getattr(module, "TABLES", ()) for run in chosen(table, arguments.rows, arguments.seeds)
+        )
+        for name in dict.fromkeys((*getattr(module, "NEEDS", ()), *needed(wanted, kept, arguments.work))):
             places.make(name)
     site = Site(
         work=arguments.work,
@@ -91,14 +92,6 @@ def main() -> None:
             do_table(table, site)
     if site.failed:
         raise SystemExit(f"error: Failed runs: {len(site.failed)}. Each is named above, with its command.")
-
-
-def _needed(module: ModuleType, rows: str, seeds: int | None) -> Iterator[str]:
-    """Yield the names in capitals that stand for folders of what a module is going to run."""
-    yield from getattr(module, "NEEDS", ())
-    for table in getattr(module, "TABLES", ()):
-        for run in chosen(table, rows, seeds):
-            yield from placeholders(run.options)
 
 
 if __name__ == "__main__":

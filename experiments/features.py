@@ -95,6 +95,7 @@ def _pack(dataset: Dataset, network: Callable[[Any], Tensor], what: str, out: Pa
         train=train,
         test=test,
         input_shape=(width,),
+        lengths=(),
         vocabulary=None,
         padding=None,
         synthetic=[(row, torch.tensor(number % dataset.num_classes)) for number, row in enumerate(rows)],

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 
@@ -226,6 +226,13 @@ def chosen(table: Table, rows: str, seeds: int | None) -> list[Run]:
         for run in table.runs()
         if run.seed in table.seeds[:seeds] and fnmatch.fnmatchcase(f"{table.name}/{run.row}", rows)
     ]
+
+
+def needed(runs: Iterable[Run], kept: Container[str], work: Path) -> Iterator[str]:
+    """Yield the names that stand for folders in runs, but not in those that count as done by their commands alone."""
+    for run in runs:
+        if run.command not in kept or run.folder(work).exists():  # the record of one that is here has its folders
+            yield from placeholders(run.options)
 
 
 def placeholders(options: str) -> list[str]:

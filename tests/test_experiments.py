@@ -132,6 +132,16 @@ def test_what_the_results_hold_counts_as_done_where_that_is_wanted(commands, tmp
     assert do_table(TABLE, kept).keys() == {"a", "b"} and len(commands) == 4
 
 
+def test_what_only_finished_runs_read_is_not_prepared(commands, tmp_path):
+    table = Table(name="mine", title="Mine", common="", rows={"a": "--data packed:FROZEN", "b": "--lr 1"}, seeds=(0, 1))
+    first, other, *_ = runs = [run for run in table.runs() if run.row == "a"]
+    assert list(runner.needed(runs, {}, tmp_path / "work")) == ["FROZEN", "FROZEN"]
+    assert list(runner.needed(runs, {first.command}, tmp_path / "work")) == ["FROZEN"]
+    assert list(runner.needed(runs, {first.command, other.command}, tmp_path / "work")) == []
+    do_table(table, site(tmp_path, commands, folders={"FROZEN": tmp_path / "features"}))
+    assert list(runner.needed([first], {first.command}, tmp_path / "work")) == ["FROZEN"]  # its record has the folder
+
+
 def test_a_run_whose_record_still_holds_its_times_counts_as_it_did(commands, tmp_path):
     do_table(TABLE, site(tmp_path, commands))
     for out in (tmp_path / "work").iterdir():

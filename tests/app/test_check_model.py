@@ -2,6 +2,7 @@
 """`dpquant check-model` collects everything for which a run would refuse a model, and says nothing of a sound one."""
 
 import dataclasses
+import functools
 import json
 import sys
 from collections import OrderedDict
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from doubles import OfTexts
 from dpquant.app.check_model import check_model
 from dpquant.app.cli import run
 from dpquant.app.output import results
@@ -142,6 +144,15 @@ def test_a_model_without_anything_to_train_is_refused():
 def test_other_models_are_refused_with_the_reason(model, stage, said):
     found = checked(model)
     assert stages(found) == [(stage, "")] and said in found.findings[0].problem
+
+
+def test_a_network_that_cannot_read_the_shortest_texts_is_refused_as_a_run_refuses_it(tmp_path):
+    form = form_of(TrainSettings.chosen(texts(tmp_path)))
+    reads = functools.partial(OfTexts, form.vocabulary, 2)
+    assert form.lengths == (16, 32, 40) and checked(reads(16), form).passed
+    found = checked(reads(17), form)
+    assert stages(found) == [("outputs", "")] and "texts of 16 tokens" in found.findings[0].problem
+    assert checked(reads(17), dataclasses.replace(form, lengths=(40,))).passed  # as if all had the largest length
 
 
 def test_an_error_names_the_users_line():

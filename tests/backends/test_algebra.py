@@ -143,12 +143,31 @@ def test_rows_by_a_matrix_are_their_exact_products(rows, channels, out, dtype, t
         assert torch.equal(algebra.rows_by_matrix(x, matrix, added).double(), wanted)
 
 
+POINTWISE = Geometry(kernel=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1)
+
+
+@pytest.mark.parametrize("positions", [0, 1, 256, 300, 1030])
+@pytest.mark.parametrize("channels", [(3, 5), (128, 256), (256, 128)])
+def test_a_sum_over_positions_is_exact_for_codes(channels, positions):
+    x, grad = (codes((3, number, positions, 1), number).float() for number in channels)
+    found = algebra.weight_gradient(grad, x, POINTWISE)[:, :, 0, 0]
+    assert torch.equal(found.double(), torch.einsum("bopq,bcpq->oc", grad.double(), x.double()))
+
+
+def test_a_sum_of_equal_terms_errs_less_than_is_allowed_for():
+    """Each term is rounded in the same direction, so that errors add up: sums are formed in parts."""
+    for value in (1 + 2**-8 - 2**-22, 1.1, 1 / 3, 0.7, 1.9999):
+        grad, x = (torch.full((64, number, 256, 1), value) for number in (128, 256))
+        found = algebra.weight_gradient(grad, x, POINTWISE).double()
+        wanted = 64 * 256 * grad[0, 0, 0].double() * x[0, 0, 0].double()
+        assert ((found - wanted).abs() <= algebra.ROUND_OFF * wanted).all()
+
+
 def test_a_product_of_a_sequence_is_no_view():
     """A model may overwrite it."""
-    geometry = Geometry(kernel=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1)
     for channels in (6, 384):  # by torch's own product, and by oneDNN's
         x = torch.randn(8, channels, 64, 1).to(memory_format=torch.channels_last)
         weight = torch.randn(channels, channels, 1, 1)
-        y = algebra.convolved(x, weight, None, geometry)
+        y = algebra.convolved(x, weight, None, POINTWISE)
         assert not y._is_view() and y.stride(1) == 1
         torch.testing.assert_close(y, F.conv2d(x, weight), rtol=1e-4, atol=1e-4)

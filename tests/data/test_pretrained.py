@@ -13,7 +13,7 @@ from dpquant.data.tokens import text_form
 from dpquant.errors import ModelError
 from words import VOCABULARY, bert_in, tokenizer_in
 
-FORM = text_form(vocabulary=len(VOCABULARY), longest=64, padding=0, class_names=("ham", "spam"), pairs=False)
+FORM = text_form(vocabulary=len(VOCABULARY), lengths=(16, 64), padding=0, class_names=("ham", "spam"), pairs=False)
 
 
 @pytest.fixture(scope="module")

@@ -128,8 +128,8 @@ def clipped(records, ids, size=2):
 
 
 def form_of(tokens, *, pairs):
-    longest = tokens.buckets[-1]
-    return text_form(vocabulary=tokens.vocabulary, longest=longest, padding=0, class_names=("ham", "spam"), pairs=pairs)
+    lengths, names = tokens.buckets, ("ham", "spam")
+    return text_form(vocabulary=tokens.vocabulary, lengths=lengths, padding=0, class_names=names, pairs=pairs)
 
 
 def records_of(data_set, tokens):

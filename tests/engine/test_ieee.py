@@ -16,7 +16,7 @@ import dpquant
 from processor import preferring
 from units import rounded
 
-PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "addmv", "mv", "convolution", "convolution_backward")
+PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "addmv", "mv", "convolution", "convolution_backward", "_linear_pointwise")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +76,7 @@ def just_below_half_a_unit(shape, unit: Unit) -> Tensor:
 
 LAYERS = {
     "linear over positions": (lambda: nn.Linear(6, 5, bias=False), (4, 3, 6)),
+    "a wide linear layer over positions": (lambda: nn.Linear(256, 256, bias=False), (2, 64, 256)),
     "convolution": (lambda: nn.Conv2d(3, 4, 3, padding=1, bias=False), (4, 3, 5, 5)),
     "a module without a formula": (lambda: nn.Conv1d(3, 4, 3, bias=False), (4, 3, 7)),
 }
@@ -116,6 +117,7 @@ def unit(request):
 CASES = [
     ("linear over positions", "grams"),
     ("linear over positions", "patches"),
+    ("a wide linear layer over positions", "grams"),
     ("convolution", "grams"),
     ("convolution", "groups"),
     ("a module without a formula", ""),

@@ -169,6 +169,13 @@ MUTANTS = [
             "ROUND_OFF = 2.0**-27",
             "tests/engine/test_clip.py::test_long_rows_of_one_value_do_not_exceed_c",
         ),
+        (
+            "oneDNN sums over all positions at once",
+            SENSITIVITY,
+            "_TERMS = 256",
+            "_TERMS = 65536",
+            "tests/backends/test_algebra.py::test_a_sum_of_equal_terms_errs_less_than_is_allowed_for",
+        ),
     ),
     *mutants_of(
         f"{_BACKENDS}/precision.py",

@@ -30,6 +30,17 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
+        f"{_RUNS}/objects.py",
+        "tests/app/test_check_model.py::"
+        "test_a_network_that_cannot_read_the_shortest_texts_is_refused_as_a_run_refuses_it",
+        (
+            "a network is tried on texts of the largest length alone",
+            WIRING,
+            "    if len(form.lengths) > 1:\n        _check_outputs",
+            "    if False:\n        _check_outputs",
+        ),
+    ),
+    *mutants_of(
         f"{_RUNS}/heartbeat.py",
         "tests/runs/test_heartbeat.py",
         ("a process that ended seems to go on", CLAIM, "running=False", "running=True"),

@@ -1210,6 +1210,16 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
+        f"{_TRAINING}/execution.py",
+        "tests/training/test_execution.py::test_records_in_groups_are_analysed_with_fewer_at_a_time",
+        (
+            "an analysis does not know of groups",
+            WIRING,
+            "groups=request.groups,\n            device",
+            "groups=1,\n            device",
+        ),
+    ),
+    *mutants_of(
         f"{_TRAINING}/rehearsal.py",
         "tests/training/test_rehearsal.py::test_a_model_that_cannot_read_the_shortest_records_is_refused_before_a_charge",
         (

@@ -57,8 +57,8 @@ def test_a_network_of_ones_own_reads_texts(tmp_path):
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        ("of_texts_by_name", r"'attention_mask'.*texts: forward gets a dictionary of input_ids, attention_mask\.$"),
-        ("of_longer_texts", r"backward pass, 16 and 40 long; got a RuntimeError: .*a model can pad those"),
+        ("of_texts_by_name", r"'attention_mask'.*texts.*: forward gets a dictionary of input_ids, attention_mask\.$"),
+        ("of_longer_texts", "texts of 16 tokens to 2 logits; got RuntimeError: .* texts, which have 16 to 40 tokens"),
     ],
 )
 def test_a_network_that_cannot_read_texts_as_they_come_is_told_so_before_a_charge(tmp_path, model, said):

@@ -16,6 +16,7 @@ from dpquant.training.execution import (
     choose_execution,
     layers_to_exclude,
 )
+from dpquant.training.filling import of_analysis
 from dpquant.training.tuning import ANALYSIS_MICROBATCH, HERE, Instruments
 from networks import loss
 
@@ -43,6 +44,7 @@ def decided(
     memory=None,
     by=HERE,
     steps=10,
+    groups=1,
 ):
     torch.manual_seed(0)
     model = dpquant.prepare(
@@ -60,6 +62,7 @@ def decided(
             backend=backend,
             microbatch_size=None if memory else 8,
             memory=memory,
+            groups=groups,
         ),
         by=by,
     )
@@ -157,7 +160,7 @@ class Analyses:
 def test_microbatches_of_analyses_are_measured_where_memory_is_bounded_and_there_are_any():
     by_impact, analyses = dpquant.DPQuantPolicy(fraction=0.5), Analyses()
     bounded = decided(by_impact, analysis=ANALYSIS, memory=0.25, by=analyses.by)
-    assert bounded.analysis_microbatch_size == 16
+    assert bounded.analysis_microbatch_size == of_analysis(16, 8, groups=1, device="cpu") < 16
     assert analyses.tried == [(["1"], ANALYSIS.score)] * 3  # of 4, 8 and 16 examples
     for policy, analysis, memory in (
         (by_impact, ANALYSIS, None),
@@ -166,4 +169,10 @@ def test_microbatches_of_analyses_are_measured_where_memory_is_bounded_and_there
     ):
         untried = Analyses()
         execution = decided(policy, analysis=analysis, memory=memory, by=untried.by)
-        assert execution.analysis_microbatch_size == ANALYSIS_MICROBATCH and untried.tried == []
+        most = ANALYSIS_MICROBATCH if analysis is None else of_analysis(ANALYSIS_MICROBATCH, 8, groups=1, device="cpu")
+        assert execution.analysis_microbatch_size == most and untried.tried == []
+
+
+def test_records_in_groups_are_analysed_with_fewer_at_a_time():
+    one, four = (decided(dpquant.DPQuantPolicy(fraction=0.5), analysis=ANALYSIS, groups=groups) for groups in (1, 4))
+    assert four.analysis_microbatch_size < one.analysis_microbatch_size

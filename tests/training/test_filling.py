@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 
-from dpquant.training.filling import fitted, rows_of_step
+from dpquant.training.filling import fitted, of_analysis, rows_of_step
 
 
 def assert_rows_are_counted(rows):
@@ -41,3 +41,23 @@ def test_a_size_is_fitted_to_the_batches(size, expected):
 @pytest.mark.parametrize(("size", "expected"), [(16, 4096), (32, 20), (64, 1e6)])
 def test_a_size_that_fits_stays(size, expected):
     assert fitted(size, expected) == size
+
+
+def seconds_of_analysis(size, groups, *, records=32, begins=5.0):
+    """Mean time of drawn analyses, in units of a row's: a pass costs its rows, and as long as `begins` rows to begin."""
+    drawn = np.random.default_rng(0).binomial(60 * records // groups, 1 / 60, (4_000, groups))
+    return float((np.ceil(drawn / size) * (size + begins)).sum(1).mean())
+
+
+@pytest.mark.parametrize(("groups", "gain"), [(1, 1.2), (4, 3), (10, 5)])
+def test_an_analysis_computes_few_rows_that_are_copies(groups, gain):
+    found = of_analysis(64, 32, groups=groups, device="cpu")
+    least = min(seconds_of_analysis(size, groups) for size in range(1, 65))
+    assert seconds_of_analysis(found, groups) < 1.1 * least
+    assert seconds_of_analysis(64, groups) > gain * seconds_of_analysis(found, groups)
+
+
+def test_an_analysis_has_as_many_at_a_time_as_memory_allows_where_passes_are_dear():
+    assert of_analysis(64, 4096, groups=1, device="cpu") > 50
+    assert of_analysis(64, 64, groups=1, device="cuda") == of_analysis(64, 200, groups=4, device="cuda") == 64
+    assert of_analysis(3, 64, groups=1, device="cpu") == 3

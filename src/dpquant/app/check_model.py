@@ -206,7 +206,7 @@ def _tried(found: list[Finding], stage: str, work: Callable[[], _Result]) -> _Re
 def _runs(model: nn.Module, form: Form, found: list[Finding]) -> bool:
     """Return whether the model runs on blank inputs; add a finding if not, or if it does not give a logit a class."""
     try:
-        check_outputs(model, blank_of(form), form.num_classes)
+        check_outputs(model, form)
     except ModelError as error:
         found.append(Finding(stage="outputs", problem=str(error)))
         return error.__cause__ is None  # it runs, and gives outputs of another shape

@@ -19,6 +19,7 @@ class Form:
       class_names: One for each class, in the order of the targets; () for a regression, or where they are not known.
       task: What is to be told from a record.
       categories: Of a table: numbers of codes of its last columns.
+      lengths: Of texts: those that they are padded to, ascending, or () if one alone is.
       vocabulary: Of texts: number of tokens; None: inputs are no texts.
       padding: Of texts: the token that pads; None: their tokenizer names none.
       tokenizer: Of texts: content of the tokenizer's file; None: not known.
@@ -32,6 +33,7 @@ class Form:
     class_names: tuple[str, ...] = ()
     task: Task = CLASSIFICATION
     categories: tuple[int, ...] = ()
+    lengths: tuple[int, ...] = ()
     vocabulary: int | None = None
     padding: int | None = None
     tokenizer: bytes | None = None

@@ -138,6 +138,7 @@ def _form(manifest: Manifest, folder: Path) -> Form:
         class_names=manifest.class_names,
         task=manifest.task,
         categories=manifest.categories,
+        lengths=tuple(manifest.reading.get("buckets", ())),
         vocabulary=manifest.vocabulary,
         padding=manifest.padding,
         tokenizer=(folder / TOKENIZER).read_bytes() if TOKENIZER in manifest.files else None,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dpquant.data.form import Form
 from dpquant.data.model_names import pretrained_folder
+from dpquant.data.texts import buckets_to
 from dpquant.data.tokens import text_form
 from dpquant.errors import ModelError, SettingError, did_you_mean, quoted
 
@@ -99,7 +100,7 @@ def made_up_form(name: str, *, vocabulary: int | None, tokens: int | None, class
         )
     return text_form(
         vocabulary=vocabulary or known,
-        longest=tokens or min(_USUAL_LENGTH, positions),
+        lengths=buckets_to(tokens or min(_USUAL_LENGTH, positions)),
         padding=config.get("pad_token_id") or 0,
         class_names=class_names,
         pairs=False,

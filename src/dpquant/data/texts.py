@@ -156,7 +156,7 @@ def form_of_texts(source: TextSource, tokens: "Tokens") -> "Form":
 
     form = text_form(
         vocabulary=tokens.vocabulary,
-        longest=tokens.buckets[-1],
+        lengths=tokens.buckets,
         padding=tokens.padding if tokens.pads else None,
         class_names=source.classes,
         pairs=len(source.texts) == 2,

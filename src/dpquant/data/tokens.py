@@ -115,19 +115,21 @@ class Texts(torch.utils.data.Dataset[tuple[Inputs, Tensor]]):
         return {name: torch.from_numpy(values) for name, values in found.items()}, self.targets[indices]
 
 
-def text_form(*, vocabulary: int, longest: int, padding: int | None, class_names: Sequence[str], pairs: bool) -> Form:
+def text_form(
+    *, vocabulary: int, lengths: tuple[int, ...], padding: int | None, class_names: Sequence[str], pairs: bool
+) -> Form:
     """Return the form of texts, with synthetic ones on which a model is checked before a record is used.
 
     All of these have the largest length; the first fills three quarters of it, the second all, the third a half.
 
     Args:
       vocabulary: number of different tokens.
-      longest: tokens at which a text is cut.
+      lengths: that texts are padded to, ascending; at the last they are cut.
       padding: token that pads; None: the tokenizer names none.
       class_names: in the order of the targets.
       pairs: whether a record is a pair of texts.
     """
-    generator, records = torch.Generator().manual_seed(0), []
+    generator, records, longest = torch.Generator().manual_seed(0), [], lengths[-1]
     for number, length in enumerate((-(-3 * longest // 4), longest, -(-longest // 2))):
         place = torch.arange(longest)
         mask = (place < length).long()
@@ -140,6 +142,7 @@ def text_form(*, vocabulary: int, longest: int, padding: int | None, class_names
     return Form(
         num_classes=len(class_names),
         input_shape=(longest,),
+        lengths=lengths,
         class_names=tuple(class_names),
         vocabulary=vocabulary,
         padding=padding,

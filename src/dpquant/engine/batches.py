@@ -75,6 +75,15 @@ def with_leaves(batch: Any, change: Callable[[Any], Any]) -> Any:
     return change(batch)
 
 
+def cut_to(batch: Any, length: int, *, longest: int) -> Any:
+    """Return a batch whose tensors [B, longest, ...] are cut to [B, length, ...]; all others stay."""
+
+    def cut(leaf: Any) -> Any:
+        return leaf[:, :length] if isinstance(leaf, Tensor) and leaf.shape[1:2] == (longest,) else leaf
+
+    return with_leaves(batch, cut)
+
+
 def leaves(batch: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (path, leaf) for every leaf: lists of numbers, and all but tuples, lists, mappings. Errors show paths."""
     match batch:

@@ -15,7 +15,7 @@ from dpquant.data import models
 from dpquant.data.form import Form
 from dpquant.data.pretrained import freeze_others, pretrained
 from dpquant.data.sizes import HF_PREFIX
-from dpquant.engine.batches import leaves
+from dpquant.engine.batches import cut_to, leaves
 from dpquant.engine.convert import fix
 from dpquant.engine.randomness import seeded
 from dpquant.errors import ModelError, SettingError, kind_of, quoted
@@ -36,7 +36,7 @@ def model_of(settings: TrainSettings, form: Form) -> nn.Module:
     """
     model = built_model(settings, form)
     check_trainable(model)
-    check_outputs(model, blank_of(form), form.num_classes)
+    check_outputs(model, form)
     return model
 
 
@@ -89,17 +89,25 @@ def blank_of(form: Form, count: int = _BLANKS) -> Any:
     return default_collate([inputs for inputs, _ in form.synthetic[:count]])
 
 
-def check_outputs(model: nn.Module, blank: Any, num_classes: int) -> None:
+def check_outputs(model: nn.Module, form: Form) -> None:
     """Check that the model returns one logit per class for two blank inputs, in training and in evaluation mode.
+
+    Texts that differ in length are of the longest and then of the shortest.
 
     Args:
       model: of the user.
-      blank: two inputs of the data set's shape, of zeros, or the tensors of two texts by name.
-      num_classes: number of classes, or 1 for a regression.
+      form: of the records.
     Raises:
       ModelError: it does not, or it raises.
     """
-    first = next(leaf for _, leaf in leaves(blank))
+    blank = blank_of(form)
+    _check_outputs(model, blank, form)
+    if len(form.lengths) > 1:
+        _check_outputs(model, cut_to(blank, form.lengths[0], longest=form.lengths[-1]), form)
+
+
+def _check_outputs(model: nn.Module, blank: Any, form: Form) -> None:
+    first, num_classes = next(leaf for _, leaf in leaves(blank)), form.num_classes
     what = "texts" if first is not blank else "images" if first.ndim == 4 else "inputs"
     shape = f"{len(first[0])} tokens" if first is not blank else f"shape {tuple(first.shape[1:])}"
     rule = f"Expected model to map {what} of {shape} to {num_classes} logits"
@@ -109,8 +117,9 @@ def check_outputs(model: nn.Module, blank: Any, num_classes: int) -> None:
             with evaluating(model):
                 outputs.append(model(blank))
     except Exception as error:  # the user's code may raise anything; it has seen no data
+        lengths = f", which have {form.lengths[0]} to {form.lengths[-1]} tokens" if len(form.lengths) > 1 else ""
         gets = f": forward gets a dictionary of {', '.join(blank)}" if isinstance(blank, dict) else ""
-        raise ModelError(f"{rule}; got {quoted(error)}. Make it fit the data set's {what}{gets}.") from error
+        raise ModelError(f"{rule}; got {quoted(error)}. Make it fit the data set's {what}{lengths}{gets}.") from error
     for output in outputs:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             raise ModelError(

@@ -26,6 +26,7 @@ from dpquant.errors import SettingError
 from dpquant.formats import FULL_PRECISION, Precision
 from dpquant.privacy.plan import PrivacyPlan
 from dpquant.training.auto_format import Units, taken, units_of
+from dpquant.training.filling import of_analysis
 from dpquant.training.policies import Policy
 from dpquant.training.tuning import (
     ANALYSIS_MICROBATCH,
@@ -214,6 +215,13 @@ def choose_execution(
             lambda: largest_analysis_size(model, loss_fn, synthetic, names, score=score, memory=memory, by=by),
             valid=_is_size,
             lasting=False,
+        )
+    if not alone and plan.analysis is not None:
+        analysis_microbatch_size = of_analysis(
+            analysis_microbatch_size,
+            plan.analysis.expected_batch_size,
+            groups=request.groups,
+            device=next(model.parameters()).device.type,
         )
     layer = next(iter(quantizable_layers(model).values()), None)
     runs_on = Reference.name if layer is None else layer.backend.name

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dpquant.backends.choose import Choices, Machine
 from dpquant.checks.isolation import Findings
-from dpquant.engine.batches import Microbatch, with_leaves
+from dpquant.engine.batches import Microbatch, cut_to
 from dpquant.engine.passes import out_of_memory
 from dpquant.errors import DPQuantError, ModelError, SettingError
 from dpquant.machine import now
@@ -123,12 +123,8 @@ def _pieces(setup: Setup, size: int) -> list[Microbatch]:
     longest = synthetic_piece(setup.found, size)
     if len(setup.lengths) < 2:
         return [longest]
-    most, least = setup.lengths[-1], setup.lengths[0]
-
-    def cut(leaf: Any) -> Any:
-        return leaf[:, :least] if isinstance(leaf, Tensor) and leaf.shape[1:2] == (most,) else leaf
-
-    return [dataclasses.replace(longest, data=with_leaves(longest.data, cut)), longest]
+    shortest = cut_to(longest.data, setup.lengths[0], longest=setup.lengths[-1])
+    return [dataclasses.replace(longest, data=shortest), longest]
 
 
 def _try_optimizer(optimizer: torch.optim.Optimizer, gradient_of: Mapping[Any, Tensor]) -> None:
