@@ -25,13 +25,11 @@ LOGISTIC = "--model experiments.heads:logistic --lr 0.1"
 WHOLE = "--model hf:MINILM --lr 5e-4"
 ADAPTERS = "--model hf:MINILM --lora 16 --lr 2e-3"
 LAST = "--model hf:MINILM --train-only *classifier* --lr 1e-2"
-FORMATS = {  # of every set at either epsilon
-    "int8, all layers": "--policy all --format int8",
-    "luq-fp4, dpquant 0.5": "--policy dpquant --fraction 0.5",
-    "luq-fp4, static 0.5": "--policy static --fraction 0.5",
-}
+FORMATS = {"int8, all layers": "--policy all --format int8"}  # of every set at either epsilon
 MORE_FORMATS = {  # of ALL_FORMATS alone
     "full precision": "--policy none",
+    "luq-fp4, dpquant 0.5": "--policy dpquant --fraction 0.5",
+    "luq-fp4, static 0.5": "--policy static --fraction 0.5",
     "int4-clip, dpquant 0.5": "--policy dpquant --fraction 0.5 --format int4-clip",
     "int4-clip, dpquant 0.9": "--policy dpquant --fraction 0.9 --format int4-clip",
     "luq-fp4, dpquant 0.9": "--policy dpquant --fraction 0.9",

@@ -44,7 +44,7 @@ def test_a_size_that_fits_stays(size, expected):
 
 
 def seconds_of_analysis(size, groups, *, records=32, begins=5.0):
-    """Mean time of drawn analyses, in units of a row's: a pass costs its rows, and as long as `begins` rows to begin."""
+    """Mean time of drawn analyses in units of a row's: a pass costs its rows, and `begins` more to begin."""
     drawn = np.random.default_rng(0).binomial(60 * records // groups, 1 / 60, (4_000, groups))
     return float((np.ceil(drawn / size) * (size + begins)).sum(1).mean())
 
