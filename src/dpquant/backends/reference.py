@@ -43,6 +43,7 @@ from dpquant.backends.qtensor import QTensor, code_values, scaled
 from dpquant.backends.quantize import quantize_rows
 from dpquant.formats import Precision, RoleFormat
 
+_VECTOR = 16  # channels from which on the native kernel materialises gradients of values faster than a product does
 _FLOAT32_EXACT = 2**24  # float32 represents every integer up to this one
 
 
@@ -123,6 +124,19 @@ def costs(operands: Operands) -> tuple[int, int]:
 
 def _memory(operands: Operands) -> Tensor:
     return operands.x.codes if isinstance(operands.x, QTensor) else operands.x
+
+
+def gradients_of(operands: Operands) -> Tensor:
+    """Materialise the gradients, `(B, O, D)` in patch order, by what is usually faster: nothing is timed.
+
+    With less than a vector of channels the native kernel takes up to ten times as long as a product over im2col; with
+    more, down to a fifth.
+    """
+    channels = operands.shapes[0][1] // operands.geometry.groups
+    x, g = operands.values
+    if channels >= _VECTOR and native.has_direct_products(_memory(operands)):
+        return native.direct_products(g, x, operands.geometry)
+    return patch_products(positions(g, operands.geometry), im2col(x, operands.geometry))
 
 
 def materialise_by_patches(operands: Operands) -> Norms:

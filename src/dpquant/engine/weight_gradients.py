@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpquant.backends.algebra import im2col, in_weight_order, positions
+from dpquant.backends.algebra import im2col, in_weight_order, positions, row_norms
 from dpquant.backends.choose import fastest, place
 from dpquant.backends.geometry import Geometry
 from dpquant.backends.interface import Accumulator, Backend, Method, Norms, Operands, shape_of
 from dpquant.backends.qtensor import Operand, QTensor, code_values
-from dpquant.backends.reference import costs, materialise_by_patches, norms_by_grams
+from dpquant.backends.reference import costs, gradients_of, norms_by_grams
 from dpquant.engine.contributions import Contribution, DenseSum, Materialised, WeightedSum, distances, rows_or_zero
 from dpquant.engine.weight_layout import WeightLayout
 
@@ -82,7 +82,7 @@ class MaterialisedWeightGradient(Materialised):
 
     def per_example(self) -> Tensor:
         gradients = _in_weight(self.gradients, self.patches, self.crop)
-        return gradients if self.scale_B is None else gradients * self.scale_B.view(-1, *[1] * (gradients.ndim - 1))
+        return _scaled(gradients, self.scale_B)
 
     def begin_sum(self) -> DenseSum:
         return DenseSum(self.gradients, partial(_in_weight, patches=self.patches, crop=self.crop))
@@ -101,6 +101,10 @@ class MaterialisedWeightGradient(Materialised):
         if self.scale_B is None:
             return dataclasses.replace(self, gradients=rows_or_zero(keep_B, self.gradients))
         return dataclasses.replace(self, scale_B=rows_or_zero(keep_B, self.scale_B))  # codes are finite
+
+
+def _scaled(gradients: Tensor, scale_B: Tensor | None) -> Tensor:
+    return gradients if scale_B is None else gradients * scale_B.view(-1, *[1] * (gradients.ndim - 1))
 
 
 def _in_weight(gradients: Tensor, patches: Geometry | None, crop: KernelCrop) -> Tensor:
@@ -211,37 +215,37 @@ class LazyWeightGradient:
             formed, grams = costs(self.operands)
             if grams <= formed:
                 squares_B = norms_by_grams(self.operands).squares_B
-            else:  # a few examples at a time: their gradients are not kept
-                rows = torch.arange(len(self.operands), device=self.operands.device).split(max(_AT_ONCE // formed, 1))
-                pieces = (materialise_by_patches(self.operands.take(some)) for some in rows)
-                squares_B = torch.cat([piece.squares_B for piece in pieces])
+            else:
+                squares_B = torch.cat([row_norms(gradients_of(self.operands.take(rows))) for rows in self._few()])
         return _times_squares(squares_B, self.operands.scale_B)
 
     def per_example(self) -> Tensor:
-        norms = materialise_by_patches(self.operands)
-        assert norms.gradients is not None
-        return self._materialised(norms.gradients, norms).per_example()
+        gradients = _in_weight(gradients_of(self.operands), self.operands.geometry, self.crop)
+        return _scaled(gradients, self.operands.scale_B)
 
     def inner_products(self, other: Contribution) -> Tensor:
         """Contract Gram matrices between the positions of both, or materialise both, whichever multiplies less."""
         if not isinstance(other, LazyWeightGradient) or self.crop != other.crop:
             return (self.per_example() * other.per_example()).flatten(1).sum(1)
-        pairs = [
-            (im2col(x, one.operands.geometry), positions(g, one.operands.geometry))
-            for one in ((self,) if other is self else (self, other))
-            for x, g in (one.operands.values,)
-        ]
-        (x_BGTD, g_BGTO), (x2_BGTD, g2_BGTO) = pairs[0], pairs[-1]
-        num_positions, inputs, outputs = x_BGTD.shape[2], x_BGTD.shape[3], g_BGTO.shape[3]
-        if num_positions * (inputs + outputs) < 2 * inputs * outputs:
+        ones = (self.operands,) if other is self else (self.operands, other.operands)
+        inputs, outputs = self.operands.patch_size, self.operands.shapes[1][1] // self.operands.geometry.groups
+        if self.operands.num_positions * (inputs + outputs) < 2 * inputs * outputs:
+            pairs = [(im2col(x, one.geometry), positions(g, one.geometry)) for one in ones for x, g in (one.values,)]
+            (x_BGTD, g_BGTO), (x2_BGTD, g2_BGTO) = pairs[0], pairs[-1]
             shared = (x_BGTD @ x2_BGTD.transpose(2, 3)) * (g_BGTO @ g2_BGTO.transpose(2, 3))
+            products_B = shared.sum((1, 2, 3))
         else:
-            gradients = [g.transpose(2, 3) @ x for x, g in pairs]
-            shared = gradients[0] * gradients[-1]
-        products_B = shared.sum((1, 2, 3))
+            pieces = ([gradients_of(one.take(rows)) for one in ones] for rows in self._few())
+            products_B = torch.cat([(piece[0] * piece[-1]).sum((1, 2)) for piece in pieces])
         for scale_B in (self.operands.scale_B, other.operands.scale_B):
             products_B = products_B if scale_B is None else products_B * scale_B
         return products_B
+
+    def _few(self) -> Sequence[Tensor]:
+        """Return the numbers of all examples, a few at a time, whose gradients are not kept."""
+        return torch.arange(len(self.operands), device=self.operands.device).split(
+            max(_AT_ONCE // costs(self.operands)[0], 1)
+        )
 
     def squared_distances(self, other: Contribution) -> Tensor:
         """Compute in float64, by Gram matrices over the positions of both or by materialising the difference."""
