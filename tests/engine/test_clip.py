@@ -239,6 +239,27 @@ def lazy(x, g, geometry, shape, **settings):
     return LazyWeightGradient.of(x, g, geometry, WeightLayout(torch.Size(shape)), backend=Reference(), **settings)
 
 
+def test_gradients_of_many_examples_are_formed_a_few_at_a_time():
+    """2,000 gradients of 9,216 values: more than are formed at a time, and too many positions for Gram matrices."""
+    torch.manual_seed(0)
+    x, x2, g, g2 = (torch.randn(2000, channels, 10, 10) for channels in (16, 16, 64, 64))
+    shape = (64, 16, 3, 3)
+    one, other = (
+        lazy(*pair, Geometry(kernel=(3, 3), padding=(1, 1)), shape, significant_bits=3) for pair in ((x, g), (x2, g2))
+    )
+    found, squares = one.inner_products(other), one.squared_norms()
+    for row in (0, 1819, 1820, 1821, 1999):
+        formed, formed2 = (
+            torch.nn.grad.conv2d_weight(some_x[[row]].double(), shape, some_g[[row]].double(), padding=1)
+            for some_x, some_g in ((x, g), (x2, g2))
+        )
+        torch.testing.assert_close(
+            one.take(torch.tensor([row])).per_example()[0].double(), formed, rtol=1e-4, atol=1e-3
+        )
+        assert abs(found[row] - (formed * formed2).sum()) <= 1e-5 * formed.norm() * formed2.norm()
+        torch.testing.assert_close(squares[row], formed.square().sum(), rtol=1e-5, atol=0)
+
+
 @given(convolutions(), st.booleans())
 def test_inner_products_are_those_of_the_gradients_themselves(convolution, quantized):
     geometry, shape, size = convolution

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bugs planted in `engine` and `checks`: clipping, per-example gradients, random draws, and the checks before a run."""
 
-from mutants.mutant import ANALYSIS, COUPLING, LEAK, SECRET, SENSITIVITY, mutants_of
+from mutants.mutant import ANALYSIS, COUPLING, LEAK, SECRET, SENSITIVITY, WIRING, mutants_of
 
 _ENGINE, _CHECKS = "src/dpquant/engine", "src/dpquant/checks"
 _CLIP = "tests/engine/test_clip.py"
@@ -344,6 +344,13 @@ MUTANTS = [
     *mutants_of(
         f"{_ENGINE}/weight_gradients.py",
         _CLIP,
+        (
+            "the first examples' gradients stand for all",
+            WIRING,
+            "gradients_of(one.take(rows))",
+            "gradients_of(one.take(rows - rows[0]))",
+            "tests/engine/test_clip.py::test_gradients_of_many_examples_are_formed_a_few_at_a_time",
+        ),
         (
             "scales times factors are rounded to the nearest",
             SENSITIVITY,
