@@ -124,6 +124,34 @@ class Swin(Body):
         return x + self.blocks(x)
 
 
+class Relative(Body):
+    """Attention with a table of relative positions that is looked up once for all examples, as T5 has."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias, self.key = nn.Embedding(2 * T - 1, 2), nn.Linear(D, 2 * D)
+        places = torch.arange(T)
+        self.register_buffer("distances", places[None] - places[:, None] + T - 1)
+
+    def between(self, x):
+        bias = self.bias(self.distances).permute([2, 0, 1]).unsqueeze(0)
+        key = self.key(x).unflatten(2, (2, D)).transpose(1, 2)
+        return (self.scores(key, bias).softmax(-1) @ key).sum(1)
+
+    def scores(self, key, bias):
+        scores = key @ key.mT
+        scores += bias[:, :, -T:, :] * 1.5
+        return scores
+
+
+class Expanded(Relative):
+    """The same as MPNet has it: one table for each example before it meets the scores."""
+
+    def scores(self, key, bias):
+        assert bias.shape == (1, 2, T, T) and bias.size(1) == 2 and len(bias) == 1
+        return key @ key.mT + bias.expand((len(key), -1, T, T)).contiguous()
+
+
 def tokens():
     return torch.randn(B, T, 3), torch.randint(0, 5, (B,))
 
@@ -139,6 +167,8 @@ MODELS = {
     "scale of maps": (Maps, maps),
     "parameters that no call reaches": (Listed, tokens),
     "layers that are not called": (Swin, tokens),
+    "relative positions": (Relative, tokens),
+    "relative positions, expanded": (Expanded, tokens),
 }
 
 

@@ -2,12 +2,14 @@
 """Small networks of transformers, as they are: the clipped sum is that of a loop of autograd over single examples."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import dpquant
+from dpquant.engine.leaves import Routes
 
 B, T, C, VOCABULARY = 4, 16, 0.5, 60
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -43,6 +45,33 @@ def mixtral():
     return MixtralForSequenceClassification(MixtralConfig(**SMALL, **sizes))
 
 
+def mpnet():
+    from transformers import MPNetConfig, MPNetForSequenceClassification
+
+    sizes = {"intermediate_size": 24, "max_position_embeddings": 40, "num_labels": 3}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return MPNetForSequenceClassification(MPNetConfig(**SMALL, **sizes, **dropout))
+
+
+def t5():
+    from transformers import T5Config, T5EncoderModel
+
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "relative_attention_num_buckets": 8}
+    return Classifier(T5EncoderModel(T5Config(vocab_size=VOCABULARY, **sizes, dropout_rate=0.0)), 16)
+
+
+class Classifier(torch.nn.Module):
+    """Classes of the mean of an encoder's states."""
+
+    def __init__(self, encoder, width):
+        super().__init__()
+        self.encoder, self.head = encoder, torch.nn.Linear(width, 3)
+
+    def forward(self, input_ids, attention_mask):
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return SimpleNamespace(logits=self.head((states * attention_mask[..., None]).mean(1)))
+
+
 def texts():
     generator = torch.Generator().manual_seed(0)
     mask = (torch.arange(T) < torch.tensor([[7], [16], [3], [11]])).long()
@@ -72,7 +101,7 @@ def summed(model, keep):
     return flat(found.grads)
 
 
-@pytest.mark.parametrize("make", [opt, longformer, deberta, mixtral])
+@pytest.mark.parametrize("make", [opt, longformer, deberta, mixtral, mpnet, t5])
 def test_networks_are_taken_as_they_are(make):
     torch.manual_seed(0)
     model = make().train()
@@ -89,3 +118,11 @@ def test_networks_are_taken_as_they_are(make):
     parts = [summed(model, [row]) for row in range(B)]
     assert max(part.norm() for part in parts) <= C
     assert (sum(parts) - summed(model, list(range(B)))).norm() <= 1e-4
+
+
+@pytest.mark.parametrize("make", [mpnet, t5])
+def test_a_table_of_relative_positions_leaves_the_layers_quantizable(make):
+    model = dpquant.prepare(make(), format="int8", backend="simulate")
+    layers = set(dpquant.quantizable_layers(model))
+    summed(model, [0, 1])
+    assert set(dpquant.quantizable_layers(model)) == layers and not Routes.of(model).alone

@@ -18,7 +18,8 @@ have no axis of examples. Then the ids are repeated for each example: `(B, T)`. 
 found out too, and not told from their number, which may happen to be that of the examples.
 
 A module may be called without any example, as a table of positions of the library's own. Its output, the same for all
-examples, is repeated for each of them.
+examples, is repeated for each of them; where the model's code does not expect their axis, as behind a table of
+relative positions, in disguise (`disguise.py`).
 
 A module may be called with the examples on another axis than the first (`arrangement.py`).
 
@@ -53,6 +54,7 @@ class Routes:
       separate: those of them whose forward method runs one example after another, too.
       once: paths of embeddings that look ids `(T,)` up for all examples at once.
       shared: paths of modules whose output is the same for all examples.
+      disguised: those of them whose output has no axis that could be that of the examples (`disguise.py`).
       arranged: {path of a module: where its calls have the examples}, if not on the first axis.
       unused: names of parameters beside other layers that did not take part in the loss.
     """
@@ -62,6 +64,7 @@ class Routes:
     separate: list[str] = dataclasses.field(default_factory=list)
     once: set[str] = dataclasses.field(default_factory=set)
     shared: set[str] = dataclasses.field(default_factory=set)
+    disguised: set[str] = dataclasses.field(default_factory=set)
     arranged: dict[str, Arrangement] = dataclasses.field(default_factory=dict)
     unused: set[str] = dataclasses.field(default_factory=set)
 

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from dpquant.backends.precision import ieee_float32, input_error
 from dpquant.engine.arrangement import Arrangement, all_examples_first, examples_first
 from dpquant.engine.clock import Clock
+from dpquant.engine.disguise import Disguised
 from dpquant.engine.group_norm import TapedGroupNorm
 from dpquant.engine.leaves import Kind, Routes, beside_layers
 from dpquant.engine.per_example import (
@@ -58,9 +59,11 @@ def taping(
         own = {} if isinstance(module, QuantizableLayer) else routes.owned(module, path, names)
         if own:
             arrangement = routes.arranged.get(path, "first")
-            expand = _expander(tape, path in routes.once)
-            listen = _listener(tape, own, routes.kind_of(path), arrangement)
-            handles.append(module.register_forward_pre_hook(expand, with_kwargs=True))
+            kind = routes.kind_of(path)
+            listen = _listener(tape, own, kind, arrangement, disguised=path in routes.disguised)
+            if kind != "shared":
+                expand = _expander(tape, path in routes.once)
+                handles.append(module.register_forward_pre_hook(expand, with_kwargs=True))
             # prepended, so that it sees the module's output before other hooks change it
             handles.append(module.register_forward_hook(listen, prepend=True, with_kwargs=True))
     for parameter in trainable.values():
@@ -109,7 +112,7 @@ def repeated_ids(args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> tu
 
 
 def _listener(
-    tape: GradientTape, own: Mapping[str, Tensor], kind: Kind, arrangement: Arrangement
+    tape: GradientTape, own: Mapping[str, Tensor], kind: Kind, arrangement: Arrangement, *, disguised: bool = False
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]:
     """Return a forward hook that records the module's per-example gradients once its output's gradient is known.
 
@@ -119,6 +122,7 @@ def _listener(
       kind: `alone`: the module is evaluated alone with all modules in it, whose parameters `own` has too; `shared`: its
         output is the same for all examples.
       arrangement: where its calls have the examples.
+      disguised: the output of a shared module has to look as it did before it is repeated.
     """
 
     def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -129,7 +133,7 @@ def _listener(
         if kind == "alone":
             return _heard_alone(tape, own, module, args, kwargs, output)
         if kind == "shared":
-            return _heard_shared(tape, own, module, args, kwargs, output)
+            return _heard_shared(tape, own, module, args, kwargs, output, disguised)
         flat_ids = isinstance(module, nn.Embedding) and isinstance(x, Tensor) and x.ndim == 1 and len(x) != tape.size
         if flat_ids and arrangement == "first":
             raise ElsewhereFirst([tape.name_of(p) for p in own.values()])
@@ -188,10 +192,16 @@ def _heard_alone(
 
 
 def _heard_shared(
-    tape: GradientTape, own: Mapping[str, Tensor], module: nn.Module, args: Any, kwargs: Any, output: Tensor
-) -> Tensor:
+    tape: GradientTape,
+    own: Mapping[str, Tensor],
+    module: nn.Module,
+    args: Any,
+    kwargs: Any,
+    output: Tensor,
+    disguised: bool,
+) -> Any:
     """Return an output that is the same for all examples once for each of them, and record each one's gradient."""
-    output = repeated_output(output.detach(), tape.size) + tape.anchor
+    each = repeated_output(output.detach(), tape.size, disguised=disguised) + tape.anchor
 
     def record(grad: Tensor) -> None:
         with _evaluating(tape, grad.device):
@@ -199,13 +209,16 @@ def _heard_shared(
         for name, parameter in own.items():
             tape.add(parameter, found[name])
 
-    output.register_hook(record)
-    return output
+    each.register_hook(record)
+    return Disguised(each) if disguised else each
 
 
-def repeated_output(output: Tensor, size: int) -> Tensor:
-    """Return an output `(1, ...)` or `(...)` of all examples as one of each of them, `(size, ...)`."""
-    row = output if len(output) == 1 else output.unsqueeze(0)
+def repeated_output(output: Tensor, size: int, *, disguised: bool = False) -> Tensor:
+    """Return an output `(1, ...)` or `(...)` of all examples as one of each of them, `(size, ...)`.
+
+    In disguise a first axis of length 1 is the output's own, since other calls of the module may have a longer one.
+    """
+    row = output if len(output) == 1 and not disguised else output.unsqueeze(0)
     return row.expand(size, *row.shape[1:])
 
 

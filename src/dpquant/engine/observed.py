@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dpquant.engine.arrangement import Arrangement, arrangement_of
-from dpquant.engine.leaves import beside_layers, place_of
+from dpquant.engine.leaves import beside_layers
 from dpquant.engine.quantizable import QuantizableLayer, QuantLinear, QuantTransposedLinear
 
 
@@ -59,7 +59,7 @@ class Observed:
         Args:
           model: the model.
           trainable: its trainable parameters.
-          names: of the parameters in question; those whose module is not called at all are added, frozen ones left out.
+          names: of the parameters in question; those that no module that is called has are added, frozen ones left out.
           losses: runs the model on a few rows.
         """
         holders = [
@@ -72,7 +72,8 @@ class Observed:
             for module in holders:
                 _watch(module, calls, stack)
             found = losses()
-        asked = [name for name in trainable if name in names or place_of(model, name)[0] not in calls]
+        called = {p for module in calls for p in module.parameters(recurse=False)}  # a tied one by any of its modules
+        asked = [name for name, parameter in trainable.items() if name in names or parameter not in called]
         parameters = [trainable[name] for name in asked]
         each = [torch.autograd.grad(y, parameters, retain_graph=True, allow_unused=True) for y in found if parameters]
         made = [call for of_module in calls.values() for call in of_module]

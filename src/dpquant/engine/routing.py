@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dpquant.engine.convert import restore
+from dpquant.engine.disguise import Disguised
 from dpquant.engine.layers import current_precisions, set_precisions
 from dpquant.engine.leaves import Leaves, Routes, beside_layers, forms_of, place_of
 from dpquant.engine.listening import repeated_ids, repeated_output
@@ -172,13 +173,13 @@ class _Search:
         parameter, (owner, key) = self._trainable[name], place_of(self._model, name)
         around = [module for module in self._around(name) if module in seen.calls]
         if type(owner) is nn.Embedding and owner in seen.calls:
-            if not self._fits_once(seen, owner, name):
+            if self._fits_once(seen, owner, name):
+                self._routes.once.add(self._paths[owner])
+            elif not self._shares(seen, owner, name):
                 raise ElsewhereFirst([name])
-            self._routes.once.add(self._paths[owner])
             return
         plain = not isinstance(owner, QuantizableLayer) and not beside_layers(owner)
-        if plain and owner in seen.calls and self._fits_shared(seen, owner, name):
-            self._routes.shared.add(self._paths[owner])
+        if plain and owner in seen.calls and self._shares(seen, owner, name):
             return
         kind = type(owner), key, parameter.ndim
         known = self._alike.get(kind)
@@ -269,23 +270,34 @@ class _Search:
                     gradient[row].index_add_(0, ids[row], grad[row])
         return _equal(gradient, wanted)
 
-    def _fits_shared(self, seen: "Observed", owner: nn.Module, name: str) -> bool:
+    def _shares(self, seen: "Observed", owner: nn.Module, name: str) -> bool:
+        """Note a module whose output is the same for all rows, and return whether it is one."""
+        for disguised in (False, True):
+            if self._fits_shared(seen, owner, name, disguised):
+                self._routes.shared.add(self._paths[owner])
+                if disguised:
+                    self._routes.disguised.add(self._paths[owner])
+                return True
+        return False
+
+    def _fits_shared(self, seen: "Observed", owner: nn.Module, name: str, disguised: bool) -> bool:
         """Whether the model gives each row's gradient if the module's output is repeated for each row."""
         wanted, found = seen.rows[name], []
         assert wanted is not None
         if any(not call.tensor or call.arrangement is not None for call in seen.calls[owner]):
             return False
 
-        def after(_: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-            found.append((args, kwargs, leaf := repeated_output(output.detach(), seen.size).clone().requires_grad_()))
-            return leaf
+        def after(_: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Any:
+            each = repeated_output(output.detach(), seen.size, disguised=disguised).clone().requires_grad_()
+            found.append((args, kwargs, each))
+            return Disguised(each) if disguised else each
 
         key = place_of(self._model, name)[1]
         try:
             with contextlib.ExitStack() as stack:
                 stack.callback(owner.register_forward_hook(after, with_kwargs=True).remove)
                 losses = self._losses()
-            grads = torch.autograd.grad(losses.sum(), [leaf for *_, leaf in found], allow_unused=True)
+            grads = torch.autograd.grad(losses.sum(), [each for *_, each in found], allow_unused=True)
             gradient = torch.zeros_like(wanted)
             for (args, kwargs, _), grad in zip(found, grads, strict=True):
                 if grad is not None:
