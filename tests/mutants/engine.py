@@ -342,6 +342,36 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
+        f"{_ENGINE}/clip.py",
+        "tests/engine/test_positions.py::test_the_sum_is_that_of_a_loop_also_for_as_many_examples_as_positions",
+        (
+            "as many positions as examples pass for these",
+            SENSITIVITY,
+            "        objective.try_routes(first, key)\n",
+            "",
+        ),
+    ),
+    *mutants_of(
+        f"{_ENGINE}/disguise.py",
+        "tests/engine/test_disguise.py",
+        (
+            "all examples get the first one's table",
+            COUPLING,
+            "return self._each[:, 0]",
+            "return self._each[:1, 0].expand(len(self._each), *self._each.shape[2:])",
+        ),
+    ),
+    *mutants_of(
+        f"{_ENGINE}/routing.py",
+        "tests/engine/test_transformers.py::test_a_table_of_relative_positions_leaves_the_layers_quantizable",
+        (
+            "no table is tried in disguise",
+            WIRING,
+            "for disguised in (False, True):",
+            "for disguised in (False,):",
+        ),
+    ),
+    *mutants_of(
         f"{_ENGINE}/weight_gradients.py",
         _CLIP,
         (

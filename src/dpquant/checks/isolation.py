@@ -49,11 +49,10 @@ from dpquant.engine.layers import (
     quantizable_layers,
     set_policy,
 )
-from dpquant.engine.passes import Objective, gradients_of_rows, losses_of, out_of_memory
+from dpquant.engine.passes import Objective, gradients_of_rows, losses_of, out_of_memory, routed_norms
 from dpquant.engine.perturbation import shaken
 from dpquant.engine.randomness import Drawing, seeded
-from dpquant.engine.tape import check_examples_first
-from dpquant.engine.unrouted import Unreached, Unrouted
+from dpquant.engine.unrouted import Unreached
 from dpquant.errors import DataError, DPQuantError, ModelError
 from dpquant.formats import Precision
 
@@ -168,31 +167,9 @@ def _run(objective: Objective, specimens: Specimens) -> None:
     piece = piece_of(specimens, (0, 1, 2), torch.float32)
     unwatched = dataclasses.replace(objective, drawing=objective.drawing.unknown())
     unwatched.learn(piece)
-    losses, squared_norms = _losses_and_norms(unwatched, piece)
+    losses, squared_norms = routed_norms(unwatched, piece, KEY)
     if not all(bool(values.isfinite().all()) for values in (losses, *squared_norms.values())):
         raise NotFinite
-
-
-def _losses_and_norms(objective: Objective, piece: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the rows' losses and {parameter: squared norms}, once routes to gradients that were not found are known.
-
-    Raises:
-      ModelError: there is no such route.
-    """
-    while True:
-        run = StepContext(key=KEY)
-        try:
-            found = gradients_of_rows(objective, piece, run)
-            squared_norms = {name: part.squared_norms() for name, part in found.parts.items()}
-            check_examples_first(squared_norms, len(piece.record_ids))
-        except Unrouted as error:
-            if not objective.learn_of(piece, error):
-                raise
-            continue
-        # a frozen layer gets no gradient, but its scales and draws are an example's, too
-        unrouted = {*(objective.trainable().keys() - found.parts.keys()), *run.elsewhere}
-        if not unrouted or not objective.learn(piece, unrouted):
-            return found.losses, squared_norms
 
 
 def _check(objective: Objective, specimens: Specimens, kind: type[Probe], *, planted: bool) -> None:

@@ -84,9 +84,8 @@ def clipped_sum(
     many other examples there are. Another microbatch size changes memory, time and the last bits of every sum. Where a
     quantized layer follows one in full precision, a different last bit can give a different code.
 
-    The first call on a model with parameters beside its layers (class tokens, positions) finds out on the batch's first
-    rows how their gradients are got, and keeps that on the model (`engine/leaves.py`). A run does it on synthetic
-    records.
+    The first call on a model finds out on a few of the batch's rows how gradients of parameters beside its layers are
+    got (class tokens, positions), and keeps that on the model (`engine/leaves.py`). A run does it on synthetic records.
 
     Args:
       model: a prepared model (`dpquant.prepare`) that can be trained privately (`check_trainable`).
@@ -128,6 +127,7 @@ def clipped_sum(
             return sum_of(())
         check_rows(batch, len(record_ids))
         objective.learn(first := next(microbatches(batch, record_ids, size)))
+        objective.try_routes(first, key)
         while True:
             try:
                 return sum_of(microbatches(batch, record_ids, size))

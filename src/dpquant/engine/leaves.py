@@ -57,6 +57,7 @@ class Routes:
       disguised: those of them whose output has no axis that could be that of the examples (`disguise.py`).
       arranged: {path of a module: where its calls have the examples}, if not on the first axis.
       unused: names of parameters beside other layers that did not take part in the loss.
+      tried: whether passes over other numbers of rows have shown all routes (`passes.Objective.try_routes`).
     """
 
     leaves: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -67,6 +68,7 @@ class Routes:
     disguised: set[str] = dataclasses.field(default_factory=set)
     arranged: dict[str, Arrangement] = dataclasses.field(default_factory=dict)
     unused: set[str] = dataclasses.field(default_factory=set)
+    tried: bool = False
 
     @classmethod
     def of(cls, model: nn.Module) -> "Routes":

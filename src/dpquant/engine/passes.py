@@ -21,7 +21,7 @@ from dpquant.engine.leaves import Leaves, Routes
 from dpquant.engine.listening import taping
 from dpquant.engine.randomness import Drawing, TorchPosition, seeded
 from dpquant.engine.routing import learn
-from dpquant.engine.tape import GradientTape
+from dpquant.engine.tape import GradientTape, check_examples_first
 from dpquant.engine.unrouted import Unreached, Unrouted
 from dpquant.errors import DPQuantError, ModelError, SettingError
 from dpquant.rounding import derive_key
@@ -77,10 +77,25 @@ class Objective:
         asked = dict.fromkeys([*Routes.of(self.model).pending(self.model, trainable), *names])
         if not asked:
             return False
-        count = len(piece.record_ids)
-        rows = torch.tensor([0, count // 2, count - 1])
-        few = Microbatch(take_rows(piece.data, rows), piece.record_ids[rows], len(rows))
-        return learn(self.model, trainable, asked, lambda: self.losses(few))
+        some = few(piece, 3)
+        return learn(self.model, trainable, asked, lambda: self.losses(some))
+
+    def try_routes(self, piece: Microbatch, key: int) -> None:
+        """Find out, once for a model, how gradients are got, by passes over two and over three rows.
+
+        What has as many rows as there are examples, by chance, as a table of 16 positions beside 16 examples, would
+        pass for theirs. It cannot have two rows and three.
+
+        Args: as for `learn`; `key` is that of the draws.
+        Raises:
+          ModelError: there is no way for a parameter.
+        """
+        if not Routes.of(self.model).tried:
+            for count in (2, 3):
+                routed_norms(self, few(piece, count), key)
+            routes = Routes.of(self.model)
+            routes.tried = True
+            routes.keep(self.model)
 
     def learn_of(self, piece: Microbatch, error: Unrouted) -> bool:
         """Find out how the gradients that were not found are got; return whether any was, args as for `learn`.
@@ -92,6 +107,12 @@ class Objective:
             return self.learn(piece, error.names)
         except ModelError as unknown:
             raise (unknown if isinstance(error, Unreached) else error) from None
+
+
+def few(piece: Microbatch, count: int) -> Microbatch:
+    """Return `count` rows of a microbatch, from its first to its last; one more than once if it has fewer."""
+    rows = torch.linspace(0, len(piece.record_ids) - 1, count).long()
+    return Microbatch(take_rows(piece.data, rows), piece.record_ids[rows], count)
 
 
 class Passes:
@@ -256,6 +277,29 @@ def gradients_of_rows(objective: Objective, piece: Microbatch, run: StepContext)
         losses = Passes(objective, taped, tape).over(piece)
         tape.settle()
         return RowGradients(losses.detach(), tape.contributions(), tape.operands)
+
+
+def routed_norms(objective: Objective, piece: Microbatch, key: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the rows' losses and {parameter: squared norms}, once routes to gradients that were not found are known.
+
+    Args: as for `gradients_of_rows`; `key` is that of the draws.
+    Raises:
+      ModelError: there is no such route.
+    """
+    while True:
+        run = StepContext(key=key)
+        try:
+            found = gradients_of_rows(objective, piece, run)
+            squared_norms = {name: part.squared_norms() for name, part in found.parts.items()}
+            check_examples_first(squared_norms, len(piece.record_ids))
+        except Unrouted as error:
+            if not objective.learn_of(piece, error):
+                raise
+            continue
+        # a frozen layer gets no gradient, but its scales and draws are an example's, too
+        unrouted = {*(objective.trainable().keys() - found.parts.keys()), *run.elsewhere}
+        if not unrouted or not objective.learn(piece, unrouted):
+            return found.losses, squared_norms
 
 
 def losses_of(objective: Objective, piece: Microbatch, run: StepContext) -> Tensor:
