@@ -450,6 +450,7 @@ def sizes_seen(run, count, size):
     """How many examples the loss is asked for, piece by piece."""
     model, (x, y) = prepared("strided")
     batch, seen = (x[:1].repeat(count, 1, 1, 1), y[:1].repeat(count)), []
+    clipped(model, loss, batch, torch.arange(count), size)  # the first call on a model has two and three rows, too
 
     def watched(model, batch):
         seen.append(len(batch[1]))

@@ -48,6 +48,7 @@ def network(*frozen, backend=None):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(frozen or "none"))
     model = prepare(model, format="int8", backend=backend or Counting(Reference()))
+    step(model, 0)  # the first call on a model has passes of its own
     set_policy(model, list(quantizable_layers(model)))
     return model
 
@@ -199,8 +200,9 @@ def projected(format, **form):
     """(the sum of a step, operands quantized in it)"""
     torch.manual_seed(0)
     model = prepare(Projections(**form), format=format, backend=Counting(Reference()))
-    set_policy(model, list(quantizable_layers(model)))
     given = {"max_grad_norm": 0.5, "record_ids": IDS, "step": 0, "seed": 0, "microbatch_size": 6}
+    clipped_sum(model, loss, SEQUENCES, **given)  # the first call on a model has passes of its own
+    set_policy(model, list(quantizable_layers(model)))
     return clipped_sum(model, loss, SEQUENCES, **given).grads, model.first.backend.quantized
 
 
