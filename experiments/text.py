@@ -25,17 +25,18 @@ LOGISTIC = "--model experiments.heads:logistic --lr 0.1"
 WHOLE = "--model hf:MINILM --lr 5e-4"
 ADAPTERS = "--model hf:MINILM --lora 16 --lr 2e-3"
 LAST = "--model hf:MINILM --train-only *classifier* --lr 1e-2"
-FORMATS = {"int8, all layers": "--policy all --format int8"}  # of every set at either epsilon
-MORE_FORMATS = {  # of ALL_FORMATS alone
+INT8 = "--policy all --format int8"
+FORMATS = {  # of the whole network, in the table of FORMATS_OF
     "full precision": "--policy none",
     "luq-fp4, dpquant 0.5": "--policy dpquant --fraction 0.5",
     "luq-fp4, static 0.5": "--policy static --fraction 0.5",
     "int4-clip, dpquant 0.5": "--policy dpquant --fraction 0.5 --format int4-clip",
-    "int4-clip, dpquant 0.9": "--policy dpquant --fraction 0.9 --format int4-clip",
     "luq-fp4, dpquant 0.9": "--policy dpquant --fraction 0.9",
     "luq-fp4, static 0.9": "--policy static --fraction 0.9",
 }
-ALL_FORMATS = "REVIEWS", 8  # a set and an epsilon
+OF_ADAPTERS = ("full precision", "luq-fp4, dpquant 0.5")
+FORMATS_OF = "REVIEWS", 8  # a set and an epsilon
+TRAINED = (FORMATS_OF, ("REVIEWS", 3), ("NEWSGROUPS", 8), ("GLOSSES", 8))  # where more than frozen embeddings is run
 
 
 def _rows(name: str) -> dict[str, str]:
@@ -43,27 +44,24 @@ def _rows(name: str) -> dict[str, str]:
     return in_each_format("frozen embeddings", f"--data packed:FROZEN-{name} {LOGISTIC}")
 
 
-def _trained(options: str, formats: dict[str, str]) -> dict[str, str]:
-    """Return {row: its options} of the whole network and of adapters, in each of the formats."""
-    return {
-        f"{part}, {what}": f"{options} {model} {format}"
-        for part, model in {"whole network": WHOLE, "adapters": ADAPTERS}.items()
-        for what, format in formats.items()
-    }
-
-
 def _once(name: str, epsilon: int) -> dict[str, str]:
     """Return the rows that run the encoder in every step."""
+    if (name, epsilon) not in TRAINED:
+        return {}
     data = text_options(name)
-    short = f"{data} {SHORT[name]}"
-    rows = _trained(short, FORMATS)
+    short, whole = f"{data} {SHORT[name]}", {"int8, all layers": INT8}
+    every = (name, epsilon) == FORMATS_OF
+    adapters = dict(whole)
+    if every:
+        whole |= FORMATS
+        adapters |= {what: FORMATS[what] for what in OF_ADAPTERS}
+    rows = {f"whole network, {what}": f"{short} {WHOLE} {format}" for what, format in whole.items()}
+    rows |= {f"adapters, {what}": f"{short} {ADAPTERS} {format}" for what, format in adapters.items()}
     rows["last layer, full precision"] = f"{short} {LAST} --policy none"
-    if (name, epsilon) == ALL_FORMATS:
-        rows |= _trained(short, MORE_FORMATS)
-        int8 = FORMATS["int8, all layers"]
-        rows["whole network, int8, 20 epochs"] = f"{data} {WHOLE} {int8}"
-        rows["whole network, int8, 4 epochs"] = f"{data} --epochs 4 {WHOLE} {int8}"
-        rows["adapters, int8, 20 epochs"] = f"{data} {ADAPTERS} {int8}"
+    if every:
+        rows["whole network, int8, 20 epochs"] = f"{data} {WHOLE} {INT8}"
+        rows["whole network, int8, 4 epochs"] = f"{data} --epochs 4 {WHOLE} {INT8}"
+        rows["adapters, int8, 20 epochs"] = f"{data} {ADAPTERS} {INT8}"
     return rows
 
 

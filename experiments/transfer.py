@@ -20,17 +20,15 @@ def _rows(name: str) -> dict[str, str]:
 
 
 def _once(name: str, epsilon: int) -> dict[str, str]:
-    """Return the rows that train the whole network: all at the largest epsilon, int8 at the others."""
+    """Return the rows that train the whole network, at the largest epsilon."""
+    if epsilon < EPSILONS[0]:
+        return {}
     whole = f"--data image-folder:{name} {WHOLE}"
-    rows = {"whole network, int8, all layers": f"{whole} --policy all --format int8"}
-    if epsilon == EPSILONS[0]:
-        rows |= {
-            "whole network, full precision": f"{whole} --policy none",
-            "whole network, luq-fp4, dpquant 0.5": f"{whole} --policy dpquant --fraction 0.5",
-            "whole network, int4-clip, dpquant 0.75": f"{whole} --policy dpquant --fraction 0.75 --format int4-clip",
-            "whole network, luq-fp4, static 0.5": f"{whole} --policy static --fraction 0.5",
-        }
-    return rows
+    return {
+        "whole network, int8, all layers": f"{whole} --policy all --format int8",
+        "whole network, full precision": f"{whole} --policy none",
+        "whole network, luq-fp4, dpquant 0.5": f"{whole} --policy dpquant --fraction 0.5",
+    }
 
 
 TABLES = [
