@@ -106,9 +106,9 @@ def weight_gradient(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
 
 def _sum_over_positions(grad_ON: Tensor, x_CN: Tensor) -> Tensor:
     """Return grad @ x^T, `(O, C)`, over the positions of all examples."""
-    first, *others = zip(grad_ON.split(_TERMS, 1), x_CN.split(_TERMS, 1), strict=True)
-    if not _by_onednn(*first):
+    if not _by_onednn(grad_ON[:, :_TERMS], x_CN[:, :_TERMS]):
         return grad_ON @ x_CN.t()
+    first, *others = zip(grad_ON.split(_TERMS, 1), x_CN.split(_TERMS, 1), strict=True)
     total = rows_by_matrix(*first)
     for part in others:
         total += rows_by_matrix(*part)

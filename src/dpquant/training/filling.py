@@ -8,7 +8,7 @@ public: nothing here knows how many records a step has drawn.
 import math
 
 _BEGINS = {"cpu": 8}  # rows that take as long as beginning a pass: 2 to 4 in a MiniLM or ResNet18, 9 to 24 in a LeNet
-_BEGINS_ELSEWHERE = 64  # a GPU hardly takes longer for 64 rows than for one
+_BEGINS_ELSEWHERE = 64  # not measured: a GPU is not filled by fewer
 _ROOM = 8  # a size grows by at most an eighth to fit
 _GAIN = 0.99  # share of the rows below which a size is changed
 
