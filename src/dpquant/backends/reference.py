@@ -133,16 +133,24 @@ def gradients_of(operands: Operands) -> Tensor:
     more, down to a fifth.
     """
     channels = operands.shapes[0][1] // operands.geometry.groups
-    x, g = operands.values
     if channels >= _VECTOR and native.has_direct_products(_memory(operands)):
-        return native.direct_products(g, x, operands.geometry)
+        return _directly(operands)
+    return _by_patches(operands)
+
+
+def _by_patches(operands: Operands) -> Tensor:
+    x, g = operands.values
     return patch_products(positions(g, operands.geometry), im2col(x, operands.geometry))
+
+
+def _directly(operands: Operands) -> Tensor:
+    x, g = operands.values
+    return native.direct_products(g, x, operands.geometry)
 
 
 def materialise_by_patches(operands: Operands) -> Norms:
     """Materialise the gradients by a batched matrix product over im2col, in patch order."""
-    x, g = operands.values
-    return _formed(patch_products(positions(g, operands.geometry), im2col(x, operands.geometry)), in_patch_order=True)
+    return _formed(_by_patches(operands), in_patch_order=True)
 
 
 def materialise_by_groups(operands: Operands) -> Norms:
@@ -153,8 +161,7 @@ def materialise_by_groups(operands: Operands) -> Norms:
 
 def materialise_directly(operands: Operands) -> Norms:
     """Materialise the gradients without im2col, by the native kernel, in patch order."""
-    x, g = operands.values
-    return _formed(native.direct_products(g, x, operands.geometry), in_patch_order=True)
+    return _formed(_directly(operands), in_patch_order=True)
 
 
 def _formed(gradients: Tensor, *, in_patch_order: bool) -> Norms:
