@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import dpquant
 
+FACTORIES = "--model experiments.lite0:"  # options of a run that begin so need the weights
 WEIGHTS = "DPQUANT_LITE0"  # environment variable with the folder of weights.pth
 SIDE = 96  # pixels that images are brought to: 224 gives features that are better, and takes five times as long
 FEATURES = 1280

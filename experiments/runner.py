@@ -29,7 +29,7 @@ from dpquant.runs.record import RunRecord
 from dpquant.runs.settings import TrainSettings
 from dpquant.runs.timings import Timings
 from experiments.drawing import draw_rows
-from experiments.lite0 import WEIGHTS
+from experiments.lite0 import FACTORIES, WEIGHTS
 from experiments.published import published
 
 RESULTS = Path(__file__).parent / "results"
@@ -236,8 +236,8 @@ def needed(runs: Iterable[Run], kept: Container[str], work: Path) -> Iterator[st
 
 
 def placeholders(options: str) -> list[str]:
-    """Return the names in capitals that stand for folders in the options of a run."""
-    return _PLACEHOLDER.findall(options)
+    """Return the names of the folders that a run reads: those in capitals in its options, and its model's weights."""
+    return _PLACEHOLDER.findall(options) + ["LITE0"] * (FACTORIES in options)
 
 
 def do_table(table: Table, site: Site) -> dict[str, dict]:

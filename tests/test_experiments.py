@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from experiments import paper, pareto, per_tensor, runner
+from experiments import lite0, paper, pareto, per_tensor, runner
 from experiments.__main__ import SCRIPTS, TABLES
 from experiments.features import FEATURES
 from experiments.packages import PACKAGES
@@ -120,6 +120,22 @@ def test_a_run_whose_data_is_not_here_is_left_out_and_no_record_says_where_it_wa
     assert do_table(table, here)["a"]["command"] == "dpquant train --data image-folder:GTSRB --seed 0 --out RUN"
     assert f"image-folder:{tmp_path}/photos" in commands[0]
     assert here.record(table.runs()[0])["dataset"] == "image-folder:GTSRB"
+
+
+def test_a_run_of_a_public_network_waits_for_its_weights(commands, tmp_path, capsys):
+    found = []
+
+    def launch(command, *, env, **settings):
+        found.append(env.get(lite0.WEIGHTS))
+        return commands.launch(command, **settings)
+
+    run = "--model experiments.lite0:finetuned"
+    table = Table(name="mine", title="Mine", common="", rows={"a": run, "b": "--lr 1"}, seeds=(0,))
+    assert do_table(table, site(tmp_path, commands, launch=launch)).keys() == {"b"}
+    assert found == [None] and "left out, without LITE0: a" in capsys.readouterr().out
+    assert list(runner.needed(table.runs(), {}, tmp_path / "work")) == ["LITE0"]
+    do_table(table, site(tmp_path, commands, launch=launch, folders={"LITE0": tmp_path / "weights"}))
+    assert found == [None, str(tmp_path / "weights")]
 
 
 def test_what_the_results_hold_counts_as_done_where_that_is_wanted(commands, tmp_path):
@@ -263,13 +279,13 @@ def test_runs_of_other_options_or_seeds_have_other_directories(tmp_path):
 
 
 def test_a_run_that_fails_makes_the_command_fail(tmp_path):
-    wanted = ["--rows", "transfer-gtsrb-8/whole network, int8*", "--gtsrb", "nowhere", "--work", str(tmp_path)]
-    command = [sys.executable, "-m", "experiments", "transfer", *wanted]
+    wanted = ["--rows", "baselines-gtsrb/full*", "--seeds", "1", "--gtsrb", "nowhere", "--work", str(tmp_path)]
+    command = [sys.executable, "-m", "experiments", "baselines", *wanted]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(runner.__file__).parents[1])
     assert result.returncode == 1 and result.stderr == (
         "error: Failed runs: 1. Each is named above, with its command.\n"
     )
-    assert "FAILED: whole network, int8, all layers, seed 0" in result.stdout and "nowhere" in result.stdout
+    assert "FAILED: full precision, seed 0" in result.stdout and "nowhere" in result.stdout
 
 
 @pytest.mark.parametrize("name", TABLES)
