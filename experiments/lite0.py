@@ -29,16 +29,16 @@ def _norm(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=1e-3)
 
 
-class _Same(nn.Conv2d):
-    """Convolution with TensorFlow's padding, which may be uneven: the output is the input over the stride."""
+def _same(convolution: nn.Conv2d, x: Tensor) -> Tensor:
+    """Convolve with TensorFlow's padding, which may be uneven: the output is the input over the stride.
 
-    def forward(self, input: Tensor) -> Tensor:
-        spare = [
-            max((-(-size // stride) - 1) * stride + kernel - size, 0)
-            for size, stride, kernel in zip(input.shape[2:], self.stride, self.kernel_size, strict=True)
-        ]
-        pads = [half for total in reversed(spare) for half in (total // 2, total - total // 2)]
-        return super().forward(F.pad(input, pads))
+    It is no class of convolutions: dpquant has a twin for torch's own alone, and evaluates others example by example.
+    """
+    spare = [
+        max((-(-size // stride) - 1) * stride + kernel - size, 0)
+        for size, stride, kernel in zip(x.shape[2:], convolution.stride, convolution.kernel_size, strict=True)
+    ]
+    return convolution(F.pad(x, [half for total in reversed(spare) for half in (total // 2, total - total // 2)]))
 
 
 class _Block(nn.Module):
@@ -50,13 +50,13 @@ class _Block(nn.Module):
         self.expands, self.shortcut = expansion > 1, stride == 1 and inputs == outputs
         if self.expands:
             self._expand_conv, self._bn0 = nn.Conv2d(inputs, hidden, 1, bias=False), _norm(hidden)
-        self._depthwise_conv = _Same(hidden, hidden, kernel, stride, groups=hidden, bias=False)
+        self._depthwise_conv = nn.Conv2d(hidden, hidden, kernel, stride, groups=hidden, bias=False)
         self._bn1 = _norm(hidden)
         self._project_conv, self._bn2 = nn.Conv2d(hidden, outputs, 1, bias=False), _norm(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
-        y = self._bn2(self._project_conv(F.relu6(self._bn1(self._depthwise_conv(y)))))
+        y = self._bn2(self._project_conv(F.relu6(self._bn1(_same(self._depthwise_conv, y)))))
         return x + y if self.shortcut else y
 
 
@@ -65,7 +65,7 @@ class Lite0(nn.Module):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        self._conv_stem, self._bn0 = _Same(3, _STEM, 3, 2, bias=False), _norm(_STEM)
+        self._conv_stem, self._bn0 = nn.Conv2d(3, _STEM, 3, 2, bias=False), _norm(_STEM)
         blocks, inputs = [], _STEM
         for expansion, outputs, count, stride, kernel in _STAGES:
             for number in range(count):
@@ -78,7 +78,7 @@ class Lite0(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Return features [B, 1280] of images [B, 3, H, W] with values in -1 .. 1."""
         x = F.interpolate(images, (SIDE, SIDE), mode="bilinear", align_corners=False)
-        x = F.relu6(self._bn0(self._conv_stem(x)))
+        x = F.relu6(self._bn0(_same(self._conv_stem, x)))
         for block in self._blocks:
             x = block(x)
         return F.relu6(self._bn1(self._conv_head(x))).mean((2, 3))

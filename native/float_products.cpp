@@ -6,7 +6,8 @@
 //
 // dpquant/backends/algebra.py defines the result (`im2col`, `patch_products`); this file chooses the order of the sum. Maps are
 // channels last. A few rows of g are multiplied by the rows of x that they read while both are in the first-level cache; a tile
-// of outputs x input channels is accumulated in registers over these rows.
+// of outputs x input channels is accumulated in registers over these rows. In a depthwise convolution, whose groups are single
+// channels, the vectors run along the channels, and the sums of a few taps are in registers over one row.
 //
 // Symbols: O output channels, C input channels, D = kernel rows * kernel columns * C.
 
@@ -17,6 +18,7 @@
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
+#include <vector>
 
 #include "float_tiles.hpp"
 #include "geometry.hpp"
@@ -31,7 +33,9 @@ struct Shape {
     int64_t channels, outputs;  // of one group
     int64_t groups;
 
-    int64_t depth() const { return rows.kernel * columns.kernel * channels; }
+    int64_t taps() const { return rows.kernel * columns.kernel; }
+    int64_t depth() const { return taps() * channels; }
+    bool depthwise() const { return channels == 1 && outputs == 1; }
 };
 
 constexpr int64_t CACHED = 1 << 15;  // bytes of x that a block of rows may read
@@ -71,12 +75,81 @@ INLINE void example(const float *x, const float *g, float *out, const Shape &s) 
             }
 }
 
+// Adds the products of one row of g and the row of x that kernel row i reads, for a few kernel columns from j on and n_vec
+// vectors of channels, of the outputs begin <= w < end, all of which read the image by each of these columns.
+template <int bytes, int n_vec, int n_tap>
+INLINE void depthwise_outputs(const float *x, const float *g, float *sums, const Shape &s, int64_t j, int64_t begin, int64_t end) {
+    using V = typename Vector<bytes>::Type;
+    constexpr int lanes = Vector<bytes>::lanes;
+    if (begin >= end) return;
+    V products[n_tap][n_vec] = {};
+    for (int64_t w = begin; w < end; ++w)
+        for (int v = 0; v < n_vec; ++v) {
+            const V grad = *reinterpret_cast<const V *>(g + w * s.groups + v * lanes);
+            for (int t = 0; t < n_tap; ++t)
+                products[t][v] += grad * *reinterpret_cast<const V *>(x + (w * s.columns.stride + s.columns.reach(j + t)) * s.groups + v * lanes);
+        }
+    for (int t = 0; t < n_tap; ++t)
+        for (int v = 0; v < n_vec; ++v) *reinterpret_cast<V *>(sums + (j + t) * s.groups + v * lanes) += products[t][v];
+}
+
+// The same for all outputs of the row: those that do not read the image by all of these columns take one at a time.
+template <int bytes, int n_vec, int n_tap>
+INLINE void depthwise_taps(const float *x, const float *g, float *sums, const Shape &s, int64_t j) {
+    int64_t begin = 0, end = s.columns.out;
+    for (int t = 0; t < n_tap; ++t) {
+        begin = std::max(begin, s.columns.first(j + t));
+        end = std::min(end, s.columns.last(j + t));
+    }
+    begin = std::min(begin, s.columns.out);
+    end = std::max(begin, end);
+    depthwise_outputs<bytes, n_vec, n_tap>(x, g, sums, s, j, begin, end);
+    for (int t = 0; t < n_tap; ++t) {
+        const int64_t first = s.columns.first(j + t), last = s.columns.last(j + t);
+        depthwise_outputs<bytes, n_vec, 1>(x, g, sums, s, j + t, first, std::min(begin, last));
+        depthwise_outputs<bytes, n_vec, 1>(x, g, sums, s, j + t, std::max(end, first), last);
+    }
+}
+
+template <int bytes, int n_vec>
+INLINE void depthwise_row(const float *x, const float *g, float *sums, const Shape &s) {
+    int64_t j = 0;
+    for (; j + 5 <= s.columns.kernel; j += 5) depthwise_taps<bytes, n_vec, 5>(x, g, sums, s, j);
+    for (; j + 3 <= s.columns.kernel; j += 3) depthwise_taps<bytes, n_vec, 3>(x, g, sums, s, j);
+    for (; j < s.columns.kernel; ++j) depthwise_taps<bytes, n_vec, 1>(x, g, sums, s, j);
+}
+
+template <int bytes>
+INLINE void depthwise(const float *x, const float *g, float *out, const Shape &s) {
+    constexpr int lanes = Vector<bytes>::lanes;
+    const int64_t x_row = s.columns.in * s.groups, g_row = s.columns.out * s.groups, taps = s.taps();
+    std::vector<float> sums(static_cast<size_t>(taps * s.groups));  // a tap, a channel
+    for (int64_t h = 0; h < s.rows.out; ++h)
+        for (int64_t i = 0; i < s.rows.kernel; ++i) {
+            if (h < s.rows.first(i) || h >= s.rows.last(i)) continue;
+            const float *seen = x + (h * s.rows.stride + s.rows.reach(i)) * x_row, *grad = g + h * g_row;
+            float *line = sums.data() + i * s.columns.kernel * s.groups;
+            int64_t c = 0;
+            for (; c + 2 * lanes <= s.groups; c += 2 * lanes) depthwise_row<bytes, 2>(seen + c, grad + c, line + c, s);
+            for (; c + lanes <= s.groups; c += lanes) depthwise_row<bytes, 1>(seen + c, grad + c, line + c, s);
+            for (; c < s.groups; ++c) depthwise_row<4, 1>(seen + c, grad + c, line + c, s);
+        }
+    for (int64_t c = 0; c < s.groups; ++c)
+        for (int64_t t = 0; t < taps; ++t) *out++ = sums[static_cast<size_t>(t * s.groups + c)];
+}
+
 AVX512_FLOATS void example_avx512(const float *x, const float *g, float *out, const Shape &s) {
-    example<64, 4, 6>(x, g, out, s);  // 24 sums, 4 vectors and a factor in 32 registers
+    if (s.depthwise())
+        depthwise<64>(x, g, out, s);
+    else
+        example<64, 4, 6>(x, g, out, s);  // 24 sums, 4 vectors and a factor in 32 registers
 }
 
 AVX2_FLOATS void example_avx2(const float *x, const float *g, float *out, const Shape &s) {
-    example<32, 2, 6>(x, g, out, s);  // 12 sums, 2 vectors and a factor in 16 registers
+    if (s.depthwise())
+        depthwise<32>(x, g, out, s);
+    else
+        example<32, 2, 6>(x, g, out, s);  // 12 sums, 2 vectors and a factor in 16 registers
 }
 #endif
 
