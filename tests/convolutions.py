@@ -19,11 +19,14 @@ def shifted(values):
     return QTensor(codes=moved, scale=torch.ones(len(values)), zero_point=128)
 
 
+DEPTHWISE = 35  # channels: two vectors of sixteen and three more
+
+
 @st.composite
 def convolutions(draw):
-    """(geometry, weight shape, input size): every combination that has an output."""
-    groups = draw(st.sampled_from([1, 1, 2, 3]))
-    kernel = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
+    """(geometry, weight shape, input size): every combination that has an output, some of them depthwise."""
+    groups = draw(st.sampled_from([1, 1, 2, 3, DEPTHWISE]))
+    kernel = draw(st.tuples(st.integers(1, 4), st.integers(1, 6 if groups == DEPTHWISE else 4)))
     geometry = Geometry(
         kernel=kernel,
         stride=draw(st.tuples(st.integers(1, 3), st.integers(1, 3))),
@@ -35,7 +38,8 @@ def convolutions(draw):
         draw(st.integers(max(1, d * (k - 1) + 1 - 2 * p), 12))
         for k, p, d in zip(kernel, geometry.padding, geometry.dilation, strict=True)
     )
-    return geometry, (groups * draw(st.integers(1, 3)), draw(st.integers(1, 4)), *kernel), size
+    outputs, inputs = (1, 1) if groups == DEPTHWISE else (draw(st.integers(1, 3)), draw(st.integers(1, 4)))
+    return geometry, (groups * outputs, inputs, *kernel), size
 
 
 def exactly(x, weight, g):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from conformance import PLAIN, assert_products_are_exact, assert_refusals_are_told
+from convolutions import codes
 from dpquant.backends.cpu_int8 import CpuInt8, Int8Weight, flaw_of_int8
 from dpquant.backends.geometry import Geometry
 from dpquant.backends.native_convolutions import native_kernels
@@ -63,6 +64,31 @@ def test_int8_is_exact_or_refused_where_instructions_are_fewer(instructions):
         assert small == "True"
     if instructions == "AVX2":
         assert full == "False"
+
+
+@pytest.mark.parametrize(("groups", "channels"), [(1, 8), (2, 16), (2, 15), (8, 1)])
+def test_groups_of_few_channels_are_not_filled_up_to_a_vector(groups, channels):
+    """They are multiplied by oneDNN if its kernels of depthwise convolutions are exact here, else as floating point."""
+    weight = QTensor(codes=codes((groups * channels, channels, 3, 3), 64), scale=torch.ones(1))
+    backend = CpuInt8()
+    packed = backend.pack(weight, Geometry(kernel=(3, 3), groups=groups), max_code=64)
+    few = Int8Weight if flaw_of_int8(64, depthwise=True) is None else ReferenceWeight
+    assert type(packed) is (few if groups > 1 and channels < 16 else backend._packed)
+
+
+class _Saturating(Int8Weight):
+    """Sums products of depthwise convolutions in sixteen bits."""
+
+    def forward(self, x, bias):
+        y = super().forward(x, bias)
+        return y.clamp(-(2**15), 2**15 - 1) if self._geometry.groups > 1 else y
+
+
+def test_kernels_of_depthwise_convolutions_are_tried_apart():
+    if flaw_of_int8(127) is None:
+        assert flaw_of_int8(127, _Saturating) is None
+        assert flaw_of_int8(127, depthwise=True) is None
+    assert flaw_of_int8(127, _Saturating, depthwise=True) == "is not exact for codes up to 127"
 
 
 # What is asked for and cannot be had

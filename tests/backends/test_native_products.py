@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convolutions import codes, convolutions, exactly, shifted
+from convolutions import DEPTHWISE, codes, convolutions, exactly, shifted
 from dpquant.backends import native_products as products
 from dpquant.backends.algebra import im2col, patch_products, positions
 from dpquant.backends.geometry import Geometry
@@ -34,6 +34,23 @@ def test_direct_products_are_those_of_patches(convolution):
         if (changed - expected).abs().max() > 1e-2:
             with pytest.raises(AssertionError):
                 torch.testing.assert_close(products.direct_products(grad, x, geometry), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not products.has_direct_products(torch.zeros(1)), reason="no native kernel on this machine")
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (5, 5), (7, 7), (2, 9)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_direct_products_of_depthwise_convolutions_are_those_of_patches(kernel, padded):
+    """Of maps with some outputs that read the image by all taps of a line, by a few of them, or by none."""
+    padding = (kernel[0], kernel[1] + 2) if padded else (0, 0)
+    for stride, size in [((1, 1), (9, 17)), ((2, 3), (11, 13)), ((1, 1), kernel)]:
+        geometry = Geometry(kernel=kernel, stride=stride, padding=padding, groups=DEPTHWISE)
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(3, DEPTHWISE, *size, generator=generator).contiguous(memory_format=torch.channels_last)
+        y = exactly(x, torch.zeros(DEPTHWISE, 1, *kernel), geometry)
+        grad = torch.randn(y.shape, generator=generator).contiguous(memory_format=torch.channels_last)
+        expected = patch_products(positions(grad.double(), geometry), im2col(x.double(), geometry))
+        found = products.direct_products(grad, x, geometry).double()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif(products._native is None, reason="no native module")

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Networks of `dpquant bench` and synthetic batches for them. None of the networks mixes examples.
 
-All but the transformers are the networks that users train (`data.models`). `out_of_place` changes a network so that
-Opacus' hooks accept it.
+All but the transformers and MobileNet are the networks that users train (`data.models`). `out_of_place` changes a
+network so that Opacus' hooks accept it.
 """
 
 import dataclasses
+import functools
 import types
 from typing import Any
 
@@ -109,6 +110,7 @@ NETWORKS = {
     "resnet18": Network(channels=3),
     "resnet50": Network(channels=3),
     "densenet121": Network(channels=3, smallest=32),
+    "mobilenet-v2": Network(channels=3, image_size=96, smallest=32),  # its 3x3 convolutions are depthwise
     "cnn": Network(channels=1, image_size=28),
     "transformer": Network(channels=3, smallest=4),
     "mlp": Network(channels=30, image_size=None, num_classes=2, batch_size=4096, physical_batch_size=4096),
@@ -153,6 +155,11 @@ def build_network(name: str, image_size: int | None) -> nn.Module:
         if network.vocabulary is not None:
             tokens = nn.Embedding(network.vocabulary, 768)
             return _Transformer(tokens, 768, heads=12, depth=12, num_classes=network.num_classes)
+        if name == "mobilenet-v2":
+            from torchvision.models import mobilenet_v2  # slow to import, and only this network needs it
+
+            norm = functools.partial(nn.GroupNorm, 8)
+            return mobilenet_v2(num_classes=network.num_classes, norm_layer=norm, dropout=0.0)  # no draws: sides agree
         return models.build(name, num_classes=network.num_classes, input_shape=network.input_shape(image_size))
 
 
@@ -183,7 +190,7 @@ def synthetic_batch(name: str, image_size: int | None, batch_size: int) -> Batch
 def out_of_place(model: nn.Module) -> nn.Module:
     """Make a network's ReLU and `+=` out-of-place, as Opacus' hooks need, and return it. Changes `model` itself."""
     for module in model.modules():
-        if isinstance(module, nn.ReLU):
+        if isinstance(module, nn.ReLU | nn.ReLU6):
             module.inplace = False
         if type(module).__name__ in _OUT_OF_PLACE:
             module.forward = types.MethodType(_OUT_OF_PLACE[type(module).__name__], module)

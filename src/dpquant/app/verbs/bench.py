@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 
 def bench(
     model: Annotated[
-        str, typer.Option(help="resnet18-cifar, resnet18, resnet50, densenet121, cnn, transformer, mlp, bert-base")
-    ] = ("resnet18-cifar"),
+        str,
+        typer.Option(
+            help="resnet18-cifar, resnet18, resnet50, densenet121, mobilenet-v2, cnn, transformer, mlp, bert-base"
+        ),
+    ] = "resnet18-cifar",
     batch_size: Annotated[int | None, typer.Option(help="examples a step [32; mlp 4096]")] = None,
     image_size: Annotated[int | None, typer.Option(help="side of the images [the network's own]")] = None,
     format: Annotated[str, typer.Option(help="recipe of the quantized contenders")] = "luq-fp4",
