@@ -110,7 +110,7 @@ NETWORKS = {
     "resnet18": Network(channels=3),
     "resnet50": Network(channels=3),
     "densenet121": Network(channels=3, smallest=32),
-    "mobilenet-v2": Network(channels=3, image_size=96, smallest=32),  # its 3x3 convolutions are depthwise
+    "mobilenet-v2": Network(channels=3, image_size=64, smallest=32),  # its 3x3 convolutions are depthwise
     "cnn": Network(channels=1, image_size=28),
     "transformer": Network(channels=3, smallest=4),
     "mlp": Network(channels=30, image_size=None, num_classes=2, batch_size=4096, physical_batch_size=4096),

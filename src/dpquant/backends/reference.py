@@ -130,7 +130,7 @@ def gradients_of(operands: Operands) -> Tensor:
     """Materialise the gradients, `(B, O, D)` in patch order, by what is usually faster: nothing is timed.
 
     With less than a vector of channels the native kernel takes up to ten times as long as a product over im2col; with
-    more, down to a fifth, and in depthwise convolutions, where its vectors run across the groups, a hundredth.
+    more, down to a fifth, and in depthwise convolutions, where its vectors run across the groups, a thirtieth.
     """
     channels, outputs = (shape[1] // operands.geometry.groups for shape in operands.shapes)
     if (channels >= _VECTOR or channels == outputs == 1) and native.has_direct_products(_memory(operands)):
