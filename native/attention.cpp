@@ -233,15 +233,6 @@ AVX2_FLOATS void backward_avx2(const Head &head, const Shape &s) { backward<32>(
 using Floats = nb::ndarray<const float, nb::ndim<4>, nb::device::cpu>;
 using Filled = nb::ndarray<float, nb::ndim<4>, nb::device::cpu>;
 
-Kernels attention_kernels() {
-    Kernels names;
-#ifdef HAS_TILES
-    if (__builtin_cpu_supports("x86-64-v4")) names.push_back("avx512");
-    if (__builtin_cpu_supports("x86-64-v3")) names.push_back("avx2");
-#endif
-    return names;
-}
-
 template <class Array>
 bool fits(const Array &array, int64_t batch, int64_t heads, int64_t rows, int64_t columns) {
     return static_cast<int64_t>(array.shape(0)) == batch && static_cast<int64_t>(array.shape(1)) == heads &&
@@ -272,12 +263,11 @@ Rows<const float> rows_of(const std::optional<Floats> &array, int64_t example, i
 }  // namespace
 
 void bind_attention(nb::module_ &m) {
-    m.def("attention_kernels", &attention_kernels, "Return the names of the kernels that this processor supports, fastest first.");
     m.def(
         "attention",
         [](Floats q, Floats k, Floats v, std::optional<Floats> mask, Filled out, float scale, bool causal,
            const std::string &kernel, [[maybe_unused]] int threads) {
-            check_kernel(attention_kernels(), kernel);
+            check_kernel(float_kernels(), kernel);
             const Shape s = shape_of(q, k, v, mask, scale, causal);
             if (!fits(out, s.batch, s.heads, s.queries, s.features)) throw std::invalid_argument("out does not fit q");
             nb::gil_scoped_release unlocked;
@@ -296,7 +286,7 @@ void bind_attention(nb::module_ &m) {
         "attention_backward",
         [](Floats q, Floats k, Floats v, std::optional<Floats> mask, Floats grad, Filled grad_q, Filled grad_k, Filled grad_v,
            float scale, bool causal, const std::string &kernel, [[maybe_unused]] int threads) {
-            check_kernel(attention_kernels(), kernel);
+            check_kernel(float_kernels(), kernel);
             const Shape s = shape_of(q, k, v, mask, scale, causal);
             if (!fits(grad, s.batch, s.heads, s.queries, s.features) || !fits(grad_q, s.batch, s.heads, s.queries, s.features) ||
                 !fits(grad_k, s.batch, s.heads, s.keys, s.features) || !fits(grad_v, s.batch, s.heads, s.keys, s.features))

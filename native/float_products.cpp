@@ -13,15 +13,19 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "float_tiles.hpp"
 #include "geometry.hpp"
+#include "tiles.hpp"
 
 namespace nb = nanobind;
 
@@ -40,7 +44,7 @@ struct Shape {
 
 constexpr int64_t CACHED = 1 << 15;  // bytes of x that a block of rows may read
 
-#ifdef FLOAT_TILES
+#ifdef HAS_TILES
 // Adds the products of one row of g and the row of x that kernel row i reads, for all kernel columns.
 template <int bytes, int most_vec, int most_out>
 INLINE void row(const float *x, const float *g, float *out, const Shape &s) {
@@ -153,42 +157,35 @@ AVX2_FLOATS void example_avx2(const float *x, const float *g, float *out, const 
 }
 #endif
 
-bool available() {
-#ifdef FLOAT_TILES
-    return __builtin_cpu_supports("x86-64-v3");
-#else
-    return false;
-#endif
-}
-
 }  // namespace
 
 using Floats = nb::ndarray<const float, nb::device::cpu>;
 using Sums = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
 
 void bind_direct(nb::module_ &m) {
-    m.def("direct_products_available", &available, "Whether this processor has a kernel for `direct_products`.");
+    m.def("float_kernels", &float_kernels, "The kernels for float32 that this processor has, fastest first.");
     m.def(
         "direct_products",
         [](Floats x, Floats g, Sums out, int64_t batch, nb::tuple rows, nb::tuple columns, int64_t channels, int64_t outputs,
-           int64_t groups, [[maybe_unused]] int threads) {
+           int64_t groups, const std::string &kernel, [[maybe_unused]] int threads) {
+            check_kernel(float_kernels(), kernel);
             const Shape s{Axis(rows), Axis(columns), channels, outputs, groups};
             const int64_t x_size = s.rows.in * s.columns.in * groups * channels;
             const int64_t g_size = s.rows.out * s.columns.out * groups * outputs, out_size = groups * outputs * s.depth();
-            if (!available()) throw std::invalid_argument("this processor has no kernel for it");
             if (static_cast<int64_t>(x.size()) != batch * x_size || static_cast<int64_t>(g.size()) != batch * g_size ||
                 static_cast<int64_t>(out.size()) != batch * out_size)
                 throw std::invalid_argument("sizes of x, g and out do not agree");
             nb::gil_scoped_release unlocked;
-#ifdef FLOAT_TILES
-            const auto run = __builtin_cpu_supports("x86-64-v4") ? example_avx512 : example_avx2;
+#ifdef HAS_TILES
+            const auto run = kernel == "avx512" ? example_avx512 : example_avx2;
             parallel_for(batch, threads, [&](int64_t b) {
                 run(x.data() + b * x_size, g.data() + b * g_size, out.data() + b * out_size, s);
             });
 #endif
         },
         nb::arg("x").noconvert(), nb::arg("g").noconvert(), nb::arg("out").noconvert(), nb::kw_only(), nb::arg("batch"),
-        nb::arg("rows"), nb::arg("columns"), nb::arg("channels"), nb::arg("outputs"), nb::arg("groups"), nb::arg("threads"),
+        nb::arg("rows"), nb::arg("columns"), nb::arg("channels"), nb::arg("outputs"), nb::arg("groups"), nb::arg("kernel"),
+        nb::arg("threads"),
         "Fill out (batch, groups * outputs, kernel rows, kernel columns, channels) from channels-last maps; an axis is "
         "(in, out, kernel, stride, padding, dilation).");
 }

@@ -8,9 +8,9 @@
 #include <cstdint>
 
 #include "parallel.hpp"
+#include "tiles.hpp"
 
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
-#define FLOAT_TILES 1
+#ifdef HAS_TILES
 #define AVX512_FLOATS __attribute__((target("arch=x86-64-v4")))
 #define AVX2_FLOATS __attribute__((target("arch=x86-64-v3")))
 

@@ -121,6 +121,16 @@ inline Kernels bfloat16_kernels() {
     return names;
 }
 
+// Returns the kernels for float32.
+inline Kernels float_kernels() {
+    Kernels names;
+#ifdef HAS_TILES
+    if (__builtin_cpu_supports("x86-64-v4")) names.push_back("avx512");
+    if (__builtin_cpu_supports("x86-64-v3")) names.push_back("avx2");
+#endif
+    return names;
+}
+
 inline void check_kernel(const Kernels &known, const std::string &kernel) {
     if (std::find(known.begin(), known.end(), kernel) == known.end())
         throw std::invalid_argument("this processor has no such kernel");

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-def attention_kernels() -> list[str]:
-    """Return the names of the kernels of `attention` that this processor supports, fastest first: `avx512`, `avx2`."""
+def float_kernels() -> list[str]:
+    """Return the kernels for float32 that this processor has, fastest first: `avx512`, `avx2`."""
 
 def attention(
     q: np.ndarray,
@@ -147,9 +147,6 @@ def add_code_sums(
     pieces: bfloat16 terms needed to represent a weight times a code of g exactly, 1 or 2.
     """
 
-def direct_products_available() -> bool:
-    """Return whether this processor supports the kernel of `direct_products`."""
-
 def direct_products(
     x: np.ndarray,
     g: np.ndarray,
@@ -161,6 +158,7 @@ def direct_products(
     channels: int,
     outputs: int,
     groups: int,
+    kernel: str,
     threads: int,
 ) -> None:
     """Fill out (batch, groups * outputs, kernel rows, kernel columns, channels) with weight gradients of values."""

@@ -27,7 +27,9 @@ def test_direct_products_are_those_of_patches(convolution):
     y = exactly(x, torch.zeros(shape), geometry)
     grad = torch.randn(y.shape, generator=generator).contiguous(memory_format=cl)
     expected = patch_products(positions(grad, geometry), im2col(x, geometry))
-    torch.testing.assert_close(products.direct_products(grad, x, geometry), expected, rtol=1e-4, atol=1e-4)
+    for kernel in products._native.float_kernels():
+        found = products.direct_products(grad, x, geometry, kernel=kernel)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     if grad.count_nonzero() and expected.abs().max() > 1e-2:  # a kernel that forgets one position would be seen
         grad[0, :, 0, 0] = 0
         changed = patch_products(positions(grad, geometry), im2col(x, geometry))
@@ -49,8 +51,9 @@ def test_direct_products_of_depthwise_convolutions_are_those_of_patches(kernel, 
         y = exactly(x, torch.zeros(DEPTHWISE, 1, *kernel), geometry)
         grad = torch.randn(y.shape, generator=generator).contiguous(memory_format=torch.channels_last)
         expected = patch_products(positions(grad.double(), geometry), im2col(x.double(), geometry))
-        found = products.direct_products(grad, x, geometry).double()
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        for name in products._native.float_kernels():
+            found = products.direct_products(grad, x, geometry, kernel=name).double()
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif(products._native is None, reason="no native module")

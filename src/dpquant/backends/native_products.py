@@ -27,13 +27,14 @@ _MOST_POSITIONS = 2**16  # int32 holds a sum of this many products of a signed a
 _MOST_TERMS = 2**17  # int32 holds a sum of this many products of two signed bytes
 
 
-def direct_products(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
+def direct_products(grad: Tensor, x: Tensor, geometry: Geometry, *, kernel: str | None = None) -> Tensor:
     """Materialise each example's weight gradient of values without im2col; see `has_direct_products`.
 
     Args:
       grad: output gradient, float32 `(B, O, H', W')`, channels last.
       x: input, float32 `(B, C, H, W)`, channels last.
       geometry: of the convolution; groups are supported.
+      kernel: `avx512` or `avx2`; None: the fastest that this processor has.
     Returns: float32 `(B, O, D)`, D in patch order within a group.
     """
     channels = x.shape[1] // geometry.groups
@@ -45,6 +46,7 @@ def direct_products(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
         products.numpy(),
         batch=len(x),
         groups=geometry.groups,
+        kernel=kernel or _native.float_kernels()[0],
         **_geometry_facts(grad, x, geometry),
     )
     return products
@@ -52,7 +54,7 @@ def direct_products(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
 
 def has_direct_products(x: Tensor) -> bool:
     """Return whether `direct_products` can run on x on this machine; codes are converted to float32 first."""
-    able = _native is not None and x.device.type == "cpu" and _native.direct_products_available()
+    able = _native is not None and x.device.type == "cpu" and bool(_native.float_kernels())
     return able and x.dtype != torch.float64
 
 

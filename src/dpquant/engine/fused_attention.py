@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from dpquant.engine.attention import added
 from dpquant.native import kernels as _native
 
-KERNELS: Sequence[str] = () if _native is None else _native.attention_kernels()
+KERNELS: Sequence[str] = () if _native is None else _native.float_kernels()
 """The kernels that this processor has, `avx512` and `avx2`, the fastest first."""
 
 _LANES = 16  # the kernels take features by so many
