@@ -68,27 +68,39 @@ def test_int8_is_exact_or_refused_where_instructions_are_fewer(instructions):
 
 @pytest.mark.parametrize(("groups", "channels"), [(1, 8), (2, 16), (2, 15), (8, 1)])
 def test_groups_of_few_channels_are_not_filled_up_to_a_vector(groups, channels):
-    """They are multiplied by oneDNN if its kernels of depthwise convolutions are exact here, else as floating point."""
+    """They are multiplied by oneDNN if its kernels for them are exact here; depthwise ones else as floating point."""
     weight = QTensor(codes=codes((groups * channels, channels, 3, 3), 64), scale=torch.ones(1))
     backend = CpuInt8()
     packed = backend.pack(weight, Geometry(kernel=(3, 3), groups=groups), max_code=64)
-    few = Int8Weight if flaw_of_int8(64, depthwise=True) is None else ReferenceWeight
-    assert type(packed) is (few if groups > 1 and channels < 16 else backend._packed)
+    kinds = {(2, 15): (Int8Weight, backend._packed), (8, 1): (Int8Weight, ReferenceWeight)}
+    exact, other = kinds.get((groups, channels), (backend._packed, backend._packed))
+    assert type(packed) is (exact if flaw_of_int8(64, groups=64 if channels == 1 else 16) is None else other)
 
 
-class _Saturating(Int8Weight):
-    """Sums products of depthwise convolutions in sixteen bits."""
+class _SaturatesIn(Int8Weight):
+    """Sums products in sixteen bits where the convolution has so many groups."""
+
+    groups = 1
 
     def forward(self, x, bias):
         y = super().forward(x, bias)
-        return y.clamp(-(2**15), 2**15 - 1) if self._geometry.groups > 1 else y
+        return y.clamp(-(2**15), 2**15 - 1) if self._geometry.groups == self.groups else y
 
 
-def test_kernels_of_depthwise_convolutions_are_tried_apart():
-    if flaw_of_int8(127) is None:
-        assert flaw_of_int8(127, _Saturating) is None
-        assert flaw_of_int8(127, depthwise=True) is None
-    assert flaw_of_int8(127, _Saturating, depthwise=True) == "is not exact for codes up to 127"
+class _SaturatesInGroups(_SaturatesIn):
+    groups = 16
+
+
+class _SaturatesDepthwise(_SaturatesIn):
+    groups = 64
+
+
+@pytest.mark.parametrize("wrong", [_SaturatesIn, _SaturatesInGroups, _SaturatesDepthwise])
+@pytest.mark.parametrize("groups", [1, 16, 64])
+def test_kernels_of_groups_are_tried_apart(wrong, groups):
+    if flaw_of_int8(127, groups=groups) is None:
+        flaw = flaw_of_int8(127, wrong, groups=groups)
+        assert flaw == ("is not exact for codes up to 127" if groups == wrong.groups else None)
 
 
 # What is asked for and cannot be had
