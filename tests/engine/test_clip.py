@@ -268,10 +268,12 @@ def test_inner_products_are_those_of_the_gradients_themselves(convolution, quant
         x[0], torch.zeros(shape), None, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
     ).shape
     g = torch.randn(2, *outputs)
-    operands = [
-        [QTensor(codes=t.mul(8).to(torch.int8), scale=torch.rand(3)) if quantized else t for t in pair]
-        for pair in zip(x, g, strict=True)
-    ]
+
+    def operand(t):
+        codes = t.mul(8).to(torch.int8).contiguous(memory_format=torch.channels_last)  # as layers have them
+        return QTensor(codes=codes, scale=torch.rand(3)) if quantized else t
+
+    operands = [[operand(t) for t in pair] for pair in zip(x, g, strict=True)]
     one, other = (lazy(*pair, geometry, shape, significant_bits=3) for pair in operands)
     expected = (one.per_example() * other.per_example()).flatten(1).sum(1)
     lengths = one.per_example().flatten(1).norm(dim=1) * other.per_example().flatten(1).norm(dim=1)
