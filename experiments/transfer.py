@@ -12,7 +12,7 @@ DATA = {"GTSRB": "--records 39209 --delta 1e-5", "CIFAR10": "--records 50000 --d
 OPTIMIZER = "--optimizer adam --lr-schedule cosine --epochs 10 --batch-size 2048 --backend int8"
 LOGISTIC = "--model experiments.heads:logistic --lr 0.1"
 WHOLE = "--model experiments.lite0:finetuned --lr 1e-3 --epochs 2"  # fewer: every step runs all of it
-ALL_FORMATS = "GTSRB"  # the set on which formats of the whole network are compared
+FORMATS_OF = "GTSRB"  # the set on which formats of the whole network are compared
 EPSILONS = (8, 3, 1)
 
 
@@ -27,7 +27,7 @@ def _once(name: str, epsilon: int) -> dict[str, str]:
     whole = f"--data image-folder:{name} {WHOLE}"
     int8 = f"{whole} --policy all --format int8"
     rows = {"whole network, int8, all layers": int8}
-    if name == ALL_FORMATS:
+    if name == FORMATS_OF:
         rows |= {
             "whole network, full precision": f"{whole} --policy none",
             "whole network, luq-fp4, dpquant 0.5": f"{whole} --policy dpquant --fraction 0.5",

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The backend for int8 instructions of a CPU, and the check that its products are exact on this processor.
 
-It gives the same integers as `reference.ReferenceWeight`. No other file calls `torch.ops.onednn`. For weight gradients
+It gives the same integers as `reference.ReferenceWeight`. Groups of few channels, as in depthwise convolutions, have
+kernels of their own in oneDNN, which are checked apart. No other file calls `torch.ops.onednn`. For weight gradients
 it adds these methods, on the native kernels of `native_products.py`, to those of the reference:
 
     code norms   norm: materialise each G_i on int8 instructions and discard it; sum: as in `code grams`
@@ -35,11 +36,10 @@ from dpquant.backends.native_products import INT8_ZERO_POINT
 from dpquant.backends.qtensor import QTensor
 from dpquant.backends.quantize import quantize_rows
 from dpquant.backends.reference import Reference, ReferenceWeight, costs
-from dpquant.backends.workarounds import around_corners
+from dpquant.backends.workarounds import LANES, around_corners
 from dpquant.formats import Precision, RoleFormat
 
 _LARGEST_SUM = 2**31 - 1  # that int32 accumulators hold
-_LANES = 16  # channels that a vector instruction processes at once
 _LARGEST_CODE = 127  # for which pairs of products saturate where they are summed in 16 bits
 
 Packing = Callable[[QTensor, Geometry, int], PackedWeight]
@@ -156,7 +156,7 @@ class CpuInt8(Reference):
         if terms * max_code**2 > _LARGEST_SUM:
             return ReferenceWeight(weight, geometry, max_code)
         channels = max(outputs, weight.codes.shape[1])  # of a group
-        if self._packing is None and geometry.groups > 1 and channels < _LANES:
+        if self._packing is None and geometry.groups > 1 and channels < LANES:
             # other kernels fill the lanes up with zeros: in a depthwise convolution ours takes 20 times as long as
             # oneDNN's, and 10 times as long as float32
             if flaw_of_int8(max_code, groups=64 if channels == 1 else 16) is None:

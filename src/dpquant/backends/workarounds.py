@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dpquant.backends.geometry import Geometry
 
-_LANES = 16  # channels that a vector instruction processes at once
+LANES = 16  # channels that a vector instruction processes at once
 
 
 def around_corners(codes: Tensor, g: Geometry, *, zero: int) -> tuple[Tensor, Geometry]:
@@ -74,8 +74,8 @@ def columns_as_channels(x: Tensor, geometry: Geometry, *, zero: int) -> tuple[Te
     Returns: an equivalent input, channels last, and its geometry; the arguments if they fill as many lanes already.
     """
     channels, width = x.shape[1], geometry.kernel[1]
-    lanes = math.ceil(channels / _LANES) * width
-    if 2 * math.ceil(channels * width / _LANES) > lanes:
+    lanes = math.ceil(channels / LANES) * width
+    if 2 * math.ceil(channels * width / LANES) > lanes:
         return x, geometry
     left, right, step = geometry.padding[1], geometry.stride[1], geometry.dilation[1]
     x_BHWC = F.pad(x.permute(0, 2, 3, 1), (0, 0, left, left), value=zero).contiguous()
