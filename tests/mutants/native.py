@@ -248,5 +248,12 @@ MUTANTS = [
             "run(x.data() + b * x_size, g.data() + b * g_size,",
             "run(x.data() + b * x_size, g.data(),",
         ),
+        (
+            "a depthwise gradient begins with the sums of the example before it",
+            COUPLING,
+            "    std::vector<float> sums(static_cast<size_t>(taps * s.groups));  // a tap, a channel",
+            "    static thread_local std::vector<float> sums;\n    sums.resize(static_cast<size_t>(taps * s.groups));",
+            f"{_PRODUCTS}::test_direct_products_of_depthwise_convolutions_are_those_of_patches",
+        ),
     ),
 ]
